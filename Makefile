@@ -1,0 +1,61 @@
+# Everything runs in $(VENV), built from requirements.lock. `make help` lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+SIZE ?= default
+SIZES := smoke default full
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+
+# Idle OpenMP threads yield: on a busy machine that makes training four times faster.
+export OMP_WAIT_POLICY = PASSIVE
+export TOKENIZERS_PARALLELISM = false
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help book test lab check lint clean distclean size
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+book: size $(STAMP)  ## run the notebooks and build the HTML book (SIZE=smoke, default or full)
+	$(BIN)/python -m divmerge_core.runs book --size $(SIZE)
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest
+
+lab: $(STAMP)  ## open JupyterLab on the notebooks
+	$(BIN)/python -m jupyterlab notebooks
+
+check: lint test  ## everything a change must pass: style, stripped notebooks, tests, smoke book
+	$(MAKE) book SIZE=smoke
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	@set -- notebooks/*.ipynb; test ! -e "$$1" || $(BIN)/nbstripout --verify --keep-id \
+	  --extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution" "$$@"
+
+clean:  ## remove the built book and the tools' caches, but no expert and no asset
+	rm -rf _build .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find divmerge_core tests notebooks -name __pycache__ -prune -exec rm -rf {} +
+	find notebooks -name .ipynb_checkpoints -prune -exec rm -rf {} +
+
+distclean: clean  ## the same, and the virtual environment
+	rm -rf $(VENV)
+
+size:
+	@case " $(SIZES) " in *" $(SIZE) "*) ;; \
+	  *) echo "SIZE must be one of: $(SIZES); got '$(SIZE)'" >&2; exit 2;; esac
+
+# The stamp is written last; what an interrupted installation left behind is cleared.
+$(STAMP): requirements.lock pyproject.toml
+	@rm -f $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
+	    "try: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@test ! -e $(VENV)/.installing && $(BIN)/python -m pip --version >/dev/null 2>&1 || \
+	  $(PYTHON) -m venv --clear $(VENV)
+	@touch $(VENV)/.installing
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@ && rm $(VENV)/.installing

@@ -1,0 +1,196 @@
+"""A suite made ready: base, experts, merge problem, and the labelled splits that it must not see."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from tqdm import tqdm
+
+from divmerge_core.encoders import (
+    Base,
+    check_device,
+    classifier_forward,
+    load_base,
+    make_batches,
+    resolve,
+)
+from divmerge_core.evaluation import Exam
+from divmerge_core.experts import Expert, Recipe, data_digest, fine_tune
+from divmerge_core.problem import MergeProblem
+from divmerge_core.registry import Registry
+from divmerge_core.tasks import SUITES, TASKS
+from divmerge_core.vectors import TaskVectors
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained, merged and scored. A row count of None means all that the split has.
+
+    inputs: per task that a fit sees, as a share of the paper's 200 (400 per layer). precision: of the
+    encoder's matrix products while merging and scoring (see Recipe).
+
+    candidates: options tried per method on validation rows at the first seed; the best is used for
+    every seed. None tries all; 1 takes the published values.
+    """
+
+    encoder: str
+    seeds: tuple[int, ...]
+    recipe: Recipe = field(default_factory=Recipe)
+    glue_recipe: Recipe = field(default_factory=lambda: Recipe(rows=4000, epochs=2))
+    merge_rows: int | None = None
+    validation_rows: int | None = 100
+    test_rows: int | None = None
+    inputs: float = 1.0
+    epochs: int = 4
+    precision: str = "auto"
+    candidates: int | None = None
+
+    def recipe_for(self, suite: str) -> Recipe:
+        """How a suite's experts are trained: GLUE's on more rows, as its tasks are harder."""
+        return self.glue_recipe if suite == "glue_encoder" else self.recipe
+
+
+SIZES = Registry("size")
+QUICK = Recipe(rows=400, lr=5e-4)
+SIZES.register("smoke")(
+    Size(
+        encoder="bert_tiny",
+        seeds=(0,),
+        recipe=QUICK,
+        glue_recipe=QUICK,
+        merge_rows=40,
+        validation_rows=50,
+        test_rows=100,
+        epochs=2,
+        precision="float32",
+        candidates=1,
+    )
+)
+SIZES.register("default")(
+    Size(encoder="minilm", seeds=(0,), merge_rows=64, test_rows=200, candidates=1)
+)
+SIZES.register("full")(Size(encoder="minilm", seeds=(0, 1, 2), inputs=0.5))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A merge problem with the labelled splits that it must not see."""
+
+    base: Base
+    experts: Sequence[Expert]
+    problem: MergeProblem
+    validation: Sequence[Exam]
+    test: Sequence[Exam]
+    digest: str
+
+    def select(self, tasks: Sequence[str]) -> "Bench":
+        """The same bench for some of its tasks."""
+        numbers = [self.problem.vectors.tasks.index(task) for task in tasks]
+        pick = lambda items: [items[n] for n in numbers]  # noqa: E731
+        return replace(
+            self,
+            experts=pick(self.experts),
+            problem=self.problem.select(tasks),
+            validation=pick(self.validation),
+            test=pick(self.test),
+            digest=f"{self.digest} {tuple(tasks)}",
+        )
+
+
+def task_names(suite: str, tasks: Sequence[str] | None) -> list[str]:
+    """The tasks asked for, or all of the suite's.
+
+    Raises ValueError for tasks outside the suite, named twice, or fewer than two.
+    """
+    allowed = SUITES[suite].tasks
+    chosen = list(tasks or allowed)
+    for task in chosen:
+        TASKS[task]
+    outside = [task for task in chosen if task not in allowed]
+    if outside or len(chosen) < 2 or len(set(chosen)) < len(chosen):
+        raise ValueError(
+            f"suite {suite!r} merges two or more distinct tasks of {', '.join(allowed)}; "
+            f"got {chosen}"
+        )
+    return chosen
+
+
+def exam(task: str, split: str, rows: int | None, base: Base, max_length: int) -> Exam:
+    """The first `rows` rows of a labelled split (rows are in random order already)."""
+    data = TASKS[task].load(split)
+    data = data.select(range(min(rows or len(data), len(data))))
+    batches, order = make_batches(data, base, batch_size=64, max_length=max_length)
+    labels = torch.tensor(data["label"], device=batches[0].weight.device)
+    return Exam(batches, labels[order])
+
+
+def make_problem(
+    base: Base,
+    experts: Sequence[Expert],
+    *,
+    merge_rows: int | None = None,
+    max_length: int = 64,
+    precision: str = "float32",
+) -> MergeProblem:
+    """A MergeProblem of experts of one base, on their tasks' unlabelled merge split.
+
+    Raises ValueError where an expert's base, tensors or answers are not those expected.
+    """
+    for expert in experts:
+        if expert.manifest["base"] != base.digest:
+            raise ValueError(
+                f"expert {expert.task!r} was trained from {expert.manifest['encoder']!r} with "
+                f"other weights or vocabulary than {base.name!r}; load its own base"
+            )
+        if tuple(expert.manifest["answers"]) != TASKS[expert.task].answers:
+            raise ValueError(
+                f"expert {expert.task!r} answers {expert.manifest['answers']}, the task "
+                f"{list(TASKS[expert.task].answers)}; train it on this task's labels"
+            )
+    batches = []
+    for expert in experts:
+        rows = TASKS[expert.task].load("merge")
+        rows = rows.select(range(min(merge_rows or len(rows), len(rows))))
+        batches.append(make_batches(rows, base, batch_size=4, max_length=max_length)[0])
+    vectors = TaskVectors.from_states(base.state, {e.task: e.state for e in experts})
+    forward = classifier_forward(base, [e.head for e in experts], precision=precision)
+    return MergeProblem(vectors, batches, forward)
+
+
+def prepare(
+    suite: str,
+    tasks: Sequence[str] | None = None,
+    *,
+    size: Size | str = "default",
+    seed: int = 0,
+    device: str = "cpu",
+    encoder: str | None = None,
+) -> Bench:
+    """Base, experts (from the cache, or trained now), problem and exams of a suite.
+
+    Raises ValueError for an unknown suite, task, size, encoder or device before anything is trained.
+    """
+    size = SIZES[size] if isinstance(size, str) else size
+    names, recipe = task_names(suite, tasks), size.recipe_for(suite)
+    check_device(device)
+    base = load_base(encoder or size.encoder, device)
+    experts = [
+        fine_tune(base, TASKS[name], recipe, seed=seed)
+        for name in tqdm(names, f"experts, seed {seed}", leave=False)
+    ]
+    precision = resolve(size.precision, check_device(device))
+    problem = make_problem(
+        base,
+        experts,
+        merge_rows=size.merge_rows,
+        max_length=recipe.max_length,
+        precision=precision,
+    )
+    validation, test = (
+        [exam(name, split, rows, base, recipe.max_length) for name in names]
+        for split, rows in (("validation", size.validation_rows), ("test", size.test_rows))
+    )
+    weights = [expert.manifest["model.safetensors"] for expert in experts]
+    seen = [data_digest(TASKS[n].load(s)) for n in names for s in ("merge", "validation", "test")]
+    counts = (size.merge_rows, size.validation_rows, size.test_rows, precision)
+    return Bench(base, experts, problem, validation, test, f"{weights} {seen} {counts}")

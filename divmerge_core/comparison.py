@@ -1,0 +1,272 @@
+"""From a suite's name to a Report: experts, problem, every method with a fair search, all resumable.
+
+Each finished piece (an expert, a candidate's validation score, a merged model's test answers) is kept
+in the cache under a key of everything that determines it, so an interrupted comparison goes on where
+it stopped.
+"""
+
+import ast
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from divmerge_core.assets import cache_dir, fresh_folder
+from divmerge_core.bench import SIZES, Bench, Size, prepare, task_names
+from divmerge_core.coefficients import groups_of
+from divmerge_core.divergences import DIVERGENCES
+from divmerge_core.encoders import check_device, resolve
+from divmerge_core.evaluation import Exam, evaluate
+from divmerge_core.methods import METHODS, options_of, parse
+from divmerge_core.methods.divmerge import PAPER_INPUTS
+from divmerge_core.problem import Step
+from divmerge_core.report import Report, write_json
+from divmerge_core.splits import ROWS
+
+ALL_METHODS = (
+    "average",
+    "task_arithmetic",
+    "ties",
+    "adamerging/task",
+    "adamerging/layer",
+    "divmerge/task",
+    "divmerge/block",
+    "divmerge/layer",
+)
+
+
+@cache
+def code_digest() -> str:
+    """A digest of the code that decides a merge, blind to comments and docstrings."""
+    root = Path(__file__).parent
+    paths = ["problem", "coefficients", "divergences", "vectors", "kernels/merge"]
+    paths += [f"methods/{path.stem}" for path in sorted((root / "methods").glob("*.py"))]
+    digest = hashlib.sha256()
+    for path in paths:
+        tree = ast.parse((root / f"{path}.py").read_text("utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+                node
+            ):
+                node.body[0].value.value = ""
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()
+
+
+def cell(bench: Bench, *what: object) -> Path:
+    """Where a finished piece of work on this bench is kept."""
+    key = json.dumps([code_digest(), bench.digest, *what], sort_keys=True, default=str)
+    return cache_dir() / "cells" / hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
+@dataclass
+class Recorder:
+    """A fit's course: its loss at every step, and coefficients and validation ANP now and then."""
+
+    bench: Bench
+    points: int
+    losses: list[float] = field(default_factory=list)
+    course: list[dict] = field(default_factory=list)
+    coeffs: Tensor | None = None
+    every: int = 0
+
+    def __call__(self, step: Step) -> None:
+        if step.loss is not None:
+            self.losses.append(round(step.loss, 6))
+        self.coeffs = step.coeffs
+        if self.points and (step.loss is None or step.number % self.every == 0):
+            anp = validation_anp(self.bench, step.flat)
+            mean = step.coeffs.mean(dim=1).tolist()  # [T], over groups
+            self.course.append({"step": step.number, "anp": anp, "coefficients": mean})
+
+
+def accuracies(bench: Bench, merged: Float[Tensor, " N"]) -> list[float]:
+    """Validation accuracy of a merged model on every task."""
+    rows = evaluate(bench.problem, merged, bench.validation)
+    return [
+        sum(p == g for p, g in zip(row.predicted, row.gold, strict=True)) / len(row.gold)
+        for row in rows.itertuples()
+    ]
+
+
+def expert_accuracies(bench: Bench) -> list[float]:
+    """Validation accuracy of every task's own expert, kept in the cache."""
+    path = cell(bench, "experts on validation")
+    if not (path / "cell.json").exists():
+        rows = own_experts(bench, bench.validation)
+        right = [
+            sum(p == g for p, g in zip(row.predicted, row.gold, strict=True)) / len(row.gold)
+            for row in rows.itertuples()
+        ]
+        keep(path, right)
+    return recall(path)
+
+
+def own_experts(bench: Bench, exams: Sequence[Exam], **labels: object) -> pd.DataFrame:
+    """Every expert's answers on its own task."""
+    parts = []
+    for number, task in enumerate(bench.problem.vectors.tasks):
+        alone = bench.problem.select([task])
+        parts.append(evaluate(alone, bench.problem.vectors.expert(task), [exams[number]], **labels))
+    return pd.concat(parts, ignore_index=True)
+
+
+def validation_anp(bench: Bench, merged: Float[Tensor, " N"]) -> float:
+    """Mean over tasks of merged over expert accuracy, on validation rows."""
+    pairs = zip(accuracies(bench, merged), expert_accuracies(bench), strict=True)
+    ratios = [merged / expert for merged, expert in pairs]
+    return sum(ratios) / len(ratios)
+
+
+def keep(folder: Path, data: object) -> None:
+    """Store a finished piece of work, whole or not at all."""
+    with fresh_folder(folder) as new:
+        write_json(new / "cell.json", data)
+
+
+def recall(folder: Path) -> object:
+    return json.loads((folder / "cell.json").read_text("utf-8"))
+
+
+def options_for(spec: str, size: Size, seed: int, overrides: Mapping) -> list[dict]:
+    """The candidates of a method: its registered options, with a fit's data and seed filled in."""
+    name, fixed = parse(spec)
+    allowed = options_of(name)
+    search = METHODS.facts[name]["search"] or ({},)
+    inputs = round(size.inputs * PAPER_INPUTS.get(fixed.get("grouping"), 200))
+    fit = {"epochs": size.epochs, "seed": seed, "inputs": inputs, **overrides}
+    fit = {key: value for key, value in fit.items() if key in allowed and value is not None}
+    candidates = [{**option, **fixed, **fit} for option in search[: size.candidates]]
+    return [option for n, option in enumerate(candidates) if option not in candidates[:n]]
+
+
+def run_method(bench: Bench, spec: str, options: Mapping, points: int = 0):
+    """Merged parameters, and the fit's course where there is one."""
+    name, _ = parse(spec)
+    if "watch" not in options_of(name):
+        return METHODS[name](bench.problem, **options), None
+    recorder = Recorder(bench, points)
+    longest = max(map(len, bench.problem.batches))
+    recorder.every = max(1, options["epochs"] * longest // max(1, points))
+    started = time.perf_counter()
+    merged = METHODS[name](bench.problem, watch=recorder, **options)
+    groups, _ = groups_of(bench.problem.vectors.layout, options["grouping"])
+    fit = {
+        "tasks": list(bench.problem.vectors.tasks),
+        "groups": list(groups),
+        "coefficients": [[round(v, 5) for v in row] for row in recorder.coeffs.tolist()],
+        "losses": recorder.losses,
+        "course": recorder.course,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    return merged, fit
+
+
+def choose(bench: Bench, spec: str, candidates: Sequence[dict]) -> dict:
+    """The candidate with the best mean validation ANP; each score is kept in the cache."""
+    found = []
+    for options in candidates:
+        path = cell(bench, "search", spec, options)
+        if not (path / "cell.json").exists():
+            keep(path, validation_anp(bench, run_method(bench, spec, options)[0]))
+        found.append(recall(path))
+    return candidates[max(range(len(found)), key=found.__getitem__)]
+
+
+def compare(
+    suite: str,
+    tasks: Sequence[str] | None = None,
+    *,
+    methods: Sequence[str] = ALL_METHODS,
+    size: str = "default",
+    seeds: Sequence[int] | None = None,
+    device: str = "cpu",
+    encoder: str | None = None,
+    subsets: Sequence[Sequence[str]] = (),
+    points: int = 0,
+    **overrides: object,
+) -> Report:
+    """Every method on the same experts, inputs and test rows, as a Report.
+
+    subsets: also merge these smaller sets of tasks. points: how often a fit's validation ANP is
+    recorded. overrides: options of the fits (`epochs`, `lr`, `init`, `inputs`, `divergence`, `link`),
+    taken from the search where given. Where a method has several candidates, the best on validation
+    rows at the first seed is used for every seed. Raises ValueError for anything unknown, before
+    anything is trained.
+    """
+    settings, names = SIZES[size], task_names(suite, tasks)
+    seeds = list(settings.seeds if seeds is None else seeds)
+    known = {key for spec in methods for key in options_of(parse(spec)[0])}
+    wrong = set(overrides) - known
+    if wrong or not seeds:
+        raise ValueError(
+            f"no such options {sorted(wrong)}; methods take {sorted(known)}; "
+            f"and at least one seed is needed, got {seeds}"
+        )
+    if "divergence" in overrides:
+        DIVERGENCES[overrides["divergence"]]
+    wanted = [tuple(task_names(suite, subset)) for subset in subsets] + [tuple(names)]
+    chosen: dict[tuple, dict] = {}
+    rows, fits = [], []
+    jobs = [(seed, subset, spec) for seed in seeds for subset in wanted for spec in methods]
+    benches: dict[int, Bench] = {}
+    for seed, subset, spec in (bar := tqdm(jobs, f"merging {suite}")):
+        bar.set_postfix_str(f"seed {seed}, {len(subset)} tasks, {spec}")
+        if seed not in benches:
+            benches = {
+                seed: prepare(
+                    suite, names, size=settings, seed=seed, device=device, encoder=encoder
+                )
+            }
+        bench = benches[seed].select(subset)
+        labels = {"suite": suite, "subset": "+".join(subset), "seed": seed}
+        if spec == methods[0]:
+            rows += references(bench, labels)
+        candidates = options_for(spec, settings, seed, overrides)
+        if (subset, spec) not in chosen:
+            best = choose(bench, spec, candidates) if len(candidates) > 1 else candidates[0]
+            chosen[subset, spec] = best
+        options = chosen[subset, spec] | {k: v for k, v in candidates[0].items() if k == "seed"}
+        path = cell(bench, "test", spec, options, points)
+        if not (path / "cell.json").exists():
+            merged, fit = run_method(bench, spec, options, points)
+            found = evaluate(bench.problem, merged, bench.test)
+            keep(path, {"rows": found.to_dict("records"), "fit": fit})
+        done = recall(path)
+        rows += [{**labels, "method": spec, **row} for row in done["rows"]]
+        if done["fit"]:
+            fits.append({**labels, "method": spec, "options": options, **done["fit"]})
+        else:
+            fits.append({**labels, "method": spec, "options": options})
+    return Report.of(
+        pd.DataFrame(rows),
+        fits,
+        size=size,
+        suite=suite,
+        encoder=encoder or settings.encoder,
+        precision=resolve(settings.precision, check_device(device)),
+        recipe=asdict(settings.recipe_for(suite)),
+        seeds=seeds,
+        rows_per_task={
+            split: getattr(settings, f"{split}_rows") or ROWS[split]
+            for split in ("merge", "validation", "test")
+        },
+    )
+
+
+def references(bench: Bench, labels: Mapping) -> list[dict]:
+    """Rows of the methods `expert` (each on its own task) and `base` (with the experts' heads)."""
+    path = cell(bench, "references")
+    if not (path / "cell.json").exists():
+        expert = own_experts(bench, bench.test, method="expert")
+        base = evaluate(bench.problem, bench.problem.vectors.base, bench.test, method="base")
+        keep(path, expert.to_dict("records") + base.to_dict("records"))
+    return [{**labels, **row} for row in recall(path)]

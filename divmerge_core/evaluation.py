@@ -1,0 +1,101 @@
+"""Ask a merged model, and score its answers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from divmerge_core.problem import Batch, MergeProblem
+
+METRICS = ("accuracy", "macro_f1", "matthews")
+
+
+@dataclass(frozen=True)
+class Exam:
+    """A labelled split, ready to be scored: batches, and the gold answer of every row in order."""
+
+    batches: Sequence[Batch]
+    gold: Int[Tensor, " B"]
+
+
+def predict(
+    problem: MergeProblem, merged: Float[Tensor, " N"], task: int, exam: Exam
+) -> Int[Tensor, " B"]:
+    """The merged model's answers on one task's exam."""
+    with torch.no_grad():
+        return torch.cat([problem.logits(merged, task, b).argmax(-1) for b in exam.batches])
+
+
+def evaluate(
+    problem: MergeProblem,
+    merged: Float[Tensor, " N"],
+    exams: Sequence[Exam],
+    **labels: object,
+) -> pd.DataFrame:
+    """Rows of a Report: the merged model's answers on every task, beside the right ones.
+
+    labels fill the columns suite, subset, method and seed. Answers are digits, one per test row.
+    Raises ValueError for a merged vector that holds NaN or inf.
+    """
+    if not torch.isfinite(merged).all():
+        raise ValueError("the merged parameters hold NaN or inf; nothing can be scored")
+    rows = []
+    for number, (task, exam) in enumerate(zip(problem.vectors.tasks, exams, strict=True)):
+        answers = predict(problem, merged, number, exam)
+        rows.append(
+            {**labels, "task": task, "predicted": digits(answers), "gold": digits(exam.gold)}
+        )
+    return pd.DataFrame(rows)
+
+
+def digits(answers: Int[Tensor, " B"]) -> str:
+    """Answer numbers as one character each (0-9, then a, b, ...)."""
+    return "".join(np.base_repr(int(n), 36).lower() for n in answers)
+
+
+def numbers(text: str) -> np.ndarray:
+    """The inverse of `digits`."""
+    return np.array([int(character, 36) for character in text])
+
+
+def confusion(predicted: str, gold: str) -> np.ndarray:
+    """Counts [gold, predicted]."""
+    p, g = numbers(predicted), numbers(gold)
+    size = 1 + max(p.max(), g.max())
+    return np.bincount(g * size + p, minlength=size * size).reshape(size, size)
+
+
+def accuracy(table: np.ndarray) -> float:
+    """Share of right answers, 0 to 1."""
+    return float(np.trace(table) / table.sum())
+
+
+def macro_f1(table: np.ndarray) -> float:
+    """Mean over classes (gold or predicted) of 2 TP / (2 TP + FP + FN), 0 to 1."""
+    both = table.sum(0) + table.sum(1)
+    return float((2 * np.diag(table)[both > 0] / both[both > 0]).mean())
+
+
+def matthews(table: np.ndarray) -> float:
+    """Matthews correlation (Gorodkin's R_K for more classes), -1 to 1; 0 where it is undefined."""
+    n, true, guessed = table.sum(), table.sum(1), table.sum(0)
+    scale = np.sqrt(float(n**2 - guessed @ guessed) * float(n**2 - true @ true))
+    return float((np.trace(table) * n - true @ guessed) / scale) if scale else 0.0
+
+
+def scores(rows: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy, macro F1 and Matthews correlation of every row of predictions, tidy."""
+    functions: dict[str, Callable] = dict(zip(METRICS, (accuracy, macro_f1, matthews), strict=True))
+    found = []
+    for row in rows.itertuples():
+        table = confusion(row.predicted, row.gold)
+        for metric, function in functions.items():
+            found.append(
+                (row.suite, row.subset, row.method, row.seed, row.task, metric, function(table))
+            )
+    columns = ["suite", "subset", "method", "seed", "task", "metric", "value"]
+    return pd.DataFrame(found, columns=columns)

