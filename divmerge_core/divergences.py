@@ -1,8 +1,8 @@
 """How far the merged model's answer is from the expert's: one number per position, in nats.
 
-Every divergence takes logits, expert first, and returns `[*A]`, unreduced. All work in log space, so
-they stay finite for logits of +-1e4 and for classes masked with -inf on both sides. In float32, values
-below about 1e-7 are rounding, and may be negative.
+Every divergence takes logits, expert first, and returns `[*A]`, unreduced. All work in log space,
+so they stay finite for logits of +-1e4 and for classes masked with -inf on both sides. In float32,
+values below about 1e-7 are rounding, and may be negative.
 """
 
 import math
@@ -17,7 +17,8 @@ DIVERGENCES = Registry("divergence")
 
 
 def log_softmax(logits: Float[Tensor, "*A V"]) -> Float[Tensor, "*A V"]:
-    """Log-probabilities in float32 or wider: half-precision logits are widened before any arithmetic.
+    """Log-probabilities in float32 or wider: half-precision logits are widened before any
+    arithmetic.
 
     Raises ValueError where a row holds NaN, +inf or nothing but -inf: it has no distribution.
     """
@@ -48,8 +49,9 @@ def difference(log_a: Float[Tensor, "*A V"], log_b: Float[Tensor, "*A V"]) -> Fl
 def kl(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> Float[Tensor, "*A"]:
     r"""Forward Kullback-Leibler divergence, KL(p || q) = sum_v p_v (log p_v - log q_v).
 
-    p is the expert, q the merged model. At least 0, no upper bound; +inf where the merged model rules
-    out an answer that the expert gives. Source: DivMerge (arXiv 2509.02108), Eq. 4 with D = KL.
+    p is the expert, q the merged model. At least 0, no upper bound; +inf where the merged model
+    rules out an answer that the expert gives. Source: DivMerge (arXiv 2509.02108), Eq. 4 with D =
+    KL.
 
     >>> kl(torch.zeros(1, 2), torch.zeros(1, 2)).item()
     0.0
@@ -64,8 +66,8 @@ def kl(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> Float[Te
 def reverse_kl(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> Float[Tensor, "*A"]:
     """Reverse Kullback-Leibler divergence, KL(q || p): the merged model q is the reference.
 
-    At least 0, no upper bound; +inf, without a usable gradient, where the expert rules out an answer
-    that the merged model gives. Not tested in the DivMerge paper.
+    At least 0, no upper bound; +inf, without a usable gradient, where the expert rules out an
+    answer that the merged model gives. Not tested in the DivMerge paper.
     """
     return kl(merged, expert)
 
@@ -76,7 +78,8 @@ def reverse_kl(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> 
 def js(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> Float[Tensor, "*A"]:
     r"""Jensen-Shannon divergence, (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2.
 
-    Symmetric, between 0 and log 2. Source: DivMerge (arXiv 2509.02108), Eq. 4 with D = JS, its default.
+    Symmetric, between 0 and log 2. Source: DivMerge (arXiv 2509.02108), Eq. 4 with D = JS, its
+    default.
 
     >>> round(js(torch.tensor([[100.0, 0.0]]), torch.tensor([[0.0, 100.0]])).item(), 4)
     0.6931
@@ -89,7 +92,8 @@ def js(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> Float[Te
 
 
 def entropy(logits: Float[Tensor, "*A V"]) -> Float[Tensor, "*A"]:
-    """Shannon entropy of the answer, between 0 and log V: AdaMerging's objective (arXiv 2310.02575).
+    """Shannon entropy of the answer, between 0 and log V: AdaMerging's objective (arXiv
+    2310.02575).
 
     No divergence: it sees no expert, so it stands outside the registry.
     """

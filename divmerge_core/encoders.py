@@ -1,4 +1,5 @@
-"""Pretrained encoders, batches of text for them, and the forward pass that merging differentiates."""
+"""Pretrained encoders, batches of text for them, and the forward pass that merging
+differentiates."""
 
 import hashlib
 import json
@@ -124,9 +125,9 @@ def classifier_forward(
 ) -> Forward:
     """A MergeProblem's `forward` for one encoder with a head per task.
 
-    Batches are sorted by length and run in two halves, each as one pass of the encoder: fewer, larger
-    matrix products, and little padding. precision: of the encoder's matrix products (see Recipe);
-    parameters, gradients and heads stay in float32.
+    Batches are sorted by length and run in two halves, each as one pass of the encoder: fewer,
+    larger matrix products, and little padding. precision: of the encoder's matrix products (see
+    Recipe); parameters, gradients and heads stay in float32.
     """
     pad = {"input_ids": base.tokenizer.pad_token_id}
     device = next(base.encoder.parameters()).device

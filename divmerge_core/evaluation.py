@@ -53,7 +53,9 @@ def evaluate(
 
 
 def digits(answers: Int[Tensor, " B"]) -> str:
-    """Answer numbers as one character each (0-9, then a, b, ...)."""
+    """Answer numbers as one character each (0-9, then a, b, ...); no more than 36 answers fit."""
+    if answers.max() >= 36:
+        raise ValueError(f"a task may have 36 answers at most, got number {int(answers.max())}")
     return "".join(np.base_repr(int(n), 36).lower() for n in answers)
 
 

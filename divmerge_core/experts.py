@@ -22,9 +22,9 @@ from divmerge_core.tasks import Task
 class Recipe:
     """Everything that decides how an expert is trained, besides base, task and seed.
 
-    rows: training rows drawn by the seed; None for all. lr: peak of AdamW's step size, reached after
-    `warmup` of the steps and falling linearly to 0. precision: of the forward pass, `float32` or
-    `bfloat16`; `auto` picks bfloat16 where the hardware has it.
+    rows: training rows drawn by the seed; None for all. lr: peak of AdamW's step size, reached
+    after `warmup` of the steps and falling linearly to 0. precision: of the forward pass, `float32`
+    or `bfloat16`; `auto` picks bfloat16 where the hardware has it.
     """
 
     rows: int | None = 1200
@@ -59,8 +59,8 @@ def fine_tune(
     """The expert for a task: from the cache where one was made in exactly this way, else trained.
 
     The seed draws the training rows, the head's first weights, the order and the dropout. The key
-    holds the base's digest, the rows' digest, the recipe, the seed, the device type and the versions
-    of torch and transformers.
+    holds the base's digest, the rows' digest, the recipe, the seed, the device type and the
+    versions of torch and transformers.
     """
     recipe = recipe or Recipe()
     device = next(base.encoder.parameters()).device
@@ -83,8 +83,8 @@ def fine_tune(
     key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:20]
     folder = cache_dir() / "experts" / f"{task.name}-{key}"
     if not (folder / "manifest.json").exists():
-        state, head = train(base, task, rows, recipe, seed=seed, progress=progress)
-        with fresh_folder(folder) as new:
+        with fresh_folder(folder) as new:  # opened first: a read-only cache costs no training
+            state, head = train(base, task, rows, recipe, seed=seed, progress=progress)
             tensors = {f"encoder.{k}": v for k, v in state.items()}
             tensors |= {f"head.{k}": v for k, v in head.items()}
             save_file({k: v.cpu() for k, v in tensors.items()}, new / "model.safetensors")
@@ -94,7 +94,8 @@ def fine_tune(
 
 
 def load_expert(folder: Path, *, device: str = "cpu") -> Expert:
-    """An expert from its folder. Raises ValueError where its weights are not those it was saved with."""
+    """An expert from its folder. Raises ValueError where its weights are not those it was saved
+    with."""
     if not (folder / "manifest.json").is_file():
         raise ValueError(f"{folder} holds no expert: manifest.json is missing")
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -125,10 +125,10 @@ def fit_coefficients(
 ) -> Float[Tensor, " N"]:
     """Adam on the coefficients, minimising sum_t E_x objective(expert_t(x), merged(x)).
 
-    One batch of every task per step, unweighted sum over tasks (DivMerge Eq. 4 and Algorithm 1). The
-    experts' logits are cached; the merged parameters are written into one live buffer whose views
-    are the model's leaves, their gradients accumulate in one buffer, and a single pass turns that
-    buffer into dL/dLambda. `coefficients` is trained in place; returns the merged parameters.
+    One batch of every task per step, unweighted sum over tasks (DivMerge Eq. 4 and Algorithm 1).
+    The experts' logits are cached; the merged parameters are written into one live buffer whose
+    views are the model's leaves, their gradients accumulate in one buffer, and a single pass turns
+    that buffer into dL/dLambda. `coefficients` is trained in place; returns the merged parameters.
 
     epochs: passes over the inputs, at least 1. lr: Adam's step size, above 0. Raises ValueError for
     values outside these ranges, and where a task has no inputs or the loss stops being finite.

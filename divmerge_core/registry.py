@@ -1,4 +1,5 @@
-"""A dictionary of named functions: fill it with a decorator, read it by name, and be told the choices."""
+"""A dictionary of named functions: fill it with a decorator, read it by name, and be told the
+choices."""
 
 import difflib
 from collections.abc import Callable
@@ -21,8 +22,8 @@ class Registry(dict[str, Any]):
     >>> COLOURS["red"](), COLOURS.facts["red"]["warm"]
     (16711680, True)
     >>> COLOURS["rad"]
-    Traceback (most recent call last):
-    divmerge_core.registry.UnknownName: unknown colour 'rad'; choose one of: red (did you mean 'red'?)
+    Traceback (most recent call last): divmerge_core.registry.UnknownName: unknown colour 'rad';
+    choose one of: red (did you mean 'red'?)
     """
 
     def __init__(self, kind: str):

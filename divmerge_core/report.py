@@ -1,7 +1,7 @@
 """A Report: predictions with their origin, from which every score and interval is worked out.
 
-Predictions, not scores, are stored: any metric, and a paired bootstrap over test examples and seeds,
-can be computed from them later, exactly.
+Predictions, not scores, are stored: any metric, and a paired bootstrap over test examples and
+seeds, can be computed from them later, exactly.
 """
 
 import datetime
@@ -27,10 +27,11 @@ MARGIN = 0.02  # an expert this far above the majority class makes its task coun
 
 @dataclass(frozen=True)
 class Report:
-    """Predictions, one row per suite x subset x method x seed x task; fits; and where it all came from.
+    """Predictions, one row per suite x subset x method x seed x task; fits; and where it all came
+    from.
 
-    The method `expert` holds each task's own expert: what ANP divides by. `fits` holds, per fit, its
-    coefficients and its course.
+    The method `expert` holds each task's own expert: what ANP divides by. `fits` holds, per fit,
+    its coefficients and its course.
     """
 
     rows: pd.DataFrame
@@ -50,7 +51,8 @@ class Report:
         return first.gold.map(lambda gold: np.bincount(numbers(gold)).max() / len(gold))
 
     def counted(self, suite: str) -> list[str]:
-        """Tasks that count in the ANP: the expert beats the majority by MARGIN, averaged over seeds."""
+        """Tasks that count in the ANP: the expert beats the majority by MARGIN, averaged over
+        seeds."""
         rows = self.rows[(self.rows.suite == suite) & (self.rows.method == "expert")]
         reached = (
             scores(rows).query("metric == 'accuracy'").groupby("task", sort=False).value.mean()
@@ -61,9 +63,9 @@ class Report:
     def metrics(self) -> pd.DataFrame:
         """Tidy scores: suite, subset, method, seed, task, metric, value.
 
-        Per task: accuracy, macro_f1, matthews and ratio, the accuracy divided by the expert's. Under
-        the task name `all`: anp, the mean ratio over counted tasks (DivMerge Eq. 5), and worst, the
-        smallest of them.
+        Per task: accuracy, macro_f1, matthews and ratio, the accuracy divided by the expert's.
+        Under the task name `all`: anp, the mean ratio over counted tasks (DivMerge Eq. 5), and
+        worst, the smallest of them.
         """
         tidy = scores(self.rows)
         exact = tidy[tidy.metric == "accuracy"]
@@ -89,9 +91,9 @@ class Report:
     ) -> pd.DataFrame:
         """Percentile bootstrap: suite, subset, method, value, low, high (and num_seeds).
 
-        statistic: `anp`, `worst`, or `accuracy` (mean over counted tasks). Each draw resamples seeds,
-        and within a seed every task's test rows; the same rows for all methods, so that `difference`
-        is paired. With one seed, only test rows vary.
+        statistic: `anp`, `worst`, or `accuracy` (mean over counted tasks). Each draw resamples
+        seeds, and within a seed every task's test rows; the same rows for all methods, so that
+        `difference` is paired. With one seed, only test rows vary.
         """
         found = []
         for (suite, subset), rows in self.rows.groupby(["suite", "subset"], sort=False):
@@ -177,9 +179,13 @@ def combine(right: np.ndarray, methods: Sequence[str], statistic: str) -> np.nda
 def write_json(path: Path, data: object) -> None:
     """Write JSON to a temporary file and rename it: readers see the old file or the new one."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(data, file, indent=1)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def origin(**facts: object) -> dict:

@@ -127,14 +127,13 @@ class _OwnKernel(AsyncKernelManager):
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        command = "-m ipykernel_launcher -f {connection_file} --log-level=50"
         env = {
             "OMP_WAIT_POLICY": "PASSIVE",  # idle threads yield: a busy machine is four times faster
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONWARNINGS": "ignore:IProgress not found",  # bars are text here
         }
-        argv = [sys.executable, *command.split()]
-        return KernelSpec(argv=argv, env=env, language="python", display_name="Python 3")
+        flags = "-m ipykernel_launcher --log-level=50 -f {connection_file}"
+        return KernelSpec(argv=[sys.executable, *flags.split()], env=env, language="python")
 
 
 @contextmanager
@@ -212,6 +211,7 @@ def _stage(root: Path, name: str, size: str, folder: Path) -> Path:
 def book(size: str, *, root: Path = ROOT) -> Path:
     """Execute every notebook of the table of contents and build the HTML; warnings are errors."""
     from divmerge_core.bench import SIZES
+    from divmerge_core.figures import landing
 
     if size not in SIZES:
         raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
@@ -224,6 +224,7 @@ def book(size: str, *, root: Path = ROOT) -> Path:
             staged[name] = _stage(root, name, size, build / "executed" / size)
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(root / "book", source)
+    landing(source / "results")
     for name, executed in staged.items():
         (source / name).parent.mkdir(exist_ok=True)
         shutil.copy(executed, source / f"{name}.ipynb")
@@ -233,7 +234,6 @@ def book(size: str, *, root: Path = ROOT) -> Path:
 def _pages(build: Path, source: Path) -> Path:
     """Build the HTML beside the old one and swap them when it is complete."""
     start = time.monotonic()
-    print("pages: building", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=build, prefix="pages-") as folder:
         command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build"]
         command += [source, "--config", source / "_config.yml", "--toc", source / "_toc.yml"]

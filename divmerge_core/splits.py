@@ -17,7 +17,8 @@ def normal(text: str) -> str:
 
 
 def components(rows: Sequence[Row]) -> list[list[int]]:
-    """Row numbers grouped so that rows which share a text, directly or through others, are together."""
+    """Row numbers grouped so that rows which share a text, directly or through others, are
+    together."""
     parent: dict[str, str] = {}
 
     def root(text: str) -> str:
@@ -55,8 +56,8 @@ def split_rows(rows: Iterable[Row], held_out: Iterable[Row] = (), *, seed: int =
     """Deterministic, disjoint splits of ROWS' sizes; duplicates and contradictions are dropped.
 
     Rows that share a text stay together; where that ties most rows to each other, texts are dealt
-    out instead (`deal_texts`). Where `held_out` rows are given, test is drawn from them, and other rows
-    that share a text with them are dropped.
+    out instead (`deal_texts`). Where `held_out` rows are given, test is drawn from them, and other
+    rows that share a text with them are dropped.
     """
     kept: dict[tuple, tuple[Row, bool]] = {}
     clash = set()

@@ -29,8 +29,8 @@ SUITES = Registry("suite")
 class Task:
     """Inputs, right answers, and where they come from.
 
-    kind: what is asked of the text. read: () -> rows of every split. origin: a digest of what `read`
-    reads, so that cached splits are renewed when it changes.
+    kind: what is asked of the text. read: () -> rows of every split. origin: a digest of what
+    `read` reads, so that cached splits are renewed when it changes.
     """
 
     name: str
@@ -211,7 +211,7 @@ def swap_half(rows: list[Row], *, candidates: int = 20, seed: int = 0) -> list[R
     return result
 
 
-# ---- GLUE: rows from the hub's nyu-mll/glue, or from a folder in the same layout -------------------
+# ---- GLUE: rows from the hub's nyu-mll/glue, or from a folder in the same layout ---------------
 
 
 def glue_folder() -> Path | None:

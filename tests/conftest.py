@@ -76,7 +76,13 @@ def toys(tiny_folder, shared_cache, experts, monkeypatch):
         monkeypatch.setitem(TASKS, name, toy_task(name))
     monkeypatch.setitem(SUITES, "toy", Suite("toy", tuple(MARKERS)))
     size = Size(
-        str(tiny_folder), (0,), TINY_RECIPE, TINY_RECIPE, epochs=2, precision="float32", candidates=1
+        str(tiny_folder),
+        (0,),
+        TINY_RECIPE,
+        TINY_RECIPE,
+        epochs=2,
+        precision="float32",
+        candidates=1,
     )
     monkeypatch.setitem(SIZES, "toy", size)
     monkeypatch.setenv("DIVMERGE_CACHE", str(shared_cache))

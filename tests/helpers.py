@@ -1,4 +1,4 @@
-"""What the tests share: a small linear model to merge, a naive merge, and toy tasks with their words."""
+"""What the tests share: a linear model to merge, a naive merge, and toy tasks with their words."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -120,7 +120,9 @@ MARKERS = {
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLERS]
 WORDS += [marker for markers in MARKERS.values() for marker in markers]
 COUNTS = {"train": 160, "validation": 40, "merge": 24, "test": 60}
-TINY_RECIPE = Recipe(rows=None, epochs=4, lr=1e-2, batch_size=16, max_length=12, precision="float32")
+TINY_RECIPE = Recipe(
+    rows=None, epochs=4, lr=1e-2, batch_size=16, max_length=12, precision="float32"
+)
 
 
 def sentences(name: str, count: int, *, seed: int = 0) -> list[Row]:

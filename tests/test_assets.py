@@ -102,7 +102,9 @@ def test_a_file_that_is_lost_or_changed_later_is_noticed(cache, toy, shelf, harm
     folder = fetch("toy", download=shelf)
     harm(folder / "toy/data/rows.csv")
     assets.verify.cache_clear()  # as in a new process
-    with pytest.raises(ValueError, match=r"rows\.csv is missing or damaged; delete .* fetched again"):
+    with pytest.raises(
+        ValueError, match=r"rows\.csv is missing or damaged; delete .* fetched again"
+    ):
         fetch("toy", download=shelf)
 
 
@@ -139,14 +141,14 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(cache, toy, shelf, monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(zipfile.ZipFile, "extractall", full)
-    with pytest.raises(ValueError, match="No space left on device; set DIVMERGE_CACHE to a writable"):
+    with pytest.raises(
+        ValueError, match="No space left on device; set DIVMERGE_CACHE to a writable"
+    ):
         fetch("toy", download=shelf)
     assert nothing_is_left(cache)
 
 
-def test_a_read_only_cache_is_refused_before_anything_is_downloaded(
-    cache, toy, shelf, monkeypatch
-):
+def test_a_read_only_cache_is_refused_before_anything_is_downloaded(cache, toy, shelf, monkeypatch):
     def refuse(**options):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
@@ -158,7 +160,9 @@ def test_a_read_only_cache_is_refused_before_anything_is_downloaded(
 
 def test_a_cache_path_that_is_a_file_is_refused_before_anything_is_downloaded(cache, toy, shelf):
     cache.write_text("a file")
-    with pytest.raises(ValueError, match="cannot write .*; set DIVMERGE_CACHE to a writable folder"):
+    with pytest.raises(
+        ValueError, match="cannot write .*; set DIVMERGE_CACHE to a writable folder"
+    ):
         fetch("toy", download=shelf)
     assert shelf.asked == 0
     assert cache.read_text() == "a file"
@@ -207,7 +211,9 @@ def test_a_fetch_through_pip_keeps_neither_wheel_nor_requirements(cache, toy, pi
 
 def test_where_pip_fails_its_words_and_the_cure_are_given(cache, toy, pip):
     pip.outcome = 1
-    with pytest.raises(ValueError, match="(?s)could not fetch toy==1.0.*check the network.*no route"):
+    with pytest.raises(
+        ValueError, match="(?s)could not fetch toy==1.0.*check the network.*no route"
+    ):
         fetch("toy")
     assert nothing_is_left(cache)
 

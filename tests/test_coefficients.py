@@ -79,16 +79,20 @@ def test_they_are_the_only_trainable_numbers():
     assert [tuple(p.shape) for p in coefficients.parameters()] == [(2, 7)]
 
 
-# --- what cannot be ---------------------------------------------------------------------------------
+# --- what cannot be -------------------------------------------------------------------------------
 
 
 def test_an_unknown_grouping_is_answered_with_the_choices():
-    with pytest.raises(ValueError, match="unknown grouping 'layers'; choose one of: task, block, layer"):
+    with pytest.raises(
+        ValueError, match="unknown grouping 'layers'; choose one of: task, block, layer"
+    ):
         Coefficients(LAYOUT, 2, grouping="layers")
 
 
 def test_an_unknown_link_is_answered_with_the_choices():
-    with pytest.raises(ValueError, match="unknown link 'tanh'; choose one of: identity, sigmoid, soft"):
+    with pytest.raises(
+        ValueError, match="unknown link 'tanh'; choose one of: identity, sigmoid, soft"
+    ):
         Coefficients(LAYOUT, 2, link="tanh")
 
 
@@ -110,7 +114,8 @@ edge = pytest.mark.xfail(strict=True, reason="the infinite parameter behind it i
 )
 def test_a_value_that_the_link_cannot_reach_is_refused(link, value):
     with pytest.raises(
-        ValueError, match=rf"link '{link}' cannot start at {value}: .*\(0, 1\).* 1/T = 0.5; identity"
+        ValueError,
+        match=rf"link '{link}' cannot start at {value}: .*\(0, 1\).* 1/T = 0.5; identity",
     ):
         Coefficients(LAYOUT, 2, link=link, init=value)
 
@@ -118,5 +123,3 @@ def test_a_value_that_the_link_cannot_reach_is_refused(link, value):
 def test_no_task_at_all_is_refused():
     with pytest.raises(ValueError, match="at least one task, got 0"):
         Coefficients(LAYOUT, 0)
-
-

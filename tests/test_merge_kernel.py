@@ -106,7 +106,7 @@ def test_the_gradient_is_the_loop(table, num_tasks, dtype, rtol, atol):
 
 @tables
 def test_the_gradient_is_the_merges_own(table):
-    """The merge is linear: its change along any direction is the inner product with that direction."""
+    """The merge is linear: its change in any direction is an inner product with it."""
     grad, deltas, coeffs, _, segments = case(table, 3)
     base = torch.zeros_like(grad)
     along = grad @ grouped_merge(base, deltas, coeffs, segments)
@@ -152,12 +152,16 @@ def test_coefficients_of_the_wrong_shape_are_refused_with_the_right_one(shape):
 
 def test_a_merge_with_coefficients_of_the_wrong_shape_is_refused():
     base, deltas, _, _, segments = case("a group each", 2)
-    with pytest.raises(ValueError, match=r"\[T, G\] = \[2, 3\], one per task and group, got \[2, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"\[T, G\] = \[2, 3\], one per task and group, got \[2, 2\]"
+    ):
         grouped_merge(base, deltas, torch.zeros(2, 2, dtype=base.dtype), segments)
 
 
 def test_segments_of_another_layout_are_refused():
     base, deltas, coeffs, _, _ = case("a group each", 2)
     short = Segments.of([(0, 4), (4, 5), (5, 6)], [0, 1, 2])
-    with pytest.raises(ValueError, match="segments end at 6, deltas have 12 columns; make both from"):
+    with pytest.raises(
+        ValueError, match="segments end at 6, deltas have 12 columns; make both from"
+    ):
         grouped_merge(base, deltas, coeffs, short)

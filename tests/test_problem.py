@@ -10,10 +10,8 @@ from torch.testing import assert_close
 
 from divmerge_core.coefficients import GROUPINGS, Coefficients, groups_of
 from divmerge_core.divergences import DIVERGENCES, entropy, js
-from divmerge_core.encoders import classifier_forward
 from divmerge_core.kernels.merge import grouped_inner, grouped_merge
 from divmerge_core.problem import Batch, MergeProblem, expert_logits, fit_coefficients, schedule
-from divmerge_core.vectors import TaskVectors
 
 every_grouping = pytest.mark.parametrize("grouping", GROUPINGS)
 OBJECTIVES = {**DIVERGENCES, "entropy": lambda expert, merged: entropy(merged)}
@@ -97,11 +95,10 @@ def test_the_merges_gradient_passes_gradcheck(grouping):
 def test_the_gradient_is_autograds_on_a_transformer_too(toy_problem, grouping):
     start, found = core_gradient(toy_problem, js, grouping=grouping)
     expected = naive_gradient(fewer(toy_problem, 1), start, js, grouping)
-    print((found - expected).norm() / expected.norm())
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
-# --- the loop ---------------------------------------------------------------------------------------
+# --- the loop -------------------------------------------------------------------------------------
 
 
 def losses_of(problem: MergeProblem, coefficients: Coefficients, **options) -> list[float]:
@@ -221,7 +218,7 @@ def test_the_experts_answers_are_those_of_the_experts(problem):
             assert_close(cached[number][index], problem.logits(flat, number, batch))
 
 
-# --- what is visited, and what is shown -------------------------------------------------------------
+# --- what is visited, and what is shown -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("counts", [[4], [3, 3], [5, 2, 1]])
@@ -259,7 +256,7 @@ def test_the_watcher_sees_every_step_and_the_end(problem):
         assert_close(flat, grouped_merge(vectors.base, vectors.deltas, coeffs, segments))
 
 
-# --- a problem and its parts ------------------------------------------------------------------------
+# --- a problem and its parts ----------------------------------------------------------------------
 
 
 def test_a_part_of_a_problem_answers_as_the_whole(problem):
@@ -290,18 +287,23 @@ def test_a_problem_holds_no_labels(toy_problem):
 
 
 def test_inputs_for_every_task_are_asked_for(problem):
-    with pytest.raises(ValueError, match="3 tasks but inputs for 2; give one sequence of batches per"):
+    with pytest.raises(
+        ValueError, match="3 tasks but inputs for 2; give one sequence of batches per"
+    ):
         MergeProblem(problem.vectors, problem.batches[:2], problem.forward)
 
 
 def test_a_task_without_inputs_is_named(problem):
     bare = MergeProblem(problem.vectors, [problem.batches[0], [], []], problem.forward)
-    with pytest.raises(ValueError, match=r"needs unlabelled inputs .*none for \['task1', 'task2'\]"):
+    with pytest.raises(
+        ValueError, match=r"needs unlabelled inputs .*none for \['task1', 'task2'\]"
+    ):
         fit_coefficients(bare, coefficients_of(problem), js, progress=False)
 
 
 @pytest.mark.parametrize(
-    "options", [{"epochs": 0}, {"lr": 0.0}, {"lr": -1.0}, {"lr": float("nan")}]
+    "options",
+    [{"epochs": 0}, {"lr": 0.0}, {"lr": -1.0}, {"lr": float("nan")}, {"lr": float("inf")}],
 )
 def test_epochs_and_step_size_must_be_positive(problem, options):
     with pytest.raises(ValueError, match="epochs must be 1 or more and lr above 0, got"):
@@ -312,5 +314,7 @@ def test_a_loss_that_is_no_number_is_reported_with_its_step(problem):
     def objective(expert, merged):
         return merged.sum(-1) * float("inf")
 
-    with pytest.raises(ValueError, match=r"the loss is -?(inf|nan) at step 0; lower lr \(now 0.01\)"):
+    with pytest.raises(
+        ValueError, match=r"the loss is -?(inf|nan) at step 0; lower lr \(now 0.01\)"
+    ):
         fit_coefficients(problem, coefficients_of(problem), objective, progress=False)

@@ -207,6 +207,7 @@ def test_a_wrong_size_is_refused_with_the_choices(small_book, no_kernel, capsys)
 
 def test_a_notebook_runs_again_only_when_something_it_needs_changed(small_book, monkeypatch):
     monkeypatch.setattr(runs, "_pages", lambda build, source: source)
+    monkeypatch.setattr("divmerge_core.figures.landing", lambda results: None)
     source = runs.book("smoke", root=small_book)
     assert text(source / "notebooks" / "one.ipynb") == "chapter smoke\n"  # no progress bars
     runs.book("smoke", root=small_book)

@@ -322,3 +322,18 @@ def test_the_readme_lists_what_exists():
     assert [name for name in listed if not list(ROOT.glob(name.rstrip("/")))] == []
     wanted = {names(path) for path in [*MODULES, *NOTEBOOKS] if path.name != "__init__.py"}
     assert sorted(wanted - set(listed)) == []
+
+
+# --- the data page -------------------------------------------------------------------------------
+
+
+def test_the_data_page_lists_every_asset_and_every_task():
+    from divmerge_core.assets import ASSETS
+    from divmerge_core.tasks import TASKS
+
+    page = " ".join((ROOT / "book" / "data.md").read_text(encoding="utf-8").split())
+    for asset in ASSETS.values():
+        assert f"`{asset.package}` {asset.version}" in page
+        assert asset.licence in page and asset.sha256[:16] in page
+    for name, task in TASKS.items():
+        assert f"`{name}`" in page and task.kind in page and ", ".join(task.answers) in page

@@ -93,7 +93,9 @@ def test_half_of_the_questions_get_a_passage_of_another():
     found = swap_half(rows)
     assert found == swap_half(rows)
     assert [question for question, *_ in found] == [question for question, *_ in rows]
-    assert all((passage == own[question]) == (answer == "yes") for question, passage, answer in found)
+    assert all(
+        (passage == own[question]) == (answer == "yes") for question, passage, answer in found
+    )
     assert 70 < sum(answer == "no" for *_, answer in found) < 130
     assert {passage for _, passage, _ in found} <= set(own.values())  # splits stay disjoint
 
@@ -161,9 +163,7 @@ def test_glues_hidden_test_labels_are_left_alone(glue):
 
 def test_a_labelled_test_split_stands_in_for_a_validation_split_that_is_missing(glue):
     for split, count in (("train", 900), ("test", 30)):
-        rows = [
-            {"sentence": f"{split} review {n}", "label": n % 2, "idx": n} for n in range(count)
-        ]
+        rows = [{"sentence": f"{split} review {n}", "label": n % 2, "idx": n} for n in range(count)]
         glue("sst2", split, rows)
     assert all(text.startswith("test review") for text in TASKS["sst2"].load("test")["text"])
 

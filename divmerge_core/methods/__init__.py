@@ -1,8 +1,8 @@
 """Merging methods: `(problem, *, options) -> merged parameters [N]`, by name in METHODS.
 
-Facts beside each: `source`; `needs`, the data it looks at; `symmetric`, whether the order of tasks is
-immaterial; `search`, the options worth trying, the published ones first. Data-free candidates cost one
-pass over validation rows, so there are more of them than of candidates that cost a fit.
+Facts beside each: `source`; `needs`, the data it looks at; `symmetric`, whether the order of tasks
+is immaterial; `search`, the options worth trying, the published ones first. Data-free candidates
+cost one pass over validation rows, so there are more of them than of candidates that cost a fit.
 """
 
 import inspect

@@ -12,7 +12,6 @@ from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.methods import METHODS
 from divmerge_core.problem import MergeProblem, Objective, Step, fit_coefficients
 
-
 PAPER_INPUTS = {"task": 200, "block": 200, "layer": 400}  # per task; the paper has no blocks
 
 
@@ -74,10 +73,10 @@ def divmerge(
 ) -> Float[Tensor, " N"]:
     """Minimise sum_t E_x D(expert_t(x), merged(x)) over the coefficients (DivMerge Eq. 4).
 
-    divergence: a name in DIVERGENCES. grouping: one coefficient per task, per task and block, or per
-    task and layer. init: None for 1/T (the paper's Algorithm 1); its Table 9 says 0.5. inputs: per
-    task, None for the paper's 200 or 400. Raises ValueError for unknown names, values out of range,
-    and a task without inputs.
+    divergence: a name in DIVERGENCES. grouping: one coefficient per task, per task and block, or
+    per task and layer. init: None for 1/T (the paper's Algorithm 1); its Table 9 says 0.5. inputs:
+    per task, None for the paper's 200 or 400. Raises ValueError for unknown names, values out of
+    range, and a task without inputs.
     """
     objective = DIVERGENCES[divergence]
     return learn(

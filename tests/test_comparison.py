@@ -1,0 +1,276 @@
+"""Comparisons: every method on the same rows, resumable, with a search that sees no test row."""
+
+import ast
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from divmerge_core import bench, comparison, experts
+from divmerge_core.bench import SIZES
+from divmerge_core.comparison import ALL_METHODS, code_digest, compare, options_for
+from divmerge_core.methods import parse
+
+QUICK = ("average", "ties", "divmerge/block")
+
+
+@pytest.fixture
+def fresh(toys, shared_cache, tmp_path, monkeypatch):
+    """The toy suite with its experts in a cache that holds no result yet."""
+    for kind in ("experts", "tasks"):
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        (tmp_path / "cache" / kind).symlink_to(shared_cache / kind, target_is_directory=True)
+    monkeypatch.setenv("DIVMERGE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """The methods that were really run, in order."""
+    names, run = [], comparison.run_method
+
+    def counted(bench, spec, *rest, **options):
+        names.append(spec)
+        return run(bench, spec, *rest, **options)
+
+    monkeypatch.setattr(comparison, "run_method", counted)
+    return names
+
+
+def toy_size(monkeypatch, **changes) -> None:
+    monkeypatch.setitem(SIZES, "toy", replace(SIZES["toy"], **changes))
+
+
+# --- what comes out -------------------------------------------------------------------------------
+
+
+def test_every_method_answers_the_same_rows(fresh):
+    report = compare("toy", size="toy")
+    assert set(report.rows.method) == {"expert", "base", *ALL_METHODS}
+    assert set(report.rows.subset) == {"mood+place"}
+    for _, rows in report.rows.groupby("task"):
+        assert rows.gold.nunique() == 1 and len(rows) == 2 + len(ALL_METHODS)
+    table = report.intervals(draws=50).set_index("method")
+    assert table.value["expert"] == 1 and table.value.notna().all()
+
+
+def test_fits_tell_their_course_and_their_coefficients(fresh):
+    report = compare("toy", size="toy", methods=["ties", "divmerge/block"], points=2)
+    ties, fit = report.fits
+    assert ties["options"] == {"scale": 1.0} and "losses" not in ties
+    assert fit["options"]["grouping"] == "block"
+    assert fit["tasks"] == ["mood", "place"]
+    assert len(fit["coefficients"]) == 2
+    assert [len(row) for row in fit["coefficients"]] == [len(fit["groups"])] * 2
+    assert fit["groups"][0] == "embeddings" and "encoder.layer.1" in fit["groups"]
+    assert all(math.isfinite(loss) for loss in fit["losses"])
+    assert fit["course"][0]["step"] == 0
+    assert fit["course"][-1]["step"] == len(fit["losses"])
+    assert all(point["anp"] > 0 for point in fit["course"])
+
+
+def test_subsets_are_merged_beside_the_whole(fresh, monkeypatch):
+    report = compare("toy", size="toy", methods=["average"], subsets=[["place", "mood"]])
+    assert list(report.rows.subset.unique()) == ["place+mood", "mood+place"]
+    table = report.intervals(draws=20).set_index(["subset", "method"]).value
+    assert table["place+mood", "average"] == pytest.approx(table["mood+place", "average"])
+
+
+def test_provenance_says_what_was_compared_on_what(fresh):
+    facts = compare("toy", size="toy", methods=["average"]).provenance
+    assert facts["suite"] == "toy" and facts["size"] == "toy" and facts["seeds"] == [0]
+    assert facts["precision"] == "float32"
+    assert facts["recipe"]["lr"] == 1e-2
+    assert set(facts["rows_per_task"]) == {"merge", "validation", "test"}
+
+
+def test_every_seed_has_experts_of_its_own(toys, cache):
+    report = compare("toy", size="toy", methods=["average"], seeds=[0, 1])
+    assert sorted(report.rows.seed.unique()) == [0, 1]
+    assert len(list((cache / "experts").iterdir())) == 4
+
+
+def test_a_method_without_its_grouping_takes_its_own(fresh):
+    fit = compare("toy", size="toy", methods=["divmerge"], epochs=1).fits[0]
+    assert fit["groups"] == ["model"]
+
+
+# --- resumed, not repeated ------------------------------------------------------------------------
+
+
+def forbid(*args, **options):
+    pytest.fail("finished work is repeated")
+
+
+def test_a_second_comparison_runs_nothing(fresh, monkeypatch):
+    first = compare("toy", size="toy", methods=QUICK)
+    monkeypatch.setattr(comparison, "run_method", forbid)
+    monkeypatch.setattr(experts, "train", forbid)
+    second = compare("toy", size="toy", methods=QUICK)
+    pd.testing.assert_frame_equal(first.rows, second.rows)
+    assert first.fits == second.fits
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(fresh, monkeypatch):
+    run, done = comparison.run_method, []
+
+    def interrupted(bench, spec, *rest, **options):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(spec)
+        return run(bench, spec, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "run_method", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compare("toy", size="toy", methods=QUICK)
+    assert done == ["average", "ties"]
+    done.clear()
+    monkeypatch.setattr(comparison, "run_method", interrupted)
+    compare("toy", size="toy", methods=QUICK)
+    assert done == ["divmerge/block"]
+    assert not list(fresh.glob("cells/.*"))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"epochs": 1}, {"lr": 0.5}, {"divergence": "kl"}, {"init": 0.4}, {"inputs": 4}],
+    ids=str,
+)
+def test_other_options_are_other_results(fresh, ran, changed):
+    compare("toy", size="toy", methods=["divmerge/task"])
+    report = compare("toy", size="toy", methods=["divmerge/task"], **changed)
+    assert len(ran) == 2
+    assert report.fits[0]["options"].items() >= changed.items()
+
+
+def test_other_code_is_another_result(fresh, ran, monkeypatch):
+    compare("toy", size="toy", methods=["average"])
+    monkeypatch.setattr(comparison, "code_digest", lambda: "changed")
+    compare("toy", size="toy", methods=["average"])
+    assert ran == ["average", "average"]
+
+
+def test_comments_and_docstrings_are_no_code(monkeypatch):
+    read = ast.parse
+
+    def digest_with(old: str, new: str) -> str:
+        """The digest if every module were written a little differently."""
+        with monkeypatch.context() as patch:
+            patch.setattr(comparison.ast, "parse", lambda text: read(text.replace(old, new)))
+            return code_digest.__wrapped__()
+
+    assert digest_with("    # ", "    # more ") == code_digest()
+    assert digest_with("Where the fit stands", "Where it stands") == code_digest()  # a docstring
+    assert digest_with("log(2)", "log(3)") != code_digest()
+
+
+# --- the search -----------------------------------------------------------------------------------
+
+
+def test_one_candidate_is_the_published_one():
+    options = options_for("task_arithmetic", replace(SIZES["smoke"], candidates=1), 0, {})
+    assert options == [{"scale": 0.3}]
+
+
+def test_candidates_are_the_registered_options_with_the_fits_own(monkeypatch):
+    size = replace(SIZES["smoke"], candidates=None, epochs=3)
+    options = options_for("divmerge/block", size, 5, {"lr": 0.1})
+    assert [option.get("init") for option in options] == [None, 0.5]
+    for option in options:
+        assert option["grouping"] == "block" and option["seed"] == 5
+        assert option["epochs"] == 3 and option["lr"] == 0.1
+
+
+def test_an_override_makes_equal_candidates_one():
+    size = replace(SIZES["smoke"], candidates=None)
+    assert len(options_for("divmerge/task", size, 0, {"init": 0.2})) == 1
+
+
+def test_options_go_to_the_methods_that_take_them():
+    assert options_for("average", SIZES["smoke"], 0, {"lr": 0.1}) == [{}]
+
+
+def test_the_best_candidate_on_validation_rows_is_the_one_that_is_tested(fresh, ran, monkeypatch):
+    toy_size(monkeypatch, candidates=3)
+    scores = {0.3: 0.5, 0.2: 0.9, 0.4: 0.7}
+    chosen = []
+
+    def score(bench, merged):
+        return scores[chosen[-1]]
+
+    run = comparison.run_method
+
+    def note(bench, spec, options, *rest):
+        chosen.append(options["scale"])
+        return run(bench, spec, options, *rest)
+
+    monkeypatch.setattr(comparison, "validation_anp", score)
+    monkeypatch.setattr(comparison, "run_method", note)
+    report = compare("toy", size="toy", methods=["task_arithmetic"])
+    assert chosen == [0.3, 0.2, 0.4, 0.2]
+    assert report.fits[0]["options"] == {"scale": 0.2}
+
+
+def test_the_search_sees_no_test_row(fresh, monkeypatch):
+    toy_size(monkeypatch, candidates=2)
+    prepare = comparison.prepare
+
+    def blind(*args, **options):
+        return replace(prepare(*args, **options), test=[])
+
+    found = prepare("toy", size="toy")
+    candidates = options_for("ties", SIZES["toy"], 0, {})
+    seeing = comparison.choose(found, "ties", candidates)
+    for path in fresh.glob("cells/*/cell.json"):
+        path.unlink()
+    assert comparison.choose(blind("toy", size="toy"), "ties", candidates) == seeing
+
+
+def test_the_first_seeds_choice_serves_every_seed(toys, cache, monkeypatch):
+    toy_size(monkeypatch, candidates=3)
+    searched, choose = [], comparison.choose
+
+    def counted(bench, spec, candidates):
+        searched.append(spec)
+        return choose(bench, spec, candidates)
+
+    monkeypatch.setattr(comparison, "choose", counted)
+    report = compare("toy", size="toy", methods=["ties", "divmerge/task"], seeds=[0, 1], epochs=1)
+    assert searched == ["ties", "divmerge/task"]
+    by_seed = {(fit["method"], fit["seed"]): fit["options"] for fit in report.fits}
+    assert by_seed["ties", 0] == by_seed["ties", 1]
+    assert by_seed["divmerge/task", 1] == {**by_seed["divmerge/task", 0], "seed": 1}
+
+
+# --- the packaged model and texts -----------------------------------------------------------------
+
+
+def test_real_experts_are_compared_from_one_call(real, monkeypatch):
+    """BERT-tiny on questions and film reviews, at the size of a smoke run."""
+    methods = ["average", "divmerge/task"]
+    report = compare("embedded", ["trec", "movie"], size="smoke", methods=methods)
+    assert list(report.rows.method.unique()) == ["expert", "base", *methods]
+    assert {len(answers) for answers in report.rows.predicted} == {100}
+    exact = report.metrics().query("metric == 'accuracy'").set_index(["method", "task"]).value
+    assert exact["expert", "trec"] > report.majority()["embedded", "trec"] + 0.1
+    assert exact["expert", "trec"] > exact["base", "trec"]
+
+    # An expert is base + task vector: its accuracy comes back from the merge's own forward pass.
+    found = bench.prepare("embedded", ["trec", "movie"], size="smoke")
+    vectors = found.problem.vectors
+    for number, task in enumerate(vectors.tasks):
+        merged = vectors.base + 1.0 * vectors.deltas[number]
+        rows = comparison.evaluate(found.problem, merged, found.test)
+        right = [p == g for p, g in zip(rows.predicted[number], rows.gold[number], strict=True)]
+        assert sum(right) / 100 == pytest.approx(exact["expert", task])
+
+    monkeypatch.setattr(comparison, "run_method", forbid)
+    monkeypatch.setattr(experts, "train", forbid)
+    again = compare("embedded", ["trec", "movie"], size="smoke", methods=methods)
+    pd.testing.assert_frame_equal(report.rows, again.rows)
+
+
+def test_the_names_of_all_methods_can_be_parsed():
+    assert {parse(spec)[0] for spec in ALL_METHODS} == set(comparison.METHODS)
