@@ -167,8 +167,7 @@ def download(asset: Asset, folder: Path) -> Path:
 
 
 def fetch(name: str, *, download: Callable[[Asset, Path], Path] = download) -> Path:
-    """The folder that holds an asset's files, downloaded on first use and verified on every first
-    use in a process.
+    """The folder of an asset's files: downloaded once, verified once in every process.
 
     Raises ValueError where the download fails, a hash is wrong, a file is missing, or the cache
     cannot be written. `download` puts the wheel into a folder (replaced in tests).

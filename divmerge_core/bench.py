@@ -28,15 +28,15 @@ class Size:
     """How much is trained, merged and scored. A row count of None means all that the split has.
 
     inputs: unlabelled rows per task that a fit sees; None means the paper's 200, or 400 with one
-    coefficient per layer. precision: of the encoder's matrix products while merging and scoring (see
-    Recipe). candidates: options tried per method on validation rows at the first seed; the best is
-    used for every seed. None tries all; 1 takes the published values.
+    coefficient per layer. precision: of the encoder's matrix products while merging and scoring
+    (see Recipe). candidates: options tried per method on validation rows at the first seed; the
+    best is used for every seed. None tries all; 1 takes the published values.
     """
 
     encoder: str
     seeds: tuple[int, ...]
     recipe: Recipe = field(default_factory=Recipe)
-    glue_recipe: Recipe = field(default_factory=lambda: Recipe(rows=4000, epochs=2))
+    glue_recipe: Recipe = field(default_factory=lambda: Recipe(rows=None))
     merge_rows: int | None = None
     validation_rows: int | None = 100
     test_rows: int | None = None
@@ -46,12 +46,12 @@ class Size:
     candidates: int | None = None
 
     def recipe_for(self, suite: str) -> Recipe:
-        """How a suite's experts are trained: GLUE's on more rows, as its tasks are harder."""
+        """How a suite's experts are trained: GLUE's on all rows, as its tasks are harder."""
         return self.glue_recipe if suite == "glue_encoder" else self.recipe
 
 
 SIZES = Registry("size")
-QUICK = Recipe(rows=400, lr=5e-4)
+QUICK = Recipe(rows=400)
 SIZES.register("smoke")(
     Size(
         encoder="bert_tiny",
@@ -85,15 +85,17 @@ class Bench:
 
     def select(self, tasks: Sequence[str]) -> "Bench":
         """The same bench for some of its tasks."""
-        numbers = [self.problem.vectors.tasks.index(task) for task in tasks]
-        pick = lambda items: [items[n] for n in numbers]  # noqa: E731
+        digest, every = f"{self.digest} {tuple(tasks)}", self.problem.vectors.tasks
+        if tuple(tasks) == every:  # spares a copy of the task vectors
+            return replace(self, digest=digest)
+        numbers = [every.index(task) for task in tasks]
         return replace(
             self,
-            experts=pick(self.experts),
+            experts=[self.experts[n] for n in numbers],
             problem=self.problem.select(tasks),
-            validation=pick(self.validation),
-            test=pick(self.test),
-            digest=f"{self.digest} {tuple(tasks)}",
+            validation=[self.validation[n] for n in numbers],
+            test=[self.test[n] for n in numbers],
+            digest=digest,
         )
 
 

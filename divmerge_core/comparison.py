@@ -12,7 +12,7 @@ import inspect
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from divmerge_core.bench import SIZES, Bench, Size, prepare, task_names
 from divmerge_core.coefficients import LINKS, groups_of
 from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.encoders import check_device, resolve
-from divmerge_core.evaluation import Exam, evaluate
+from divmerge_core.evaluation import Exam, accuracy, confusion, evaluate
 from divmerge_core.methods import METHODS, options_of, parse
 from divmerge_core.problem import Step
 from divmerge_core.report import Report, write_json
@@ -91,26 +91,18 @@ class Recorder:
             self.course.append({"step": step.number, "anp": anp, "coefficients": mean})
 
 
-def accuracies(bench: Bench, merged: Float[Tensor, " N"]) -> list[float]:
-    """Validation accuracy of a merged model on every task."""
-    rows = evaluate(bench.problem, merged, bench.validation)
-    return [
-        sum(p == g for p, g in zip(row.predicted, row.gold, strict=True)) / len(row.gold)
-        for row in rows.itertuples()
-    ]
+def shares(rows: pd.DataFrame) -> list[float]:
+    """The share of right answers in every row of predictions."""
+    return [accuracy(confusion(row.predicted, row.gold)) for row in rows.itertuples()]
 
 
-def expert_accuracies(bench: Bench) -> list[float]:
-    """Validation accuracy of every task's own expert, kept in the cache."""
+def validation_anp(bench: Bench, merged: Float[Tensor, " N"]) -> float:
+    """Mean over tasks of merged over expert accuracy, on validation rows."""
     path = cell(bench, "experts on validation")
     if not (path / "cell.json").exists():
-        rows = own_experts(bench, bench.validation)
-        right = [
-            sum(p == g for p, g in zip(row.predicted, row.gold, strict=True)) / len(row.gold)
-            for row in rows.itertuples()
-        ]
-        keep(path, right)
-    return recall(path)
+        keep(path, shares(own_experts(bench, bench.validation)))
+    found = shares(evaluate(bench.problem, merged, bench.validation))
+    return sum(m / e for m, e in zip(found, recall(path), strict=True)) / len(found)
 
 
 def own_experts(bench: Bench, exams: Sequence[Exam], **labels: object) -> pd.DataFrame:
@@ -120,13 +112,6 @@ def own_experts(bench: Bench, exams: Sequence[Exam], **labels: object) -> pd.Dat
         alone = bench.problem.select([task])
         parts.append(evaluate(alone, bench.problem.vectors.expert(task), [exams[number]], **labels))
     return pd.concat(parts, ignore_index=True)
-
-
-def validation_anp(bench: Bench, merged: Float[Tensor, " N"]) -> float:
-    """Mean over tasks of merged over expert accuracy, on validation rows."""
-    pairs = zip(accuracies(bench, merged), expert_accuracies(bench), strict=True)
-    ratios = [merged / expert for merged, expert in pairs]
-    return sum(ratios) / len(ratios)
 
 
 def keep(folder: Path, data: object) -> None:
@@ -259,7 +244,7 @@ def compare(
         suite=suite,
         encoder=encoder or settings.encoder,
         precision=resolve(settings.precision, check_device(device)),
-        recipe=asdict(settings.recipe_for(suite)),
+        recipe=bench.experts[0].manifest["recipe"],
         seeds=seeds,
         rows_per_task={
             split: getattr(settings, f"{split}_rows") or ROWS[split]

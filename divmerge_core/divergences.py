@@ -17,8 +17,7 @@ DIVERGENCES = Registry("divergence")
 
 
 def log_softmax(logits: Float[Tensor, "*A V"]) -> Float[Tensor, "*A V"]:
-    """Log-probabilities in float32 or wider: half-precision logits are widened before any
-    arithmetic.
+    """Log-probabilities in float32 or wider: half precision is widened before any arithmetic.
 
     Raises ValueError where a row holds NaN, +inf or nothing but -inf: it has no distribution.
     """
@@ -92,8 +91,7 @@ def js(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> Float[Te
 
 
 def entropy(logits: Float[Tensor, "*A V"]) -> Float[Tensor, "*A"]:
-    """Shannon entropy of the answer, between 0 and log V: AdaMerging's objective (arXiv
-    2310.02575).
+    """Shannon entropy of the answer, 0 to log V: AdaMerging's objective (arXiv 2310.02575).
 
     No divergence: it sees no expert, so it stands outside the registry.
     """

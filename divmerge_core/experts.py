@@ -23,13 +23,14 @@ class Recipe:
     """Everything that decides how an expert is trained, besides base, task and seed.
 
     rows: training rows drawn by the seed; None for all. lr: peak of AdamW's step size, reached
-    after `warmup` of the steps and falling linearly to 0. precision: of the forward pass, `float32`
-    or `bfloat16`; `auto` picks bfloat16 where the hardware has it.
+    after `warmup` of the steps and falling linearly to 0; None means 1e-4, or 5e-4 for hidden sizes
+    below 256. precision: of the forward pass, `float32` or `bfloat16`; `auto` picks bfloat16 where
+    the hardware has it.
     """
 
     rows: int | None = 1200
     epochs: int = 3
-    lr: float = 1e-4
+    lr: float | None = None
     batch_size: int = 32
     max_length: int = 64
     warmup: float = 0.1
@@ -64,7 +65,11 @@ def fine_tune(
     """
     recipe = recipe or Recipe()
     device = next(base.encoder.parameters()).device
-    recipe = replace(recipe, precision=resolve(recipe.precision, device))
+    recipe = replace(
+        recipe,
+        lr=recipe.lr or (1e-4 if base.encoder.config.hidden_size >= 256 else 5e-4),
+        precision=resolve(recipe.precision, device),
+    )
     rows = task.load("train").shuffle(seed=seed)
     rows = rows.select(range(min(recipe.rows or len(rows), len(rows))))
     manifest = {
@@ -94,8 +99,7 @@ def fine_tune(
 
 
 def load_expert(folder: Path, *, device: str = "cpu") -> Expert:
-    """An expert from its folder. Raises ValueError where its weights are not those it was saved
-    with."""
+    """An expert from its folder. Raises ValueError where its weights are not those saved."""
     if not (folder / "manifest.json").is_file():
         raise ValueError(f"{folder} holds no expert: manifest.json is missing")
     manifest = json.loads((folder / "manifest.json").read_text())

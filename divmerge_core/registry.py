@@ -1,5 +1,4 @@
-"""A dictionary of named functions: fill it with a decorator, read it by name, and be told the
-choices."""
+"""Named functions: filed with a decorator, read by name; an unknown name is told the choices."""
 
 import difflib
 from collections.abc import Callable
@@ -16,14 +15,14 @@ class UnknownName(KeyError, ValueError):
 class Registry(dict[str, Any]):
     """Name -> entry, with facts beside each entry in `facts[name]`.
 
-    >>> COLOURS = Registry("colour")
-    >>> @COLOURS.register("red", warm=True)
+    >>> HUES = Registry("hue")
+    >>> @HUES.register("red", warm=True)
     ... def red(): return 0xFF0000
-    >>> COLOURS["red"](), COLOURS.facts["red"]["warm"]
+    >>> HUES["red"](), HUES.facts["red"]["warm"]
     (16711680, True)
-    >>> COLOURS["rad"]
-    Traceback (most recent call last): divmerge_core.registry.UnknownName: unknown colour 'rad';
-    choose one of: red (did you mean 'red'?)
+    >>> HUES["rad"]
+    Traceback (most recent call last):
+    divmerge_core.registry.UnknownName: unknown hue 'rad'; choose one of: red (did you mean 'red'?)
     """
 
     def __init__(self, kind: str):

@@ -27,8 +27,7 @@ MARGIN = 0.02  # an expert this far above the majority class makes its task coun
 
 @dataclass(frozen=True)
 class Report:
-    """Predictions, one row per suite x subset x method x seed x task; fits; and where it all came
-    from.
+    """Predictions, one row per suite x subset x method x seed x task; fits; and their origin.
 
     The method `expert` holds each task's own expert: what ANP divides by. `fits` holds, per fit,
     its coefficients and its course.

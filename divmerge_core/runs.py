@@ -188,7 +188,8 @@ def _digest(files: Iterable[Path], *facts: object) -> str:
 def _stage(root: Path, name: str, size: str, folder: Path) -> Path:
     """The executed copy of one notebook, run again only if something that determines it changed."""
     notebook, output = root / f"{name}.ipynb", folder / f"{name}.ipynb"
-    values = {"size": size} if "size" in parameters(notebook) else {}
+    offered = {"size": size, "publish": size == "full"}
+    values = {name: offered[name] for name in offered if name in parameters(notebook)}
     versions = sorted(f"{d.name}=={d.version}" for d in metadata.distributions())
     sources = [notebook, *Path(__file__).parent.rglob("*.py")]
     results = root / "book" / "results"

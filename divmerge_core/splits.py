@@ -17,8 +17,7 @@ def normal(text: str) -> str:
 
 
 def components(rows: Sequence[Row]) -> list[list[int]]:
-    """Row numbers grouped so that rows which share a text, directly or through others, are
-    together."""
+    """Row numbers in groups: rows that share a text, directly or through others, are together."""
     parent: dict[str, str] = {}
 
     def root(text: str) -> str:

@@ -237,8 +237,11 @@ def glue_rows(name: str) -> Mapping[str, datasets.Dataset]:
 
 
 def glue_splits(name: str, answers: Sequence[str], columns: Sequence[str]) -> Splits:
-    """GLUE's labelled rows; test from its validation split (its test split where it has labels and
-    there is no validation), the rest from train, or all from the one split there is."""
+    """GLUE's labelled rows in our splits.
+
+    Test comes from its validation split (from a labelled test split where there is no validation),
+    the rest from train; all from the one split where there is no other.
+    """
     found = {
         split: [
             (row[columns[0]], row[columns[1]] if len(columns) > 1 else None, answers[row["label"]])

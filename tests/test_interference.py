@@ -98,3 +98,11 @@ def test_squared_norms_of_the_groups_add_up_to_the_whole(grouping):
 def test_an_unknown_grouping_is_refused_with_the_choices():
     with pytest.raises(UnknownName, match="blok.*choose one of.*block"):
         norms_by_group(linear_problem().vectors, "blok")
+
+
+def test_norms_of_millions_of_parameters_are_exact_to_six_digits():
+    size = 4_000_000
+    deltas = 1e-3 * torch.randn(1, size, generator=torch.Generator().manual_seed(0))
+    vectors = TaskVectors(Layout(("w",), ((size,),)), ("a",), torch.zeros(size), deltas)
+    exact = deltas.double().norm().float()
+    assert_close(norms_by_group(vectors, "task")[0, 0], exact, rtol=1e-6, atol=0)

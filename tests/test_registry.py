@@ -1,10 +1,7 @@
 """Registries: a name is taken once, and a wrong name is answered with the choices."""
 
-import doctest
-
 import pytest
 
-from divmerge_core import divergences, registry
 from divmerge_core.registry import Registry, UnknownName
 
 
@@ -14,13 +11,6 @@ def shapes() -> Registry:
     shapes.register("circle", corners=0)("a circle")
     shapes.register("square", corners=4)("a square")
     return shapes
-
-
-@pytest.mark.parametrize("module", [registry, divergences], ids=lambda module: module.__name__)
-def test_examples_in_docstrings_run(module):
-    results = doctest.testmod(module)
-    assert results.attempted > 0
-    assert results.failed == 0
 
 
 def test_an_entry_comes_back_as_it_was_registered(shapes):
