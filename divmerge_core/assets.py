@@ -127,7 +127,7 @@ def fresh_folder(target: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         yield temporary
         if target.exists():  # another process was faster, or a damaged folder is replaced
-            shutil.rmtree(target)
+            os.replace(target, temporary.with_name(temporary.name + "-old"))
         os.replace(temporary, target)
     except OSError as error:
         raise ValueError(
@@ -136,7 +136,8 @@ def fresh_folder(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for left in (temporary, temporary.with_name(temporary.name + "-old")):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

@@ -67,7 +67,14 @@ SIZES.register("smoke")(
     )
 )
 SIZES.register("default")(
-    Size(encoder="minilm", seeds=(0,), merge_rows=64, test_rows=200, candidates=1)
+    Size(
+        encoder="minilm",
+        seeds=(0,),
+        merge_rows=40,
+        validation_rows=40,
+        test_rows=150,
+        candidates=1,
+    )
 )
 SIZES.register("full")(Size(encoder="minilm", seeds=(0, 1, 2), inputs=100))
 

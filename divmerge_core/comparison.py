@@ -12,7 +12,7 @@ import inspect
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.encoders import check_device, resolve
 from divmerge_core.evaluation import Exam, accuracy, confusion, evaluate
 from divmerge_core.methods import METHODS, options_of, parse
+from divmerge_core.methods.divmerge import limit
 from divmerge_core.problem import Step
 from divmerge_core.report import Report, write_json
 from divmerge_core.splits import ROWS
@@ -97,12 +98,21 @@ def shares(rows: pd.DataFrame) -> list[float]:
 
 
 def validation_anp(bench: Bench, merged: Float[Tensor, " N"]) -> float:
-    """Mean over tasks of merged over expert accuracy, on validation rows."""
+    """Mean over tasks of merged over expert accuracy, on validation rows.
+
+    Raises ValueError where an expert gets none of them right.
+    """
     path = cell(bench, "experts on validation")
     if not (path / "cell.json").exists():
         keep(path, shares(own_experts(bench, bench.validation)))
+    experts = recall(path)
+    if not all(experts):
+        raise ValueError(
+            f"an expert gets no validation row right: {experts} for {bench.problem.vectors.tasks}; "
+            "give it more training rows or leave its task out"
+        )
     found = shares(evaluate(bench.problem, merged, bench.validation))
-    return sum(m / e for m, e in zip(found, recall(path), strict=True)) / len(found)
+    return sum(m / e for m, e in zip(found, experts, strict=True)) / len(found)
 
 
 def own_experts(bench: Bench, exams: Sequence[Exam], **labels: object) -> pd.DataFrame:
@@ -140,13 +150,14 @@ def run_method(bench: Bench, spec: str, options: Mapping, points: int = 0):
     name, _ = parse(spec)
     if "watch" not in options_of(name):
         return METHODS[name](bench.problem, **options), None
-    recorder = Recorder(bench, points)
-    longest = max(map(len, bench.problem.batches))
-    recorder.every = max(1, options["epochs"] * longest // max(1, points))
+    default = inspect.signature(METHODS[name]).parameters["grouping"].default
+    grouping = options.get("grouping", default)
+    seen = limit(bench.problem, options.get("inputs"), grouping).batches
+    steps = options["epochs"] * max(map(len, seen))
+    recorder = Recorder(bench, points, every=max(1, steps // max(1, points)))
     started = time.perf_counter()
     merged = METHODS[name](bench.problem, watch=recorder, **options)
-    default = inspect.signature(METHODS[name]).parameters["grouping"].default
-    groups, _ = groups_of(bench.problem.vectors.layout, options.get("grouping", default))
+    groups, _ = groups_of(bench.problem.vectors.layout, grouping)
     fit = {
         "tasks": list(bench.problem.vectors.tasks),
         "groups": list(groups),
@@ -158,15 +169,24 @@ def run_method(bench: Bench, spec: str, options: Mapping, points: int = 0):
     return merged, fit
 
 
-def choose(bench: Bench, spec: str, candidates: Sequence[dict]) -> dict:
-    """The candidate with the best mean validation ANP; each score is kept in the cache."""
-    found = []
+def choose(
+    bench: Bench, spec: str, candidates: Sequence[dict], points: int
+) -> tuple[dict, tuple | None]:
+    """The candidate with the best mean validation ANP, and its merge where it was made just now.
+
+    Each candidate's score is kept in the cache.
+    """
+    if len(candidates) == 1:
+        return candidates[0], None
+    best = None
     for options in candidates:
-        path = cell(bench, "search", spec, options)
+        path, made = cell(bench, "search", spec, options), None
         if not (path / "cell.json").exists():
-            keep(path, validation_anp(bench, run_method(bench, spec, options)[0]))
-        found.append(recall(path))
-    return candidates[max(range(len(found)), key=found.__getitem__)]
+            made = run_method(bench, spec, options, points)
+            keep(path, validation_anp(bench, made[0]))
+        if best is None or recall(path) > best[0]:
+            best = recall(path), options, made
+    return best[1:]
 
 
 def compare(
@@ -204,6 +224,11 @@ def compare(
     for option, choices in (("divergence", DIVERGENCES), ("link", LINKS)):
         if option in overrides:
             choices[overrides[option]]
+    inputs = overrides.get("inputs") or 1
+    if not 1 <= inputs <= ROWS["merge"]:
+        raise ValueError(f"inputs must be 1 to {ROWS['merge']} per task, got {inputs}")
+    if settings.merge_rows and inputs > settings.merge_rows:
+        settings = replace(settings, merge_rows=inputs)
     wanted = [tuple(task_names(suite, subset)) for subset in subsets] + [tuple(names)]
     chosen: dict[tuple, dict] = {}
     rows, fits = [], []
@@ -222,21 +247,18 @@ def compare(
         if spec == methods[0]:
             rows += references(bench, labels)
         candidates = options_for(spec, settings, seed, overrides)
+        made = None
         if (subset, spec) not in chosen:
-            best = choose(bench, spec, candidates) if len(candidates) > 1 else candidates[0]
-            chosen[subset, spec] = best
+            chosen[subset, spec], made = choose(bench, spec, candidates, points)
         options = chosen[subset, spec] | {k: v for k, v in candidates[0].items() if k == "seed"}
         path = cell(bench, "test", spec, options, points)
         if not (path / "cell.json").exists():
-            merged, fit = run_method(bench, spec, options, points)
+            merged, fit = made or run_method(bench, spec, options, points)
             found = evaluate(bench.problem, merged, bench.test)
             keep(path, {"rows": found.to_dict("records"), "fit": fit})
         done = recall(path)
         rows += [{**labels, "method": spec, **row} for row in done["rows"]]
-        if done["fit"]:
-            fits.append({**labels, "method": spec, "options": options, **done["fit"]})
-        else:
-            fits.append({**labels, "method": spec, "options": options})
+        fits.append({**labels, "method": spec, "options": options, **(done["fit"] or {})})
     return Report.of(
         pd.DataFrame(rows),
         fits,

@@ -142,11 +142,11 @@ def classifier_forward(
         for half in filter(None, (longest_first[:middle], longest_first[middle:])):
             inputs = join([pairs[n][1] for n in half], pad)
             with torch.autocast(device.type, torch.bfloat16, enabled=half_precision):
-                features = pooled(base.encoder, parameters, inputs).float()
+                features = pooled(base.encoder, parameters, inputs)
             rows = [pairs[n][1].weight.shape[0] for n in half]
             for number, part in zip(half, features.split(rows), strict=True):
                 head = heads[pairs[number][0]]
-                logits[number] = part @ head["weight"].T + head["bias"]
+                logits[number] = part.to(head["weight"]) @ head["weight"].T + head["bias"]
         return logits
 
     return forward

@@ -211,11 +211,10 @@ def _stage(root: Path, name: str, size: str, folder: Path) -> Path:
 
 def book(size: str, *, root: Path = ROOT) -> Path:
     """Execute every notebook of the table of contents and build the HTML; warnings are errors."""
-    from divmerge_core.bench import SIZES
-    from divmerge_core.figures import landing
+    from divmerge_core import bench, figures
 
-    if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+    if size not in bench.SIZES:
+        raise ValueError(f"size must be one of {', '.join(bench.SIZES)}, got {size!r}")
     build, source = root / "_build", root / "_build" / "src"
     toc = yaml.safe_load((root / "book" / "_toc.yml").read_text(encoding="utf-8"))
     chapters, staged = [chapter["file"] for chapter in toc["chapters"]], {}
@@ -225,7 +224,7 @@ def book(size: str, *, root: Path = ROOT) -> Path:
             staged[name] = _stage(root, name, size, build / "executed" / size)
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(root / "book", source)
-    landing(source / "results")
+    figures.landing(source / "results")
     for name, executed in staged.items():
         (source / name).parent.mkdir(exist_ok=True)
         shutil.copy(executed, source / f"{name}.ipynb")

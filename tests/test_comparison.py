@@ -209,7 +209,7 @@ def test_the_best_candidate_on_validation_rows_is_the_one_that_is_tested(fresh, 
     monkeypatch.setattr(comparison, "validation_anp", score)
     monkeypatch.setattr(comparison, "run_method", note)
     report = compare("toy", size="toy", methods=["task_arithmetic"])
-    assert chosen == [0.3, 0.2, 0.4, 0.2]
+    assert chosen == [0.3, 0.2, 0.4]  # the best merge is kept, not made again
     assert report.fits[0]["options"] == {"scale": 0.2}
 
 
@@ -222,19 +222,19 @@ def test_the_search_sees_no_test_row(fresh, monkeypatch):
 
     found = prepare("toy", size="toy")
     candidates = options_for("ties", SIZES["toy"], 0, {})
-    seeing = comparison.choose(found, "ties", candidates)
+    seeing = comparison.choose(found, "ties", candidates, 0)[0]
     for path in fresh.glob("cells/*/cell.json"):
         path.unlink()
-    assert comparison.choose(blind("toy", size="toy"), "ties", candidates) == seeing
+    assert comparison.choose(blind("toy", size="toy"), "ties", candidates, 0)[0] == seeing
 
 
 def test_the_first_seeds_choice_serves_every_seed(toys, cache, monkeypatch):
     toy_size(monkeypatch, candidates=3)
     searched, choose = [], comparison.choose
 
-    def counted(bench, spec, candidates):
+    def counted(bench, spec, candidates, points):
         searched.append(spec)
-        return choose(bench, spec, candidates)
+        return choose(bench, spec, candidates, points)
 
     monkeypatch.setattr(comparison, "choose", counted)
     report = compare("toy", size="toy", methods=["ties", "divmerge/task"], seeds=[0, 1], epochs=1)

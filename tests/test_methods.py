@@ -142,15 +142,15 @@ def disentangled(features: int = 4, classes: int = 3) -> MergeProblem:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("init", [None, 0.0, 1.5])
+@pytest.mark.parametrize("init", [None, 1.5])
 def test_divmerge_finds_the_merge_that_loses_nothing(divergence, init):
     problem, seen = disentangled(), []
     merged = divmerge(
         problem,
         divergence=divergence,
         init=init,
-        epochs=60,
-        lr=2e-2,
+        epochs=40,
+        lr=3e-2,
         watch=seen.append,
         progress=False,
     )

@@ -126,7 +126,7 @@ def test_the_loss_falls(problem, grouping, link):
 def test_more_coefficients_fit_no_worse(problem):
     ends = []
     for grouping in ("task", "layer"):
-        losses = losses_of(problem, coefficients_of(problem, grouping=grouping), epochs=60)
+        losses = losses_of(problem, coefficients_of(problem, grouping=grouping), epochs=30)
         ends.append(sum(losses[-3:]))
     assert ends[1] <= ends[0]
 
