@@ -170,7 +170,7 @@ def run_method(bench: Bench, spec: str, options: Mapping, points: int = 0):
 
 
 def choose(
-    bench: Bench, spec: str, candidates: Sequence[dict], points: int
+    bench: Bench, spec: str, candidates: Sequence[dict], points: int = 0
 ) -> tuple[dict, tuple | None]:
     """The candidate with the best mean validation ANP, and its merge where it was made just now.
 

@@ -14,7 +14,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from divmerge_core.report import Report, caption
+from divmerge_core.report import MARGIN, Report, caption
 
 BLUE, GREEN, GREY = (sns.color_palette("colorblind")[n] for n in (0, 2, 7))
 TITLES = {
@@ -161,23 +161,31 @@ def largest(intervals: pd.DataFrame) -> pd.DataFrame:
 
 
 def place(report: Report) -> str:
-    """Where DivMerge stands on the largest subset, in a sentence made of the report's numbers."""
+    """Where DivMerge stands on the largest subset, in sentences made of the report's numbers."""
     rows = largest(report.intervals())
     suite, subset = rows.suite.iloc[0], rows.subset.iloc[0]
     ranked = rows[~rows.method.isin(["expert", "base"])].sort_values("value", ascending=False)
+    order = list(ranked.method)
     ours = ranked[ranked.method.str.startswith("divmerge")]
     best_other = ranked[~ranked.method.str.startswith("divmerge")].iloc[0]
-    order = list(ranked.method)
     places = [
         f"{title(row.method)} is number {1 + order.index(row.method)} of {len(order)} "
         f"({100 * row.value:.1f} %)"
         for row in ours.itertuples()
     ]
     gap, low, high = report.difference(suite, subset, ours.iloc[0].method, best_other.method)
+    tasks, counted = subset.split("+"), report.counted(suite)
+    left_out = [task for task in tasks if task not in counted]
+    note = (
+        f" Not counted, as their experts do not beat the commonest answer by "
+        f"{100 * MARGIN:.0f} points: {', '.join(left_out)}."
+        if left_out
+        else ""
+    )
     return (
-        f"On {suite}, T = {subset.count('+') + 1}, by ANP: {'; '.join(places)}. The best other "
-        f"method is {title(best_other.method)} ({100 * best_other.value:.1f} %); the best DivMerge "
-        f"differs from it by {100 * gap:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]."
+        f"On {suite}, T = {len(tasks)}, by ANP: {'; '.join(places)}. The best other method is "
+        f"{title(best_other.method)} ({100 * best_other.value:.1f} %); the best DivMerge differs "
+        f"from it by {100 * gap:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}].{note}"
     )
 
 
@@ -210,7 +218,7 @@ def landing(results: Path) -> None:
         for ax, (name, report) in zip(axes[0], reports.items(), strict=True):
             rows = largest(report.intervals())
             tasks = rows.subset.iloc[0].count("+") + 1
-            forest(ax, rows).set_title(f"{name}: {tasks} tasks, {rows.num_seeds.iloc[0]} seeds")
+            forest(ax, rows).set_title(f"{name} ({report.provenance['encoder']}): {tasks} tasks")
         fig.tight_layout()
         fig.savefig(results / "landing.png", dpi=160)
         plt.close(fig)

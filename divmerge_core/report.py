@@ -203,10 +203,10 @@ def origin(**facts: object) -> dict:
 
 def caption(report: Report) -> str:
     """One line of provenance for a figure or table."""
-    facts = report.provenance
-    seeds = report.rows.seed.nunique()
+    facts, seeds = report.provenance, report.rows.seed.nunique()
     return (
-        f"{facts.get('size', '')} size, {seeds} seed{'s' * (seeds > 1)}, {facts['device']}, "
+        f"{facts['encoder']}, {facts['size']} size, {seeds} seed{'s' * (seeds > 1)}, "
+        f"{facts['rows_per_task']['test']} test rows a task, {facts['device']}, "
         f"{facts['precision']}, torch {facts['torch']}, transformers {facts['transformers']}, "
         f"measured {facts['date']}"
-    ).strip()
+    )

@@ -34,7 +34,7 @@ MODULES = sorted((ROOT / "divmerge_core").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 SETUP = f"""\
-# On Colab this installs the package; where it is installed, nothing happens.
+# On Colab this installs the package; elsewhere nothing happens.
 import importlib.util
 
 if importlib.util.find_spec("divmerge_core") is None:

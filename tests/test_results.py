@@ -1,0 +1,52 @@
+"""What the published results say of themselves is true, and what the book promises of them holds."""
+
+from pathlib import Path
+
+import pytest
+
+from divmerge_core import figures
+from divmerge_core.comparison import ALL_METHODS
+from divmerge_core.report import Report, caption
+
+RESULTS = Path(__file__).resolve().parent.parent / "book" / "results"
+STORED = sorted(RESULTS.glob("*.json"))
+
+
+@pytest.fixture(scope="module", params=STORED, ids=lambda path: path.stem)
+def stored(request) -> Report:
+    return Report.load(request.param)
+
+
+def test_every_published_report_has_three_seeds_of_every_method_on_the_same_tasks(stored):
+    cells = stored.rows.groupby(["method", "seed"]).task.agg(tuple)
+    assert stored.rows.seed.nunique() >= 3
+    assert set(stored.rows.method) == {"expert", "base", *ALL_METHODS}
+    assert len(cells) == stored.rows.seed.nunique() * (len(ALL_METHODS) + 2)
+    assert cells.nunique() == 1
+
+
+def test_every_published_report_carries_its_origin(stored):
+    assert stored.provenance["size"] == "full"
+    for fact in ("encoder", "seeds", "date", "device", "precision", "torch", "rows_per_task"):
+        assert stored.provenance[fact]
+    assert stored.provenance["date"] in caption(stored)
+
+
+def test_no_published_text_can_be_read_from_a_report(stored):
+    assert all(set(row) <= set("0123456789") for row in [*stored.rows.predicted, *stored.rows.gold])
+
+
+def test_every_embedded_expert_beats_the_majority_by_ten_points():
+    report = Report.load(RESULTS / "embedded.json")
+    scores = report.metrics().query("metric == 'accuracy' and method == 'expert'")
+    margin = scores.groupby("task").value.mean() - report.majority()["embedded"]
+    assert margin.min() >= 0.10
+
+
+def test_the_landing_text_is_made_of_the_stored_numbers(tmp_path):
+    for path in STORED:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    figures.landing(tmp_path)
+    assert (tmp_path / "landing.png").stat().st_size > 10_000
+    written = (RESULTS / "landing.md").read_text("utf-8")
+    assert (tmp_path / "landing.md").read_text("utf-8") == written
