@@ -217,8 +217,9 @@ def landing(results: Path) -> None:
         )
         for ax, (name, report) in zip(axes[0], reports.items(), strict=True):
             rows = largest(report.intervals())
-            tasks = rows.subset.iloc[0].count("+") + 1
-            forest(ax, rows).set_title(f"{name} ({report.provenance['encoder']}): {tasks} tasks")
+            tasks, counted = rows.subset.iloc[0].count("+") + 1, len(report.counted(name))
+            heading = f"{name}, {report.provenance['encoder']}\n{tasks} tasks, {counted} counted"
+            forest(ax, rows).set_title(heading)
         fig.tight_layout()
         fig.savefig(results / "landing.png", dpi=160)
         plt.close(fig)
