@@ -85,7 +85,7 @@ class Coefficients(nn.Module):
         raw = LINKS.facts[link]["inverse"](torch.full(shape, value, dtype=torch.float32))
         self.raw = nn.Parameter(raw)
         reached = self.link(raw)
-        if not torch.isfinite(reached).all() or (reached - value).abs().max() > 1e-5:
+        if not torch.isfinite(raw).all() or (reached - value).abs().max() > 1e-5:
             raise ValueError(
                 f"link {link!r} cannot start at {value}: sigmoid needs a value in (0, 1), "
                 f"softmax 1/T = {1 / num_tasks:.4g}; identity takes any finite number"

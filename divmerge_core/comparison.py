@@ -49,9 +49,10 @@ SET_HERE = {"grouping", "seed", "watch", "progress"}  # options that no override
 
 @cache
 def code_digest() -> str:
-    """A digest of the code that decides a merge, blind to comments and docstrings."""
+    """A digest of the code that decides a merge and its score, blind to comments and docstrings."""
     root = Path(__file__).parent
-    paths = ["problem", "coefficients", "divergences", "vectors", "kernels/merge"]
+    paths = ["problem", "coefficients", "divergences", "vectors", "kernels/merge", "encoders"]
+    paths += ["evaluation"]
     paths += [f"methods/{path.stem}" for path in sorted((root / "methods").glob("*.py"))]
     digest = hashlib.sha256()
     for path in paths:

@@ -154,10 +154,10 @@ def anp_course(ax: Axes, fits: list[Mapping]) -> Axes:
     return ax
 
 
-def largest(intervals: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the subset with the most tasks."""
-    subset = max(intervals.subset, key=lambda name: name.count("+"))
-    return intervals[intervals.subset == subset]
+def largest(rows: pd.DataFrame) -> pd.DataFrame:
+    """Those rows of a Report, or of its intervals, whose subset has the most tasks."""
+    subset = max(rows.subset, key=lambda name: name.count("+"))
+    return rows[rows.subset == subset]
 
 
 def place(report: Report) -> str:

@@ -134,7 +134,9 @@ def fit_coefficients(
     values outside these ranges, and where a task has no inputs or the loss stops being finite.
     """
     if epochs < 1 or not 0 < lr < float("inf"):
-        raise ValueError(f"epochs must be 1 or more and lr above 0, got {epochs} and {lr}")
+        raise ValueError(
+            f"epochs must be 1 or more and lr above 0 and finite, got {epochs} and {lr}"
+        )
     problem.require_inputs("fit_coefficients")
     vectors, segments = problem.vectors, coefficients.segments
     experts = expert_logits(problem)

@@ -128,7 +128,8 @@ class TaskVectors:
 
     def norms(self) -> Float[Tensor, " T"]:
         """Euclidean length of every task vector, in parameter units."""
-        return self.deltas.norm(dim=1)
+        squares = [row.square().sum() for row in self.deltas]  # torch's norm loses digits here
+        return torch.stack(squares).sqrt()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TaskVectors":
         """Task vectors with `function` applied to the matrix `[T, N]`."""

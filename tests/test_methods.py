@@ -1,6 +1,7 @@
 """Methods: identities, cases by hand, and an optimum that DivMerge must find."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -296,3 +297,9 @@ def test_a_method_that_does_not_exist_is_refused(spec, message):
 def test_divmerge_refuses_what_it_does_not_know(problem, options, message):
     with pytest.raises(ValueError, match=message):
         divmerge(problem, **{"progress": False, **options})
+
+
+def test_ties_keeps_its_share_where_magnitudes_are_equal(problem):
+    level = problem.vectors.map(torch.ones_like)
+    merged = ties(replace(problem, vectors=level), keep=0.5)
+    assert_close(merged, problem.vectors.base + 1)

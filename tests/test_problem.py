@@ -306,7 +306,7 @@ def test_a_task_without_inputs_is_named(problem):
     [{"epochs": 0}, {"lr": 0.0}, {"lr": -1.0}, {"lr": float("nan")}, {"lr": float("inf")}],
 )
 def test_epochs_and_step_size_must_be_positive(problem, options):
-    with pytest.raises(ValueError, match="epochs must be 1 or more and lr above 0, got"):
+    with pytest.raises(ValueError, match="epochs must be 1 or more and lr above 0 and finite, got"):
         fit_coefficients(problem, coefficients_of(problem), js, progress=False, **options)
 
 

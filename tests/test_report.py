@@ -43,7 +43,8 @@ MISTAKES = {
 
 @pytest.fixture
 def report() -> Report:
-    return Report.of(rows(MISTAKES), size="smoke", precision="float32", seeds=[0, 1])
+    facts = {"encoder": "tiny", "size": "smoke", "precision": "float32", "seeds": [0, 1]}
+    return Report.of(rows(MISTAKES), rows_per_task={"test": 20}, **facts)
 
 
 def value(report: Report, method: str, metric: str, task: str = "all", seed: int = 0) -> float:
@@ -276,9 +277,9 @@ def test_a_report_carries_its_origin(report):
         assert facts[key]
 
 
-def test_a_caption_names_size_seeds_device_precision_versions_and_date(report):
+def test_a_caption_names_encoder_size_seeds_rows_device_precision_versions_and_date(report):
     line = caption(report)
     facts = report.provenance
-    assert line.startswith("smoke size, 2 seeds, ")
+    assert line.startswith("tiny, smoke size, 2 seeds, 20 test rows a task, ")
     for key in ("device", "precision", "torch", "transformers", "date"):
         assert str(facts[key]) in line

@@ -1,4 +1,4 @@
-"""What the published results say of themselves is true, and what the book promises of them holds."""
+"""The published results carry their origin, and what the book promises of them holds."""
 
 from pathlib import Path
 

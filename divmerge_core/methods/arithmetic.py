@@ -49,8 +49,7 @@ def ties(problem: MergeProblem, *, keep: float = 0.2, scale: float = 1.0) -> Flo
     trimmed = deltas.clone()
     for row in trimmed:  # one task at a time: a magnitude copy of all T would double the memory
         size = row.abs()
-        if drop:
-            row[size <= size.kthvalue(drop).values] = 0
+        row[size < size.kthvalue(drop + 1).values] = 0
     sign = trimmed.sum(dim=0).sign()  # [N]
     agree = (trimmed * sign) > 0  # [T, N]
     total = torch.where(agree, trimmed, 0).sum(dim=0)
