@@ -70,8 +70,8 @@ SIZES.register("default")(
     Size(
         encoder="minilm",
         seeds=(0,),
-        merge_rows=40,
-        validation_rows=40,
+        merge_rows=32,
+        validation_rows=32,
         test_rows=150,
         candidates=1,
     )
