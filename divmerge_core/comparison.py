@@ -1,28 +1,22 @@
-"""From a suite's name to a Report: experts, problem, every method with a fair search, all
-resumable.
+"""From a suite's name to a Report: every method on the same experts, with a fair search, resumable.
 
 Each finished piece (an expert, a candidate's validation score, a merged model's test answers) is
 kept in the cache under a key of everything that determines it, so an interrupted comparison goes on
 where it stopped.
 """
 
-import ast
-import hashlib
 import inspect
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from pathlib import Path
 
 import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from divmerge_core.assets import cache_dir, fresh_folder
 from divmerge_core.bench import SIZES, Bench, Size, prepare, task_names
+from divmerge_core.cells import cell, keep, recall
 from divmerge_core.coefficients import LINKS, groups_of
 from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.encoders import check_device, resolve
@@ -30,7 +24,7 @@ from divmerge_core.evaluation import Exam, accuracy, confusion, evaluate
 from divmerge_core.methods import METHODS, options_of, parse
 from divmerge_core.methods.divmerge import limit
 from divmerge_core.problem import Step
-from divmerge_core.report import Report, write_json
+from divmerge_core.report import Report
 from divmerge_core.splits import ROWS
 
 ALL_METHODS = (
@@ -45,31 +39,6 @@ ALL_METHODS = (
 )
 
 SET_HERE = {"grouping", "seed", "watch", "progress"}  # options that no override can change
-
-
-@cache
-def code_digest() -> str:
-    """A digest of the code that decides a merge and its score, blind to comments and docstrings."""
-    root = Path(__file__).parent
-    paths = ["problem", "coefficients", "divergences", "vectors", "kernels/merge", "encoders"]
-    paths += ["evaluation"]
-    paths += [f"methods/{path.stem}" for path in sorted((root / "methods").glob("*.py"))]
-    digest = hashlib.sha256()
-    for path in paths:
-        tree = ast.parse((root / f"{path}.py").read_text("utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
-                node
-            ):
-                node.body[0].value.value = ""
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()
-
-
-def cell(bench: Bench, *what: object) -> Path:
-    """Where a finished piece of work on this bench is kept."""
-    key = json.dumps([code_digest(), bench.digest, *what], sort_keys=True, default=str)
-    return cache_dir() / "cells" / hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
 @dataclass
@@ -123,16 +92,6 @@ def own_experts(bench: Bench, exams: Sequence[Exam], **labels: object) -> pd.Dat
         alone = bench.problem.select([task])
         parts.append(evaluate(alone, bench.problem.vectors.expert(task), [exams[number]], **labels))
     return pd.concat(parts, ignore_index=True)
-
-
-def keep(folder: Path, data: object) -> None:
-    """Store a finished piece of work, whole or not at all."""
-    with fresh_folder(folder) as new:
-        write_json(new / "cell.json", data)
-
-
-def recall(folder: Path) -> object:
-    return json.loads((folder / "cell.json").read_text("utf-8"))
 
 
 def options_for(spec: str, size: Size, seed: int, overrides: Mapping) -> list[dict]:
@@ -190,6 +149,35 @@ def choose(
     return best[1:]
 
 
+def check_request(methods: Sequence[str], seeds: Sequence[int], overrides: Mapping) -> None:
+    """Raise ValueError for methods, options or choices that do not exist or are out of range."""
+    if not methods or not seeds:
+        raise ValueError(f"give one method and one seed or more, got {list(methods)} and {seeds}")
+    known = {key for spec in methods for key in options_of(parse(spec)[0])} - SET_HERE
+    wrong = set(overrides) - known
+    if wrong:
+        raise ValueError(
+            f"no such options {sorted(wrong)}; these methods take {sorted(known)}; write a "
+            "grouping as in 'divmerge/block'"
+        )
+    for option, choices in (("divergence", DIVERGENCES), ("link", LINKS)):
+        if option in overrides:
+            choices[overrides[option]]
+    inputs = overrides.get("inputs", 1)
+    if not 1 <= inputs <= ROWS["merge"]:
+        raise ValueError(f"inputs must be 1 to {ROWS['merge']} per task, got {inputs}")
+
+
+def outcome(bench: Bench, spec: str, options: Mapping, made: tuple | None, points: int) -> dict:
+    """A method's test answers and fit: from the cache, from the merge just made, or made now."""
+    path = cell(bench, "test", spec, options, points)
+    if not (path / "cell.json").exists():
+        merged, fit = made or run_method(bench, spec, options, points)
+        found = evaluate(bench.problem, merged, bench.test)
+        keep(path, {"rows": found.to_dict("records"), "fit": fit})
+    return recall(path)
+
+
 def compare(
     suite: str,
     tasks: Sequence[str] | None = None,
@@ -213,21 +201,8 @@ def compare(
     """
     settings, names = SIZES[size], task_names(suite, tasks)
     seeds = list(settings.seeds if seeds is None else seeds)
-    if not methods or not seeds:
-        raise ValueError(f"give one method and one seed or more, got {list(methods)} and {seeds}")
-    known = {key for spec in methods for key in options_of(parse(spec)[0])} - SET_HERE
-    wrong = set(overrides) - known
-    if wrong:
-        raise ValueError(
-            f"no such options {sorted(wrong)}; these methods take {sorted(known)}; write a "
-            "grouping as in 'divmerge/block'"
-        )
-    for option, choices in (("divergence", DIVERGENCES), ("link", LINKS)):
-        if option in overrides:
-            choices[overrides[option]]
-    inputs = overrides.get("inputs") or 1
-    if not 1 <= inputs <= ROWS["merge"]:
-        raise ValueError(f"inputs must be 1 to {ROWS['merge']} per task, got {inputs}")
+    check_request(methods, seeds, overrides)
+    inputs = overrides.get("inputs", 0)
     if settings.merge_rows and inputs > settings.merge_rows:
         settings = replace(settings, merge_rows=inputs)
     wanted = [tuple(task_names(suite, subset)) for subset in subsets] + [tuple(names)]
@@ -252,12 +227,7 @@ def compare(
         if (subset, spec) not in chosen:
             chosen[subset, spec], made = choose(bench, spec, candidates, points)
         options = chosen[subset, spec] | {k: v for k, v in candidates[0].items() if k == "seed"}
-        path = cell(bench, "test", spec, options, points)
-        if not (path / "cell.json").exists():
-            merged, fit = made or run_method(bench, spec, options, points)
-            found = evaluate(bench.problem, merged, bench.test)
-            keep(path, {"rows": found.to_dict("records"), "fit": fit})
-        done = recall(path)
+        done = outcome(bench, spec, options, made, points)
         rows += [{**labels, "method": spec, **row} for row in done["rows"]]
         fits.append({**labels, "method": spec, "options": options, **(done["fit"] or {})})
     return Report.of(
@@ -266,6 +236,7 @@ def compare(
         size=size,
         suite=suite,
         encoder=encoder or settings.encoder,
+        device=device,
         precision=resolve(settings.precision, check_device(device)),
         recipe=bench.experts[0].manifest["recipe"],
         seeds=seeds,

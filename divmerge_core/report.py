@@ -39,7 +39,7 @@ class Report:
 
     @classmethod
     def of(cls, rows: pd.DataFrame, fits: Sequence[Mapping] = (), **facts: object) -> "Report":
-        """A Report with provenance: `facts`, versions, device, precision and date are kept."""
+        """A Report with provenance: `facts`, versions, device, machine and date are kept."""
         return cls(
             rows[list(COLUMNS)].reset_index(drop=True), list(map(dict, fits)), origin(**facts)
         )
@@ -50,8 +50,7 @@ class Report:
         return first.gold.map(lambda gold: np.bincount(numbers(gold)).max() / len(gold))
 
     def counted(self, suite: str) -> list[str]:
-        """Tasks that count in the ANP: the expert beats the majority by MARGIN, averaged over
-        seeds."""
+        """Tasks that count in the ANP: over seeds, the expert beats the majority by MARGIN."""
         rows = self.rows[(self.rows.suite == suite) & (self.rows.method == "expert")]
         reached = (
             scores(rows).query("metric == 'accuracy'").groupby("task", sort=False).value.mean()
@@ -188,11 +187,12 @@ def write_json(path: Path, data: object) -> None:
 
 
 def origin(**facts: object) -> dict:
-    """Where numbers come from: versions, machine, date, and the facts given."""
+    """Where numbers come from: versions, machine, date, and the facts given (device: its name)."""
+    device = torch.device(str(facts.get("device", "cpu")))
     return {
         **facts,
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import TINY_RECIPE, linear_problem, task_of, toy_splits, toy_task
 
-from divmerge_core import assets, bench, comparison
+from divmerge_core import assets, bench, cells, comparison
 from divmerge_core import experts as training
 from divmerge_core.bench import make_problem, prepare
 from divmerge_core.coefficients import Coefficients
@@ -257,7 +257,7 @@ def test_a_full_cache_is_a_clear_error_and_leaves_no_result(toys, tmp_path, monk
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(comparison, "write_json", full)
+    monkeypatch.setattr(cells, "write_json", full)
     with pytest.raises(
         ValueError, match="No space left on device; set DIVMERGE_CACHE .* few GB free"
     ):

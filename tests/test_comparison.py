@@ -7,9 +7,10 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from divmerge_core import bench, comparison, experts
+from divmerge_core import bench, cells, comparison, experts
 from divmerge_core.bench import SIZES
-from divmerge_core.comparison import ALL_METHODS, code_digest, compare, options_for
+from divmerge_core.cells import code_digest
+from divmerge_core.comparison import ALL_METHODS, compare, options_for
 from divmerge_core.methods import parse
 
 QUICK = ("average", "ties", "divmerge/block")
@@ -147,7 +148,7 @@ def test_other_options_are_other_results(fresh, ran, changed):
 
 def test_other_code_is_another_result(fresh, ran, monkeypatch):
     compare("toy", size="toy", methods=["average"])
-    monkeypatch.setattr(comparison, "code_digest", lambda: "changed")
+    monkeypatch.setattr(cells, "code_digest", lambda: "changed")
     compare("toy", size="toy", methods=["average"])
     assert ran == ["average", "average"]
 
@@ -158,7 +159,7 @@ def test_comments_and_docstrings_are_no_code(monkeypatch):
     def digest_with(old: str, new: str) -> str:
         """The digest if every module were written a little differently."""
         with monkeypatch.context() as patch:
-            patch.setattr(comparison.ast, "parse", lambda text: read(text.replace(old, new)))
+            patch.setattr(cells.ast, "parse", lambda text: read(text.replace(old, new)))
             return code_digest.__wrapped__()
 
     assert digest_with("    # ", "    # more ") == code_digest()

@@ -28,7 +28,7 @@ TOC = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
 ORDER = (
     *("registry", "assets", "splits", "tasks", "vectors", "kernels", "coefficients", "problem"),
     *("encoders", "experts", "divergences", "methods", "evaluation", "report", "bench"),
-    *("comparison", "interference", "figures", "checkpoints", "runs"),
+    *("cells", "comparison", "interference", "figures", "checkpoints", "runs"),
 )
 MODULES = sorted((ROOT / "divmerge_core").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
