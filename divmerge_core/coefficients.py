@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from divmerge_core.kernels.merge import Segments
+from divmerge_core.kernels.segments import Segments
 from divmerge_core.registry import Registry
 from divmerge_core.vectors import Layout
 

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from divmerge_core.coefficients import groups_of
+from divmerge_core.kernels.stores import dense
 from divmerge_core.vectors import TaskVectors
 
 
@@ -41,8 +42,9 @@ def norms_by_group(vectors: TaskVectors, grouping: str) -> Float[Tensor, "T G"]:
     Raises ValueError for an unknown grouping. Derived in notebooks/01_task_vectors.
     """
     names, numbers = groups_of(vectors.layout, grouping)
-    squares = vectors.deltas.new_zeros(len(vectors.tasks), len(names))
+    deltas = dense(vectors.deltas)
+    squares = deltas.new_zeros(len(vectors.tasks), len(names))
     for (start, stop), group in zip(vectors.layout.bounds, numbers, strict=True):
         # `norm` adds up millions of numbers with an error of 2e-4 in float32; `sum` does not
-        squares[:, group] += vectors.deltas[:, start:stop].square().sum(dim=1)
+        squares[:, group] += deltas[:, start:stop].square().sum(dim=1)
     return squares.sqrt()

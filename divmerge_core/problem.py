@@ -9,7 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.coefficients import Coefficients
-from divmerge_core.kernels.merge import grouped_inner, grouped_merge
+from divmerge_core.kernels.merge import grouped_inner, grouped_merge, inner_range
+from divmerge_core.kernels.segments import Segments
 from divmerge_core.vectors import TaskVectors
 
 Objective = Callable[[Tensor, Tensor], Tensor]  # (expert logits, merged logits) [A, V] -> [A]
@@ -112,6 +113,57 @@ def schedule(counts: Sequence[int], epochs: int, generator: torch.Generator) -> 
     return steps
 
 
+def gather_in_buffer(
+    leaves: Mapping[str, Tensor], vectors: TaskVectors, segments: Segments
+) -> Callable[[], Tensor]:
+    """Let gradients add up in one buffer [N]; one pass over it gives dL/dLambda.
+
+    Takes any number of backward passes per step, and a single launch on a GPU.
+    """
+    buffer = torch.zeros_like(vectors.base)
+    for leaf, view in zip(leaves.values(), vectors.layout.unflatten(buffer).values(), strict=True):
+        leaf.grad = view
+
+    def collect() -> Float[Tensor, "T G"]:
+        result = grouped_inner(buffer, vectors.deltas, segments)
+        buffer.zero_()
+        return result
+
+    return collect
+
+
+def gather_as_they_come(
+    leaves: Mapping[str, Tensor], vectors: TaskVectors, segments: Segments
+) -> Callable[[], Tensor]:
+    """Take each tensor's gradient when it is ready, multiply, and free it: no buffer [N].
+
+    The largest tensor's gradient is the most that is held at once.
+    """
+    result = vectors.base.new_zeros(len(vectors.tasks), segments.num_groups)
+
+    def consume(start: int, stop: int) -> Callable[[Tensor], None]:
+        column = result[:, segments.group_at(start)]
+
+        def hook(leaf: Tensor) -> None:
+            column.add_(inner_range(leaf.grad.flatten(), vectors.deltas, start, stop))
+            leaf.grad = None
+
+        return hook
+
+    for leaf, (start, stop) in zip(leaves.values(), vectors.layout.bounds, strict=True):
+        leaf.register_post_accumulate_grad_hook(consume(start, stop))
+
+    def collect() -> Float[Tensor, "T G"]:
+        gathered = result.clone()
+        result.zero_()
+        return gathered
+
+    return collect
+
+
+GRADIENTS = {"stream": gather_as_they_come, "buffer": gather_in_buffer}
+
+
 def fit_coefficients(
     problem: MergeProblem,
     coefficients: Coefficients,
@@ -120,43 +172,52 @@ def fit_coefficients(
     epochs: int = 4,
     lr: float = 1e-2,
     seed: int = 0,
+    gradients: str = "stream",
     watch: Callable[[Step], None] | None = None,
     progress: bool = True,
 ) -> Float[Tensor, " N"]:
     """Adam on the coefficients, minimising sum_t E_x objective(expert_t(x), merged(x)).
 
     One batch of every task per step, unweighted sum over tasks (DivMerge Eq. 4 and Algorithm 1).
-    The experts' logits are cached; the merged parameters are written into one live buffer whose
-    views are the model's leaves, their gradients accumulate in one buffer, and a single pass turns
-    that buffer into dL/dLambda. `coefficients` is trained in place; returns the merged parameters.
+    The experts' logits are cached and the merged parameters are written into one live buffer whose
+    views are the model's leaves; no graph runs through the merge. `coefficients` is trained in
+    place; returns the merged parameters.
 
-    epochs: passes over the inputs, at least 1. lr: Adam's step size, above 0. Raises ValueError for
-    values outside these ranges, and where a task has no inputs or the loss stops being finite.
+    epochs: passes over the inputs, at least 1. lr: Adam's step size, above 0. gradients: `stream`
+    takes every tensor's gradient as it comes and frees it; `buffer` keeps all N for one pass at
+    the end. Raises ValueError for values outside these ranges, and where a task has no inputs or
+    the loss stops being finite.
     """
     if epochs < 1 or not 0 < lr < float("inf"):
         raise ValueError(
             f"epochs must be 1 or more and lr above 0 and finite, got {epochs} and {lr}"
         )
+    if gradients not in GRADIENTS:
+        raise ValueError(f"gradients must be one of {', '.join(GRADIENTS)}, got {gradients!r}")
     problem.require_inputs("fit_coefficients")
     vectors, segments = problem.vectors, coefficients.segments
     experts = expert_logits(problem)
-    live, grad = torch.empty_like(vectors.base), torch.zeros_like(vectors.base)
+    live = torch.empty_like(vectors.base)
     leaves = vectors.layout.unflatten(live)
-    for leaf, leaf_grad in zip(
-        leaves.values(), vectors.layout.unflatten(grad).values(), strict=True
-    ):
-        leaf.requires_grad_().grad = leaf_grad
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    collect = GRADIENTS[gradients](leaves, vectors, segments)
     adam = torch.optim.Adam(coefficients.parameters(), lr=lr)
     steps = schedule([len(b) for b in problem.batches], epochs, torch.Generator().manual_seed(seed))
+
+    def merge() -> Tensor:
+        coeffs = coefficients()
+        grouped_merge(
+            vectors.base, vectors.deltas, coeffs.detach(), segments, out=live, validate=False
+        )
+        return coeffs
 
     def observe(number: int, loss: float | None) -> None:
         if watch is not None:
             watch(Step(number, loss, coefficients().detach().clone(), live))
 
     for number, chosen in enumerate(tqdm(steps, "fitting", disable=not progress, leave=False)):
-        coeffs = coefficients()
-        grouped_merge(vectors.base, vectors.deltas, coeffs, segments, out=live)
-        grad.zero_()
+        coeffs = merge()
         pairs = [(task, problem.batches[task][index]) for task, index in enumerate(chosen)]
         merged = problem.forward(leaves, pairs)
         loss = sum(
@@ -171,8 +232,8 @@ def fit_coefficients(
         observe(number, loss.item())
         loss.backward()
         adam.zero_grad()
-        coeffs.backward(grouped_inner(grad, vectors.deltas, segments).to(coeffs))
+        coeffs.backward(collect().to(coeffs))
         adam.step()
-    grouped_merge(vectors.base, vectors.deltas, coefficients(), segments, out=live)
+    merge()
     observe(len(steps), None)
     return live

@@ -1,13 +1,39 @@
 """A model as one flat vector: where each tensor lives, and task vectors as one matrix `[T, N]`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from math import prod
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from divmerge_core.kernels.merge import grouped_merge
+from divmerge_core.kernels.segments import Segments
+from divmerge_core.kernels.stores import Deltas, Factors, Int8Deltas, LowRankDeltas, dense
+from divmerge_core.registry import Registry
+
+STORAGES = Registry("storage")
+
+
+def stacked(dtype: torch.dtype | None) -> Callable[[Iterator[Tensor], int], Tensor]:
+    """A storage that is a matrix of this dtype, filled one row at a time."""
+
+    def store(rows: Iterator[Tensor], count: int) -> Float[Tensor, "T N"]:
+        first = next(rows)
+        result = first.new_empty(count, len(first), dtype=dtype)
+        for number, row in enumerate(chain([first], rows)):
+            result[number] = row
+        return result
+
+    return store
+
+
+STORAGES.register("float32")(stacked(None))  # what a layout flattens to: float64 stays float64
+STORAGES.register("bfloat16")(stacked(torch.bfloat16))
+STORAGES.register("float16")(stacked(torch.float16))
+STORAGES.register("int8")(lambda rows, count: Int8Deltas.of(rows))
 
 
 @dataclass(frozen=True)
@@ -79,13 +105,14 @@ class Layout:
 class TaskVectors:
     """A base model and what fine-tuning on each of T tasks added to it.
 
-    `deltas[t] = theta_t - theta_0` (Ilharco et al. 2023; DivMerge Eq. 1).
+    `deltas[t] = theta_t - theta_0` (Ilharco et al. 2023; DivMerge Eq. 1): a matrix in any floating
+    dtype, or a store that takes less memory (see STORAGES and `from_adapters`).
     """
 
     layout: Layout
     tasks: tuple[str, ...]
     base: Float[Tensor, " N"]
-    deltas: Float[Tensor, "T N"]
+    deltas: Deltas
 
     def __post_init__(self):
         shape, size = tuple(self.deltas.shape), self.layout.size
@@ -99,20 +126,74 @@ class TaskVectors:
 
     @classmethod
     def from_states(
-        cls, base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]]
+        cls,
+        base: Mapping[str, Tensor],
+        experts: Mapping[str, Mapping[str, Tensor]],
+        *,
+        storage: str = "float32",
     ) -> "TaskVectors":
         """Subtract the base's state dict from every expert's (task name -> state dict).
 
-        Raises ValueError where an expert's tensors differ in name or shape, or are not finite.
+        storage: how task vectors are kept, a name in STORAGES. Raises ValueError where an expert's
+        tensors differ in name or shape, or are not finite.
+        """
+        store, layout = STORAGES[storage], Layout.of(base)
+        if not experts:
+            raise ValueError("no experts given; merging needs one or more")
+        layout.check(base, "the base model")
+        flat = layout.flatten(base)
+
+        def rows() -> Iterator[Tensor]:
+            for task, state in experts.items():
+                layout.check(state, f"expert {task!r}")
+                yield layout.flatten(state).sub_(flat)
+
+        return cls(layout, tuple(experts), flat, store(rows(), len(experts)))
+
+    @classmethod
+    def from_adapters(
+        cls,
+        base: Mapping[str, Tensor],
+        adapters: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]],
+        *,
+        scale: float = 1.0,
+    ) -> "TaskVectors":
+        """Task vectors of LoRA experts: task -> name of a matrix -> its factors (B, A).
+
+        The task vector of a matrix is scale * B @ A (scale is LoRA's alpha / r), and is never
+        multiplied out. Ranks may differ; a task may leave matrices alone. Raises ValueError for a
+        name that is no matrix of the base, and for factors whose product does not have its shape.
         """
         layout = Layout.of(base)
         layout.check(base, "the base model")
-        flat = layout.flatten(base)
-        deltas = flat.new_empty(len(experts), layout.size)
-        for row, (task, state) in zip(deltas, experts.items(), strict=True):
-            layout.check(state, f"expert {task!r}")
-            torch.sub(layout.flatten(state), flat, out=row)
-        return cls(layout, tuple(experts), flat, deltas)
+        shapes = dict(zip(layout.names, layout.shapes, strict=True))
+        for task, factors in adapters.items():
+            for name, (left, right) in factors.items():
+                shape = (left.shape[0], right.shape[1])
+                if shapes.get(name) != shape or left.shape[1] != right.shape[0]:
+                    raise ValueError(
+                        f"adapter {task!r}: {name} of shape {shapes.get(name, 'unknown')} cannot "
+                        f"take factors {list(left.shape)} and {list(right.shape)}; give B [M, r] "
+                        "and A [r, K] for a matrix [M, K] of the base"
+                    )
+        stored = {}
+        for name, (start, _) in zip(layout.names, layout.bounds, strict=True):
+            pairs = [factors[name] for factors in adapters.values() if name in factors]
+            if pairs:
+                stored[start] = Factors(
+                    torch.cat([left * scale for left, _ in pairs], dim=1),
+                    torch.cat([right for _, right in pairs]),
+                    tuple(len(f[name][1]) if name in f else 0 for f in adapters.values()),
+                )
+        if not stored:
+            raise ValueError("the adapters hold no factors; give at least one matrix's (B, A)")
+        deltas = LowRankDeltas((len(adapters), layout.size), stored)
+        return cls(layout, tuple(adapters), layout.flatten(base), deltas)
+
+    def stored_as(self, storage: str) -> "TaskVectors":
+        """The same task vectors kept as one of STORAGES."""
+        deltas = STORAGES[storage](iter(dense(self.deltas)), len(self.tasks))
+        return TaskVectors(self.layout, self.tasks, self.base, deltas)
 
     def select(self, tasks: Sequence[str]) -> "TaskVectors":
         """The same base with only these tasks, in this order."""
@@ -120,17 +201,24 @@ class TaskVectors:
         if unknown:
             raise ValueError(f"no task vector for {unknown}; there are {', '.join(self.tasks)}")
         rows = [self.tasks.index(task) for task in tasks]
-        return TaskVectors(self.layout, tuple(tasks), self.base, self.deltas[rows])
+        deltas = self.deltas[rows] if isinstance(self.deltas, Tensor) else self.deltas.rows(rows)
+        return TaskVectors(self.layout, tuple(tasks), self.base, deltas)
+
+    def merge(self, weights: Sequence[float]) -> Float[Tensor, " N"]:
+        """theta_0 + sum_t weights[t] tau_t: one coefficient per task for the whole model."""
+        coeffs = torch.tensor(list(weights), dtype=torch.float64, device=self.base.device)
+        segments = Segments(((0, self.layout.size, 0),))
+        return grouped_merge(self.base, self.deltas, coeffs[:, None], segments)
 
     def expert(self, task: str) -> Float[Tensor, " N"]:
-        """theta_t = theta_0 + tau_t, the expert itself."""
-        return self.base + self.select([task]).deltas[0]
+        """theta_t = theta_0 + tau_t, the expert itself (as near as its storage allows)."""
+        return self.select([task]).merge([1.0])
 
     def norms(self) -> Float[Tensor, " T"]:
         """Euclidean length of every task vector, in parameter units."""
-        squares = [row.square().sum() for row in self.deltas]  # torch's norm loses digits here
+        squares = [row.square().sum() for row in dense(self.deltas)]  # torch's norm loses digits
         return torch.stack(squares).sqrt()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TaskVectors":
         """Task vectors with `function` applied to the matrix `[T, N]`."""
-        return TaskVectors(self.layout, self.tasks, self.base, function(self.deltas))
+        return TaskVectors(self.layout, self.tasks, self.base, function(dense(self.deltas)))

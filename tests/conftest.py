@@ -1,8 +1,15 @@
 """Fixtures: a tiny encoder in the hub's layout, toy tasks and experts, and caches of their own."""
 
+import os
+
 import pytest
 import torch
 import transformers
+
+# Without a GPU, Triton's kernels run in its interpreter; it has to know before it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from helpers import MARKERS, TINY_RECIPE, WORDS, linear_problem, toy_task
 
 from divmerge_core import assets

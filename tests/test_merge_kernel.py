@@ -1,14 +1,52 @@
-"""The merge kernel and its gradient, against slow loops over single numbers."""
+"""The merge kernel and its gradient, on every backend, against sums over single numbers.
+
+Without a GPU, Triton's kernels run in its interpreter.
+"""
+
+import subprocess
+import sys
+from itertools import product
 
 import pytest
 import torch
 from helpers import layout_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from divmerge_core.kernels.merge import Segments, check, grouped_inner, grouped_merge
+from divmerge_core.kernels import merge, stores
+from divmerge_core.kernels.backend import triton
+from divmerge_core.kernels.merge import grouped_inner, grouped_merge
+from divmerge_core.kernels.segments import Segments, block_table
 
-# dtype, rtol, atol: what rounding alone may cost against the float64 loop
-PRECISIONS = [(torch.float64, 1e-12, 1e-12), (torch.float32, 1e-5, 1e-5)]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+double, single, brain, half = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+# vector, deltas, rtol, atol: what rounding alone may cost against float64. Sums are taken in
+# float32, so a result in half precision is off by its own rounding and nothing else.
+PRECISIONS = [
+    (double, double, 1e-12, 1e-12),
+    (single, single, 1e-5, 2e-6),
+    (single, brain, 1e-5, 2e-6),
+    (single, half, 1e-5, 2e-6),
+    (brain, brain, 2**-8, 1e-5),
+    (brain, single, 2**-8, 1e-5),
+    (half, half, 2**-11, 1e-5),
+]
+skips = {
+    "torch": (),
+    "numpy": pytest.mark.skipif(DEVICE != "cpu", reason="NumPy works on a CPU"),
+    "triton": pytest.mark.skipif(triton is None, reason="Triton is not installed"),
+}
+BACKENDS = [pytest.param(name, marks=skip, id=name) for name, skip in skips.items()]
+CASES = [
+    pytest.param(
+        name, *row, marks=skips[name], id=f"{name}-{row[0]}-{row[1]}".replace("torch.", "")
+    )
+    for name, row in product(skips, PRECISIONS)
+    if (name, row[0]) != ("triton", double)
+]
 
 # shapes of the tensors, and the group of each
 TABLES = {
@@ -19,149 +57,411 @@ TABLES = {
     "a group each": ([(3, 2), (5,), (1,)], [0, 1, 2]),
     "a group that comes back": ([(41,), (1,), (13, 3), (2,)], [0, 1, 0, 2]),
     "an empty tensor": ([(3,), (0, 4), (2,)], [0, 1, 2]),
+    "no numbers at all": ([(0,)], [0]),
+    "a block and one": ([(257,), (256,), (255,)], [0, 1, 0]),
     "awkward": ([(129, 7), (1,), (1271,), (1,), (3, 3, 3)], [0, 1, 1, 0, 2]),
 }
 tables = pytest.mark.parametrize("table", TABLES)
-tasks = pytest.mark.parametrize("num_tasks", [1, 2, 5])
-precisions = pytest.mark.parametrize(("dtype", "rtol", "atol"), PRECISIONS)
+models = pytest.mark.parametrize(
+    ("table", "num_tasks"),
+    [*((table, 2) for table in TABLES), ("one number", 1), ("awkward", 1), ("awkward", 20)],
+)
+backends = pytest.mark.parametrize("backend", BACKENDS)
+precisions = pytest.mark.parametrize(("backend", "kind", "stored", "rtol", "atol"), CASES)
 
 
-def case(table: str, num_tasks: int, dtype: torch.dtype = torch.float64):
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks and chunks of a few hundred parameters, so that small cases have edges and middles."""
+    monkeypatch.setattr(merge, "BLOCK", 256)
+    monkeypatch.setattr(stores, "CHUNK", 100)
+
+
+def case(table, num_tasks, kind=single, stored=None):
     """base [N], deltas [T, N], coefficients [T, G], the group of every number, and the segments."""
     sizes, groups = TABLES[table]
     layout = layout_of(**{f"tensor{n}": size for n, size in enumerate(sizes)})
     generator = torch.Generator().manual_seed(num_tasks)
 
-    def normal(*shape: int):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    def normal(dtype, *shape: int):
+        return torch.randn(*shape, generator=generator, dtype=double).to(DEVICE, dtype)
 
-    owner = [
-        group
-        for (start, stop), group in zip(layout.bounds, groups, strict=True)
-        for _ in range(start, stop)
-    ]
+    widths = [stop - start for start, stop in layout.bounds]
+    owner = torch.tensor(groups).repeat_interleave(torch.tensor(widths)).to(DEVICE)
     segments = Segments.of(layout.bounds, groups)
-    coeffs = normal(num_tasks, 1 + max(groups))
-    return normal(layout.size), normal(num_tasks, layout.size), coeffs, owner, segments
+    coeffs = normal(torch.promote_types(kind, single), num_tasks, 1 + max(groups))
+    deltas = normal(stored or kind, num_tasks, layout.size)
+    return normal(kind, layout.size), deltas, coeffs, owner, segments
 
 
 def slow_merge(base, deltas, coeffs, owner):
-    """theta_i = base_i + sum_t Lambda[t, group of i] tau_{t,i}, number by number."""
-    rows, table = deltas.double().tolist(), coeffs.double().tolist()
-    merged = [
-        value + sum(table[t][owner[i]] * rows[t][i] for t in range(len(rows)))
-        for i, value in enumerate(base.double().tolist())
-    ]
-    return torch.tensor(merged, dtype=torch.float64)
+    """theta_i = base_i + sum_t Lambda[t, group of i] tau_{t,i}, in float64."""
+    return base.double() + (coeffs.double()[:, owner] * deltas.double()).sum(0)
 
 
 def slow_inner(grad, deltas, num_groups, owner):
-    rows, slope = deltas.double().tolist(), grad.double().tolist()
-    result = torch.zeros(len(rows), num_groups, dtype=torch.float64)
-    for t, row in enumerate(rows):
-        for i, group in enumerate(owner):
-            result[t, group] += slope[i] * row[i]
-    return result
+    """dL/dLambda[t, g] = sum over the i of group g of grad_i tau_{t,i}, in float64."""
+    products = grad.double() * deltas.double()
+    columns = [(products * (owner == group)).sum(1) for group in range(num_groups)]
+    return torch.stack(columns, dim=1)
 
 
-@tables
-@tasks
+def run(script: str) -> str:
+    """What a script prints in a fresh process."""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- the formulas ---------------------------------------------------------------------------------
+
+
+@models
 @precisions
-def test_the_merge_is_the_loop(table, num_tasks, dtype, rtol, atol):
-    base, deltas, coeffs, owner, segments = case(table, num_tasks, dtype)
-    expected = slow_merge(base, deltas, coeffs, owner).to(dtype)
-    assert_close(grouped_merge(base, deltas, coeffs, segments), expected, rtol=rtol, atol=atol)
+def test_the_merge_is_the_sum(table, num_tasks, backend, kind, stored, rtol, atol):
+    base, deltas, coeffs, owner, segments = case(table, num_tasks, kind, stored)
+    merged = grouped_merge(base, deltas, coeffs, segments, backend=backend)
+    expected = slow_merge(base, deltas, coeffs, owner)
+    assert merged.dtype == kind
+    if (backend, kind, DEVICE) == ("triton", brain, "cpu"):
+        rtol *= 2  # the interpreter cuts bfloat16 off where the hardware rounds
+    assert_close(merged.double(), expected, rtol=rtol, atol=atol * num_tasks)
+
+
+@models
+@precisions
+def test_the_gradient_is_the_sum(table, num_tasks, backend, kind, stored, rtol, atol):
+    grad, deltas, coeffs, owner, segments = case(table, num_tasks, kind, stored)
+    found = grouped_inner(grad, deltas, segments, backend=backend)
+    expected = slow_inner(grad, deltas, coeffs.shape[1], owner)
+    assert found.dtype == torch.promote_types(kind, single)  # summed wide, whatever came in
+    exact = 1e-12 if kind == double else 2e-6
+    assert_close(found.double(), expected, rtol=exact, atol=exact * max(1, len(grad)) ** 0.5)
+
+
+def test_the_sum_by_hand():
+    segments = Segments(((0, 2, 0), (2, 3, 1)))
+    base, deltas = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])
+    coeffs = torch.tensor([[2.0, 10.0], [3.0, 100.0]])
+    merged = grouped_merge(base, deltas, coeffs, segments)
+    assert merged.tolist() == [1 + 2, 2 + 3, 3 + 20 + 100]
+    assert grouped_inner(base, deltas, segments).tolist() == [[1, 6], [2, 3]]
+
+
+@backends
+def test_sums_in_half_precision_would_be_far_off(backend):
+    """Ten thousand products of ones: bfloat16 cannot count beyond 256."""
+    ones, segments = torch.ones(10_000, dtype=brain, device=DEVICE), Segments(((0, 10_000, 0),))
+    assert grouped_inner(ones, ones[None], segments, backend=backend).item() == 10_000
 
 
 @tables
-@tasks
-def test_what_stood_in_the_output_is_immaterial(table, num_tasks):
-    base, deltas, coeffs, _, segments = case(table, num_tasks)
+@backends
+def test_what_stood_in_the_output_is_immaterial(table, backend):
+    base, deltas, coeffs, _, segments = case(table, 2)
     out = torch.full_like(base, float("nan"))
-    given = grouped_merge(base, deltas, coeffs, segments, out=out)
+    given = grouped_merge(base, deltas, coeffs, segments, out=out, backend=backend)
     assert given is out
-    assert_close(out, grouped_merge(base, deltas, coeffs, segments), rtol=0, atol=0)
+    again = grouped_merge(base, deltas, coeffs, segments, backend=backend)
+    assert_close(out, again, rtol=0, atol=0)
 
 
 @tables
-def test_the_merge_leaves_its_inputs_alone(table):
+@backends
+def test_inputs_are_left_alone(table, backend):
     given = case(table, 2)
     base, deltas, coeffs, _, segments = given
     before = [tensor.clone() for tensor in given[:3]]
-    grouped_merge(base, deltas, coeffs, segments)
-    grouped_inner(base, deltas, segments)
+    grouped_merge(base, deltas, coeffs, segments, backend=backend)
+    grouped_inner(base, deltas, segments, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(before, given[:3], strict=True))
 
 
-@tables
-@tasks
-@precisions
-def test_the_gradient_is_the_loop(table, num_tasks, dtype, rtol, atol):
-    grad, deltas, coeffs, owner, segments = case(table, num_tasks, dtype)
-    expected = slow_inner(grad, deltas, coeffs.shape[1], owner).to(dtype)
-    scale = expected.abs().max().item()
-    found = grouped_inner(grad, deltas, segments)
-    assert_close(found, expected, rtol=rtol, atol=atol * max(1.0, scale))
+@backends
+def test_a_store_that_is_misaligned_or_has_longer_rows_gives_the_same(backend):
+    base, deltas, coeffs, _, segments = case("awkward", 3)
+    roomy = torch.full((3, deltas.shape[1] + 6), float("nan"), device=DEVICE)
+    shifted = torch.full((len(base) + 1,), float("nan"), device=DEVICE)
+    roomy[:, 5:-1], shifted[1:] = deltas, base
+    out = torch.empty_like(shifted)[1:]
+    grouped_merge(shifted[1:], roomy[:, 5:-1], coeffs, segments, out=out, backend=backend)
+    assert_close(out, grouped_merge(base, deltas, coeffs, segments, backend=backend))
+    found = grouped_inner(shifted[1:], roomy[:, 5:-1], segments, backend=backend)
+    assert_close(found, grouped_inner(base, deltas, segments, backend=backend))
 
 
-@tables
-def test_the_gradient_is_the_merges_own(table):
-    """The merge is linear: its change in any direction is an inner product with it."""
-    grad, deltas, coeffs, _, segments = case(table, 3)
-    base = torch.zeros_like(grad)
-    along = grad @ grouped_merge(base, deltas, coeffs, segments)
-    assert_close((grouped_inner(grad, deltas, segments) * coeffs).sum(), along)
-
-
-def test_the_gradient_is_bitwise_the_same_on_every_run():
-    grad, deltas, _, _, segments = case("awkward", 5, torch.float32)
-    first = grouped_inner(grad, deltas, segments)
-    assert all(torch.equal(first, grouped_inner(grad, deltas, segments)) for _ in range(20))
+@backends
+def test_the_gradient_is_bitwise_the_same_on_every_run(backend):
+    grad, deltas, _, _, segments = case("awkward", 5)
+    first = grouped_inner(grad, deltas, segments, backend=backend)
+    again = [grouped_inner(grad, deltas, segments, backend=backend) for _ in range(5)]
+    assert all(torch.equal(first, other) for other in again)
 
 
 def test_coefficients_of_another_precision_are_converted():
-    base, deltas, coeffs, owner, segments = case("a group each", 2, torch.float64)
+    base, deltas, coeffs, owner, segments = case("a group each", 2, double)
     merged = grouped_merge(base, deltas, coeffs.float(), segments)
-    assert merged.dtype == torch.float64
+    assert merged.dtype == double
     assert_close(merged, slow_merge(base, deltas, coeffs.float(), owner))
 
 
-def test_a_merge_and_its_gradient_are_outside_the_autograd_graph():
+# --- properties -----------------------------------------------------------------------------------
+
+numbers = st.floats(-10, 10, allow_nan=False, width=32)
+
+
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_the_merge_is_linear_in_the_coefficients_and_the_gradient_its_transpose(data):
+    widths = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=5))
+    groups = [min(n, data.draw(st.integers(0, 2))) for n in range(len(widths))]
+    groups = [sorted(set(groups)).index(group) for group in groups]
+    layout = layout_of(**{f"tensor{n}": (width,) for n, width in enumerate(widths)})
+    segments, num_tasks = Segments.of(layout.bounds, groups), data.draw(st.integers(1, 4))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=double)
+
+    base, deltas, grad = normal(layout.size), normal(num_tasks, layout.size), normal(layout.size)
+    a, b = normal(2, num_tasks, segments.num_groups)
+    x, y = data.draw(numbers), data.draw(numbers)
+
+    def moved(coeffs):
+        return grouped_merge(base, deltas, coeffs, segments) - base
+
+    assert_close(moved(x * a + y * b), x * moved(a) + y * moved(b), rtol=1e-9, atol=1e-9)
+    inner = grouped_inner(grad, deltas, segments)
+    assert_close(grad @ moved(a), (inner * a).sum(), rtol=1e-9, atol=1e-9)
+    assert torch.equal(moved(torch.zeros_like(a)), torch.zeros_like(base))
+
+
+# --- autograd -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", ["a group that comes back", "an empty tensor", "one number"])
+def test_autograd_agrees_with_finite_differences(table):
+    base, deltas, coeffs, _, segments = (
+        x.cpu() if isinstance(x, torch.Tensor) else x for x in case(table, 3, double)
+    )
+    base.requires_grad_()
+    coeffs.requires_grad_()
+    torch.autograd.gradcheck(lambda b, c: grouped_merge(b, deltas, c, segments), (base, coeffs))
+
+
+@backends
+def test_autograd_gives_the_gradient_on_every_backend(backend):
+    base, deltas, coeffs, _, segments = case("awkward", 3)
+    coeffs.requires_grad_()
+    slope = torch.linspace(-1, 1, len(base), device=DEVICE)
+    (grouped_merge(base, deltas, coeffs, segments, backend=backend) * slope).sum().backward()
+    assert_close(coeffs.grad, grouped_inner(slope, deltas, segments, backend=backend))
+
+
+def test_a_merge_into_a_buffer_is_outside_the_graph_and_says_so():
     base, deltas, coeffs, _, segments = case("a group each", 2)
-    assert not grouped_merge(base, deltas, coeffs.requires_grad_(), segments).requires_grad
+    out = torch.empty_like(base)
+    with pytest.raises(ValueError, match="`out` records no gradient; detach, or give no out"):
+        grouped_merge(base, deltas, coeffs.requires_grad_(), segments, out=out)
+    with torch.no_grad():
+        assert not grouped_merge(base, deltas, coeffs, segments, out=out).requires_grad
+
+
+COMPILED = """
+import torch
+from divmerge_core.kernels.merge import grouped_merge
+from divmerge_core.kernels.segments import Segments
+base, deltas, segments = torch.ones(5), torch.ones(2, 5), Segments(((0, 3, 0), (3, 5, 1)))
+
+@torch.compile(backend="eager", fullgraph=True)
+def step(coeffs):
+    out = torch.empty_like(base)
+    grouped_merge(base, deltas, coeffs.detach() / 2, segments, out=out, backend="torch",
+                  validate=False)
+    return out * 2
+
+assert step(torch.tensor([[2.0, 4.0], [2.0, 4.0]])).tolist() == [6, 6, 6, 10, 10]
+"""
+
+
+def test_a_compiled_step_holds_the_merge_in_one_graph():
+    run(COMPILED)  # in a process of its own: here, shape checks wrap every function
+
+
+# --- bytes ----------------------------------------------------------------------------------------
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the numbers that operations read and write; views move nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and "empty" not in str(function):
+            given = (
+                [result] if "new_" in str(function) else [*args, *(kwargs or {}).values(), result]
+            )
+            tensors = [x for x in given if isinstance(x, torch.Tensor)]
+            if "out" in (kwargs or {}) or "_." in str(function):
+                tensors.pop()  # the result is one of the arguments
+            self.numbers += sum(x.numel() for x in tensors)
+        return result
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 8])
+def test_a_step_moves_each_number_once(num_tasks, monkeypatch):
+    """(T + 2) N forward and (T + 1) N backward, where the usual merge moves 5 T N and 4 T^2 N."""
+    bounds = [(n * 10_000, (n + 1) * 10_000) for n in range(20)]
+    segments, size = Segments.of(bounds, range(20)), 200_000
+    base, deltas, coeffs = torch.ones(size), torch.ones(num_tasks, size), torch.ones(num_tasks, 20)
+    out = torch.empty_like(base)
+    with Traffic() as forward:
+        grouped_merge(base, deltas, coeffs, segments, out=out, backend="torch")
+    with Traffic() as backward:
+        grouped_inner(base, deltas, segments, backend="torch")
+    assert (num_tasks + 2) * size <= forward.numbers <= 1.1 * (num_tasks + 2) * size
+    assert (num_tasks + 1) * size <= backward.numbers <= 1.1 * (num_tasks + 1) * size
+
+
+# --- segments and blocks --------------------------------------------------------------------------
 
 
 def test_neighbours_of_one_group_are_one_stretch():
     segments = Segments.of([(0, 2), (2, 5), (5, 6), (6, 9)], [0, 0, 1, 0])
     assert segments.rows == ((0, 5, 0), (5, 6, 1), (6, 9, 0))
-    assert segments.num_groups == 2
+    assert (segments.num_groups, segments.size) == (2, 9)
+    assert [segments.group_at(position) for position in range(9)] == [0] * 5 + [1] + [0] * 3
+
+
+@tables
+def test_blocks_hold_every_parameter_once_and_only_one_group(table):
+    *_, owner, segments = case(table, 1)
+    rows, starts = block_table(segments, 256, torch.device("cpu"))
+    places = [place for low, high, _ in rows.tolist() for place in range(low, high)]
+    assert sorted(places) == list(range(segments.size))
+    for low, high, group in rows.tolist():
+        assert set(owner[low:high].tolist()) == {group}
+        assert low // 256 == (high - 1) // 256  # inside one aligned stretch of 256
+    for group, (first, last) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        assert set(rows[first:last, 2].tolist()) <= {group}
 
 
 @pytest.mark.parametrize("bounds", [[(0, 2), (3, 5)], [(0, 2), (1, 5)], [(1, 2), (2, 5)]])
 def test_gaps_and_overlaps_are_refused(bounds):
-    with pytest.raises(ValueError, match="tensors must lie end to end, got bounds"):
+    with pytest.raises(ValueError, match="tensors must lie end to end from 0, got one at"):
         Segments.of(bounds, [0, 1])
+
+
+@pytest.mark.parametrize("groups", [[0, 2], [1, 1], [-1, 0]])
+def test_groups_with_gaps_are_refused(groups):
+    with pytest.raises(ValueError, match=r"a group, numbered 0..G-1 without a gap; got \[-?\d"):
+        Segments.of([(0, 2), (2, 5)], groups)
+
+
+def test_a_map_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="2 tensors but 1 groups; give one per tensor"):
+        Segments.of([(0, 2), (2, 5)], [0])
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def refused(message, *, base=None, deltas=None, coeffs=None, segments=None, **options):
+    """A merge with one thing wrong is refused with this message."""
+    case_base, case_deltas, case_coeffs, _, case_segments = case("a group each", 2)
+    with pytest.raises(ValueError, match=message):
+        grouped_merge(
+            case_base if base is None else base,
+            case_deltas if deltas is None else deltas,
+            case_coeffs if coeffs is None else coeffs,
+            segments or case_segments,
+            **options,
+        )
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (3, 3), (3, 1), (1, 3)])
 def test_coefficients_of_the_wrong_shape_are_refused_with_the_right_one(shape):
-    _, deltas, _, _, segments = case("a group each", 2)
-    with pytest.raises(ValueError, match=r"must be \[T, G\] = \[2, 3\], .*, got \[\d, \d\]"):
-        check(deltas, torch.zeros(shape), segments)
-
-
-def test_a_merge_with_coefficients_of_the_wrong_shape_is_refused():
     base, deltas, _, _, segments = case("a group each", 2)
-    with pytest.raises(
-        ValueError, match=r"\[T, G\] = \[2, 3\], one per task and group, got \[2, 2\]"
-    ):
-        grouped_merge(base, deltas, torch.zeros(2, 2, dtype=base.dtype), segments)
+    with pytest.raises(ValueError, match=r"must be \[T, G\] = \[2, 3\], .*, got \[\d, \d\]"):
+        stores.check(base, deltas, segments, torch.zeros(shape))
 
 
 def test_segments_of_another_layout_are_refused():
-    base, deltas, coeffs, _, _ = case("a group each", 2)
     short = Segments.of([(0, 4), (4, 5), (5, 6)], [0, 1, 2])
-    with pytest.raises(
-        ValueError, match="segments end at 6, deltas have 12 columns; make both from"
-    ):
-        grouped_merge(base, deltas, coeffs, short)
+    refused("segments end at 6, deltas have 12 columns, the vector has shape", segments=short)
+
+
+def test_no_tasks_are_refused():
+    refused("hold no task", deltas=torch.zeros(0, 12), coeffs=torch.zeros(0, 3))
+
+
+def test_precisions_that_cannot_mix_are_refused():
+    refused(
+        r"cannot mix \['torch.float32', 'torch.float64'\]: vector and deltas may be",
+        deltas=torch.zeros(2, 12, dtype=double, device=DEVICE),
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_coefficients_that_are_not_finite_are_refused_unless_told_otherwise(value):
+    base, deltas, coeffs, _, segments = case("a group each", 2)
+    coeffs[1, 2] = value
+    refused("hold NaN or inf; a fit that got there needs a smaller lr", coeffs=coeffs)
+    merged = grouped_merge(base, deltas, coeffs, segments, validate=False)
+    assert not merged[segments.rows[2][0] :].isfinite().any()
+
+
+def test_gaps_between_numbers_are_refused():
+    gaps = "must be neighbours in memory; call .contiguous"
+    refused(gaps, base=torch.zeros(12, 2, device=DEVICE)[:, 0])
+    refused(gaps, deltas=torch.zeros(12, 2, device=DEVICE).T)
+
+
+def test_an_output_unlike_the_base_is_refused():
+    out = torch.zeros(12, dtype=double, device=DEVICE)
+    refused(r"out must be like base, \[12\] of torch.float32 on .*, got \[12\] of", out=out)
+
+
+def test_tensors_on_two_devices_are_refused():
+    refused("tensors lie on .*meta.*; move them to one device", coeffs=torch.zeros(2, 3).to("meta"))
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones():
+    refused("backend must be one of auto, torch, triton, numpy, got 'cuda'", backend="cuda")
+
+
+def test_float64_is_not_for_triton():
+    base, deltas, coeffs, _, segments = case("one tensor", 1, double)
+    with pytest.raises(ValueError, match="computes in float32; say backend='torch'|not installed"):
+        grouped_merge(base, deltas, coeffs, segments, backend="triton")
+
+
+BARE = """
+import os, sys
+os.environ.pop("TRITON_INTERPRET", None)
+{before}
+import torch
+from divmerge_core.kernels.merge import grouped_inner, grouped_merge
+from divmerge_core.kernels.segments import Segments
+given = torch.ones(3), torch.ones(2, 3), torch.ones(2, 1), Segments(((0, 3, 0),))
+assert grouped_merge(*given).tolist() == [3, 3, 3]
+assert grouped_inner(given[0], given[1], given[3]).tolist() == [[3], [3]]
+try:
+    grouped_merge(*given, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        ("sys.modules['triton'] = None", "needs the package triton, which is not installed"),
+        pytest.param("", "needs tensors on a GPU, got cpu", marks=skips["triton"]),
+    ],
+)
+def test_without_triton_or_a_gpu_everything_works_and_triton_is_refused(before, message):
+    assert message in run(BARE.format(before=before))

@@ -26,7 +26,7 @@ TOC = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
 
 # Imports only ever point up this list.
 ORDER = (
-    *("registry", "assets", "splits", "tasks", "vectors", "kernels", "coefficients", "problem"),
+    *("registry", "assets", "splits", "tasks", "kernels", "vectors", "coefficients", "problem"),
     *("encoders", "experts", "divergences", "methods", "evaluation", "report", "bench"),
     *("cells", "comparison", "interference", "figures", "checkpoints", "runs"),
 )

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from divmerge_core.kernels.stores import dense
 from divmerge_core.methods import METHODS
 from divmerge_core.problem import MergeProblem
 
@@ -13,7 +14,8 @@ from divmerge_core.problem import MergeProblem
 )
 def average(problem: MergeProblem) -> Float[Tensor, " N"]:
     """The mean of the experts: every coefficient 1/T."""
-    return problem.vectors.base + problem.vectors.deltas.mean(dim=0)
+    num_tasks = len(problem.vectors.tasks)
+    return problem.vectors.merge([1 / num_tasks] * num_tasks)
 
 
 @METHODS.register(
@@ -25,7 +27,7 @@ def average(problem: MergeProblem) -> Float[Tensor, " N"]:
 )
 def task_arithmetic(problem: MergeProblem, *, scale: float = 0.3) -> Float[Tensor, " N"]:
     """Base plus `scale` times the sum of task vectors: one coefficient for all tasks."""
-    return torch.add(problem.vectors.base, problem.vectors.deltas.sum(dim=0), alpha=scale)
+    return problem.vectors.merge([scale] * len(problem.vectors.tasks))
 
 
 @METHODS.register(
@@ -44,7 +46,7 @@ def ties(problem: MergeProblem, *, keep: float = 0.2, scale: float = 1.0) -> Flo
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1], got {keep}; 0.2 keeps the largest fifth")
-    deltas = problem.vectors.deltas
+    deltas = dense(problem.vectors.deltas)
     drop = deltas.shape[1] - max(1, round(keep * deltas.shape[1]))
     trimmed = deltas.clone()
     for row in trimmed:  # one task at a time: a magnitude copy of all T would double the memory

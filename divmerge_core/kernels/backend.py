@@ -1,0 +1,66 @@
+"""Triton where it is installed, and which backend a kernel runs on.
+
+Triton is optional: without it every kernel has its PyTorch definition, and nothing else changes.
+"""
+
+import inspect
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton, tl = None, SimpleNamespace(constexpr=None)
+
+# Triton's interpreter runs a kernel as Python on the CPU; Triton reads the variable at import.
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def jit(function: Callable):
+    """Triton's `jit` where Triton is installed. It wants the bare function: it reads the source."""
+    return triton.jit(inspect.unwrap(function)) if triton else function
+
+
+def on(tensor: Tensor) -> AbstractContextManager:
+    """Makes a tensor's GPU the one that Triton launches on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def resolve(backend: str, *tensors: Tensor, cpu: str = "torch") -> str:
+    """What a call on these tensors runs on: `triton`, `torch`, or `cpu`, the choice for a CPU.
+
+    `auto` is Triton on a GPU where it is installed and no tensor is float64. Raises ValueError for
+    a backend that cannot run here, and for tensors on different devices.
+    """
+    devices = {str(tensor.device) for tensor in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"tensors lie on {sorted(devices)}; move them to one device")
+    device, double = devices.pop(), any(tensor.dtype == torch.float64 for tensor in tensors)
+    on_gpu = tensors[0].is_cuda  # PyTorch calls AMD's GPUs cuda as well
+    known = tuple(dict.fromkeys(("auto", "torch", "triton", cpu)))
+    if backend not in known:
+        raise ValueError(f"backend must be one of {', '.join(known)}, got {backend!r}")
+    if backend == "triton" and triton is None:
+        raise ValueError(
+            "backend 'triton' needs the package triton, which is not installed; "
+            "pip install triton, or say backend='torch'"
+        )
+    if backend == "triton" and not (on_gpu or INTERPRETED):
+        raise ValueError(
+            f"backend 'triton' needs tensors on a GPU, got {device}; say backend='auto', or set "
+            "TRITON_INTERPRET=1 before Python starts to run the kernel slowly on a CPU"
+        )
+    if backend == "triton" and double:
+        raise ValueError("backend 'triton' computes in float32; say backend='torch' for float64")
+    if backend not in ("auto", "torch", "triton") and device != "cpu":
+        raise ValueError(f"backend {backend!r} needs tensors on a CPU, got {device}")
+    if backend == "auto":
+        gpu = "torch" if triton is None or double else "triton"
+        return gpu if on_gpu else cpu
+    return backend
