@@ -204,7 +204,7 @@ class TaskVectors:
         deltas = self.deltas[rows] if isinstance(self.deltas, Tensor) else self.deltas.rows(rows)
         return TaskVectors(self.layout, tuple(tasks), self.base, deltas)
 
-    def merge(self, weights: Sequence[float]) -> Float[Tensor, " N"]:
+    def merge(self, weights: Sequence[float | int]) -> Float[Tensor, " N"]:
         """theta_0 + sum_t weights[t] tau_t: one coefficient per task for the whole model."""
         coeffs = torch.tensor(list(weights), dtype=torch.float64, device=self.base.device)
         segments = Segments(((0, self.layout.size, 0),))
