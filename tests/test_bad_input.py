@@ -193,7 +193,8 @@ def test_a_gradient_of_another_model_is_refused():
     small, large = linear_problem().vectors, linear_problem(features=7).vectors
     segments = Coefficients(small.layout, 3).segments
     with pytest.raises(
-        ValueError, match="segments end at .*, deltas have .* columns, .*; make all of them from one"
+        ValueError,
+        match="segments end at .*, deltas have .* columns, .*; make all of them from one",
     ):
         grouped_inner(large.base, large.deltas, segments)
 

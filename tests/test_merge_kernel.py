@@ -7,6 +7,7 @@ import subprocess
 import sys
 from itertools import product
 
+import compiled
 import pytest
 import torch
 from helpers import layout_of
@@ -36,7 +37,6 @@ PRECISIONS = [
 ]
 skips = {
     "torch": (),
-    "numpy": pytest.mark.skipif(DEVICE != "cpu", reason="NumPy works on a CPU"),
     "triton": pytest.mark.skipif(triton is None, reason="Triton is not installed"),
 }
 BACKENDS = [pytest.param(name, marks=skip, id=name) for name, skip in skips.items()]
@@ -205,6 +205,23 @@ def test_coefficients_of_another_precision_are_converted():
     assert_close(merged, slow_merge(base, deltas, coeffs.float(), owner))
 
 
+def test_threads_share_the_work_and_change_nothing():
+    bounds = [(0, 200_001), (200_001, 200_002), (200_002, 400_000)]
+    segments, generator = Segments.of(bounds, [0, 1, 0]), torch.Generator().manual_seed(0)
+    base, deltas = torch.randn(400_000, generator=generator), torch.randn(3, 400_000)
+    coeffs = torch.randn(3, 2, generator=generator)
+    alone = grouped_merge(base, deltas, coeffs, segments), grouped_inner(base, deltas, segments)
+    try:
+        torch.set_num_threads(3)
+        together = grouped_merge(base, deltas, coeffs, segments)
+        inner = [grouped_inner(base, deltas, segments) for _ in range(5)]
+    finally:
+        torch.set_num_threads(1)
+    assert_close(together, alone[0])
+    assert_close(inner[0], alone[1], rtol=1e-4, atol=1e-2)
+    assert all(torch.equal(inner[0], other) for other in inner)
+
+
 # --- properties -----------------------------------------------------------------------------------
 
 numbers = st.floats(-10, 10, allow_nan=False, width=32)
@@ -267,7 +284,7 @@ def test_a_merge_into_a_buffer_is_outside_the_graph_and_says_so():
         assert not grouped_merge(base, deltas, coeffs, segments, out=out).requires_grad
 
 
-COMPILED = """
+GRAPH = """
 import torch
 from divmerge_core.kernels.merge import grouped_merge
 from divmerge_core.kernels.segments import Segments
@@ -285,7 +302,7 @@ assert step(torch.tensor([[2.0, 4.0], [2.0, 4.0]])).tolist() == [6, 6, 6, 10, 10
 
 
 def test_a_compiled_step_holds_the_merge_in_one_graph():
-    run(COMPILED)  # in a process of its own: here, shape checks wrap every function
+    run(GRAPH)  # in a process of its own: here, shape checks wrap every function
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -430,7 +447,7 @@ def test_tensors_on_two_devices_are_refused():
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
-    refused("backend must be one of auto, torch, triton, numpy, got 'cuda'", backend="cuda")
+    refused("backend must be one of auto, torch, triton, got 'cuda'", backend="cuda")
 
 
 def test_float64_is_not_for_triton():
@@ -465,3 +482,42 @@ except ValueError as error:
 )
 def test_without_triton_or_a_gpu_everything_works_and_triton_is_refused(before, message):
     assert message in run(BARE.format(before=before))
+
+
+# --- compiled code --------------------------------------------------------------------------------
+
+STORED = {"*fp32": 4, "*bf16": 2, "*i8": 1}  # deltas, and bytes of each
+POINTERS = ("base", "grad", "scales", "coeffs", "partial", "out")
+INTEGERS = ("stride", "num_scales", "num_groups", "num_blocks", "T")
+COMPILED = {
+    (name, target, stored): compiled.Case(
+        f"divmerge_core.kernels.merge:{name}_kernel",
+        {"table": "*i64", "deltas": stored, **dict.fromkeys(POINTERS, "*fp32")}
+        | dict.fromkeys(INTEGERS, "i32"),
+        {"INT8": stored == "*i8", "ROWS": 4096 // stores.SCALE_BLOCK, "ROW": stores.SCALE_BLOCK},
+        num_warps=8,
+        target=target,
+    )
+    for name in ("merge", "inner")
+    for target in compiled.TARGETS
+    for stored in STORED
+}
+
+
+@pytest.fixture(scope="module")
+def code():
+    """What the compilers made of every case, all of them compiled at once."""
+    try:
+        return dict(zip(COMPILED, compiled.reports([*COMPILED.values()]), strict=True))
+    except compiled.Unavailable as reason:
+        pytest.skip(f"the merge kernels' machine code is not checked: {reason}")
+
+
+@pytest.mark.parametrize("key", COMPILED, ids=lambda key: "-".join(key))
+def test_compiled_code_keeps_its_registers_and_moves_128_bits_at_a_time(key, code):
+    """4096 numbers a program, of which every thread reads neighbours: 16, or 8 on AMD."""
+    (name, target, stored), report = key, code[key]
+    assert report.spills == 0 and report.registers <= 96
+    each = 8 if target == "gfx942" else 16
+    assert report.loads[128] >= each * 4 // 16 + each * STORED[stored] // 16
+    assert report.stores.get(128, 0) == (each * 4 // 16 if name == "merge" else 0)

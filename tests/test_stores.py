@@ -17,7 +17,7 @@ from divmerge_core.kernels.stores import SCALE_BLOCK, Int8Deltas, dense, quantis
 from divmerge_core.problem import GRADIENTS, fit_coefficients
 from divmerge_core.vectors import STORAGES, TaskVectors
 
-BACKENDS = ["torch", "numpy"] + (["triton"] if triton else [])
+BACKENDS = ["torch"] + (["triton"] if triton else [])
 
 
 def base_and_adapters(num_tasks=3, ranks=(2, 1, 3)):

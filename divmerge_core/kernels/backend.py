@@ -18,6 +18,7 @@ try:
 except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=None)
 
+BACKENDS = ("auto", "torch", "triton")
 # Triton's interpreter runs a kernel as Python on the CPU; Triton reads the variable at import.
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -32,20 +33,21 @@ def on(tensor: Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def resolve(backend: str, *tensors: Tensor, cpu: str = "torch") -> str:
-    """What a call on these tensors runs on: `triton`, `torch`, or `cpu`, the choice for a CPU.
+def resolve(backend: str, *tensors: Tensor) -> str:
+    """`torch` or `triton`: what a call on these tensors runs on.
 
-    `auto` is Triton on a GPU where it is installed and no tensor is float64. Raises ValueError for
-    a backend that cannot run here, and for tensors on different devices.
+    `auto` is Triton on a GPU where it is installed and no tensor is float64, else PyTorch. Raises
+    ValueError for a backend that cannot run here, and for tensors on different devices.
     """
     devices = {str(tensor.device) for tensor in tensors}
     if len(devices) > 1:
         raise ValueError(f"tensors lie on {sorted(devices)}; move them to one device")
-    device, double = devices.pop(), any(tensor.dtype == torch.float64 for tensor in tensors)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
     on_gpu = tensors[0].is_cuda  # PyTorch calls AMD's GPUs cuda as well
-    known = tuple(dict.fromkeys(("auto", "torch", "triton", cpu)))
-    if backend not in known:
-        raise ValueError(f"backend must be one of {', '.join(known)}, got {backend!r}")
+    if backend == "auto":
+        return "triton" if on_gpu and triton is not None and not double else "torch"
     if backend == "triton" and triton is None:
         raise ValueError(
             "backend 'triton' needs the package triton, which is not installed; "
@@ -53,14 +55,9 @@ def resolve(backend: str, *tensors: Tensor, cpu: str = "torch") -> str:
         )
     if backend == "triton" and not (on_gpu or INTERPRETED):
         raise ValueError(
-            f"backend 'triton' needs tensors on a GPU, got {device}; say backend='auto', or set "
-            "TRITON_INTERPRET=1 before Python starts to run the kernel slowly on a CPU"
+            f"backend 'triton' needs tensors on a GPU, got {devices.pop()}; say backend='torch', "
+            "or set TRITON_INTERPRET=1 before Python starts to run the kernel slowly on a CPU"
         )
     if backend == "triton" and double:
         raise ValueError("backend 'triton' computes in float32; say backend='torch' for float64")
-    if backend not in ("auto", "torch", "triton") and device != "cpu":
-        raise ValueError(f"backend {backend!r} needs tensors on a CPU, got {device}")
-    if backend == "auto":
-        gpu = "torch" if triton is None or double else "triton"
-        return gpu if on_gpu else cpu
     return backend

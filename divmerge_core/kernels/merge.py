@@ -5,12 +5,14 @@ gradient, dL/dLambda[t, g] = < dL/dtheta_g, tau_{t,g} >.
 
 Both are limited by memory: forward reads base and T deltas and writes theta, (T + 2) N numbers;
 the gradient reads dL/dtheta and T deltas, (T + 1) N. Sums are in float32 (float64 for a float64
-base) whatever the dtype of base and deltas. Three backends compute the same: `torch`, the
-definition; `numpy`, the same two products through NumPy's BLAS, which uses all cores for them
-where PyTorch's uses one; `triton`, one launch for the whole model.
+base) whatever the dtype of base and deltas. Two backends compute the same: `torch`, the
+definition; and `triton`, one launch for the whole model.
 """
 
-import numpy as np
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,35 +25,26 @@ from divmerge_core.kernels.stores import SCALE_BLOCK, Deltas, Int8Deltas, LowRan
 BLOCK = 4096  # parameters per program on a GPU, read as rows of SCALE_BLOCK
 
 
-# --- PyTorch and NumPy ----------------------------------------------------------------------------
+# --- PyTorch --------------------------------------------------------------------------------------
 
 
 def merge_torch(base, deltas, coeffs, segments, out) -> None:
     """The definition: in each group, the base plus a row of coefficients times a matrix."""
-    for start, stop, group in segments.rows:
-        for low, high, matrix in stores.columns(deltas, start, stop, coeffs.dtype):
-            vector, row = base[None, low:high], coeffs[None, :, group]
-            if base.dtype == coeffs.dtype:  # one pass, no temporary
-                torch.addmm(vector, row, matrix, out=out[None, low:high])
-            else:
-                out[low:high] = torch.addmm(vector.to(coeffs.dtype), row, matrix)[0]
 
+    def share(rows) -> None:
+        for start, stop, group in rows:
+            for low, high, matrix in stores.columns(deltas, start, stop, coeffs.dtype):
+                vector, row = base[None, low:high], coeffs[None, :, group]
+                if base.dtype == coeffs.dtype:  # one pass, no temporary
+                    torch.addmm(vector, row, matrix, out=out[None, low:high])
+                else:
+                    out[low:high] = torch.addmm(vector.to(coeffs.dtype), row, matrix)[0]
 
-def merge_numpy(base, deltas, coeffs, segments, out) -> None:
-    """`merge_torch` through NumPy, in chunks: the base is added while a chunk is in the cache."""
-    rows = coeffs.T.contiguous().numpy()
-    for start, stop, group in segments.rows:
-        for low, high, matrix in stores.columns(deltas, start, stop, coeffs.dtype):
-            for left in range(low, high, stores.CHUNK):
-                right = min(left + stores.CHUNK, high)
-                chunk = out[left:right]
-                part = chunk if out.dtype == coeffs.dtype else chunk.to(coeffs.dtype)
-                np.matmul(rows[group], matrix[:, left - low : right - low].numpy(), part.numpy())
-                chunk.copy_(part.add_(base[left:right]))
+    in_threads(share, segments, base)
 
 
 def inner_range(
-    grad: Float[Tensor, " n"], deltas: Deltas, start: int, stop: int, backend: str = "auto"
+    grad: Float[Tensor, " n"], deltas: Deltas, start: int, stop: int
 ) -> Float[Tensor, " T"]:
     """The gradient's definition: <grad, tau_t> over the parameters start..stop, in order."""
     dtype = wide(grad.dtype)
@@ -59,12 +52,34 @@ def inner_range(
         return deltas.inner(grad.to(dtype), start, stop)
     total = grad.new_zeros(deltas.shape[0], dtype=dtype)
     for low, high, matrix in stores.columns(deltas, start, stop, dtype):
-        part = grad[low - start : high - start].to(dtype)
-        if grad.is_cpu and backend != "torch":
-            total += torch.from_numpy(matrix.numpy() @ part.numpy())
-        else:
-            total += matrix @ part
+        total += matrix @ grad[low - start : high - start].to(dtype)
     return total
+
+
+def inner_torch(grad, deltas, segments) -> Tensor:
+    """The gradient on every group; the shares of the threads are added in order."""
+
+    def share(rows) -> Tensor:
+        result = grad.new_zeros(deltas.shape[0], segments.num_groups, dtype=wide(grad.dtype))
+        for start, stop, group in rows:
+            result[:, group] += inner_range(grad[start:stop], deltas, start, stop)
+        return result
+
+    return sum(in_threads(share, segments, grad))
+
+
+def in_threads(function: Callable, segments: Segments, like: Tensor) -> list:
+    """function(rows) on equal shares of the segments, one per thread that PyTorch may use.
+
+    PyTorch leaves products with so few rows to one core, which cannot fill the memory bus.
+    """
+    workers = torch.get_num_threads() if like.is_cpu and len(like) >= 1 << 18 else 1
+    if workers == 1:
+        return [function(segments.rows)]
+    return list(threads(workers).map(function, segments.shares(workers)))
+
+
+threads = lru_cache(maxsize=1)(ThreadPoolExecutor)
 
 
 # --- Triton ---------------------------------------------------------------------------------------
@@ -89,13 +104,13 @@ def places(low, high, ROWS: tl.constexpr, ROW: tl.constexpr):
 
 @jit
 def merge_block(
-    base, deltas, scales, coeffs, out, low, high, group, stride, num_scales, num_groups,
-    T: tl.constexpr, INT8: tl.constexpr, ROWS: tl.constexpr, ROW: tl.constexpr,
+    base, deltas, scales, coeffs, out, low, high, group, stride, num_scales, num_groups, T,
+    INT8: tl.constexpr, ROWS: tl.constexpr, ROW: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     rows, offsets, inside = places(low, high, ROWS, ROW)
     total = read(base, offsets, inside, MASKED)
-    for t in tl.static_range(T):
+    for t in range(T):  # not unrolled: all tasks' loads at once would need too many registers
         weight = tl.load(coeffs + t * num_groups + group)
         if INT8:
             weight *= tl.load(scales + rows, mask=rows < num_scales, other=0)
@@ -110,8 +125,8 @@ def merge_block(
 
 @jit
 def merge_kernel(
-    table, base, deltas, scales, coeffs, out, stride, num_scales, num_groups,
-    T: tl.constexpr, INT8: tl.constexpr, ROWS: tl.constexpr, ROW: tl.constexpr,
+    table, base, deltas, scales, coeffs, out, stride, num_scales, num_groups, T,
+    INT8: tl.constexpr, ROWS: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """theta on one block of one group."""
     entry = table + 3 * tl.program_id(0)
@@ -126,13 +141,13 @@ def merge_kernel(
 
 @jit
 def inner_block(
-    grad, deltas, scales, partial, low, high, stride, num_scales, num_blocks,
-    T: tl.constexpr, INT8: tl.constexpr, ROWS: tl.constexpr, ROW: tl.constexpr,
+    grad, deltas, scales, partial, low, high, stride, num_scales, num_blocks, T,
+    INT8: tl.constexpr, ROWS: tl.constexpr, ROW: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     rows, offsets, inside = places(low, high, ROWS, ROW)
     slope = read(grad, offsets, inside, MASKED)
-    for _ in tl.static_range(T):
+    for _ in range(T):
         product = slope * read(deltas, offsets, inside, MASKED)
         if INT8:
             product *= tl.load(scales + rows, mask=rows < num_scales, other=0)
@@ -144,8 +159,8 @@ def inner_block(
 
 @jit
 def inner_kernel(
-    table, grad, deltas, scales, partial, stride, num_scales, num_blocks,
-    T: tl.constexpr, INT8: tl.constexpr, ROWS: tl.constexpr, ROW: tl.constexpr,
+    table, grad, deltas, scales, partial, stride, num_scales, num_blocks, T,
+    INT8: tl.constexpr, ROWS: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """<grad, tau_t> on one block, for all tasks: the gradient is read once."""
     entry = table + 3 * tl.program_id(0)
@@ -210,7 +225,7 @@ def inner_triton(grad, deltas, segments) -> Tensor:
 
 # --- what others call -----------------------------------------------------------------------------
 
-MERGES = {"torch": merge_torch, "numpy": merge_numpy, "triton": merge_triton}
+MERGES = {"torch": merge_torch, "triton": merge_triton}
 
 
 def write(base, deltas, coeffs, segments, out, backend) -> Tensor:
@@ -253,15 +268,16 @@ def grouped_merge(
     deltas: `[T, N]` in float32, bfloat16 or float16 whatever the base's, or a store of int8 or
     low-rank task vectors, which are merged by matrix products on every backend. The result has the
     base's dtype and is differentiable in base and coefficients; written into `out`, it is not.
-    backend: `auto` is Triton on a GPU, NumPy on a CPU. validate=False skips the one check that
-    reads the coefficients back from a GPU, that they are finite; nothing else synchronises, so that
-    the call can stand in a CUDA graph (after one call to warm up) and in `torch.compile`.
+    backend: `auto` is Triton on a GPU where it is installed, else PyTorch. validate=False skips the
+    one check that reads the coefficients back from a GPU, that they are finite; nothing else
+    synchronises, so that the call can stand in a CUDA graph (after one call to warm up) and in
+    `torch.compile`.
 
     Raises ValueError where shapes, dtypes, devices or memory layouts do not fit together, for a
     backend that cannot run here, and for coefficients that are not finite.
     """
     stores.check(base, deltas, segments, coeffs)
-    backend = resolve(backend, base, coeffs, stores.sample(deltas), cpu="numpy")
+    backend = resolve(backend, base, coeffs, stores.sample(deltas))
     if validate and not torch.isfinite(coeffs).all():
         raise ValueError("coefficients hold NaN or inf; a fit that got there needs a smaller lr")
     if out is None:
@@ -287,10 +303,7 @@ def grouped_inner(
     result is bitwise the same on every run. Raises ValueError as `grouped_merge` does.
     """
     stores.check(grad, deltas, segments)
-    backend = resolve(backend, grad, stores.sample(deltas), cpu="numpy")
+    backend = resolve(backend, grad, stores.sample(deltas))
     if backend == "triton" and not isinstance(deltas, LowRankDeltas):
         return inner_triton(grad, deltas, segments)
-    result = grad.new_zeros(deltas.shape[0], segments.num_groups, dtype=wide(grad.dtype))
-    for start, stop, group in segments.rows:
-        result[:, group] += inner_range(grad[start:stop], deltas, start, stop, backend)
-    return result
+    return inner_torch(grad, deltas, segments)

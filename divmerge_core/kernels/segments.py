@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from jaxtyping import Int
@@ -64,6 +65,18 @@ class Segments:
     def group_at(self, position: int) -> int:
         """The group of the parameter at a position in 0..N-1."""
         return self.rows[bisect_right(self.rows, position, key=lambda row: row[0]) - 1][2]
+
+    def shares(self, count: int) -> list[list[tuple[int, int, int]]]:
+        """The rows cut into `count` runs of equally many parameters."""
+        edges = [self.size * n // count for n in range(count + 1)]
+        return [
+            [
+                (max(start, low), min(stop, high), group)
+                for start, stop, group in self.rows
+                if max(start, low) < min(stop, high)
+            ]
+            for low, high in pairwise(edges)
+        ]
 
 
 @lru_cache(maxsize=32)

@@ -13,7 +13,7 @@ from torch import Tensor
 from divmerge_core.kernels.segments import Segments
 
 SCALE_BLOCK = 128  # neighbouring parameters that share one int8 scale
-CHUNK = 1 << 18  # columns at a time on a CPU: a float32 row of a chunk, 1 MB, stays in the cache
+CHUNK = 1 << 18  # columns that are widened at a time: T MB of temporaries
 
 
 def quantise(row: Float[Tensor, " N"]) -> tuple[Int8[Tensor, " N"], Float[Tensor, " K"]]:
