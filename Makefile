@@ -57,5 +57,5 @@ $(STAMP): requirements.lock pyproject.toml
 	  $(PYTHON) -m venv --clear $(VENV)
 	@touch $(VENV)/.installing
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[triton]'
 	@touch $@ && rm $(VENV)/.installing

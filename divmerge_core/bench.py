@@ -163,7 +163,7 @@ def make_problem(
         batches.append(make_batches(rows, base, batch_size=4, max_length=max_length)[0])
     vectors = TaskVectors.from_states(base.state, {e.task: e.state for e in experts})
     forward = classifier_forward(base, [e.head for e in experts], precision=precision)
-    return MergeProblem(vectors, batches, forward)
+    return MergeProblem(vectors, batches, forward, base.encoder)
 
 
 def prepare(

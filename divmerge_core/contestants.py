@@ -4,6 +4,7 @@ Peers are optional packages; each is called as its own documentation calls it.
 """
 
 import importlib.metadata
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from divmerge_core.coefficients import groups_of
+from divmerge_core.kernels.divergence import divergence_and_gradient
 from divmerge_core.kernels.merge import grouped_inner, grouped_merge
 from divmerge_core.kernels.segments import Segments
 from divmerge_core.registry import Registry
@@ -91,14 +93,15 @@ def through_autograd(case: Case, leaf: Tensor, merge: Callable, passes: int = 1)
     """Forward builds a graph from coefficients to tensors; backward goes through it."""
     grads, held = list(case.vectors.layout.unflatten(case.grad).values()), []
 
-    def forward() -> None:
+    def forward() -> list[Tensor]:
         held[:] = merge().values()
+        return held
 
-    def backward() -> None:
-        if not held:
-            forward()
+    def backward() -> Tensor:
+        over = held or forward()
         for _ in range(passes):
-            torch.autograd.grad(held, leaf, grads, retain_graph=True)
+            (result,) = torch.autograd.grad(over, leaf, grads, retain_graph=True)
+        return result
 
     return forward, backward
 
@@ -164,10 +167,69 @@ def mergekit(case: Case) -> tuple[Part, None]:
     return lambda: merge_state_dicts(states, "task_arithmetic", **options), None
 
 
-def missing(name: str) -> str | None:
-    """Why a contestant cannot take part here; None if it can."""
-    package = CONTESTANTS.facts[name].get("package")
+# --- contestants in the divergence ----------------------------------------------------------------
+
+# name -> function(expert, merged logits) -> a call that gives the gradient in the merged logits
+DIVERGENCE_CONTESTANTS = Registry("divergence contestant")
+
+
+@DIVERGENCE_CONTESTANTS.register("ours", label="divmerge_core, fused")
+def fused_js(expert: Tensor, merged: Tensor) -> Part:
+    """Loss and gradient in one call."""
+    return lambda: divergence_and_gradient(expert, merged, "js")[1]
+
+
+@DIVERGENCE_CONTESTANTS.register("plain", label="definition, autograd")
+def plain_js(expert: Tensor, merged: Tensor) -> Part:
+    """The formula as it stands in a book, differentiated by autograd."""
+
+    def loss(x: Tensor) -> Tensor:
+        log_p, log_q = torch.log_softmax(expert, -1), torch.log_softmax(x, -1)
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        return (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1) / 2
+
+    return lambda: gradient_of(loss, merged)
+
+
+@DIVERGENCE_CONTESTANTS.register("liger", label="Liger", package="liger-kernel", gpu=True)
+def liger_js(expert: Tensor, merged: Tensor) -> Part:
+    """LigerJSD, which takes log-probabilities."""
+    from liger_kernel.transformers import LigerJSD
+
+    module = LigerJSD()
+
+    def loss(x: Tensor) -> Tensor:
+        return module(torch.log_softmax(x, -1), torch.log_softmax(expert, -1)) * len(x)
+
+    return lambda: gradient_of(loss, merged)
+
+
+def gradient_of(loss: Callable[[Tensor], Tensor], merged: Tensor) -> Tensor:
+    leaf = merged.detach().requires_grad_()
+    loss(leaf).sum().backward()
+    return leaf.grad
+
+
+def missing(registry: Registry, name: str, device: str = "cpu") -> str | None:
+    """Why a contestant of a registry cannot take part on a device; None if it can."""
+    facts = registry.facts[name]
     try:
-        return None if package is None else importlib.metadata.version(package) and None
+        if "package" in facts:
+            importlib.metadata.version(facts["package"])
     except importlib.metadata.PackageNotFoundError:
-        return f"the package {package} is not installed"
+        return f"the package {facts['package']} is not installed"
+    return "its kernels need a GPU" if facts.get("gpu") and device == "cpu" else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of the peers that are installed, and of Triton."""
+    known = [
+        f.get("package") for r in (CONTESTANTS, DIVERGENCE_CONTESTANTS) for f in r.facts.values()
+    ]
+    found = {}
+    for package in (*filter(None, known), "triton"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -47,7 +47,7 @@ def against(ax: Axes, table: pd.DataFrame, part: str, along: str) -> Axes:
     return ax
 
 
-def bars(ax: Axes, table: pd.DataFrame, column: str, floors: Mapping[str, float]) -> Axes:
+def bars(ax: Axes, table: pd.DataFrame, column: str, floors: Mapping[str, float | int]) -> Axes:
     """Numbers moved or held, in units of N, of forward and backward: a bar per contestant."""
     rows = table[table.contestant != "copy"].pivot_table(
         index="contestant", columns="part", values=column, sort=False
@@ -59,7 +59,7 @@ def bars(ax: Axes, table: pd.DataFrame, column: str, floors: Mapping[str, float]
         ax.barh([label(n) for n in names], values, left=left, color=colours, alpha=alpha)
         left = left + values
     for y, total in enumerate(left):
-        ax.annotate(f" {total:.3g}", (total, y), va="center", fontsize=9)
+        ax.annotate(f" {total:.1f}", (total, y), va="center", fontsize=9)
     for text, floor in floors.items():
         ax.axvline(floor, color="k", linestyle="--", linewidth=1, label=text)
     ax.set_xlim(0, 1.12 * max(left))
@@ -68,7 +68,7 @@ def bars(ax: Axes, table: pd.DataFrame, column: str, floors: Mapping[str, float]
     return ax
 
 
-def roof(ax: Axes, table: pd.DataFrame, *, gigabytes: float, gigaflops: float) -> Axes:
+def roof(ax: Axes, table: pd.DataFrame, *, gigabytes: float | int, gigaflops: float | int) -> Axes:
     """The roofline: what a kernel can reach, by how many sums it does per byte that it moves.
 
     gigabytes: copy bandwidth per second. gigaflops: rate of a large matrix product. table: rows of
@@ -77,7 +77,8 @@ def roof(ax: Axes, table: pd.DataFrame, *, gigabytes: float, gigaflops: float) -
     knee = gigaflops / gigabytes
     xs = [0.02, knee, 20 * knee]
     ax.plot(xs, [gigabytes * 0.02, gigaflops, gigaflops], "k-", linewidth=1.5)
-    ax.annotate("copy bandwidth", (0.022, gigabytes * 0.022), rotation=38, va="bottom", fontsize=9)
+    middle = (0.2 * knee, 0.2 * gigaflops)
+    ax.annotate("copy bandwidth  ", middle, ha="right", va="bottom", fontsize=9)
     ax.annotate("matrix product", (2 * knee, gigaflops), va="bottom", fontsize=9)
     for row in table[table.contestant != "copy"].itertuples():
         operations = 2 * row.tasks * row.parameters
@@ -98,13 +99,12 @@ def shares(ax: Axes, times: Mapping[str, float]) -> Axes:
     total, left = sum(times.values()), 0.0
     for name, value in times.items():
         share = 100 * value / total
-        merging = "merge" in name
-        colour = PALETTE[2] if merging else PALETTE[7]
+        colour = PALETTE[2] if "merge" in name else PALETTE[7]
         ax.barh(0, share, left=left, color=colour, edgecolor="white")
-        ax.annotate(
-            f"{name}\n{share:.0f} %", (left + share / 2, 0.42 if merging else 0), ha="center",
-            va="bottom" if merging else "center", fontsize=9,
-        )  # fmt: skip
+        place = "right" if left + share > 99 else "left" if left == 0 else "center"
+        x = {"left": left, "right": left + share, "center": left + share / 2}[place]
+        ax.annotate(f"{name}\n{share:.0f} %", (x, 0.44), ha=place, va="bottom", fontsize=9)
         left += share
-    ax.set(xlim=(0, 100), ylim=(-0.5, 0.9), yticks=[], xlabel="share of a step, %")
+    ax.set(xlim=(0, 100), ylim=(-0.5, 1.2), yticks=[], xlabel="share of a step, %")
+    ax.grid(visible=False)
     return ax

@@ -3,6 +3,10 @@
 Every divergence takes logits, expert first, and returns `[*A]`, unreduced. All work in log space,
 so they stay finite for logits of +-1e4 and for classes masked with -inf on both sides. In float32,
 values below about 1e-7 are rounding, and may be negative.
+
+On a GPU with Triton the fused kernel of that name stands in, unless the expert needs a gradient or
+logits are float64. It is differentiable once, and a row without a distribution, for which these
+raise ValueError, gives NaN there.
 """
 
 import math
@@ -11,24 +15,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from divmerge_core.kernels.answers import log_softmax
+from divmerge_core.kernels.backend import resolve
+from divmerge_core.kernels.divergence import fused_divergence
 from divmerge_core.registry import Registry
 
 DIVERGENCES = Registry("divergence")
 
 
-def log_softmax(logits: Float[Tensor, "*A V"]) -> Float[Tensor, "*A V"]:
-    """Log-probabilities in float32 or wider: half precision is widened before any arithmetic.
-
-    Raises ValueError where a row holds NaN, +inf or nothing but -inf: it has no distribution.
-    """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    result = torch.log_softmax(wide, dim=-1)
-    if torch.isnan(result).any():
-        raise ValueError(
-            "logits hold NaN, +inf, or a row of -inf only, so they define no distribution; "
-            "check the model's weights and masks"
-        )
-    return result
+def fusible(expert: Tensor, merged: Tensor) -> bool:
+    """Whether `fused_divergence` would run on a GPU, and would find all gradients wanted."""
+    wanted = expert.requires_grad and torch.is_grad_enabled()
+    return resolve("auto", expert, merged) == "triton" and not wanted
 
 
 def cross(weight: Float[Tensor, "*A V"], log_ratio: Float[Tensor, "*A V"]) -> Float[Tensor, "*A"]:
@@ -55,6 +53,8 @@ def kl(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> Float[Te
     >>> kl(torch.zeros(1, 2), torch.zeros(1, 2)).item()
     0.0
     """
+    if fusible(expert, merged):
+        return fused_divergence(expert, merged, "kl")
     log_p, log_q = log_softmax(expert), log_softmax(merged)
     return cross(log_p.exp(), difference(log_p, log_q))
 
@@ -68,6 +68,8 @@ def reverse_kl(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> 
     At least 0, no upper bound; +inf, without a usable gradient, where the expert rules out an
     answer that the merged model gives. Not tested in the DivMerge paper.
     """
+    if fusible(expert, merged):
+        return fused_divergence(expert, merged, "reverse_kl")
     return kl(merged, expert)
 
 
@@ -83,6 +85,8 @@ def js(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> Float[Te
     >>> round(js(torch.tensor([[100.0, 0.0]]), torch.tensor([[0.0, 100.0]])).item(), 4)
     0.6931
     """
+    if fusible(expert, merged):
+        return fused_divergence(expert, merged, "js")
     log_p, log_q = log_softmax(expert), log_softmax(merged)
     dead = torch.isneginf(log_p) & torch.isneginf(log_q)  # logaddexp(-inf, -inf) has a NaN gradient
     log_p, log_q = log_p.masked_fill(dead, -1e30), log_q.masked_fill(dead, -1e30)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from divmerge_core.problem import Batch, MergeProblem
+from divmerge_core.problem import Batch, Merged, MergeProblem
 
 METRICS = ("accuracy", "macro_f1", "matthews")
 
@@ -22,26 +22,25 @@ class Exam:
     gold: Int[Tensor, " B"]
 
 
-def predict(
-    problem: MergeProblem, merged: Float[Tensor, " N"], task: int, exam: Exam
-) -> Int[Tensor, " B"]:
+def predict(problem: MergeProblem, merged: Merged, task: int, exam: Exam) -> Int[Tensor, " B"]:
     """The merged model's answers on one task's exam."""
     with torch.no_grad():
-        return torch.cat([problem.logits(merged, task, b).argmax(-1) for b in exam.batches])
+        return torch.cat([problem.logits_of(merged, task, b).argmax(-1) for b in exam.batches])
 
 
 def evaluate(
     problem: MergeProblem,
-    merged: Float[Tensor, " N"],
+    merged: Merged,
     exams: Sequence[Exam],
     **labels: object,
 ) -> pd.DataFrame:
     """Rows of a Report: the merged model's answers on every task, beside the right ones.
 
-    labels fill the columns suite, subset, method and seed. Answers are digits, one per test row.
+    merged: merged parameters [N], or a Predictor. labels fill the columns suite, subset, method
+    and seed. Answers are digits, one per test row.
     Raises ValueError for a merged vector that holds NaN or inf.
     """
-    if not torch.isfinite(merged).all():
+    if isinstance(merged, Tensor) and not torch.isfinite(merged).all():
         raise ValueError("the merged parameters hold NaN or inf; nothing can be scored")
     rows = []
     for number, (task, exam) in enumerate(zip(problem.vectors.tasks, exams, strict=True)):

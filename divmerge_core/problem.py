@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from divmerge_core.coefficients import Coefficients
@@ -29,6 +30,14 @@ class Batch:
     answer: Bool[Tensor, "B S"] | None = None
 
 
+@runtime_checkable
+class Predictor(Protocol):
+    """What methods return that have no single merged vector: it answers for a task by itself."""
+
+    def logits(self, task: int, batch: Batch) -> Float[Tensor, "A V"]: ...
+
+
+Merged = Float[Tensor, " N"] | Predictor
 Pairs = Sequence[tuple[int, Batch]]  # (task number, inputs)
 Forward = Callable[[Mapping[str, Tensor], Pairs], list[Tensor]]
 
@@ -38,12 +47,14 @@ class MergeProblem:
     """Task vectors, unlabelled inputs of every task, and how parameters turn inputs into logits.
 
     forward(parameters by name, [(task, batch), ...]) -> [logits [A, V], ...]. It is pure: the same
-    parameters give the same logits, and gradients flow back to the parameters.
+    parameters give the same logits, and gradients flow back to the parameters. module is what
+    forward calls, with the layout's names: methods that look inside put hooks on its layers.
     """
 
     vectors: TaskVectors
     batches: Sequence[Sequence[Batch]]
     forward: Forward = field(repr=False)
+    module: nn.Module | None = field(default=None, repr=False)
 
     def __post_init__(self):
         if len(self.batches) != len(self.vectors.tasks):
@@ -55,6 +66,12 @@ class MergeProblem:
     def logits(self, flat: Float[Tensor, " N"], task: int, batch: Batch) -> Float[Tensor, "A V"]:
         """Logits of the model with parameters `flat` on a task's inputs."""
         return self.forward(self.vectors.layout.unflatten(flat), [(task, batch)])[0]
+
+    def logits_of(self, merged: "Merged", task: int, batch: Batch) -> Float[Tensor, "A V"]:
+        """Logits of what a method returned: merged parameters, or a predictor."""
+        if isinstance(merged, Tensor):
+            return self.logits(merged, task, batch)
+        return merged.logits(task, batch)
 
     def select(self, tasks: Sequence[str]) -> "MergeProblem":
         """The same problem for some of its tasks, in the order given."""
@@ -88,16 +105,15 @@ class Step:
     flat: Float[Tensor, " N"]
 
 
+@torch.no_grad()
 def expert_logits(problem: MergeProblem) -> list[list[Tensor]]:
     """Every expert's logits on its own inputs, computed once: `[task][batch] -> [A, V]`."""
-    cached = []
-    for number, (task, batches) in enumerate(
-        zip(problem.vectors.tasks, problem.batches, strict=True)
-    ):
-        expert = problem.vectors.expert(task)
-        with torch.no_grad():
-            cached.append([problem.logits(expert, number, batch) for batch in batches])
-    return cached
+
+    def answers(number: int) -> list[Tensor]:  # one expert's N parameters at a time
+        expert = problem.vectors.expert(problem.vectors.tasks[number])
+        return [problem.logits(expert, number, batch) for batch in problem.batches[number]]
+
+    return [answers(number) for number in range(len(problem.vectors.tasks))]
 
 
 def schedule(counts: Sequence[int], epochs: int, generator: torch.Generator) -> list[list[int]]:

@@ -5,9 +5,10 @@ round measures every contestant once, in an order drawn anew.
 """
 
 import gc
+import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from divmerge_core.coefficients import Coefficients
-from divmerge_core.contestants import CONTESTANTS, Case, Part, dictionary_merge, fusion_bench_model
-from divmerge_core.divergences import js
-from divmerge_core.kernels.merge import grouped_merge
-from divmerge_core.problem import (
-    MergeProblem,
-    Step,
-    expert_logits,
-    fit_coefficients,
-    gather_in_buffer,
-    schedule,
-)
-from divmerge_core.registry import Registry
+from divmerge_core.contestants import CONTESTANTS, DIVERGENCE_CONTESTANTS, Case, Part
 from divmerge_core.report import origin, write_json
 
-COLUMNS = ["contestant", "part", "tasks", "parameters", "round", "seconds", "bytes", "peak"]
+COLUMNS = ["contestant", "part", "round", "seconds", "bytes", "peak"]
 
 
 class Traffic(TorchDispatchMode):
@@ -85,7 +74,7 @@ def peak_bytes(part: Part, device: torch.device) -> float:
         before = torch.cuda.memory_allocated(device)
         part()
         settle(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return float(torch.cuda.max_memory_allocated(device) - before)
     status = Path("/proc/self/status")
     if not status.exists():
         part()
@@ -98,7 +87,7 @@ def peak_bytes(part: Part, device: torch.device) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
     before = resident("VmRSS")
     part()
-    return resident("VmHWM") - before
+    return float(resident("VmHWM") - before)
 
 
 def copy(case: Case) -> Part:
@@ -107,27 +96,42 @@ def copy(case: Case) -> Part:
     return lambda: target.copy_(source)
 
 
-def compete(case: Case, names: Sequence[str], *, repeats: int = 5, seed: int = 0) -> pd.DataFrame:
-    """Every contestant's forward and backward, once a round in random order, after one to warm up.
+def side_by_side(
+    calls: Mapping[tuple[str, str], Part], device: torch.device, repeats: int
+) -> pd.DataFrame:
+    """Every call once a round, in random order: a row per contestant, part and round.
 
-    A row per contestant, part and round: seconds; and, of the calls before the first round, bytes
-    moved by PyTorch's operations and peak bytes on top of what was held.
+    seconds; and, of the calls before the first round, bytes moved by PyTorch's operations and peak
+    bytes on top of what was held.
     """
-    device, (num_tasks, size) = case.vectors.base.device, case.vectors.deltas.shape
+    costs = {key: (bytes_moved(call), peak_bytes(call, device)) for key, call in calls.items()}
+    rng, rows = np.random.default_rng(0), []
+    for number in tqdm(range(repeats), "rounds", leave=False):
+        for index in rng.permutation(len(calls)):
+            key = list(calls)[index]
+            rows.append((*key, number, seconds(calls[key], device), *costs[key]))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def compete(case: Case, names: Sequence[str], *, repeats: int = 5) -> pd.DataFrame:
+    """Forward and backward of every contestant and a copy, with the model's T and N beside."""
     calls = {("copy", "forward"): copy(case)}
     for name in names:
         forward, backward = CONTESTANTS[name](case)
         calls |= {(name, "forward"): forward} | ({(name, "backward"): backward} if backward else {})
-    costs = {}
-    for key, call in calls.items():
-        costs[key] = (bytes_moved(call), peak_bytes(call, device))
-    rng, rows = np.random.default_rng(seed), []
-    for number in tqdm(range(repeats), "rounds", leave=False):
-        for index in rng.permutation(len(calls)):
-            name, part = key = list(calls)[index]
-            took = seconds(calls[key], device)
-            rows.append((name, part, num_tasks, size, number, took, *costs[key]))
-    return pd.DataFrame(rows, columns=COLUMNS)
+    num_tasks, size = case.vectors.deltas.shape
+    rows = side_by_side(calls, case.vectors.base.device, repeats)
+    return rows.assign(tasks=num_tasks, parameters=size)
+
+
+def compare_divergences(
+    names: Sequence[str], shape: tuple[int, int], device: torch.device, *, repeats: int = 5
+) -> pd.DataFrame:
+    """Loss and gradient of JS between random logits of this shape [A, V], by every contestant."""
+    generator = torch.Generator(device).manual_seed(0)
+    expert, merged = (3 * torch.randn(shape, generator=generator, device=device) for _ in range(2))
+    calls = {(name, "both"): DIVERGENCE_CONTESTANTS[name](expert, merged) for name in names}
+    return side_by_side(calls, device, repeats)
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -141,7 +145,9 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     for (tasks, size), here in rows.groupby(["tasks", "parameters"], sort=False):
         wide = here.pivot_table(index="round", columns=["contestant", "part"], values="seconds")
         a_number = wide["copy", "forward"].median() / (2 * size)  # seconds to read or write one
-        for (name, part), some in here.groupby(["contestant", "part"], sort=False):
+        order = ["copy", *CONTESTANTS]
+        for name, part in sorted(wide, key=lambda key: (order.index(key[0]), key[1] == "backward")):
+            some = here[(here.contestant == name) & (here.part == part)]
             numbers = {"forward": tasks + 2, "backward": tasks + 1}[part] if name != "copy" else 2
             quartiles = some.seconds.quantile([0.25, 0.5, 0.75]).tolist()
             ours = wide.get(("ours", part))
@@ -157,143 +163,34 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(result)
 
 
-# --- whole steps ----------------------------------------------------------------------------------
+def matrix_rate(device: torch.device, width: int = 2048) -> float:
+    """Operations per second / 1e9 of a large float32 matrix product: the roof of arithmetic."""
+    square = torch.ones(width, width, device=device)
+    best = min(seconds(lambda: square @ square, device) for _ in range(5))
+    return 2 * width**3 / best / 1e9
 
-STEPS = Registry("step")  # name -> function(problem, number of steps) -> seconds of each
+
+def save(path: Path, tables: Mapping[str, pd.DataFrame], **facts: object) -> None:
+    """Store tables of measurements with their origin, whole or not at all."""
+    columns = {
+        name: table.astype(object).where(table.notna(), None).to_dict("list")
+        for name, table in tables.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"tables": columns, "provenance": origin(**facts)})
 
 
-def fitted(problem: MergeProblem, gradients: str) -> list[float]:
-    """Seconds of every step of a fit with one coefficient per tensor, all of it our own code."""
-    vectors, ticks = problem.vectors, []
-    coefficients = Coefficients(vectors.layout, len(vectors.tasks), grouping="layer").to(
-        vectors.base.device
+def load(path: Path) -> tuple[dict[str, pd.DataFrame], dict]:
+    """What `save` stored: tables by name, and their origin."""
+    data = json.loads(path.read_text("utf-8"))
+    tables = {name: pd.DataFrame(columns) for name, columns in data["tables"].items()}
+    return {name: table.convert_dtypes() for name, table in tables.items()}, data["provenance"]
+
+
+def caption(facts: Mapping) -> str:
+    """One line of provenance."""
+    return (
+        f"{facts['model']}, task vectors in {facts['dtype']}, {facts['repeats']} rounds, "
+        f"{facts['device']}, {facts['machine']}, {facts['threads']} threads, torch "
+        f"{facts['torch']}, measured {facts['date']}"
     )
-
-    def watch(step: Step) -> None:
-        settle(vectors.base.device)
-        ticks.append(time.perf_counter())
-
-    fit_coefficients(
-        problem, coefficients, js, epochs=1, gradients=gradients, watch=watch, progress=False
-    )
-    return np.diff(ticks).tolist()
-
-
-STEPS.register("ours", label="divmerge_core")(lambda problem: fitted(problem, "stream"))
-STEPS.register("ours_buffer", label="divmerge_core, gradient buffer")(
-    lambda problem: fitted(problem, "buffer")
-)
-
-
-def through_graph(
-    problem: MergeProblem, leaf: Tensor, merge: Callable[[], Mapping[str, Tensor]], apart: bool
-) -> list[float]:
-    """Seconds of every step where autograd goes through the merge.
-
-    apart: a forward and a backward pass per task, as FusionBench's loop has them, not one for all.
-    """
-    experts, adam = expert_logits(problem), torch.optim.Adam([leaf], lr=1e-2)
-    steps = schedule([len(b) for b in problem.batches], 1, torch.Generator().manual_seed(0))
-    took = []
-    for chosen in steps:
-        settle(leaf.device)
-        start, merged = time.perf_counter(), merge()
-        pairs = [(task, problem.batches[task][index]) for task, index in enumerate(chosen)]
-        for group in [[pair] for pair in pairs] if apart else [pairs]:
-            logits = problem.forward(merged, group)
-            loss = sum(
-                batch.weight @ js(experts[task][chosen[task]], answer)
-                for (task, batch), answer in zip(group, logits, strict=True)
-            )
-            loss.backward(retain_graph=apart)
-        adam.step()
-        adam.zero_grad()
-        settle(leaf.device)
-        took.append(time.perf_counter() - start)
-    return took
-
-
-def start(problem: MergeProblem) -> Tensor:
-    """Coefficients 1/T, one per task and tensor."""
-    num_tasks = len(problem.vectors.tasks)
-    shape = (num_tasks, len(problem.vectors.layout.names))
-    return torch.full(shape, 1 / num_tasks, device=problem.vectors.base.device)
-
-
-@STEPS.register("dictionary", label="dictionary, autograd")
-def dictionary_step(problem: MergeProblem) -> list[float]:
-    """The usual merge, one backward pass for all tasks."""
-    layout, leaf = problem.vectors.layout, start(problem).requires_grad_()
-    base = layout.unflatten(problem.vectors.base)
-    experts = [*map(layout.unflatten, problem.vectors.deltas)]
-    return through_graph(problem, leaf, lambda: dictionary_merge(base, experts, leaf), False)
-
-
-@STEPS.register("fusion_bench", label="FusionBench", package="fusion-bench")
-def fusion_bench_step(problem: MergeProblem) -> list[float]:
-    """LayerWiseMergedModel's merge, and a backward pass through it per task."""
-    model, names = fusion_bench_model(problem.vectors, start(problem)), problem.vectors.layout.names
-
-    def merge() -> dict[str, Tensor]:
-        return dict(zip(names, model.merge_weights().values(), strict=True))
-
-    return through_graph(problem, model.merge_weight, merge, True)
-
-
-def race(problem: MergeProblem, names: Sequence[str], *, rounds: int = 3) -> pd.DataFrame:
-    """Whole steps on the same batches: a row per contestant, round and step.
-
-    seconds of the step, and the peak bytes of the fit that it belongs to, on top of the problem.
-    """
-    device, (num_tasks, size) = problem.vectors.base.device, problem.vectors.deltas.shape
-    rows, rng = [], np.random.default_rng(0)
-    for number in tqdm(range(rounds), "rounds of steps", leave=False):
-        for name in rng.permutation(list(names)):
-            took: list[float] = []
-            peak = peak_bytes(
-                lambda name=name, took=took: took.extend(STEPS[name](problem)), device
-            )
-            rows += [(name, "step", num_tasks, size, number, one, math.nan, peak) for one in took]
-    return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def split(problem: MergeProblem) -> pd.DataFrame:
-    """Where the time of a step goes: seconds of its parts, a row per step."""
-    vectors, objective = problem.vectors, js
-    coefficients = Coefficients(vectors.layout, len(vectors.tasks), grouping="layer")
-    coefficients.to(vectors.base.device)
-    segments, experts = coefficients.segments, expert_logits(problem)
-    live = torch.empty_like(vectors.base)
-    leaves = vectors.layout.unflatten(live)
-    for leaf in leaves.values():
-        leaf.requires_grad_()
-    collect, rows = gather_in_buffer(leaves, vectors, segments), []
-    steps = schedule([len(b) for b in problem.batches], 1, torch.Generator().manual_seed(0))
-    for chosen in steps:
-        pairs = [(task, problem.batches[task][index]) for task, index in enumerate(chosen)]
-        state = {}
-
-        def merge() -> None:
-            grouped_merge(vectors.base, vectors.deltas, coefficients().detach(), segments, out=live)
-
-        def forward(pairs=pairs, chosen=chosen, state=state) -> None:
-            logits = problem.forward(leaves, pairs)
-            state["loss"] = sum(
-                batch.weight @ objective(experts[task][chosen[task]], answer)
-                for (task, batch), answer in zip(pairs, logits, strict=True)
-            )
-
-        calls = {
-            "merge": merge,
-            "forward pass": forward,
-            "backward pass": lambda state=state: state["loss"].backward(),
-            "gradient of the merge": collect,
-        }
-        rows.append({name: seconds(call, live.device) for name, call in calls.items()})
-    return pd.DataFrame(rows)
-
-
-def save(path: Path, rows: pd.DataFrame, **facts: object) -> None:
-    """Store measurements with their origin, whole or not at all."""
-    table = rows.astype(object).where(rows.notna(), None).to_dict("list")
-    write_json(path, {"rows": table, "provenance": origin(**facts)})

@@ -201,7 +201,12 @@ class TaskVectors:
         if unknown:
             raise ValueError(f"no task vector for {unknown}; there are {', '.join(self.tasks)}")
         rows = [self.tasks.index(task) for task in tasks]
-        deltas = self.deltas[rows] if isinstance(self.deltas, Tensor) else self.deltas.rows(rows)
+        if not isinstance(self.deltas, Tensor):
+            deltas = self.deltas.rows(rows)
+        elif len(rows) == 1:  # a view
+            deltas = self.deltas[rows[0] : rows[0] + 1]
+        else:
+            deltas = self.deltas[rows]
         return TaskVectors(self.layout, tuple(tasks), self.base, deltas)
 
     def merge(self, weights: Sequence[float | int]) -> Float[Tensor, " N"]:

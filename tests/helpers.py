@@ -2,9 +2,11 @@
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from divmerge_core.coefficients import GROUPINGS
 from divmerge_core.experts import Recipe
@@ -28,12 +30,22 @@ def shapes(features: int, classes: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def linear_forward(parameters, pairs) -> list[Tensor]:
+class LinearModel(nn.Module):
     """Three linear maps in a row: linear in the inputs, not in the coefficients."""
-    first, second, shift, third, bias = parameters.values()
-    return [
-        ((batch.inputs["x"] @ first.T) @ second.T + shift) @ third.T + bias for _, batch in pairs
-    ]
+
+    def __init__(self, features: int, classes: int):
+        super().__init__()
+        self.embeddings = nn.Linear(features, features, bias=False)
+        self.encoder = nn.Module()
+        self.encoder.layer = nn.ModuleList(
+            nn.ModuleDict({"dense": nn.Linear(features, width)}) for width in (features, classes)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embeddings(x)
+        for layer in self.encoder.layer:
+            x = layer["dense"](x)
+        return x
 
 
 def linear_problem(
@@ -65,7 +77,12 @@ def linear_problem(
         ]
         for _ in range(num_tasks)
     ]
-    return MergeProblem(TaskVectors.from_states(base, experts), inputs, linear_forward)
+    model = LinearModel(features, classes).to(dtype).requires_grad_(False)
+
+    def forward(parameters, pairs) -> list[Tensor]:
+        return [functional_call(model, dict(parameters), b.inputs["x"]) for _, b in pairs]
+
+    return MergeProblem(TaskVectors.from_states(base, experts), inputs, forward, model)
 
 
 def naive_merge(problem: MergeProblem, coeffs: Tensor, groups: Sequence[int]) -> dict[str, Tensor]:
@@ -94,7 +111,7 @@ def naive_loss(problem: MergeProblem, parameters, objective: Callable) -> Tensor
 def fewer(problem: MergeProblem, batches: int) -> MergeProblem:
     """The same problem with the first few batches of every task."""
     kept = [every[:batches] for every in problem.batches]
-    return MergeProblem(problem.vectors, kept, problem.forward)
+    return replace(problem, batches=kept)
 
 
 def specs() -> list[str]:

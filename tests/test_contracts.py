@@ -1,6 +1,7 @@
 """What every registered method, grouping and link promises: a new entry is tested as it is."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_the_global_random_numbers_are_left_alone(spec):
 @every_method
 def test_zero_task_vectors_give_back_the_base(spec):
     problem = linear_problem()
-    still = MergeProblem(problem.vectors.map(torch.zeros_like), problem.batches, problem.forward)
+    still = replace(problem, vectors=problem.vectors.map(torch.zeros_like))
     assert_close(merge(still, spec), problem.vectors.base, rtol=0, atol=0)
 
 
@@ -92,7 +93,7 @@ def test_parameters_that_no_expert_changed_stay_as_they_were(spec):
         deltas[:, start:stop] = 0
         return deltas
 
-    partly = MergeProblem(problem.vectors.map(freeze), problem.batches, problem.forward)
+    partly = replace(problem, vectors=problem.vectors.map(freeze))
     assert torch.equal(merge(partly, spec)[start:stop], problem.vectors.base[start:stop])
 
 

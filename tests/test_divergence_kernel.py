@@ -14,11 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from divmerge_core.divergences import DIVERGENCES, log_softmax
+from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.kernels import divergence, divergence_kernels
-from divmerge_core.kernels.answers import TopAnswers, cache_expert
+from divmerge_core.kernels.answers import TopAnswers, cache_expert, log_softmax
 from divmerge_core.kernels.backend import triton
-from divmerge_core.kernels.divergence import KINDS, check, definition, fused_divergence
+from divmerge_core.kernels.divergence import (
+    KINDS,
+    check,
+    definition,
+    divergence_and_gradient,
+    fused_divergence,
+)
 
 INF, NAN, LOG_2 = float("inf"), float("nan"), math.log(2)
 GPU = torch.cuda.is_available()
@@ -45,6 +51,10 @@ SHAPES = [
     *((41, 1), (7, 2), (41, 3), (1, 5), (7, 31), (41, 32), (7, 33)),
     *((0, 5), (0, 1271), (3, 1000), (2, 1271)),
 ]
+# precision and shape: every shape in float32, in half precision two of them
+CASES = [(*PRECISIONS[0], shape) for shape in SHAPES]
+CASES += [(*half, shape) for half in PRECISIONS[1:] for shape in [(41, 3), (2, 1271)]]
+cases = pytest.mark.parametrize(("dtype", "rtol", "shape"), CASES, ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +92,17 @@ def run(
     loss = fused_divergence(expert, merged, backend=backend, **options)
     loss.backward(torch.ones_like(loss) if incoming is None else incoming.to(loss))
     return loss.detach().cpu(), merged.grad.cpu()
+
+
+def run_at_once(
+    backend: str, expert, merged: Tensor, weight: Tensor | None = None, **options
+) -> tuple[Tensor, Tensor]:
+    """The same by `divergence_and_gradient`."""
+    device = "cuda" if GPU and backend == "triton" else "cpu"
+    weight = weight if weight is None else weight.to(device)
+    sides = expert.to(device), merged.to(device)
+    loss, gradient = divergence_and_gradient(*sides, backend=backend, weight=weight, **options)
+    return loss.cpu(), gradient.cpu()
 
 
 def exact(expert: Tensor, merged: Tensor, kind: str, beta: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -178,8 +199,7 @@ def assert_exact(found, expected, rtol: float = ROUNDING) -> None:
 
 @needs_triton
 @every_kind
-@precisions
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@cases
 def test_the_kernels_are_the_definition(kind, shape, dtype, rtol):
     expert, merged = (logits.to(dtype) for logits in pair(*shape))
     incoming = torch.randn(shape[0], generator=torch.manual_seed(1))
@@ -265,6 +285,103 @@ def test_float64_stays_float64():
     assert loss.dtype == gradient.dtype == torch.float64
 
 
+# --- loss and gradient at once --------------------------------------------------------------------
+
+
+@needs_triton
+@every_kind
+@cases
+def test_one_call_is_the_definition(kind, dtype, rtol, shape):
+    expert, merged = (logits.to(dtype) for logits in pair(*shape))
+    weight = torch.randn(shape[0], generator=torch.manual_seed(1))
+    loss, gradient = run_at_once("triton", expert, merged, weight, kind=kind)
+    assert loss.dtype == torch.float32 and gradient.dtype == dtype
+    expected, slope = exact(expert, merged, kind)
+    assert_exact((loss, gradient), (expected, weight[:, None] * slope), rtol)
+
+
+@every_backend
+@every_kind
+@pytest.mark.parametrize("num_classes", [7, 64, 300])
+def test_one_call_agrees_with_autograd_on_every_awkward_row(narrow, backend, kind, num_classes):
+    expert, merged = (logits.float() for logits in pair(8, num_classes))
+    expert[0, 0] = merged[1, 0] = -INF  # infinite losses, a gradient of NaN
+    expert[2, :5] = merged[2, :5] = -INF
+    expert[3], merged[3] = (one_hot(side, classes=num_classes)[0] for side in (0, 1))
+    merged[4] = expert[4]
+    weight = torch.linspace(-1, 1, 8)
+    autograd = run(backend, expert, merged, weight, kind=kind)
+    at_once = run_at_once(backend, expert, merged, weight, kind=kind)
+    assert_close(at_once, autograd, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+@every_backend
+@pytest.mark.parametrize("num_classes", [7, 300])
+def test_rows_weigh_the_same_without_weights(narrow, backend, num_classes):
+    sides = [logits.float() for logits in pair(5, num_classes)]
+    loss, gradient = run_at_once(backend, *sides, beta=0.2)
+    assert_exact((loss, gradient), exact(*sides, "js", 0.2))
+    weighted = run_at_once(backend, *sides, torch.ones(5), beta=0.2)
+    assert_close(weighted, (loss, gradient), rtol=0, atol=0)
+    doubled = run_at_once(backend, *sides, torch.full((5,), 2.0), beta=0.2)
+    assert_close(doubled, (loss, 2 * gradient), rtol=0, atol=0)
+
+
+@every_backend
+@pytest.mark.parametrize("num_classes", [32, 300])
+def test_one_call_takes_any_strides_axes_and_precisions(narrow, backend, num_classes):
+    expert, merged = pair(2, 3, num_classes)
+    expert, merged, weight = expert.bfloat16(), merged.float(), torch.tensor([[1.0, 2, 3]])
+    strange = expert.mT.contiguous().mT, views(merged.flatten(0, 1), "offset 1").view_as(merged)
+    loss, gradient = run_at_once(backend, *strange, weight.double().expand(2, 3))
+    assert loss.shape == (2, 3) and gradient.shape == merged.shape
+    expected, slope = exact(expert.flatten(0, 1), merged.flatten(0, 1), "js")
+    expected, slope = expected.view(2, 3), slope.view_as(merged)
+    assert_exact((loss, gradient), (expected, weight[..., None] * slope))
+
+
+@needs_triton
+def test_one_call_on_a_row_wider_than_registers_hold_is_the_definition():
+    expert, merged = (logits.float() for logits in pair(2, divergence_kernels.WHOLE_ROW + 7))
+    assert_exact(run_at_once("triton", expert, merged), exact(expert, merged, "js"))
+
+
+@needs_triton
+@pytest.mark.parametrize(("num_classes", "launches"), [(64, 1), (65, 2)])
+def test_one_call_takes_one_launch_where_a_row_fits(narrow, monkeypatch, num_classes, launches):
+    made, launch = [], divergence_kernels.launch
+    monkeypatch.setattr(
+        divergence_kernels,
+        "launch",
+        lambda kernel, *rest: (made.append(kernel), launch(kernel, *rest)),
+    )
+    run_at_once("triton", *(logits.float() for logits in pair(2, num_classes)))
+    assert len(made) == launches
+
+
+@every_backend
+def test_what_one_call_gives_has_no_graph(backend):
+    device = "cuda" if GPU and backend == "triton" else "cpu"
+    sides = [logits.float().to(device).requires_grad_() for logits in pair(5, 7)]
+    before = [logits.detach().clone() for logits in sides]
+    loss, gradient = divergence_and_gradient(*sides, backend=backend)
+    assert not loss.requires_grad and not gradient.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(sides, before, strict=True))
+
+
+def test_one_call_in_float64_stays_float64():
+    expert, merged = pair(5, 7)
+    loss, gradient = divergence_and_gradient(expert, merged, weight=torch.ones(5))
+    assert loss.dtype == gradient.dtype == torch.float64
+    assert_close((loss, gradient), exact(expert, merged, "js"))
+
+
+@pytest.mark.parametrize("weight", [torch.ones(()), torch.ones(4), torch.ones(5, 1)], ids=str)
+def test_weights_are_one_per_position(weight):
+    with pytest.raises(ValueError, match=r"one number per position, \[5\], got .*; expand it"):
+        divergence_and_gradient.__wrapped__(*pair(5, 7), weight=weight)
+
+
 # --- precision ------------------------------------------------------------------------------------
 
 
@@ -289,7 +406,8 @@ def test_half_precision_is_widened_before_any_arithmetic(backend):
 
 
 @every_backend
-def test_a_large_incoming_gradient_is_multiplied_in_before_rounding(backend):
+@pytest.mark.parametrize("run", [run, run_at_once])
+def test_a_large_incoming_gradient_is_multiplied_in_before_rounding(backend, run):
     """Loss scaling rescues float16 gradients below 6e-8 only if nothing was rounded before."""
     expert, merged = (logits.half() for logits in pair(2, 1000, scale=5.0))
     _, slope = exact(expert, merged, "js")
@@ -424,20 +542,20 @@ def test_torch_refuses_a_row_without_a_distribution(bad, side, kind):
 
 
 @needs_triton
-@bad_rows
 @each_side
 @pytest.mark.parametrize("kind", ["js", "kl"])
 @pytest.mark.parametrize("width", [3, 300])
+@pytest.mark.parametrize("run", [run, run_at_once])
 @pytest.mark.filterwarnings("ignore:invalid value encountered in subtract:RuntimeWarning")
-def test_triton_gives_nan_for_a_row_without_a_distribution_alone(narrow, bad, side, kind, width):
-    sides = [logits.float() for logits in pair(4, width)]
+def test_triton_gives_nan_for_a_row_without_a_distribution_alone(narrow, side, kind, width, run):
+    sides = [logits.float() for logits in pair(7, width)]
     sound = run("triton", *sides, kind=kind)
-    sides[side][2] = -INF if bad == "masked" else 0.0
-    sides[side][2, 1] = torch.tensor(BAD_ROWS[bad])[0]
+    for row, bad in zip((1, 3, 5), BAD_ROWS.values(), strict=True):
+        sides[side][row] = bad[-1]
+        sides[side][row, :3] = torch.tensor(bad)
     for found, expected in zip(run("triton", *sides, kind=kind), sound, strict=True):
-        assert torch.isnan(found[2]).all()
-        others = [0, 1, 3]
-        assert torch.equal(found[others], expected[others])
+        assert torch.isnan(found[1::2]).all()
+        assert torch.equal(found[::2], expected[::2])
 
 
 # --- properties -----------------------------------------------------------------------------------
@@ -727,16 +845,21 @@ def test_without_triton_torch_serves_and_triton_is_refused_with_the_cure():
 
 # --- what the compilers make of the kernels -------------------------------------------------------
 
-KERNELS = {  # what a program takes of rows of so many classes
-    "narrow rows": ("whole_rows", 2, divergence_kernels.WHOLE_ROW),
-    "whole rows": ("whole_rows", divergence_kernels.WHOLE_ROW, divergence_kernels.WHOLE_ROW),
+WHOLE = divergence_kernels.WHOLE_ROW
+KERNELS = {  # and how many classes a row has, of which a program takes at most so many
+    "narrow rows": ("whole_rows", 2, WHOLE),
+    "whole rows": ("whole_rows", WHOLE, WHOLE),
     "wide rows": ("wide_rows", 151936, divergence_kernels.STEP),
     "gradient": ("gradients", 151936, divergence_kernels.TILE),
+    "narrow rows at once": ("whole_rows", 2, WHOLE),
+    "short rows at once": ("whole_rows", 48, WHOLE),
+    "whole rows at once": ("whole_rows", WHOLE, WHOLE),
 }
 COMPILED = [
     (name, kind, dtype, target)
     for name in KERNELS
-    for kind, dtype in [("js", "bf16"), ("js", "fp32")]
+    for kind in (KINDS if name.startswith("whole") else ["js"])  # js needs most
+    for dtype in ["bf16", "fp32"]
     for target in compiled.TARGETS
 ]
 
@@ -748,10 +871,19 @@ def case(name: str, kind: str, dtype: str, target: str) -> compiled.Case:
     types = {"expert": f"*{dtype}", "merged": f"*{dtype}", "beta": "fp32", "state": "*fp32"}
     types |= dict.fromkeys(("stride_p", "stride_q", "num_rows", "num_classes"), "i32")
     outer = {"incoming": "*fp32", "gradient": f"*{dtype}"}
+    constants = {"KIND": kind, **tile}
+    if name == "gradient":
+        types |= outer
+    elif name.endswith("at once"):
+        types |= outer | {"loss": "*fp32"}
+        constants["state"] = types.pop("state") and None
+    else:
+        types |= {"loss": "*fp32"}
+        constants |= dict.fromkeys(outer) if kernel == "whole_rows" else {}
     return compiled.Case(
         f"divmerge_core.kernels.divergence_kernels:{kernel}",
-        types | (outer if name == "gradient" else {"loss": "*fp32"}),
-        {"KIND": kind, **tile},
+        types,
+        constants,
         threads // compiled.TARGETS[target][2],
         target,
     )
@@ -772,13 +904,31 @@ def test_no_kernel_spills_registers(reports, key):
     assert reports[key].spills == 0
 
 
-@pytest.mark.parametrize("key", [key for key in COMPILED if key[0] != "narrow rows"], ids=" ".join)
+unless_narrow = [key for key in COMPILED if not key[0].startswith("narrow")]
+
+
+@pytest.mark.parametrize("key", unless_narrow, ids=" ".join)
 def test_logits_move_sixteen_bytes_at_a_time(reports, key):
-    report = reports[key]
-    assert report.loads.pop(128) >= 4
-    assert set(report.loads) <= {32}  # what the gradient reads of its row
-    if key[0] == "gradient":
-        assert set(report.stores) == {128}
+    loads, stores = dict(reports[key].loads), dict(reports[key].stores)
+    assert loads.pop(128) >= 2
+    assert set(loads) <= {32}  # what the gradient reads of its row
+    if key[0] == "gradient" or key[0].endswith("at once"):
+        stores.pop(128)
+        assert set(stores) <= {32}  # the loss
+
+
+at_once = [key for key in unless_narrow if key[0].endswith("at once")]
+
+
+@pytest.mark.parametrize("key", at_once, ids=" ".join)
+def test_one_launch_loads_both_sides_once_and_stores_the_gradient_once(reports, key):
+    """No loop runs in this kernel, so that every access in its code happens once a thread."""
+    _, num_classes, limit = KERNELS[key[0]]
+    tile = divergence_kernels.tiling(num_classes, limit)
+    bytes_a_side = tile["ROWS"] * tile["BLOCK"] * {"bf16": 2, "fp32": 4}[key[2]]
+    sixteen = 16 * 32 * tile["num_warps"]  # bytes, by one instruction in all threads
+    assert reports[key].loads[128] * sixteen == 2 * bytes_a_side
+    assert reports[key].stores[128] * sixteen == bytes_a_side
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
@@ -788,7 +938,7 @@ def test_logits_move_sixteen_bytes_at_a_time(reports, key):
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 @every_kind
 @precisions
-@pytest.mark.parametrize("shape", [(64, 151936), (513, 8192), (70000, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 151936), (513, 16384), (70000, 2)], ids=str)
 def test_large_shapes_on_a_gpu(kind, shape, dtype, rtol):
     expert, merged = (logits.to(dtype).cuda() for logits in pair(*shape))
     incoming = torch.randn(shape[0], device="cuda")
@@ -796,7 +946,10 @@ def test_large_shapes_on_a_gpu(kind, shape, dtype, rtol):
     loss = fused_divergence(expert, merged, kind)
     loss.backward(incoming)
     expected, slope = exact(expert, merged.detach(), kind)
-    assert_exact((loss.detach(), merged.grad), (expected, incoming[:, None] * slope), 4 * rtol)
+    expected = expected, incoming[:, None] * slope
+    assert_exact((loss.detach(), merged.grad), expected, 4 * rtol)
+    at_once = divergence_and_gradient(expert, merged, kind, weight=incoming)
+    assert_exact(at_once, expected, 4 * rtol)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from divmerge_core import divergences
 from divmerge_core.divergences import DIVERGENCES, entropy, js, kl, reverse_kl
+from divmerge_core.kernels.backend import triton
 
 INF = float("inf")
 NAMES = list(DIVERGENCES)
@@ -191,6 +193,35 @@ def test_a_row_with_every_class_masked_is_refused(name):
     masked[1] = -INF
     with pytest.raises(ValueError, match="-inf only"):
         DIVERGENCES[name](masked, rows())
+
+
+@every_divergence
+def test_where_the_fused_kernel_stands_in_it_gives_the_same(name, monkeypatch):
+    a, b = rows(), rows(seed=1)
+    slow = DIVERGENCES[name](a, b), gradient(name, a, b)
+    kinds, fused = [], divergences.fused_divergence
+    monkeypatch.setattr(divergences, "fusible", lambda *sides: True)
+    monkeypatch.setattr(
+        divergences, "fused_divergence", lambda *given: kinds.append(given[2]) or fused(*given)
+    )
+    assert_close((DIVERGENCES[name](a, b), gradient(name, a, b)), slow)
+    assert kinds == [name, name]
+
+
+def test_nothing_is_fused_on_a_cpu():
+    assert not divergences.fusible(rows().float(), rows().float())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or triton is None, reason="needs Triton on a GPU")
+@every_divergence
+def test_on_a_gpu_the_kernel_stands_in_where_it_can(name):
+    a, b = rows().cuda(), rows(seed=1).cuda()
+    assert_close(DIVERGENCES[name](a.float(), b.float()).double(), DIVERGENCES[name](a, b))
+    assert divergences.fusible(a.float(), b.float()) and not divergences.fusible(a, b)
+    assert divergences.fusible(a.float(), b.float().requires_grad_())
+    assert not divergences.fusible(a.float().requires_grad_(), b.float())
+    assert torch.autograd.gradcheck(DIVERGENCES[name], (a.requires_grad_(), b.requires_grad_()))
 
 
 def test_an_unknown_divergence_is_answered_with_the_choices():

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import fewer, linear_forward, linear_problem, naive_loss, naive_merge
+from helpers import fewer, linear_problem, naive_loss, naive_merge
 from torch.testing import assert_close
 
 from divmerge_core.coefficients import GROUPINGS, Coefficients, groups_of
@@ -201,7 +201,7 @@ def test_experts_are_asked_once(problem):
 
     def forward(parameters, pairs):
         asked["expert" if not next(iter(parameters.values())).requires_grad else "merged"] += 1
-        return linear_forward(parameters, pairs)
+        return problem.forward(parameters, pairs)
 
     counted = MergeProblem(problem.vectors, problem.batches, forward)
     fit_coefficients(counted, coefficients_of(problem), js, epochs=5, progress=False)

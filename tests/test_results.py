@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from divmerge_core import figures
+from divmerge_core import figures, roofline
 from divmerge_core.comparison import ALL_METHODS
+from divmerge_core.contestants import CONTESTANTS
+from divmerge_core.race import STEPS
 from divmerge_core.report import Report, caption
 
 RESULTS = Path(__file__).resolve().parent.parent / "book" / "results"
@@ -50,3 +52,39 @@ def test_the_landing_text_is_made_of_the_stored_numbers(tmp_path):
     assert (tmp_path / "landing.png").stat().st_size > 10_000
     written = (RESULTS / "landing.md").read_text("utf-8")
     assert (tmp_path / "landing.md").read_text("utf-8") == written
+
+
+# --- what merging costs ---------------------------------------------------------------------------
+
+COSTS = sorted((RESULTS / "kernel").glob("*.json"))
+
+
+@pytest.fixture(scope="module", params=COSTS, ids=lambda path: path.stem)
+def costs(request):
+    return roofline.load(request.param)
+
+
+def test_published_costs_were_measured_with_every_peer_in_one_run(costs):
+    tables, facts = costs
+    counts = tables["rows"].groupby(["tasks", "parameters", "contestant", "part"]).size()
+    assert set(tables["rows"].contestant) == {"copy", *CONTESTANTS}
+    assert set(counts) == {facts["repeats"]} and facts["repeats"] >= 10
+    assert set(tables["steps"].contestant) == set(STEPS)
+    for fact in ("model", "dtype", "device", "machine", "threads", "torch", "date", "peers"):
+        assert facts[fact], fact
+    assert facts["date"] in roofline.caption(facts)
+
+
+def test_published_costs_count_the_bytes_that_the_formulas_say(costs):
+    tables, _ = costs
+    table = roofline.summary(tables["rows"]).set_index(
+        ["tasks", "parameters", "contestant", "part"]
+    )
+    for (tasks, _, name, part), row in table.iterrows():
+        floor = {"forward": tasks + 2, "backward": tasks + 1}[part]
+        usual = {"forward": 5 * tasks, "backward": 4 * tasks}[part]
+        expected = {"copy": 2, "ours": floor, "dictionary": usual}.get(name)
+        if name == "fusion_bench":
+            expected = usual * (tasks if part == "backward" else 1)
+        if expected is not None:
+            assert row.moved == pytest.approx(expected, rel=0.05), (tasks, name, part)

@@ -27,8 +27,9 @@ TOC = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
 # Imports only ever point up this list.
 ORDER = (
     *("registry", "assets", "splits", "tasks", "kernels", "vectors", "coefficients", "problem"),
-    *("encoders", "experts", "divergences", "methods", "evaluation", "report", "bench"),
-    *("cells", "comparison", "interference", "figures", "checkpoints", "runs"),
+    *("activations", "encoders", "experts", "divergences", "methods", "evaluation", "report"),
+    *("bench", "cells", "comparison", "contestants", "roofline", "race", "interference"),
+    *("figures", "cost_figures", "checkpoints", "runs"),
 )
 MODULES = sorted((ROOT / "divmerge_core").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -110,7 +111,8 @@ def locked() -> dict[str, str]:
 
 
 def declared() -> list[Requirement]:
-    extras = PROJECT["optional-dependencies"].values()
+    """What the lock pins: not Triton, which PyTorch's CUDA builds bring, and not the peers."""
+    extras = [PROJECT["optional-dependencies"][name] for name in ("torch", "book", "test")]
     return [Requirement(line) for group in (PROJECT["dependencies"], *extras) for line in group]
 
 
@@ -140,7 +142,7 @@ def test_conda_users_get_the_same_environment():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     *packages, pip = environment["dependencies"]
     assert packages == ["python=3.11", "pip"]
-    extras = ",".join(PROJECT["optional-dependencies"])
+    extras = ",".join(name for name in PROJECT["optional-dependencies"] if name != "peers")
     assert pip == {"pip": ["-r requirements.lock", f"-e .[{extras}]"]}
 
 

@@ -16,7 +16,9 @@ q (log q - log p) for reverse_kl, and the sum of these two for jeffreys.
 
 On a GPU the loss reads both matrices once if a row fits in registers, else twice, and keeps five
 numbers a row. The gradient reads both and writes one, and the incoming gradient is multiplied in
-before it is rounded. Forward and backward move 5 A V numbers together, 7 A V for wide rows.
+before it is rounded. `fused_divergence` moves 5 A V numbers, forward and backward together; where
+the weights of the rows are known before, `divergence_and_gradient` moves 3 A V. Either moves 7 A V
+for rows that do not fit.
 """
 
 import math
@@ -28,6 +30,7 @@ from torch import Tensor
 from divmerge_core.kernels import divergence_kernels
 from divmerge_core.kernels.answers import TopAnswers, log_softmax
 from divmerge_core.kernels.backend import resolve
+from divmerge_core.kernels.stores import wide
 
 KINDS = ("js", "kl", "reverse_kl", "jeffreys")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -94,8 +97,8 @@ class Divergence(torch.autograd.Function):
     def backward(ctx, incoming):
         if torch.is_grad_enabled():  # by create_graph=True
             raise RuntimeError(
-                "fused_divergence is differentiable once; leave create_graph out, or take the "
-                "divergence of that name from divmerge_core.divergences"
+                "fused_divergence is differentiable once; leave create_graph out, or give float64 "
+                "logits to the divergence of that name in divmerge_core.divergences"
             )
         if ctx.backend == "torch":
             (gradient,) = ctx.saved_tensors
@@ -132,6 +135,12 @@ def check(expert: Tensor, merged: Tensor, kind: str, beta: float) -> None:
         raise ValueError(f"beta={beta} is a skew of js, and {kind} has none; leave beta out")
 
 
+def matrices(*sides: Float[Tensor, "*A V"]) -> list[Float[Tensor, "A V"]]:
+    """All leading axes as one, and neighbouring classes side by side."""
+    flat = [logits.reshape(-1, logits.shape[-1]) for logits in sides]
+    return [rows if rows.stride(1) == 1 else rows.contiguous() for rows in flat]
+
+
 def fused_divergence(
     expert: Float[Tensor, "*A V"] | TopAnswers,
     merged: Float[Tensor, "*A V"],
@@ -161,6 +170,50 @@ def fused_divergence(
     backend = resolve(backend, expert, merged)
     if not torch.is_grad_enabled():
         merged = merged.detach()  # else a gradient would be computed and thrown away
-    sides = [logits.reshape(-1, logits.shape[-1]) for logits in (expert, merged)]
-    sides = [rows if rows.stride(1) == 1 else rows.contiguous() for rows in sides]
-    return Divergence.apply(*sides, kind, beta, backend).reshape(merged.shape[:-1])
+    loss = Divergence.apply(*matrices(expert, merged), kind, beta, backend)
+    return loss.reshape(merged.shape[:-1])
+
+
+def divergence_and_gradient(
+    expert: Float[Tensor, "*A V"],
+    merged: Float[Tensor, "*A V"],
+    kind: str = "js",
+    *,
+    beta: float = 0.5,
+    weight: Float[Tensor, "*A"] | None = None,
+    backend: str = "auto",
+) -> tuple[Float[Tensor, "*A"], Float[Tensor, "*A V"]]:
+    """`fused_divergence` and the gradient of its sum in the merged logits, both at once.
+
+    With `weight` the gradient is that of sum(weight * loss), rounded to the dtype of `merged` only
+    after the multiplication; the loss is the same with or without. Both come without a graph: hand
+    the gradient on by `merged.backward(gradient)`.
+
+    On a GPU rows of at most 16,384 classes take one launch, which loads both sides once and stores
+    the gradient: 3 A V numbers, and 2 A for losses and weights. Wider rows take the two launches of
+    `fused_divergence`: two passes that load both sides for the loss, one that does for the gradient
+    and stores it, 7 A V together.
+
+    Takes what `fused_divergence` takes except top answers, and treats masks and rows without a
+    distribution alike. Raises ValueError as it does, and for weights of another shape or device.
+    """
+    expert, merged = expert.detach(), merged.detach()
+    check(expert, merged, kind, beta)
+    given = [expert, merged]
+    if weight is not None:
+        if weight.shape != merged.shape[:-1]:
+            raise ValueError(
+                f"weight must hold one number per position, {list(merged.shape[:-1])}, "
+                f"got {list(weight.shape)}; expand it"
+            )
+        precision = wide(torch.promote_types(expert.dtype, merged.dtype))
+        given.append(weight.detach().to(precision).reshape(-1).contiguous())
+    backend = resolve(backend, *given)
+    sides, scale = matrices(expert, merged), given[2] if weight is not None else None
+    if backend == "torch":
+        loss, gradient = definition(*sides, kind, beta)
+        gradient = gradient if scale is None else gradient * scale[:, None]
+        gradient = gradient.to(merged.dtype)
+    else:
+        loss, gradient = divergence_kernels.loss_and_gradient(*sides, kind, beta, scale)
+    return loss.reshape(merged.shape[:-1]), gradient.reshape(merged.shape)

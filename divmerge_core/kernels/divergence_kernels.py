@@ -10,7 +10,9 @@ from torch import Tensor
 
 from divmerge_core.kernels.backend import jit, on, tl
 
-WHOLE_ROW = 8192  # classes: the widest row, a power of two, that stays in registers without spills
+# Classes: the widest row, a power of two, that stays in registers. On NVIDIA it takes 1024 threads,
+# the most there are, with 64 registers each; a row twice as wide would fill all 64 with its logits.
+WHOLE_ROW = 16384
 STEP = 4096  # classes that a program takes at a time from wider rows
 TILE = 2048  # classes that a program takes at least; narrow rows share one
 PER_THREAD = 16  # classes of either side that a thread holds
@@ -48,14 +50,16 @@ def compare(log_p, log_q, beta, KIND: tl.constexpr):
     """Class by class f(p, q), its slope q df/dq, and q; all are 0 where both sides rule it out."""
     finite_p, finite_q = tl.maximum(log_p, -1e30), tl.maximum(log_q, -1e30)  # -inf - -inf is NaN
     if KIND == "js":
-        top = tl.maximum(finite_p, finite_q)
-        low_p, low_q = finite_p - top, finite_q - top  # one is 0, so that mix does not underflow
-        size, share_q = exp(top), exp(low_q)
-        q = size * share_q
-        share_p, share_q = (1 - beta) * exp(low_p), beta * share_q
-        log_mix = tl.log(share_p + share_q)  # log m - top
-        slope = size * share_q * (low_q - log_mix)
-        term = size * share_p * (low_p - log_mix) + slope
+        ahead = finite_q - finite_p
+        gap = tl.abs(ahead)
+        size, ratio = exp(tl.maximum(finite_p, finite_q)), exp(-gap)  # the larger; smaller / larger
+        large = tl.where(ahead > 0, beta, 1 - beta)  # what the larger one adds to m / size
+        small = (1 - large) * ratio
+        mix = large + small  # m / size; m itself may underflow
+        log_mix = tl.log(mix)
+        term = -size * (small * gap + mix * log_mix)
+        q = size * tl.where(ahead > 0, 1.0, ratio)
+        slope = beta * q * (tl.minimum(ahead, 0.0) - log_mix)
     else:
         p, q = exp(log_p), exp(log_q)
         forward = p * tl.where(p == 0, 0.0, finite_p - log_q)
@@ -70,19 +74,36 @@ def compare(log_p, log_q, beta, KIND: tl.constexpr):
 
 
 @jit
-def store(loss, state, rows, num_rows, term, slope, largest_p, mass_p, largest_q, mass_q):
-    """Sum terms into the loss and slopes into `state`; NaN for a row without a distribution."""
-    inside = rows < num_rows
+def store_loss(loss, rows, num_rows, term, slope, mass_p, mass_q):
+    """Store each row's sum of terms, return that of slopes; NaN where there is no distribution."""
     sound = (mass_p > 0) & (mass_q > 0)
     term = tl.where(sound, tl.sum(term, axis=1, keep_dims=True), float("nan"))
-    slope = tl.sum(slope, axis=1, keep_dims=True)
-    slope = tl.where(sound & (slope < float("inf")), slope, float("nan"))
-    tl.store(loss + rows, term, mask=inside)
-    tl.store(state + rows, slope, mask=inside)
+    total = tl.sum(slope, axis=1, keep_dims=True)
+    tl.store(loss + rows, term, mask=rows < num_rows)
+    return tl.where(sound & (total < float("inf")), total, float("nan"))
+
+
+@jit
+def store_state(state, rows, num_rows, total, largest_p, mass_p, largest_q, mass_q):
+    """Keep what `gradients` needs of each row."""
+    inside = rows < num_rows
+    tl.store(state + rows, total, mask=inside)
     tl.store(state + num_rows + rows, largest_p, mask=inside)
     tl.store(state + num_rows * 2 + rows, mass_p, mask=inside)
     tl.store(state + num_rows * 3 + rows, largest_q, mask=inside)
     tl.store(state + num_rows * 4 + rows, mass_q, mask=inside)
+
+
+@jit
+def store_gradient(
+    gradient, incoming, rows, columns, num_rows, num_classes, inside, slope, q, total
+):
+    """slope - q total, times what comes in for the row, or 1 if `incoming` is None."""
+    value = slope - q * total
+    if incoming is not None:
+        value *= tl.load(incoming + rows, mask=rows < num_rows, other=0.0)
+    offsets = rows.to(tl.int64) * num_classes + columns
+    tl.store(gradient + offsets, value.to(gradient.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -96,11 +117,16 @@ def whole_rows(
     beta,
     loss,
     state,
+    incoming,
+    gradient,
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The loss of ROWS rows of at most BLOCK classes; each side is read once."""
+    """The loss of ROWS rows of at most BLOCK classes; each side is read once.
+
+    Of `state` and `gradient` one is None: stored is what a later gradient needs, or this itself.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     columns = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
     inside = (rows < num_rows) & (columns < num_classes)
@@ -110,8 +136,14 @@ def whole_rows(
     largest_p, mass_p = extend(lowest, 0.0, x)
     largest_q, mass_q = extend(lowest, 0.0, y)
     log_p, log_q = log_softmax(x, largest_p, mass_p), log_softmax(y, largest_q, mass_q)
-    term, slope, _ = compare(log_p, log_q, beta, KIND)
-    store(loss, state, rows, num_rows, term, slope, largest_p, mass_p, largest_q, mass_q)
+    term, slope, q = compare(log_p, log_q, beta, KIND)
+    total = store_loss(loss, rows, num_rows, term, slope, mass_p, mass_q)
+    if gradient is None:
+        store_state(state, rows, num_rows, total, largest_p, mass_p, largest_q, mass_q)
+    else:
+        store_gradient(
+            gradient, incoming, rows, columns, num_rows, num_classes, inside, slope, q, total
+        )
 
 
 @jit
@@ -152,7 +184,8 @@ def wide_rows(
         term, slope, _ = compare(log_p, log_q, beta, KIND)
         terms += term
         slopes += slope
-    store(loss, state, rows, num_rows, terms, slopes, largest_p, mass_p, largest_q, mass_q)
+    total = store_loss(loss, rows, num_rows, terms, slopes, mass_p, mass_q)
+    store_state(state, rows, num_rows, total, largest_p, mass_p, largest_q, mass_q)
 
 
 @jit
@@ -181,13 +214,12 @@ def gradients(
     mass_p = tl.load(state + num_rows * 2 + rows, mask=real, other=0.0)
     largest_q = tl.load(state + num_rows * 3 + rows, mask=real, other=0.0)
     mass_q = tl.load(state + num_rows * 4 + rows, mask=real, other=0.0)
-    scale = tl.load(incoming + rows, mask=real, other=0.0)
     log_p = log_softmax(load(expert, rows, columns, stride_p, inside), largest_p, mass_p)
     log_q = log_softmax(load(merged, rows, columns, stride_q, inside), largest_q, mass_q)
     _, slope, q = compare(log_p, log_q, beta, KIND)
-    offsets = rows.to(tl.int64) * num_classes + columns
-    value = scale * (slope - q * total)
-    tl.store(gradient + offsets, value.to(gradient.dtype.element_ty), mask=inside)
+    store_gradient(
+        gradient, incoming, rows, columns, num_rows, num_classes, inside, slope, q, total
+    )
 
 
 def tiling(num_classes: int, limit: int) -> dict[str, int]:
@@ -198,34 +230,52 @@ def tiling(num_classes: int, limit: int) -> dict[str, int]:
     return {"ROWS": rows, "BLOCK": block, "num_warps": rows * block // PER_THREAD // warp}
 
 
+def launch(kernel, limit: int, expert: Tensor, merged: Tensor, kind: str, beta: float, *rest):
+    """Run a kernel on all rows of [A, V] logits with unit stride along V."""
+    num_rows, num_classes = merged.shape
+    tile = tiling(num_classes, limit)
+    parts = cdiv(num_classes, tile["BLOCK"]) if kernel is gradients else 1
+    grid = cdiv(num_rows, tile["ROWS"]), parts
+    given = expert, merged, expert.stride(0), merged.stride(0), num_rows, num_classes, beta
+    with on(merged):
+        kernel[grid](*given, *rest, KIND=kind, **tile)
+
+
 def loss_and_state(expert: Tensor, merged: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
-    """Loss [A] and state [5, A] of two logit matrices [A, V] with unit stride along V."""
+    """Loss [A] and state [5, A], for a gradient later on."""
     num_rows, num_classes = merged.shape
     loss = torch.empty(num_rows, dtype=torch.float32, device=merged.device)
     state = torch.empty(5, num_rows, dtype=torch.float32, device=merged.device)
-    whole = num_classes <= WHOLE_ROW
-    tile = tiling(num_classes, WHOLE_ROW if whole else STEP)
-    kernel = (whole_rows if whole else wide_rows)[(cdiv(num_rows, tile["ROWS"]),)]
-    sides = expert, merged, expert.stride(0), merged.stride(0)
-    with on(merged):
-        kernel(*sides, num_rows, num_classes, beta, loss, state, KIND=kind, **tile)
+    given = expert, merged, kind, beta, loss, state
+    if num_classes <= WHOLE_ROW:
+        launch(whole_rows, WHOLE_ROW, *given, None, None)
+    else:
+        launch(wide_rows, STEP, *given)
     return loss, state
 
 
 def gradient(
-    expert: Tensor, merged: Tensor, kind: str, beta: float, state: Tensor, incoming: Tensor
+    expert: Tensor, merged: Tensor, kind: str, beta: float, state: Tensor, incoming: Tensor | None
 ) -> Tensor:
-    """Gradient [A, V] in the merged logits and their dtype, from the incoming one [A]."""
-    num_rows, num_classes = merged.shape
+    """Gradient [A, V] in the merged logits and their dtype; `incoming` [A] or None, which is 1."""
     result = torch.empty(merged.shape, dtype=merged.dtype, device=merged.device)
-    tile = tiling(num_classes, TILE)
-    grid = cdiv(num_rows, tile["ROWS"]), cdiv(num_classes, tile["BLOCK"])
-    sides = expert, merged, expert.stride(0), merged.stride(0)
-    with on(merged):
-        gradients[grid](
-            *sides, num_rows, num_classes, beta, state, incoming, result, KIND=kind, **tile
-        )
+    launch(gradients, TILE, expert, merged, kind, beta, state, incoming, result)
     return result
+
+
+def loss_and_gradient(
+    expert: Tensor, merged: Tensor, kind: str, beta: float, incoming: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Both in one launch if a row fits in registers, else by the two functions above."""
+    num_rows, num_classes = merged.shape
+    if num_classes > WHOLE_ROW:
+        loss, state = loss_and_state(expert, merged, kind, beta)
+        return loss, gradient(expert, merged, kind, beta, state, incoming)
+    loss = torch.empty(num_rows, dtype=torch.float32, device=merged.device)
+    result = torch.empty(merged.shape, dtype=merged.dtype, device=merged.device)
+    given = expert, merged, kind, beta, loss
+    launch(whole_rows, WHOLE_ROW, *given, None, incoming, result)
+    return loss, result
 
 
 def cdiv(a: int, b: int) -> int:

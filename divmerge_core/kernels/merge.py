@@ -195,6 +195,7 @@ def launch(deltas: Tensor | Int8Deltas, segments: Segments) -> tuple:
     return table, starts, values, scales, values.stride(0), scales.shape[1] if int8 else 0, shape
 
 
+@torch.compiler.disable  # a compiled step calls the launch as it is
 def merge_triton(base, deltas, coeffs, segments, out) -> None:
     """One launch for the whole model, whatever the number of tensors."""
     table, _, values, scales, stride, num_scales, shape = launch(deltas, segments)
@@ -206,6 +207,7 @@ def merge_triton(base, deltas, coeffs, segments, out) -> None:
             )  # fmt: skip
 
 
+@torch.compiler.disable
 def inner_triton(grad, deltas, segments) -> Tensor:
     """One pass over gradient and deltas, then a reduction of one number per block and task."""
     table, starts, values, scales, stride, num_scales, shape = launch(deltas, segments)
