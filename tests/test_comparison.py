@@ -274,4 +274,4 @@ def test_real_experts_are_compared_from_one_call(real, monkeypatch):
 
 
 def test_the_names_of_all_methods_can_be_parsed():
-    assert {parse(spec)[0] for spec in ALL_METHODS} == set(comparison.METHODS)
+    assert {parse(spec)[0] for spec in ALL_METHODS} <= set(comparison.METHODS)

@@ -578,7 +578,7 @@ def pairs(draw) -> tuple[Tensor, Tensor]:
 
 any_two = given(pairs(), st.floats(0.05, 0.95))
 torch_examples = settings(deadline=None, max_examples=150, derandomize=True)
-triton_examples = settings(deadline=None, max_examples=15, derandomize=True)  # milliseconds each
+triton_examples = settings(deadline=None, max_examples=10, derandomize=True)  # milliseconds each
 
 
 def js_keeps_its_promises(backend: str, sides: tuple[Tensor, Tensor], beta: float) -> None:

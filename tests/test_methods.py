@@ -262,10 +262,15 @@ def test_options_are_the_arguments_after_the_problem():
     assert options_of("ties") == ("keep", "scale")
 
 
+NEEDS = ("nothing", "unlabelled inputs", "validation labels", "a validation score")
+COSTS = ("weights", "inputs", "gradients", "training")
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_states_its_facts_and_searches_options_that_it_takes(name):
     facts = METHODS.facts[name]
-    assert facts["source"] and facts["needs"] and isinstance(facts["symmetric"], bool)
+    assert facts["source"] and isinstance(facts["symmetric"], bool)
+    assert facts["needs"].split(",")[0] in NEEDS and facts["cost"] in COSTS
     for candidate in facts["search"]:
         assert set(candidate) <= set(options_of(name))
 

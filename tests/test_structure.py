@@ -27,7 +27,7 @@ TOC = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
 # Imports only ever point up this list.
 ORDER = (
     *("registry", "assets", "splits", "tasks", "kernels", "vectors", "coefficients", "problem"),
-    *("activations", "encoders", "experts", "divergences", "methods", "evaluation", "report"),
+    *("linalg", "activations", "encoders", "experts", "divergences", "methods", "evaluation", "report"),
     *("bench", "cells", "comparison", "contestants", "roofline", "race", "interference"),
     *("figures", "cost_figures", "checkpoints", "runs"),
 )

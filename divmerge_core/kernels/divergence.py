@@ -199,7 +199,6 @@ def divergence_and_gradient(
     """
     expert, merged = expert.detach(), merged.detach()
     check(expert, merged, kind, beta)
-    given = [expert, merged]
     if weight is not None:
         if weight.shape != merged.shape[:-1]:
             raise ValueError(
@@ -207,13 +206,13 @@ def divergence_and_gradient(
                 f"got {list(weight.shape)}; expand it"
             )
         precision = wide(torch.promote_types(expert.dtype, merged.dtype))
-        given.append(weight.detach().to(precision).reshape(-1).contiguous())
-    backend = resolve(backend, *given)
-    sides, scale = matrices(expert, merged), given[2] if weight is not None else None
+        weight = weight.detach().to(precision).reshape(-1).contiguous()
+    given = [tensor for tensor in (expert, merged, weight) if tensor is not None]
+    backend, sides = resolve(backend, *given), matrices(expert, merged)
     if backend == "torch":
         loss, gradient = definition(*sides, kind, beta)
-        gradient = gradient if scale is None else gradient * scale[:, None]
+        gradient = gradient if weight is None else gradient * weight[:, None]
         gradient = gradient.to(merged.dtype)
     else:
-        loss, gradient = divergence_kernels.loss_and_gradient(*sides, kind, beta, scale)
+        loss, gradient = divergence_kernels.loss_and_gradient(*sides, kind, beta, weight)
     return loss.reshape(merged.shape[:-1]), gradient.reshape(merged.shape)

@@ -1,8 +1,13 @@
 """Merging methods: `(problem, *, options) -> merged parameters [N]`, by name in METHODS.
 
-Facts beside each: `source`; `needs`, the data it looks at; `symmetric`, whether the order of tasks
-is immaterial; `search`, the options worth trying, the published ones first. Data-free candidates
-cost one pass over validation rows, so there are more of them than of candidates that cost a fit.
+Facts beside each: `source`; `needs`, the data it looks at: nothing, unlabelled inputs, validation
+labels (of rows that choose its scale) or a validation score (a function that it calls); `cost`,
+what grows with it: weights (one pass over them), inputs (forward passes), gradients, or training;
+`symmetric`, whether the order of tasks is immaterial; `search`, the options worth trying, the
+published ones first. Where it applies: `exactly`, the one number of experts that it takes;
+`returns="predictor"`, where no single vector comes out; `between=False`, where one expert alone
+does not give a point between base and expert. Data-free candidates cost one pass over validation
+rows, so there are more of them than of candidates that cost a fit.
 """
 
 import inspect
@@ -11,7 +16,17 @@ from divmerge_core.registry import Registry
 
 METHODS = Registry("method")
 
-from divmerge_core.methods import adaptive, arithmetic, divmerge  # noqa: E402, F401  (they register)
+from divmerge_core.methods import (  # noqa: E402, F401  (they register)
+    adaptive,
+    arithmetic,
+    continual,
+    divmerge,
+    evolved,
+    routed,
+    spectral,
+    statistical,
+    subspace,
+)
 
 
 def options_of(name: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from divmerge_core.problem import MergeProblem, Step
     "adamerging",
     source="Yang et al. 2024",
     needs="unlabelled inputs",
+    cost="gradients",
     symmetric=True,
     search=({}, {"lr": 1e-2, "init": None}),
 )

@@ -10,7 +10,12 @@ from divmerge_core.problem import MergeProblem
 
 
 @METHODS.register(
-    "average", source="Wortsman et al. 2022", needs="nothing", symmetric=True, search=()
+    "average",
+    source="Wortsman et al. 2022",
+    needs="nothing",
+    cost="weights",
+    symmetric=True,
+    search=(),
 )
 def average(problem: MergeProblem) -> Float[Tensor, " N"]:
     """The mean of the experts: every coefficient 1/T."""
@@ -22,6 +27,7 @@ def average(problem: MergeProblem) -> Float[Tensor, " N"]:
     "task_arithmetic",
     source="Ilharco et al. 2023",
     needs="validation labels, for the scale",
+    cost="weights",
     symmetric=True,
     search=tuple({"scale": scale} for scale in (0.3, 0.2, 0.4, 0.5, 0.7, 1.0)),
 )
@@ -34,6 +40,7 @@ def task_arithmetic(problem: MergeProblem, *, scale: float = 0.3) -> Float[Tenso
     "ties",
     source="Yadav et al. 2023",
     needs="validation labels, for the scale",
+    cost="weights",
     symmetric=True,
     search=tuple({"scale": scale} for scale in (1.0, 0.5, 1.5, 2.0, 2.5, 3.0)),
 )

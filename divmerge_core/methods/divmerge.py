@@ -54,6 +54,7 @@ def learn(
     "divmerge",
     source="Touayouch et al. 2026",
     needs="unlabelled inputs",
+    cost="gradients",
     symmetric=True,
     search=({}, {"init": 0.5}),
 )

@@ -1,0 +1,1 @@
+"""Methods for experts that arrive one at a time."""

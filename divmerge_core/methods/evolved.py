@@ -1,0 +1,1 @@
+"""Methods that search with a score on labelled validation rows."""

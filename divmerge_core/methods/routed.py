@@ -1,0 +1,1 @@
+"""Methods that return no single model: they route, stack or fuse answers."""

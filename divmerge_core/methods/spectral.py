@@ -1,0 +1,1 @@
+"""Methods that work on singular values of task vectors."""

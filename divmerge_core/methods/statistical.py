@@ -1,0 +1,1 @@
+"""Methods that match statistics of experts: Fisher information, layer outputs."""

@@ -1,0 +1,1 @@
+"""Methods that work in subspaces of the layers: essential, shared, interfering."""
