@@ -63,7 +63,8 @@ def bars(ax: Axes, table: pd.DataFrame, column: str, floors: Mapping[str, float 
     for text, floor in floors.items():
         ax.axvline(floor, color="k", linestyle="--", linewidth=1, label=text)
     ax.set_xlim(0, 1.12 * max(left))
-    ax.invert_yaxis()
+    if not ax.yaxis_inverted():  # axes that share it may have done so
+        ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     return ax
 

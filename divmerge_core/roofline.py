@@ -4,6 +4,7 @@ Milliseconds depend on the machine and its other work; ratios taken in one run h
 round measures every contestant once, in an order drawn anew.
 """
 
+import ctypes
 import gc
 import json
 import math
@@ -84,6 +85,8 @@ def peak_bytes(part: Part, device: torch.device) -> float:
         line = next(x for x in status.read_text().splitlines() if x.startswith(key))
         return 1024 * int(line.split()[1])
 
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
+    give_back(0)  # memory that was freed and kept would hide what the call takes
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
     before = resident("VmRSS")
     part()
