@@ -12,16 +12,26 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lab check lint clean distclean size
+.PHONY: help book test test-peers lab check lint clean distclean size
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 book: size $(STAMP)  ## run the notebooks and build the HTML book (SIZE=smoke, default or full)
 	$(BIN)/python -m divmerge_core.runs book --size $(SIZE)
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest
+
+test-peers: _build/peers/.complete  ## compare with other packages, installed in an environment of their own
+	_build/peers/bin/python -m pytest tests/test_peers_*.py tests/test_roofline.py
+
+_build/peers/.complete: requirements.lock pyproject.toml
+	@rm -f $@
+	$(PYTHON) -m venv --clear _build/peers
+	_build/peers/bin/python -m pip install --disable-pip-version-check -r requirements.lock
+	_build/peers/bin/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[peers,triton]'
+	@touch $@
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(BIN)/python -m jupyterlab notebooks

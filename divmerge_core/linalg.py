@@ -33,3 +33,41 @@ def matrices(layout: Layout) -> Iterator[tuple[str, slice, tuple[int, ...]]]:
     for name, shape, (start, stop) in zip(layout.names, layout.shapes, layout.bounds, strict=True):
         if len(shape) == 2:
             yield name, slice(start, stop), shape
+
+
+def elected(deltas: Float[Tensor, "T N"], keep: float) -> Float[Tensor, "T N"]:
+    """What TIES leaves of every task vector: large entries of the elected sign, the rest at 0.
+
+    Each row keeps its largest `keep` share of entries, at least one, and equals of the smallest of
+    these; every column then takes the sign of its sum, and entries against it go (all of them
+    where the sum is 0).
+    """
+    drop = deltas.shape[1] - max(1, round(keep * deltas.shape[1]))
+    kept = deltas.clone()
+    for row in kept:  # one task at a time: a magnitude copy of all T would double the memory
+        size = row.abs()
+        row[size < size.kthvalue(drop + 1).values] = 0
+    sign = kept.sum(dim=0).sign()  # [N]
+    return kept.masked_fill_(kept * sign <= 0, 0)
+
+
+def rank_of(
+    values: Float[Tensor, " r"], shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> int:
+    """How many singular values of a matrix, largest first, stand above its rounding errors.
+
+    shape: of the matrix; dtype: what its entries were rounded to, where `values` are wider.
+    """
+    rounding = max(shape) * torch.finfo(dtype or values.dtype).eps
+    return int((values > values[:1] * rounding).sum())
+
+
+def isometry(matrix: Float[Tensor, "M K"]) -> Float[Tensor, "M K"]:
+    """The part of the polar factor that the matrix determines: U V^T over nonzero singular values.
+
+    It equals `polar` at full rank. Below, `polar` also fills in directions that the matrix says
+    nothing about, and they are whatever the SVD's routine happens to return.
+    """
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    rank = rank_of(values, tuple(matrix.shape))
+    return left[:, :rank] @ right[:rank]

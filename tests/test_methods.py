@@ -259,7 +259,7 @@ def test_a_method_with_a_grouping_is_written_with_a_slash():
 
 def test_options_are_the_arguments_after_the_problem():
     assert options_of("average") == ()
-    assert options_of("ties") == ("keep", "scale")
+    assert options_of("ties") == ("keep", "scale", "coeffs", "trim", "weights", "combine")
 
 
 NEEDS = ("nothing", "unlabelled inputs", "validation labels", "a validation score")

@@ -19,11 +19,17 @@ METHODS = Registry("method")
 from divmerge_core.methods import (  # noqa: E402, F401  (they register)
     adaptive,
     arithmetic,
+    clustered,
     continual,
+    corrected,
+    distilled,
     divmerge,
     evolved,
+    layerwise,
+    masked,
     routed,
     spectral,
+    spherical,
     statistical,
     subspace,
 )

@@ -1,1 +1,234 @@
 """Methods that work on singular values of task vectors."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from divmerge_core.kernels.stores import dense
+from divmerge_core.linalg import isometry, matrices, polar, rank_of, truncated
+from divmerge_core.methods import METHODS
+from divmerge_core.methods.arithmetic import check_choice, check_keep, moved, ties
+from divmerge_core.problem import MergeProblem
+from divmerge_core.vectors import Layout, TaskVectors
+
+SCALES = tuple({"scale": scale} for scale in (1.0, 0.4, 0.7, 1.3, 1.6, 2.0))
+
+
+def require_finite(scale: float) -> None:
+    """Raise ValueError for a scale that is NaN or infinite."""
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}; 1.0 adds the merge as it is")
+
+
+def merge_matrices(
+    problem: MergeProblem,
+    scale: float,
+    merge: Callable[[Float[Tensor, "T M K"]], Float[Tensor, "M K"]],
+) -> Float[Tensor, " N"]:
+    """Base plus `scale` times: `merge` of every tensor with two axes, the mean of all others."""
+    require_finite(scale)
+    deltas = dense(problem.vectors.deltas)
+    merged = deltas.mean(dim=0)
+    for _, place, shape in matrices(problem.vectors.layout):
+        merged[place] = merge(deltas[:, place].unflatten(1, shape)).flatten()
+    return moved(problem, scale * merged)
+
+
+# --- TSV-M ----------------------------------------------------------------------------------------
+
+
+@METHODS.register(
+    "tsv_m",
+    source="Gargiulo et al. 2025",
+    needs="validation labels, for the scale",
+    cost="weights",
+    symmetric=True,
+    search=SCALES,
+)
+def tsv_m(problem: MergeProblem, *, scale: float = 1.0) -> Float[Tensor, " N"]:
+    """Cut every task's matrix to its share of the rank, then make the tasks' directions orthogonal.
+
+    For a matrix [M, K] with r = min(M, K), each task keeps its floor(r / T) leading singular
+    triples. U and V are all tasks' left and right vectors side by side, S their singular values;
+    the merged matrix is isometry(U) diag(S) isometry(V) (arXiv 2412.00081, its TSV-Merge). Every
+    tensor with two axes counts, embeddings too; all others, and matrices with r < T that have no
+    room for every task, take the mean. `scale` applies to all of them.
+
+    Singular triples of value zero, and directions that U or V does not span (two equal experts),
+    are left out: public code keeps them, so there what it returns depends on the SVD's routine.
+    At full rank both agree. Raises ValueError for a scale that is not finite.
+    """
+    return merge_matrices(problem, scale, orthogonalised)
+
+
+def orthogonalised(deltas: Float[Tensor, "T M K"]) -> Float[Tensor, "M K"]:
+    """TSV-M of one matrix."""
+    shape = tuple(deltas.shape[1:])
+    share = min(shape) // len(deltas)
+    if share == 0:
+        return deltas.mean(dim=0)
+    kept = []
+    for delta in deltas:
+        left, values, right = truncated(delta, share)
+        rank = rank_of(values, shape)
+        kept.append((left[:, :rank], values[:rank], right[:rank]))
+    lefts, values, rights = zip(*kept, strict=True)
+    left, right = isometry(torch.cat(lefts, dim=1)), isometry(torch.cat(rights))
+    return left * torch.cat(values) @ right
+
+
+# --- isotropic merging ----------------------------------------------------------------------------
+
+
+@METHODS.register(
+    "iso_c",
+    source="Marczak et al. 2025",
+    needs="validation labels, for the scale",
+    cost="weights",
+    symmetric=True,
+    between=False,
+    search=SCALES,
+)
+def iso_c(problem: MergeProblem, *, scale: float = 1.0) -> Float[Tensor, " N"]:
+    """The sum of task vectors, every matrix with all its singular values set to their mean.
+
+    With sum U diag(s) V^T of the tasks' matrices, the merged one is mean(s) U V^T (arXiv
+    2502.04959). Every tensor with two axes counts, embeddings too; all others take the mean, not
+    the sum. `scale` applies to both; the authors search 0.1 to 3.0 on validation rows.
+
+    Where the sum has low rank (LoRA experts) its null directions get the same weight as any
+    other, in directions that are rounding noise: expect less there. Raises ValueError for a scale
+    that is not finite.
+    """
+    return merge_matrices(problem, scale, lambda deltas: flattened(deltas.sum(dim=0)))
+
+
+def flattened(matrix: Float[Tensor, "M K"]) -> Float[Tensor, "M K"]:
+    """The matrix of the same singular vectors and nuclear norm whose singular values are equal."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return values.mean() * (left @ right)
+
+
+@METHODS.register(
+    "iso_cts",
+    source="Marczak et al. 2025",
+    needs="validation labels, for the scale",
+    cost="weights",
+    symmetric=True,
+    between=False,
+    search=SCALES,
+)
+def iso_cts(
+    problem: MergeProblem, *, common: float = 0.8, scale: float = 1.0
+) -> Float[Tensor, " N"]:
+    """Iso-C with part of the directions taken from single tasks instead of their sum.
+
+    For a matrix with r = min(M, K), about the share `common` of the r directions are leading ones
+    of the tasks' sum. The rest is split evenly: each task gives leading directions of its matrix
+    minus the projection of its columns on the common left ones. All r are made orthogonal by
+    `polar` and weighted by the mean of their singular values (arXiv 2502.04959).
+    Other tensors take the mean; `scale` applies to all.
+
+    common: in [0, 1]; at 1, with one task, or where the rest is under half a direction per task,
+    this is Iso-C. It inherits Iso-C's noise at low rank. Raises ValueError for a common share out
+    of range and a scale that is not finite.
+    """
+    if not 0 <= common <= 1:
+        raise ValueError(f"common must be in [0, 1], got {common}; 0.8 is the published share")
+    return merge_matrices(problem, scale, lambda deltas: common_and_own(deltas, common))
+
+
+def split_of(rank: int, num_tasks: int, common: float) -> tuple[int, int]:
+    """How many of a matrix's directions are common, and how many every task has of its own.
+
+    Rounded as in the authors' code; where that asks for more directions than there are (small
+    common shares), each task takes what fits.
+    """
+    own = min(round((rank - int(rank * common)) / num_tasks), rank // num_tasks)
+    return rank - own * num_tasks, own
+
+
+def common_and_own(deltas: Float[Tensor, "T M K"], common: float) -> Float[Tensor, "M K"]:
+    """Iso-CTS of one matrix."""
+    shared, own = split_of(min(deltas.shape[1:]), len(deltas), common)
+    left, values, right = truncated(deltas.sum(dim=0), shared)
+    triples = [truncated(delta - left @ (left.T @ delta), own) for delta in deltas]
+    triples.append((left, values, right))
+    lefts, values, rights = zip(*triples, strict=True)
+    directions = polar(torch.cat(lefts, dim=1)) @ polar(torch.cat(rights))
+    return torch.cat(values).mean() * directions
+
+
+# --- KnOTS ----------------------------------------------------------------------------------------
+
+
+@METHODS.register(
+    "knots",
+    source="Stoica et al. 2025",
+    needs="validation labels, for the scale",
+    cost="weights",
+    symmetric=True,
+    between=False,
+    search=tuple({"scale": scale} for scale in (0.6, 0.3, 1.0, 1.5, 2.0, 2.5)),
+)
+def knots(
+    problem: MergeProblem, *, keep: float = 0.2, scale: float = 0.6, shared: str = "output"
+) -> Float[Tensor, " N"]:
+    """TIES in coordinates that the tasks share: a basis from the SVD of all task vectors at once.
+
+    A tensor's matrices of all tasks, side by side, have an SVD [D_1 ... D_T] = U diag(s) [V_1 ...
+    V_T]. TIES merges the pieces diag(s) V_t = U^T D_t, over all tensors at once, and U maps the
+    outcome back (arXiv 2410.19735). Every tensor with two axes counts, embeddings too; all others
+    join TIES as they are.
+
+    keep and scale: as in `ties`, here the authors' for ViT-B. shared: the side of the matrices that
+    has the common basis, "output" as with the authors, or "input". Made for LoRA experts: at full
+    rank the SVD, in float64, is slow on tall matrices. The authors' code drops directions with s
+    below 1e-5, FusionBench below 1e-4; here s is held against the largest one, so that the unit of
+    the weights does not matter. The authors' code also appends a layer's bias to its weight as one
+    more column. Raises ValueError for a side that does not exist, a scale that is not finite, and a
+    share outside (0, 1].
+    """
+    require_finite(scale)
+    check_choice("shared", shared, ("output", "input"))
+    check_keep(keep)
+    bases, layout, pieces = aligned(problem.vectors, shared)
+    zero = pieces.new_zeros(layout.size)
+    inner = TaskVectors(layout, problem.vectors.tasks, zero, pieces)
+    unused = [[] for _ in inner.tasks]
+    found = ties(MergeProblem(inner, unused, problem.forward), keep=keep, scale=scale)
+    parts = layout.unflatten(found)
+    for name, basis in bases.items():
+        part = basis @ parts[name]
+        parts[name] = part if shared == "output" else part.T
+    return moved(problem, torch.cat([part.reshape(-1) for part in parts.values()]))
+
+
+def aligned(
+    vectors: TaskVectors, shared: str
+) -> tuple[dict[str, Tensor], Layout, Float[Tensor, "T L"]]:
+    """Every matrix's common basis, and the tasks' coordinates in these with their layout."""
+    deltas, bases, pieces = dense(vectors.deltas), {}, {}
+    for name, shape, (start, stop) in zip(
+        vectors.layout.names, vectors.layout.shapes, vectors.layout.bounds, strict=True
+    ):
+        parts = deltas[:, start:stop].reshape(-1, *shape)  # [T, *shape]
+        if len(shape) == 2:
+            parts = parts if shared == "output" else parts.mT
+            bases[name] = common_basis(parts)
+            parts = bases[name].T @ parts  # [T, R, K]
+        pieces[name] = parts
+    layout = Layout(tuple(pieces), tuple(tuple(part.shape[1:]) for part in pieces.values()))
+    rows = [part.reshape(len(part), -1) for part in pieces.values()]
+    return bases, layout, torch.cat(rows, dim=1)
+
+
+def common_basis(parts: Float[Tensor, "T M K"]) -> Float[Tensor, "M R"]:
+    """Orthonormal columns that span every task's columns; one of them where all are zero."""
+    beside = torch.cat(list(parts), dim=1)  # [M, T K]
+    left, values, _ = torch.linalg.svd(beside.double(), full_matrices=False)
+    rank = max(1, rank_of(values, tuple(beside.shape), parts.dtype))
+    return left[:, :rank].to(parts.dtype)

@@ -1,0 +1,155 @@
+"""A mixture of merged models: an expert that arrives joins one of them or opens another."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from divmerge_core.kernels.stores import dense
+from divmerge_core.methods import METHODS
+from divmerge_core.methods.continual import check_share, join, linear_places, untouched
+from divmerge_core.problem import Batch, MergeProblem
+
+POSTERIORS = ("log", "published")
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Several merged models: a task is answered by the one that its expert joined."""
+
+    problem: MergeProblem = field(repr=False)
+    models: tuple[Float[Tensor, " N"], ...] = field(repr=False)
+    numbers: tuple[int, ...]  # of every task's model in `models`
+
+    def logits(self, task: int, batch: Batch) -> Float[Tensor, "A V"]:
+        """Logits of the task's own merged model."""
+        return self.problem.logits(self.models[self.numbers[task]], task, batch)
+
+
+@torch.no_grad()
+def misfits(
+    problem: MergeProblem, task: int, delta: Float[Tensor, " N"], offsets: Sequence[Tensor]
+) -> list[Float[Tensor, " n"]]:
+    """How far candidate models (base plus offset) answer from a task's expert, per probe.
+
+    The Euclidean distance of logits, each row centred as softmax does not see its mean, in units of
+    the root mean square distance between expert and base over the probes. Raises ValueError where
+    logits are not finite.
+    """
+
+    def answers(offset: Tensor) -> list[Tensor]:
+        flat = problem.vectors.base + offset
+        rows = [problem.logits(flat, task, batch) for batch in problem.batches[task]]
+        return [logits - logits.mean(dim=-1, keepdim=True) for logits in rows]
+
+    expert = answers(delta)
+
+    def distance(offset: Tensor) -> Tensor:
+        pairs = zip(answers(offset), expert, strict=True)
+        return torch.cat([(candidate - own).norm(dim=-1) for candidate, own in pairs])
+
+    size = torch.cat([rows.norm(dim=-1) for rows in expert]).square().mean().sqrt()
+    change = distance(torch.zeros_like(delta)).square().mean().sqrt()
+    found = [distance(offset) for offset in offsets]
+    if not torch.isfinite(torch.cat([change[None], size[None], *found])).all():
+        raise ValueError(
+            f"logits on the inputs of {problem.vectors.tasks[task]!r} are not finite, of the base, "
+            "its expert or a merge with it; check the expert and its inputs"
+        )
+    limits = torch.finfo(size.dtype)
+    floor = size * limits.eps + limits.tiny  # a change below rounding is none
+    return [rows / change.clamp(min=floor) for rows in found]
+
+
+def restaurant(counts: Sequence[int], zeta: float) -> list[float]:
+    """Chances of the next one joining each group, by its size, and of opening one, by zeta."""
+    if not counts or zeta == math.inf:
+        return [0.0] * len(counts) + [1.0]
+    return [size / (sum(counts) + zeta) for size in (*counts, zeta)]
+
+
+def evidence(
+    errors: Sequence[Tensor], counts: Sequence[int], *, zeta: float, sigma: float, posterior: str
+) -> Float[Tensor, " L"]:
+    """What speaks for each group, the last one new: the largest is chosen, only the order counts.
+
+    With errors e of the probes and N the density of a Gaussian of width sigma, `log` is the log of
+    the prior plus mean log N(e), up to a constant. `published` is exp(mean log N(e)) + c prior,
+    where e counts as at most 3 sigma and c falls from 0.2 to 0.1 over the first ten experts.
+    """
+    prior = torch.tensor(restaurant(counts, zeta), dtype=torch.float64)
+    squares = [(error.double().cpu() / sigma).square() for error in errors]
+    if posterior == "log":  # the bound keeps likelihoods finite, so that a chance of 0 excludes
+        return prior.log() - torch.stack([s.mean().clamp(max=1e30) / 2 for s in squares])
+    fit = torch.stack([-s.clamp(max=9).mean() / 2 for s in squares]).exp()
+    return fit / (sigma * math.sqrt(2 * math.pi)) + max(0.1, 0.2 - sum(counts) / 90) * prior
+
+
+def check_mixture(zeta: float, sigma: float, start: float, posterior: str) -> None:
+    """Raise ValueError for options of the mixture that are out of range or unknown."""
+    if not zeta >= 0 or not 0 < sigma < math.inf or not 0 <= start < 1:
+        raise ValueError(
+            "zeta must be 0 or more (inf too), sigma above 0 and finite, start in [0, 1), got "
+            f"{zeta}, {sigma} and {start}; the defaults are 2.0, 0.25 and 0.5"
+        )
+    if posterior not in POSTERIORS:
+        raise ValueError(f"posterior must be one of {', '.join(POSTERIORS)}, got {posterior!r}")
+
+
+@METHODS.register(
+    "dp_mixture",
+    source="Wang et al. 2022, carried over from reinforcement learning",
+    needs="unlabelled inputs",
+    cost="inputs",
+    symmetric=False,
+    returns="predictor",
+    search=({}, {"zeta": 0.5}),
+)
+def dp_mixture(
+    problem: MergeProblem,
+    *,
+    zeta: float = 2.0,
+    sigma: float = 0.25,
+    start: float = 0.5,
+    posterior: str = "log",
+    share: float = 0.5,
+    progress: bool = True,
+) -> Clusters:
+    """As many merged models as the experts call for: each joins the one that serves it best.
+
+    Experts come in the order of the problem's tasks. Each joins every group's model on trial, by
+    OPCM with `share`; the group is chosen by `evidence`: a Chinese restaurant prior (sizes of
+    groups, zeta for a new one) times how near the joined model's answers to the expert's inputs
+    are to the expert's own (`misfits`, at width sigma). A new group is judged by base plus `start`
+    times the task vector, as the expert itself would always win: an expert joins where about that
+    much of it survives. What this costs a group's earlier members is not looked at. The task's
+    number finds the model at inference.
+
+    zeta: 0 gives `opcm`, inf every expert alone. posterior: `log`, or `published` for the form in
+    the authors' code, whose prior is nearly flat and where these limits of zeta do not hold. Raises
+    ValueError for values out of range, a task without inputs, and logits that are not finite.
+
+    Source: arXiv 2205.10787 (zeta and sigma), which groups reinforcement learning tasks by one-step
+    errors of critics and starts groups from a robust model. The answers compared here, OPCM and
+    `start` are this package's choices. Costs one merge and one pass over the task's inputs for
+    every expert and group.
+    """
+    check_share(share)
+    check_mixture(zeta, sigma, start, posterior)
+    problem.require_inputs("dp_mixture")
+    places, groups, numbers = linear_places(problem), [], []
+    deltas = dense(problem.vectors.deltas)
+    for task, delta in enumerate(tqdm(deltas, "joining", disable=not progress, leave=False)):
+        trials = [join(one, delta, places, share, True) for one in (*groups, untouched(problem))]
+        errors = misfits(problem, task, delta, [*(t.offset for t in trials[:-1]), start * delta])
+        counts = [len(group.lengths) for group in groups]
+        found = evidence(errors, counts, zeta=zeta, sigma=sigma, posterior=posterior)
+        chosen = int(found.argmax())
+        groups[chosen : chosen + 1] = [trials[chosen]]  # appends where it is new
+        numbers.append(chosen)
+    models = tuple(problem.vectors.base + group.offset for group in groups)
+    return Clusters(problem, models, tuple(numbers))

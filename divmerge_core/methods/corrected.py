@@ -1,0 +1,185 @@
+"""Surgery: the merged model stays as it is, and each task's representation is corrected."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from divmerge_core.methods import METHODS
+from divmerge_core.methods.distilled import (
+    hooked,
+    require_finite,
+    require_module,
+    require_positive,
+)
+from divmerge_core.methods.divmerge import limit
+from divmerge_core.problem import Batch, MergeProblem
+
+
+def representation(output: object, batch: Batch) -> Float[Tensor, "B D"]:
+    """One vector per input: the module's output, or the mean of its last layer's tokens.
+
+    Padding is left out. Raises ValueError for other outputs, and for a language model, whose
+    answers have a vector per token.
+    """
+    hidden = getattr(output, "last_hidden_state", output)
+    if not isinstance(hidden, Tensor) or hidden.ndim not in (2, 3) or batch.answer is not None:
+        raise ValueError(
+            "surgery corrects one vector per input: the problem's module must put out [B, D], or "
+            f"have a last_hidden_state [B, S, D]; got {type(output).__name__}"
+            + (" of a language model" if batch.answer is not None else "")
+        )
+    if hidden.ndim == 2:
+        return hidden
+    mask = batch.inputs.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device))
+    mask = mask[..., None].to(hidden)  # [B, S, 1]
+    return (hidden * mask).sum(1) / mask.sum(1)
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What one task's merged representations z are freed of: up relu(down z)."""
+
+    down: Float[Tensor, "r D"]
+    up: Float[Tensor, "D r"]
+
+    def __call__(self, z: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
+        return torch.relu(z.to(self.down) @ self.down.T) @ self.up.T
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """A merged model with a correction per task: a Predictor."""
+
+    problem: MergeProblem
+    flat: Float[Tensor, " N"]
+    corrections: tuple[Correction, ...]
+
+    def logits(self, task: int, batch: Batch) -> Float[Tensor, "A V"]:
+        """The merged model's logits after the task's correction of its representation.
+
+        The mean over tokens moves by what every token moves by: so they all take the same.
+        """
+
+        def correct(module: nn.Module, args: tuple, kwargs: dict, output: object) -> object:
+            hidden = getattr(output, "last_hidden_state", output)
+            off = self.corrections[task](representation(output, batch))
+            moved = hidden - (off if hidden.ndim == 2 else off[:, None])
+            return moved if hidden is output else replace(output, last_hidden_state=moved)
+
+        with hooked(self.problem.module, correct):
+            return self.problem.logits(self.flat, task, batch)
+
+
+@torch.no_grad()
+def representations(
+    problem: MergeProblem, flat: Float[Tensor, " N"], task: int
+) -> Float[Tensor, "n D"]:
+    """Representations of all the task's inputs in a model with parameters `flat`.
+
+    Raises ValueError where the problem's module does not run, or puts out something else.
+    """
+    found, outputs = [], []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        outputs.append(output)
+
+    with hooked(problem.module, keep):
+        for batch in problem.batches[task]:
+            problem.logits(flat, task, batch)
+            found.append(representation(outputs.pop() if outputs else None, batch).to(flat))
+    return torch.cat(found)
+
+
+def learned(
+    merged: Float[Tensor, "n D"],
+    expert: Float[Tensor, "n D"],
+    *,
+    rank: int,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    progress: bool,
+) -> Correction:
+    """The correction that brings merged representations nearest to the expert's, in mean L1."""
+    generator = torch.Generator().manual_seed(seed)
+    size, width = merged.shape
+    drawn = torch.rand(rank, width, generator=generator, dtype=torch.float64)
+    down = ((2 * drawn - 1) / width**0.5).to(merged).requires_grad_()
+    up = merged.new_zeros(width, rank).requires_grad_()
+    adam = torch.optim.Adam([down, up], lr=lr)
+    order = torch.randperm(size, generator=generator)
+    for number in tqdm(range(steps), "correcting", disable=not progress, leave=False):
+        if len(order) == 0:
+            order = torch.randperm(size, generator=generator)
+        rows, order = order[:batch_size], order[batch_size:]
+        loss = (merged[rows] - Correction(down, up)(merged[rows]) - expert[rows]).abs().mean()
+        require_finite(loss, f"step {number}", lr)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    return Correction(down.detach(), up.detach())
+
+
+@METHODS.register(
+    "surgery",
+    source="Yang et al. 2024, Representation Surgery",
+    needs="unlabelled inputs",
+    cost="inputs",
+    symmetric=True,
+    returns="predictor",
+    search=({}, {"merge": "adamerging/layer"}),
+)
+def surgery(
+    problem: MergeProblem,
+    *,
+    merge: str = "task_arithmetic",
+    rank: int = 16,
+    inputs: int | None = None,
+    steps: int = 1000,
+    batch_size: int = 16,
+    lr: float = 1e-3,
+    seed: int = 0,
+    progress: bool = True,
+) -> Corrected:
+    """Correct a merged model's representation for every task: z - up relu(down z), of low rank.
+
+    z is what the encoder (the problem's module) puts out for an input, before the task's head: the
+    mean over tokens where it puts out tokens, as the packaged encoders' heads read it. Each task's
+    `down` [rank, D] and `up` [D, rank] minimise the mean of |z' - z_expert| over unlabelled inputs
+    (arXiv 2402.02705) by Adam; `up` starts at 0, so that before the first step it is the merge. No
+    merged weight changes; 2 rank D numbers come on top per task, and answering needs the task.
+
+    merge: a method of METHODS that gives one vector, such as `adamerging/layer`, with its default
+    options. inputs: per task, None for DivMerge's 200; the paper takes the test set. All tasks
+    start from the same draw, so that their order is immaterial (FusionBench draws anew for each).
+    Raises ValueError for a method that returns a predictor or asks for a score, values out of
+    range, a task without inputs, a module that does not fit, and a loss that stops being finite.
+    """
+    from divmerge_core.methods import options_of, parse  # there only after every method's module
+
+    name, grouping = parse(merge)
+    facts = METHODS.facts[name]
+    if facts.get("returns") == "predictor" or facts["needs"] == "a validation score":
+        raise ValueError(
+            f"merge must be a method that gives one vector and asks for no score, got {merge!r}; "
+            "task_arithmetic or adamerging/layer do"
+        )
+    require_positive(rank=rank, steps=steps, batch_size=batch_size, lr=lr)
+    problem.require_inputs("surgery")
+    require_module(problem, "surgery")
+    seen = limit(problem, inputs, "task")
+    tasks = enumerate(problem.vectors.tasks)
+    experts = [representations(seen, problem.vectors.expert(task), n) for n, task in tasks]
+    common = {"seed": seed, "progress": progress}
+    options = {key: value for key, value in common.items() if key in options_of(name)}
+    flat = METHODS[name](problem, **grouping, **options)
+    fit = {"rank": rank, "steps": steps, "batch_size": batch_size, "lr": lr, **common}
+    corrections = [
+        learned(representations(seen, flat, number), expert, **fit)
+        for number, expert in enumerate(experts)
+    ]
+    return Corrected(problem, flat, tuple(corrections))

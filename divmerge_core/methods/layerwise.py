@@ -1,0 +1,206 @@
+"""ProDistill: the merged model learns the experts' features, one block after the other."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm import tqdm
+
+from divmerge_core.coefficients import GROUPINGS
+from divmerge_core.kernels.stores import dense
+from divmerge_core.methods import METHODS
+from divmerge_core.methods.distilled import (
+    hooked,
+    require_finite,
+    require_module,
+    require_positive,
+)
+from divmerge_core.methods.divmerge import limit
+from divmerge_core.problem import Batch, MergeProblem, schedule
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One call of a stage: what the merged model feeds it, and what the expert's own makes."""
+
+    args: tuple
+    kwargs: Mapping[str, object]
+    target: Float[Tensor, "*rows K"]
+    mask: Bool[Tensor, "B S"] | None
+
+    def distance(self, output: Tensor) -> Float[Tensor, ""]:
+        """Mean over positions, without padding, of the squared distance from the target."""
+        off = (first(output) - self.target).square().sum(-1)
+        return (off[self.mask] if self.mask is not None and off.ndim == 2 else off).mean()
+
+
+def first(output: object) -> Tensor:
+    """A module's main output: itself, or the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def cast(value: object, dtype: torch.dtype) -> object:
+    """A floating tensor in `dtype` (a forward in bfloat16 makes others); all else as it is."""
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if floating else value
+
+
+def parts(problem: MergeProblem, name: str) -> dict[str, str]:
+    """Merged parameters of the module `name`: from their names in the layout to those within it."""
+    prefix = f"{name}." if name else ""
+    names = problem.vectors.layout.names
+    return {full: full.removeprefix(prefix) for full in names if full.startswith(prefix)}
+
+
+@torch.no_grad()
+def stages(problem: MergeProblem) -> dict[str, nn.Module]:
+    """The modules to be merged one after another, by name, in the order in which they finish.
+
+    A stage is a module that runs, holds merged parameters of one block (see GROUPINGS) alone, and
+    lies in no larger one. Raises ValueError where nothing of the module runs.
+    """
+    ran: dict[str, nn.Module] = {}
+
+    def watch(name: str) -> Callable:
+        def see(part: nn.Module, *call: object) -> None:
+            ran.setdefault(name, part)
+
+        return see
+
+    with ExitStack() as hooks:
+        for name, part in require_module(problem, "prodistill").named_modules():
+            if len({GROUPINGS["block"](full) for full in parts(problem, name)}) == 1:
+                hooks.enter_context(hooked(part, watch(name)))
+        problem.logits(problem.vectors.base, 0, problem.batches[0][0])
+    if not ran:
+        raise ValueError(
+            "no part of the problem's module with merged parameters ran: give MergeProblem as "
+            "`module` the network that forward calls, with the layout's names"
+        )
+    within = [n for n in ran if any(n.startswith(f"{o}." if o else "") for o in ran if o != n)]
+    return {name: part for name, part in ran.items() if name not in within}
+
+
+@torch.no_grad()
+def lessons(
+    problem: MergeProblem, flat: Float[Tensor, " N"], module: nn.Module
+) -> list[list[list[Lesson]]]:
+    """What a stage is to learn: `[task][batch]`, one lesson per call of the stage in a forward."""
+    vectors, calls = problem.vectors, []
+
+    def keep(part: nn.Module, args: tuple, kwargs: Mapping, output: object) -> None:
+        calls.append((args, kwargs, output))
+
+    def seen(flat: Tensor, task: int, batch: Batch) -> list[tuple]:
+        calls.clear()
+        problem.logits(flat, task, batch)
+        return calls.copy()
+
+    def lesson(given: tuple, made: tuple, batch: Batch) -> Lesson:
+        mask = batch.inputs.get("attention_mask")
+        return Lesson(
+            tuple(cast(value, flat.dtype) for value in given[0]),
+            {key: cast(value, flat.dtype) for key, value in given[1].items()},
+            cast(first(made[2]), flat.dtype),
+            None if mask is None else mask.bool(),
+        )
+
+    found = []
+    with hooked(module, keep):
+        for task, name in enumerate(vectors.tasks):
+            expert, of_task = vectors.expert(name), []
+            for batch in problem.batches[task]:
+                pairs = zip(seen(flat, task, batch), seen(expert, task, batch), strict=True)
+                of_task.append([lesson(given, made, batch) for given, made in pairs])
+            found.append(of_task)
+    return found
+
+
+def fitted(
+    problem: MergeProblem,
+    flat: Float[Tensor, " N"],
+    name: str,
+    module: nn.Module,
+    steps: list[list[int]],
+    *,
+    init: float,
+    lr: float,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """A stage's merged parameters, by their names in the layout, after its own distillation."""
+    layout, names = problem.vectors.layout, parts(problem, name)
+    base = layout.unflatten(problem.vectors.base)
+    rows = [layout.unflatten(row) for row in dense(problem.vectors.deltas)]
+    deltas = {full: torch.stack([row[full] for row in rows]) for full in names}
+    coeffs = {full: torch.full_like(d, init, requires_grad=True) for full, d in deltas.items()}
+    adam = torch.optim.Adam(coeffs.values(), lr=lr)
+    taught = lessons(problem, flat, module)
+
+    def merged(full: str) -> Tensor:
+        return base[full] + (coeffs[full] * deltas[full]).sum(dim=0)
+
+    bar = tqdm(steps, f"distilling {name}", disable=not progress, leave=False)
+    for number, chosen in enumerate(bar):
+        own = {within: merged(full) for full, within in names.items()}
+        loss = sum(
+            lesson.distance(functional_call(module, own, lesson.args, dict(lesson.kwargs)))
+            for of_task, index in zip(taught, chosen, strict=True)
+            for lesson in of_task[index]
+        )
+        require_finite(loss, f"step {number} of stage {name!r}", lr)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    return {full: merged(full).detach() for full in names}
+
+
+@METHODS.register(
+    "prodistill",
+    source="Xu et al. 2025",
+    needs="unlabelled inputs",
+    cost="gradients",
+    symmetric=True,
+    search=({}, {"lr": 1e-3}),
+)
+def prodistill(
+    problem: MergeProblem,
+    *,
+    init: float = 0.3,
+    inputs: int | None = 64,
+    epochs: int = 50,
+    lr: float = 1e-2,
+    seed: int = 0,
+    progress: bool = True,
+) -> Float[Tensor, " N"]:
+    """Fit one coefficient per task and parameter, block by block, to the experts' own features.
+
+    Stage by stage from the input on (see `stages`: the embeddings, then every transformer block):
+    minimise sum_t E ||stage_merged(z) - stage_t(z_t)||^2, where z comes from the stages merged
+    before and z_t from the expert alone. Matrices, biases, norms and embeddings of a stage are all
+    fitted; what lies in no stage keeps coefficient `init`. Adam; one batch of every task per step;
+    the square is summed over features and averaged over tokens without padding. A language model
+    has to run without its cache. inputs: per task, None for DivMerge's 200; 64 and 50 epochs are
+    the paper's for text (arXiv 2502.12706).
+
+    The authors' code for text takes a batch of one task per step, counts padding, leaves embeddings
+    at `init` and dropout on in the block that learns, and feeds every expert's first block from the
+    last expert's embeddings (a loop reads the wrong variable); none of these is done here. Raises
+    ValueError for values out of range, a task without inputs, a problem without a module that runs,
+    and a loss that stops being finite.
+    """
+    require_positive(epochs=epochs, lr=lr)
+    problem.require_inputs("prodistill")
+    problem = limit(problem, inputs, "task")
+    vectors, found = problem.vectors, stages(problem)
+    flat = vectors.merge([init] * len(vectors.tasks))
+    places = vectors.layout.unflatten(flat)
+    steps = schedule([len(b) for b in problem.batches], epochs, torch.Generator().manual_seed(seed))
+    options = {"init": init, "lr": lr, "progress": progress}
+    for name, module in found.items():
+        for full, tensor in fitted(problem, flat, name, module, steps, **options).items():
+            places[full].copy_(tensor)
+    return flat

@@ -1,0 +1,231 @@
+"""Models put together anew for every input, and the routers that say how."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from divmerge_core.activations import linear_layers
+from divmerge_core.coefficients import GROUPINGS
+from divmerge_core.kernels.stores import dense
+from divmerge_core.problem import Batch, MergeProblem
+
+ATTENTION = re.compile("attn|attention", re.IGNORECASE)
+
+
+class Router(nn.Module):
+    """r(h): from a hidden state to one weight per expert, by `layers` matrices with ReLU between.
+
+    Without a matrix it is the constant `start`. Matrices start at N(0, 0.01^2), biases at 0 and
+    the last one at `start`, so that an untrained router says about `start` for every expert.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_tasks: int,
+        *,
+        layers: int,
+        start: float,
+        generator: torch.Generator,
+        like: Tensor,
+    ):
+        super().__init__()
+        sizes = [width] * layers + [num_tasks]
+        drawn = [
+            0.01 * torch.randn(out, into, generator=generator) for into, out in pairwise(sizes)
+        ]
+        biases = [like.new_zeros(width) for _ in drawn[1:]] + [like.new_full((num_tasks,), start)]
+        self.matrices = nn.ParameterList(matrix.to(like) for matrix in drawn)
+        self.biases = nn.ParameterList(biases)
+
+    def forward(self, hidden: Float[Tensor, "*A d"]) -> Float[Tensor, "*A T"]:
+        if not len(self.matrices):
+            return self.biases[0].expand(*hidden.shape[:-1], -1)
+        for number, (matrix, bias) in enumerate(zip(self.matrices, self.biases, strict=True)):
+            hidden = nn.functional.linear(hidden.relu() if number else hidden, matrix, bias)
+        return hidden
+
+
+def over_tokens(hidden: Tensor, batch: Batch) -> Float[Tensor, "B d"]:
+    """Mean over the tokens that are not padding: [B, S, d] -> [B, d]; [B, d] stays as it is."""
+    if hidden.ndim == 2:
+        return hidden
+    mask = batch.inputs.get("attention_mask", hidden.new_ones(hidden.shape[:2]))
+    mask = mask.to(hidden)[..., None]  # [B, S, 1]
+    return (hidden * mask).sum(1) / mask.sum(1)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A merged model whose MLPs are put together anew for every input.
+
+    flat holds the base's MLPs and task arithmetic elsewhere. mlps: the linear layers of each block
+    by name, the first of them the first to run. deltas: of each such layer's weight [T, M, K] and
+    bias [T, M] (None without one). routers: one per block.
+    """
+
+    problem: MergeProblem
+    flat: Float[Tensor, " N"]
+    mlps: Mapping[str, list[str]]
+    deltas: Mapping[str, tuple[Tensor, Tensor | None]]
+    routers: Mapping[str, Router]
+
+    def logits(self, task: int, batch: Batch) -> Float[Tensor, "A V"]:
+        """Every input with weights of its own, whatever else is in its batch."""
+        return self.answers(task, batch)
+
+    def answers(self, task: int, batch: Batch, *, reduce: bool = False) -> Float[Tensor, "A V"]:
+        """Logits; reduce: one set of weights for all inputs, the mean over the batch."""
+        weights: dict[str, Tensor] = {}
+
+        def route(block: str, name: str) -> Callable:
+            def add(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                if name == self.mlps[block][0]:
+                    chosen = over_tokens(self.routers[block](given[0]), batch)  # [B, T]
+                    weights[block] = chosen.mean(0, keepdim=True) if reduce else chosen
+                return output + self.experts_share(name, given[0], weights[block])
+
+            return add
+
+        layers = linear_layers(self.problem)
+        handles = [
+            layers[name].register_forward_hook(route(block, name))
+            for block, names in self.mlps.items()
+            for name in names
+        ]
+        try:
+            return self.problem.logits(self.flat, task, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def experts_share(self, name: str, x: Tensor, weights: Float[Tensor, "B T"]) -> Tensor:
+        """sum_t w_t (D_t x + d_t): what the experts' deltas add to a layer's output.
+
+        A layer is linear in its weights, so this is the layer of merged weights, exactly.
+        """
+        matrix, bias = self.deltas[name]
+        biases = [None] * len(matrix) if bias is None else bias
+        shape = (-1,) + (1,) * (x.ndim - 1)
+        return sum(
+            weight.view(shape) * nn.functional.linear(x, *delta)
+            for weight, *delta in zip(weights.T, matrix, biases, strict=True)
+        )
+
+
+def mlps(problem: MergeProblem) -> dict[str, list[str]]:
+    """The linear layers outside attention of every numbered block, by block, in module order.
+
+    Raises ValueError where there are none.
+    """
+    found: dict[str, list[str]] = {}
+    for name in linear_layers(problem):
+        block = GROUPINGS["block"](name)  # a dot in it: a numbered block
+        if "." in block and not ATTENTION.search(name.removeprefix(block)):
+            found.setdefault(block, []).append(name)
+    if not found:
+        raise ValueError(
+            "wemoe found no MLP to route: it needs nn.Linear layers in numbered blocks "
+            "(`encoder.layer.0. ...`) outside attention; merge this model by another method"
+        )
+    return found
+
+
+def untrained(
+    problem: MergeProblem, mlps: Mapping[str, list[str]], scale: float, layers: int, seed: int
+) -> Mixture:
+    """Task arithmetic outside the MLPs, and a router for each that says `scale` for all experts."""
+    vectors, routed = problem.vectors, {}
+    flat = vectors.merge([scale] * len(vectors.tasks))
+    places = {
+        name: (slice(*bounds), shape)
+        for name, shape, bounds in zip(
+            vectors.layout.names, vectors.layout.shapes, vectors.layout.bounds, strict=True
+        )
+    }
+    deltas = dense(vectors.deltas)
+
+    def take(name: str) -> Tensor | None:
+        if name not in places:
+            return None
+        here, shape = places[name]
+        flat[here] = vectors.base[here]
+        return deltas[:, here].view(-1, *shape).to(flat.dtype)
+
+    for names in mlps.values():
+        for name in names:
+            routed[name] = take(name), take(f"{name.removesuffix('weight')}bias")
+    generator = torch.Generator().manual_seed(seed)
+    routers = {
+        block: Router(
+            routed[names[0]][0].shape[-1],
+            len(vectors.tasks),
+            layers=layers,
+            start=scale,
+            generator=generator,
+            like=flat,
+        )
+        for block, names in mlps.items()
+    }
+    return Mixture(problem, flat, mlps, routed, routers)
+
+
+@dataclass(frozen=True)
+class Twins:
+    """A shared model, and a compressed rest of every expert that a router adds for every input.
+
+    The router reads `features` less `mean`, over `spread`.
+    """
+
+    problem: MergeProblem
+    shared: Float[Tensor, " N"]
+    rests: Float[Tensor, "T N"]
+    router: Router
+    mean: Float[Tensor, " d"]
+    spread: Float[Tensor, " d"]
+
+    def weights(self, task: int, batch: Batch) -> Float[Tensor, "B T"]:
+        """How much of each expert every input gets: at least 0, with sum 1."""
+        hidden = features(self.problem, self.shared, task, batch)
+        return self.router((hidden - self.mean) / self.spread).softmax(-1)
+
+    def logits(self, task: int, batch: Batch) -> Float[Tensor, "A V"]:
+        """One merged model, and one forward pass, per input."""
+        weights = self.weights(task, batch)
+        parts = [
+            self.problem.logits(self.shared + chosen @ self.rests, task, row)
+            for chosen, row in zip(weights, rows(batch), strict=True)
+        ]
+        return torch.cat(parts)
+
+
+def rows(batch: Batch) -> Iterator[Batch]:
+    """A batch's inputs one by one, each in a batch of its own."""
+    for n in range(len(next(iter(batch.inputs.values())))):
+        answer = None if batch.answer is None else batch.answer[n : n + 1]
+        count = 1 if answer is None else int(answer.sum())
+        inputs = {key: value[n : n + 1] for key, value in batch.inputs.items()}
+        yield Batch(inputs, batch.weight.new_full((count,), 1 / max(count, 1)), answer)
+
+
+@torch.no_grad()
+def features(
+    problem: MergeProblem, flat: Float[Tensor, " N"], task: int, batch: Batch
+) -> Float[Tensor, "B d"]:
+    """What the module returns (its last hidden state where it names one), mean over tokens."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, given: tuple, output: object) -> None:
+        seen.append(getattr(output, "last_hidden_state", output))
+
+    handle = problem.module.register_forward_hook(keep)
+    try:
+        problem.logits(flat, task, batch)
+    finally:
+        handle.remove()
+    return over_tokens(seen[0], batch).to(flat.dtype)
