@@ -27,9 +27,9 @@ TOC = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
 # Imports only ever point up this list.
 ORDER = (
     *("registry", "assets", "splits", "tasks", "kernels", "vectors", "coefficients", "problem"),
-    *("linalg", "activations", "encoders", "experts", "divergences", "methods", "evaluation", "report"),
-    *("bench", "cells", "comparison", "contestants", "roofline", "race", "interference"),
-    *("figures", "cost_figures", "checkpoints", "runs"),
+    *("linalg", "activations", "encoders", "experts", "divergences", "methods", "evaluation"),
+    *("report", "bench", "cells", "comparison", "contestants", "roofline", "race"),
+    *("interference", "figures", "cost_figures", "checkpoints", "runs"),
 )
 MODULES = sorted((ROOT / "divmerge_core").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
