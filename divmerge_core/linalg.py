@@ -35,6 +35,13 @@ def matrices(layout: Layout) -> Iterator[tuple[str, slice, tuple[int, ...]]]:
             yield name, slice(start, stop), shape
 
 
+def largest(values: Float[Tensor, " n"], keep: float) -> Float[Tensor, " n"]:
+    """The largest `keep` share of entries (at least one; all of equal size); the rest is zero."""
+    size = values.abs()
+    drop = len(values) - max(1, round(keep * len(values)))
+    return torch.where(size < size.kthvalue(drop + 1).values, 0, values)
+
+
 def elected(deltas: Float[Tensor, "T N"], keep: float) -> Float[Tensor, "T N"]:
     """What TIES leaves of every task vector: large entries of the elected sign, the rest at 0.
 
@@ -42,11 +49,9 @@ def elected(deltas: Float[Tensor, "T N"], keep: float) -> Float[Tensor, "T N"]:
     these; every column then takes the sign of its sum, and entries against it go (all of them
     where the sum is 0).
     """
-    drop = deltas.shape[1] - max(1, round(keep * deltas.shape[1]))
-    kept = deltas.clone()
-    for row in kept:  # one task at a time: a magnitude copy of all T would double the memory
-        size = row.abs()
-        row[size < size.kthvalue(drop + 1).values] = 0
+    kept = torch.empty_like(deltas)
+    for row, delta in zip(kept, deltas, strict=True):  # one magnitude copy at a time
+        row.copy_(largest(delta, keep))
     sign = kept.sum(dim=0).sign()  # [N]
     return kept.masked_fill_(kept * sign <= 0, 0)
 

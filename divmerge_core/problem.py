@@ -180,6 +180,21 @@ def gather_as_they_come(
 GRADIENTS = {"stream": gather_as_they_come, "buffer": gather_in_buffer}
 
 
+def step_loss(
+    problem: MergeProblem,
+    leaves: Mapping[str, Tensor],
+    experts: Sequence[Sequence[Tensor]],
+    chosen: Sequence[int],
+    objective: Objective,
+) -> Float[Tensor, ""]:
+    """Sum over tasks of the objective's mean on one batch each: the chosen ones."""
+    pairs = [(task, problem.batches[task][index]) for task, index in enumerate(chosen)]
+    return sum(
+        batch.weight @ objective(experts[task][chosen[task]], logits)
+        for (task, batch), logits in zip(pairs, problem.forward(leaves, pairs), strict=True)
+    )
+
+
 def fit_coefficients(
     problem: MergeProblem,
     coefficients: Coefficients,
@@ -234,12 +249,7 @@ def fit_coefficients(
 
     for number, chosen in enumerate(tqdm(steps, "fitting", disable=not progress, leave=False)):
         coeffs = merge()
-        pairs = [(task, problem.batches[task][index]) for task, index in enumerate(chosen)]
-        merged = problem.forward(leaves, pairs)
-        loss = sum(
-            batch.weight @ objective(experts[task][chosen[task]], logits)
-            for (task, batch), logits in zip(pairs, merged, strict=True)
-        )
+        loss = step_loss(problem, leaves, experts, chosen, objective)
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the loss is {loss.item()} at step {number}; lower lr (now {lr}) or check the "

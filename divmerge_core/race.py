@@ -21,6 +21,7 @@ from divmerge_core.problem import (
     fit_coefficients,
     gather_in_buffer,
     schedule,
+    step_loss,
 )
 from divmerge_core.registry import Registry
 from divmerge_core.roofline import peak_bytes, seconds, settle
@@ -126,7 +127,7 @@ def race(problem: MergeProblem, names: Sequence[str], *, rounds: int = 3) -> pd.
 
 def split(problem: MergeProblem) -> pd.DataFrame:
     """Where the time of a step goes: seconds of its parts, a row per step."""
-    vectors, objective = problem.vectors, js
+    vectors = problem.vectors
     coefficients = Coefficients(vectors.layout, len(vectors.tasks), grouping="layer")
     coefficients.to(vectors.base.device)
     segments, experts = coefficients.segments, expert_logits(problem)
@@ -137,18 +138,13 @@ def split(problem: MergeProblem) -> pd.DataFrame:
     collect, rows = gather_in_buffer(leaves, vectors, segments), []
     steps = schedule([len(b) for b in problem.batches], 1, torch.Generator().manual_seed(0))
     for chosen in steps:
-        pairs = [(task, problem.batches[task][index]) for task, index in enumerate(chosen)]
         state = {}
 
         def merge() -> None:
             grouped_merge(vectors.base, vectors.deltas, coefficients().detach(), segments, out=live)
 
-        def forward(pairs=pairs, chosen=chosen, state=state) -> None:
-            logits = problem.forward(leaves, pairs)
-            state["loss"] = sum(
-                batch.weight @ objective(experts[task][chosen[task]], answer)
-                for (task, batch), answer in zip(pairs, logits, strict=True)
-            )
+        def forward(chosen=chosen, state=state) -> None:
+            state["loss"] = step_loss(problem, leaves, experts, chosen, js)
 
         calls = {
             "merge": merge,

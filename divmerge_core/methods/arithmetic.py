@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from divmerge_core.kernels.stores import dense
+from divmerge_core.linalg import largest
 from divmerge_core.methods import METHODS
 from divmerge_core.problem import MergeProblem
 from divmerge_core.vectors import Layout
@@ -75,13 +76,6 @@ def average(problem: MergeProblem) -> Float[Tensor, " N"]:
 def task_arithmetic(problem: MergeProblem, *, scale: float = 0.3) -> Float[Tensor, " N"]:
     """Base plus `scale` times the sum of task vectors, for all tensors alike (arXiv 2212.04089)."""
     return problem.vectors.merge([scale] * len(problem.vectors.tasks))
-
-
-def largest(values: Float[Tensor, " n"], keep: float) -> Float[Tensor, " n"]:
-    """The largest `keep` share of entries (at least one; all of equal size); the rest is zero."""
-    size = values.abs()
-    drop = len(values) - max(1, round(keep * len(values)))
-    return torch.where(size < size.kthvalue(drop + 1).values, 0, values)
 
 
 @METHODS.register(
