@@ -30,7 +30,8 @@ class Size:
     inputs: unlabelled rows per task that a fit sees; None means the paper's 200, or 400 with one
     coefficient per layer. precision: of the encoder's matrix products while merging and scoring
     (see Recipe). candidates: options tried per method on validation rows at the first seed; the
-    best is used for every seed. None tries all; 1 takes the published values.
+    best is used for every seed. None tries all; 1 takes the published values. calls: how often
+    a method that searches by itself may ask for a validation score.
     """
 
     encoder: str
@@ -44,6 +45,7 @@ class Size:
     epochs: int = 4
     precision: str = "auto"
     candidates: int | None = None
+    calls: int = 100
 
     def recipe_for(self, suite: str) -> Recipe:
         """How a suite's experts are trained: GLUE's on all rows, as its tasks are harder."""
@@ -64,6 +66,7 @@ SIZES.register("smoke")(
         epochs=2,
         precision="float32",
         candidates=1,
+        calls=20,
     )
 )
 SIZES.register("default")(
@@ -74,6 +77,7 @@ SIZES.register("default")(
         validation_rows=32,
         test_rows=150,
         candidates=1,
+        calls=60,
     )
 )
 SIZES.register("full")(Size(encoder="minilm", seeds=(0, 1, 2), inputs=100))

@@ -1,5 +1,6 @@
 """What a merging method may look at, and the one optimisation loop behind every adaptive method."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
@@ -17,6 +18,10 @@ from divmerge_core.vectors import TaskVectors
 Objective = Callable[[Tensor, Tensor], Tensor]  # (expert logits, merged logits) [A, V] -> [A]
 
 
+class Diverged(ValueError):
+    """A method ran off instead of converging: the message names the step and the cause."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """What a model reads; gold answers are not in it.
@@ -32,7 +37,13 @@ class Batch:
 
 @runtime_checkable
 class Predictor(Protocol):
-    """What methods return that have no single merged vector: it answers for a task by itself."""
+    """What methods return that have no single merged vector: it answers for a task by itself.
+
+    nbytes: of all that has to be stored for it to answer; heads of tasks are not counted.
+    """
+
+    @property
+    def nbytes(self) -> int: ...
 
     def logits(self, task: int, batch: Batch) -> Float[Tensor, "A V"]: ...
 
@@ -177,6 +188,7 @@ def gather_as_they_come(
     return collect
 
 
+LIMIT = 100.0  # no coefficient of a fit that converges is near it
 GRADIENTS = {"stream": gather_as_they_come, "buffer": gather_in_buffer}
 
 
@@ -216,8 +228,8 @@ def fit_coefficients(
 
     epochs: passes over the inputs, at least 1. lr: Adam's step size, above 0. gradients: `stream`
     takes every tensor's gradient as it comes and frees it; `buffer` keeps all N for one pass at
-    the end. Raises ValueError for values outside these ranges, and where a task has no inputs or
-    the loss stops being finite.
+    the end. Raises ValueError for values outside these ranges and a task without inputs, and
+    Diverged where the loss stops being finite or a coefficient leaves [-LIMIT, LIMIT].
     """
     if epochs < 1 or not 0 < lr < float("inf"):
         raise ValueError(
@@ -243,23 +255,24 @@ def fit_coefficients(
         )
         return coeffs
 
-    def observe(number: int, loss: float | None) -> None:
+    def observe(number: int, loss: float | None, coeffs: Tensor) -> None:
+        coeffs = coeffs.detach().clone()
+        if not math.isfinite(loss or 0.0) or not coeffs.abs().max() <= LIMIT:
+            raise Diverged(
+                f"fit_coefficients: the loss is {loss} at step {number}, the largest coefficient "
+                f"{coeffs.abs().max():.3g}; lower lr (now {lr}) or check the experts for extreme "
+                "logits"
+            )
         if watch is not None:
-            watch(Step(number, loss, coefficients().detach().clone(), live))
+            watch(Step(number, loss, coeffs, live))
 
     for number, chosen in enumerate(tqdm(steps, "fitting", disable=not progress, leave=False)):
         coeffs = merge()
         loss = step_loss(problem, leaves, experts, chosen, objective)
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss.item()} at step {number}; lower lr (now {lr}) or check the "
-                "experts for extreme logits"
-            )
-        observe(number, loss.item())
+        observe(number, loss.item(), coeffs)
         loss.backward()
         adam.zero_grad()
         coeffs.backward(collect().to(coeffs))
         adam.step()
-    merge()
-    observe(len(steps), None)
+    observe(len(steps), None, merge())
     return live

@@ -14,6 +14,7 @@ from divmerge_core.coefficients import Coefficients
 from divmerge_core.contestants import dictionary_merge, fusion_bench_model
 from divmerge_core.divergences import js
 from divmerge_core.kernels.merge import grouped_merge
+from divmerge_core.meters import peak_bytes, seconds, settle
 from divmerge_core.problem import (
     MergeProblem,
     Step,
@@ -24,7 +25,6 @@ from divmerge_core.problem import (
     step_loss,
 )
 from divmerge_core.registry import Registry
-from divmerge_core.roofline import peak_bytes, seconds, settle
 
 STEPS = Registry("step")  # name -> function(problem, number of steps) -> seconds of each
 

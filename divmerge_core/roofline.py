@@ -4,11 +4,7 @@ Milliseconds depend on the machine and its other work; ratios taken in one run h
 round measures every contestant once, in an order drawn anew.
 """
 
-import ctypes
-import gc
 import json
-import math
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from divmerge_core.contestants import CONTESTANTS, DIVERGENCE_CONTESTANTS, Case, Part
+from divmerge_core.meters import peak_bytes, seconds
 from divmerge_core.report import origin, write_json
 
 COLUMNS = ["contestant", "part", "round", "seconds", "bytes", "peak"]
@@ -50,47 +47,6 @@ def bytes_moved(part: Part) -> int:
     finally:
         torch.set_num_threads(threads)
     return traffic.bytes
-
-
-def settle(device: torch.device) -> None:
-    """Wait for the GPU, where there is one."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(part: Part, device: torch.device) -> float:
-    settle(device)
-    start = time.perf_counter()
-    part()
-    settle(device)
-    return time.perf_counter() - start
-
-
-def peak_bytes(part: Part, device: torch.device) -> float:
-    """Memory that a call takes on top of what was held before; NaN where that cannot be asked."""
-    gc.collect()
-    if device.type == "cuda":
-        settle(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        part()
-        settle(device)
-        return float(torch.cuda.max_memory_allocated(device) - before)
-    status = Path("/proc/self/status")
-    if not status.exists():
-        part()
-        return math.nan
-
-    def resident(key: str) -> int:
-        line = next(x for x in status.read_text().splitlines() if x.startswith(key))
-        return 1024 * int(line.split()[1])
-
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
-    give_back(0)  # memory that was freed and kept would hide what the call takes
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
-    before = resident("VmRSS")
-    part()
-    return float(resident("VmHWM") - before)
 
 
 def copy(case: Case) -> Part:

@@ -192,9 +192,8 @@ def _stage(root: Path, name: str, size: str, folder: Path) -> Path:
     values = {name: offered[name] for name in offered if name in parameters(notebook)}
     versions = sorted(f"{d.name}=={d.version}" for d in metadata.distributions())
     sources = [notebook, *Path(__file__).parent.rglob("*.py")]
-    results = root / "book" / "results"
     key = {"run": _digest(sources, values, versions, sys.version)}
-    sidecar = output.with_suffix(".json")
+    sidecar, results = output.with_suffix(".json"), root / "book" / "results"
     stored = json.loads(sidecar.read_text()) if sidecar.is_file() and output.is_file() else {}
     if stored == {**key, "results": _digest(results.glob("*.json"))}:
         tqdm.write(f"{name}: up to date")
@@ -211,7 +210,7 @@ def _stage(root: Path, name: str, size: str, folder: Path) -> Path:
 
 def book(size: str, *, root: Path = ROOT) -> Path:
     """Execute every notebook of the table of contents and build the HTML; warnings are errors."""
-    from divmerge_core import bench, figures
+    from divmerge_core import bench, figures, pages
 
     if size not in bench.SIZES:
         raise ValueError(f"size must be one of {', '.join(bench.SIZES)}, got {size!r}")
@@ -225,6 +224,7 @@ def book(size: str, *, root: Path = ROOT) -> Path:
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(root / "book", source)
     figures.landing(source / "results")
+    pages.write(source / "methods")
     for name, executed in staged.items():
         (source / name).parent.mkdir(exist_ok=True)
         shutil.copy(executed, source / f"{name}.ipynb")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import TINY_RECIPE, linear_problem, task_of, toy_splits, toy_task
 
-from divmerge_core import assets, bench, cells, comparison
+from divmerge_core import assets, bench, cells, comparison, tuning
 from divmerge_core import experts as training
 from divmerge_core.bench import make_problem, prepare
 from divmerge_core.coefficients import Coefficients
@@ -29,7 +29,7 @@ def forbid(*args, **options):
 def idle(toys, cache, monkeypatch):
     """The toy suite, where no training and no merging may happen."""
     monkeypatch.setattr(training, "train", forbid)
-    monkeypatch.setattr(comparison, "run_method", forbid)
+    monkeypatch.setattr(tuning, "run_method", forbid)
 
 
 # --- names and values -----------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_a_cache_that_became_read_only_is_refused_before_merging(toys, tmp_path,
     shutil.copytree(assets.cache_dir(), tmp_path / "cache", ignore=shutil.ignore_patterns("cells"))
     monkeypatch.setenv("DIVMERGE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(assets.tempfile, "mkdtemp", refuse)
-    monkeypatch.setattr(comparison, "run_method", forbid)
+    monkeypatch.setattr(tuning, "run_method", forbid)
     with pytest.raises(ValueError, match="Read-only file system; set DIVMERGE_CACHE to a writable"):
         compare("toy", size="toy", methods=["divmerge/task"])
 

@@ -6,13 +6,17 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+from helpers import linear_problem
 
-from divmerge_core import bench, cells, comparison, experts
+from divmerge_core import bench, cells, comparison, experts, tuning
 from divmerge_core.bench import SIZES
 from divmerge_core.cells import code_digest
-from divmerge_core.comparison import ALL_METHODS, compare, options_for
-from divmerge_core.methods import parse
+from divmerge_core.comparison import ALL_METHODS, compare
+from divmerge_core.methods import METHODS, parse
+from divmerge_core.problem import Diverged
+from divmerge_core.tuning import candidates
 
+PROBLEM = linear_problem()
 QUICK = ("average", "ties", "divmerge/block")
 
 
@@ -29,13 +33,13 @@ def fresh(toys, shared_cache, tmp_path, monkeypatch):
 @pytest.fixture
 def ran(monkeypatch) -> list[str]:
     """The methods that were really run, in order."""
-    names, run = [], comparison.run_method
+    names, run = [], tuning.run_method
 
     def counted(bench, spec, *rest, **options):
         names.append(spec)
         return run(bench, spec, *rest, **options)
 
-    monkeypatch.setattr(comparison, "run_method", counted)
+    monkeypatch.setattr(tuning, "run_method", counted)
     return names
 
 
@@ -106,7 +110,7 @@ def forbid(*args, **options):
 
 def test_a_second_comparison_runs_nothing(fresh, monkeypatch):
     first = compare("toy", size="toy", methods=QUICK)
-    monkeypatch.setattr(comparison, "run_method", forbid)
+    monkeypatch.setattr(tuning, "run_method", forbid)
     monkeypatch.setattr(experts, "train", forbid)
     second = compare("toy", size="toy", methods=QUICK)
     pd.testing.assert_frame_equal(first.rows, second.rows)
@@ -114,7 +118,7 @@ def test_a_second_comparison_runs_nothing(fresh, monkeypatch):
 
 
 def test_an_interrupted_comparison_goes_on_where_it_stopped(fresh, monkeypatch):
-    run, done = comparison.run_method, []
+    run, done = tuning.run_method, []
 
     def interrupted(bench, spec, *rest, **options):
         if len(done) == 2:
@@ -123,12 +127,12 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(fresh, monkeypatch):
         return run(bench, spec, *rest, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(comparison, "run_method", interrupted)
+        patch.setattr(tuning, "run_method", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compare("toy", size="toy", methods=QUICK)
     assert done == ["average", "ties"]
     done.clear()
-    monkeypatch.setattr(comparison, "run_method", interrupted)
+    monkeypatch.setattr(tuning, "run_method", interrupted)
     compare("toy", size="toy", methods=QUICK)
     assert done == ["divmerge/block"]
     assert not list(fresh.glob("cells/.*"))
@@ -171,78 +175,186 @@ def test_comments_and_docstrings_are_no_code(monkeypatch):
 
 
 def test_one_candidate_is_the_published_one():
-    options = options_for("task_arithmetic", replace(SIZES["smoke"], candidates=1), 0, {})
+    options = candidates("task_arithmetic", replace(SIZES["smoke"], candidates=1), 0, {}, PROBLEM)
     assert options == [{"scale": 0.3}]
 
 
-def test_candidates_are_the_registered_options_with_the_fits_own(monkeypatch):
-    size = replace(SIZES["smoke"], candidates=None, epochs=3)
-    options = options_for("divmerge/block", size, 5, {"lr": 0.1})
+def test_candidates_are_the_registered_options_with_the_fits_own():
+    size = replace(SIZES["smoke"], candidates=2, epochs=3)
+    options = candidates("divmerge/block", size, 5, {"lr": 0.1}, PROBLEM)
     assert [option.get("init") for option in options] == [None, 0.5]
     for option in options:
         assert option["grouping"] == "block" and option["seed"] == 5
         assert option["epochs"] == 3 and option["lr"] == 0.1
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_no_method_tries_more_candidates_than_another(name):
+    """All have six; none where there is nothing to choose, one where the method searches itself."""
+    facts, found = METHODS.facts[name], candidates(name, SIZES["full"], 0, {}, PROBLEM)
+    itself = facts["needs"] == "a validation score"
+    assert len(found) == (1 if itself or not facts["search"] else 6)
+
+
 def test_an_override_makes_equal_candidates_one():
     size = replace(SIZES["smoke"], candidates=None)
-    assert len(options_for("divmerge/task", size, 0, {"init": 0.2})) == 1
+    assert len(candidates("divmerge/task", size, 0, {"init": 0.2, "lr": 0.1}, PROBLEM)) == 1
 
 
 def test_options_go_to_the_methods_that_take_them():
-    assert options_for("average", SIZES["smoke"], 0, {"lr": 0.1}) == [{}]
+    assert candidates("average", SIZES["smoke"], 0, {"lr": 0.1}, PROBLEM) == [{}]
 
 
-def test_the_best_candidate_on_validation_rows_is_the_one_that_is_tested(fresh, ran, monkeypatch):
+@pytest.fixture
+def scored(fresh, ran, monkeypatch) -> list[str]:
+    """A search over three thresholds of consensus, whose scores are fixed; the merges that ran."""
     toy_size(monkeypatch, candidates=3)
-    scores = {0.3: 0.5, 0.2: 0.9, 0.4: 0.7}
-    chosen = []
-
-    def score(bench, merged):
-        return scores[chosen[-1]]
-
-    run = comparison.run_method
-
-    def note(bench, spec, options, *rest):
-        chosen.append(options["scale"])
-        return run(bench, spec, options, *rest)
-
-    monkeypatch.setattr(comparison, "validation_anp", score)
-    monkeypatch.setattr(comparison, "run_method", note)
-    report = compare("toy", size="toy", methods=["task_arithmetic"])
-    assert chosen == [0.3, 0.2, 0.4]  # the best merge is kept, not made again
-    assert report.fits[0]["options"] == {"scale": 0.2}
+    options = ({"threshold": 0.4}, {"threshold": 0.2}, {"threshold": 0.3})
+    monkeypatch.setitem(METHODS.facts["consensus"], "search", options)
+    scores = iter([0.5, 0.9, 0.7])
+    monkeypatch.setattr(tuning, "validation_anp", lambda bench, merged: next(scores))
+    return ran
 
 
-def test_the_search_sees_no_test_row(fresh, monkeypatch):
-    toy_size(monkeypatch, candidates=2)
-    prepare = comparison.prepare
+def test_the_best_candidate_on_validation_rows_is_the_one_that_is_tested(scored):
+    report = compare("toy", size="toy", methods=["consensus"])
+    assert len(scored) == 3  # the best merge is kept, not made again
+    (fit,) = report.fits
+    assert fit["options"] == {"threshold": 0.2}
+    assert fit["search"] == [
+        {"options": {"threshold": value}, "score": score}
+        for value, score in ((0.4, 0.5), (0.2, 0.9), (0.3, 0.7))
+    ]
 
-    def blind(*args, **options):
-        return replace(prepare(*args, **options), test=[])
 
-    found = prepare("toy", size="toy")
-    candidates = options_for("ties", SIZES["toy"], 0, {})
-    seeing = comparison.choose(found, "ties", candidates, 0)[0]
+def test_the_published_options_stand_beside_those_found(scored):
+    report = compare("toy", size="toy", methods=["consensus"], published=True)
+    assert len(scored) == 3  # neither merge is made again
+    options = {fit["method"]: fit["options"] for fit in report.fits}
+    assert options["consensus:published"] == {"threshold": 0.4}
+    assert set(report.rows.method) == {"expert", "base", *options}
+
+
+def test_another_scale_of_the_same_change_takes_no_second_merge(fresh, ran, monkeypatch):
+    toy_size(monkeypatch, candidates=6)
+    report = compare("toy", size="toy", methods=["breadcrumbs"], published=True)
+    removed = {fit.get("remove") for fit in METHODS.facts["breadcrumbs"]["search"]}
+    assert len(ran) == len(removed) < 6
+    by_hand = {fit["method"]: fit["options"] for fit in report.fits}
+    found = bench.prepare("toy", size="toy")
+    for method, options in by_hand.items():
+        merged = METHODS["breadcrumbs"](found.problem, **options)
+        rows = tuning.evaluate(found.problem, merged, found.test)
+        assert list(rows.predicted) == list(report.rows[report.rows.method == method].predicted)
+
+
+def test_nothing_to_find_is_reported_once(fresh):
+    report = compare("toy", size="toy", methods=["average"], published=True)
+    assert set(report.rows.method) == {"expert", "base", "average"}
+
+
+def test_the_budget_is_the_number_of_candidates(fresh, ran):
+    report = compare("toy", size="toy", methods=["ties", "divmerge/task"], budget=2, epochs=1)
+    assert [len(fit["search"]) for fit in report.fits] == [2, 2]
+    assert report.provenance["budget"] == 2
+    with pytest.raises(ValueError, match="budget must be 1 candidate or more, got 0"):
+        compare("toy", size="toy", budget=0)
+
+
+def test_the_search_sees_no_test_row(fresh):
+    found = bench.prepare("toy", size="toy")
+    tried = candidates("ties", replace(SIZES["toy"], candidates=2), 0, {}, PROBLEM)
+    assert len(tried) == 2
+    seeing = tuning.search(tuning.Merges(found, "ties"), tried)
     for path in fresh.glob("cells/*/cell.json"):
         path.unlink()
-    assert comparison.choose(blind("toy", size="toy"), "ties", candidates, 0)[0] == seeing
+    assert (
+        tuning.search(tuning.Merges(replace(found, test=[]), "ties"), tried).records
+        == seeing.records
+    )
 
 
 def test_the_first_seeds_choice_serves_every_seed(toys, cache, monkeypatch):
     toy_size(monkeypatch, candidates=3)
-    searched, choose = [], comparison.choose
+    searched, find = [], comparison.search
 
-    def counted(bench, spec, candidates, points):
-        searched.append(spec)
-        return choose(bench, spec, candidates, points)
+    def counted(merges, tried):
+        searched.append(merges.spec)
+        return find(merges, tried)
 
-    monkeypatch.setattr(comparison, "choose", counted)
+    monkeypatch.setattr(comparison, "search", counted)
     report = compare("toy", size="toy", methods=["ties", "divmerge/task"], seeds=[0, 1], epochs=1)
     assert searched == ["ties", "divmerge/task"]
     by_seed = {(fit["method"], fit["seed"]): fit["options"] for fit in report.fits}
     assert by_seed["ties", 0] == by_seed["ties", 1]
     assert by_seed["divmerge/task", 1] == {**by_seed["divmerge/task", 0], "seed": 1}
+
+
+def test_a_candidate_that_diverges_is_recorded_and_not_chosen(fresh, monkeypatch):
+    toy_size(monkeypatch, candidates=2)
+    run = tuning.run_method
+
+    def fragile(bench, spec, options, *rest):
+        if options["scale"] == 0.3:
+            raise Diverged("task_arithmetic: NaN at step 7")
+        return run(bench, spec, options, *rest)
+
+    monkeypatch.setattr(tuning, "run_method", fragile)
+    report = compare("toy", size="toy", methods=["task_arithmetic"], published=True)
+    (fit,) = report.fits  # the published options gave nothing that could be reported
+    assert fit["options"] == {"scale": 0.2}
+    assert fit["search"][0]["error"] == "task_arithmetic: NaN at step 7"
+
+
+def test_a_method_whose_candidates_all_diverge_stops_with_the_cause(fresh, monkeypatch):
+    toy_size(monkeypatch, candidates=2)
+
+    def fragile(*rest):
+        raise Diverged("NaN at step 7")
+
+    monkeypatch.setattr(tuning, "run_method", fragile)
+    with pytest.raises(Diverged, match="ties: every candidate diverged; the first: NaN at step 7"):
+        compare("toy", size="toy", methods=["ties"])
+
+
+# --- what a merge needs and costs -----------------------------------------------------------------
+
+
+def test_a_method_of_exactly_two_experts_is_left_out_of_larger_subsets(fresh, monkeypatch):
+    assert comparison.takes("slerp", 2) and not comparison.takes("slerp", 3)
+    with pytest.raises(ValueError, match=r"slerp merges exactly 2 experts, here are \[8\]"):
+        compare("embedded", methods=["average", "slerp"])
+    report = compare("toy", size="toy", methods=["slerp"])
+    assert set(report.rows.method) == {"expert", "base", "slerp"}
+
+
+def test_a_method_that_needs_a_second_base_says_so():
+    with pytest.raises(ValueError, match="logits_fusion needs a second, larger base"):
+        compare("embedded", methods=["logits_fusion"])
+
+
+def test_costs_stand_beside_the_answers(fresh):
+    methods = ["average", "divmerge/task", "emr", "evolved_coefficients"]
+    report = compare("toy", size="toy", methods=methods, inputs=4, epochs=1)
+    cost = {fit["method"]: fit["cost"] for fit in report.fits}
+    size = bench.prepare("toy", size="toy").problem.vectors.base.nbytes
+    assert cost["average"]["stored_bytes"] == size
+    assert cost["emr"]["stored_bytes"] > 2 * size
+    assert cost["average"]["inputs"] == 0 == cost["divmerge/task"]["calls"]
+    assert cost["divmerge/task"]["inputs"] == 2 * 4
+    assert (
+        0 < cost["evolved_coefficients"]["calls"] <= SIZES["toy"].calls + 6
+    )  # the start, and a step
+    assert all(c["seconds"] >= 0 and c["answer_ms"] > 0 for c in cost.values())
+    assert all(c["peak_bytes"] > 0 for c in cost.values())
+
+
+def test_a_predictors_answers_are_not_counted_as_its_inputs(fresh):
+    found = bench.prepare("toy", size="toy")
+    made = tuning.run_method(found, "emr", {})
+    for task, exam in enumerate(found.test):
+        made.merged.logits(task, exam.batches[0])
+    assert made.cost["inputs"] == 0
 
 
 # --- the packaged model and texts -----------------------------------------------------------------
@@ -267,7 +379,7 @@ def test_real_experts_are_compared_from_one_call(real, monkeypatch):
         right = [p == g for p, g in zip(rows.predicted[number], rows.gold[number], strict=True)]
         assert sum(right) / 100 == pytest.approx(exact["expert", task])
 
-    monkeypatch.setattr(comparison, "run_method", forbid)
+    monkeypatch.setattr(tuning, "run_method", forbid)
     monkeypatch.setattr(experts, "train", forbid)
     again = compare("embedded", ["trec", "movie"], size="smoke", methods=methods)
     pd.testing.assert_frame_equal(report.rows, again.rows)

@@ -189,6 +189,43 @@ def test_another_number_of_experts_than_it_takes_is_refused_by_name(spec):
         merge(linear_problem(num_tasks=facts(spec)["exactly"] + 1), spec)
 
 
+@every_method
+def test_a_linear_option_multiplies_the_change(spec):
+    if "linear" not in facts(spec):
+        pytest.skip("no option does")
+    problem, option = toy(spec), facts(spec)["linear"]
+    base = problem.vectors.base
+    once, twice = (merge(problem, spec, **{option: scale}) - base for scale in (0.7, 1.4))
+    assert_close(2 * once, twice, rtol=1e-9, atol=1e-12)
+    assert once.any()
+
+
+@every_method
+def test_the_score_is_called_as_often_as_is_said(spec):
+    if "calls" not in facts(spec):
+        pytest.skip("it takes no score")
+    problem, counted = toy(spec), []
+    per_step = facts(spec)["calls"](len(problem.vectors.tasks))
+
+    def score(merged):
+        counted.append(1)
+        return -float(answers(problem, merged)[0].square().mean())
+
+    merge(problem, spec, score=score, steps=2)
+    few = len(counted)
+    counted.clear()
+    merge(problem, spec, score=score, steps=5)
+    if "/" not in spec or spec.endswith("/task"):  # other groupings have more to draw
+        assert len(counted) - few == 3 * per_step
+
+
+@every_method
+def test_what_is_stored_is_said(spec):
+    problem = toy(spec)
+    merged = merge(problem, spec)
+    assert merged.nbytes >= problem.vectors.base.nbytes / 2
+
+
 # --- groupings and links --------------------------------------------------------------------------
 
 

@@ -22,10 +22,10 @@ from divmerge_core.methods.adaptive import (
 )
 from divmerge_core.methods.arithmetic import average, task_arithmetic
 from divmerge_core.methods.corrected import Correction, representation, representations, surgery
-from divmerge_core.methods.distilled import distillation
-from divmerge_core.methods.divmerge import divmerge
+from divmerge_core.methods.distilled import check_distance, distillation
+from divmerge_core.methods.divmerge import divmerge, limit
 from divmerge_core.methods.layerwise import prodistill, stages
-from divmerge_core.problem import Batch, MergeProblem
+from divmerge_core.problem import Batch, Diverged, MergeProblem
 from divmerge_core.vectors import TaskVectors
 
 TINY = 1e-30  # a step size so small that a fit stays where it starts
@@ -72,6 +72,15 @@ def mean_js(problem: MergeProblem, merged) -> float:
         for batch in problem.batches[task]
     ]
     return float(torch.stack(rows).mean())
+
+
+def test_inputs_are_counted_in_rows_also_where_a_row_has_several_answers():
+    """A language model's batch of 2 rows and 6 answer positions counts 2."""
+    problem = linear_problem(num_tasks=1)
+    words = torch.zeros(2, 5, dtype=torch.long)
+    batch = Batch({"input_ids": words}, torch.full((6,), 1 / 6), words > -1)
+    kept = limit(replace(problem, batches=[[batch] * 8]), 5, "task")
+    assert len(kept.batches[0]) == 3  # 6 rows, the fewest that hold 5
 
 
 # --- adamerging -----------------------------------------------------------------------------------
@@ -633,9 +642,9 @@ def test_a_problem_without_a_module_is_refused(method):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (prodistill, "the loss is nan at step 0 of stage 'embeddings'; lower lr"),
-        (surgery, "the loss is nan at step 0; lower lr"),
-        (distillation, r"step 0, lr 0.0001 \(lower it if too high\): logits hold NaN"),
+        (prodistill, "prodistill: NaN or inf at step 0 of stage 'embeddings'; lower lr .now 0.01"),
+        (surgery, "surgery: NaN or inf at step 0; lower lr .now 0.001. or check the experts"),
+        (distillation, r"distillation: step 0, lr 0.0001 \(lower it if .*: logits hold NaN"),
     ],
 )
 def test_a_fit_that_stops_being_finite_says_where(method, message):
@@ -644,8 +653,36 @@ def test_a_fit_that_stops_being_finite_says_where(method, message):
     broken[0, 0] = float("inf")
     first = replace(problem.batches[0][0], inputs={"x": broken})
     batches = [[first], *problem.batches[1:]]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(Diverged, match=message):
         method(replace(problem, batches=batches), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (distillation, "distillation: after step 0 the parameters are .* over 100 times as far"),
+        (prodistill, "prodistill: after step 0 of stage 'embeddings' the parameters are .* expert"),
+    ],
+)
+def test_a_fit_that_runs_away_from_the_base_is_stopped_at_its_step(method, message):
+    with pytest.raises(Diverged, match=f"{message}.*lower lr .now 1000.0."):
+        method(linear_problem(), lr=1e3, progress=False)
+
+
+def test_how_far_is_too_far():
+    """A hundred times as far as the farthest expert; where none moved, not at all."""
+    reach = torch.tensor(2.0)
+    check_distance("fit", torch.tensor(200.0), reach, 3, 0.1)
+    check_distance("fit", torch.tensor(0.0), torch.tensor(0.0), 3, 0.1)
+    for way in (200.1, float("inf"), float("nan")):
+        with pytest.raises(Diverged, match=r"fit: after step 3 .* any expert \(2\); lower lr"):
+            check_distance("fit", torch.tensor(way), reach, 3, 0.1)
+
+
+def test_bytes_of_a_corrected_model_are_those_of_the_merge_and_two_factors_per_task():
+    problem = linear_problem(dtype=torch.float32)
+    merged = surgery(problem, rank=3, steps=1, progress=False)
+    assert merged.nbytes == (6 * 6 + 6 * 6 + 6 + 4 * 6 + 4 + 3 * (2 * 3 * 4)) * 4
 
 
 def test_an_unknown_divergence_is_refused():

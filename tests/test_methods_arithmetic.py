@@ -1,6 +1,7 @@
 """Sums of task vectors: variants of TIES, DARE, and layer scaling over any rule."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,9 @@ from torch.testing import assert_close
 
 import divmerge_core.methods.masked
 import divmerge_core.methods.spherical  # noqa: F401  (they register)
-from divmerge_core.methods import METHODS
-from divmerge_core.methods.arithmetic import average, dare, depths, lines, task_arithmetic, ties
+from divmerge_core.methods import METHODS, options_of
+from divmerge_core.methods.arithmetic import average, dare, task_arithmetic, ties
+from divmerge_core.methods.depthwise import depths, lines
 from divmerge_core.problem import MergeProblem
 from divmerge_core.vectors import TaskVectors
 
@@ -277,6 +279,18 @@ def test_a_model_without_blocks_has_no_depth():
         lines(problem_of([1.0, 2.0]))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": math.nan}, "beta must be finite, got nan; 1.0 adds the merge as it is"),
+        ({"alpha": math.inf}, "alpha must be finite, got inf"),
+    ],
+)
+def test_layer_scaling_refuses_a_share_that_is_no_number(problem, options, message):
+    with pytest.raises(ValueError, match=message):
+        lines(problem, **options)
+
+
 # --- the family -----------------------------------------------------------------------------------
 
 
@@ -291,3 +305,10 @@ def test_task_vectors_may_be_stored_in_less_memory(name, storage):
         found, wide = found.parameters(1), wide.parameters(1)
     assert found.dtype == torch.float32
     assert_close(found, wide)
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILY if "scale" in options_of(n)])
+@pytest.mark.parametrize("scale", [math.nan, -math.inf])
+def test_a_scale_that_is_no_number_is_refused(problem, name, scale):
+    with pytest.raises(ValueError, match=f"scale must be finite, got {scale}; 1.0 adds the merge"):
+        METHODS[name](problem, scale=scale)

@@ -121,6 +121,12 @@ def test_sequential_ties_refuses_a_share_that_is_none(problem, keep):
         sequential_ties(problem, keep=keep)
 
 
+@pytest.mark.parametrize("method", [sequential_task_arithmetic, sequential_ties])
+def test_a_scale_that_is_not_finite_is_refused(problem, method):
+    with pytest.raises(ValueError, match="scale must be finite, got inf"):
+        method(problem, scale=math.inf)
+
+
 # --- the projection of opcm -----------------------------------------------------------------------
 
 
@@ -389,8 +395,10 @@ def test_the_mixture_finds_planted_families_in_any_order(order):
 
 @pytest.mark.parametrize("zeta", [0.1, 0.5, 1.0, 2.0, 5.0])
 def test_the_number_of_models_hardly_depends_on_zeta(zeta):
-    found = dp_mixture(turned(families(), 0), zeta=zeta, progress=False)
+    problem = turned(families(), 0)
+    found = dp_mixture(problem, zeta=zeta, progress=False)
     assert abs(len(found.models) - 3) <= 1
+    assert rand_index(planted(problem), list(found.numbers)) >= 0.8
 
 
 def test_a_model_for_every_family_answers_nearer_to_the_experts_than_others_do():
@@ -408,6 +416,49 @@ def test_a_model_for_every_family_answers_nearer_to_the_experts_than_others_do()
     by_chance = replace(found, models=merged, numbers=tuple(shuffled))
     assert mean_misfit(problem, found) < 0.5 * mean_misfit(problem, by_chance)
     assert mean_misfit(problem, found) < 0.5 * mean_misfit(problem, single)
+
+
+def k_means(rows: torch.Tensor, count: int) -> list[int]:
+    """Lloyd's algorithm from the first `count` rows that lie farthest from one another."""
+    centres = rows[:1]
+    while len(centres) < count:
+        centres = torch.cat([centres, rows[torch.cdist(rows, centres).amin(1).argmax()][None]])
+    for _ in range(20):
+        numbers = torch.cdist(rows, centres).argmin(1)
+        centres = torch.stack([rows[numbers == n].mean(0) for n in range(count)])
+    return numbers.tolist()
+
+
+@pytest.mark.parametrize("related", [0.9, 0.7, 0.5])
+def test_at_equal_storage_the_mixture_comes_within_a_tenth_of_k_means(related):
+    """On task vectors; it is told the number of models, which the mixture finds."""
+    problem = families(related)
+    found = dp_mixture(problem, progress=False)
+    numbers = k_means(problem.vectors.deltas, len(found.models))
+    groups = [[t for t, number in enumerate(numbers) if number == n] for n in sorted(set(numbers))]
+    tasks = problem.vectors.tasks
+    merged = tuple(
+        opcm(problem.select([tasks[t] for t in group]), progress=False) for group in groups
+    )
+    by_distance = replace(found, models=merged, numbers=tuple(numbers))
+    assert found.nbytes == by_distance.nbytes
+    assert mean_misfit(problem, found) < 1.1 * mean_misfit(problem, by_distance)
+
+
+def test_the_answers_hardly_depend_on_the_order_in_which_experts_come():
+    misfits = [
+        mean_misfit(one, dp_mixture(one, progress=False))
+        for one in (turned(families(), order) for order in range(10))
+    ]
+    spread = torch.tensor(misfits).std() / torch.tensor(misfits).mean()
+    assert spread < 0.1
+
+
+def test_bytes_of_a_mixture_of_models_are_those_of_its_models():
+    problem = families(per_family=2)
+    size = problem.vectors.layout.size
+    for zeta, models in ((0.0, 1), (math.inf, 6)):
+        assert dp_mixture(problem, zeta=zeta, progress=False).nbytes == models * size * 8
 
 
 def test_at_zeta_0_the_mixture_is_one_opcm_merge():

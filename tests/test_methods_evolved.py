@@ -1,8 +1,8 @@
 """Methods that search with a score: references, controls at equal budget, corrupted pools."""
 
-import math
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -11,15 +11,11 @@ from helpers import layout_of, linear_problem
 from torch import Tensor
 from torch.testing import assert_close
 
+from divmerge_core.kernels.segments import Segments
 from divmerge_core.methods.arithmetic import average, task_arithmetic
-from divmerge_core.methods.cma import CmaEs
-from divmerge_core.methods.evolved import (
-    evolved_coefficients,
-    layer_evolution,
-    learned_policy,
-    selection_policy,
-)
-from divmerge_core.methods.paths import RATES, Path, Pool, Population, mutant
+from divmerge_core.methods.evolved import evolved_coefficients, layer_evolution
+from divmerge_core.methods.paths import RATES, Path, Paths, Pool, Population, mutant
+from divmerge_core.methods.selected import learned_policy, selection_policy
 from divmerge_core.problem import MergeProblem
 from divmerge_core.vectors import TaskVectors
 
@@ -102,7 +98,7 @@ def test_the_best_score_never_falls_and_the_best_is_what_comes_out(problem):
 
 
 def test_evolution_beats_random_search_and_greedy_search_beats_both_where_groups_act_alone():
-    """129 scores each. Groups that do not interact are what greedy search is made for."""
+    """129 scores, as many at random, and greedy search's 72: groups that act alone are its case."""
     for seed in range(2):
         problem = blocks_problem(8, num_tasks=2, seed=seed)
         pool, generator = Pool.of(problem, "layer"), torch.Generator().manual_seed(seed)
@@ -125,6 +121,42 @@ def test_evolution_beats_random_search_and_greedy_search_beats_both_where_groups
             ways = [(*genes[:group], gene, *genes[group + 1 :]) for gene in pool.choices]
             genes = list(min(ways, key=lambda way: distance(pool.model(Path(way)))))
         assert distance(pool.model(Path(tuple(genes)))) < 1e-9 <= evolved < drawn
+
+
+def greedy(pool: Pool, start: Path, score, budget: int) -> float:
+    """The best score of changing one gene at a time wherever that helps, group after group."""
+    genes, best = list(start.genes), score(pool.model(start))
+    trials = (
+        (group, gene) for _ in range(budget) for group in range(len(genes)) for gene in pool.choices
+    )
+    for group, gene in islice(trials, budget - 1):
+        value = score(pool.model(Path((*genes[:group], gene, *genes[group + 1 :]))))
+        if value > best:
+            genes[group], best = gene, value
+    return best
+
+
+def test_where_groups_act_together_evolution_wins_more_often_than_not_at_65_scores_each():
+    """Layers of a linear model, to answer as a path drawn at random does; no search always wins."""
+    beats_random = beats_greedy = 0
+    for seed in range(8):
+        problem = linear_problem(seed=seed, scale=1.0, batches=1)
+        pool, generator = Pool.of(problem, "layer"), torch.Generator().manual_seed(100 + seed)
+        teacher = pool.model(some_path(pool, generator))
+        gold = [problem.logits(teacher, 0, batch) for batch in problem.batches[0]]
+
+        def score(merged, problem=problem, gold=gold) -> float:
+            found = [problem.logits_of(merged, 0, batch) for batch in problem.batches[0]]
+            return -sum(float((f - g).square().mean()) for f, g in zip(found, gold, strict=True))
+
+        seen: list[float] = []
+        options = {"score": score, "grouping": "layer", "steps": 16, "seed": seed}
+        layer_evolution(problem, **options, seen=seen.append, **QUIET)
+        start = Path(((0, 1.0),) * 5)
+        drawn = max(score(pool.model(some_path(pool, generator))) for _ in range(64))
+        beats_random += seen[64] > max(drawn, seen[0])
+        beats_greedy += seen[64] > greedy(pool, start, score, 65)
+    assert beats_random > 4 and beats_greedy > 4
 
 
 def test_what_was_found_for_one_task_helps_the_next():
@@ -160,6 +192,44 @@ def test_where_size_counts_and_scores_do_not_tasks_share_their_genes():
     assert shared[0] == 0 and shared[1] >= 3
 
 
+def test_bytes_count_every_gene_of_a_group_once():
+    """Groups of 4 and 8 numbers: two genes in the first, one in the second, in 8 bytes each."""
+    problem = blocks_problem(3)
+    segments = Segments(((0, 4, 0), (4, 12, 1)))
+    one, other = Path(((0, 1.0), (1, 0.5))), Path(((2, 1.0), (1, 0.5)))
+    flats = [problem.vectors.base] * 3
+    paths = Paths(problem, flats, (one, other, one), segments)
+    assert paths.nbytes == (2 * 4 + 8) * 8
+    assert replace(paths, paths=(one, one, one)).nbytes == 12 * 8
+    halves = [flat.float() for flat in flats]
+    assert replace(paths, flats=halves).nbytes == (2 * 4 + 8) * 4
+
+
+def test_sharing_genes_saves_storage_and_three_experts_take_three_models():
+    problem = blocks_problem(4, num_tasks=2)
+    options = {"score": lambda paths: 1.0, "grouping": "layer", "steps": 12, **QUIET}
+    apart = layer_evolution(problem, **options)
+    merged = layer_evolution(problem, size_base=0.5, **options)
+    whole = problem.vectors.base.nbytes
+    assert apart.nbytes == 2 * whole > 1.3 * merged.nbytes >= 1.3 * whole
+
+
+def test_every_score_is_followed_by_the_tasks_best_so_far(problem):
+    values, seen = [], []
+
+    def score(paths) -> float:
+        values.append(float(sum(flat[len(values) % 7] for flat in paths.flats)))
+        return values[-1]
+
+    layer_evolution(problem, score=score, steps=5, children=2, seen=seen.append, **QUIET)
+    calls = 1 + 5 * 2  # of one task
+    expected = []
+    for task in range(3):
+        of_task = values[task * calls : (task + 1) * calls]
+        expected += [max(of_task[: count + 1]) for count in range(calls)]
+    assert seen == expected
+
+
 def test_a_mutant_differs_and_its_rate_stays_in_its_range():
     pool, generator = Pool.of(blocks_problem(6), "layer"), torch.Generator().manual_seed(0)
     path, changes, rates = Path(((0, 1.0),) * 6), [], set()
@@ -184,92 +254,6 @@ def test_parents_are_taken_best_first_and_less_often_with_every_child():
     assert {population.parent(generator) for _ in range(20)} == {seed}
     population.children[seed] = 60
     assert {population.parent(generator) for _ in range(60)} == {best, worse, seed}
-
-
-# --- CMA-ES ---------------------------------------------------------------------------------------
-
-
-def test_the_constants_are_the_tutorials():
-    """n = 2: lambda = 6; weights ln 3.5 - ln i, i = 1, 2, 3, over their sum 1.9666."""
-    search = CmaEs(torch.zeros(2), 1.0, torch.Generator())
-    raw = [math.log(3.5) - math.log(i) for i in (1, 2, 3)]
-    assert search.count == 6
-    assert search.weights.tolist() == pytest.approx([value / sum(raw) for value in raw])
-    assert search.mass == pytest.approx(sum(raw) ** 2 / sum(value**2 for value in raw))
-    assert [CmaEs(torch.zeros(n), 1.0, torch.Generator()).count for n in (1, 10, 100)] == [
-        4,
-        10,
-        17,
-    ]
-
-
-def reference(points: list[np.ndarray], values: list[np.ndarray], sigma: float):
-    """The same steps in NumPy: means, step sizes and covariance from the points alone."""
-    n = points[0].shape[1]
-    lam = len(points[0])
-    mu = lam // 2
-    w = np.array([math.log((lam + 1) / 2) - math.log(i + 1) for i in range(mu)])
-    w = w / w.sum()
-    mueff = 1 / (w**2).sum()
-    cc, cs = (4 + mueff / n) / (n + 4 + 2 * mueff / n), (mueff + 2) / (n + mueff + 5)
-    c1 = 2 / ((n + 1.3) ** 2 + mueff)
-    cmu = min(1 - c1, 2 * (mueff - 2 + 1 / mueff) / ((n + 2) ** 2 + mueff))
-    damps = 1 + 2 * max(0, math.sqrt((mueff - 1) / (n + 1)) - 1) + cs
-    chi = math.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n * n))
-    mean, pc, ps, C = np.zeros(n), np.zeros(n), np.zeros(n), np.eye(n)
-    for g, (x, f) in enumerate(zip(points, values, strict=True), 1):
-        best = x[sorted(range(lam), key=lambda k: -f[k])[:mu]]
-        old, mean = mean, sum(wi * b for wi, b in zip(w, best, strict=True))
-        y = (mean - old) / sigma
-        D, B = np.linalg.eigh(C)
-        ps = (1 - cs) * ps + math.sqrt(cs * (2 - cs) * mueff) * (B @ np.diag(D**-0.5) @ B.T @ y)
-        norm = np.linalg.norm(ps)
-        hs = norm / math.sqrt(1 - (1 - cs) ** (2 * g)) / chi < 1.4 + 2 / (n + 1)
-        pc = (1 - cc) * pc + hs * math.sqrt(cc * (2 - cc) * mueff) * y
-        rank_mu = sum(
-            wi * np.outer((b - old) / sigma, (b - old) / sigma)
-            for wi, b in zip(w, best, strict=True)
-        )
-        rank_1 = np.outer(pc, pc) + (1 - hs) * cc * (2 - cc) * C
-        C = (1 - c1 - cmu) * C + c1 * rank_1 + cmu * rank_mu
-        sigma = sigma * math.exp((cs / damps) * (norm / chi - 1))
-    return mean, sigma, C
-
-
-@pytest.mark.parametrize("size", [1, 3, 6])
-def test_mean_step_size_and_covariance_move_as_in_the_tutorial(size):
-    search = CmaEs(torch.zeros(size), 0.5, torch.Generator().manual_seed(size))
-    points, values = [], []
-    for _ in range(12):
-        asked = search.ask()
-        told = -(asked - 3).square() @ torch.arange(1.0, size + 1).double()
-        search.tell(told)
-        points.append(asked.numpy())
-        values.append(told.numpy())
-    mean, sigma, covariance = reference(points, values, 0.5)
-    assert_close(search.mean, torch.from_numpy(mean), rtol=1e-8, atol=1e-10)
-    assert search.sigma == pytest.approx(sigma, rel=1e-8)
-    assert_close(search.covariance, torch.from_numpy(covariance), rtol=1e-8, atol=1e-10)
-
-
-def test_the_search_solves_a_long_narrow_valley_in_any_direction():
-    turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator()).double()).Q
-    scales = torch.tensor([1.0, 10.0, 100.0, 1000.0]).double()
-    for axes in (torch.eye(4).double(), turn):
-        search = CmaEs(torch.ones(4), 0.5, torch.Generator().manual_seed(0))
-        for _ in range(220):
-            search.tell(-((search.ask() @ axes) * scales).square().sum(1))
-        assert search.mean.norm() < 1e-5
-
-
-def test_only_the_order_of_values_matters():
-    means = []
-    for bend in (lambda x: x, lambda x: -((-x) ** 3)):
-        search = CmaEs(torch.ones(3), 0.5, torch.Generator().manual_seed(0))
-        for _ in range(10):
-            search.tell(bend(-search.ask().square().sum(1)))
-        means.append(search.mean)
-    assert torch.equal(*means)
 
 
 # --- evolved coefficients -------------------------------------------------------------------------
@@ -299,6 +283,81 @@ def test_the_result_is_the_best_merge_that_was_scored_and_never_below_the_start(
 def test_a_score_that_tells_nothing_leaves_the_start(problem, init, scale):
     merged = evolved_coefficients(problem, score=lambda flat: 1.0, init=init, steps=3, **QUIET)
     assert_close(merged, task_arithmetic(problem, scale=scale), rtol=0, atol=1e-7)
+
+
+def test_the_same_seed_scores_the_same_merges_and_another_seed_others(problem):
+    runs = []
+    for seed in (0, 0, 1):
+        seen: list[Tensor] = []
+
+        def score(flat: Tensor, seen=seen) -> float:
+            seen.append(flat.clone())
+            return -float(flat.square().sum())
+
+        evolved_coefficients(problem, score=score, steps=3, seed=seed, **QUIET)
+        runs.append(torch.stack(seen))
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0][0], runs[2][0]) and not torch.equal(runs[0], runs[2])
+
+
+def test_the_search_draws_from_no_global_generator_prints_nothing_and_writes_no_file(
+    problem, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    before = np.random.get_state(), torch.get_rng_state()
+    for score in (lambda flat: float(flat[0]), lambda flat: 1.0):
+        evolved_coefficients(problem, score=score, steps=20, **QUIET)
+    after = np.random.get_state()
+    assert (before[0][1] == after[1]).all() and before[0][2:] == after[2:]
+    assert torch.equal(before[1], torch.get_rng_state())
+    assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
+
+
+def test_the_first_merges_lie_around_the_start_at_the_width_asked_for():
+    problem, points = linear_problem(num_tasks=3), []
+    vectors = problem.vectors
+
+    def score(flat: Tensor) -> float:
+        solved = torch.linalg.lstsq(vectors.deltas.T, (flat - vectors.base)[:, None]).solution
+        points.append(solved[:, 0])
+        return 1.0
+
+    for seed in range(40):
+        evolved_coefficients(problem, score=score, init=0.4, sigma=0.2, steps=1, seed=seed, **QUIET)
+    spread = torch.stack([point for number, point in enumerate(points) if number % 8]) - 0.4
+    assert_close(points[0], torch.full((3,), 0.4).double(), rtol=0, atol=1e-6)
+    assert spread.mean().abs() < 0.03
+    assert spread.std().item() == pytest.approx(0.2, rel=0.1)
+
+
+def test_the_search_beats_as_many_random_merges_of_the_same_width():
+    for seed in range(3):
+        problem = linear_problem(num_tasks=6, seed=seed)
+        wanted = torch.randn(6, generator=torch.Generator().manual_seed(seed)).double()
+        target, calls = problem.vectors.merge(wanted.tolist()), []
+
+        def score(flat: Tensor, target=target, calls=calls) -> float:
+            calls.append(-float((flat - target).norm()))
+            return calls[-1]
+
+        evolved_coefficients(problem, score=score, steps=25, seed=seed, **QUIET)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [
+            -float((problem.vectors.merge(point.tolist()) - target).norm())
+            for point in 0.5 + torch.randn(len(calls), 6, generator=generator).double() / 6
+        ]
+        assert max(calls) > 0.3 * max(drawn)  # nearer than a third of the way
+
+
+def test_one_coefficient_is_searched_too():
+    problem = linear_problem(num_tasks=1)
+    target = problem.vectors.merge([0.8])
+    merged = evolved_coefficients(
+        problem, score=lambda flat: -float((flat - target).norm()), steps=30, **QUIET
+    )
+    assert_close(merged, target, rtol=0, atol=1e-3)
 
 
 # --- selection policy -----------------------------------------------------------------------------
@@ -411,6 +470,29 @@ def test_leaving_one_out_does_as_well_for_fewer_scores_and_the_cosine_fails_wher
         assert separation(published_policy(share, 0), corrupt) > 0.95
         assert separation(every - torch.tensor(without), corrupt) > 0.9
     assert cosines[0.2] > 0.9 and cosines[0.6] < 0.8
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_what_the_policy_learned_is_told_once_and_no_corrupted_expert_is_trusted(share):
+    pool, score, _, corrupt = corrupted_pool(share, 0)
+    options = {"score": score, "steps": 200, **QUIET}
+    told: list[Tensor] = []
+    merged = selection_policy(pool, trusted=told.append, **options)
+    (trust,) = told
+    expected = learned_policy(pool, score, average, draw=None, steps=200, lr=0.1, **QUIET)
+    assert torch.equal(trust, expected)
+    assert (trust[corrupt] < 0.5).all() and separation(trust, corrupt) > 0.9
+    names = [name for name, t in zip(pool.vectors.tasks, trust, strict=True) if t >= 0.5]
+    assert_close(merged, average(pool.select(names)))
+
+
+def test_norms_do_not_tell_corrupted_experts_that_are_as_long_as_the_others():
+    found = []
+    for seed in range(4):
+        pool, _, _, corrupt = corrupted_pool(0.4, seed)
+        far = (pool.vectors.norms() - pool.vectors.norms().median()).abs()
+        found.append(separation(-far, corrupt))
+    assert sum(found) / 4 < 0.8
 
 
 def test_a_score_that_tells_nothing_keeps_all_experts(problem):

@@ -10,7 +10,8 @@ from test_methods_arithmetic import change, problem_of
 from torch.testing import assert_close
 
 from divmerge_core.methods.arithmetic import average, largest, task_arithmetic
-from divmerge_core.methods.masked import breadcrumbs, consensus, emr, pcb, tall_masks
+from divmerge_core.methods.competition import pcb
+from divmerge_core.methods.masked import breadcrumbs, consensus, emr, tall_masks
 
 # --- breadcrumbs ----------------------------------------------------------------------------------
 
@@ -266,6 +267,12 @@ def test_task_models_are_nearer_to_their_experts_than_the_average_is(problem):
         expert = problem.vectors.expert(name)
         off = (merged.parameters(task) - expert).norm()
         assert off < (average(problem) - expert).norm()
+
+
+def test_emr_stores_two_vectors_a_bit_per_mask_entry_and_a_number_per_task():
+    """Three tasks of five float64 numbers: base 40, vector 40, 15 bits in 2 bytes, scales 24."""
+    assert emr(problem_of(*[[1, -2, 3, 4, 5]] * 3)).nbytes == 40 + 40 + 2 + 24
+    assert emr(problem_of([1, -2, 3, 4], [1, 2, 3, 4])).nbytes == 32 + 32 + 1 + 16
 
 
 def test_emr_refuses_a_norm_that_it_does_not_know(problem):

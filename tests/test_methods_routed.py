@@ -13,9 +13,10 @@ from torch.testing import assert_close
 from divmerge_core.divergences import entropy
 from divmerge_core.encoders import classifier_forward
 from divmerge_core.methods.arithmetic import average, task_arithmetic
-from divmerge_core.methods.mixture import Router, mlps, over_tokens, rows
-from divmerge_core.methods.routed import compressed, logits_fusion, twin, wemoe
-from divmerge_core.problem import Batch, MergeProblem
+from divmerge_core.methods.fused import logits_fusion
+from divmerge_core.methods.mixture import Router, compressed, mlps, over_tokens, rows
+from divmerge_core.methods.routed import twin, wemoe
+from divmerge_core.problem import Batch, Diverged, MergeProblem
 from divmerge_core.vectors import TaskVectors
 
 QUICK = {"steps": 3, "progress": False}
@@ -479,6 +480,8 @@ def test_extreme_logits_do_not_break_the_search(problem):
         (wemoe, {"lr": 0.0}, "wemoe: steps must be .* got 3 and 0.0"),
         (twin, {"keep": 0.0}, r"keep must be in \(0, 1\], got 0.0; 0.1 keeps a tenth"),
         (twin, {"keep": 1.5}, r"keep must be in \(0, 1\], got 1.5"),
+        (twin, {"scale": float("inf")}, "scale must be finite, got inf"),
+        (wemoe, {"scale": float("nan")}, "scale must be finite, got nan"),
         (twin, {"lr": float("nan")}, "twin: steps must be .* got 3 and nan"),
     ],
 )
@@ -507,8 +510,48 @@ def test_a_problem_that_knows_no_module_is_refused(problem, method, message):
 @pytest.mark.parametrize("method", [wemoe, twin])
 def test_what_is_not_finite_stops_the_fit_with_the_step_and_the_cause(problem, method):
     broken = replace(problem, vectors=problem.vectors.map(lambda d: d * float("inf")))
-    with pytest.raises(ValueError, match="NaN or inf at step 0; lower lr .* check the experts"):
+    message = f"{method.__name__}: NaN or inf at step 0; lower lr .* check the experts"
+    with pytest.raises(Diverged, match=message):
         method(broken, **QUICK)
+
+
+def test_a_last_step_that_spoils_the_routers_is_noticed(problem):
+    """Finite logits whose gradient is not: that of a square root at 0."""
+
+    def forward(parameters, pairs):
+        return [x + (x - x.detach()).sqrt() for x in problem.forward(parameters, pairs)]
+
+    with pytest.raises(Diverged, match="wemoe: NaN or inf at step 1; lower lr"):
+        wemoe(replace(problem, forward=forward), steps=1, progress=False)
+
+
+# --- bytes ----------------------------------------------------------------------------------------
+
+
+def test_bytes_of_a_mixture_are_the_model_the_experts_mlps_and_the_routers():
+    """Two blocks of one layer each, [6, 6] and [4, 6] with biases; routers 6 -> 6 -> 3."""
+    merged = wemoe(linear_problem(dtype=torch.float32), **QUICK)
+    model, mlp = 6 * 6 + (6 * 6 + 6) + (4 * 6 + 4), (6 * 6 + 6) + (4 * 6 + 4)
+    assert merged.nbytes == (model + 3 * mlp + 2 * (6 * 6 + 6 + 3 * 6 + 3)) * 4
+    merged = wemoe(plain_problem(True), router_layers=0, **QUICK)  # two layers [3, 3], no biases
+    assert merged.nbytes == (2 * 9 + 2 * 3 + 2 * 2 * 9 + 2 * 2) * 8
+
+
+@pytest.mark.parametrize(("keep", "ranks"), [(0.1, (1, 1, 1)), (0.5, (3, 3, 2)), (1.0, (6, 6, 4))])
+def test_bytes_of_twins_count_low_rank_rests_as_factors_where_these_are_smaller(keep, ranks):
+    """Matrices [6, 6], [6, 6] and [4, 6]: at half their rank both forms of the first are equal."""
+    merged = twin(linear_problem(dtype=torch.float32), keep=keep, **QUICK)
+    shapes = ((6, 6), (6, 6), (4, 6))
+    rest = sum(min(m * k, r * (m + k)) for (m, k), r in zip(shapes, ranks, strict=True)) + 6 + 4
+    model = 36 + 36 + 24 + 6 + 4
+    router = 4 * 4 + 4 + 3 * 4 + 3 + 2 * 4  # features are the 4 outputs; their mean and spread
+    assert merged.nbytes == (model + 3 * rest + router) * 4
+
+
+def test_bytes_of_a_fusion_are_two_bases_and_the_small_experts():
+    small, large = linear_problem(), large_problem(features=9)
+    merged = logits_fusion(small, large=large)
+    assert merged.nbytes == (small.vectors.base.numel() * 4 + large.vectors.base.numel()) * 8
 
 
 def test_large_problems_that_do_not_fit_are_refused(problem):

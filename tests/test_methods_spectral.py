@@ -103,6 +103,12 @@ def test_tensors_of_any_number_of_axes_are_merged(method):
 
 
 @every_method
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
+def test_tensors_without_entries_are_no_obstacle(method, shape):
+    assert change(method, torch.zeros(shape), torch.zeros(shape)).shape == shape
+
+
+@every_method
 def test_matrices_that_no_task_changed_stay(method):
     near(change(method, torch.zeros(4, 6), torch.zeros(4, 6)), torch.zeros(4, 6, dtype=float), 0)
 

@@ -14,12 +14,11 @@ from divmerge_core.activations import watch_inputs
 from divmerge_core.divergences import js
 from divmerge_core.methods import statistical
 from divmerge_core.methods.arithmetic import average
+from divmerge_core.methods.regression import regmean, regmean_plus_plus
 from divmerge_core.methods.statistical import (
     examples,
     fisher,
     fisher_diagonal,
-    regmean,
-    regmean_plus_plus,
 )
 from divmerge_core.problem import Batch, MergeProblem
 from divmerge_core.vectors import TaskVectors

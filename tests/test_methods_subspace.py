@@ -1,26 +1,31 @@
 """Methods in subspaces: identities, cases by hand, slow twins, and what they refuse."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from helpers import fewer, layout_of, linear_problem
+from torch.func import functional_call
 from torch.testing import assert_close
 
+import divmerge_core.methods.essential
 from divmerge_core.methods.arithmetic import task_arithmetic
 from divmerge_core.methods.essential import (
     Detour,
     drawn,
     essential,
+    essential_factors,
+    fused,
     layer_inputs,
     levelled,
     polarised_layers,
 )
-from divmerge_core.methods.shifts import doge_gradient, shared_basis, wudi_gradient
+from divmerge_core.methods.shifts import doge, doge_gradient, shared_basis, wudi, wudi_gradient
 from divmerge_core.methods.spectral import orthogonalised
-from divmerge_core.methods.subspace import doge, esm, esm_pp, wudi
-from divmerge_core.problem import MergeProblem
+from divmerge_core.methods.subspace import esm, esm_pp
+from divmerge_core.problem import Diverged, MergeProblem
 from divmerge_core.vectors import TaskVectors
 
 QUIET = {"progress": False}
@@ -45,6 +50,12 @@ def of_matrices(deltas: torch.Tensor, **others: torch.Tensor) -> MergeProblem:
 def moved(problem: MergeProblem, flat: torch.Tensor) -> dict[str, torch.Tensor]:
     """What a merge added to every tensor of the base."""
     return problem.vectors.layout.unflatten(flat - problem.vectors.base)
+
+
+def part(parameters: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The parameters below a prefix, by the rest of their names."""
+    below = f"{prefix}."
+    return {n.removeprefix(below): p for n, p in parameters.items() if n.startswith(below)}
 
 
 def by_task(problem: MergeProblem, name: str) -> torch.Tensor:
@@ -105,6 +116,24 @@ def test_directions_that_no_input_excites_have_no_energy_at_all():
     delta, x = normal(5, 7), normal(2, 7, seed=1)
     _, energy = essential(delta, x.T @ x)
     assert (energy[:2] > 0).all() and (energy[2:] == 0).all()
+
+
+def test_all_directions_of_one_task_weighed_alike_give_the_delta_back(monkeypatch):
+    """T = 1 and M directions, without levelling: P A is D_1 itself."""
+    monkeypatch.setattr(divmerge_core.methods.essential, "ENERGY_POWER", 0.0)
+    delta, x = normal(5, 7), normal(20, 7, seed=1)
+    left, right = essential_factors(delta, x.T @ x, 5)
+    assert_close(left @ right, delta)
+
+
+def test_a_direction_that_is_excited_alone_is_weighed_by_one():
+    """One token: of two directions one has energy, u along D x, and D's row along it is kept."""
+    delta, x = normal(4, 5), normal(1, 5, seed=1)
+    towards = (x @ delta.T / (x @ delta.T).norm()).T  # [M, 1]
+    left, right = essential_factors(delta, x.T @ x, 2)
+    assert_close(left @ right, towards @ towards.T @ delta)
+    merged = fused([(left, right)], delta.norm()[None], power=0.0)
+    assert_close(merged, towards @ towards.T @ delta)
 
 
 def test_levelling_takes_the_mean_of_the_singular_values_that_are_not_zero():
@@ -362,6 +391,34 @@ def test_only_the_layers_asked_for_get_a_detour(problem):
     assert list(esm_pp(problem, **QUIET).detours) == [
         name for name in problem.vectors.layout.names if name.endswith("weight")
     ]
+
+
+def test_the_routed_model_stores_one_model_and_each_layers_factors_and_prototypes():
+    """float64: N = 36 + 42 + 28 parameters; two tasks, ways of rank 2, six features everywhere."""
+    problem = linear_problem(num_tasks=2)
+    ways = [2 * (6 + 2 * (width + 6)) for width in (6, 6, 4)]
+    assert esm_pp(problem, rank=2, **QUIET).nbytes == 8 * (36 + 42 + 28 + sum(ways))
+    one = esm_pp(problem, rank=2, layers=r"layer\.1", **QUIET)
+    assert one.nbytes == 8 * (36 + 42 + 28 + ways[-1])
+
+
+def test_a_layer_that_no_input_passes_has_no_detour_and_is_merged_as_by_tsv_m():
+    problem = linear_problem(num_tasks=2)
+    names = [name for name in problem.vectors.layout.names if "layer.1" in name]
+    layer = problem.module.encoder.layer
+
+    def forward(parameters, pairs):
+        """Without the last layer."""
+        first, second = part(parameters, "embeddings"), part(parameters, "encoder.layer.0.dense")
+        xs = [functional_call(problem.module.embeddings, first, b.inputs["x"]) for _, b in pairs]
+        return [functional_call(layer[0]["dense"], second, x) for x in xs]
+
+    idle = replace(problem, forward=forward)
+    routed = esm_pp(idle, **QUIET)
+    assert names[0] not in routed.detours and len(routed.detours) == 2
+    expected = orthogonalised(by_task(problem, names[0]))
+    assert_close(moved(problem, routed.flat)[names[0]], expected)
+    assert torch.isfinite(routed.logits(0, idle.batches[0][0])).all()
 
 
 def test_no_hook_stays_behind_where_the_model_fails(problem):
@@ -639,10 +696,29 @@ def test_fits_refuse_what_is_out_of_range(problem, method, options, message):
 
 
 @pytest.mark.parametrize("method", [doge, wudi])
-def test_a_fit_that_diverges_stops_and_says_where(method):
-    problem = of_matrices(normal(2, 4, 5))
-    with pytest.raises(ValueError, match=r"weight: the gradient is not finite at step \d+; lower"):
-        method(problem, lr=1e300, units="absolute", steps=20, **QUIET)
+@pytest.mark.parametrize("units", ["relative", "absolute"])
+def test_a_fit_that_stops_being_finite_says_where(method, units):
+    problem, name = of_matrices(normal(2, 4, 5)), method.__name__
+    with pytest.raises(Diverged, match=f"{name}: the fit left all bounds behind at step 0 in we"):
+        method(problem, lr=1e300, units=units, steps=20, **QUIET)
+
+
+@pytest.mark.parametrize("method", [doge, wudi])
+@pytest.mark.parametrize("units", ["relative", "absolute"])
+def test_a_fit_that_runs_away_says_where(method, units):
+    """Adam's first step moves every entry by lr, here a thousand times a task vector's length."""
+    deltas = normal(2, 4, 5)
+    lr = 1000 * deltas.flatten(1).norm(dim=1).max().item()
+    expected = f"{method.__name__}: the fit left 100 times the longest task vector behind at step"
+    with pytest.raises(Diverged, match=rf"{expected} 0 in weight; lower lr \(now {lr}\)"):
+        method(of_matrices(deltas), lr=lr, units=units, steps=400, **QUIET)
+
+
+@pytest.mark.parametrize("method", [doge, wudi])
+def test_a_fit_may_change_a_matrix_more_than_any_expert_did(method):
+    """Bounds are those of the whole model: a matrix that experts hardly touched may move."""
+    problem = of_matrices(normal(2, 4, 5), other=1e-4 * normal(2, 4, 5))
+    assert torch.isfinite(method(problem, lr=1e-2, units="absolute", steps=20, **QUIET)).all()
 
 
 @pytest.mark.parametrize("method", [doge, wudi])

@@ -12,8 +12,9 @@ from torch.testing import assert_close
 from divmerge_core.activations import watch_inputs
 from divmerge_core.kernels.stores import dense
 from divmerge_core.methods.arithmetic import ties
+from divmerge_core.methods.regression import regmean, regmean_plus_plus
 from divmerge_core.methods.spectral import iso_c, iso_cts, knots, tsv_m
-from divmerge_core.methods.statistical import fisher, fisher_diagonal, regmean, regmean_plus_plus
+from divmerge_core.methods.statistical import fisher, fisher_diagonal
 from divmerge_core.problem import Batch, MergeProblem
 from divmerge_core.vectors import TaskVectors
 

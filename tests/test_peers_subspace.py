@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from divmerge_core.methods.subspace import doge, wudi
+from divmerge_core.methods.shifts import doge, wudi
 from divmerge_core.problem import MergeProblem
 from divmerge_core.vectors import TaskVectors
 

@@ -11,7 +11,14 @@ from torch.testing import assert_close
 from divmerge_core.coefficients import GROUPINGS, Coefficients, groups_of
 from divmerge_core.divergences import DIVERGENCES, entropy, js
 from divmerge_core.kernels.merge import grouped_inner, grouped_merge
-from divmerge_core.problem import Batch, MergeProblem, expert_logits, fit_coefficients, schedule
+from divmerge_core.problem import (
+    Batch,
+    Diverged,
+    MergeProblem,
+    expert_logits,
+    fit_coefficients,
+    schedule,
+)
 
 every_grouping = pytest.mark.parametrize("grouping", GROUPINGS)
 OBJECTIVES = {**DIVERGENCES, "entropy": lambda expert, merged: entropy(merged)}
@@ -310,11 +317,19 @@ def test_epochs_and_step_size_must_be_positive(problem, options):
         fit_coefficients(problem, coefficients_of(problem), js, progress=False, **options)
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_coefficients_that_run_away_are_reported_with_their_step(problem, epochs):
+    with pytest.raises(Diverged, match=r"at step \d, the largest coefficient .*e\+03; lower lr"):
+        fit_coefficients(
+            problem, coefficients_of(problem), js, lr=2e3, epochs=epochs, progress=False
+        )
+
+
 def test_a_loss_that_is_no_number_is_reported_with_its_step(problem):
     def objective(expert, merged):
         return merged.sum(-1) * float("inf")
 
     with pytest.raises(
-        ValueError, match=r"the loss is -?(inf|nan) at step 0; lower lr \(now 0.01\)"
+        ValueError, match=r"the loss is -?(inf|nan) at step 0, the largest.*lower lr \(now 0.01\)"
     ):
         fit_coefficients(problem, coefficients_of(problem), objective, progress=False)

@@ -1,13 +1,18 @@
 """Merging methods: `(problem, *, options) -> merged parameters [N]`, by name in METHODS.
 
-Facts beside each: `source`; `needs`, the data it looks at: nothing, unlabelled inputs, validation
-labels (of rows that choose its scale) or a validation score (a function that it calls); `cost`,
-what grows with it: weights (one pass over them), inputs (forward passes), gradients, or training;
-`symmetric`, whether the order of tasks is immaterial; `search`, the options worth trying, the
-published ones first. Where it applies: `exactly`, the one number of experts that it takes;
-`returns="predictor"`, where no single vector comes out; `between=False`, where one expert alone
-does not give a point between base and expert. Data-free candidates cost one pass over validation
-rows, so there are more of them than of candidates that cost a fit.
+Facts beside each: `source`, and `cite`, its keys in the bibliography; `needs`, the data it looks at:
+nothing, unlabelled inputs, validation labels (of rows that choose its scale) or a validation score
+(a function that it calls); `cost`, what grows with it: weights (one pass over them), inputs
+(forward passes), gradients, or training; `symmetric`, whether the order of tasks is immaterial;
+`search`, six sets of options worth trying, the published one first, or none.
+
+Where it applies: `exactly`, the one number of experts that it takes; `returns="predictor"`, where
+no single vector comes out; `between=False`, where one expert alone does not give a point between
+base and expert; `optional="large"`, where it is made for a second, larger base; `groupings`, those
+that comparisons list. `linear`: the option that multiplies all of the change, so that a merge
+with another value of it follows from the first. `passes`: the option that counts steps through the
+model, one batch per task each. `calls`: a function of the number of experts, how often a step
+calls the score.
 """
 
 import inspect
@@ -20,14 +25,20 @@ from divmerge_core.methods import (  # noqa: E402, F401  (they register)
     adaptive,
     arithmetic,
     clustered,
+    competition,
     continual,
     corrected,
+    depthwise,
     distilled,
     divmerge,
     evolved,
+    fused,
     layerwise,
     masked,
+    regression,
     routed,
+    selected,
+    shifts,
     spectral,
     spherical,
     statistical,

@@ -11,8 +11,18 @@ from torch import Tensor, nn
 from divmerge_core.divergences import entropy
 from divmerge_core.linalg import elected
 from divmerge_core.methods import METHODS
+from divmerge_core.methods.arithmetic import check_keep
 from divmerge_core.methods.divmerge import learn
 from divmerge_core.problem import MergeProblem, Pairs, Step
+
+SEARCH = (
+    {},
+    {"lr": 1e-2},
+    {"lr": 3e-2},
+    {"lr": 1e-2, "init": None},
+    {"lr": 3e-2, "init": None},
+    {"init": None},
+)
 
 
 def entropy_of_mean_logit(merged: Float[Tensor, "A V"]) -> Float[Tensor, " A"]:
@@ -57,7 +67,9 @@ def with_dropout(problem: MergeProblem, seed: int) -> MergeProblem:
     needs="unlabelled inputs",
     cost="gradients",
     symmetric=True,
-    search=({}, {"lr": 1e-2, "init": None}),
+    groupings=("task", "layer"),
+    cite="yang2024",
+    search=SEARCH,
 )
 def adamerging(
     problem: MergeProblem,
@@ -74,22 +86,40 @@ def adamerging(
     watch: Callable[[Step], None] | None = None,
     progress: bool = True,
 ) -> Float[Tensor, " N"]:
-    """Minimise the merged model's entropy over the coefficients (arXiv 2310.02575, Eq. 5).
+    r"""Learn the coefficients at which the merged model is most certain of its answers.
 
-    One coefficient per task and tensor, be it weight, bias or embedding, or coarser ones (see
-    GROUPINGS). The entropy is taken per example and then averaged; dropout is off. Defaults for
-    step size and initial value are the authors'; inputs and epochs are those of DivMerge, so that
-    both see the same data for the same number of steps.
+    $$
+    \min_{\Lambda} \sum_{t=1}^{T} \mathbb{E}_{x \sim X_t}\, H\big(q_\Lambda(\cdot \mid x)\big),
+    \qquad \theta(\Lambda)_n = \theta_{0,n} + \sum_{t=1}^{T} \lambda_{t,g(n)}\, \tau_{t,n}
+    $$
 
-    Public code differs. The authors' clamps coefficients to [0, 1]; FusionBench's configurations do
-    not, nor is it done here. FusionBench's versions for GPT-2 and Flan-T5 take the entropy of the
-    batch's mean logits, which rewards one confident answer for all inputs: `mean_logit`. All its
-    versions leave dropout on during the fit where the network has any: `dropout`. Both options are
-    there to show what that changes. Entropy may fall by answering one class always, most of all
-    with few tasks or answers.
+    Idea: Without labels the error is not seen, but a model that fits its inputs is mostly certain
+    of them. So the entropy $H$ of the answers is lowered in its place; the experts are not asked.
 
-    Raises ValueError for unknown names, values out of range, a task without inputs, a loss that
-    stops being finite, and for dropout where the problem knows no module.
+    There is one coefficient per task and tensor (matrices, biases, norms and embeddings alike), or
+    fewer by `grouping`. The entropy is taken per example and then averaged; dropout is off. Each
+    step of Adam sees one batch of every task.
+
+    lr: published as 0.001. init: published as 0.3; None for 1/T. link: none is published, `sigmoid`
+    or `softmax` bound the coefficients. inputs: per task, None for DivMerge's 200, or 400 by layer.
+    epochs: passes over them, also DivMerge's, so that both methods see the same data as often.
+    `mean_logit` and `dropout` do as public code does, see below. watch: called with every step.
+
+    Pitfalls: Entropy also falls by answering one class always, most of all with few tasks or
+    classes. A coefficient moves by about `lr` a step, so a short fit at the published one stays
+    near task arithmetic. The published fits adapt on the very inputs that are scored later.
+
+    Peers: The authors' code clamps coefficients to between 0 and 1 and takes two batches per task
+    and step; FusionBench's configurations do neither, and nor is it done here. FusionBench's
+    versions for GPT-2 and Flan-T5 take the entropy of the batch's mean logits, which rewards one
+    confident answer for all inputs: `mean_logit=True`. All its versions leave dropout on where the
+    network has any: `dropout=True`. With neither, its layer-wise loop takes the same steps as this
+    one.
+
+    Raises ValueError for unknown names, values out of range, a task without inputs, a fit that
+    diverges, and for dropout where the problem knows no module.
+
+    Source: Yang et al. 2024, arXiv 2310.02575, Eq. 5.
     """
     problem.require_inputs("adamerging")
     noisy = with_dropout(problem, seed) if dropout else problem
@@ -115,7 +145,8 @@ def adamerging(
     needs="unlabelled inputs",
     cost="gradients",
     symmetric=True,
-    search=({}, {"lr": 1e-2, "init": None}),
+    cite="yang2024",
+    search=SEARCH,
 )
 def adamerging_plus_plus(
     problem: MergeProblem,
@@ -133,20 +164,35 @@ def adamerging_plus_plus(
     watch: Callable[[Step], None] | None = None,
     progress: bool = True,
 ) -> Float[Tensor, " N"]:
-    """AdaMerging of task vectors without what TIES would drop (arXiv 2310.02575).
+    r"""Run AdaMerging on task vectors freed of what TIES would drop.
 
-    Each task vector keeps its largest `keep` share of entries over the whole model, and of these
-    the ones whose sign is that of their sum over tasks. They are not summed: every task keeps its
-    coefficients, and the fit is that of `adamerging`, with the same options.
+    $$
+    \hat\tau_{t,n} = k_{t,n}\, \mathbf{1}\Big[k_{t,n} \sum_{u=1}^{T} k_{u,n} > 0\Big], \qquad
+    k_{t,n} = \tau_{t,n}\,
+      \mathbf{1}\big[\, |\tau_{t,n}| \text{ is among the largest of } \tau_t \,\big]
+    $$
 
-    FusionBench, after the authors' code, cuts keep times N down to a whole number and keeps one
-    entry more, where we round; and where the sum is exactly 0 it elects the sign of the majority of
-    coordinates, where we keep nothing. Raises ValueError unless keep is in (0, 1], and what
-    `adamerging` raises.
+    Idea: Small entries are mostly noise, and entries against the majority's sign cancel what others
+    learned. Coefficients fitted without either have less to make up for.
+
+    Each task vector keeps its largest `keep` share of entries over the whole model, published as
+    0.2, and of these the ones whose sign is that of their sum over tasks. They are not summed:
+    every task keeps its own coefficients, and the fit is that of `adamerging`, whose options mean
+    the same here.
+
+    Pitfalls: Those of `adamerging`. The election looks at signs before any coefficient is known, so
+    a task whose coefficient ends near 0 has had its say in it.
+
+    Peers: FusionBench, after the authors' code, cuts `keep` times N down to a whole number and
+    keeps one entry more, where this rounds. Where the sum is exactly 0 it elects the sign that most
+    coordinates have, where this keeps nothing.
+
+    Raises ValueError unless keep is in (0, 1], and what `adamerging` raises.
+
+    Source: Yang et al. 2024, arXiv 2310.02575.
     """
     problem.require_inputs("adamerging++")
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be in (0, 1], got {keep}; 0.2 keeps the largest fifth")
+    check_keep(keep)
     vectors = problem.vectors.map(lambda deltas: elected(deltas, keep))
     return adamerging(
         replace(problem, vectors=vectors),

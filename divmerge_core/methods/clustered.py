@@ -25,6 +25,11 @@ class Clusters:
     models: tuple[Float[Tensor, " N"], ...] = field(repr=False)
     numbers: tuple[int, ...]  # of every task's model in `models`
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes to be stored: all merged models."""
+        return sum(model.nbytes for model in self.models)
+
     def logits(self, task: int, batch: Batch) -> Float[Tensor, "A V"]:
         """Logits of the task's own merged model."""
         return self.problem.logits(self.models[self.numbers[task]], task, batch)
@@ -107,7 +112,15 @@ def check_mixture(zeta: float, sigma: float, start: float, posterior: str) -> No
     cost="inputs",
     symmetric=False,
     returns="predictor",
-    search=({}, {"zeta": 0.5}),
+    cite="wang2022",
+    search=(
+        {},
+        {"zeta": 0.5},
+        {"start": 0.3},
+        {"start": 0.7},
+        {"sigma": 0.5},
+        {"zeta": 0.5, "start": 0.3},
+    ),
 )
 def dp_mixture(
     problem: MergeProblem,
@@ -119,24 +132,41 @@ def dp_mixture(
     share: float = 0.5,
     progress: bool = True,
 ) -> Clusters:
-    """As many merged models as the experts call for: each joins the one that serves it best.
+    r"""Keep as many merged models as the experts call for: each joins the one that serves it best.
+
+    $$
+    \arg\max_{l}\; \log n_l
+      + \frac{1}{|X_t|} \sum_{x \in X_t} \log \mathcal{N}\big(e_l(x);\, 0, \sigma^2\big),
+    \qquad n_{\text{new}} = \zeta
+    $$
+
+    Idea: Experts that get along share a model, and an expert that no model suits opens another.
+    Their number is not given: the prior, a Chinese restaurant's, weighs it against the fit.
 
     Experts come in the order of the problem's tasks. Each joins every group's model on trial, by
-    OPCM with `share`; the group is chosen by `evidence`: a Chinese restaurant prior (sizes of
-    groups, zeta for a new one) times how near the joined model's answers to the expert's inputs
-    are to the expert's own (`misfits`, at width sigma). A new group is judged by base plus `start`
-    times the task vector, as the expert itself would always win: an expert joins where about that
-    much of it survives. What this costs a group's earlier members is not looked at. The task's
-    number finds the model at inference.
+    OPCM with `share`; $n_l$ is the size of group $l$, and $e_l(x)$ how far the joined model answers
+    from the expert, in units of the change from base to expert (see `misfits`). A new group is
+    judged by base plus `start` times the task vector, as the expert itself would always win: so an
+    expert joins where about that much of it survives. The task's number finds the model when it
+    answers.
 
-    zeta: 0 gives `opcm`, inf every expert alone. posterior: `log`, or `published` for the form in
-    the authors' code, whose prior is nearly flat and where these limits of zeta do not hold. Raises
-    ValueError for values out of range, a task without inputs, and logits that are not finite.
+    zeta: 0 gives `opcm`, `inf` every expert alone; the authors take 2. sigma: the authors' 0.25.
+    start: in [0, 1), a choice made here. posterior: `log` as above, or `published` for the authors'
+    form.
 
-    Source: arXiv 2205.10787 (zeta and sigma), which groups reinforcement learning tasks by one-step
-    errors of critics and starts groups from a robust model. The answers compared here, OPCM and
-    `start` are this package's choices. Costs one merge and one pass over the task's inputs for
-    every expert and group.
+    Pitfalls: What joining costs a group's earlier members is not looked at, and nothing is ever
+    moved again, so order may matter. More models need more storage, so compare at equal storage. It
+    costs one merge and one pass over the task's inputs for every expert and group.
+
+    Peers: The source groups reinforcement learning tasks by one-step errors of critics and starts
+    groups from a robust model; the answers compared here, OPCM and `start` are this package's
+    choices. The authors' code multiplies softmaxes of likelihoods and of a tenth of the prior,
+    which makes the prior nearly flat: with `published` the limits of `zeta` do not hold.
+
+    Raises ValueError for values out of range, a task without inputs, and logits that are not
+    finite.
+
+    Source: Wang et al. 2022, arXiv 2205.10787.
     """
     check_share(share)
     check_mixture(zeta, sigma, start, posterior)

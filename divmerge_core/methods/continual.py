@@ -12,6 +12,7 @@ from divmerge_core.activations import linear_layers
 from divmerge_core.kernels.stores import dense
 from divmerge_core.linalg import elected, matrices, rank_of
 from divmerge_core.methods import METHODS
+from divmerge_core.methods.arithmetic import check_keep, require_finite
 from divmerge_core.problem import MergeProblem
 
 Places = Sequence[tuple[slice, tuple[int, ...]]]  # where matrices lie in the flat vector, shapes
@@ -26,14 +27,26 @@ Places = Sequence[tuple[slice, tuple[int, ...]]]  # where matrices lie in the fl
     needs="nothing",
     cost="weights",
     symmetric=True,
+    cite="tang2025",
     search=(),
 )
 def running_average(problem: MergeProblem) -> Float[Tensor, " N"]:
-    """The mean of the experts so far: theta becomes (t theta + theta_{t+1}) / (t + 1).
+    r"""Keep the mean of the experts that have come so far.
 
-    Starts from the first expert and treats every tensor alike. In the end it is `average`, up to
-    rounding, whatever the order, found with two models in memory. A baseline of OPCM (arXiv
-    2501.09522).
+    $$
+    \theta^{(t)} = \frac{(t - 1)\, \theta^{(t-1)} + \theta_t}{t}, \qquad t = 1, \dots, T
+    $$
+
+    Idea: A mean can be updated without keeping what went into it: two models in memory are enough.
+    Every expert counts alike, whenever it came.
+
+    All tensors are treated alike. In the end it is `average` up to rounding, in any order of tasks.
+
+    Pitfalls: Every new expert dilutes the earlier ones: each one's coefficient is 1/T.
+
+    Peers: FusionBench's continual average gives the same.
+
+    Source: a baseline of OPCM, Tang et al. 2025, arXiv 2501.09522.
     """
     merged = torch.zeros_like(problem.vectors.base)
     for count, delta in enumerate(dense(problem.vectors.deltas), start=1):
@@ -47,15 +60,34 @@ def running_average(problem: MergeProblem) -> Float[Tensor, " N"]:
     needs="validation labels, for the scale",
     cost="weights",
     symmetric=True,
+    linear="scale",
+    cite="tang2025",
     search=tuple({"scale": scale} for scale in (0.3, 0.2, 0.4, 0.5, 0.7, 1.0)),
 )
 def sequential_task_arithmetic(problem: MergeProblem, *, scale: float = 0.3) -> Float[Tensor, " N"]:
-    """Add `scale` times every task vector to the merged model as it comes, on all tensors.
+    r"""Add every task vector to the merged model as it comes.
 
-    A sum does not know its order, so in the end it is `task_arithmetic` up to rounding; what
-    differs is that the distance from the base grows with every expert at a fixed scale. A baseline
-    of OPCM (arXiv 2501.09522).
+    $$
+    \theta^{(t)} = \theta^{(t-1)} + \lambda\, \tau_t, \qquad \theta^{(0)} = \theta_0
+    $$
+
+    Idea: A sum does not know its order, so experts can be added one by one. This is
+    `task_arithmetic` for experts that do not come together.
+
+    All tensors are treated alike. In the end it is `task_arithmetic` at that scale up to rounding.
+
+    scale: $\lambda$, published as 0.3; any finite number.
+
+    Pitfalls: The distance from the base grows with every expert, so a scale that suits few tasks is
+    too large for many, and how many will come is not known.
+
+    Peers: FusionBench's continual task arithmetic gives the same.
+
+    Raises ValueError for a scale that is not finite.
+
+    Source: a baseline of OPCM, Tang et al. 2025, arXiv 2501.09522.
     """
+    require_finite(scale=scale)
     merged = problem.vectors.base.clone()
     for delta in dense(problem.vectors.deltas):
         merged.add_(delta, alpha=scale)
@@ -68,24 +100,41 @@ def sequential_task_arithmetic(problem: MergeProblem, *, scale: float = 0.3) -> 
     needs="validation labels, for the scale",
     cost="weights",
     symmetric=False,
+    cite="tang2025",
     search=tuple({"scale": scale} for scale in (0.5, 0.3, 0.2, 0.4, 0.7, 1.0)),
 )
 def sequential_ties(
     problem: MergeProblem, *, keep: float = 0.2, scale: float = 0.5
 ) -> Float[Tensor, " N"]:
-    """Add `scale` times the TIES sum of what is merged so far and the new task vector.
+    r"""Add the TIES sum of what is merged so far and of each new task vector.
+
+    $$
+    m^{(1)} = \lambda\, \tau_1, \qquad
+    m^{(t)} = m^{(t-1)} + \lambda\, \mathrm{TIES}\big(m^{(t-1)}, \tau_t\big), \qquad
+    \theta = \theta_0 + m^{(T)}
+    $$
+
+    Idea: Signs are elected between two vectors only, the merged one and the newcomer. So TIES needs
+    no more than two of them in memory.
 
     The first expert joins untrimmed, at `scale`. Later, merged and new task vector each keep their
     largest `keep` share of entries over the whole model, every coordinate takes the sign of their
-    sum, and entries of that sign are added up (none where they cancel); this is added to what was
-    merged. Entries that stay among the largest hence grow by a factor of at least 1 + scale each
-    time, and early experts weigh most. Raises ValueError unless keep is in (0, 1].
+    sum, and entries of that sign are added up (none where they cancel).
 
-    A baseline of OPCM (arXiv 2501.09522). Its code in FusionBench keeps one entry more than the
-    share asked for, and where two entries cancel the one of the sign that most coordinates have.
+    keep: in (0, 1], published as 0.2. scale: $\lambda$, published as 0.5.
+
+    Pitfalls: Entries that stay among the largest grow by a factor of 1 + `scale` or more with every
+    expert, so early experts weigh most, and order matters much.
+
+    Peers: FusionBench keeps one entry more than the share asked for, and where two entries cancel
+    elects the sign that most coordinates have.
+
+    Raises ValueError unless keep is in (0, 1] and scale is finite.
+
+    Source: a baseline of OPCM, Tang et al. 2025, arXiv 2501.09522.
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be in (0, 1], got {keep}; 0.2 keeps the largest fifth")
+    check_keep(keep)
+    require_finite(scale=scale)
     first, *others = dense(problem.vectors.deltas)
     merged = scale * first
     for delta in others:
@@ -174,30 +223,48 @@ def check_share(share: float) -> None:
     needs="validation labels, for the share",
     cost="weights",
     symmetric=False,
+    cite="tang2025",
     search=tuple({"share": share} for share in (0.5, 0.25, 0.75, 0.0, 0.9, 1.0)),
 )
 def opcm(
     problem: MergeProblem, *, share: float = 0.5, cross: bool = True, progress: bool = True
 ) -> Float[Tensor, " N"]:
-    """Add every expert's change where it is orthogonal to what is merged, then rescale.
+    r"""Add of every expert what is orthogonal to the merged change, then rescale the whole.
+
+    $$
+    \theta^{(t)} = \theta_0 + \frac{1}{\lambda_t} \Big[ \lambda_{t-1}
+      \big(\theta^{(t-1)} - \theta_0\big) + P^{(t-1)}\big(\tau_t\big) \Big], \qquad
+    \big\lVert \theta^{(t)} - \theta_0 \big\rVert = \frac{1}{t} \sum_{i=1}^{t} \lVert \tau_i \rVert
+    $$
+
+    Idea: A change that is orthogonal to what is merged disturbs it least. Rescaling to the mean
+    length keeps the model near the base however many experts come.
 
     Experts come in the order of the problem's tasks. The weight of a linear layer takes only the
-    part of a task vector that `projected` leaves; all other tensors (biases, norms, embeddings)
-    take all of it, and so does everything of the first expert. After each, one factor for the
-    whole model brings its distance from the base to the mean length of the task vectors so far.
-    Where the problem knows no module, every matrix counts as a linear weight, embeddings too.
+    part of a task vector that `projected` leaves: in the singular directions of the merged change,
+    entries on the diagonal go, and those between two leading directions. All other tensors (biases,
+    norms, embeddings) take all of it, and so does everything of the first expert. $\lambda_t$ is
+    one factor for the whole model. Where the problem knows no module, every matrix counts as a
+    linear weight, embeddings too.
 
-    share: of the singular values' sum that is protected, 0 to 1. cross: keep the entries that pair
-    a leading direction with another, as the authors' code does; the formula as arXiv 2505.11883
-    quotes it drops them. Raises ValueError for a share out of range. Experts that cancel leave a
-    small remainder, which the factor blows up to full length.
+    share: of the singular values' sum that is protected, 0 to 1, published as 0.5. cross: keep the
+    entries that pair a leading direction with another, as the authors' code does; the formula as
+    arXiv 2505.11883 quotes it drops them.
 
-    Source: arXiv 2501.09522. The authors' code in FusionBench gives the same where merged changes
-    have full rank, and differs in four ways. In the null space of a change of lower rank it takes
-    out a diagonal too, in whatever basis the SVD returns. At share 1 it protects no leading
-    direction unless rounding lifts a share above 1, here all. It passes over parameters that lie
-    directly on a module with children (CLIP's class embedding): these keep the first expert's
-    change. It shuffles the order unless told not to.
+    Pitfalls: What comes first is protected from what comes later, so order matters. Experts that
+    cancel leave a small remainder, which the factor blows up to full length. Each step takes a full
+    SVD of every linear weight.
+
+    Peers: The authors' code in FusionBench gives the same where merged changes have full rank, and
+    differs in four ways. In the null space of a change of lower rank it takes out a diagonal too,
+    in whatever basis the SVD returns. At `share=1` it protects no leading direction unless rounding
+    lifts a share above 1, here all. It passes over parameters that lie directly on a module with
+    children (CLIP's class embedding): these keep the first expert's change. It shuffles the order
+    unless told not to.
+
+    Raises ValueError for a share out of range.
+
+    Source: Tang et al. 2025, arXiv 2501.09522.
     """
     check_share(share)
     places, merging = linear_places(problem), untouched(problem)

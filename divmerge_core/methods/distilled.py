@@ -1,5 +1,6 @@
 """Distillation of all weights, and the checks and hooks of methods that learn from experts."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.kernels.stores import dense
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.divmerge import limit
-from divmerge_core.problem import MergeProblem, expert_logits, schedule
+from divmerge_core.problem import LIMIT, Diverged, MergeProblem, expert_logits, schedule
 
 
 def require_positive(**options: int | float) -> None:
@@ -24,12 +25,21 @@ def require_positive(**options: int | float) -> None:
             )
 
 
-def require_finite(loss: Tensor, where: str, lr: float) -> None:
-    """Raise ValueError where a loss is NaN or infinite."""
-    if not torch.isfinite(loss):
-        raise ValueError(
-            f"the loss is {loss.item()} at {where}; lower lr (now {lr}) or check the experts for "
-            "extreme values"
+def check_course(method: str, numbers: Tensor, where: int | str, lr: float) -> None:
+    """Raise Diverged where a loss, logits or learnt numbers of a step hold NaN or +inf."""
+    if not (numbers < math.inf).all():
+        raise Diverged(
+            f"{method}: NaN or inf at step {where}; lower lr (now {lr}) or check the experts and "
+            "their inputs for extreme values"
+        )
+
+
+def check_distance(method: str, way: Tensor, reach: Tensor, where: int | str, lr: float) -> None:
+    """Raise Diverged where a fit has gone `way` from the base, LIMIT times any expert's `reach`."""
+    if not way <= LIMIT * reach:
+        raise Diverged(
+            f"{method}: after step {where} the parameters are {way.item():.3g} from the base, over "
+            f"{LIMIT:g} times as far as any expert ({reach.item():.3g}); lower lr (now {lr})"
         )
 
 
@@ -59,7 +69,15 @@ def hooked(module: nn.Module, see: Callable) -> Iterator[None]:
     needs="unlabelled inputs",
     cost="training",
     symmetric=True,
-    search=({}, {"lr": 1e-3}),
+    cite="hinton2015",
+    search=(
+        {},
+        {"lr": 1e-3},
+        {"lr": 3e-4},
+        {"lr": 3e-5},
+        {"init": 0.3},
+        {"init": 0.3, "lr": 1e-3},
+    ),
 )
 def distillation(
     problem: MergeProblem,
@@ -72,18 +90,32 @@ def distillation(
     seed: int = 0,
     progress: bool = True,
 ) -> Float[Tensor, " N"]:
-    """Minimise DivMerge's own objective over the weights themselves, sum_t E_x D(expert_t, model).
+    r"""Teach all weights of one model to answer as every expert does on its own inputs.
 
-    An upper reference and no merge: DivMerge freed of its T G coefficients. Every parameter that
-    some expert changed learns, be it matrix, bias or embedding; the others stay the base's. Adam
-    starts from base plus `init` times the sum of task vectors, None for 1/T, and takes a batch of
-    every task per step.
+    $$
+    \min_{\theta} \sum_{t=1}^{T} \mathbb{E}_{x \sim X_t}\,
+      D\big(p_t(\cdot \mid x),\, q_\theta(\cdot \mid x)\big), \qquad
+    \theta \text{ from } \theta_0 + \lambda \sum_{t=1}^{T} \tau_t
+    $$
 
-    divergence: a name in DIVERGENCES; `kl` is the classic one at temperature 1 (arXiv 1503.02531).
-    inputs: per task, None for DivMerge's 200. lr has no published value: this one is that of
-    fine-tuning. With few inputs it fits these alone, so it may lose to a merge on other rows.
-    Raises ValueError for unknown names, values out of range, a task without inputs, and a loss
-    that stops being finite.
+    Idea: This is DivMerge's own objective, freed of its T G coefficients. What it reaches says how
+    much of a merge's loss is due to merging, and how much to the experts and inputs.
+
+    Every parameter that some expert changed learns, be it matrix, bias or embedding; the others
+    stay the base's. Adam starts at base plus `init` times the sum of task vectors, None for 1/T,
+    and takes a batch of every task per step.
+
+    divergence: a name in DIVERGENCES; `kl` is the classic one at temperature 1. inputs: per task,
+    None for DivMerge's 200. lr: none is published; this one is usual for fine-tuning.
+    epochs: passes over the inputs.
+
+    Pitfalls: It is an upper reference and no merge: it trains N numbers. With few inputs it fits
+    these alone, and may lose to a merge on other rows.
+
+    Raises ValueError for unknown names, values out of range, a task without inputs, a loss that
+    stops being finite, and parameters 100 times as far from the base as any expert.
+
+    Source: Hinton et al. 2015, arXiv 1503.02531; the objective is that of DivMerge, Eq. 4.
     """
     objective = DIVERGENCES[divergence]
     require_positive(epochs=epochs, lr=lr)
@@ -93,7 +125,7 @@ def distillation(
     num_tasks = len(vectors.tasks)
     live = vectors.merge([1 / num_tasks if init is None else init] * num_tasks)
     leaves = vectors.layout.unflatten(live)
-    free = dense(vectors.deltas).any(dim=0)  # [N]
+    free, reach = dense(vectors.deltas).any(dim=0), vectors.norms().max()  # [N], []
     adam = torch.optim.Adam([leaf.requires_grad_() for leaf in leaves.values()], lr=lr)
     steps = schedule([len(b) for b in problem.batches], epochs, torch.Generator().manual_seed(seed))
     for number, chosen in enumerate(tqdm(steps, "distilling", disable=not progress, leave=False)):
@@ -102,12 +134,15 @@ def distillation(
         try:
             loss = sum(b.weight @ objective(e[n], logits) for e, n, (_, b), logits in taught)
         except ValueError as error:  # a divergence's own, of logits that are NaN
-            raise ValueError(f"step {number}, lr {lr} (lower it if too high): {error}") from error
-        require_finite(loss, f"step {number}", lr)
+            raise Diverged(
+                f"distillation: step {number}, lr {lr} (lower it if too high): {error}"
+            ) from error
+        check_course("distillation", loss, number, lr)
         adam.zero_grad()
         loss.backward()
         for leaf, (start, stop) in zip(leaves.values(), vectors.layout.bounds, strict=True):
             if leaf.grad is not None:  # a tensor that forward does not use has none
                 leaf.grad *= free[start:stop].view_as(leaf)
         adam.step()
+        check_distance("distillation", torch.dist(live, vectors.base), reach, number, lr)
     return live

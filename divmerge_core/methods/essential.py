@@ -83,8 +83,9 @@ def essential_factors(
     energy = energy[:rank]
     if not energy.any():
         return delta.new_zeros(len(delta), rank), delta.new_zeros(rank, delta.shape[1])
-    weight = torch.where(energy > 0, (energy / energy.mean()) ** ENERGY_POWER, 0)
-    weight = (weight / weight.mean()).to(delta.dtype)
+    excited = energy > 0  # means are over these: `levelled` counts no others either
+    weight = torch.where(excited, (energy / energy[excited].mean()) ** ENERGY_POWER, 0)
+    weight = (weight / weight[excited].mean()).to(delta.dtype)
     left = basis[:, :rank].to(delta.dtype)
     return left * weight, weight[:, None] * (left.T @ delta)
 
@@ -191,6 +192,12 @@ class RoutedModel:
     flat: Float[Tensor, " N"]
     detours: Mapping[str, Detour]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes to store: merged parameters, factors and prototypes; heads not counted."""
+        parts = [(d.prototypes, d.left, d.right) for d in self.detours.values()]
+        return self.flat.nbytes + sum(tensor.nbytes for every in parts for tensor in every)
+
     @torch.no_grad()
     def logits(self, task: int, batch: Batch) -> Float[Tensor, "A V"]:
         """Answers on inputs of any task; `task` chooses the head alone, not the experts."""
@@ -214,7 +221,7 @@ class RoutedModel:
 def residual_detours(
     problem: MergeProblem, flat: Float[Tensor, " N"], names: Sequence[str], rank: int
 ) -> dict[str, Detour]:
-    """The named layers' ways from the parameters `flat` to every expert."""
+    """The named layers' ways from the parameters `flat` to every expert; idle layers have none."""
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in names}
     for number, task in enumerate(problem.vectors.tasks):
         gaps = problem.vectors.layout.unflatten(problem.vectors.expert(task) - flat)
@@ -225,5 +232,7 @@ def residual_detours(
                 mean = (seen.total / seen.count).to(flat.dtype)
                 parts[name].append((mean, left, left.T @ gaps[name]))
     return {
-        name: Detour(*map(torch.stack, zip(*every, strict=True))) for name, every in parts.items()
+        name: Detour(*map(torch.stack, zip(*every, strict=True)))
+        for name, every in parts.items()
+        if every
     }

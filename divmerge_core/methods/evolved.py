@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
 from divmerge_core.coefficients import Coefficients
 from divmerge_core.kernels.merge import grouped_merge
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.cma import CmaEs
-from divmerge_core.methods.paths import Path, Paths, Pool, Population
+from divmerge_core.methods.paths import BASE, Path, Paths, Pool, Population
 from divmerge_core.problem import Merged, MergeProblem, Predictor
 
 Score = Callable[[Merged], float]  # higher is better
@@ -52,8 +52,10 @@ def at_least_one(method: str, **counts: int) -> None:
     needs="a validation score",
     cost="inputs",
     symmetric=False,
+    calls=lambda num_tasks: 4 * num_tasks,  # children
     returns="predictor",
-    search=({}, {"size_base": 0.9}),
+    cite="gesmundo2022",
+    search=({}, *({"size_base": base} for base in (0.9, 0.8, 0.95, 0.99, 0.5))),
 )
 def layer_evolution(
     problem: MergeProblem,
@@ -64,40 +66,64 @@ def layer_evolution(
     children: int = 4,
     size_base: float = 1.0,
     seed: int = 0,
+    seen: Callable[[float], None] | None = None,
     progress: bool = True,
 ) -> Predictor:
-    """Evolve a path per task: for every group of parameters, whose delta to take, and how much.
+    r"""Evolve a path per task: for every group of parameters, whose delta to take, and how much.
 
-    The form without training of mu2Net (arXiv 2205.12755): a gene is the base, or a quarter, half,
-    three quarters or all of one expert's delta. Tasks come in their order. Each starts at its own
-    expert, which stands for the training that clones get there; `steps` generations of `children`
-    mutate parents, the best and least used first, and a child is kept unless it scores below its
-    parent on this task. Then the best path is locked: later tasks may copy it and never change it,
-    so a finished task's answers stay the same to the last bit. All tensors of a group, of whatever
-    shape, move together. A child differs in one gene at least, as an equal one would tell nothing.
+    $$
+    \theta^{(t)}_n = \theta_{0,n} + a_{g(n)}\, \tau_{e_{g(n)},\, n}, \qquad
+    \max_{e,\, a}\; \mathrm{score}_t\; b^{\,s(e, a)}, \qquad
+    a_g \in \{0, \tfrac14, \tfrac12, \tfrac34, 1\}
+    $$
+
+    Idea: A task may be served best by another task's attention and its own MLPs. Mutation and
+    selection find such choices with no more than a score, and finished tasks are never touched
+    again.
+
+    Tasks come in their order. Each starts at its own expert, which stands for the training that
+    clones get in the source; `steps` generations of `children` mutate parents, the best and least
+    used first, and a child is kept unless it scores below its parent on this task. Then the best
+    path is locked: later tasks may copy it and never change it, so a finished task's answers stay
+    the same to the last bit. All tensors of a group, of whatever shape, move together. A child
+    differs in one gene at least.
 
     score: of one model per task; while a task evolves, earlier ones answer by their locked paths
-    and later ones by the base, so a mean over tasks ranks this task's paths. It is called
-    T (1 + steps children) times; so many choices soon overfit a small validation split.
-    size_base: the score times size_base to the share of N that the path takes, where a gene that k
-    tasks use counts 1/k; 1 (published) ignores size, 0.9 prefers shared genes. It is in (0, 1].
+    and later ones by the base, so a mean over tasks ranks this task's paths. It is called T (1 +
+    `steps` times `children`) times; 32 and 4 are published. size_base: the b above, in (0, 1]; $s$
+    is the share of N that the path takes, where a gene that k tasks use counts 1/k. 1 (published)
+    ignores size, 0.9 prefers shared genes. seen: called after every score with the best one of the
+    task so far.
 
-    The result knows an input's task: compare it with the experts, not with one merged model.
-    Not symmetric: what later tasks can copy depends on the order. Raises ValueError for options out
-    of range, an unknown grouping, a missing score, a score that is not finite, and a negative one
-    where size counts.
+    Pitfalls: So many choices soon overfit a small validation split. The result knows an input's
+    task: compare it with the experts, not with one merged model. Where groups do not interact, a
+    greedy search finds more with fewer scores. What later tasks can copy depends on the order.
+
+    Peers: The authors' mu2Net trains the components that a child clones, and evolves
+    hyperparameters too; neither is done here.
+
+    Raises ValueError for options out of range, an unknown grouping, a missing score, a score that
+    is not finite, and a negative one where size counts.
+
+    Source: Gesmundo and Dean 2022, arXiv 2205.12755.
     """
     score = checked(score, "layer_evolution")
     at_least_one("layer_evolution", steps=steps, children=children)
     if not 0 < size_base <= 1:
         raise ValueError(f"size_base must be in (0, 1], got {size_base}; 1 ignores size")
     pool, generator = Pool.of(problem, grouping), torch.Generator().manual_seed(seed)
+    still = Path((BASE,) * pool.segments.num_groups)
     flats: list[Tensor] = [problem.vectors.base.clone()] * len(problem.vectors.tasks)
     locked: list[Path] = []
 
-    def fitness(path: Path) -> float:
+    def answering(path: Path, flat: Float[Tensor, " N"]) -> Paths:
+        """Earlier tasks by their locked paths, this one by `path`, later ones by the base."""
         task = len(locked)
-        value = score(Paths(problem, [*flats[:task], pool.model(path), *flats[task + 1 :]]))
+        paths = (*locked, path, *(still for _ in flats[task + 1 :]))
+        return Paths(problem, [*flats[:task], flat, *flats[task + 1 :]], paths, pool.segments)
+
+    def fitness(path: Path) -> float:
+        value = score(answering(path, pool.model(path)))
         if value < 0 and size_base < 1:
             raise ValueError(f"size_base needs scores of 0 or more, got {value}; shift them up")
         return value * size_base ** pool.accounted(path, locked)
@@ -105,15 +131,36 @@ def layer_evolution(
     for task, name in enumerate(problem.vectors.tasks):
         start = Path(((task, 1.0),) * pool.segments.num_groups)
         population = Population([(fitness(start), start)], tuple(locked))
+        if seen is not None:
+            seen(population.highest())
         for _ in tqdm(range(steps), f"paths of {name}", disable=not progress, leave=False):
             for _ in range(children):
                 population.breed(fitness, pool.choices, generator)
+                if seen is not None:
+                    seen(population.highest())
         flats[task] = pool.model(population.best())
         locked.append(population.best())
-    return Paths(problem, flats)
+    return Paths(problem, flats, tuple(locked), pool.segments)
 
 
 # --- coefficients by covariance matrix adaptation -------------------------------------------------
+
+
+def covariance_adaptation(start: Float[Tensor, " n"], sigma: float, seed: int) -> Any:
+    """pycma's CMAEvolutionStrategy: its own constants, silent, with random numbers from the seed.
+
+    It would seed NumPy's global generator, or draw from it, unless it is given a function to draw
+    from and no seed.
+    """
+    import cma  # here, as it imports a plotting library
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).numpy()
+
+    options = {"randn": normal, "seed": math.nan, "verbose": -9, "verb_disp": 0, "verb_log": 0}
+    return cma.CMAEvolutionStrategy(start.numpy(), sigma, options)
 
 
 @METHODS.register(
@@ -122,8 +169,17 @@ def layer_evolution(
     needs="a validation score",
     cost="inputs",
     symmetric=False,
+    calls=lambda num_tasks: 4 + int(3 * math.log(num_tasks)),
     between=False,
-    search=({}, {"init": None}),
+    cite="akiba2025, hansen2016, hansen2019",
+    search=(
+        {},
+        {"init": None},
+        {"init": 0.3},
+        {"sigma": 0.05},
+        {"sigma": 0.4},
+        {"init": None, "sigma": 0.05},
+    ),
 )
 def evolved_coefficients(
     problem: MergeProblem,
@@ -136,18 +192,38 @@ def evolved_coefficients(
     seed: int = 0,
     progress: bool = True,
 ) -> Float[Tensor, " N"]:
-    """The coefficients, one per task and group, at which CMA-ES sees the highest score.
+    r"""Search the coefficients with the highest score by CMA-ES.
 
-    The search in parameter space of evolutionary merging (arXiv 2403.13187), over the coefficients
-    of task arithmetic: the paper's also moves the drop rates and densities of DARE and TIES, and
-    keeps its parameters in a box; these here are free, so one expert may be overshot. What comes
-    out is the best merge that was scored, the start among them, and not the final mean.
+    $$
+    \max_{\Lambda}\; \mathrm{score}\big(\theta(\Lambda)\big), \qquad
+    \Lambda^{(i)} \sim \mathcal{N}\big(m, \sigma^2 C\big), \qquad
+    \theta(\Lambda)_n = \theta_{0,n} + \sum_{t=1}^{T} \lambda_{t,g(n)}\, \tau_{t,n}
+    $$
 
-    init: of every coefficient, None for 1/T. sigma: the first standard deviation, above 0. steps:
-    each scores lambda = 4 + floor(3 ln n) merges, n = T G; a hundred with 5 to 12 coefficients is
-    about the paper's 1000 trials. Not symmetric: each coefficient has random numbers of its own.
+    Idea: Accuracy on labelled rows has no gradient, but it can be searched. CMA-ES learns from each
+    step's better and worse merges where the next ones should lie, and how far apart.
+
+    All tensors take part; there is one coefficient per task and group of `grouping`. They are free,
+    so an expert may be overshot. What comes out is the best merge that was scored, the start among
+    them, and not the final mean. The search is pycma's, with its own constants.
+
+    score: of one merged vector, higher is better. init: of every coefficient, None for 1/T.
+    sigma: the first standard deviation, above 0; 1/6 is published. steps: each scores
+    $4 + \lfloor 3 \ln n \rfloor$ merges of n = T G coefficients; a hundred with 5 to 12
+    coefficients is about the published 1000 trials.
+
+    Pitfalls: It fits the rows that it is scored on, the more so the more coefficients there are. A
+    score in steps, as accuracy is on few rows, tells points apart badly. Each coefficient has
+    random numbers of its own, so the order of tasks matters.
+
+    Peers: The source also searches the drop rates and densities of DARE and TIES, keeps its
+    parameters in a box, and published no search code. mergekit's `mergekit-evolve` searches all
+    numbers of a recipe by CMA-ES.
+
     Raises ValueError for options out of range, an unknown grouping, a missing score, and one that
     is not finite.
+
+    Source: Akiba et al. 2025, arXiv 2403.13187; CMA-ES is Hansen 2016, arXiv 1604.00772.
     """
     score = checked(score, "evolved_coefficients")
     at_least_one("evolved_coefficients", steps=steps)
@@ -162,120 +238,11 @@ def evolved_coefficients(
         return grouped_merge(vectors.base, vectors.deltas, coeffs, segments)
 
     best = start.raw.detach().double().flatten()
-    highest, search = score(merged(best)), CmaEs(best, sigma, torch.Generator().manual_seed(seed))
+    highest, search = score(merged(best)), covariance_adaptation(best, sigma, seed)
     for _ in tqdm(range(steps), "CMA-ES", disable=not progress, leave=False):
         points = search.ask()
-        values = [score(merged(point)) for point in points]
-        search.tell(torch.tensor(values, dtype=torch.float64))
+        values = [score(merged(torch.from_numpy(point))) for point in points]
+        search.tell(points, [-value for value in values])  # it minimises
         if max(values) > highest:
-            highest, best = max(values), points[values.index(max(values))]
+            highest, best = max(values), torch.from_numpy(points[values.index(max(values))])
     return merged(best)
-
-
-# --- which experts to trust -----------------------------------------------------------------------
-
-
-def drawn(
-    raw: Float[Tensor, " T"], draw: int | None, generator: torch.Generator
-) -> Bool[Tensor, " T"]:
-    """Which experts a policy takes: each by itself at sigmoid(w), or `draw` by softmax(w)."""
-    uniform = torch.rand(len(raw), generator=generator, dtype=raw.dtype)
-    if draw is None:
-        taken = uniform < raw.sigmoid()
-        return taken if taken.any() else raw == raw.max()
-    order = (raw - (-uniform.log()).log()).argsort(descending=True)  # Gumbel: none is drawn twice
-    return torch.zeros_like(raw, dtype=torch.bool).index_fill(0, order[:draw], True)
-
-
-def learned_policy(
-    problem: MergeProblem,
-    score: Score,
-    rule: Callable[[MergeProblem], Float[Tensor, " N"]],
-    *,
-    draw: int | None,
-    steps: int,
-    lr: float,
-    seed: int = 0,
-    progress: bool = True,
-) -> Float[Tensor, " T"]:
-    """How far each expert is trusted, learned from the scores R of merges of experts drawn by it.
-
-    With draw=None each expert is drawn by itself, with probability sigmoid(w), at first 1/2; these
-    are returned. Otherwise `draw` of them are drawn from softmax(w), without replacement, and the
-    softmax is returned. Adam descends -(R - b) log P(drawn); in the second case, as published,
-    log P is the sum of the drawn experts' log softmax. b is R's moving average: the first R at
-    first, then moved a tenth of the way to each new one.
-    """
-    tasks, generator = problem.vectors.tasks, torch.Generator().manual_seed(seed)
-    raw = torch.zeros(len(tasks), dtype=torch.float64, requires_grad=True)
-    adam, usual = torch.optim.Adam([raw], lr=lr), None
-    for _ in tqdm(range(steps), "policy", disable=not progress, leave=False):
-        taken = drawn(raw.detach(), draw, generator)
-        names = [task for task, chosen in zip(tasks, taken.tolist(), strict=True) if chosen]
-        reward = score(rule(problem.select(names)))
-        usual = reward if usual is None else usual
-        signed = torch.where(taken, raw, -raw)
-        likely = logsigmoid(signed) if draw is None else raw.log_softmax(0)[taken]
-        adam.zero_grad()
-        (-likely.sum() * (reward - usual)).backward()
-        adam.step()
-        usual += 0.1 * (reward - usual)
-    return raw.detach().sigmoid() if draw is None else raw.detach().softmax(0)
-
-
-@METHODS.register(
-    "selection_policy",
-    source="Hu et al. 2025",
-    needs="a validation score",
-    cost="inputs",
-    symmetric=False,
-    search=({}, {"draw": 4}),
-)
-def selection_policy(
-    problem: MergeProblem,
-    *,
-    score: Score | None = None,
-    rule: str = "average",
-    draw: int | None = None,
-    steps: int = 500,
-    lr: float = 0.1,
-    seed: int = 0,
-    progress: bool = True,
-) -> Float[Tensor, " N"]:
-    """Merge the experts that a learned policy trusts, for pools in which some are corrupted.
-
-    The policy of TEAPOT (arXiv 2311.14756), there over models to distil from, is learned here from
-    the scores of merges of a few experts at a time (see `learned_policy`). `rule`, a data-free
-    method by name, merges those and at last the trusted ones; the mean suits both, as its size does
-    not depend on how many they are. Tensors of all shapes are treated as the rule treats them.
-
-    draw: None lets every expert in or out by itself and trusts those at 1/2 or more. A number draws
-    that many per step from one softmax, as published (4 of 100), at most half of the pool so that
-    draws differ, and trusts those above 1/(2T). Its mass adds up to 1: corrupted experts lose it
-    sooner, but a long run also drops good ones, and loses accuracy where no expert is corrupted.
-    The score's scale is immaterial, as Adam divides by it. Leaving each expert out once, or the
-    cosine of its task vector to their mean, finds outliers for far fewer scores: compare with them.
-    Not symmetric: draws follow the experts' order.
-
-    Raises ValueError for options out of range, a rule that is not data-free, a missing score, and
-    one that is not finite.
-    """
-    score = checked(score, "selection_policy")
-    at_least_one("selection_policy", steps=steps, **({} if draw is None else {"draw": draw}))
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr must be above 0 and finite, got {lr}; the paper takes 0.1")
-    method, facts = METHODS[rule], METHODS.facts[rule]
-    data_free = facts["needs"].startswith(("nothing", "validation labels"))
-    if not data_free or "exactly" in facts or "returns" in facts:
-        raise ValueError(
-            f"rule must merge any number of experts into one vector, from their weights alone; "
-            f"{rule!r} does not, 'average' does"
-        )
-    tasks = problem.vectors.tasks
-    draw = draw and min(draw, max(1, len(tasks) // 2))
-    trust = learned_policy(
-        problem, score, method, draw=draw, steps=steps, lr=lr, seed=seed, progress=progress
-    )
-    enough = trust >= 0.5 if draw is None else trust > 0.5 / len(tasks)
-    enough |= trust == trust.max()  # where every expert harms, the least harmful one is merged
-    return method(problem.select([t for t, kept in zip(tasks, enough, strict=True) if kept]))

@@ -1,4 +1,4 @@
-"""Methods that mask or weigh every entry of the task vectors on its own."""
+"""Methods that keep some entries of the task vectors and mask the others."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from divmerge_core.kernels.stores import dense
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.arithmetic import check_choice, check_keep, moved
+from divmerge_core.methods.arithmetic import check_choice, check_keep, moved, require_finite
 from divmerge_core.problem import Batch, MergeProblem
 from divmerge_core.vectors import Layout
 
@@ -27,9 +27,11 @@ def middle(values: Float[Tensor, "R K"], keep: float, remove: float) -> Float[Te
 @METHODS.register(
     "breadcrumbs",
     source="Davari and Belilovsky 2024",
+    cite="davari2024",
     needs="validation labels, for the scale",
     cost="weights",
     symmetric=True,
+    linear="scale",
     search=(
         *({"scale": scale} for scale in (0.4, 0.3, 0.5, 0.7)),
         *({"scale": scale, "remove": 0.01} for scale in (0.4, 0.7)),
@@ -43,16 +45,36 @@ def breadcrumbs(
     scale: float = 0.4,
     per: str = "tensor",
 ) -> Float[Tensor, " N"]:
-    """Task arithmetic on the middle of every task vector: neither outliers nor small entries.
+    r"""Task arithmetic on the middle of every task vector: neither outliers nor small entries.
 
-    In every tensor of every task vector the largest `remove` share is dropped, the next `keep`
-    share stays, the rest is dropped (arXiv 2312.06795); at least one entry of a tensor stays. per:
-    `tensor`, or `row` for a ranking within each row of a matrix, as in the authors' code; a tensor
-    of one axis is one row. mergekit's `density` and `gamma` are keep and remove (0.01 there); it
-    rounds both numbers of entries down, so that a tensor of a few entries may lose them all. Raises
-    ValueError unless keep is in (0, 1], remove in [0, 1), their sum at most 1, and per known.
+    $$
+    \theta = \theta_0 + \lambda \sum_{t=1}^{T} m_t \odot \tau_t, \qquad
+    m_{t,n} = 1 \iff \gamma K \le \operatorname{rank} |\tau_{t,n}| \lt (\gamma + \kappa) K
+    $$
+
+    Idea: The smallest entries of a task vector are noise, and a few very large ones are outliers.
+    Both disturb other tasks more than they help their own.
+
+    Ranks count from the largest of the K entries of a tensor, from 0. `remove` is $\gamma$, the
+    share of largest entries that is dropped; `keep` is $\kappa$, the share after it that stays; at
+    least one entry of a tensor stays. The authors' example has 0.1 and 0.2 at `scale` 0.4. All
+    tensors are treated. `per`: `tensor`, or `row` for a ranking within each row of a matrix; a
+    tensor of one axis is one row.
+
+    Pitfalls: At `remove` 0.1 the largest tenth goes, where much of a task vector's length lies;
+    0.01 is gentler. Small tensors lose their largest entry as soon as `remove` rounds to one.
+
+    Peers: The authors' code ranks within rows. mergekit's `density` and `gamma` are `keep` and
+    `remove`, 0.01 there; it rounds both numbers of entries down, so that a tensor of a few entries
+    may lose them all.
+
+    Raises ValueError unless `keep` is in (0, 1], `remove` in [0, 1), their sum at most 1, `scale`
+    finite, and `per` known.
+
+    Source: Davari and Belilovsky 2024 (arXiv 2312.06795).
     """
     check_keep(keep)
+    require_finite(scale=scale)
     check_choice("per", per, ("tensor", "row"))
     if not 0 <= remove < 1 or keep + remove > 1 + 1e-9:
         raise ValueError(
@@ -86,9 +108,11 @@ def tall_masks(deltas: Float[Tensor, "T N"], threshold: float) -> Bool[Tensor, "
 @METHODS.register(
     "consensus",
     source="Wang et al. 2024",
+    cite="wang2024tall",
     needs="validation labels, for the scale",
     cost="weights",
     symmetric=True,
+    linear="scale",
     search=(
         *({"scale": scale} for scale in (0.3, 0.2, 0.5, 0.7)),
         *({"scale": scale, "threshold": 0.2} for scale in (0.3, 0.5)),
@@ -101,14 +125,32 @@ def consensus(
     agree: int = 2,
     scale: float = 0.3,
 ) -> Float[Tensor, " N"]:
-    """Task arithmetic on the entries that at least `agree` tasks can use, by their TALL masks.
+    r"""Task arithmetic on the entries that at least `agree` tasks can use, by their TALL masks.
 
-    All tensors alike; an entry that fewer tasks can use stays at the base. threshold: the paper
-    picks one of 0.2 to 0.6 for each task on validation rows; here it is one for all. agree: 2 drops
-    what none or one task uses; 0 is task arithmetic; more than T gives the base, and so does one
-    expert alone at agree=2. Source: arXiv 2405.07813. Raises ValueError unless threshold is
-    positive and agree 0 or more.
+    $$
+    \theta = \theta_0 + \lambda\, \mathbf{1}\Big[\sum_{t} m_t \ge k\Big] \odot \sum_{t} \tau_t,
+    \qquad m_t = \mathbf{1}\Big[\, |\tau_t| > \rho\, \Big|\sum_{u \ne t} \tau_u\Big| \,\Big]
+    $$
+
+    Idea: An entry of the sum serves a task where the task's own part in it is large enough. Entries
+    that serve no task or a single one mostly disturb the others.
+
+    The formula holds entry by entry, and all tensors alike; an entry that fewer tasks can use stays
+    at the base. `threshold` is $\rho$, above 0: the paper picks one of 0.2 to 0.6 for each task on
+    validation rows; here it is one for all. `agree` is k, in the paper 2, which drops what none or
+    one task uses; 0 is task arithmetic, and more than T gives the base. `scale` is $\lambda$.
+
+    Pitfalls: One expert alone gives the base at `agree=2`. With two tasks an entry must serve both,
+    so little is left.
+
+    Peers: FusionBench's method compares the base's weights where these lines compare task vectors;
+    its helper of the same name does not.
+
+    Raises ValueError unless `threshold` is positive, `agree` 0 or more and `scale` finite.
+
+    Source: Wang et al. 2024 (arXiv 2405.07813).
     """
+    require_finite(scale=scale)
     if not threshold > 0 or agree < 0:
         raise ValueError(
             f"threshold must be positive and agree 0 or more, got {threshold} and {agree}; the "
@@ -117,81 +159,6 @@ def consensus(
     deltas = dense(problem.vectors.deltas)
     shared = tall_masks(deltas, threshold).sum(dim=0) >= agree
     return moved(problem, scale * torch.where(shared, deltas.sum(dim=0), 0))
-
-
-# --- parameter competition ------------------------------------------------------------------------
-
-
-def unit_range(values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Shifted and scaled to [0, 1]; values that are all equal become 0."""
-    low, high = values.min(), values.max()
-    return (values - low) / torch.where(high > low, high - low, 1)
-
-
-def clipped(row: Float[Tensor, " N"], clip: float) -> Float[Tensor, " N"]:
-    """The row with its magnitudes' lowest and highest `clip` share brought in to the next one."""
-    size, cut = row.abs(), int(clip * len(row))
-    low, high = size.kthvalue(cut + 1).values, size.kthvalue(len(row) - cut).values
-    return row.sign() * size.clamp(low, high)
-
-
-def competition(deltas: Tensor, kept: Tensor, inter: str) -> Float[Tensor, "T N"]:
-    """Every entry's score: exp(T n^2), n its magnitude in [0, 1], times its accord with others."""
-    size = torch.stack([unit_range(row.abs()) for row in kept])
-    if inter == "pairwise":
-        signed = size * deltas.sign()
-        accord = torch.stack([sum(torch.tanh(row * other) for other in signed) for row in signed])
-    else:
-        accord = torch.tanh(deltas * deltas.sum(dim=0))
-    return torch.exp(len(deltas) * size.square()) * accord
-
-
-@METHODS.register(
-    "pcb",
-    source="Du et al. 2024",
-    needs="validation labels, for the scale",
-    cost="weights",
-    symmetric=True,
-    between=False,  # alone, what an expert keeps is scaled by 1.2
-    search=(
-        *({"scale": scale} for scale in (1.2, 1.0, 0.8, 1.5)),
-        *({"scale": scale, "ratio": 0.05} for scale in (1.2, 0.8)),
-    ),
-)
-def pcb(
-    problem: MergeProblem,
-    *,
-    ratio: float = 0.1,
-    scale: float = 1.2,
-    clip: float = 0.01,
-    inter: str = "pairwise",
-) -> Float[Tensor, " N"]:
-    """Parameter competition: a mean of task vectors, weighted entry by entry by what each says.
-
-    Magnitudes of each task vector are clipped at their own `clip` quantiles on both sides and
-    scaled to n in [0, 1] over the whole model. An entry scores exp(T n^2) times its accord with the
-    others; of each task the best `ratio` share keep the score, scaled to [0, 1], as their weight,
-    and the rest weigh 0. The result is base + scale * sum_t w_t tau_t / sum_t w_t, tau_t clipped
-    (arXiv 2410.02396). inter: `pairwise`, sum_j tanh(+-n_t n_j), is the authors' vision script;
-    `total`, tanh(tau_t sum_j tau_j) on raw values (tiny, so nearly linear), is their short script,
-    with clip=1e-4. The paper writes softmax where both have exp and tanh. They keep one entry
-    fewer, round the upper quantile down, and may search one scale per task. Raises ValueError
-    unless ratio is in (0, 1], clip in [0, 0.5) and inter known.
-    """
-    if not 0 < ratio <= 1 or not 0 <= clip < 0.5:
-        raise ValueError(
-            f"ratio must be in (0, 1] and clip in [0, 0.5), got {ratio} and {clip}; the authors "
-            "take 0.1 and 0.01"
-        )
-    check_choice("inter", inter, ("pairwise", "total"))
-    deltas = dense(problem.vectors.deltas)
-    kept = torch.stack([clipped(row, clip) for row in deltas])
-    weight, size = competition(deltas, kept, inter), deltas.shape[1]
-    count = min(max(1, round(ratio * size)), size - 1)
-    for row in weight:
-        row.copy_(unit_range(row.clamp(min=row.kthvalue(size - count).values)))
-    below = weight.sum(dim=0)
-    return moved(problem, scale * (kept * weight).sum(dim=0) / torch.where(below > 0, below, 1))
 
 
 # --- a mask per task ------------------------------------------------------------------------------
@@ -205,6 +172,12 @@ class Masked:
     unified: Float[Tensor, " N"]
     masks: Bool[Tensor, "T N"]
     scales: Float[Tensor, " T"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to store: base, vector, masks at a bit per entry, scales; heads not counted."""
+        numbers = (self.problem.vectors.base, self.unified, self.scales)
+        return sum(number.nbytes for number in numbers) + -(-self.masks.numel() // 8)
 
     def parameters(self, task: int) -> Float[Tensor, " N"]:
         """The model that answers for a task."""
@@ -226,6 +199,7 @@ def total_size(row: Float[Tensor, " N"], layout: Layout, norm: str) -> Float[Ten
 @METHODS.register(
     "emr",
     source="Huang et al. 2024",
+    cite="huang2024",
     needs="nothing",
     cost="weights",
     symmetric=True,
@@ -233,15 +207,31 @@ def total_size(row: Float[Tensor, " N"], layout: Layout, norm: str) -> Float[Ten
     search=(),
 )
 def emr(problem: MergeProblem, *, norm: str = "total") -> Masked:
-    """Elect, mask, rescale: one vector, a bit mask per task and a number per task.
+    r"""Elect, mask, rescale: one vector, a bit mask per task and a number per task.
 
-    The elected sign of an entry is that of the sum of task vectors (zero counts as minus), its size
-    the largest among the entries of that sign. Task t sees the entries whose sign is its own, times
-    |tau_t| / |what it sees| (arXiv 2405.17461). It must be known which task an input belongs to:
-    beside the base it stores one vector, T bits per parameter and T numbers. norm: `total` takes
-    L1 norms over the whole model (the paper); `tensor` sums every tensor's mean magnitude, so that
-    a bias counts as much as a matrix (the authors' code and FusionBench). A task of which nothing
-    is seen gets scale 1. Raises ValueError for an unknown norm.
+    $$
+    \theta'_t = \theta_0 + \frac{\lVert\tau_t\rVert_1}{\lVert m_t \odot \tau\rVert_1}\,
+    m_t \odot \tau, \qquad \tau = \gamma \max_{t} m_t |\tau_t|, \quad
+    m_t = \mathbf{1}[\tau_t\, \gamma > 0], \quad \gamma = \operatorname{sign} \sum_{t} \tau_t
+    $$
+
+    Idea: Signs are what tasks disagree about; sizes can be shared. So all share one vector of
+    elected signs and largest sizes, and each hides the entries against it.
+
+    All tensors alike, without data. A sum of zero counts as minus. It must be known which task an
+    input belongs to; beside the base the model stores one vector, T bits per parameter and T
+    numbers. `norm`: `total` takes L1 norms over the whole model, as in the formula; `tensor` sums
+    every tensor's mean magnitude, so that a bias counts as much as a matrix. A task of which
+    nothing is seen gets scale 1.
+
+    Pitfalls: It returns a predictor and no merged model, so it is to be compared at equal storage,
+    and not with merges that answer without being told the task.
+
+    Peers: The authors' code and FusionBench take `norm="tensor"`; the paper's formula is `total`.
+
+    Raises ValueError for an unknown norm.
+
+    Source: Huang et al. 2024 (arXiv 2405.17461), Algorithm 1.
     """
     check_choice("norm", norm, ("total", "tensor"))
     deltas, layout = dense(problem.vectors.deltas), problem.vectors.layout

@@ -1,5 +1,6 @@
 """Models put together anew for every input, and the routers that say how."""
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from divmerge_core.activations import linear_layers
 from divmerge_core.coefficients import GROUPINGS
 from divmerge_core.kernels.stores import dense
+from divmerge_core.linalg import matrices, truncated
 from divmerge_core.problem import Batch, MergeProblem
+from divmerge_core.vectors import Layout
 
 ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 
@@ -50,6 +53,11 @@ class Router(nn.Module):
             hidden = nn.functional.linear(hidden.relu() if number else hidden, matrix, bias)
         return hidden
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of matrices and biases."""
+        return sum(parameter.nbytes for parameter in self.parameters())
+
 
 def over_tokens(hidden: Tensor, batch: Batch) -> Float[Tensor, "B d"]:
     """Mean over the tokens that are not padding: [B, S, d] -> [B, d]; [B, d] stays as it is."""
@@ -74,6 +82,12 @@ class Mixture:
     mlps: Mapping[str, list[str]]
     deltas: Mapping[str, tuple[Tensor, Tensor | None]]
     routers: Mapping[str, Router]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to be stored: the model, every expert's deltas of the MLPs, and the routers."""
+        parts = [part for pair in self.deltas.values() for part in pair if part is not None]
+        return sum(part.nbytes for part in (self.flat, *parts, *self.routers.values()))
 
     def logits(self, task: int, batch: Batch) -> Float[Tensor, "A V"]:
         """Every input with weights of its own, whatever else is in its batch."""
@@ -175,11 +189,29 @@ def untrained(
     return Mixture(problem, flat, mlps, routed, routers)
 
 
+def kept_rank(shape: tuple[int, ...], keep: float) -> int:
+    """`keep` times the full rank of a matrix of this shape, at least 1."""
+    return max(1, int(keep * min(shape)))
+
+
+def compressed(delta: Float[Tensor, " N"], layout: Layout, keep: float) -> Float[Tensor, " N"]:
+    """Every matrix at its best approximation of rank `kept_rank`; all else as it is."""
+    result = delta.clone()
+    for _, here, shape in matrices(layout):
+        left, values, right = truncated(delta[here].view(shape), kept_rank(shape, keep))
+        result[here] = ((left * values) @ right).flatten()
+    return result
+
+
+AT_ONCE = 4  # merged models that Twins holds at a time
+
+
 @dataclass(frozen=True)
 class Twins:
     """A shared model, and a compressed rest of every expert that a router adds for every input.
 
-    The router reads `features` less `mean`, over `spread`.
+    The router reads `features` less `mean`, over `spread`. keep: the share of full rank that the
+    matrices of the rests have.
     """
 
     problem: MergeProblem
@@ -188,6 +220,22 @@ class Twins:
     router: Router
     mean: Float[Tensor, " d"]
     spread: Float[Tensor, " d"]
+    keep: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to be stored: the shared model, the rests, and the router with what it reads.
+
+        Matrices of the rests count as two factors of their rank, where these take less.
+        """
+        numbers = 0  # of one rest
+        for shape in self.problem.vectors.layout.shapes:
+            whole = math.prod(shape)
+            factors = kept_rank(shape, self.keep) * sum(shape) if len(shape) == 2 else whole
+            numbers += min(whole, factors)
+        parts = (self.shared, self.router, self.mean, self.spread)
+        rests = len(self.rests) * numbers * self.rests.element_size()
+        return rests + sum(part.nbytes for part in parts)
 
     def weights(self, task: int, batch: Batch) -> Float[Tensor, "B T"]:
         """How much of each expert every input gets: at least 0, with sum 1."""
@@ -196,11 +244,12 @@ class Twins:
 
     def logits(self, task: int, batch: Batch) -> Float[Tensor, "A V"]:
         """One merged model, and one forward pass, per input."""
-        weights = self.weights(task, batch)
-        parts = [
-            self.problem.logits(self.shared + chosen @ self.rests, task, row)
-            for chosen, row in zip(weights, rows(batch), strict=True)
-        ]
+        weights, singles, parts = self.weights(task, batch), list(rows(batch)), []
+        for start in range(0, len(singles), AT_ONCE):  # a few models per pass over the rests
+            chosen = slice(start, start + AT_ONCE)
+            models = torch.addmm(self.shared, weights[chosen], self.rests)
+            for flat, row in zip(models, singles[chosen], strict=True):
+                parts.append(self.problem.logits(flat, task, row))
         return torch.cat(parts)
 
 

@@ -16,7 +16,8 @@ AMOUNTS = (0.25, 0.5, 0.75, 1.0)  # of an expert's delta that a gene may put int
 RATES = tuple(n / 50 for n in range(5, 16))  # of mutation: 0.1, 0.12, ..., 0.3
 RATE = RATES[5]  # 0.2
 
-Gene = tuple[int, float]  # an expert's number, and how much of its delta; (0, 0.0) is the base
+Gene = tuple[int, float]  # an expert's number, and how much of its delta
+BASE: Gene = (0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,23 @@ class Path:
 
 @dataclass(frozen=True)
 class Paths:
-    """One model per task, in the order of the problem's tasks: it needs to know an input's task."""
+    """One model per task, in the order of the problem's tasks: it needs to know an input's task.
+
+    flats: of every task, the parameters that its path says, over the groups of `segments`.
+    """
 
     problem: MergeProblem
     flats: Sequence[Float[Tensor, " N"]]
+    paths: Sequence[Path]
+    segments: Segments
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to be stored: a group's parameters once for every gene that some task has there."""
+        genes = zip(*(path.genes for path in self.paths), strict=True)
+        kinds = [len(set(group)) for group in genes]  # [G]
+        numbers = sum((stop - start) * kinds[group] for start, stop, group in self.segments.rows)
+        return numbers * self.flats[0].element_size()
 
     def logits(self, task: int, batch: Batch) -> Float[Tensor, "A V"]:
         return self.problem.logits(self.flats[task], task, batch)
@@ -52,7 +66,7 @@ class Pool:
         vectors = problem.vectors
         segments = Segments.of(vectors.layout.bounds, groups_of(vectors.layout, grouping)[1])
         experts = [(t, amount) for t in range(len(vectors.tasks)) for amount in AMOUNTS]
-        return cls(problem, segments, ((0, 0.0), *experts))
+        return cls(problem, segments, (BASE, *experts))
 
     def model(self, path: Path) -> Float[Tensor, " N"]:
         """The parameters that a path's genes say."""
@@ -126,6 +140,10 @@ class Population:
         value = fitness(child)
         if all(value >= before for before, path in self.own if path == parent):
             self.own.append((value, child))
+
+    def highest(self) -> float:
+        """The best score so far."""
+        return max(value for value, _ in self.own)
 
     def best(self) -> Path:
         """The path of the highest score, the first found where several have it."""

@@ -1,15 +1,19 @@
-"""Shifts of a layer's merged delta that are fitted to the weights alone, without any input.
+"""DOGE and WUDI: shifts of a layer's merged delta, fitted to the weights alone, without inputs."""
 
-The pieces of `doge` and `wudi` in methods/subspace.py.
-"""
-
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
-from divmerge_core.linalg import rank_of, truncated
+from divmerge_core.kernels.stores import dense
+from divmerge_core.linalg import matrices, rank_of, truncated
+from divmerge_core.methods import METHODS
+from divmerge_core.problem import Diverged, MergeProblem
+
+RUNAWAY = 100  # times the longest task vector: a fit that gets further from the base has failed
 
 
 def check_fit(units: str, steps: int, lr: float) -> None:
@@ -23,21 +27,38 @@ def check_fit(units: str, steps: int, lr: float) -> None:
         )
 
 
+def check_course(method: str, where: str, length: float, bound: float, lr: float) -> None:
+    """Raise Diverged where a fit has run away: a move that is not finite or above its bound."""
+    if not length <= bound:
+        finite = math.isfinite(length)
+        limit = f"{RUNAWAY} times the longest task vector" if finite else "all bounds"
+        raise Diverged(
+            f"{method}: the fit left {limit} behind at {where}; lower lr (now {lr}) or check the "
+            "experts for extreme weights"
+        )
+
+
 def descend(
-    name: str, start: Tensor, gradient: Callable[[Tensor], Tensor], steps: int, lr: float
+    method: str,
+    name: str,
+    gradient: Callable[[Tensor], Tensor],
+    like: Tensor,
+    *,
+    bound: float,
+    steps: int,
+    lr: float,
 ) -> Tensor:
-    """Where Adam arrives from `start`. Raises ValueError where a gradient is not finite."""
-    place = start.clone()
-    adam = torch.optim.Adam([place], lr=lr)
+    """The shift that Adam arrives at from zero. Raises Diverged where it grows above `bound`."""
+    shift = torch.zeros_like(like)
+    adam = torch.optim.Adam([shift], lr=lr)
     for step in range(steps):
-        place.grad = gradient(place)
-        if not torch.isfinite(place.grad).all():
-            raise ValueError(
-                f"{name}: the gradient is not finite at step {step}; lower lr (now {lr}) or check "
-                "the experts for extreme weights"
-            )
+        shift.grad = gradient(shift)
         adam.step()
-    return place
+        check_course(method, f"step {step} in {name}", float(shift.norm()), bound, lr)
+    return shift
+
+
+# --- DOGE -----------------------------------------------------------------------------------------
 
 
 def cutoffs(
@@ -86,6 +107,95 @@ def doge_gradient(
     return gradient
 
 
+@METHODS.register(
+    "doge",
+    source="Wei et al. 2025",
+    cite="wei2025",
+    needs="nothing",
+    cost="gradients",
+    symmetric=True,
+    between=False,
+    search=(
+        *({"eta": eta} for eta in (0.3, 0.5, 0.2, 0.8)),
+        *({"eta": eta, "lr": 0.05} for eta in (0.3, 0.5)),
+    ),
+)
+@torch.no_grad()
+def doge(
+    problem: MergeProblem,
+    *,
+    eta: float = 0.3,
+    lr: float = 0.3,
+    units: str = "relative",
+    steps: int = 400,
+    fraction: int = 6,
+    keep: float = 0.3,
+    progress: bool = True,
+) -> Float[Tensor, " N"]:
+    r"""Task vectors plus one learned shift per layer, off the subspace that the tasks share.
+
+    $$
+    W = W_0 + \sum_t \lambda_t M_t \odot (D_t + \Delta), \qquad
+    \lambda_t = \frac{\eta}{\lVert D_t\rVert}, \qquad
+    \min_\Delta \sum_{t,m}
+    \Big\langle d_{tm},\, d_{tm} - \sum_u \lambda_u (d_{um} + \delta_m) \Big\rangle^2
+    $$
+
+    Idea: The merged change should weigh on each expert's directions as the expert's own does. A
+    shift common to all can see to that, and what tasks share is left alone.
+
+    Every matrix is treated but those with "embed" in their name; these, biases and other tensors
+    stay as in the base. In the loss $d_{tm}$ and $\delta_m$ are rows of $D_t$ and $\Delta$. Adam
+    takes `steps` down it, with gradients that have no part in the directions that the experts
+    share, at most min(M, K) / `fraction` of them. $M_t$ keeps, over all matrices, the largest share
+    `keep` of the task vector's entries. `eta` is $\eta$. `units`: `relative` counts `eta` in mean
+    norms of the layer's deltas and `lr` in their root mean square, so that the merge scales with
+    the experts; `absolute` takes both as they are: the authors' `eta=0.07` and `lr=1e-4`, tuned to
+    CLIP, with 400 steps, fraction 6 and keep 0.3.
+
+    Pitfalls: Constants of CLIP mean nothing on another model, hence relative units. Adam mixes
+    coordinates, so the shift itself is not quite orthogonal to the shared directions.
+
+    Peers: FusionBench keeps floor(keep n) + 1 of n entries (here the nearest whole number), treats
+    the tensors named `encoder`, and gives NaN where an expert left one of them as it was. Its page
+    prints another sign of the loss.
+
+    Raises ValueError for options out of range and models without a matrix to treat, and Diverged
+    where the fit runs away.
+
+    Source: Wei et al. 2025 (arXiv 2501.01230), its variant without data; code of FusionBench.
+    """
+    check_fit(units, steps, lr)
+    if not 0 < keep <= 1 or fraction < 1 or not 0 <= eta < float("inf"):
+        raise ValueError(
+            f"keep must be in (0, 1], fraction 1 or more and eta 0 or more, got {keep}, {fraction} "
+            f"and {eta}; the authors take 0.3 and 6"
+        )
+    deltas, flat = dense(problem.vectors.deltas), problem.vectors.base.clone()
+    treated = [part for part in matrices(problem.vectors.layout) if "embed" not in part[0]]
+    if not treated:
+        raise ValueError("doge merges matrices that are no embeddings; the layout has none")
+    smallest = cutoffs(deltas, [place for _, place, _ in treated], keep)
+    longest = RUNAWAY * problem.vectors.norms().max()
+    for name, place, shape in tqdm(treated, "doge", disable=not progress, leave=False):
+        own = deltas[:, place].unflatten(1, shape)  # [T, M, K]
+        norms = own.flatten(1).norm(dim=1)
+        if not norms.any():
+            continue
+        relative = units == "relative"
+        unit = own.square().mean().sqrt() if relative else 1.0
+        coeffs = torch.where(norms > 0, eta * (norms.mean() if relative else 1.0) / norms, 0)
+        slope = doge_gradient(own / unit, coeffs, shared_basis(own, fraction))
+        bound = float(longest / unit / coeffs.sum())  # the base moves by coeffs.sum() shifts
+        shift = unit * descend("doge", name, slope, own[0], bound=bound, steps=steps, lr=lr)
+        for coeff, delta, cutoff in zip(coeffs, own, smallest, strict=True):
+            flat[place] += (coeff * (delta + shift) * (delta.abs() >= cutoff)).flatten()
+    return flat
+
+
+# --- WUDI -----------------------------------------------------------------------------------------
+
+
 def wudi_gradient(deltas: Float[Tensor, "T M K"]) -> Callable[[Tensor], Tensor]:
     """The gradient of sum_t |(sum_u D_u + shift - D_t) D_t^T|^2 / |D_t|^2 at a shift [M, K].
 
@@ -99,3 +209,67 @@ def wudi_gradient(deltas: Float[Tensor, "T M K"]) -> Callable[[Tensor], Tensor]:
             start += (total - delta) @ gram
             spread += gram
     return lambda shift: 2 * (start + shift @ spread)
+
+
+@METHODS.register(
+    "wudi",
+    source="Cheng et al. 2025",
+    cite="cheng2025",
+    needs="nothing",
+    cost="gradients",
+    symmetric=True,
+    search=(
+        {},
+        *({"lr": lr, "units": "relative"} for lr in (0.025, 0.1, 0.01, 0.05, 0.005)),
+    ),
+)
+@torch.no_grad()
+def wudi(
+    problem: MergeProblem,
+    *,
+    lr: float = 1e-5,
+    units: str = "absolute",
+    steps: int = 400,
+    progress: bool = True,
+) -> Float[Tensor, " N"]:
+    r"""Least interference with the experts' row spaces, which stand for their inputs.
+
+    $$
+    \min_\Delta \sum_{t=1}^{T}
+    \frac{\lVert (\Delta - D_t)\, D_t^\top \rVert_F^2}{\lVert D_t \rVert_F^2}
+    $$
+
+    Idea: Gradients of a linear layer are made of its inputs, so a change's rows span them. On these
+    rows, in place of data, the merged change should do what each expert's does.
+
+    Every matrix, embeddings too, starts at the sum of its deltas and takes `steps` of Adam; other
+    tensors take the mean delta. Nothing scales the result, and one expert alone comes back as it
+    is. `units`: `absolute`, the authors' `lr=1e-5` with 400 steps, tuned to CLIP; 0.025 in
+    `relative` units (root mean squares of the layer's deltas) is about the same there.
+
+    Pitfalls: The loss is quadratic and the step count a choice: no step leaves the sum of task
+    vectors, and the limit is a least-squares solution in closed form, how near is decided by `lr`
+    and `steps`.
+
+    Peers: FusionBench's function defaults to 300 steps. The gradient here is the same, summed over
+    experts once and not at every step. A user of the authors' code could not reproduce its RoBERTa
+    numbers (its issue 6).
+
+    Raises ValueError for options out of range, and Diverged where the fit runs away.
+
+    Source: Cheng et al. 2025 (arXiv 2503.08099).
+    """
+    check_fit(units, steps, lr)
+    deltas = dense(problem.vectors.deltas)
+    flat = problem.vectors.base + deltas.mean(dim=0)
+    parts = list(matrices(problem.vectors.layout))
+    longest = RUNAWAY * problem.vectors.norms().max()
+    for name, place, shape in tqdm(parts, "wudi", disable=not progress, leave=False):
+        own = deltas[:, place].unflatten(1, shape)  # [T, M, K]
+        if not own.any():
+            continue
+        unit = own.square().mean().sqrt() if units == "relative" else 1.0
+        slope, bound = wudi_gradient(own / unit), float(longest / unit)
+        shift = descend("wudi", name, slope, own[0], bound=bound, steps=steps, lr=lr)
+        flat[place] = problem.vectors.base[place] + (own.sum(dim=0) + unit * shift).flatten()
+    return flat

@@ -1,6 +1,5 @@
 """Methods that work on singular values of task vectors."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -10,17 +9,17 @@ from torch import Tensor
 from divmerge_core.kernels.stores import dense
 from divmerge_core.linalg import isometry, matrices, polar, rank_of, truncated
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.arithmetic import check_choice, check_keep, moved, ties
+from divmerge_core.methods.arithmetic import (
+    check_choice,
+    check_keep,
+    moved,
+    require_finite,
+    ties,
+)
 from divmerge_core.problem import MergeProblem
 from divmerge_core.vectors import Layout, TaskVectors
 
 SCALES = tuple({"scale": scale} for scale in (1.0, 0.4, 0.7, 1.3, 1.6, 2.0))
-
-
-def require_finite(scale: float) -> None:
-    """Raise ValueError for a scale that is NaN or infinite."""
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}; 1.0 adds the merge as it is")
 
 
 def merge_matrices(
@@ -29,7 +28,7 @@ def merge_matrices(
     merge: Callable[[Float[Tensor, "T M K"]], Float[Tensor, "M K"]],
 ) -> Float[Tensor, " N"]:
     """Base plus `scale` times: `merge` of every tensor with two axes, the mean of all others."""
-    require_finite(scale)
+    require_finite(scale=scale)
     deltas = dense(problem.vectors.deltas)
     merged = deltas.mean(dim=0)
     for _, place, shape in matrices(problem.vectors.layout):
@@ -43,23 +42,41 @@ def merge_matrices(
 @METHODS.register(
     "tsv_m",
     source="Gargiulo et al. 2025",
+    cite="gargiulo2025",
     needs="validation labels, for the scale",
     cost="weights",
     symmetric=True,
+    linear="scale",
     search=SCALES,
 )
 def tsv_m(problem: MergeProblem, *, scale: float = 1.0) -> Float[Tensor, " N"]:
-    """Cut every task's matrix to its share of the rank, then make the tasks' directions orthogonal.
+    r"""Cut each task's matrices to a share of the rank; make all tasks' directions orthogonal.
 
-    For a matrix [M, K] with r = min(M, K), each task keeps its floor(r / T) leading singular
-    triples. U and V are all tasks' left and right vectors side by side, S their singular values;
-    the merged matrix is isometry(U) diag(S) isometry(V) (arXiv 2412.00081, its TSV-Merge). Every
-    tensor with two axes counts, embeddings too; all others, and matrices with r < T that have no
-    room for every task, take the mean. `scale` applies to all of them.
+    $$
+    \Delta = \operatorname{polar}(U)\, \operatorname{diag}(s)\, \operatorname{polar}(V)^\top, \qquad
+    U = [U_1 \cdots U_T], \quad V = [V_1 \cdots V_T], \quad
+    D_t \approx U_t \operatorname{diag}(s_t)\, V_t^\top
+    $$
 
-    Singular triples of value zero, and directions that U or V does not span (two equal experts),
-    are left out: public code keeps them, so there what it returns depends on the SVD's routine.
-    At full rank both agree. Raises ValueError for a scale that is not finite.
+    Idea: A task's matrix is nearly of low rank, so its leading directions are enough. Tasks disturb
+    each other where these overlap; the nearest orthogonal directions do not.
+
+    For the change $D_t$ of a matrix [M, K] with r = min(M, K), each task keeps its floor(r / T)
+    leading singular triples; s holds all tasks' singular values, and polar(U) is the nearest matrix
+    with orthonormal columns. Every tensor with two axes counts, embeddings too; all others, and
+    matrices with r below T that have no room for every task, take the mean. `scale` applies to all
+    of them: 1 in the paper, whose code searches 0 to 3.
+
+    Pitfalls: The rank per task falls with 1/T. Directions that several tasks share are turned
+    apart, and what the tasks have in common loses its strength.
+
+    Peers: Singular triples of value zero, and directions that U or V does not span (two equal
+    experts), are left out here. The authors' code and FusionBench keep them, so there what they
+    return depends on the SVD's routine; at full rank all agree.
+
+    Raises ValueError for a scale that is not finite.
+
+    Source: Gargiulo et al. 2025 (arXiv 2412.00081), its TSV-Merge.
     """
     return merge_matrices(problem, scale, orthogonalised)
 
@@ -86,22 +103,39 @@ def orthogonalised(deltas: Float[Tensor, "T M K"]) -> Float[Tensor, "M K"]:
 @METHODS.register(
     "iso_c",
     source="Marczak et al. 2025",
+    cite="marczak2025",
     needs="validation labels, for the scale",
     cost="weights",
     symmetric=True,
+    linear="scale",
     between=False,
     search=SCALES,
 )
 def iso_c(problem: MergeProblem, *, scale: float = 1.0) -> Float[Tensor, " N"]:
-    """The sum of task vectors, every matrix with all its singular values set to their mean.
+    r"""The sum of task vectors, every matrix with all its singular values set to their mean.
 
-    With sum U diag(s) V^T of the tasks' matrices, the merged one is mean(s) U V^T (arXiv
-    2502.04959). Every tensor with two axes counts, embeddings too; all others take the mean, not
-    the sum. `scale` applies to both; the authors search 0.1 to 3.0 on validation rows.
+    $$
+    \Delta = \bar s\, U V^\top, \qquad \sum_{t} D_t = U \operatorname{diag}(s)\, V^\top, \quad
+    \bar s = \frac{1}{r} \sum_{i=1}^{r} s_i
+    $$
 
-    Where the sum has low rank (LoRA experts) its null directions get the same weight as any
-    other, in directions that are rounding noise: expect less there. Raises ValueError for a scale
-    that is not finite.
+    Idea: A few directions that tasks share dominate the sum, and drown what single tasks need. With
+    equal singular values every direction of the sum counts alike.
+
+    Every tensor with two axes counts, embeddings too; all others take the mean, not the sum.
+    `scale` applies to both: the authors search 0.1 to 3.0 on validation rows, FusionBench's pages
+    show 1.5.
+
+    Pitfalls: Where the sum has low rank (LoRA experts) its null directions get the same weight as
+    any other, in directions that are rounding noise: expect less there. One expert alone keeps its
+    nuclear norm and does not come back.
+
+    Peers: The authors' code leaves CLIP's text projection out, FusionBench takes names to exclude;
+    on the same tensors all agree.
+
+    Raises ValueError for a scale that is not finite.
+
+    Source: Marczak et al. 2025 (arXiv 2502.04959), its Iso-C.
     """
     return merge_matrices(problem, scale, lambda deltas: flattened(deltas.sum(dim=0)))
 
@@ -115,26 +149,44 @@ def flattened(matrix: Float[Tensor, "M K"]) -> Float[Tensor, "M K"]:
 @METHODS.register(
     "iso_cts",
     source="Marczak et al. 2025",
+    cite="marczak2025",
     needs="validation labels, for the scale",
     cost="weights",
     symmetric=True,
+    linear="scale",
     between=False,
     search=SCALES,
 )
 def iso_cts(
     problem: MergeProblem, *, common: float = 0.8, scale: float = 1.0
 ) -> Float[Tensor, " N"]:
-    """Iso-C with part of the directions taken from single tasks instead of their sum.
+    r"""Iso-C with part of the directions taken from single tasks instead of their sum.
 
-    For a matrix with r = min(M, K), about the share `common` of the r directions are leading ones
-    of the tasks' sum. The rest is split evenly: each task gives leading directions of its matrix
-    minus the projection of its columns on the common left ones. All r are made orthogonal by
-    `polar` and weighted by the mean of their singular values (arXiv 2502.04959).
-    Other tensors take the mean; `scale` applies to all.
+    $$
+    \Delta = \bar s \operatorname{polar}\big([U_1 \cdots U_T\; U_c]\big)
+    \operatorname{polar}\big([V_1 \cdots V_T\; V_c]\big)^\top, \qquad
+    D_t - U_c U_c^\top D_t \approx U_t \operatorname{diag}(s_t)\, V_t^\top
+    $$
 
-    common: in [0, 1]; at 1, with one task, or where the rest is under half a direction per task,
-    this is Iso-C. It inherits Iso-C's noise at low rank. Raises ValueError for a common share out
-    of range and a scale that is not finite.
+    Idea: The weakest directions of the sum are worth little to anyone. In their place each task
+    gets some of its own, orthogonal to what all have in common.
+
+    For a matrix with r = min(M, K), about the share `common` of the r directions, the columns of
+    $U_c$ and $V_c$, are leading ones of the tasks' sum. The rest is split evenly: each task gives
+    leading directions of its matrix without the part along $U_c$. All r are made orthogonal and
+    weighted by the mean of their singular values. Other tensors take the mean; `scale` applies to
+    all. `common` in [0, 1], in the paper 0.8; at 1, with one task, or where the rest is under half
+    a direction per task, this is Iso-C.
+
+    Pitfalls: It inherits Iso-C's noise at low rank. With many tasks or small matrices the rest
+    rounds to no direction at all, and the method changes without a word.
+
+    Peers: The authors' code and FusionBench ask for more directions than there are at small common
+    shares; here each task takes what fits.
+
+    Raises ValueError for a common share out of range and a scale that is not finite.
+
+    Source: Marczak et al. 2025 (arXiv 2502.04959), its Iso-CTS.
     """
     if not 0 <= common <= 1:
         raise ValueError(f"common must be in [0, 1], got {common}; 0.8 is the published share")
@@ -168,31 +220,47 @@ def common_and_own(deltas: Float[Tensor, "T M K"], common: float) -> Float[Tenso
 @METHODS.register(
     "knots",
     source="Stoica et al. 2025",
+    cite="stoica2025",
     needs="validation labels, for the scale",
     cost="weights",
     symmetric=True,
+    linear="scale",
     between=False,
     search=tuple({"scale": scale} for scale in (0.6, 0.3, 1.0, 1.5, 2.0, 2.5)),
 )
 def knots(
     problem: MergeProblem, *, keep: float = 0.2, scale: float = 0.6, shared: str = "output"
 ) -> Float[Tensor, " N"]:
-    """TIES in coordinates that the tasks share: a basis from the SVD of all task vectors at once.
+    r"""TIES in coordinates that the tasks share: a basis from the SVD of all task vectors at once.
 
-    A tensor's matrices of all tasks, side by side, have an SVD [D_1 ... D_T] = U diag(s) [V_1 ...
-    V_T]. TIES merges the pieces diag(s) V_t = U^T D_t, over all tensors at once, and U maps the
-    outcome back (arXiv 2410.19735). Every tensor with two axes counts, embeddings too; all others
-    join TIES as they are.
+    $$
+    \Delta = U \operatorname{TIES}\big(\operatorname{diag}(s)\, V_1^\top, \ldots,
+    \operatorname{diag}(s)\, V_T^\top\big), \qquad
+    [D_1 \cdots D_T] = U \operatorname{diag}(s)\, [V_1^\top \cdots V_T^\top]
+    $$
 
-    keep and scale: as in `ties`, here the authors' for ViT-B. shared: the side of the matrices that
-    has the common basis, "output" as with the authors, or "input". Made for LoRA experts: at full
-    rank the SVD, in float64, is slow on tall matrices. The authors' code drops directions with s
-    below 1e-5, FusionBench below 1e-4; here s is held against the largest one, so that the unit of
-    the weights does not matter. The authors' code also appends a layer's bias to its weight as one
-    more column. Raises ValueError for a side that does not exist, a scale that is not finite, and a
-    share outside (0, 1].
+    Idea: Signs and sizes of single entries mean little where every expert has axes of its own. In a
+    common basis of all experts' outputs the entries can be compared.
+
+    The pieces $\operatorname{diag}(s) V_t^\top = U^\top D_t$ are merged over all tensors at once,
+    and U maps the outcome back. Every tensor with two axes counts, embeddings too; all others join
+    TIES as they are. `keep` and `scale` as in `ties`, here the authors' for ViT-B: 0.2 and 0.6.
+    `shared`: the side of the matrices that has the common basis, `output` as with the authors, or
+    `input`.
+
+    Pitfalls: Made for LoRA experts. At full rank the SVD, in float64, is slow on tall matrices such
+    as embeddings.
+
+    Peers: The authors' code drops directions with s below 1e-5, FusionBench below 1e-4; here s is
+    held against the largest one, so that the unit of the weights does not matter. The authors' code
+    also appends a layer's bias to its weight as one more column.
+
+    Raises ValueError for a side that does not exist, a scale that is not finite, and a share
+    outside (0, 1].
+
+    Source: Stoica et al. 2025 (arXiv 2410.19735).
     """
-    require_finite(scale)
+    require_finite(scale=scale)
     check_choice("shared", shared, ("output", "input"))
     check_keep(keep)
     bases, layout, pieces = aligned(problem.vectors, shared)
@@ -215,7 +283,7 @@ def aligned(
     for name, shape, (start, stop) in zip(
         vectors.layout.names, vectors.layout.shapes, vectors.layout.bounds, strict=True
     ):
-        parts = deltas[:, start:stop].reshape(-1, *shape)  # [T, *shape]
+        parts = deltas[:, start:stop].reshape(len(deltas), *shape)  # [T, *shape]
         if len(shape) == 2:
             parts = parts if shared == "output" else parts.mT
             bases[name] = common_basis(parts)

@@ -33,6 +33,7 @@ def arc(cosine: float, t: float) -> tuple[float, float]:
 @METHODS.register(
     "slerp",
     source="Shoemake 1985",
+    cite="shoemake1985,goddard2024",
     needs="validation labels, for the share",
     cost="weights",
     symmetric=False,  # but at t = 0.5
@@ -40,15 +41,32 @@ def arc(cosine: float, t: float) -> tuple[float, float]:
     search=tuple({"t": t} for t in (0.5, 0.3, 0.4, 0.6, 0.7, 0.2)),
 )
 def slerp(problem: MergeProblem, *, t: float = 0.5) -> Float[Tensor, " N"]:
-    """A point on the arc from the first expert to the second, tensor by tensor.
+    r"""A point on the arc from the first expert to the second, tensor by tensor.
 
-    Every tensor, flattened, is sin((1-t)a)/sin a times the first expert's plus sin(ta)/sin a times
-    the second's, where a is the angle between the two; the weights themselves turn, not the task
-    vectors. At cosines beyond 0.9995 in size, and where one tensor is zero and there is no angle,
-    it is (1-t) first + t second. Experts of one base are often that close, and slerp is then the
-    average. Public tools agree but for zero tensors, whose angle mergekit and FusionBench take
-    for a right one. In no paper on merging: Shoemake 1985 for the arc, mergekit (arXiv 2403.13257)
-    for its use. Raises ValueError unless there are two experts and t is in [0, 1].
+    $$
+    \theta = \frac{\sin((1 - t)\, a)}{\sin a}\, \theta_1 + \frac{\sin(t\, a)}{\sin a}\, \theta_2,
+    \qquad \cos a = \frac{\langle \theta_1, \theta_2 \rangle}
+    {\lVert\theta_1\rVert\, \lVert\theta_2\rVert}
+    $$
+
+    Idea: Between two vectors of one length the straight line is shorter in the middle. The arc
+    keeps the length and turns the direction at constant speed.
+
+    Every tensor is flattened and has its own angle. The weights themselves turn, not the task
+    vectors. `t` in [0, 1], 0 the first expert and 1 the second; 0.5 is usual. At cosines beyond
+    0.9995 in size, and where one tensor is zero and there is no angle, the way is straight: (1 - t)
+    times the first plus t times the second.
+
+    Pitfalls: Experts of one base are often closer than that, and slerp is then the average. It
+    takes two experts, and their order matters unless t is 0.5.
+
+    Peers: mergekit and FusionBench agree but for zero tensors, whose angle they take for a right
+    one.
+
+    Raises ValueError unless there are two experts and t is in [0, 1].
+
+    Source: Shoemake 1985 for the arc; mergekit (arXiv 2403.13257) for its use. It is in no paper on
+    merging.
     """
     vectors = problem.vectors
     if len(vectors.tasks) != 2:
@@ -70,6 +88,7 @@ def slerp(problem: MergeProblem, *, t: float = 0.5) -> Float[Tensor, " N"]:
 @METHODS.register(
     "multi_slerp",
     source="Goddard et al. 2024",
+    cite="goddard2024",
     needs="nothing",
     cost="weights",
     symmetric=True,
@@ -81,16 +100,32 @@ def multi_slerp(
     weights: Sequence[float | int] | None = None,
     origin: str = "base",
 ) -> Float[Tensor, " N"]:
-    """The mean direction of the experts at their mean length, tensor by tensor.
+    r"""The mean direction of the experts at their mean length, tensor by tensor.
 
-    Every tensor, flattened, is the weighted mean of unit vectors, made a unit vector again, times
-    the weighted mean of lengths. origin: `base` does this with task vectors, `zero` with the
-    weights. weights: one per task, made to sum to 1; None for equal ones. Where the directions
-    cancel there is no mean direction, and the plain weighted mean is taken. The method is
-    mergekit's (arXiv 2403.13257 is its paper, older than the method). Its code adds a step in the
-    tangent space at the mean, which is always zero: sum w_t (u_t - (u_t.m) m) = 0 for m along
-    sum w_t u_t. It refuses three or more directions that cancel. Raises ValueError unless weights
-    are T positive numbers and origin is known.
+    $$
+    \Delta = \Big(\sum_{t} w_t \lVert\tau_t\rVert\Big)\, \frac{\bar u}{\lVert\bar u\rVert}, \qquad
+    \bar u = \sum_{t} w_t\, \frac{\tau_t}{\lVert\tau_t\rVert}, \quad \theta = \theta_0 + \Delta
+    $$
+
+    Idea: Averaging nearly orthogonal task vectors makes them short. Here only directions are
+    averaged, and the length is the experts' own.
+
+    Every tensor, flattened, by itself. `origin`: `base` does this with task vectors, as in the
+    formula; `zero` with the weights. `weights`: one positive number per task, made to sum to 1;
+    None for equal ones. Where the directions cancel there is no mean direction, and the plain
+    weighted mean is taken.
+
+    Pitfalls: The result is up to the root of T longer than the average, which may be too long for
+    many tasks, and there is no scale. One expert's long tensor lengthens the mean for all.
+
+    Peers: The method is mergekit's. Its code adds a step in the tangent space at the mean, which is
+    always zero: what the unit vectors have off the mean direction sums to nothing. It refuses three
+    or more directions that cancel.
+
+    Raises ValueError unless `weights` are T positive numbers and `origin` is known.
+
+    Source: mergekit's `multislerp`; its paper, Goddard et al. 2024 (arXiv 2403.13257), is older
+    than the method.
     """
     check_choice("origin", origin, ("base", "zero"))
     vectors, deltas = problem.vectors, dense(problem.vectors.deltas)
@@ -126,22 +161,36 @@ def stock_ratio(rows: Float[Tensor, "T R K"]) -> Float[Tensor, "R 1"]:
 @METHODS.register(
     "model_stock",
     source="Jang et al. 2024",
+    cite="jang2024",
     needs="nothing",
     cost="weights",
     symmetric=True,
     search=(),
 )
 def model_stock(problem: MergeProblem, *, filter_wise: bool = False) -> Float[Tensor, " N"]:
-    """Between base and mean expert, as far as the angles between task vectors say.
+    r"""Between base and mean expert, as far as the angles between task vectors say.
 
-    Every tensor, flattened, is base + ratio times the mean task vector, with the ratio
-    T c / (1 + (T-1) c) and c the mean cosine of pairs (arXiv 2403.19522). filter_wise: a ratio for
-    every row of a matrix; tensors of one axis count as one row. Made for experts of one task:
-    task vectors of different tasks are nearly orthogonal, the ratio is then near 0 and the merge
-    near the base. A negative c gives a negative ratio, which grows without bound as directions
-    cancel. Public code differs: FusionBench averages angles, not cosines, which is the same for
-    two experts; mergekit floors a product of lengths at 1e-6, so that task vectors shorter than
-    1e-3 seem more orthogonal than they are. Both ask for two experts; one alone stays itself here.
+    $$
+    \theta = \theta_0 + \frac{T c}{1 + (T - 1)\, c} \cdot \frac{1}{T} \sum_{t=1}^{T} \tau_t,
+    \qquad c = \operatorname*{mean}_{t \ne u} \frac{\langle\tau_t, \tau_u\rangle}
+    {\lVert\tau_t\rVert\, \lVert\tau_u\rVert}
+    $$
+
+    Idea: Experts of one task lie on a sphere around a centre that generalises best. The more they
+    differ in direction, the nearer to the base is the point closest to that centre.
+
+    Every tensor, flattened, has its own ratio. `filter_wise`: a ratio for every row of a matrix;
+    tensors of one axis count as one row. One expert alone stays itself.
+
+    Pitfalls: Made for experts of one task. Task vectors of different tasks are nearly orthogonal,
+    the ratio is then near 0 and the merge near the base. A negative c gives a negative ratio, which
+    grows without bound as directions cancel; where they cancel the ratio is 0.
+
+    Peers: FusionBench averages angles and not cosines, which is the same for two experts. mergekit
+    floors a product of lengths at 1e-6, so that task vectors shorter than 1e-3 seem more orthogonal
+    than they are. Both ask for two experts or more.
+
+    Source: Jang et al. 2024 (arXiv 2403.19522).
     """
     vectors, deltas = problem.vectors, dense(problem.vectors.deltas)
     change = torch.empty_like(deltas[0])

@@ -1,15 +1,13 @@
-"""Methods that work in subspaces of the layers: essential, shared, interfering."""
+"""Essential subspaces as methods: ESM, and ESM++ with a way back to every expert."""
 
 import re
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from divmerge_core.activations import linear_layers
 from divmerge_core.kernels.stores import dense
-from divmerge_core.linalg import matrices
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.essential import (
     RoutedModel,
@@ -18,32 +16,25 @@ from divmerge_core.methods.essential import (
     essential_matrices,
     residual_detours,
 )
-from divmerge_core.methods.shifts import (
-    check_fit,
-    cutoffs,
-    descend,
-    doge_gradient,
-    shared_basis,
-    wudi_gradient,
-)
 from divmerge_core.methods.spectral import orthogonalised
 from divmerge_core.problem import MergeProblem
 
-# --- essential subspaces --------------------------------------------------------------------------
+SCALINGS = tuple(
+    {"scale": scale, "scaling": scaling}
+    for scaling in ("all", "layer")
+    for scale in (2.0, 1.0, 4.0)
+)
 
 
 @METHODS.register(
     "esm",
     source="Li et al. 2026",
+    cite="li2026",
     needs="unlabelled inputs",
     cost="inputs",
     symmetric=True,
     between=False,
-    search=tuple(
-        {"scale": scale, "scaling": scaling}
-        for scaling in ("all", "layer")
-        for scale in (2.0, 1.0, 4.0)
-    ),
+    search=SCALINGS,
 )
 @torch.no_grad()
 def esm(
@@ -56,25 +47,39 @@ def esm(
     seed: int = 0,
     progress: bool = True,
 ) -> Float[Tensor, " N"]:
-    """Join the experts' essential subspaces with equal strength (arXiv 2602.20208, its code).
+    r"""Join the experts' essential subspaces: the outputs that their changes move most.
 
-    A linear layer [M, K] of every expert keeps the M/T output directions along which its delta
-    moves the outputs most on the task's own inputs, D_t ~ P_t A_t. All P_t side by side and all
-    A_t on top of each other are made orthonormal, times their mean singular value: the product,
-    times `scale`, is added to the base. Other matrices (embeddings) are merged as by TSV-M; biases
-    and other tensors take the mean delta; both without `scale`.
+    $$
+    W = W_0 + \lambda\, \beta \operatorname{level}\big([P_1 \cdots P_T]\big)
+    \operatorname{level}\begin{pmatrix} A_1 \\ \vdots \\ A_T \end{pmatrix}, \qquad
+    A_t = P_t^\top D_t
+    $$
 
-    scaling: `all` polarises tasks, input dimensions and layers, each by (norm / mean norm) **
-    power, as in the authors' vision code; `layer` polarises layers alone, as in their RoBERTa
-    code. scale: in the former 2 alpha, with alpha searched in [0, 2] on validation labels, in the
-    latter searched in [0, 5] and applied to every tensor. inputs: per task, in whole batches drawn
-    by `seed`.
+    Idea: What a change of weights does shows in the outputs it moves, on the task's own inputs.
+    Each task keeps the few directions that carry this shift, and all are made orthogonal.
 
-    The result has equal singular values, so one expert alone does not come back. With fewer tokens
-    than M/T the authors fill the basis with unit vectors that are not orthogonal to the rest;
-    here directions that no input excites are left out, of the mean too. Few layers of a kind make
-    power 2 fragile: try 0 or 1. Raises ValueError for options out of range, tasks without inputs
-    and problems without a module.
+    For a linear layer [M, K], $P_t$ holds the M/T output directions along which $D_t$ moves the
+    outputs most, each weighted by its energy to the power 0.15, as is its row of $A_t$; level sets
+    all non-zero singular values to their mean. Other matrices (embeddings) are merged as by TSV-M;
+    biases and other tensors take the mean delta; both without `scale`. `scaling`: `all` polarises
+    tasks, input dimensions and layers ($\beta$), each by (norm / mean norm) to the `power`, 2 in
+    the paper, as in the authors' vision code; `layer` polarises layers alone, as in their RoBERTa
+    code. `scale` is $\lambda$: in the former 2 alpha, with alpha searched in [0, 2] on validation
+    labels, in the latter searched in [0, 5]. `inputs`: per task, in whole batches drawn by `seed`;
+    the paper takes 32.
+
+    Pitfalls: The result has equal singular values, so one expert alone does not come back. Few
+    layers of a kind make power 2 fragile: try 0 or 1. With fewer tokens than M/T, directions that
+    no input excites are left out, of all means too.
+
+    Peers: The paper's formula has no level, and so no magnitude but alpha; this is the authors'
+    code. Their code fills a basis of too few tokens with unit vectors that are not orthogonal to
+    the rest; the vision code merges the attention's output projection as by TSV-M, and the RoBERTa
+    code applies alpha to every tensor and leaves biases out.
+
+    Raises ValueError for options out of range, tasks without inputs and problems without a module.
+
+    Source: Li et al. 2026 (arXiv 2602.20208) and its code.
     """
     check_essential("esm", problem, scale, scaling, power, inputs)
     layout = problem.vectors.layout
@@ -94,11 +99,12 @@ def esm(
 @METHODS.register(
     "esm_pp",
     source="Li et al. 2026",
+    cite="li2026,li2026essential",
     needs="unlabelled inputs",
     cost="inputs",
     symmetric=True,
     returns="predictor",
-    search=({}, {"scaling": "layer"}),
+    search=SCALINGS,
 )
 @torch.no_grad()
 def esm_pp(
@@ -113,19 +119,34 @@ def esm_pp(
     seed: int = 0,
     progress: bool = True,
 ) -> RoutedModel:
-    """ESM plus, layer by layer, a low-rank way back to the expert whose inputs look alike.
+    r"""ESM plus, layer by layer, a low-rank way back to the expert whose inputs look alike.
 
-    The residual of expert and ESM keeps the `rank` output directions that it moves most on the
-    expert's inputs. At run time each input goes, in every layer, to the task whose mean layer input
-    has the largest cosine with the mean over its own tokens (padding left out); biases and
-    embeddings stay ESM's. The task number is not looked at.
+    $$
+    y = W_{\mathrm{ESM}}\, x + B_{t^*} A_{t^*} x, \qquad
+    t^* = \operatorname*{arg\,max}_{t} \cos(\bar x, m_t), \qquad
+    B_t A_t \approx W_t - W_{\mathrm{ESM}}
+    $$
 
-    layers: a regular expression for the weights that get such a way; "" for all linear layers, as
-    in the authors' RoBERTa code. Their vision code takes the attention's input projections and the
-    first map of each MLP. That RoBERTa code differs in more: it adds whole deltas to the base, of
-    rank M/T, and lets a whole batch vote for one expert. Other options are those of `esm`
-    (arXiv 2602.20208 and 2606.19164). Raises ValueError as `esm` does, for a rank below 1, and
-    where `layers` matches none.
+    Idea: What merging took from an expert is, on its own inputs, of low rank. Each layer keeps that
+    residual for every task, and each input picks the one it resembles.
+
+    $B_t$ holds the `rank` output directions that the residual of expert and ESM moves most on the
+    expert's inputs, $m_t$ is the task's mean layer input, and $\bar x$ the mean over an input's own
+    tokens, padding left out. Every layer chooses for itself; the task number is not looked at.
+    Biases and embeddings stay ESM's. `rank`: 32 in the paper. `layers`: a regular expression for
+    the weights that get such a way; the empty one takes all linear layers. Other options are those
+    of `esm`.
+
+    Pitfalls: It returns a predictor, which stores rank (M + K) more numbers per layer and task.
+    Tasks of similar texts have similar means, and then inputs go to a wrong expert.
+
+    Peers: The authors' vision code takes the attention's input projections and the first map of
+    each MLP alone. Their RoBERTa code takes all layers, but adds whole deltas of rank M/T to the
+    base, and lets a whole batch vote for one expert.
+
+    Raises ValueError as `esm` does, for a rank below 1, and where `layers` matches none.
+
+    Source: Li et al. 2026 (arXiv 2602.20208 and 2606.19164) and their code.
     """
     check_essential("esm_pp", problem, scale, scaling, power, inputs)
     names = [name for name in linear_layers(problem) if re.search(layers, name)]
@@ -139,113 +160,3 @@ def esm_pp(
     flat = esm(problem, scale=scale, progress=progress, **same)
     few = drawn(problem, inputs, seed)
     return RoutedModel(problem, flat, residual_detours(few, flat, names, rank))
-
-
-# --- fits to the weights alone --------------------------------------------------------------------
-
-
-@METHODS.register(
-    "doge",
-    source="Wei et al. 2025",
-    needs="nothing",
-    cost="gradients",
-    symmetric=True,
-    between=False,
-    search=({}, {"eta": 0.5}),
-)
-@torch.no_grad()
-def doge(
-    problem: MergeProblem,
-    *,
-    eta: float = 0.3,
-    lr: float = 0.3,
-    units: str = "relative",
-    steps: int = 400,
-    fraction: int = 6,
-    keep: float = 0.3,
-    progress: bool = True,
-) -> Float[Tensor, " N"]:
-    """Task vectors plus one learned shift per layer, off their shared subspace (arXiv 2501.01230).
-
-    In every matrix each expert has the coefficient eta / its norm there. The shift, shared by all
-    experts, brings the merged delta's inner product with every row of every expert's delta to that
-    of the expert itself; its gradients have no part in the directions that the experts share. Of
-    each task vector's entries, over all matrices, only the largest share `keep` receive delta and
-    shift. Embeddings, biases and other tensors stay as in the base.
-
-    units: `relative` counts eta in mean norms of the layer's deltas and lr in their root mean
-    square, so that the merge scales with the experts; `absolute` takes both as they are: the
-    authors' eta=0.07 and lr=1e-4, tuned to CLIP. Adam mixes coordinates, so the shift itself is not
-    quite orthogonal to the shared directions. FusionBench's code keeps floor(keep n) + 1 of n
-    entries (here the nearest whole number), treats the tensors named `encoder`, and gives NaN where
-    an expert left one of them as it was. Raises ValueError for options out of range and models
-    without a matrix to treat, and where the fit diverges.
-    """
-    check_fit(units, steps, lr)
-    if not 0 < keep <= 1 or fraction < 1 or not 0 <= eta < float("inf"):
-        raise ValueError(
-            f"keep must be in (0, 1], fraction 1 or more and eta 0 or more, got {keep}, {fraction} "
-            f"and {eta}; the authors take 0.3 and 6"
-        )
-    deltas, flat = dense(problem.vectors.deltas), problem.vectors.base.clone()
-    treated = [part for part in matrices(problem.vectors.layout) if "embed" not in part[0]]
-    if not treated:
-        raise ValueError("doge merges matrices that are no embeddings; the layout has none")
-    smallest = cutoffs(deltas, [place for _, place, _ in treated], keep)
-    for name, place, shape in tqdm(treated, "doge", disable=not progress, leave=False):
-        own = deltas[:, place].unflatten(1, shape)  # [T, M, K]
-        norms = own.flatten(1).norm(dim=1)
-        if not norms.any():
-            continue
-        relative = units == "relative"
-        unit = own.square().mean().sqrt() if relative else 1.0
-        coeffs = torch.where(norms > 0, eta * (norms.mean() if relative else 1.0) / norms, 0)
-        slope = doge_gradient(own / unit, coeffs, shared_basis(own, fraction))
-        shift = unit * descend(name, torch.zeros_like(own[0]), slope, steps, lr)
-        for coeff, delta, cutoff in zip(coeffs, own, smallest, strict=True):
-            flat[place] += (coeff * (delta + shift) * (delta.abs() >= cutoff)).flatten()
-    return flat
-
-
-@METHODS.register(
-    "wudi",
-    source="Cheng et al. 2025",
-    needs="nothing",
-    cost="gradients",
-    symmetric=True,
-    search=({}, {"lr": 0.025, "units": "relative"}),
-)
-@torch.no_grad()
-def wudi(
-    problem: MergeProblem,
-    *,
-    lr: float = 1e-5,
-    units: str = "absolute",
-    steps: int = 400,
-    progress: bool = True,
-) -> Float[Tensor, " N"]:
-    """Least interference with the experts' row spaces, which stand for inputs (arXiv 2503.08099).
-
-    Every matrix, embeddings too, starts at the sum of its deltas and takes `steps` of Adam down
-    sum_t |(merged - D_t) D_t^T|^2 / |D_t|^2; other tensors take the mean delta. Nothing scales the
-    result. One expert alone comes back as it is.
-
-    units: `absolute`, the authors' lr=1e-5, tuned to CLIP, where 0.025 in `relative` units (root
-    mean squares of the layer's deltas) is about the same. The loss is quadratic and the step count
-    a choice: in the limit it has a closed form. FusionBench's function defaults to 300 steps. The
-    gradient here is the same, summed over experts once instead of at every step. A user of the
-    authors' code could not reproduce its RoBERTa numbers (its issue 6). Raises ValueError for
-    options out of range and where the fit diverges.
-    """
-    check_fit(units, steps, lr)
-    deltas = dense(problem.vectors.deltas)
-    flat = problem.vectors.base + deltas.mean(dim=0)
-    parts = list(matrices(problem.vectors.layout))
-    for name, place, shape in tqdm(parts, "wudi", disable=not progress, leave=False):
-        own = deltas[:, place].unflatten(1, shape)  # [T, M, K]
-        if not own.any():
-            continue
-        unit = own.square().mean().sqrt() if units == "relative" else 1.0
-        shift = descend(name, torch.zeros_like(own[0]), wudi_gradient(own / unit), steps, lr)
-        flat[place] = problem.vectors.base[place] + (own.sum(dim=0) + unit * shift).flatten()
-    return flat

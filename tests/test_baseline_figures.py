@@ -1,0 +1,84 @@
+"""The table of all methods: what stands in it is what the report holds."""
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from divmerge_core import baseline_figures as draw
+from divmerge_core.comparison import every_method
+from divmerge_core.methods import METHODS
+from divmerge_core.report import Report
+
+RIGHT = {"expert": 10, "base": 4, "average": 5, "ties": 6, "emr": 9, "divmerge/task": 7}
+SUBSET = "mood+place"
+
+
+@pytest.fixture
+def report() -> Report:
+    """Methods that get known numbers of 10 rows right, and what their merges cost."""
+    rows, fits = [], []
+    right = {**RIGHT, "ties:published": 5}
+    for seed in (0, 1):
+        for method, count in right.items():
+            labels = {"suite": "toy", "subset": SUBSET, "method": method, "seed": seed}
+            answers = "01" * 5
+            said = answers[:count] + answers[count:].translate({48: "1", 49: "0"})
+            rows += [
+                {**labels, "task": task, "predicted": said, "gold": answers}
+                for task in SUBSET.split("+")
+            ]
+            if method not in ("expert", "base"):
+                bytes_ = 250 if method == "emr" else 100
+                cost = {"seconds": count + seed, "peak_bytes": 1e6, "stored_bytes": bytes_}
+                cost |= {"inputs": 8, "calls": 0, "answer_ms": 1.0}
+                fit = {**labels, "options": {}, "cost": cost}
+                fits.append(fit | ({"search": [{}] * 6} if method == "ties" and not seed else {}))
+    return Report.of(pd.DataFrame(rows), fits)
+
+
+def test_the_summary_holds_scores_and_mean_costs(report):
+    table = draw.summary(report, SUBSET)
+    assert list(table.index) == ["expert", "base", "emr", "ties", "average", "divmerge/task"]
+    assert table.value["ties"] == pytest.approx(0.6) and table.published["ties"] == 0.5
+    assert table.published["average"] == table.value["average"]
+    assert table.seconds["ties"] == 6.5 and table.tried["ties"] == 6
+    assert table.stored["emr"] == 2.5 and table.stored["ties"] == 1
+    assert table.worst["emr"] == pytest.approx(0.9)
+
+
+def test_the_table_is_grouped_by_what_a_method_looks_at(report):
+    table = draw.big_table(report, SUBSET)
+    assert [*table.index.get_level_values(0)] == ["reference", *["no data"] * 3, draw.INPUTS]
+    assert table.loc[("no data", "TIES"), "ANP, %"].startswith("60.0 [")
+    assert table.loc[("no data", "TIES"), "published, %"] == "50.0"
+
+
+def test_the_verdict_names_those_ahead_and_their_price(report):
+    text = draw.verdict(report, SUBSET)
+    assert "DivMerge, per task, number 2 of 4 with 70.0 %" in text
+    assert "EMR-Merging: +20.0 points" in text and "2.50 models stored" in text
+    assert "TIES" not in text
+    ahead = Report(report.rows[report.rows.method != "emr"], report.fits, report.provenance)
+    assert "No other method has a higher ANP." in draw.verdict(ahead, SUBSET)
+
+
+def test_the_figures_draw_every_method(report):
+    table = draw.summary(report, SUBSET)
+    fig, axes = plt.subplots(1, 2)
+    draw.ranking([axes[0]], {"T = 2": table})
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == [
+        "EMR-Merging",
+        "TIES",
+        "Average",
+        "DivMerge, per task",
+    ]
+    draw.against_cost(axes[1], table)
+    assert axes[1].get_xscale() == "log" and "seconds" in axes[1].get_xlabel()
+    fig.canvas.draw()
+    plt.close(fig)
+
+
+def test_every_method_has_a_block():
+    assert {draw.block(spec) for spec in every_method()} == set(draw.BLOCKS[1:])
+    names = {spec.partition("/")[0] for spec in every_method()}
+    assert names == set(METHODS) - {"logits_fusion"}
