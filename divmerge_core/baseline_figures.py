@@ -30,6 +30,14 @@ def one_vector(spec: str) -> bool:
     return METHODS.facts[parse(spec.removesuffix(PUBLISHED))[0]].get("returns") != "predictor"
 
 
+def among(report: Report, subset: str, *methods: str) -> Report:
+    """The report of one subset, and of these methods beside the experts where some are named."""
+    rows = report.rows[report.rows.subset == subset]
+    if methods:
+        rows = rows[rows.method.isin(["expert", *methods])]
+    return Report(rows, report.fits, report.provenance)
+
+
 def summary(report: Report, subset: str) -> pd.DataFrame:
     """A row per method on a subset: scores, and costs averaged over seeds.
 
@@ -39,9 +47,9 @@ def summary(report: Report, subset: str) -> pd.DataFrame:
     kept over the size of one model; inputs: unlabelled ones looked at; calls of the score;
     answer_ms per test row. Sorted by block, and by ANP within it.
     """
-    rows = report.intervals().query("subset == @subset").set_index("method")
-    worst = report.intervals(statistic="worst", draws=2).query("subset == @subset")
-    rows["worst"] = worst.set_index("method").value
+    part = among(report, subset)
+    rows = part.intervals().set_index("method")
+    rows["worst"] = part.intervals(statistic="worst", draws=2).set_index("method").value
     fits = [fit for fit in report.fits if fit["subset"] == subset]
     costs = pd.DataFrame([{"method": fit["method"], **fit["cost"]} for fit in fits])
     costs = costs.groupby("method").mean()
@@ -172,7 +180,8 @@ def verdict(report: Report, subset: str) -> str:
     ours = named[named.index.str.startswith("divmerge")]
     best, lines = ours.iloc[0], []
     for name, row in named[named.value > best.value].iterrows():
-        gap, low, high = report.difference(suite, subset, name, best.name)
+        pair = among(report, subset, name, best.name)
+        gap, low, high = pair.difference(suite, subset, name, best.name)
         sure = "" if low > 0 else ", an interval that holds 0"
         price = [f"{row.seconds:.1f} s against {best.seconds:.1f} s", f"looks at {row.block}"]
         if not one_vector(name):

@@ -31,7 +31,8 @@ class Size:
     coefficient per layer. precision: of the encoder's matrix products while merging and scoring
     (see Recipe). candidates: options tried per method on validation rows at the first seed; the
     best is used for every seed. None tries all; 1 takes the published values. calls: how often
-    a method that searches by itself may ask for a validation score.
+    a method that searches by itself may ask for a validation score. steps: of fits that do not run
+    the model, at most; None leaves each its own.
     """
 
     encoder: str
@@ -46,6 +47,7 @@ class Size:
     precision: str = "auto"
     candidates: int | None = None
     calls: int = 100
+    steps: int | None = None
 
     def recipe_for(self, suite: str) -> Recipe:
         """How a suite's experts are trained: GLUE's on all rows, as its tasks are harder."""
@@ -66,7 +68,8 @@ SIZES.register("smoke")(
         epochs=2,
         precision="float32",
         candidates=1,
-        calls=20,
+        calls=10,
+        steps=40,
     )
 )
 SIZES.register("default")(

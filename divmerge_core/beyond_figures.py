@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
 
 from divmerge_core.arrivals import BATCH
 from divmerge_core.figures import title
@@ -43,8 +42,10 @@ WHERE = {"one": "one set for all", "input": "read from the input", "task": "the 
 
 
 def percent(ax: Axes, axis: str = "y") -> None:
-    """Shares as percentages on an axis."""
-    getattr(ax, f"{axis}axis").set_major_formatter(PercentFormatter(1, decimals=0))
+    """Shares as percentages on an axis whose label names the unit."""
+    getattr(ax, f"{axis}axis").set_major_formatter(
+        lambda value, place: f"{round(100 * value, 2):g}"
+    )
 
 
 def arriving(ax: Axes, table: pd.DataFrame) -> Axes:
@@ -127,10 +128,12 @@ def judged(ax: Axes, table: pd.DataFrame, kind: str, column: str) -> Axes:
     for place, method in enumerate(names):
         number, marker = JUDGES[method]
         mean = some[some.method == method].groupby(["share", "seed"])[column].mean().unstack("seed")
-        errors = [mean.mean(1) - mean.min(1), mean.max(1) - mean.mean(1)]
+        middle = mean.mean(axis=1)
+        errors = [middle - mean.min(axis=1), mean.max(axis=1) - middle]
         style = {"color": PALETTE[number], "marker": marker, "label": SAID[method]}
         x = mean.index.to_numpy() + 0.012 * (place - len(names) / 2)
-        ax.errorbar(x, mean.mean(1), yerr=errors, markersize=5, linewidth=1.2, **style)
+        ax.errorbar(x, middle, yerr=errors, markersize=5, linewidth=1.2, **style)
+    ax.set_xticks(sorted(some.share.unique()))
     ax.set_title(CORRUPTIONS.facts[kind]["label"])
     ax.set_xlabel("corrupted share of the pool, %")
     percent(ax, "x")
@@ -203,21 +206,22 @@ def priced(ax: Axes, table: pd.DataFrame, column: str) -> Axes:
         some = table[table.finds == finds]
         style = {"color": PALETTE[number], "markersize": 8, "label": WHERE[finds]}
         ax.plot(some[column], some.anp, marker, **style)
-    for number, (_, row) in enumerate(table.sort_values("anp").iterrows()):
-        right = row[column] > np.sqrt(table[column].max())
+    ax.margins(y=0.1)
+    point = np.ptp(ax.get_ylim()) / (72 * ax.figure.get_figheight() * ax.get_position().height)
+    taken: list[tuple[float, float]] = []  # x and y of the labels so far, lowest first
+    for _, row in table.sort_values("anp").iterrows():
+        x, y = float(row[column]), float(row.anp)
+        y = max([y, *(low + 10 * point for other, low in taken if 0.6 < x / other < 1.6)])
+        taken.append((x, y))
+        right = x > np.sqrt(table[column].max())
+        style = {"ha": "right" if right else "left", "va": "center", "fontsize": 8}
+        shift = (-7 if right else 7, (y - row.anp) / point)
         ax.annotate(
-            title(row.method),
-            (row[column], row.anp),
-            xytext=(-7 if right else 7, 5 if number % 2 else -5),
-            textcoords="offset points",
-            ha="right" if right else "left",
-            va="center",
-            fontsize=8,
+            title(row.method), (x, row.anp), xytext=shift, textcoords="offset points", **style
         )
     ax.axhline(1, color="black", linewidth=0.8, linestyle="--")
-    ax.set_xscale("log")
+    ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
-    ax.xaxis.set_minor_formatter(lambda value, place: "")
     unit = {"models": "stored, in models", "slower": "time per row, in plain models"}[column]
     ax.set(xlabel=unit, ylabel="ANP on test rows, %")
     percent(ax)

@@ -96,7 +96,7 @@ def candidates(
     """
     name, fixed = parse(spec)
     facts, allowed = METHODS.facts[name], options_of(name)
-    own = {"epochs": size.epochs, "seed": seed, "inputs": size.inputs}
+    own = {"epochs": size.epochs, "seed": seed, "inputs": size.inputs, "steps": size.steps}
     if "passes" in facts:  # the option that counts steps of one batch per task
         own[facts["passes"]] = size.epochs * max(map(len, problem.batches))
     if "calls" in facts:  # of the score, per step

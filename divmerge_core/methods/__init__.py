@@ -1,8 +1,8 @@
 """Merging methods: `(problem, *, options) -> merged parameters [N]`, by name in METHODS.
 
-Facts beside each: `source`, and `cite`, its keys in the bibliography; `needs`, the data it looks at:
-nothing, unlabelled inputs, validation labels (of rows that choose its scale) or a validation score
-(a function that it calls); `cost`, what grows with it: weights (one pass over them), inputs
+Facts beside each: `source`, and `cite`, its keys in the bibliography; `needs`, the data it looks
+at: nothing, unlabelled inputs, validation labels (of rows that choose its scale) or a validation
+score (a function that it calls); `cost`, what grows with it: weights (one pass over them), inputs
 (forward passes), gradients, or training; `symmetric`, whether the order of tasks is immaterial;
 `search`, six sets of options worth trying, the published one first, or none.
 

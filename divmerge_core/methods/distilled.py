@@ -126,7 +126,8 @@ def distillation(
     live = vectors.merge([1 / num_tasks if init is None else init] * num_tasks)
     leaves = vectors.layout.unflatten(live)
     free, reach = dense(vectors.deltas).any(dim=0), vectors.norms().max()  # [N], []
-    adam = torch.optim.Adam([leaf.requires_grad_() for leaf in leaves.values()], lr=lr)
+    every = [leaf.requires_grad_() for leaf in leaves.values()]
+    adam = torch.optim.Adam(every, lr=lr, fused=True)
     steps = schedule([len(b) for b in problem.batches], epochs, torch.Generator().manual_seed(seed))
     for number, chosen in enumerate(tqdm(steps, "distilling", disable=not progress, leave=False)):
         pairs = [(task, problem.batches[task][index]) for task, index in enumerate(chosen)]

@@ -143,7 +143,7 @@ def fitted(
     rows = [layout.unflatten(row) for row in dense(problem.vectors.deltas)]
     deltas = {full: torch.stack([row[full] for row in rows]) for full in names}
     coeffs = {full: torch.full_like(d, init, requires_grad=True) for full, d in deltas.items()}
-    adam = torch.optim.Adam(coeffs.values(), lr=lr)
+    adam = torch.optim.Adam(coeffs.values(), lr=lr, fused=True)
     taught = lessons(problem, flat, module)
     reach = length([delta.flatten(1) for delta in deltas.values()]).max()
 

@@ -50,7 +50,7 @@ def descend(
 ) -> Tensor:
     """The shift that Adam arrives at from zero. Raises Diverged where it grows above `bound`."""
     shift = torch.zeros_like(like)
-    adam = torch.optim.Adam([shift], lr=lr)
+    adam = torch.optim.Adam([shift], lr=lr, fused=True)  # one pass over memory, not ten
     for step in range(steps):
         shift.grad = gradient(shift)
         adam.step()

@@ -1,0 +1,232 @@
+"""The studies of the chapter beyond one vector, by name: what each runs at which size, and where
+its table is stored."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pandas as pd
+
+from divmerge_core.arrivals import arrivals
+from divmerge_core.bench import SIZES, Bench, Size, prepare, task_names
+from divmerge_core.partitions import mixture
+from divmerge_core.pools import pools
+from divmerge_core.registry import Registry
+from divmerge_core.report import origin
+from divmerge_core.roofline import load, save
+from divmerge_core.searches import searches
+from divmerge_core.serving import fusion, storage
+
+STUDIES = Registry("study")  # name -> function(Plan) -> table
+SMALL = "bert_tiny"  # the encoder of studies that ask for many scores
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the studies run on, and how much of it.
+
+    tasks: of the suite. seeds: of experts; arrivals, mixture and storage take the first. orders: of
+    arrivals. rows: test rows per task, where a study scores many merges; scored: of the others.
+    shares: of corrupted experts. policy: draws that a policy learns from, on `looked` validation
+    rows per task. calls: scores per task of every search for paths, on `searched` validation rows;
+    further counts of rows are searched at the first seed. repeats: of every timing. options: of
+    methods that learn, in the storage study.
+    """
+
+    suite: str
+    encoder: str
+    tasks: tuple[str, ...]
+    size: str
+    seeds: tuple[int, ...]
+    orders: int
+    device: str = "cpu"
+    rows: int = 64
+    scored: int = 100
+    zetas: tuple[float, ...] = (0.0, 0.01, 0.03, 0.1, 0.3, 0.5, 1.0, 2.0, 5.0, math.inf)
+    sigmas: tuple[float, ...] = (0.25, 0.5)
+    draws: int = 3
+    shares: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6)
+    policy: int = 100
+    looked: int = 25
+    calls: int = 97
+    searched: tuple[int, ...] = (32, 128)
+    repeats: int = 7
+    options: Mapping[str, Mapping] = field(default_factory=dict)
+
+    def bench(self, seed: int, *, small: bool = False, **rows: int) -> Bench:
+        """A bench of this plan; small: of the small encoder. rows: per task, as in Size."""
+        size: Size = SIZES[self.size]
+        if small and self.size != "full":  # its experts are those of size smoke
+            quick = SIZES["smoke"]
+            size = replace(size, recipe=quick.recipe, glue_recipe=quick.glue_recipe)
+        given = {"merge_rows": 32, "validation_rows": 32, "test_rows": self.rows, **rows}
+        return prepare(
+            self.suite,
+            self.tasks,
+            size=replace(size, **given),
+            seed=seed,
+            device=self.device,
+            encoder=SMALL if small else self.encoder,
+        )
+
+
+LEAN = {
+    "divmerge/layer": {"epochs": 2, "inputs": 16},
+    "esm_pp": {"inputs": 16},
+    "surgery": {"steps": 100},
+    "wemoe": {"steps": 20},
+    "twin": {"steps": 200},
+    "dp_mixture": {"zeta": 0.1},
+    "layer_evolution": {"steps": 2},
+}
+FULL = {
+    "divmerge/layer": {"epochs": 4, "inputs": 100},
+    "wemoe": {"steps": 150},
+    "dp_mixture": {"zeta": 0.1},
+    "layer_evolution": {"steps": 8},
+}
+EFFORTS: Mapping[str, Mapping] = {
+    "smoke": {
+        **{"orders": 2, "rows": 40, "scored": 40, "zetas": (0.0, 0.1, math.inf), "sigmas": (0.25,)},
+        **{"draws": 1, "shares": (0.0, 0.4), "policy": 12, "looked": 16, "calls": 9},
+        **{"searched": (16,), "repeats": 2, "options": LEAN},
+    },
+    "default": {
+        **{"orders": 2, "rows": 40, "scored": 40, "sigmas": (0.25,), "draws": 2},
+        **{"shares": (0.0, 0.4), "policy": 60, "calls": 33, "searched": (32,), "repeats": 3},
+        **{"options": LEAN},
+    },
+    "full": {"orders": 10, "options": FULL},
+}
+FEW = {"smoke": 3, "default": 4}  # tasks, where none are named
+
+
+def plan(
+    suite: str,
+    *,
+    size: str = "default",
+    encoder: str | None = None,
+    tasks: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    orders: int | None = None,
+    device: str = "cpu",
+) -> Plan:
+    """The plan of a size: the given values, and the size's own for what is None or empty.
+
+    Raises ValueError for an unknown suite, task or size.
+    """
+    settings, every = SIZES[size], task_names(suite, tasks or None)
+    if size not in EFFORTS:
+        raise ValueError(f"the studies know the sizes {', '.join(EFFORTS)}, not {size!r}")
+    effort = {**EFFORTS[size], **({"orders": orders} if orders else {})}
+    names = tuple(every if tasks else every[: FEW.get(size)])
+    own = tuple(seeds or settings.seeds)
+    encoder = encoder or settings.encoder
+    return Plan(suite, encoder, names, size, own, device=device, **effort)
+
+
+@STUDIES.register("arrivals", label="Experts that arrive one at a time")
+def run_arrivals(plan: Plan) -> pd.DataFrame:
+    return arrivals(plan.bench(plan.seeds[0]), count=plan.orders)
+
+
+@STUDIES.register("mixture", label="Several merged models")
+def run_mixture(plan: Plan) -> pd.DataFrame:
+    bench = plan.bench(plan.seeds[0])
+    return mixture(bench, zetas=plan.zetas, sigmas=plan.sigmas, draws=plan.draws)
+
+
+@STUDIES.register("pools", label="Corrupted pools")
+def run_pools(plan: Plan) -> pd.DataFrame:
+    others = (*plan.seeds[1:], plan.seeds[0] if len(plan.seeds) > 1 else plan.seeds[0] + 1)
+    benches = {}
+    for seed, other in zip(plan.seeds, others, strict=True):
+        bench = plan.bench(seed, small=True, validation_rows=plan.looked)
+        benches[seed] = bench, plan.bench(other, small=True)
+    return pools(benches, shares=plan.shares, steps=plan.policy)
+
+
+@STUDIES.register("evolution", label="Searches for paths")
+def run_evolution(plan: Plan) -> pd.DataFrame:
+    first, *more = plan.searched
+    keys = [(seed, first) for seed in plan.seeds] + [(plan.seeds[0], count) for count in more]
+    rows = {"test_rows": plan.scored}
+    benches = {key: plan.bench(key[0], small=True, validation_rows=key[1], **rows) for key in keys}
+    return searches(benches, calls=plan.calls)
+
+
+@STUDIES.register("fusion", label="A large model steered by small ones")
+def run_fusion(plan: Plan) -> pd.DataFrame:
+    tables = []
+    for seed in plan.seeds:
+        pair = [plan.bench(seed, small=small, test_rows=plan.scored) for small in (True, False)]
+        tables.append(fusion(*pair, repeats=plan.repeats).assign(seed=seed))
+    return pd.concat(tables, ignore_index=True)
+
+
+@STUDIES.register("storage", label="Bytes, time and accuracy")
+def run_storage(plan: Plan) -> pd.DataFrame:
+    bench = plan.bench(plan.seeds[0], merge_rows=100, test_rows=plan.scored)
+    return storage(bench, options=plan.options, repeats=plan.repeats)
+
+
+# --- stored tables --------------------------------------------------------------------------------
+
+
+def said(name: str, plan: Plan) -> dict:
+    """What a study ran on, and how much of it."""
+    plain = ("suite", "encoder", "size", "orders", "device", "rows", "scored", "policy", "looked")
+    facts = {key: getattr(plan, key) for key in (*plain, "calls", "repeats")}
+    lists = {key: list(getattr(plan, key)) for key in ("tasks", "seeds", "searched")}
+    return {"study": name, "small": SMALL, **facts, **lists}
+
+
+def facts_of(name: str, plan: Plan) -> dict:
+    """A study's origin if it ran here and now: `said`, versions, machine and date."""
+    return origin(**said(name, plan))
+
+
+def publish(folder: Path, name: str, table: pd.DataFrame, plan: Plan) -> None:
+    """Store a study's table with its origin, as `folder/name.json`."""
+    save(folder / f"{name}.json", {"rows": table}, **said(name, plan))
+
+
+def stored(folder: Path) -> dict[str, tuple[pd.DataFrame, dict]]:
+    """Every study's stored table and its origin, by name."""
+    paths = {name: folder / f"{name}.json" for name in STUDIES}
+    found = {name: load(path) for name, path in paths.items() if path.is_file()}
+    return {name: (plain(tables["rows"]), facts) for name, (tables, facts) in found.items()}
+
+
+def plain(table: pd.DataFrame) -> pd.DataFrame:
+    """NumPy's numbers in every column of numbers, with NaN where one is missing."""
+    kinds = {
+        name: int if table[name].dtype == "Int64" and not table[name].hasnans else float
+        for name in table.select_dtypes("number")
+    }
+    return table.astype(kinds)
+
+
+def caption(facts: Mapping) -> str:
+    """One line of provenance for a study's figure or table."""
+    name, seeds = facts["study"], facts["seeds"]
+    encoder = {"fusion": f"{facts['small']} and {facts['encoder']}"}.get(name, facts["encoder"])
+    encoder = facts["small"] if name in ("pools", "evolution") else encoder
+    one = name in ("arrivals", "mixture", "storage")
+    few = 1 if one else len(seeds)
+    rows = facts["scored" if name in ("evolution", "fusion", "storage") else "rows"]
+    return (
+        f"{encoder}, {facts['suite']}, T = {len(facts['tasks'])}, {facts['size']} size, {few} "
+        f"seed{'s' * (few > 1)} of experts, {rows} test rows a task, {facts['device']}, "
+        f"{facts['machine']}, torch {facts['torch']}, measured {facts['date']}"
+    )
+
+
+def run(name: str, plan: Plan, folder: Path | None = None) -> pd.DataFrame:
+    """One study's table; stored in `folder` where one is given."""
+    study: Callable[[Plan], pd.DataFrame] = STUDIES[name]
+    table = study(plan)
+    if folder is not None:
+        publish(folder, name, table, plan)
+    return table
