@@ -14,7 +14,7 @@ from divmerge_core.report import Report
 NO_DATA, INPUTS, LABELS = "no data", "unlabelled inputs", "validation labels"
 REFERENCE = "reference"
 BLOCKS = (REFERENCE, NO_DATA, INPUTS, LABELS)
-HUES = dict(zip((NO_DATA, INPUTS, LABELS), sns.color_palette("colorblind"), strict=False))
+HUES = {b: sns.color_palette("colorblind")[n] for b, n in ((NO_DATA, 7), (INPUTS, 1), (LABELS, 4))}
 
 
 def block(spec: str) -> str:
@@ -96,55 +96,38 @@ def big_table(report: Report, subset: str) -> pd.DataFrame:
     ).set_index(["looks at", "method"])
 
 
+def shade(name: str, row: pd.Series):
+    """A method's colour: its block's, or DivMerge's own."""
+    return GREEN if name.startswith("divmerge") else HUES[row.block]
+
+
 def against_cost(ax: Axes, table: pd.DataFrame) -> Axes:
     """ANP against the seconds of one merge (log scale): what accuracy costs.
 
-    table: a `summary`. Filled: one model for all tasks; hollow: several, or routed. The front of
-    what nothing faster reaches, among single models, is drawn as a line.
+    table: a `summary`. Filled: one model for all tasks; hollow: several, or routed. The line, whose
+    corners are named, is what no faster single model reaches; so is the best hollow point.
     """
-    table = table[table.block != REFERENCE].assign(seconds=lambda t: t.seconds.clip(lower=0.05))
+    table = table[table.block != REFERENCE].assign(seconds=lambda t: t.seconds.clip(lower=0.02))
     for name, row in table.iterrows():
-        shade = GREEN if name.startswith("divmerge") else HUES[row.block]
-        fill = shade if one_vector(name) else "none"
-        ax.scatter(row.seconds, row.value, s=36, facecolors=fill, edgecolors=shade, zorder=3)
-    single = table[[one_vector(name) for name in table.index]].sort_values("seconds")
+        fill = shade(name, row) if one_vector(name) else "none"
+        ax.scatter(row.seconds, row.value, s=36, facecolors=fill, edgecolors=shade(name, row))
+    single = table[[one_vector(name) for name in table.index]]
+    single = single.sort_values(["seconds", "value"], ascending=[True, False])
     front = single[single.value > single.value.cummax().shift(fill_value=0)]
-    ax.step(front.seconds, front.value, where="post", color="black", linewidth=0.8, zorder=2)
-    ours = table.index[table.index.str.startswith("divmerge")]
-    named = [name for name in table.index if name in {*front.index, *ours}]
-    margin_labels(ax, table.loc[named, ["seconds", "value"]])
-    for label, shade in {"DivMerge": GREEN, **HUES}.items():
-        ax.scatter([], [], color=shade, s=36, label=label)
+    ax.step(front.seconds, front.value, where="post", color="black", linewidth=0.8, zorder=0)
+    hollow = table.drop(index=single.index).value
+    for name in [*front.index, *([hollow.idxmax()] if len(hollow) else [])]:
+        place = {"xytext": (-4, 5), "textcoords": "offset points", "ha": "right", "fontsize": 8}
+        ax.annotate(title(name), table.loc[name, ["seconds", "value"]], **place)
+    for label, hue in {"DivMerge": GREEN, **HUES}.items():
+        ax.scatter([], [], color=hue, s=36, label=label)
     ax.scatter([], [], facecolors="none", edgecolors="black", s=36, label="more than one model")
     ax.set_xscale("log")
+    ax.set_xlim(left=table.seconds.min() / 4)  # room for names
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.set(xlabel="seconds of one merge", ylabel="ANP, % of the experts")
-    ax.legend(fontsize=8, loc="lower right")
+    ax.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))
     return ax
-
-
-def margin_labels(ax: Axes, points: pd.DataFrame, *, gap: float = 0.055) -> None:
-    """Names of points (index) in the right margin, with a thin line to each (x, y).
-
-    gap: the least distance of two names, as a share of the axis; call it after the last limit.
-    """
-    low, high = ax.get_ylim()
-    heights = []
-    for value in points.iloc[:, 1].sort_values(ascending=False):
-        height = (value - low) / (high - low)
-        heights.append(min(height, heights[-1] - gap) if heights else height)
-    short_by = max(0.0, -heights[-1]) if heights else 0.0
-    order = points.iloc[:, 1].sort_values(ascending=False).index
-    for name, height in zip(order, heights, strict=True):
-        ax.annotate(
-            title(name),
-            points.loc[name],
-            xytext=(1.03, height + short_by),
-            textcoords="axes fraction",
-            fontsize=8,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": "grey", "linewidth": 0.5},
-        )
 
 
 def ranking(axes: list[Axes], tables: dict[str, pd.DataFrame]) -> list[Axes]:
@@ -153,19 +136,18 @@ def ranking(axes: list[Axes], tables: dict[str, pd.DataFrame]) -> list[Axes]:
     tables: a `summary` per panel's title. Filled: options found; hollow: published ones. The bar
     is the 95 % interval; the dashed line is the experts.
     """
-    last = [*tables.values()][-1]
-    order = list(last[last.block != REFERENCE].index)
-    for table in tables.values():  # methods that take fewer experts
-        order += [n for n in table.index if n not in order and table.block[n] != REFERENCE]
+    rows = pd.concat([*tables.values()][::-1])  # the last panel's first
+    rows = rows[(rows.block != REFERENCE) & ~rows.index.duplicated()]
+    order = list(rows.sort_values(["block", "value"], ascending=[True, False]).index)
     for ax, (heading, table) in zip(axes, tables.items(), strict=True):
         for y, name in enumerate(order):
             if name not in table.index:
                 continue
             row = table.loc[name]
-            shade = GREEN if name.startswith("divmerge") else HUES[row.block]
-            ax.plot([row.low, row.high], [y, y], color=shade, linewidth=3, alpha=0.4)
-            ax.plot(row.published, y, "o", color=shade, markerfacecolor="white", markersize=5)
-            ax.plot(row.value, y, "o", color=shade, markersize=5)
+            hue = shade(name, row)
+            ax.plot([row.low, row.high], [y, y], color=hue, linewidth=3, alpha=0.4)
+            ax.plot(row.published, y, "o", color=hue, markerfacecolor="white", markersize=5)
+            ax.plot(row.value, y, "o", color=hue, markersize=5)
         ax.axvline(1, color="black", linewidth=1, linestyle="--")
         ax.set(title=heading, xlabel="ANP, % of the experts", ylim=(len(order) - 0.5, -0.5))
         ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
