@@ -11,10 +11,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from divmerge_core.arrivals import BATCH
 from divmerge_core.figures import title
-from divmerge_core.pools import CORRUPTIONS
-from divmerge_core.searches import SEARCHES
+from divmerge_core.studies.arrivals import BATCH
+from divmerge_core.studies.pools import CORRUPTIONS
+from divmerge_core.studies.searches import SEARCHES
 
 PALETTE = sns.color_palette("colorblind")
 Look = tuple[int, str]  # place in the palette, marker

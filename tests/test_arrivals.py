@@ -10,13 +10,21 @@ import torch
 from helpers import linear_problem
 from torch.testing import assert_close
 
-from divmerge_core import arrivals as module
-from divmerge_core.arrivals import BATCH, arrivals, continual, expert_accuracies, forgetting, orders
 from divmerge_core.bench import Bench
 from divmerge_core.evaluation import Exam
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.clustered import dp_mixture
-from divmerge_core.partitions import (
+from divmerge_core.problem import MergeProblem
+from divmerge_core.studies import arrivals as module
+from divmerge_core.studies.arrivals import (
+    BATCH,
+    arrivals,
+    continual,
+    expert_accuracies,
+    forgetting,
+    orders,
+)
+from divmerge_core.studies.partitions import (
     Groups,
     arranged,
     k_means,
@@ -24,7 +32,6 @@ from divmerge_core.partitions import (
     mixture,
     random_labels,
 )
-from divmerge_core.problem import MergeProblem
 from divmerge_core.vectors import TaskVectors
 
 SUMS = [name for name in BATCH if METHODS.facts[name]["symmetric"]]
@@ -181,9 +188,9 @@ def test_mixtures_run_from_one_model_to_all_experts(bench):
 
 def test_finished_mixtures_are_not_repeated(bench, monkeypatch):
     first = mixture(bench, zetas=(0.0, 0.5), draws=1)
-    monkeypatch.setattr("divmerge_core.partitions.accuracies", forbid)
-    monkeypatch.setattr("divmerge_core.partitions.misfits", forbid)
-    monkeypatch.setattr("divmerge_core.partitions.join", forbid)
+    monkeypatch.setattr("divmerge_core.studies.partitions.accuracies", forbid)
+    monkeypatch.setattr("divmerge_core.studies.partitions.misfits", forbid)
+    monkeypatch.setattr("divmerge_core.studies.partitions.join", forbid)
     pd.testing.assert_frame_equal(mixture(bench, zetas=(0.0, 0.5), draws=1), first)
 
 

@@ -10,12 +10,12 @@ from helpers import linear_problem
 from test_arrivals import bench_of, forbid
 from torch.testing import assert_close
 
-from divmerge_core import pools as module
-from divmerge_core import searches as searching
 from divmerge_core.bench import Bench
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.paths import Pool as Choices
-from divmerge_core.pools import (
+from divmerge_core.studies import pools as module
+from divmerge_core.studies import searches as searching
+from divmerge_core.studies.pools import (
     CORRUPTIONS,
     NOISE,
     Judge,
@@ -29,7 +29,7 @@ from divmerge_core.pools import (
     shuffled,
     unit_pool,
 )
-from divmerge_core.searches import SEARCHES, Marks, searches
+from divmerge_core.studies.searches import SEARCHES, Marks, searches
 
 
 @pytest.fixture

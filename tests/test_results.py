@@ -1,5 +1,6 @@
 """The published results carry their origin, and what the book promises of them holds."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from divmerge_core import figures, roofline
 from divmerge_core.comparison import ALL_METHODS
 from divmerge_core.contestants import CONTESTANTS
+from divmerge_core.methods import METHODS, parse
 from divmerge_core.race import STEPS
 from divmerge_core.report import Report, caption
 
@@ -52,6 +54,41 @@ def test_the_landing_text_is_made_of_the_stored_numbers(tmp_path):
     assert (tmp_path / "landing.png").stat().st_size > 10_000
     written = (RESULTS / "landing.md").read_text("utf-8")
     assert (tmp_path / "landing.md").read_text("utf-8") == written
+
+
+# --- all baselines --------------------------------------------------------------------------------
+
+TABLES = sorted((RESULTS / "baselines").glob("*.json"))
+
+
+@pytest.fixture(scope="module", params=TABLES, ids=lambda path: path.stem)
+def table(request) -> Report:
+    return Report.load(request.param)
+
+
+def test_every_table_has_three_seeds_and_two_four_and_all_tasks(table):
+    assert table.rows.seed.nunique() >= 3
+    sizes = [subset.count("+") + 1 for subset in table.rows.subset.unique()]
+    assert sizes[:2] == [2, 4] and sizes[2] == table.rows.task.nunique()
+    counts = table.rows.groupby(["subset", "method"]).seed.nunique()
+    assert (counts == table.rows.seed.nunique()).all()
+
+
+def test_every_search_scored_as_many_candidates_and_its_best_is_used(table):
+    searches = [fit for fit in table.fits if "search" in fit]
+    methods = {name for name in table.rows.method if not name.endswith(":published")}
+    assert {fit["method"] for fit in searches} == methods - {"expert", "base"}
+    for fit in searches:
+        facts, records = METHODS.facts[parse(fit["method"])[0]], fit["search"]
+        alone = not facts["search"] or facts["needs"] == "a validation score"
+        assert len(records) == (1 if alone else table.provenance["budget"]), fit["method"]
+        scores = {str(record["options"]): record.get("score", 0) for record in records}
+        assert scores[str(fit["options"])] == max(scores.values()), fit["method"]
+
+
+def test_every_cost_is_a_number(table):
+    for fit in table.fits:
+        assert all(math.isfinite(value) and value >= 0 for value in fit["cost"].values())
 
 
 # --- what merging costs ---------------------------------------------------------------------------

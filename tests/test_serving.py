@@ -13,11 +13,20 @@ from helpers import linear_problem
 from test_arrivals import forbid
 
 from divmerge_core import beyond_figures as draw
-from divmerge_core import serving, studies
-from divmerge_core.arrivals import forgetting
 from divmerge_core.bench import SIZES, prepare
-from divmerge_core.serving import FINDS, SERVED, check_pair, fusion, gap_closed, latency, storage
-from divmerge_core.studies import STUDIES, Plan, plan, publish, run, stored
+from divmerge_core.studies import plans as studies
+from divmerge_core.studies import serving
+from divmerge_core.studies.arrivals import forgetting
+from divmerge_core.studies.plans import STUDIES, Plan, plan, publish, run, stored
+from divmerge_core.studies.serving import (
+    FINDS,
+    SERVED,
+    check_pair,
+    fusion,
+    gap_closed,
+    latency,
+    storage,
+)
 
 RESULTS = Path(__file__).resolve().parent.parent / "book" / "results" / "beyond"
 QUICK = {

@@ -29,9 +29,8 @@ ORDER = (
     *("registry", "assets", "splits", "tasks", "kernels", "vectors", "coefficients", "problem"),
     *("linalg", "activations", "encoders", "experts", "divergences", "methods", "evaluation"),
     *("report", "bench", "cells", "meters", "tuning", "comparison", "contestants", "roofline"),
-    *("race", "arrivals", "partitions", "pools", "searches", "serving", "studies", "interference"),
-    *("figures", "baseline_figures", "cost_figures", "beyond_figures"),
-    *("pages", "checkpoints", "runs"),
+    *("race", "studies", "interference", "figures", "baseline_figures", "cost_figures"),
+    *("beyond_figures", "pages", "checkpoints", "runs"),
 )
 MODULES = sorted((ROOT / "divmerge_core").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

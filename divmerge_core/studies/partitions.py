@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from divmerge_core.arrivals import SHARE, accuracies, expert_accuracies
 from divmerge_core.bench import Bench
 from divmerge_core.cells import cell, keep, recall
 from divmerge_core.kernels.stores import dense
 from divmerge_core.methods.clustered import evidence, misfits
 from divmerge_core.methods.continual import Merging, join, linear_places, untouched
+from divmerge_core.studies.arrivals import SHARE, accuracies, expert_accuracies
 
 
 class Groups:

@@ -16,12 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from divmerge_core.arrivals import accuracies, expert_accuracies
 from divmerge_core.bench import Bench
 from divmerge_core.cells import cell, keep, recall
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.paths import Path, Paths, Pool
 from divmerge_core.registry import Registry
+from divmerge_core.studies.arrivals import accuracies, expert_accuracies
 
 SEARCHES = Registry("search")  # name -> function(bench, marks, seed) -> Paths
 CHILDREN = 4  # of a generation, as published

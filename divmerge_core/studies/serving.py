@@ -7,7 +7,6 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from divmerge_core.arrivals import accuracies, expert_accuracies
 from divmerge_core.bench import Bench
 from divmerge_core.cells import cell, keep, recall
 from divmerge_core.evaluation import predict
@@ -15,7 +14,8 @@ from divmerge_core.meters import seconds
 from divmerge_core.methods import METHODS, options_of, parse
 from divmerge_core.methods.paths import Path, Paths, Pool
 from divmerge_core.problem import Batch, Merged, MergeProblem
-from divmerge_core.searches import CHILDREN, GROUPING, Marks
+from divmerge_core.studies.arrivals import accuracies, expert_accuracies
+from divmerge_core.studies.searches import CHILDREN, GROUPING, Marks
 
 # How an answer finds its weights: one set for all, read from the input, or by the task's number.
 FINDS = {

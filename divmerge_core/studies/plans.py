@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from divmerge_core.arrivals import arrivals
 from divmerge_core.bench import SIZES, Bench, Size, prepare, task_names
-from divmerge_core.partitions import mixture
-from divmerge_core.pools import pools
 from divmerge_core.registry import Registry
 from divmerge_core.report import origin
 from divmerge_core.roofline import load, save
-from divmerge_core.searches import searches
-from divmerge_core.serving import fusion, storage
+from divmerge_core.studies.arrivals import arrivals
+from divmerge_core.studies.partitions import mixture
+from divmerge_core.studies.pools import pools
+from divmerge_core.studies.searches import searches
+from divmerge_core.studies.serving import fusion, storage
 
 STUDIES = Registry("study")  # name -> function(Plan) -> table
 SMALL = "bert_tiny"  # the encoder of studies that ask for many scores

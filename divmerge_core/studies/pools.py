@@ -15,13 +15,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from divmerge_core.arrivals import accuracies, expert_accuracies
 from divmerge_core.bench import Bench
 from divmerge_core.cells import cell, keep, recall
 from divmerge_core.kernels.stores import dense
 from divmerge_core.methods import METHODS
 from divmerge_core.problem import MergeProblem
 from divmerge_core.registry import Registry
+from divmerge_core.studies.arrivals import accuracies, expert_accuracies
 from divmerge_core.tuning import validation_anp
 from divmerge_core.vectors import Layout, TaskVectors
 
