@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from divmerge_core.problem import Merged, MergeProblem, Pairs
+from divmerge_core.problem import Batch, Merged, MergeProblem, Pairs
 
 
 def settle(device: torch.device) -> None:
@@ -56,21 +56,26 @@ def peak_bytes(part: Callable[[], object], device: torch.device) -> float:
     return float(resident("VmHWM") - before)
 
 
+def places(batch: Batch) -> set[int]:
+    """Where a batch's rows lie in memory: batches cut out of it have some of the same."""
+    rows = next(iter(batch.inputs.values()))
+    return {rows.data_ptr() + n * rows.stride(0) * rows.element_size() for n in range(len(rows))}
+
+
 @dataclass
 class Meter:
     """Notes which unlabelled inputs of a problem are run through the model, and score calls."""
 
-    rows: dict[int, int] = field(default_factory=dict)  # of every batch that was seen
+    seen: set[int] = field(default_factory=set)  # the places of inputs
     calls: int = 0
 
     def problem(self, problem: MergeProblem) -> MergeProblem:
-        """The same problem, with every forward pass of its own batches noted."""
-        own = {id(batch) for batches in problem.batches for batch in batches}
+        """The same problem, with every forward pass of its own inputs noted."""
+        own = {place for batches in problem.batches for b in batches for place in places(b)}
 
         def forward(parameters: Mapping[str, Tensor], pairs: Pairs) -> list[Tensor]:
             for _, batch in pairs:
-                if id(batch) in own:
-                    self.rows[id(batch)] = len(next(iter(batch.inputs.values())))
+                self.seen |= places(batch) & own
             return problem.forward(parameters, pairs)
 
         return replace(problem, forward=forward)

@@ -108,25 +108,40 @@ def candidates(
     return [option for n, option in enumerate(found) if option not in found[:n]]
 
 
+def watched(bench: Bench, name: str, options: Mapping, points: int) -> tuple[Recorder, str]:
+    """A recorder for a fit of coefficients, and the fit's grouping."""
+    default = inspect.signature(METHODS[name]).parameters["grouping"].default
+    grouping = options.get("grouping", default)
+    seen = limit(bench.problem, options.get("inputs"), grouping).batches
+    steps = options["epochs"] * max(map(len, seen))
+    return Recorder(bench, points, every=max(1, steps // max(1, points))), grouping
+
+
+def told(recorder: Recorder, grouping: str) -> dict:
+    """What a fit left behind: coefficients by task and group, losses, and its course."""
+    vectors = recorder.bench.problem.vectors
+    groups, _ = groups_of(vectors.layout, grouping)
+    coefficients = [[round(value, 5) for value in row] for row in recorder.coeffs.tolist()]
+    fit = {"tasks": list(vectors.tasks), "groups": list(groups), "coefficients": coefficients}
+    return fit | {"losses": recorder.losses, "course": recorder.course}
+
+
 def run_method(bench: Bench, spec: str, options: Mapping, points: int = 0) -> Made:
     """Merge, with the cost noted.
 
     The cost: seconds; peak_bytes on top of the problem; stored_bytes of what comes out; inputs,
-    how many unlabelled ones were looked at; calls of the validation score.
+    how many unlabelled ones were looked at; calls of the validation score. Raises Diverged, with
+    the method and its options, where the merge ran off.
     """
     name, _ = parse(spec)
-    meter, allowed = Meter(), options_of(name)
-    given, recorder = {**options}, None
-    if "watch" in allowed:
-        default = inspect.signature(METHODS[name]).parameters["grouping"].default
-        grouping = options.get("grouping", default)
-        seen = limit(bench.problem, options.get("inputs"), grouping).batches
-        steps = options["epochs"] * max(map(len, seen))
-        given["watch"] = recorder = Recorder(bench, points, every=max(1, steps // max(1, points)))
-    if "score" in allowed:
+    meter, given, recorder = Meter(), {**options}, None
+    if "watch" in options_of(name):
+        recorder, grouping = watched(bench, name, options, points)
+        given["watch"] = recorder
+    if "score" in options_of(name):
         given["score"] = meter.score(partial(validation_anp, bench))
     device, held = bench.problem.vectors.base.device, []
-    cost = {}
+    cost: dict[str, float] = {}
 
     def merge() -> None:
         held.append(METHODS[name](meter.problem(bench.problem), **given))
@@ -134,17 +149,13 @@ def run_method(bench: Bench, spec: str, options: Mapping, points: int = 0) -> Ma
     def timed() -> None:
         cost["seconds"] = round(seconds(merge, device), 2)
 
-    cost["peak_bytes"] = peak_bytes(timed, device)
+    try:
+        cost["peak_bytes"] = peak_bytes(timed, device)
+    except Diverged as error:
+        raise Diverged(f"{spec} with {dict(options)}: {error}") from error
     merged = held.pop()
-    cost |= {"stored_bytes": merged.nbytes, "inputs": sum(meter.rows.values())}
-    cost["calls"] = meter.calls
-    if recorder is None:
-        return Made(merged, cost, None)
-    groups, _ = groups_of(bench.problem.vectors.layout, grouping)
-    coefficients = [[round(value, 5) for value in row] for row in recorder.coeffs.tolist()]
-    fit = {"tasks": list(bench.problem.vectors.tasks), "groups": list(groups)}
-    fit |= {"coefficients": coefficients, "losses": recorder.losses, "course": recorder.course}
-    return Made(merged, cost, fit)
+    cost |= {"stored_bytes": merged.nbytes, "inputs": len(meter.seen)}
+    return Made(merged, cost | {"calls": meter.calls}, recorder and told(recorder, grouping))
 
 
 @dataclass

@@ -317,6 +317,11 @@ def test_a_method_whose_candidates_all_diverge_stops_with_the_cause(fresh, monke
         compare("toy", size="toy", methods=["ties"])
 
 
+def test_a_fit_that_runs_off_names_the_method_its_options_and_the_step(fresh):
+    with pytest.raises(Diverged, match=r"divmerge/task with .*'lr': 5000.* at step \d"):
+        compare("toy", size="toy", methods=["divmerge/task"], lr=5000.0)
+
+
 # --- what a merge needs and costs -----------------------------------------------------------------
 
 
@@ -334,14 +339,14 @@ def test_a_method_that_needs_a_second_base_says_so():
 
 
 def test_costs_stand_beside_the_answers(fresh):
-    methods = ["average", "divmerge/task", "emr", "evolved_coefficients"]
+    methods = ["average", "divmerge/task", "emr", "evolved_coefficients", "fisher"]
     report = compare("toy", size="toy", methods=methods, inputs=4, epochs=1)
     cost = {fit["method"]: fit["cost"] for fit in report.fits}
     size = bench.prepare("toy", size="toy").problem.vectors.base.nbytes
     assert cost["average"]["stored_bytes"] == size
     assert cost["emr"]["stored_bytes"] > 2 * size
     assert cost["average"]["inputs"] == 0 == cost["divmerge/task"]["calls"]
-    assert cost["divmerge/task"]["inputs"] == 2 * 4
+    assert cost["divmerge/task"]["inputs"] == cost["fisher"]["inputs"] == 2 * 4
     assert (
         0 < cost["evolved_coefficients"]["calls"] <= SIZES["toy"].calls + 6
     )  # the start, and a step
