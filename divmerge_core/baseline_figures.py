@@ -30,12 +30,9 @@ def one_vector(spec: str) -> bool:
     return METHODS.facts[parse(spec.removesuffix(PUBLISHED))[0]].get("returns") != "predictor"
 
 
-def among(report: Report, subset: str, *methods: str) -> Report:
-    """The report of one subset, and of these methods beside the experts where some are named."""
-    rows = report.rows[report.rows.subset == subset]
-    if methods:
-        rows = rows[rows.method.isin(["expert", *methods])]
-    return Report(rows, report.fits, report.provenance)
+def among(report: Report, subset: str) -> Report:
+    """The report of one subset."""
+    return Report(report.rows[report.rows.subset == subset], report.fits, report.provenance)
 
 
 def summary(report: Report, subset: str) -> pd.DataFrame:
@@ -65,9 +62,8 @@ def summary(report: Report, subset: str) -> pd.DataFrame:
     return table.sort_values(["block", "value"], ascending=[True, False])
 
 
-def big_table(report: Report, subset: str) -> pd.DataFrame:
-    """The summary as it is read: in %, seconds, MB, and times the size of one model."""
-    table = summary(report, subset)
+def big_table(table: pd.DataFrame) -> pd.DataFrame:
+    """A summary as it is read: in %, seconds, MB, and times the size of one model."""
     kept = table[table.index != "base"]
 
     def percent(values: pd.Series) -> list[str]:
@@ -155,15 +151,21 @@ def ranking(axes: list[Axes], tables: dict[str, pd.DataFrame]) -> list[Axes]:
     return axes
 
 
-def verdict(report: Report, subset: str) -> str:
-    """Who beats the best DivMerge on a subset, by how much and at what price; from the report."""
-    suite, table = report.rows.suite.iloc[0], summary(report, subset)
+def verdict(report: Report, subset: str, table: pd.DataFrame) -> str:
+    """Who beats the best DivMerge on a subset, by how much and at what price.
+
+    table: the report's `summary` of the subset.
+    """
+    suite = report.rows.suite.iloc[0]
     named = table[table.block != REFERENCE].sort_values("value", ascending=False)
     ours = named[named.index.str.startswith("divmerge")]
     best, lines = ours.iloc[0], []
+    part = among(report, subset)
+    order = list(part.rows.method.unique())
+    _, drawn = part.bootstrap(part.rows, suite, "anp", draws=2000, seed=0)  # paired: the same rows
     for name, row in named[named.value > best.value].iterrows():
-        pair = among(report, subset, name, best.name)
-        gap, low, high = pair.difference(suite, subset, name, best.name)
+        gaps = drawn[:, order.index(name)] - drawn[:, order.index(best.name)]
+        gap, (low, high) = row.value - best.value, np.percentile(gaps, [2.5, 97.5])
         sure = "" if low > 0 else ", an interval that holds 0"
         price = [f"{row.seconds:.1f} s against {best.seconds:.1f} s", f"looks at {row.block}"]
         if not one_vector(name):

@@ -47,19 +47,21 @@ def test_the_summary_holds_scores_and_mean_costs(report):
 
 
 def test_the_table_is_grouped_by_what_a_method_looks_at(report):
-    table = draw.big_table(report, SUBSET)
+    table = draw.big_table(draw.summary(report, SUBSET))
     assert [*table.index.get_level_values(0)] == ["reference", *["no data"] * 3, draw.INPUTS]
     assert table.loc[("no data", "TIES"), "ANP, %"].startswith("60.0 [")
     assert table.loc[("no data", "TIES"), "published, %"] == "50.0"
 
 
 def test_the_verdict_names_those_ahead_and_their_price(report):
-    text = draw.verdict(report, SUBSET)
+    text = draw.verdict(report, SUBSET, draw.summary(report, SUBSET))
     assert "DivMerge, per task, number 2 of 4 with 70.0 %" in text
     assert "EMR-Merging: +20.0 points" in text and "2.50 models stored" in text
     assert "TIES" not in text
     ahead = Report(report.rows[report.rows.method != "emr"], report.fits, report.provenance)
-    assert "No other method has a higher ANP." in draw.verdict(ahead, SUBSET)
+    assert "No other method has a higher ANP." in draw.verdict(
+        ahead, SUBSET, draw.summary(ahead, SUBSET)
+    )
 
 
 def test_the_figures_draw_every_method(report):
