@@ -5,6 +5,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
+from pandas.io.formats.style import Styler
 
 from divmerge_core.comparison import PUBLISHED
 from divmerge_core.figures import GREEN, title
@@ -90,6 +91,12 @@ def big_table(table: pd.DataFrame) -> pd.DataFrame:
             "score calls": cost(kept.calls, ".0f"),
         }
     ).set_index(["looks at", "method"])
+
+
+def printed(rows: pd.DataFrame, caption: str) -> Styler:
+    """A `big_table` in letters small enough for a page's width."""
+    small = rows.style.set_caption(caption).set_table_attributes('style="font-size: 70%"')
+    return small.set_properties(**{"white-space": "nowrap", "padding": "2px 4px"})
 
 
 def shade(name: str, row: pd.Series):

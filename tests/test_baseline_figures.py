@@ -51,6 +51,8 @@ def test_the_table_is_grouped_by_what_a_method_looks_at(report):
     assert [*table.index.get_level_values(0)] == ["reference", *["no data"] * 3, draw.INPUTS]
     assert table.loc[("no data", "TIES"), "ANP, %"].startswith("60.0 [")
     assert table.loc[("no data", "TIES"), "published, %"] == "50.0"
+    page = draw.printed(table, "a toy").to_html()
+    assert "a toy" in page and "TIES" in page and "font-size" in page
 
 
 def test_the_verdict_names_those_ahead_and_their_price(report):
