@@ -166,6 +166,8 @@ def verdict(report: Report, subset: str, table: pd.DataFrame) -> str:
     suite = report.rows.suite.iloc[0]
     named = table[table.block != REFERENCE].sort_values("value", ascending=False)
     ours = named[named.index.str.startswith("divmerge")]
+    if ours.empty:
+        return "DivMerge is not among the methods of this table."
     best, lines = ours.iloc[0], []
     part = among(report, subset)
     order = list(part.rows.method.unique())

@@ -66,6 +66,13 @@ def test_the_verdict_names_those_ahead_and_their_price(report):
     )
 
 
+def test_a_table_without_divmerge_has_a_verdict_too(report):
+    rows = report.rows[report.rows.method != "divmerge/task"]
+    without = Report(rows, report.fits, report.provenance)
+    table = draw.summary(without, SUBSET)
+    assert "DivMerge is not among" in draw.verdict(without, SUBSET, table)
+
+
 def test_the_figures_draw_every_method(report):
     table = draw.summary(report, SUBSET)
     fig, axes = plt.subplots(1, 2)
