@@ -146,7 +146,7 @@ def index() -> str:
                 f"[{title(name)}](#method-{slug(name)})",
                 f"{{cite:t}}`{sources(name)[0]}`",
                 *(facts["needs"], facts["cost"], facts.get("returns", "vector")),
-                *("yes" if facts["symmetric"] else "no", facts.get("exactly", "any")),
+                *("yes" if facts["symmetric"] else "no", str(facts.get("exactly", "any"))),
             )
             for name, facts in METHODS.facts.items()
             if block(name) == heading
