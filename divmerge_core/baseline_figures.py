@@ -51,8 +51,7 @@ def summary(report: Report, subset: str) -> pd.DataFrame:
     fits = [fit for fit in report.fits if fit["subset"] == subset]
     costs = pd.DataFrame([{"method": fit["method"], **fit["cost"]} for fit in fits])
     costs = costs.groupby("method").mean()
-    size = costs.stored_bytes.min()  # one model; nothing smaller answers
-    costs["stored"] = costs.stored_bytes / size
+    costs["stored"] = costs.stored_bytes / costs.model_bytes
     tried = {fit["method"]: len(fit["search"]) for fit in fits if "search" in fit}
     table = rows.join(costs)
     table["published"] = rows.value.reindex([name + PUBLISHED for name in rows.index]).values

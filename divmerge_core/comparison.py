@@ -161,7 +161,8 @@ def compare(
         for label, index in shown.items():
             done = outcome(merges, tried[index])
             rows += [{**labels, "method": label, **row} for row in done["rows"]]
-            fit = {**labels, "method": label, "options": tried[index], "cost": done["cost"]}
+            cost = {**done["cost"], "model_bytes": bench.problem.vectors.base.nbytes}
+            fit = {**labels, "method": label, "options": tried[index], "cost": cost}
             if label == spec and seed == seeds[0]:
                 fit["search"] = chosen.records
             fits.append({**fit, **(done["fit"] or {})})
