@@ -4,9 +4,7 @@ Milliseconds depend on the machine and its other work; ratios taken in one run h
 round measures every contestant once, in an order drawn anew.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,7 +15,6 @@ from tqdm import tqdm
 
 from divmerge_core.contestants import CONTESTANTS, DIVERGENCE_CONTESTANTS, Case, Part
 from divmerge_core.meters import peak_bytes, seconds
-from divmerge_core.report import origin, write_json
 
 COLUMNS = ["contestant", "part", "round", "seconds", "bytes", "peak"]
 
@@ -127,23 +124,6 @@ def matrix_rate(device: torch.device, width: int = 2048) -> float:
     square = torch.ones(width, width, device=device)
     best = min(seconds(lambda: square @ square, device) for _ in range(5))
     return 2 * width**3 / best / 1e9
-
-
-def save(path: Path, tables: Mapping[str, pd.DataFrame], **facts: object) -> None:
-    """Store tables of measurements with their origin, whole or not at all."""
-    columns = {
-        name: table.astype(object).where(table.notna(), None).to_dict("list")
-        for name, table in tables.items()
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"tables": columns, "provenance": origin(**facts)})
-
-
-def load(path: Path) -> tuple[dict[str, pd.DataFrame], dict]:
-    """What `save` stored: tables by name, and their origin."""
-    data = json.loads(path.read_text("utf-8"))
-    tables = {name: pd.DataFrame(columns) for name, columns in data["tables"].items()}
-    return {name: table.convert_dtypes() for name, table in tables.items()}, data["provenance"]
 
 
 def caption(facts: Mapping) -> str:

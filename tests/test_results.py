@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from divmerge_core import figures, roofline
+from divmerge_core import tables as measured
 from divmerge_core.comparison import ALL_METHODS
 from divmerge_core.contestants import CONTESTANTS
 from divmerge_core.methods import METHODS, parse
@@ -98,7 +99,7 @@ COSTS = sorted((RESULTS / "kernel").glob("*.json"))
 
 @pytest.fixture(scope="module", params=COSTS, ids=lambda path: path.stem)
 def costs(request):
-    return roofline.load(request.param)
+    return measured.load(request.param)
 
 
 def test_published_costs_were_measured_with_every_peer_in_one_run(costs):

@@ -12,8 +12,8 @@ import transformers
 from helpers import linear_problem
 from test_arrivals import forbid
 
-from divmerge_core import beyond_figures as draw
 from divmerge_core.bench import SIZES, prepare
+from divmerge_core.figures import beyond as draw
 from divmerge_core.studies import plans as studies
 from divmerge_core.studies import serving
 from divmerge_core.studies.arrivals import forgetting

@@ -28,9 +28,8 @@ TOC = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
 ORDER = (
     *("registry", "assets", "splits", "tasks", "kernels", "vectors", "coefficients", "problem"),
     *("linalg", "activations", "encoders", "experts", "divergences", "methods", "evaluation"),
-    *("report", "bench", "cells", "meters", "tuning", "comparison", "contestants", "roofline"),
-    *("race", "studies", "interference", "figures", "baseline_figures", "cost_figures"),
-    *("beyond_figures", "pages", "checkpoints", "runs"),
+    *("report", "tables", "bench", "cells", "meters", "tuning", "comparison", "contestants"),
+    *("roofline", "race", "interference", "studies", "figures", "pages", "checkpoints", "runs"),
 )
 MODULES = sorted((ROOT / "divmerge_core").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -11,12 +11,12 @@ import pandas as pd
 from divmerge_core.bench import SIZES, Bench, Size, prepare, task_names
 from divmerge_core.registry import Registry
 from divmerge_core.report import origin
-from divmerge_core.roofline import load, save
 from divmerge_core.studies.arrivals import arrivals
 from divmerge_core.studies.partitions import mixture
 from divmerge_core.studies.pools import pools
 from divmerge_core.studies.searches import searches
 from divmerge_core.studies.serving import fusion, storage
+from divmerge_core.tables import load, save
 
 STUDIES = Registry("study")  # name -> function(Plan) -> table
 SMALL = "bert_tiny"  # the encoder of studies that ask for many scores
@@ -196,16 +196,7 @@ def stored(folder: Path) -> dict[str, tuple[pd.DataFrame, dict]]:
     """Every study's stored table and its origin, by name."""
     paths = {name: folder / f"{name}.json" for name in STUDIES}
     found = {name: load(path) for name, path in paths.items() if path.is_file()}
-    return {name: (plain(tables["rows"]), facts) for name, (tables, facts) in found.items()}
-
-
-def plain(table: pd.DataFrame) -> pd.DataFrame:
-    """NumPy's numbers in every column of numbers, with NaN where one is missing."""
-    kinds = {
-        name: int if table[name].dtype == "Int64" and not table[name].hasnans else float
-        for name in table.select_dtypes("number")
-    }
-    return table.astype(kinds)
+    return {name: (tables["rows"], facts) for name, (tables, facts) in found.items()}
 
 
 def caption(facts: Mapping) -> str:

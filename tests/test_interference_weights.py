@@ -6,7 +6,7 @@ from helpers import linear_problem
 from torch.testing import assert_close
 
 from divmerge_core.coefficients import GROUPINGS, groups_of
-from divmerge_core.interference import cosine, norms_by_group, sign_conflict
+from divmerge_core.interference.weights import cosine, norms_by_group, sign_conflict
 from divmerge_core.registry import UnknownName
 from divmerge_core.vectors import Layout, TaskVectors
 

@@ -4,8 +4,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from divmerge_core import baseline_figures as draw
 from divmerge_core.comparison import every_method
+from divmerge_core.figures import baselines as draw
 from divmerge_core.methods import METHODS
 from divmerge_core.report import Report
 

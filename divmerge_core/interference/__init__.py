@@ -1,0 +1,1 @@
+"""What goes wrong when tasks meet, as numbers."""

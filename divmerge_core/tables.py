@@ -1,0 +1,82 @@
+"""Measured tables, stored with their origin, and the choice between a stored one and this run's."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from divmerge_core.report import origin, write_json
+
+Tables = Mapping[str, pd.DataFrame]
+
+
+def save(path: Path, tables: Tables, **facts: object) -> None:
+    """Store tables of measurements with their origin, whole or not at all."""
+    columns = {
+        name: table.astype(object).where(table.notna(), None).to_dict("list")
+        for name, table in tables.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"tables": columns, "provenance": origin(**facts)})
+
+
+def load(path: Path) -> tuple[dict[str, pd.DataFrame], dict]:
+    """What `save` stored: tables by name, and their origin."""
+    data = json.loads(path.read_text("utf-8"))
+    tables = {name: pd.DataFrame(columns) for name, columns in data["tables"].items()}
+    return {name: plain(table) for name, table in tables.items()}, data["provenance"]
+
+
+def plain(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with a type per column, and NumPy's numbers: NaN where one is missing."""
+    table = table.convert_dtypes()
+    kinds = {
+        name: int if table[name].dtype == "Int64" and not table[name].hasnans else float
+        for name in table.select_dtypes("number")
+    }
+    return table.astype(kinds)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Tables by name with their origin; source: `this run` or `the stored run`."""
+
+    tables: Tables
+    facts: Mapping
+    source: str
+
+    def __getitem__(self, name: str) -> pd.DataFrame:
+        return self.tables[name]
+
+    @property
+    def caption(self) -> str:
+        """One line that says which run this is, and what it ran on."""
+        return f"Drawn from {self.source}: {described(self.facts)}."
+
+
+def drawn(
+    path: Path, tables: Tables, *, live: bool = False, publish: bool = False, **facts: object
+) -> Measured:
+    """What a chapter draws: the tables stored at `path`, or this run's.
+
+    live: draw this run's in any case. publish: store this run's, with the facts and the origin.
+    facts: what the tables were measured on; `described` reads suite, encoder, tasks, size, seeds
+    and rows.
+    """
+    if publish:
+        save(path, tables, **facts)
+    if live or not path.is_file():
+        return Measured(tables, origin(**facts), "this run")
+    return Measured(*load(path), "the stored run")
+
+
+def described(facts: Mapping) -> str:
+    """One line of provenance: what was measured, how much of it, where and when."""
+    seeds = len(facts["seeds"])
+    return (
+        f"{facts['encoder']}, {facts['suite']}, {len(facts['tasks'])} tasks, {facts['size']} size, "
+        f"{seeds} seed{'s' * (seeds > 1)} of experts, {facts['rows']} test rows a task, "
+        f"{facts['device']}, {facts['machine']}, torch {facts['torch']}, measured {facts['date']}"
+    )
