@@ -11,7 +11,7 @@ from dataclasses import replace
 import pandas as pd
 from tqdm import tqdm
 
-from divmerge_core.bench import SIZES, Bench, prepare, task_names
+from divmerge_core.bench import SIZES, Bench, Size, prepare, task_names
 from divmerge_core.cells import cell, keep, recall
 from divmerge_core.coefficients import LINKS
 from divmerge_core.divergences import DIVERGENCES
@@ -116,20 +116,11 @@ def compare(
     Raises ValueError, before anything is trained, for what is unknown or out of range, and for a
     method that needs what the suite does not hold; Diverged where a merge ran off.
     """
-    settings, names = SIZES[size], task_names(suite, tasks)
-    seeds = list(settings.seeds if seeds is None else seeds)
+    names, seeds = task_names(suite, tasks), list(SIZES[size].seeds if seeds is None else seeds)
     check_request(methods, seeds, overrides)
     wanted = [tuple(task_names(suite, subset)) for subset in subsets] + [tuple(names)]
     check_fit_for(methods, wanted)
-    if budget is not None:
-        if budget < 1:
-            raise ValueError(f"budget must be 1 candidate or more, got {budget}; 6 tries all")
-        settings = replace(settings, candidates=budget)
-    inputs = overrides.get("inputs", 0)
-    if settings.merge_rows and inputs > settings.merge_rows:
-        settings = replace(settings, merge_rows=inputs)
-    found: dict[tuple, Search] = {}
-    rows, fits = [], []
+    settings = effort(SIZES[size], budget, overrides)
     jobs = [
         (seed, subset, spec)
         for seed in seeds
@@ -137,51 +128,75 @@ def compare(
         for spec in methods
         if takes(spec, len(subset))
     ]
-    benches: dict[int, Bench] = {}
-    for number, (seed, subset, spec) in enumerate(bar := tqdm(jobs, f"merging {suite}")):
+    rows, fits, searches = [], [], {}
+    before = None, None
+    for seed, subset, spec in (bar := tqdm(jobs, f"merging {suite}")):
         bar.set_postfix_str(f"seed {seed}, {len(subset)} tasks, {spec}")
-        if seed not in benches:
-            benches = {
-                seed: prepare(
-                    suite, names, size=settings, seed=seed, device=device, encoder=encoder
-                )
-            }
-        bench = benches[seed].select(subset)
+        if seed != before[0]:
+            whole = prepare(suite, names, size=settings, seed=seed, device=device, encoder=encoder)
+        bench = whole.select(subset)
         labels = {"suite": suite, "subset": "+".join(subset), "seed": seed}
-        if number == 0 or jobs[number - 1][:2] != (seed, subset):
+        if (seed, subset) != before:
             rows += references(bench, labels)
+        before = seed, subset
         tried = candidates(spec, settings, seed, overrides, bench.problem)
         merges = Merges(bench, spec, points)
-        if (subset, spec) not in found:
-            found[subset, spec] = search(merges, tried)
-        chosen = found[subset, spec]
-        shown = {spec: chosen.best}
-        if published and chosen.best and "score" in chosen.records[0]:
-            shown[spec + PUBLISHED] = 0
-        for label, index in shown.items():
-            done = outcome(merges, tried[index])
-            rows += [{**labels, "method": label, **row} for row in done["rows"]]
-            cost = {**done["cost"], "model_bytes": bench.problem.vectors.base.nbytes}
-            fit = {**labels, "method": label, "options": tried[index], "cost": cost}
-            if label == spec and seed == seeds[0]:
-                fit["search"] = chosen.records
-            fits.append({**fit, **(done["fit"] or {})})
-    return Report.of(
-        pd.DataFrame(rows),
-        fits,
-        size=size,
-        suite=suite,
-        encoder=encoder or settings.encoder,
-        device=device,
-        precision=resolve(settings.precision, check_device(device)),
-        recipe=bench.experts[0].manifest["recipe"],
-        seeds=seeds,
-        budget=settings.candidates,
-        rows_per_task={
-            split: getattr(settings, f"{split}_rows") or ROWS[split]
-            for split in ("merge", "validation", "test")
-        },
-    )
+        own = (subset, spec) not in searches
+        if own:
+            searches[subset, spec] = search(merges, tried)
+        answers, courses = outcomes(merges, tried, searches[subset, spec], published)
+        rows += [{**labels, **row} for row in answers]
+        found = {"search": searches[subset, spec].records} if own else {}
+        fits += [{**labels, **fit, **(found if fit["method"] == spec else {})} for fit in courses]
+    facts = {"size": size, "suite": suite, "encoder": encoder or settings.encoder, "seeds": seeds}
+    facts |= conditions(settings, whole, device)
+    return Report.of(pd.DataFrame(rows), fits, device=device, **facts)
+
+
+def conditions(size: Size, bench: Bench, device: str) -> dict:
+    """What a Report's numbers depend on beside the methods: training, rows, precision, budget."""
+    splits = ("merge", "validation", "test")
+    return {
+        "precision": resolve(size.precision, check_device(device)),
+        "recipe": bench.experts[0].manifest["recipe"],
+        "budget": size.candidates,
+        "rows_per_task": {split: getattr(size, f"{split}_rows") or ROWS[split] for split in splits},
+    }
+
+
+def effort(size: Size, budget: int | None, overrides: Mapping) -> Size:
+    """The size with `budget` candidates, and with as many merge rows as the fits ask for.
+
+    Raises ValueError for a budget below 1.
+    """
+    if budget is not None:
+        if budget < 1:
+            raise ValueError(f"budget must be 1 candidate or more, got {budget}; 6 tries all")
+        size = replace(size, candidates=budget)
+    inputs = overrides.get("inputs", 0)
+    if size.merge_rows and inputs > size.merge_rows:
+        size = replace(size, merge_rows=inputs)
+    return size
+
+
+def outcomes(
+    merges: Merges, tried: Sequence[dict], found: Search, published: bool
+) -> tuple[list[dict], list[dict]]:
+    """Test answers, and options with cost and course, of the best candidate.
+
+    published: of the published options too, where a search chose others.
+    """
+    shown = {merges.spec: found.best}
+    if published and found.best and "score" in found.records[0]:
+        shown[merges.spec + PUBLISHED] = 0
+    rows, fits = [], []
+    for label, index in shown.items():
+        done = outcome(merges, tried[index])
+        rows += [{"method": label, **row} for row in done["rows"]]
+        cost = {**done["cost"], "model_bytes": merges.bench.problem.vectors.base.nbytes}
+        fit = {"method": label, "options": tried[index], "cost": cost}
+        fits.append({**fit, **(done["fit"] or {})})
+    return rows, fits
 
 
 def references(bench: Bench, labels: Mapping) -> list[dict]:
