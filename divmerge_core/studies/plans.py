@@ -26,16 +26,17 @@ SMALL = "bert_tiny"  # the encoder of studies that ask for many scores
 class Plan:
     """What the studies run on, and how much of it.
 
-    tasks: of the suite. seeds: of experts; arrivals, mixture and storage take the first. orders: of
-    arrivals. rows: test rows per task, where a study scores many merges; scored: of the others.
-    shares: of corrupted experts. policy: draws that a policy learns from, on `looked` validation
-    rows per task. calls: scores per task of every search for paths, on `searched` validation rows;
-    further counts of rows are searched at the first seed. repeats: of every timing. options: of
-    methods that learn, in the storage study.
+    large: the encoder that small experts steer. tasks: of the suite. seeds: of experts; arrivals,
+    mixture and storage take the first. orders: of arrivals. rows: test rows per task, where a study
+    scores many merges; scored: of the others. shares: of corrupted experts. policy: draws that a
+    policy learns from, on `looked` validation rows per task. calls: scores per task of every search
+    for paths, on `searched` validation rows; further counts of rows are searched at the first seed.
+    repeats: of every timing. options: of methods that learn, in the storage study.
     """
 
     suite: str
     encoder: str
+    large: str
     tasks: tuple[str, ...]
     size: str
     seeds: tuple[int, ...]
@@ -114,6 +115,7 @@ def plan(
 ) -> Plan:
     """The plan of a size: the given values, and the size's own for what is None or empty.
 
+    Where no encoder is named, all but `full` run on the small one, but for fusion's large model.
     Raises ValueError for an unknown suite, task or size.
     """
     settings, every = SIZES[size], task_names(suite, tasks or None)
@@ -122,8 +124,9 @@ def plan(
     effort = {**EFFORTS[size], **({"orders": orders} if orders else {})}
     names = tuple(every if tasks else every[: FEW.get(size)])
     own = tuple(seeds or settings.seeds)
-    encoder = encoder or settings.encoder
-    return Plan(suite, encoder, names, size, own, device=device, **effort)
+    large = encoder or settings.encoder
+    encoder = large if encoder or size == "full" else SMALL
+    return Plan(suite, encoder, large, names, size, own, device=device, **effort)
 
 
 @STUDIES.register("arrivals", label="Experts that arrive one at a time")
@@ -160,7 +163,8 @@ def run_evolution(plan: Plan) -> pd.DataFrame:
 def run_fusion(plan: Plan) -> pd.DataFrame:
     tables = []
     for seed in plan.seeds:
-        pair = [plan.bench(seed, small=small, test_rows=plan.scored) for small in (True, False)]
+        wide = replace(plan, encoder=plan.large).bench(seed, test_rows=plan.scored)
+        pair = plan.bench(seed, small=True, test_rows=plan.scored), wide
         tables.append(fusion(*pair, repeats=plan.repeats).assign(seed=seed))
     return pd.concat(tables, ignore_index=True)
 
@@ -176,8 +180,8 @@ def run_storage(plan: Plan) -> pd.DataFrame:
 
 def said(name: str, plan: Plan) -> dict:
     """What a study ran on, and how much of it."""
-    plain = ("suite", "encoder", "size", "orders", "device", "rows", "scored", "policy", "looked")
-    facts = {key: getattr(plan, key) for key in (*plain, "calls", "repeats")}
+    plain = ("suite", "encoder", "large", "size", "orders", "device", "rows", "scored")
+    facts = {key: getattr(plan, key) for key in (*plain, "policy", "looked", "calls", "repeats")}
     lists = {key: list(getattr(plan, key)) for key in ("tasks", "seeds", "searched")}
     return {"study": name, "small": SMALL, **facts, **lists}
 
@@ -202,7 +206,8 @@ def stored(folder: Path) -> dict[str, tuple[pd.DataFrame, dict]]:
 def caption(facts: Mapping) -> str:
     """One line of provenance for a study's figure or table."""
     name, seeds = facts["study"], facts["seeds"]
-    encoder = {"fusion": f"{facts['small']} and {facts['encoder']}"}.get(name, facts["encoder"])
+    large = facts.get("large", facts["encoder"])
+    encoder = {"fusion": f"{facts['small']} and {large}"}.get(name, facts["encoder"])
     encoder = facts["small"] if name in ("pools", "evolution") else encoder
     one = name in ("arrivals", "mixture", "storage")
     few = 1 if one else len(seeds)
