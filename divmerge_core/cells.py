@@ -15,8 +15,9 @@ from divmerge_core.report import write_json
 def code_digest() -> str:
     """A digest of the code that decides a merge and its score, blind to comments and docstrings."""
     root = Path(__file__).parent
-    paths = ["problem", "coefficients", "divergences", "vectors", "encoders", "evaluation"]
-    for folder in ("kernels", "methods"):
+    paths = ["problem", "live", "minimizers", "fitting", "coefficients", "vectors", "encoders"]
+    paths.append("evaluation")
+    for folder in ("divergences", "kernels", "methods"):
         paths += [f"{folder}/{path.stem}" for path in sorted((root / folder).glob("*.py"))]
     digest = hashlib.sha256()
     for path in paths:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from divmerge_core.bench import SIZES, Bench, Size, prepare, task_names
 from divmerge_core.cells import cell, keep, recall
 from divmerge_core.coefficients import LINKS
-from divmerge_core.divergences import DIVERGENCES
+from divmerge_core.divergences import objective
 from divmerge_core.encoders import check_device, resolve
 from divmerge_core.evaluation import evaluate
 from divmerge_core.methods import METHODS, options_of, parse
@@ -59,9 +59,8 @@ def check_request(methods: Sequence[str], seeds: Sequence[int], overrides: Mappi
             f"no such options {sorted(wrong)}; these methods take {sorted(known)}; write a "
             "grouping as in 'divmerge/block'"
         )
-    for option, choices in (("divergence", DIVERGENCES), ("link", LINKS)):
-        if option in overrides:
-            choices[overrides[option]]
+    objective(overrides.get("divergence", "js"), overrides.get("temperature", 1.0))
+    LINKS[overrides.get("link", "identity")]
     inputs = overrides.get("inputs", 1)
     if not 1 <= inputs <= ROWS["merge"]:
         raise ValueError(f"inputs must be 1 to {ROWS['merge']} per task, got {inputs}")

@@ -13,17 +13,11 @@ from tqdm import tqdm
 from divmerge_core.coefficients import Coefficients
 from divmerge_core.contestants import dictionary_merge, fusion_bench_model
 from divmerge_core.divergences import js
+from divmerge_core.fitting import Step, fit_coefficients
 from divmerge_core.kernels.merge import grouped_merge
+from divmerge_core.live import expert_logits, gather_in_buffer, schedule, step_loss
 from divmerge_core.meters import peak_bytes, seconds, settle
-from divmerge_core.problem import (
-    MergeProblem,
-    Step,
-    expert_logits,
-    fit_coefficients,
-    gather_in_buffer,
-    schedule,
-    step_loss,
-)
+from divmerge_core.problem import MergeProblem
 from divmerge_core.registry import Registry
 
 STEPS = Registry("step")  # name -> function(problem, number of steps) -> seconds of each

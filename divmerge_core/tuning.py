@@ -17,10 +17,11 @@ from divmerge_core.bench import Bench, Size
 from divmerge_core.cells import cell, keep, recall
 from divmerge_core.coefficients import groups_of
 from divmerge_core.evaluation import Exam, accuracy, confusion, evaluate
+from divmerge_core.fitting import Step
 from divmerge_core.meters import Meter, peak_bytes, seconds
 from divmerge_core.methods import METHODS, options_of, parse
 from divmerge_core.methods.divmerge import limit
-from divmerge_core.problem import Diverged, Merged, MergeProblem, Step
+from divmerge_core.problem import Diverged, Merged, MergeProblem
 
 
 @dataclass

@@ -9,12 +9,13 @@ from torch.testing import assert_close
 
 from divmerge_core.coefficients import Coefficients
 from divmerge_core.divergences import js
+from divmerge_core.fitting import fit_coefficients
 from divmerge_core.kernels import merge
 from divmerge_core.kernels.backend import triton
 from divmerge_core.kernels.merge import grouped_inner, grouped_merge
 from divmerge_core.kernels.segments import Segments
 from divmerge_core.kernels.stores import SCALE_BLOCK, Int8Deltas, dense, quantise
-from divmerge_core.problem import GRADIENTS, fit_coefficients
+from divmerge_core.live import GRADIENTS
 from divmerge_core.vectors import STORAGES, TaskVectors
 
 BACKENDS = ["torch"] + (["triton"] if triton else [])

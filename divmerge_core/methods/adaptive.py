@@ -9,11 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from divmerge_core.divergences import entropy
+from divmerge_core.fitting import Step
 from divmerge_core.linalg import elected
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.arithmetic import check_keep
 from divmerge_core.methods.divmerge import learn
-from divmerge_core.problem import MergeProblem, Pairs, Step
+from divmerge_core.problem import MergeProblem, Pairs
 
 SEARCH = (
     {},
@@ -78,6 +79,7 @@ def adamerging(
     link: str = "identity",
     init: float | None = 0.3,
     inputs: int | None = None,
+    optimizer: str = "adam",
     epochs: int = 4,
     lr: float = 1e-3,
     mean_logit: bool = False,
@@ -102,7 +104,8 @@ def adamerging(
 
     lr: published as 0.001. init: published as 0.3; None for 1/T. link: none is published, `sigmoid`
     or `softmax` bound the coefficients. inputs: per task, None for DivMerge's 200, or 400 by layer.
-    epochs: passes over them, also DivMerge's, so that both methods see the same data as often.
+    optimizer: published as `adam`; `lbfgs` as in `divmerge`. epochs: passes over the inputs, also
+    DivMerge's, so that both methods see the same data as often.
     `mean_logit` and `dropout` do as public code does, see below. watch: called with every step.
 
     Pitfalls: Entropy also falls by answering one class always, most of all with few tasks or
@@ -131,6 +134,7 @@ def adamerging(
         link=link,
         init=init,
         inputs=inputs,
+        optimizer=optimizer,
         epochs=epochs,
         lr=lr,
         seed=seed,
@@ -156,6 +160,7 @@ def adamerging_plus_plus(
     link: str = "identity",
     init: float | None = 0.3,
     inputs: int | None = None,
+    optimizer: str = "adam",
     epochs: int = 4,
     lr: float = 1e-3,
     mean_logit: bool = False,
@@ -200,6 +205,7 @@ def adamerging_plus_plus(
         link=link,
         init=init,
         inputs=inputs,
+        optimizer=optimizer,
         epochs=epochs,
         lr=lr,
         mean_logit=mean_logit,

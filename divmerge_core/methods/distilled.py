@@ -9,11 +9,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from divmerge_core.divergences import DIVERGENCES
+from divmerge_core.divergences import objective
+from divmerge_core.fitting import LIMIT
 from divmerge_core.kernels.stores import dense
+from divmerge_core.live import expert_logits, schedule
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.divmerge import limit
-from divmerge_core.problem import LIMIT, Diverged, MergeProblem, expert_logits, schedule
+from divmerge_core.problem import Diverged, MergeProblem
 
 
 def require_positive(**options: int | float) -> None:
@@ -117,7 +119,7 @@ def distillation(
 
     Source: Hinton et al. 2015, arXiv 1503.02531; the objective is that of DivMerge, Eq. 4.
     """
-    objective = DIVERGENCES[divergence]
+    distance = objective(divergence)
     require_positive(epochs=epochs, lr=lr)
     problem.require_inputs("distillation")
     problem = limit(problem, inputs, "task")
@@ -133,7 +135,7 @@ def distillation(
         pairs = [(task, problem.batches[task][index]) for task, index in enumerate(chosen)]
         taught = zip(experts, chosen, pairs, problem.forward(leaves, pairs), strict=True)
         try:
-            loss = sum(b.weight @ objective(e[n], logits) for e, n, (_, b), logits in taught)
+            loss = sum(b.weight @ distance(e[n], logits) for e, n, (_, b), logits in taught)
         except ValueError as error:  # a divergence's own, of logits that are NaN
             raise Diverged(
                 f"distillation: step {number}, lr {lr} (lower it if too high): {error}"

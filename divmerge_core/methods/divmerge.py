@@ -8,9 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from divmerge_core.coefficients import Coefficients
-from divmerge_core.divergences import DIVERGENCES
+from divmerge_core.divergences import objective
+from divmerge_core.fitting import Step, fit_coefficients
 from divmerge_core.methods import METHODS
-from divmerge_core.problem import MergeProblem, Objective, Step, fit_coefficients
+from divmerge_core.problem import MergeProblem, Objective
 
 PAPER_INPUTS = {"task": 200, "block": 200, "layer": 400}  # per task; the paper has no blocks
 
@@ -35,7 +36,7 @@ def limit(problem: MergeProblem, inputs: int | None, grouping: str) -> MergeProb
 
 def learn(
     problem: MergeProblem,
-    objective: Objective,
+    loss: Objective,
     *,
     grouping: str,
     link: str,
@@ -48,7 +49,7 @@ def learn(
     coefficients = Coefficients(
         problem.vectors.layout, len(problem.vectors.tasks), grouping=grouping, link=link, init=init
     ).to(problem.vectors.base.device)
-    return fit_coefficients(problem, coefficients, objective, **options)
+    return fit_coefficients(problem, coefficients, loss, **options)
 
 
 @METHODS.register(
@@ -72,10 +73,12 @@ def divmerge(
     problem: MergeProblem,
     *,
     divergence: str = "js",
+    temperature: float = 1.0,
     grouping: str = "task",
     link: str = "identity",
     init: float | None = None,
     inputs: int | None = None,
+    optimizer: str = "adam",
     epochs: int = 4,
     lr: float = 1e-2,
     seed: int = 0,
@@ -96,11 +99,16 @@ def divmerge(
     All tensors take part, matrices, biases, norms and embeddings alike. The experts' answers are
     computed once; each step of Adam sees one batch of every task.
 
-    divergence: a name in DIVERGENCES, `js` in the paper's main results. grouping: one coefficient
-    per task, per task and block, or per task and tensor. link: none in the paper; `sigmoid` or
-    `softmax` bound the coefficients. init: None for 1/T (the paper's Algorithm 1), where its Table
-    9 says 0.5. inputs: per task, None for the paper's 200, or 400 by layer. `epochs` and `lr`:
-    passes over them, and the step size. watch: called with every step.
+    divergence: a name in DIVERGENCES, `js` in the paper's main results; a parameter follows a
+    colon, as in `skew_js:0.1`. temperature: what both sides' logits are divided by. grouping: one
+    coefficient per task, per task and block, or per task and tensor. link: none in the paper;
+    `sigmoid` or `softmax` bound the coefficients. init: None for 1/T (the paper's Algorithm 1),
+    where its Table 9 says 0.5. inputs: per task, None for the paper's 200, or 400 by layer.
+    optimizer: `adam`, the paper's; `annealed_adam` with `lr` 0.1 reads the fewest inputs; `lbfgs`
+    sees all inputs in every step and needs the fewest passes for a low loss: give it 32 inputs and
+    10 to 20 epochs, and more inputs by layer, where it learns few by heart; `gauss_newton` pays for
+    products with the metric, and seldom gets them back. `epochs` and `lr`: passes over the inputs,
+    and Adam's step size. watch: called with every step.
 
     Pitfalls: It copies the experts, mistakes included, so it needs inputs like those that it will
     be asked. Tasks count alike, whatever their number of classes: one with large divergences leads
@@ -114,14 +122,14 @@ def divmerge(
 
     Source: Touayouch et al. 2026, arXiv 2509.02108, Eq. 4 and Algorithm 1.
     """
-    objective = DIVERGENCES[divergence]
     return learn(
         problem,
-        objective,
+        objective(divergence, temperature),
         grouping=grouping,
         link=link,
         init=init,
         inputs=inputs,
+        optimizer=optimizer,
         epochs=epochs,
         lr=lr,
         seed=seed,

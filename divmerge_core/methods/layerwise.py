@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from divmerge_core.coefficients import GROUPINGS
 from divmerge_core.kernels.stores import dense
+from divmerge_core.live import schedule
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.distilled import (
     check_course,
@@ -21,7 +22,7 @@ from divmerge_core.methods.distilled import (
     require_positive,
 )
 from divmerge_core.methods.divmerge import limit
-from divmerge_core.problem import Batch, MergeProblem, schedule
+from divmerge_core.problem import Batch, MergeProblem
 
 
 @dataclass(frozen=True)

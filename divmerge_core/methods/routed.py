@@ -6,11 +6,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from divmerge_core.divergences import entropy
+from divmerge_core.live import schedule
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.arithmetic import require_finite
 from divmerge_core.methods.distilled import check_course
 from divmerge_core.methods.mixture import Router, Twins, compressed, features, mlps, untrained
-from divmerge_core.problem import MergeProblem, Predictor, schedule
+from divmerge_core.problem import MergeProblem, Predictor
 
 
 def check_fit(method: str, steps: int, lr: float) -> None:

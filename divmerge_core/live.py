@@ -1,0 +1,252 @@
+"""The merged model in one live buffer: its loss on batches, and derivatives in the coefficients.
+
+No graph runs through the merge: gradients come back to the buffer, and from there to Lambda by one
+product with the task vectors.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from divmerge_core.coefficients import Coefficients
+from divmerge_core.kernels.merge import grouped_inner, grouped_merge, inner_range
+from divmerge_core.kernels.segments import Segments
+from divmerge_core.problem import Batch, MergeProblem, Objective
+from divmerge_core.vectors import TaskVectors
+
+
+@torch.no_grad()
+def expert_logits(problem: MergeProblem) -> list[list[Tensor]]:
+    """Every expert's logits on its own inputs, computed once: `[task][batch] -> [A, V]`."""
+
+    def answers(number: int) -> list[Tensor]:  # one expert's N parameters at a time
+        expert = problem.vectors.expert(problem.vectors.tasks[number])
+        return [problem.logits(expert, number, batch) for batch in problem.batches[number]]
+
+    return [answers(number) for number in range(len(problem.vectors.tasks))]
+
+
+def schedule(counts: Sequence[int], epochs: int, generator: torch.Generator) -> list[list[int]]:
+    """Which batch of each task every step takes: `[step][task]`, each epoch in a fresh order.
+
+    All tasks share one order, so that batches of like length meet in a step where batches are
+    sorted by length. An epoch lasts as long as the task with the most batches; others start over.
+    """
+    steps = []
+    for _ in range(epochs):
+        order = torch.randperm(max(counts), generator=generator).tolist()
+        steps += [[number % count for count in counts] for number in order]
+    return steps
+
+
+def gather_in_buffer(
+    leaves: Mapping[str, Tensor], vectors: TaskVectors, segments: Segments
+) -> Callable[[], Tensor]:
+    """Let gradients add up in one buffer [N]; one pass over it gives dL/dLambda.
+
+    Takes any number of backward passes per step, and a single launch on a GPU.
+    """
+    buffer = torch.zeros_like(vectors.base)
+    for leaf, view in zip(leaves.values(), vectors.layout.unflatten(buffer).values(), strict=True):
+        leaf.grad = view
+
+    def collect() -> Float[Tensor, "T G"]:
+        result = grouped_inner(buffer, vectors.deltas, segments)
+        buffer.zero_()
+        return result
+
+    return collect
+
+
+def gather_as_they_come(
+    leaves: Mapping[str, Tensor], vectors: TaskVectors, segments: Segments
+) -> Callable[[], Tensor]:
+    """Take each tensor's gradient when it is ready, multiply, and free it: no buffer [N].
+
+    The largest tensor's gradient is the most that is held at once.
+    """
+    result = vectors.base.new_zeros(len(vectors.tasks), segments.num_groups)
+
+    def consume(start: int, stop: int) -> Callable[[Tensor], None]:
+        column = result[:, segments.group_at(start)]
+
+        def hook(leaf: Tensor) -> None:
+            column.add_(inner_range(leaf.grad.flatten(), vectors.deltas, start, stop))
+            leaf.grad = None
+
+        return hook
+
+    for leaf, (start, stop) in zip(leaves.values(), vectors.layout.bounds, strict=True):
+        leaf.register_post_accumulate_grad_hook(consume(start, stop))
+
+    def collect() -> Float[Tensor, "T G"]:
+        gathered = result.clone()
+        result.zero_()
+        return gathered
+
+    return collect
+
+
+GRADIENTS = {"stream": gather_as_they_come, "buffer": gather_in_buffer}
+
+
+def step_loss(
+    problem: MergeProblem,
+    leaves: Mapping[str, Tensor],
+    experts: Sequence[Sequence[Tensor]],
+    chosen: Sequence[int],
+    objective: Objective,
+) -> Float[Tensor, ""]:
+    """Sum over tasks of the objective's mean on one batch each: the chosen ones."""
+    pairs = [(task, problem.batches[task][index]) for task, index in enumerate(chosen)]
+    return sum(
+        batch.weight @ objective(experts[task][chosen[task]], logits)
+        for (task, batch), logits in zip(pairs, problem.forward(leaves, pairs), strict=True)
+    )
+
+
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """Derivatives along a tangent, and none backwards."""
+    with warnings.catch_warnings(), torch.no_grad():
+        # PyTorch loads its rules for forward mode by a function that it has deprecated itself.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with dual_level():
+            yield
+
+
+def slope_of(function: Callable[[Tensor], Tensor], at: Tensor, direction: Tensor) -> Tensor:
+    """The derivative of a function of one tensor along a direction."""
+    with forward_mode():
+        return unpack_dual(function(make_dual(at, direction))).tangent
+
+
+def rounds(chosen: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, int]]]:
+    """(task, batch number) of the chosen batches, one of every task that has any left at a time."""
+    for place in range(max(map(len, chosen))):
+        yield [(task, own[place]) for task, own in enumerate(chosen) if place < len(own)]
+
+
+def metric(
+    objective: Objective, logits: Float[Tensor, "A V"], direction: Float[Tensor, "A V"]
+) -> Float[Tensor, "A V"]:
+    """The objective's second derivative where both sides have these logits, times a direction.
+
+    c (diag q - q q^T) for every f-divergence, with c = f''(1): 1 for KL, 1/4 for JS.
+    """
+    expert = logits.double()  # in float64 no fused kernel stands in, which differentiates once only
+    merged = expert.clone().requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(objective(expert, merged).sum(), merged, create_graph=True)
+        (found,) = torch.autograd.grad((slope * direction).sum(), merged)
+    return found.to(logits)
+
+
+@dataclass(frozen=True)
+class Live:
+    """The merged model in one live buffer [N], whose views are the leaves that the model reads.
+
+    targets: the logits that the merged model's are held to, `[task][batch] -> [A, V]`. collect:
+    of GRADIENTS, what the backward passes since its last call add up to, as dL/dLambda [T, G].
+    """
+
+    problem: MergeProblem
+    coefficients: Coefficients
+    objective: Objective
+    targets: Sequence[Sequence[Tensor]]
+    flat: Float[Tensor, " N"]
+    leaves: Mapping[str, Tensor]
+    collect: Callable[[], Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        problem: MergeProblem,
+        coefficients: Coefficients,
+        objective: Objective,
+        targets: Sequence[Sequence[Tensor]],
+        gradients: str,
+    ) -> "Live":
+        """A live buffer with nothing merged into it yet."""
+        vectors = problem.vectors
+        flat = torch.empty_like(vectors.base)
+        leaves = vectors.layout.unflatten(flat)
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        collect = GRADIENTS[gradients](leaves, vectors, coefficients.segments)
+        return cls(problem, coefficients, objective, targets, flat, leaves, collect)
+
+    def merge(self) -> Float[Tensor, "T G"]:
+        """Merge into the buffer; returns the coefficients, with the graph of their link."""
+        vectors, coeffs = self.problem.vectors, self.coefficients()
+        segments, out = self.coefficients.segments, self.flat
+        grouped_merge(
+            vectors.base, vectors.deltas, coeffs.detach(), segments, out=out, validate=False
+        )
+        return coeffs
+
+    def loss(self, chosen: Sequence[int]) -> Float[Tensor, ""]:
+        """The loss on one batch of every task: the chosen ones."""
+        return step_loss(self.problem, self.leaves, self.targets, chosen, self.objective)
+
+    def backward_all(self) -> float:
+        """The loss on all inputs; its gradient is left for `collect`."""
+        counts, total = [len(batches) for batches in self.problem.batches], 0.0
+        for pairs in rounds([range(count) for count in counts]):
+            read = [(task, self.problem.batches[task][index]) for task, index in pairs]
+            logits = self.problem.forward(self.leaves, read)
+            loss = sum(
+                batch.weight @ self.objective(self.targets[task][index], own) / counts[task]
+                for (task, index), (_, batch), own in zip(pairs, read, logits, strict=True)
+            )
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def slopes(
+        self, tangents: Mapping[str, Tensor], pairs: Sequence[tuple[int, Batch]]
+    ) -> list[Tensor]:
+        """Change of the logits when the parameters change along `tangents`, by forward mode."""
+        # Fused attention has no derivative in forward mode; the plain one has.
+        with forward_mode(), sdpa_kernel(SDPBackend.MATH):
+            leaves = {
+                name: make_dual(leaf.detach(), tangents[name]) for name, leaf in self.leaves.items()
+            }
+            found = [unpack_dual(logits) for logits in self.problem.forward(leaves, pairs)]
+        return [
+            torch.zeros_like(one.primal) if one.tangent is None else one.tangent for one in found
+        ]
+
+    def metric_product(
+        self, direction: Float[Tensor, "T G"], chosen: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "T G"]:
+        """J^T H J times a change of the coefficients: the Gauss-Newton matrix, never written down.
+
+        J is the Jacobian of the logits in the coefficients, H the objective's second derivative in
+        the logits where both sides agree, averaged over the chosen batches of every task and summed
+        over tasks. For an f-divergence H is the Fisher metric times a constant.
+        """
+        vectors, segments = self.problem.vectors, self.coefficients.segments
+        still = torch.zeros_like(vectors.base)
+        flat = grouped_merge(still, vectors.deltas, direction, segments, validate=False)
+        tangents = vectors.layout.unflatten(flat)
+        for pairs in rounds(chosen):
+            read = [(task, self.problem.batches[task][index]) for task, index in pairs]
+            along = self.slopes(tangents, read)
+            logits = self.problem.forward(self.leaves, read)
+            torch.autograd.backward(
+                logits,
+                [
+                    metric(self.objective, own.detach(), slope)
+                    * (batch.weight[:, None] / len(chosen[task]))
+                    for (task, batch), own, slope in zip(read, logits, along, strict=True)
+                ],
+            )
+        return self.collect()

@@ -1,0 +1,506 @@
+"""The optimisation loop: its gradient, what it visits, what it reaches, and what it is shown."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from helpers import fewer, linear_problem, naive_loss, naive_merge
+from torch.testing import assert_close
+
+from divmerge_core.coefficients import GROUPINGS, Coefficients, groups_of
+from divmerge_core.divergences import DIVERGENCES, entropy, js
+from divmerge_core.fitting import OPTIMIZERS, fit_coefficients
+from divmerge_core.kernels.merge import grouped_inner, grouped_merge
+from divmerge_core.live import Live, expert_logits, metric, schedule
+from divmerge_core.methods import METHODS
+from divmerge_core.problem import Batch, Diverged, MergeProblem
+
+every_grouping = pytest.mark.parametrize("grouping", GROUPINGS)
+OBJECTIVES = {**DIVERGENCES, "entropy": lambda expert, merged: entropy(merged)}
+
+
+def coefficients_of(problem: MergeProblem, **options) -> Coefficients:
+    return Coefficients(problem.vectors.layout, len(problem.vectors.tasks), **options)
+
+
+def core_gradient(problem: MergeProblem, objective, **options):
+    """dL/d(free parameters) as the loop's live buffers give it, from one step."""
+    coefficients = coefficients_of(problem, **options)
+    start = copy.deepcopy(coefficients)
+    fit_coefficients(fewer(problem, 1), coefficients, objective, epochs=1, progress=False)
+    return start, coefficients.raw.grad
+
+
+def naive_gradient(problem: MergeProblem, start: Coefficients, objective, grouping: str):
+    """The same by autograd through a dictionary of tensors."""
+    _, numbers = groups_of(problem.vectors.layout, grouping)
+    loss = naive_loss(problem, naive_merge(problem, start(), numbers), objective)
+    return torch.autograd.grad(loss, start.raw)[0]
+
+
+# --- the gradient ---------------------------------------------------------------------------------
+
+
+@every_grouping
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_gradient_is_autograds_through_the_naive_merge(problem, grouping, objective):
+    start, found = core_gradient(problem, OBJECTIVES[objective], grouping=grouping)
+    expected = naive_gradient(problem, start, OBJECTIVES[objective], grouping)
+    assert expected.abs().max() > 1e-4
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("link", ["sigmoid", "softmax"])
+def test_the_gradient_goes_through_the_link(problem, link):
+    start, found = core_gradient(problem, js, grouping="block", link=link)
+    expected = naive_gradient(problem, start, js, "block")
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@every_grouping
+def test_the_gradient_agrees_with_finite_differences(problem, grouping):
+    _, numbers = groups_of(problem.vectors.layout, grouping)
+    start, found = core_gradient(problem, js, grouping=grouping)
+    at, step = start().detach().double(), 1e-5
+
+    def loss(coeffs):
+        return naive_loss(problem, naive_merge(problem, coeffs, numbers), js)
+
+    for t, g in [(0, 0), (1, at.shape[1] - 1), (2, at.shape[1] // 2)]:
+        nudge = torch.zeros_like(at)
+        nudge[t, g] = step
+        slope = (loss(at + nudge) - loss(at - nudge)) / (2 * step)
+        assert_close(found[t, g].double(), slope, rtol=1e-5, atol=1e-8)
+
+
+@every_grouping
+def test_the_merges_gradient_passes_gradcheck(grouping):
+    """grouped_merge and grouped_inner, joined into an autograd function, in float64."""
+    problem = linear_problem(features=2, classes=2, num_tasks=2)
+    vectors = problem.vectors
+    segments = coefficients_of(problem, grouping=grouping).segments
+
+    class Merge(torch.autograd.Function):
+        @staticmethod
+        def forward(context, coeffs):
+            return grouped_merge(vectors.base, vectors.deltas, coeffs, segments)
+
+        @staticmethod
+        def backward(context, grad):
+            return grouped_inner(grad, vectors.deltas, segments)
+
+    coeffs = torch.rand(2, segments.num_groups, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(Merge.apply, (coeffs,))
+
+
+@every_grouping
+def test_the_gradient_is_autograds_on_a_transformer_too(toy_problem, grouping):
+    start, found = core_gradient(toy_problem, js, grouping=grouping)
+    expected = naive_gradient(fewer(toy_problem, 1), start, js, grouping)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+def losses_of(problem: MergeProblem, coefficients: Coefficients, **options) -> list[float]:
+    losses = []
+    fit_coefficients(
+        problem,
+        coefficients,
+        js,
+        watch=lambda step: losses.append(step.loss),
+        progress=False,
+        **options,
+    )
+    return losses[:-1]
+
+
+@every_grouping
+@pytest.mark.parametrize("link", ["identity", "sigmoid", "softmax"])
+def test_the_loss_falls(problem, grouping, link):
+    coefficients = coefficients_of(problem, grouping=grouping, link=link)
+    losses = losses_of(problem, coefficients, epochs=20)
+    epoch = len(problem.batches[0])
+    assert sum(losses[-epoch:]) < 0.95 * sum(losses[:epoch])
+
+
+def test_more_coefficients_fit_no_worse(problem):
+    ends = []
+    for grouping in ("task", "layer"):
+        losses = losses_of(problem, coefficients_of(problem, grouping=grouping), epochs=30)
+        ends.append(sum(losses[-3:]))
+    assert ends[1] <= ends[0]
+
+
+def test_one_expert_alone_has_nothing_to_lose():
+    problem = linear_problem(num_tasks=1)
+    losses = losses_of(problem, coefficients_of(problem), epochs=2)
+    assert max(losses) < 1e-9
+
+
+def test_the_result_is_the_merge_with_the_trained_coefficients(problem):
+    coefficients = coefficients_of(problem, grouping="block")
+    merged = fit_coefficients(problem, coefficients, js, epochs=2, progress=False)
+    vectors = problem.vectors
+    expected = grouped_merge(vectors.base, vectors.deltas, coefficients(), coefficients.segments)
+    assert_close(merged, expected, rtol=0, atol=0)
+    assert not torch.allclose(coefficients(), torch.tensor(1 / 3))
+
+
+def test_a_fit_leaves_the_problem_as_it_was(problem):
+    before = copy.deepcopy((problem.vectors, problem.batches))
+    fit_coefficients(problem, coefficients_of(problem), js, epochs=1, progress=False)
+    assert_close(problem.vectors.base, before[0].base, rtol=0, atol=0)
+    assert_close(problem.vectors.deltas, before[0].deltas, rtol=0, atol=0)
+    for every, old in zip(problem.batches, before[1], strict=True):
+        for batch, old_batch in zip(every, old, strict=True):
+            assert_close(batch.inputs["x"], old_batch.inputs["x"], rtol=0, atol=0)
+    assert problem.vectors.base.grad is None and not problem.vectors.deltas.requires_grad
+
+
+def test_the_objective_sees_the_expert_first_and_the_mean_is_weighted():
+    """Three rows that weigh 1/2, 1/2 and 0: the third is as if it were not there."""
+    problem = linear_problem(num_tasks=1, batches=1, rows=3)
+    weight = torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64)
+    batch = Batch(problem.batches[0][0].inputs, weight)
+    weighted = MergeProblem(problem.vectors, [[batch]], problem.forward)
+    seen, losses = [], []
+
+    def objective(expert, merged):
+        seen.append((expert, merged.detach().clone()))
+        return (merged - expert).square().sum(-1)
+
+    coefficients = coefficients_of(weighted, init=0.5)
+    watch = lambda step: losses.append(step.loss)  # noqa: E731
+    fit_coefficients(weighted, coefficients, objective, epochs=1, watch=watch, progress=False)
+    (expert, merged), vectors = seen[0], weighted.vectors
+    assert_close(expert, weighted.logits(vectors.expert("task0"), 0, batch))
+    assert_close(merged, weighted.logits(vectors.base + 0.5 * vectors.deltas[0], 0, batch))
+    rows = (merged - expert).square().sum(-1)
+    assert_close(losses[0], (0.5 * (rows[0] + rows[1])).item())
+
+
+def test_the_loss_is_the_unweighted_sum_over_tasks(problem):
+    together = losses_of(fewer(problem, 1), coefficients_of(problem), epochs=1)[0]
+    _, numbers = groups_of(problem.vectors.layout, "task")
+    start = coefficients_of(problem)()
+    expected = naive_loss(problem, naive_merge(problem, start, numbers), js)
+    assert_close(together, expected.item(), rtol=1e-6, atol=0)
+
+
+def test_the_same_seed_gives_the_same_fit_and_another_order_another(problem):
+    def fit(seed: int):
+        coefficients = coefficients_of(problem, grouping="layer")
+        return fit_coefficients(problem, coefficients, js, seed=seed, epochs=2, progress=False)
+
+    assert torch.equal(fit(0), fit(0))
+    assert not torch.equal(fit(0), fit(1))
+
+
+def test_experts_are_asked_once(problem):
+    asked = Counter()
+
+    def forward(parameters, pairs):
+        asked["expert" if not next(iter(parameters.values())).requires_grad else "merged"] += 1
+        return problem.forward(parameters, pairs)
+
+    counted = MergeProblem(problem.vectors, problem.batches, forward)
+    fit_coefficients(counted, coefficients_of(problem), js, epochs=5, progress=False)
+    assert asked == {"expert": 9, "merged": 15}
+
+
+def test_the_experts_answers_are_those_of_the_experts(problem):
+    cached = expert_logits(problem)
+    for number, (task, batches) in enumerate(
+        zip(problem.vectors.tasks, problem.batches, strict=True)
+    ):
+        flat = problem.vectors.expert(task)
+        for index, batch in enumerate(batches):
+            assert_close(cached[number][index], problem.logits(flat, number, batch))
+
+
+def test_the_experts_answers_given_as_targets_change_nothing(problem):
+    ends = []
+    for targets in (None, expert_logits(problem)):
+        coefficients = coefficients_of(problem, grouping="block")
+        options = {"targets": targets, "epochs": 2, "progress": False}
+        ends.append(fit_coefficients(problem, coefficients, js, **options))
+    assert torch.equal(*ends)
+
+
+def test_targets_stand_in_for_the_experts(problem):
+    """Held to its own answers, the merged model has nothing to lose and does not move."""
+    coefficients = coefficients_of(problem, init=0.4)
+    vectors = problem.vectors
+    merged = grouped_merge(vectors.base, vectors.deltas, coefficients(), coefficients.segments)
+    own = [
+        [problem.logits(merged, task, batch).detach() for batch in batches]
+        for task, batches in enumerate(problem.batches)
+    ]
+    losses = losses_of(problem, coefficients, targets=own, epochs=1)
+    assert max(losses) < 1e-9
+    assert_close(coefficients(), torch.full((3, 1), 0.4))
+
+
+# --- other optimisers -----------------------------------------------------------------------------
+
+
+def explicit_metric(problem: MergeProblem, start: Coefficients, objective, numbers) -> torch.Tensor:
+    """J^T H J over all inputs, in the free parameters, from Jacobians and Hessians written out."""
+    total = 0
+    for task, batches in enumerate(problem.batches):
+        for batch in batches:
+
+            def logits(raw, task=task, batch=batch):
+                parameters = naive_merge(problem, start.link(raw), numbers)
+                return problem.forward(parameters, [(task, batch)])[0].double()
+
+            own = logits(start.raw.detach())
+            slopes = torch.autograd.functional.jacobian(logits, start.raw.detach())
+            slopes = slopes.flatten(2).double()  # [A, V, T * G]
+            for row, slope, weight in zip(own, slopes, batch.weight, strict=True):
+                hessian = torch.autograd.functional.hessian(
+                    lambda merged, row=row: objective(row[None], merged[None]).sum(), row
+                )
+                total = total + weight / len(batches) * slope.T @ hessian @ slope
+    return total
+
+
+@every_grouping
+@pytest.mark.parametrize("objective", ["js", "kl"])
+def test_the_metric_is_the_explicit_gauss_newton_matrix(problem, grouping, objective):
+    coefficients = coefficients_of(problem, grouping=grouping)
+    _, numbers = groups_of(problem.vectors.layout, grouping)
+    expected = explicit_metric(problem, coefficients, DIVERGENCES[objective], numbers)
+    live = Live.of(problem, coefficients, DIVERGENCES[objective], [], "stream")
+    live.merge()
+    every = [range(3)] * 3
+    shape = coefficients.raw.shape
+    found = [
+        live.metric_product(one.view(shape).float(), every).flatten()
+        for one in torch.eye(shape.numel())
+    ]
+    assert_close(torch.stack(found).double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_metric_goes_through_attention(toy_problem):
+    """On a transformer, against a difference quotient of the logits."""
+    coefficients = coefficients_of(toy_problem, grouping="block")
+    live = Live.of(toy_problem, coefficients, js, [], "stream")
+    coeffs, step = live.merge().detach(), 1e-3
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(coeffs.shape, generator=generator)
+    vectors, (pair, *_) = toy_problem.vectors, [(0, toy_problem.batches[0][0])]
+
+    def logits(scale: float) -> torch.Tensor:
+        moved = coeffs + scale * direction
+        merged = grouped_merge(vectors.base, vectors.deltas, moved, coefficients.segments)
+        return toy_problem.logits(merged, *pair)
+
+    still = torch.zeros_like(vectors.base)
+    tangent = grouped_merge(still, vectors.deltas, direction, coefficients.segments)
+    (found,) = live.slopes(vectors.layout.unflatten(tangent), [pair])
+    assert_close(found, (logits(step) - logits(-step)) / (2 * step), rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("objective, constant", [("js", 0.25), ("kl", 1.0)])
+def test_f_divergences_share_the_fisher_metric(objective, constant):
+    logits, direction = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    q = logits.softmax(-1)
+    fisher = q * (direction - (q * direction).sum(-1, keepdim=True))
+    assert_close(metric(DIVERGENCES[objective], logits, direction), constant * fisher)
+
+
+FAR = {"adam": 25, "lbfgs": 12, "gauss_newton": 40}  # epochs
+
+
+@every_grouping
+@pytest.mark.parametrize("optimizer", ["lbfgs", "gauss_newton"])
+def test_second_order_ends_lower_than_adam(problem, grouping, optimizer):
+    ends = []
+    for name in ("adam", optimizer):
+        coefficients = coefficients_of(problem, grouping=grouping)
+        options = {"optimizer": name, "epochs": FAR[name], "progress": False}
+        fit_coefficients(problem, coefficients, js, **options)
+        live = Live.of(problem, coefficients, js, expert_logits(problem), "stream")
+        live.merge()
+        ends.append(live.backward_all())
+    assert ends[1] < ends[0]
+
+
+@pytest.mark.parametrize("link", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("optimizer", ["lbfgs", "gauss_newton"])
+def test_links_keep_their_promise_under_every_optimiser(problem, link, optimizer):
+    coefficients = coefficients_of(problem, grouping="block", link=link)
+    losses = losses_of(problem, coefficients, optimizer=optimizer, epochs=15)
+    assert min(losses) < 0.95 * losses[0]
+    assert coefficients().min() > 0 and coefficients().max() < 1
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_epoch_is_a_pass_over_the_inputs(problem, optimizer):
+    """Each batch is read once an epoch; a product with the metric is one reading too."""
+    read = Counter()
+
+    def forward(parameters, pairs):
+        if torch.is_grad_enabled():
+            read.update(id(batch) for _, batch in pairs)
+        return problem.forward(parameters, pairs)
+
+    counted = MergeProblem(problem.vectors, problem.batches, forward)
+    losses_of(counted, coefficients_of(problem), optimizer=optimizer, epochs=5)
+    assert len(read) == 9
+    assert max(read.values()) <= 5
+    assert optimizer == "gauss_newton" or min(read.values()) == 5
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "gauss_newton"])
+def test_the_best_point_is_kept(problem, optimizer):
+    coefficients, seen = coefficients_of(problem, grouping="layer"), []
+    merged = fit_coefficients(
+        problem,
+        coefficients,
+        js,
+        optimizer=optimizer,
+        epochs=7,
+        watch=lambda step: seen.append((step.loss, step.coeffs)),
+        progress=False,
+    )
+    lowest = min(range(len(seen) - 1), key=lambda n: seen[n][0])
+    assert torch.equal(coefficients().detach(), seen[lowest][1])
+    vectors, segments = problem.vectors, coefficients.segments
+    assert torch.equal(
+        merged.detach(), grouped_merge(vectors.base, vectors.deltas, coefficients(), segments)
+    )
+
+
+def test_an_annealed_step_size_falls_to_nothing(problem):
+    """One task, gradients of one sign: Adam's steps are the step sizes."""
+    seen = []
+    fit_coefficients(
+        problem,
+        coefficients_of(problem, init=0.0),
+        lambda expert, merged: -merged.sum(-1),
+        optimizer="annealed_adam",
+        epochs=4,
+        watch=lambda step: seen.append(step.coeffs),
+        progress=False,
+    )
+    steps = torch.stack(seen).diff(dim=0).abs().amax(dim=(1, 2))
+    assert steps[0] > 0.009 and steps[-1] < 0.0015
+
+
+@pytest.mark.parametrize("method", ["divmerge", "adamerging", "adamerging++"])
+def test_methods_hand_their_optimiser_on(problem, method):
+    found, expected = (
+        METHODS[method](problem, grouping="task", progress=False, **options)
+        for options in ({"optimizer": "lbfgs", "epochs": 6}, {"epochs": 6})
+    )
+    assert torch.isfinite(found).all() and not torch.equal(found, expected)
+
+
+def test_gauss_newton_refuses_what_is_no_divergence(problem):
+    with pytest.raises(ValueError, match="gauss_newton needs a divergence, 0 where the answers"):
+        fit_coefficients(
+            problem,
+            coefficients_of(problem),
+            OBJECTIVES["entropy"],
+            optimizer="gauss_newton",
+            progress=False,
+        )
+
+
+def test_an_unknown_optimiser_is_told_the_choices(problem):
+    with pytest.raises(ValueError, match="unknown optimizer 'sgd'; choose one of: adam, annealed"):
+        fit_coefficients(problem, coefficients_of(problem), js, optimizer="sgd", progress=False)
+
+
+# --- what is visited, and what is shown -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", [[4], [3, 3], [5, 2, 1]])
+def test_every_epoch_visits_every_batch(counts):
+    epochs = 3
+    steps = schedule(counts, epochs, torch.Generator().manual_seed(0))
+    assert len(steps) == epochs * max(counts)
+    for epoch in range(epochs):
+        taken = steps[epoch * max(counts) : (epoch + 1) * max(counts)]
+        for task, count in enumerate(counts):
+            assert {step[task] for step in taken} == set(range(count))
+    assert steps[: max(counts)] != steps[max(counts) : 2 * max(counts)] or max(counts) < 4
+
+
+def test_tasks_share_one_order():
+    steps = schedule([6, 6], 2, torch.Generator().manual_seed(0))
+    assert all(first == second for first, second in steps)
+
+
+def test_the_watcher_sees_every_step_and_the_end(problem):
+    seen = []
+
+    def watch(step):
+        seen.append((step.number, step.loss, step.coeffs, step.flat.clone()))
+
+    coefficients = coefficients_of(problem, grouping="block")
+    merged = fit_coefficients(problem, coefficients, js, epochs=2, watch=watch, progress=False)
+    assert [number for number, *_ in seen] == list(range(7))
+    assert [loss is None for _, loss, *_ in seen] == [False] * 6 + [True]
+    assert_close(seen[0][2], torch.full((3, 3), 1 / 3))
+    assert_close(seen[-1][2], coefficients().detach())
+    assert_close(seen[-1][3], merged)
+    vectors, segments = problem.vectors, coefficients.segments
+    for _, _, coeffs, flat in seen:
+        assert_close(flat, grouped_merge(vectors.base, vectors.deltas, coeffs, segments))
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_a_task_without_inputs_is_named(problem):
+    bare = MergeProblem(problem.vectors, [problem.batches[0], [], []], problem.forward)
+    with pytest.raises(
+        ValueError, match=r"needs unlabelled inputs .*none for \['task1', 'task2'\]"
+    ):
+        fit_coefficients(bare, coefficients_of(problem), js, progress=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"epochs": 0}, {"lr": 0.0}, {"lr": -1.0}, {"lr": float("nan")}, {"lr": float("inf")}],
+)
+def test_epochs_and_step_size_must_be_positive(problem, options):
+    with pytest.raises(ValueError, match="epochs must be 1 or more and lr above 0 and finite, got"):
+        fit_coefficients(problem, coefficients_of(problem), js, progress=False, **options)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_coefficients_that_run_away_are_reported_with_their_step(problem, epochs):
+    with pytest.raises(Diverged, match=r"at step \d, the largest coefficient .*e\+03; lower lr"):
+        fit_coefficients(
+            problem, coefficients_of(problem), js, lr=2e3, epochs=epochs, progress=False
+        )
+
+
+def test_a_loss_that_is_no_number_is_reported_with_its_step(problem):
+    def objective(expert, merged):
+        return merged.sum(-1) * float("inf")
+
+    with pytest.raises(
+        ValueError, match=r"the loss is -?(inf|nan) at step 0, the largest.*lower lr \(now 0.01\)"
+    ):
+        fit_coefficients(problem, coefficients_of(problem), objective, progress=False)
+
+
+@pytest.mark.parametrize("cut", ["task", "batch", "rows"])
+def test_targets_must_fit_the_batches(problem, cut):
+    targets = expert_logits(problem)
+    if cut == "task":
+        targets = targets[:2]
+    elif cut == "batch":
+        targets[1] = targets[1][:2]
+    else:
+        targets[2][0] = targets[2][0][:4]
+    with pytest.raises(ValueError, match=r"targets must hold logits \[A, V\] for every task"):
+        fit_coefficients(problem, coefficients_of(problem), js, targets=targets, progress=False)
