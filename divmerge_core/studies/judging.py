@@ -1,0 +1,218 @@
+"""What the tables of `evidence` say: correlations over models, and what a choice by them is worth.
+
+Every interval resamples models within a seed of experts; the experts themselves are as they are.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+import numpy as np
+import pandas as pd
+
+from divmerge_core.studies.correlations import CORRELATIONS
+from divmerge_core.studies.evidence import MEASURES
+
+AMONG = {"all": 1.0, "best half": 0.5, "best tenth": 0.1}  # share kept, by validation ANP
+CRITERIA = (*MEASURES, "validation")  # what a model may be chosen by; the last one needs labels
+FEWEST = 5  # models that a correlation is worked out over
+
+
+def wholes(models: pd.DataFrame, cross: pd.DataFrame) -> pd.DataFrame:
+    """Every model as one row: sums over tasks, and average normalised performance.
+
+    Columns: draws, experts, seed, model, MEASURES (nats, summed over tasks), anp (on test rows) and
+    validation (ANP on validation rows); both are divided by the experts' in `cross`.
+    """
+    own = cross[cross.task == cross.model].set_index(["seed", "task"])
+    own = own[["accuracy", "validation"]].loc[list(zip(models.seed, models.task, strict=True))]
+    ratio = models[["accuracy", "validation"]].to_numpy() / own.to_numpy()
+    table = models.assign(anp=ratio[:, 0], validation=ratio[:, 1])
+    groups = table.groupby(["draws", "experts", "seed", "model"], sort=False)
+    sums = {name: (name, "sum") for name in MEASURES}
+    return groups.agg(**sums, anp=("anp", "mean"), validation=("validation", "mean")).reset_index()
+
+
+def closeness(table: pd.DataFrame, criterion: str) -> np.ndarray:
+    """What is high where a model should be good: minus a measure, or what validation rows say."""
+    values = table[criterion].to_numpy()
+    return values if criterion == "validation" else -values
+
+
+def kept(whole: pd.DataFrame, among: str) -> np.ndarray:
+    """Numbers of the rows with the highest validation ANP: the share that AMONG says.
+
+    Validation rows decide, so that the noise of neither side of a correlation does.
+    """
+    count = round(AMONG[among] * len(whole))
+    return np.argsort(-whole.validation.to_numpy(), kind="stable")[:count]
+
+
+def correlated(
+    close: np.ndarray, goal: np.ndarray, how: str, draws: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Correlations over models, `[criteria, goals]`, and resampled `[criteria, goals, draws]`.
+
+    close: `[criteria, goals, M]`; goal: `[goals, M]`. The same models are drawn for all.
+    """
+    generator, correlation = np.random.default_rng(seed), CORRELATIONS[how]
+    chosen = generator.integers(goal.shape[-1], size=(draws, goal.shape[-1]))
+    return correlation(close, goal[None]), correlation(close[..., chosen], goal[:, chosen])
+
+
+def groups(
+    models: pd.DataFrame, cross: pd.DataFrame
+) -> Iterator[tuple[dict, pd.DataFrame, np.ndarray, np.ndarray]]:
+    """Every draw, set of experts and seed: labels, its models whole, closeness and accuracy.
+
+    The labels hold the names of the tasks too; the arrays are `[criteria, T, M]` and `[T, M]`.
+    """
+    names = ["draws", "experts", "seed"]
+    whole = dict(iter(wholes(models, cross).groupby(names, sort=False)))
+    for key, some in models.groupby(names, sort=False):
+        tasks = list(dict.fromkeys(some.task))
+        wide = some.pivot(index="task", columns="model", values=[*CRITERIA, "accuracy"]).loc[tasks]
+        x = np.stack([closeness(wide, name) for name in CRITERIA])
+        labels = dict(zip(names, key, strict=True)) | {"tasks": tasks}
+        yield labels, whole[key], x, wide["accuracy"].to_numpy()
+
+
+def over_models(
+    models: pd.DataFrame, cross: pd.DataFrame, *, draws: int = 200, seed: int = 0
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Correlations over models of closeness and success: by task, and averaged.
+
+    Closeness is minus a measure on merge rows, or, as a reference, the accuracy on labelled
+    validation rows; success the task's test accuracy, or, for the goal `sum`, the ANP, with
+    closeness summed over tasks. `among` says which models are looked at (AMONG), where these are
+    FEWEST or more. The first table: draws, experts, seed, among, how, task, criterion, value. The
+    second averages over tasks, sets of experts and seeds (where accuracy or closeness is constant,
+    a task does not count): draws, among, how, goal (`task` or `sum`), criterion, value, low, high
+    (95 %, resampled models), lead and its low and high (value minus js's, the same models drawn).
+    """
+    each, cells = [], {}
+    for labels, whole, x, y in groups(models, cross):
+        goals = np.concatenate([y, whole.anp.to_numpy()[None]])  # [T + 1, M]
+        close = np.concatenate([x, x.sum(1, keepdims=True)], axis=1)
+        names = [*labels.pop("tasks"), "sum"]
+        for among, how in product(AMONG, CORRELATIONS):
+            rows = kept(whole, among)
+            if len(rows) < FEWEST:
+                continue
+            value, drawn = correlated(close[..., rows], goals[:, rows], how, draws, seed)
+            each += [
+                {**labels, "among": among, "how": how, "task": task, "criterion": name, "value": v}
+                for name, line in zip(CRITERIA, value, strict=True)
+                for task, v in zip(names, line, strict=True)
+            ]
+            for goal, part in (("task", slice(0, -1)), ("sum", slice(-1, None))):
+                key = (labels["draws"], among, how, goal)
+                cells.setdefault(key, []).append((value[:, part], drawn[:, part]))
+    means = [row for key, parts in cells.items() for row in averaged(key, parts)]
+    return pd.DataFrame(each), pd.DataFrame(means)
+
+
+def mean_of_defined(values: np.ndarray) -> np.ndarray:
+    """The mean along axis 1 over what is not NaN; NaN where nothing is defined."""
+    count = np.isfinite(values).sum(1)
+    return np.where(count, np.nansum(values, axis=1) / np.maximum(count, 1), np.nan)
+
+
+def tails(values: np.ndarray) -> np.ndarray:
+    """2.5 and 97.5 % points along axis 1, `[2, criteria]`, of draws in which all are defined."""
+    return np.percentile(values[:, np.isfinite(values).all(0)], [2.5, 97.5], axis=1)
+
+
+def averaged(key: tuple, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[dict]:
+    """Rows of the second table of `over_models`: one per criterion."""
+    value = mean_of_defined(np.concatenate([value for value, _ in parts], axis=1))
+    drawn = mean_of_defined(np.concatenate([drawn for _, drawn in parts], axis=1))
+    labels = dict(zip(("draws", "among", "how", "goal"), key, strict=True))
+    (low, high), (below, above) = tails(drawn), tails(drawn - drawn[0])
+    return [
+        {
+            **labels,
+            **{"criterion": name, "value": value[n], "low": low[n], "high": high[n]},
+            **{"lead": value[n] - value[0], "lead_low": below[n], "lead_high": above[n]},
+        }
+        for n, name in enumerate(CRITERIA)
+    ]
+
+
+def chances(count: int, drawn: int) -> np.ndarray:
+    """How likely the model of each rank is the best of `drawn` taken without replacement, `[M]`.
+
+    The best has rank 0. Raises ValueError unless 1 <= drawn <= count.
+    """
+    if not 1 <= drawn <= count:
+        raise ValueError(f"of {count} models 1 to {count} can be drawn, got {drawn}")
+    alive, found = 1.0, np.zeros(count)  # alive: no better model has been drawn
+    for rank in range(count - drawn + 1):
+        found[rank] = alive * drawn / (count - rank)
+        alive -= found[rank]
+    return found
+
+
+def choices(whole: pd.DataFrame, counts: Sequence[int]) -> pd.DataFrame:
+    """The test ANP of the model that a criterion chooses out of `candidates` random ones.
+
+    An exact mean over all sets of candidates of that size. Columns: draws, experts, seed,
+    criterion, candidates, anp. Criteria: the least of a measure summed over tasks; the highest
+    validation ANP; `test`, the best on the test rows themselves, which nobody knows; and `none`,
+    the mean of all models. Counts above the number of models are left out.
+    """
+    rows = []
+    for key, some in whole.groupby(["draws", "experts", "seed"], sort=False):
+        anp, labels = some.anp.to_numpy(), dict(zip(("draws", "experts", "seed"), key, strict=True))
+        scores = {name: closeness(some, name) for name in CRITERIA} | {"test": anp}
+        for count in [count for count in counts if count <= len(anp)]:
+            chance = chances(len(anp), count)
+            for name, score in scores.items():
+                value = chance @ anp[np.argsort(-score, kind="stable")]
+                rows.append({**labels, "criterion": name, "candidates": count, "anp": value})
+            rows.append({**labels, "criterion": "none", "candidates": count, "anp": anp.mean()})
+    return pd.DataFrame(rows)
+
+
+def regrets(whole: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """What a choice among all models of a set costs against the best by test, in points of ANP.
+
+    A set holds the models of one draw, set of experts and seed; the row is a mean over sets, and
+    the best by test is the best of noisy scores, so every regret is somewhat too large. 95 %
+    intervals from halves of the models, drawn without replacement, against the best of the same
+    half. Columns: draws, criterion, anp (%), regret, low, high, rank (of the model chosen, 1 is
+    best, mean over sets), models (in the smallest set).
+    """
+    generator, found = np.random.default_rng(seed), []
+    for kind, part in whole.groupby("draws", sort=False):
+        sets = [some for _, some in part.groupby(["experts", "seed"], sort=False)]
+        halves = [half_of(len(some), draws, generator) for some in sets]
+        best = [some.anp.max() for some in sets]
+        for name in CRITERIA:
+            taken = [some.anp.to_numpy()[closeness(some, name).argmax()] for some in sets]
+            lost = [loss(some, name, half) for some, half in zip(sets, halves, strict=True)]
+            low, high = 100 * np.percentile(np.mean(lost, axis=0), [2.5, 97.5])
+            places = [1 + (some.anp > anp).sum() for some, anp in zip(sets, taken, strict=True)]
+            row = {"draws": kind, "criterion": name, "anp": 100 * np.mean(taken)}
+            row |= {"regret": 100 * (np.mean(best) - np.mean(taken)), "low": low, "high": high}
+            found.append(row | {"rank": np.mean(places), "models": min(map(len, sets))})
+    return pd.DataFrame(found)
+
+
+def half_of(count: int, draws: int, generator: np.random.Generator) -> np.ndarray:
+    """Numbers of half of the models, two or more, drawn without replacement: `[draws, M / 2]`."""
+    every = generator.permuted(np.tile(np.arange(count), (draws, 1)), axis=1)
+    return every[:, : max(2, count // 2)]
+
+
+def loss(some: pd.DataFrame, criterion: str, chosen: np.ndarray) -> np.ndarray:
+    """Best test ANP minus that of the criterion's choice, among each row of `chosen`: `[draws]`."""
+    anp, score = some.anp.to_numpy()[chosen], closeness(some, criterion)[chosen]
+    return anp.max(1) - np.take_along_axis(anp, score.argmax(1)[:, None], axis=1)[:, 0]
+
+
+def squares(cross: pd.DataFrame, measure: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Closeness and accuracy of every seed's experts, `[T, T]`: rows tasks, columns models."""
+    for _, some in cross.groupby("seed", sort=False):
+        tasks = list(dict.fromkeys(some.task))
+        wide = some.pivot(index="task", columns="model").loc[tasks]
+        yield -wide[measure][tasks].to_numpy(), wide["accuracy"][tasks].to_numpy()
