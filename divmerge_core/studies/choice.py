@@ -1,0 +1,230 @@
+"""Which objective: every divergence, and what stands beside divergences, fitted under one rule.
+
+All fits start at 1/T, see the same unlabelled inputs in the same order, take as many steps of Adam,
+and have the same few step sizes to choose from on validation rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from tqdm import tqdm
+
+from divmerge_core.bench import SIZES, Bench, prepare
+from divmerge_core.comparison import references
+from divmerge_core.report import Report
+from divmerge_core.studies.objectives import Rule, answers, learned, objectives
+
+REFERENCE = "js"
+DRAWS = 20_000  # of the bootstrap: the smallest p, 1e-4, must survive a hundred comparisons
+
+
+def middlemost(counts: Sequence[int]) -> int:
+    return sorted(counts)[len(counts) // 2]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much a size runs.
+
+    specs, groupings, counts: of `ablation`. inputs: unlabelled rows per task. validation, test:
+    rows per task. stressed, kinds, temperatures: of `stress`. watched: objectives whose course is
+    noted, at `followed` seeds and every so many steps.
+    """
+
+    specs: tuple[str, ...]
+    groupings: tuple[str, ...]
+    counts: tuple[int, ...]
+    inputs: int
+    validation: int
+    test: int
+    rule: Rule
+    stressed: tuple[str, ...]
+    kinds: tuple[str, ...]
+    temperatures: tuple[float, ...]
+    watched: tuple[str, ...]
+    followed: int = 1
+    every: int = 4
+
+    @property
+    def middle(self) -> int:
+        """The number of tasks at which step sizes are chosen and everything is strained."""
+        return middlemost(self.counts)
+
+    def prepared(
+        self, size: str, suite: str, tasks: Sequence[str], seeds: Sequence[int], **options: str
+    ) -> dict[int, Bench]:
+        """The suite's benches by seed, with as many rows as this effort asks for."""
+        rows = {"merge_rows": self.inputs, "validation_rows": self.validation}
+        own = replace(SIZES[size], **rows, test_rows=self.test, precision="float32")
+        tasks = list(tasks) or None
+        return {seed: prepare(suite, tasks, size=own, seed=seed, **options) for seed in seeds}
+
+
+EFFORTS = {
+    "smoke": Effort(
+        specs=("js", "kl", "entropy", "labels"),
+        groupings=("task",),
+        counts=(2,),
+        inputs=8,
+        validation=30,
+        test=60,
+        rule=Rule(epochs=2, rates=(3e-2,)),
+        stressed=("js", "kl"),
+        kinds=("none", "wrong"),
+        temperatures=(1.0, 4.0),
+        watched=("js", "kl"),
+    ),
+    "default": Effort(
+        specs=("js", "kl", "reverse_kl", "squared_l2", "hidden_cosine", "entropy", "labels"),
+        groupings=("task", "layer"),
+        counts=(2,),
+        inputs=16,
+        validation=50,
+        test=150,
+        rule=Rule(),
+        stressed=("js", "kl"),
+        kinds=("none", "noise", "wrong", "overconfident"),
+        temperatures=(1.0, 4.0),
+        watched=("js", "kl", "hidden_cosine", "entropy", "labels"),
+    ),
+    "full": Effort(
+        specs=tuple(objectives()),
+        groupings=("task", "block", "layer"),
+        counts=(2, 4, 8),
+        inputs=24,
+        validation=50,
+        test=150,
+        rule=Rule(),
+        stressed=("js", "kl", "reverse_kl", "squared_l2", "logit_mse"),
+        kinds=("none", "noise", "permuted", "wrong", "overconfident"),
+        temperatures=(1.0, 2.0, 4.0, 8.0),
+        watched=tuple(objectives()),
+        followed=2,
+        every=6,
+    ),
+}
+
+
+def chosen_rate(benches: Sequence[Bench], spec: str, grouping: str, rule: Rule) -> float:
+    """The step size with the highest validation ANP, mean over benches; of equal ones the first."""
+
+    def score(rate: float) -> float:
+        found = [learned(bench, spec, grouping, rate, rule)["validation"] for bench in benches]
+        return sum(found) / len(found)
+
+    return max(rule.rates, key=score)
+
+
+def start(bench: Bench, label: Mapping) -> list[dict]:
+    """Rows of the method `start`: the merge at 1/T, where every fit begins."""
+    share = [1 / len(bench.experts)] * len(bench.experts)
+    rows = answers(bench, [[value] for value in share], "task")
+    return [{**label, **row, "method": "start"} for row in rows]
+
+
+def ablation(
+    benches: Mapping[int, Bench],
+    *,
+    specs: Sequence[str],
+    groupings: Sequence[str],
+    counts: Sequence[int],
+    rule: Rule | None = None,
+    draws: int = DRAWS,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every objective x grouping x number of tasks x seed: a table of scores, and one of fits.
+
+    benches: by seed, of all tasks; counts: how many of them, from the first on. The step size is
+    chosen once for every objective and grouping, at the middle count, over all seeds: few rows of
+    one seed would choose by luck, and bad luck of js would be good luck of all others. Scores:
+    `summary`, for the search `searched`, and for `same`, where all take rule.rate, at that count.
+    Fits: search, count, grouping, objective, seed, rate, validation (ANP), diverged. Raises
+    ValueError where js, the reference of all differences, is missing.
+    """
+    rule = rule or Rule()
+    if REFERENCE not in specs:
+        raise ValueError(f"differences are from {REFERENCE!r}; add it to {list(specs)}")
+    middle, (tasks, *_) = middlemost(counts), [b.problem.vectors.tasks for b in benches.values()]
+    looked = [bench.select(tasks[:middle]) for bench in benches.values()]
+    pairs = list(product(groupings, specs))
+    rates = {
+        (grouping, spec): chosen_rate(looked, spec, grouping, rule)
+        for grouping, spec in tqdm(pairs, "step sizes", leave=False)
+    }
+    jobs = [("searched", count, seed) for count in counts for seed in benches]
+    jobs += [("same", middle, seed) for seed in benches]
+    scores, fits = {}, []
+    for search, count, seed in (bar := tqdm(jobs, "objectives", leave=False)):
+        bench = benches[seed].select(tasks[:count])
+        label = {"suite": "suite", "subset": f"{search} {count}", "seed": seed}
+        rows = scores.setdefault((search, count), [])
+        rows += references(bench, label) + start(bench, label)
+        for grouping, spec in pairs:
+            bar.set_postfix_str(f"{count} tasks, seed {seed}, {spec}, per {grouping}")
+            rate = rates[grouping, spec] if search == "searched" else rule.rate
+            found = learned(bench, spec, grouping, rate, rule)
+            method = {"method": f"{spec}/{grouping}"}
+            done = answers(bench, found["coefficients"], grouping)
+            rows += [{**label, **row, **method} for row in done]
+            what = {"search": search, "count": count, "grouping": grouping, "objective": spec}
+            kept = {name: found[name] for name in ("validation", "diverged")}
+            fits.append({**what, "seed": seed, "rate": rate, **kept})
+    tables = [
+        summary(Report.of(pd.DataFrame(rows)), draws=draws).assign(search=search, count=count)
+        for (search, count), rows in scores.items()
+    ]
+    table = pd.concat(tables, ignore_index=True)
+    for _, some in table.groupby("search"):
+        table.loc[some.index, "holm"] = holm(some.p.to_numpy())
+    return table, pd.DataFrame(fits)
+
+
+def summary(report: Report, *, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
+    """ANP of every `objective/grouping`, and its difference from js of that grouping.
+
+    Columns: objective, grouping, anp, low, high; difference, difference_low, difference_high, with
+    95 % intervals of the paired bootstrap over seeds and test rows; and its p, see `compared`, NaN
+    for js itself. The merge at 1/T, where all fits start, is the objective `start`, ungrouped.
+    """
+    point, drawn = report.bootstrap(report.rows, report.rows.suite[0], "anp", draws, seed)
+    methods, found = list(report.rows.method.unique()), []
+    for n, method in enumerate(methods):
+        spec, _, grouping = method.partition("/")
+        if spec in ("expert", "base"):
+            continue
+        low, high = np.percentile(drawn[:, n], [2.5, 97.5])
+        values = {"anp": point[n], "low": low, "high": high}
+        if grouping:
+            other = methods.index(f"{REFERENCE}/{grouping}")
+            values |= compared(drawn[:, n] - drawn[:, other], point[n] - point[other])
+            values["p"] = np.nan if n == other else values["p"]
+        found.append({"objective": spec, "grouping": grouping, **values})
+    return pd.DataFrame(found)
+
+
+def compared(gap: Float[np.ndarray, " draws"], value: float) -> dict[str, float]:
+    """A difference, its 95 % interval and its two-sided p, from paired bootstrap draws.
+
+    p is twice the smaller share of draws at or beyond zero on either side, at least
+    2 / (draws + 1).
+    """
+    low, high = np.percentile(gap, [2.5, 97.5])
+    beyond = 1 + min((gap <= 0).sum(), (gap >= 0).sum())
+    p = min(1.0, 2 * beyond / (1 + len(gap)))
+    found = {"difference": value, "difference_low": low, "difference_high": high, "p": p}
+    return {name: float(number) for name, number in found.items()}
+
+
+def holm(p: Float[np.ndarray, " M"]) -> Float[np.ndarray, " M"]:
+    """Holm's correction of p-values for M comparisons; NaN is no comparison and stays.
+
+    Source: Holm 1979, Scandinavian Journal of Statistics 6(2).
+    """
+    adjusted, known = np.full(len(p), np.nan), np.flatnonzero(~np.isnan(p))
+    order = known[np.argsort(p[known], kind="stable")]
+    steps = p[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    return adjusted
