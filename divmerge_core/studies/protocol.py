@@ -1,0 +1,266 @@
+"""What the paper leaves open: each setting changed alone, with paired intervals; and the effort.
+
+The default is the paper's Algorithm 1: Adam from 1/T with step size 0.01, four passes, Jensen-
+Shannon divergence. Coefficients are fitted without labels and scored on test rows, once.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from divmerge_core.bench import Bench
+from divmerge_core.cells import cell, keep, recall
+from divmerge_core.coefficients import groups_of
+from divmerge_core.evaluation import evaluate
+from divmerge_core.methods import METHODS
+from divmerge_core.report import Report
+from divmerge_core.tuning import own_experts
+
+DEFAULT = "default"
+KNOBS: Mapping[str, tuple] = {
+    "init": (0.0, 0.3, 0.5, 1.0),
+    "lr": (1e-3, 3e-2, 1e-1),
+    "epochs": (1, 8),
+}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much a size of the chapter runs.
+
+    tasks: merged in the ablations; large: in the one on the start, where 1/T and 0.5 differ most.
+    inputs: per task of the default. published: 200, the paper's data set size of one coefficient
+    per task. steps: of the fits on few or wrong inputs. counts: of inputs. shares: of wrong ones.
+    several: numbers of tasks in the race of optimisers, which all see `pool` inputs a task; adam:
+    steps of Adam; passes: of the others. rows: test rows a task.
+    """
+
+    tasks: int
+    large: int
+    inputs: int
+    published: int
+    steps: int
+    knobs: Mapping[str, tuple]
+    groupings: tuple[str, ...]
+    counts: tuple[int, ...]
+    shares: tuple[float, ...]
+    several: tuple[int, ...]
+    pool: int
+    adam: int
+    passes: int
+    rows: int
+
+    @property
+    def merge_rows(self) -> int:
+        """Unlabelled inputs per task that the studies draw from."""
+        return max(self.inputs, 2 * self.published, 2 * self.pool, *self.counts)
+
+
+EFFORTS: Mapping[str, Effort] = {
+    "smoke": Effort(
+        tasks=2,
+        large=3,
+        inputs=8,
+        published=8,
+        steps=4,
+        knobs={"init": (0.0,), "lr": (1e-1,), "epochs": (1,)},
+        groupings=("task", "layer"),
+        counts=(0, 4),
+        shares=(1.0,),
+        several=(2,),
+        pool=8,
+        adam=10,
+        passes=4,
+        rows=40,
+    ),
+    "default": Effort(
+        tasks=2,
+        large=4,
+        inputs=16,
+        published=16,
+        steps=16,
+        knobs={"init": (0.0, 1.0), "lr": (1e-1,), "epochs": (1,)},
+        groupings=("task", "layer"),
+        counts=(0, 1, 4, 16),
+        shares=(0.5, 1.0),
+        several=(2,),
+        pool=16,
+        adam=60,
+        passes=12,
+        rows=100,
+    ),
+    "full": Effort(
+        tasks=4,
+        large=8,
+        inputs=100,
+        published=200,
+        steps=100,
+        knobs=KNOBS,
+        groupings=("task", "layer"),
+        counts=(0, 1, 4, 8, 32, 100, 400),
+        shares=(0.5, 1.0),
+        several=(2, 4, 8),
+        pool=32,
+        adam=400,
+        passes=40,
+        rows=300,
+    ),
+}
+
+
+def answered(bench: Bench, what: Sequence, fit: Callable[[], Float[Tensor, " N"]]) -> list[dict]:
+    """A merged model's answers on the test rows, from the cache or found now.
+
+    what: all that decides the fit, beside the bench and the code.
+    """
+    path = cell(bench, "protocol", *what)
+    if not (path / "cell.json").exists():
+        keep(path, evaluate(bench.problem, fit(), bench.test).to_dict("records"))
+    return recall(path)
+
+
+def experts_answers(bench: Bench) -> list[dict]:
+    """Every expert's answers on its own task's test rows."""
+    path = cell(bench, "protocol", "experts")
+    if not (path / "cell.json").exists():
+        keep(path, own_experts(bench, bench.test).to_dict("records"))
+    return recall(path)
+
+
+def compared(rows: Sequence[Mapping], default: str = DEFAULT, *, draws: int = 2000) -> pd.DataFrame:
+    """ANP of every method with its interval, and the paired difference from the default.
+
+    rows: answers with columns method, seed, task, predicted and gold; the method `expert` is what
+    ANP divides by. Columns: method, anp, low, high, difference, from_low, from_high; intervals are
+    95 % percentiles over draws of seeds and, within a seed, of test rows, the same for all methods.
+    """
+    table = pd.DataFrame(rows).assign(suite="suite", subset="all")
+    report = Report.of(table)
+    point, drawn = report.bootstrap(report.rows, "suite", "anp", draws, 0)
+    methods = list(report.rows.method.unique())
+    against = methods.index(default)
+    found = []
+    for number, method in enumerate(methods):
+        if method == "expert":
+            continue
+        low, high = np.percentile(drawn[:, number], [2.5, 97.5])
+        apart = drawn[:, number] - drawn[:, against]
+        ends = np.percentile(apart, [2.5, 97.5])
+        found.append((method, point[number], low, high, point[number] - point[against], *ends))
+    columns = ["method", "anp", "low", "high", "difference", "from_low", "from_high"]
+    return pd.DataFrame(found, columns=columns)
+
+
+def with_experts(rows: Sequence[Mapping], benches: Mapping[int, Bench]) -> list[dict]:
+    """The rows, and those of the experts."""
+    alone = [
+        {**row, "method": "expert", "seed": seed}
+        for seed, bench in benches.items()
+        for row in experts_answers(bench)
+    ]
+    return [*map(dict, rows), *alone]
+
+
+def with_options(bench: Bench, seed: int, **options: object) -> list[dict]:
+    """The answers of DivMerge with these options."""
+    options = {"seed": seed, **options}
+    return answered(
+        bench,
+        ["options", options],
+        lambda: METHODS["divmerge"](bench.problem, progress=False, **options),
+    )
+
+
+def variants(knobs: Mapping[str, Sequence], num_tasks: int) -> dict[str, dict]:
+    """Options of the default and of every change of one setting, by `setting=value`.
+
+    A start that is 1/T anyway is left out.
+    """
+    found: dict[str, dict] = {DEFAULT: {}}
+    for knob, values in knobs.items():
+        for value in values:
+            if knob != "init" or abs(value - 1 / num_tasks) > 1e-9:
+                found[f"{knob}={value}"] = {knob: value}
+    return found
+
+
+def ablation(
+    benches: Mapping[int, Bench],
+    knobs: Mapping[str, Sequence],
+    *,
+    groupings: Sequence[str],
+    inputs: int,
+) -> pd.DataFrame:
+    """DivMerge with one setting changed at a time, against its default at the same grouping.
+
+    benches: by seed, of the same tasks; inputs: per task. Columns: tasks (their number), grouping,
+    setting, value (as text), and those of `compared` but for method.
+    """
+    number, parts = num_tasks(benches), []
+    for grouping in groupings:
+        rows: list[dict] = []
+        changes = variants(knobs, number)
+        jobs = [(seed, label) for seed in benches for label in changes]
+        for seed, label in tqdm(jobs, f"settings, per {grouping}", leave=False):
+            options = {"grouping": grouping, "inputs": inputs, **changes[label]}
+            found = with_options(benches[seed], seed, **options)
+            rows += [{**row, "method": label, "seed": seed} for row in found]
+        table = compared(with_experts(rows, benches))
+        table[["setting", "value"]] = table.method.str.partition("=")[[0, 2]].to_numpy()
+        parts.append(table.drop(columns="method").assign(grouping=grouping, tasks=number))
+    return pd.concat(parts, ignore_index=True)
+
+
+def told_apart(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose paired interval leaves 0 out."""
+    return table[(table.from_low > 0) | (table.from_high < 0)]
+
+
+def layers(benches: Mapping[int, Bench], groupings: Sequence[str], *, inputs: int) -> pd.DataFrame:
+    """What a layer may be: DivMerge by grouping, and differences from the first one.
+
+    Columns: tasks, grouping, coefficients (their number), and those of `compared` but for method.
+    """
+    rows: list[dict] = []
+    for seed, bench in benches.items():
+        for grouping in groupings:
+            found = with_options(bench, seed, grouping=grouping, inputs=inputs)
+            rows += [{**row, "method": grouping, "seed": seed} for row in found]
+    table = compared(with_experts(rows, benches), groupings[0])
+    layout, number = next(iter(benches.values())).problem.vectors.layout, num_tasks(benches)
+    counts = {grouping: number * len(groups_of(layout, grouping)[0]) for grouping in groupings}
+    table["coefficients"] = table.method.map(counts)
+    return table.rename(columns={"method": "grouping"}).assign(tasks=number)
+
+
+def readings(
+    benches: Mapping[int, Bench], groupings: Sequence[str], *, published: int
+) -> pd.DataFrame:
+    """The paper's data set size read per task, and read in total, each with four epochs.
+
+    published: the size of one coefficient per task; twice as many otherwise. Columns: tasks,
+    grouping, reading, inputs (per task), and those of `compared` but for method.
+    """
+    number, parts = num_tasks(benches), []
+    for grouping in groupings:
+        size = published if grouping == "task" else 2 * published
+        inputs = {"per task": size, "in total": max(1, size // number)}
+        rows: list[dict] = []
+        jobs = [(seed, reading) for seed in benches for reading in inputs]
+        for seed, reading in tqdm(jobs, f"data set size, per {grouping}", leave=False):
+            found = with_options(benches[seed], seed, grouping=grouping, inputs=inputs[reading])
+            rows += [{**row, "method": reading, "seed": seed} for row in found]
+        table = compared(with_experts(rows, benches), "per task")
+        table["inputs"] = table.method.map(inputs)
+        parts.append(table.rename(columns={"method": "reading"}).assign(grouping=grouping))
+    return pd.concat(parts, ignore_index=True).assign(tasks=number)
+
+
+def num_tasks(benches: Mapping[int, Bench]) -> int:
+    """The number of tasks that every bench merges."""
+    return len(next(iter(benches.values())).problem.vectors.tasks)
