@@ -1,0 +1,188 @@
+"""From right answers to ANP by the number of merged tasks, with what subsets, seeds and test rows
+each add to its spread.
+
+Tables of answers are those of `scaling`: a row per merged model and task.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from divmerge_core.report import MARGIN
+from divmerge_core.studies.scaling import COMMONEST, EXPERT, JOIN, unpacked
+
+SOURCES = ("subsets", "seeds", "test rows")
+
+
+def accuracy(right: str) -> float:
+    """Share of right rows."""
+    return float(np.mean(unpacked(right)))
+
+
+def accuracies(rows: pd.DataFrame) -> pd.Series:
+    """Every row's accuracy, in NumPy's numbers, also of a stored table's own kind of text."""
+    return pd.Series([accuracy(right) for right in rows.right], rows.index, dtype=float)
+
+
+def tasks_of(subset: str) -> list[str]:
+    """The tasks of a subset's name."""
+    return subset.split(JOIN)
+
+
+def task_counts(rows: pd.DataFrame) -> list[int]:
+    """Every row's number of merged tasks."""
+    return [len(tasks_of(subset)) for subset in rows.subset]
+
+
+def reference_means(answers: pd.DataFrame) -> pd.Series:
+    """Accuracy of the experts and the commonest answers, by method and task, mean over seeds."""
+    own = answers[answers.method.isin([EXPERT, COMMONEST])]
+    return accuracies(own).groupby([own.method, own.task], sort=False).mean()
+
+
+def counted(answers: pd.DataFrame) -> list[str]:
+    """Tasks that count in the ANP: over seeds, the expert beats the commonest answer by MARGIN."""
+    means = reference_means(answers)
+    return [t for t in means[EXPERT].index if means[EXPERT, t] >= means[COMMONEST, t] + MARGIN]
+
+
+def ratios(rows: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
+    """The rows of merged models with T, accuracy, and `ratio`: accuracy over the expert's.
+
+    rows: of `scaling` or, with a seed and a method, of `fixed`. answers: of `scaling`, for the
+    experts. Tasks that do not count in the ANP are left out; T still counts them.
+    """
+    own = accuracies(answers[answers.method == EXPERT].set_index(["seed", "task"]))
+    merged = rows[~rows.method.isin([EXPERT, COMMONEST]) & rows.task.isin(counted(answers))]
+    exact = accuracies(merged)
+    expert = own.loc[list(zip(merged.seed, merged.task, strict=True))].to_numpy()
+    added = {"T": task_counts(merged), "accuracy": exact, "ratio": exact / expert}
+    return merged.assign(**added).reset_index(drop=True)
+
+
+def floor(answers: pd.DataFrame) -> pd.Series:
+    """By task: the ratio that always giving the commonest test answer has, mean over seeds."""
+    means = reference_means(answers)
+    return (means[COMMONEST] / means[EXPERT]).loc[counted(answers)]
+
+
+def by_subset(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per seed, method and subset of `ratios`: T, anp, worst (the smallest ratio), js."""
+    groups = table.groupby(["seed", "method", "subset", "T"], sort=False)
+    found = groups.ratio.agg(["mean", "min"]).set_axis(["anp", "worst"], axis=1)
+    return found.assign(js=groups.js.mean()).reset_index()
+
+
+def resampled(values: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
+    """Means [draws] of as many values, drawn with replacement; NaN for a single value."""
+    if len(values) < 2:
+        return np.full(draws, np.nan)
+    return values[generator.integers(len(values), size=(draws, len(values)))].mean(axis=1)
+
+
+def interval(drawn: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of draws; NaN where there are none."""
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def over_subsets(
+    scores: pd.DataFrame, *, statistic: str = "anp", draws: int = 2000
+) -> pd.DataFrame:
+    """The mean over subsets at the first seed, by method and T, and its 95 % bootstrap interval.
+
+    scores: of `by_subset`; statistic: anp, worst or js. Each draw resamples subsets, the same for
+    all methods. Columns: method, T, subsets, value, low, high; NaN for a single subset. Where all
+    subsets of a T were merged the mean is exact for this suite, and the interval says how far it
+    would be from that of other tasks like these.
+    """
+    first, rows = scores[scores.seed == scores.seed.iloc[0]], []
+    for (method, number), some in first.groupby(["method", "T"], sort=False):
+        drawn = resampled(some[statistic].to_numpy(), draws, np.random.default_rng(int(number)))
+        low, high = interval(drawn)
+        value = some[statistic].mean()
+        rows.append((method, number, len(some), value, low, high))
+    return pd.DataFrame(rows, columns=["method", "T", "subsets", "value", "low", "high"])
+
+
+def shared(scores: pd.DataFrame) -> pd.DataFrame:
+    """Those rows of `by_subset` whose subset every seed merged."""
+    seeds = scores.groupby("subset").seed.nunique()
+    return scores[scores.subset.map(seeds) == scores.seed.nunique()]
+
+
+def over_seeds(scores: pd.DataFrame, *, statistic: str = "anp") -> pd.DataFrame:
+    """The mean over the subsets that all seeds merged: a row per method, T and seed, as `value`."""
+    means = shared(scores).groupby(["method", "T", "seed"], sort=False)[statistic].mean()
+    return means.rename("value").reset_index()
+
+
+def row_errors(answers: pd.DataFrame, *, draws: int = 400) -> pd.DataFrame:
+    """The standard error of every ANP from its test rows: seed, method, subset, T, error.
+
+    Bootstrap: each draw resamples every task's test rows, the same for merged model and expert.
+    """
+    generator, kept = np.random.default_rng(0), counted(answers)
+    weights: dict[str, np.ndarray] = {}
+    ratio: list[np.ndarray] = []
+    own = answers[answers.method == EXPERT].set_index(["seed", "task"]).right
+    merged = answers[~answers.method.isin([EXPERT, COMMONEST]) & answers.task.isin(kept)]
+    for row in merged.itertuples():
+        right, expert = unpacked(row.right), unpacked(own[row.seed, row.task])
+        if row.task not in weights:
+            even = np.full(len(right), 1 / len(right))
+            weights[row.task] = generator.multinomial(len(right), even, draws)
+        ratio.append((weights[row.task] @ right) / (weights[row.task] @ expert))
+    drawn = pd.DataFrame(ratio, index=merged.index)
+    keys = [merged[name] for name in ("seed", "method", "subset")]
+    error = drawn.groupby(keys, sort=False).mean().std(axis=1).rename("error").reset_index()
+    return error.assign(T=task_counts(error))
+
+
+def spreads(answers: pd.DataFrame) -> pd.DataFrame:
+    """Standard deviations of the ANP by method and T, a row per source: subsets, seeds, test rows.
+
+    subsets: over subsets at the first seed. seeds: over seeds of the same subset, root mean square
+    over subsets. test rows: the error of one merge's ANP, root mean square. The first two are as
+    measured: each holds the part of the third in which the merges compared differ. NaN where there
+    is one subset or one seed.
+    """
+    scores = by_subset(ratios(answers, answers))
+    first = scores[scores.seed == scores.seed.iloc[0]]
+    keys = ["method", "T"]
+    between = first.groupby(keys, sort=False).anp.std()
+    within = shared(scores).groupby([*keys, "subset"], sort=False).anp.var()
+    found = {
+        "subsets": between,
+        "seeds": within.groupby(keys, sort=False).mean() ** 0.5,
+        "test rows": row_errors(answers).groupby(keys, sort=False).error.apply(rms),
+    }
+    return pd.concat(
+        [sd.rename("sd").reset_index().assign(source=source) for source, sd in found.items()],
+        ignore_index=True,
+    )
+
+
+def rms(values: pd.Series) -> float:
+    """Root mean square."""
+    return float((values**2).mean() ** 0.5)
+
+
+def differences(
+    scores: pd.DataFrame, method: str, others: Sequence[str], *, draws: int = 2000
+) -> pd.DataFrame:
+    """ANP of `method` minus that of each other, on the same subsets at the first seed, by T.
+
+    Columns: other, T, subsets, value, low, high (95 %, over subsets), won (share of subsets).
+    """
+    first, rows = scores[scores.seed == scores.seed.iloc[0]], []
+    wide = first.pivot_table(index=["T", "subset"], columns="method", values="anp", sort=False)
+    for other in others:
+        gaps = wide[method] - wide[other]
+        for number, some in gaps.groupby("T"):
+            drawn = resampled(some.to_numpy(), draws, np.random.default_rng(int(number)))
+            share = float((some > 0).mean())
+            rows.append((other, number, len(some), some.mean(), *interval(drawn), share))
+    names = ["other", "T", "subsets", "value", "low", "high", "won"]
+    return pd.DataFrame(rows, columns=names)
