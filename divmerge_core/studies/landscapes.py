@@ -1,0 +1,210 @@
+"""The plane of two task vectors: what its models are worth, and where methods end on it.
+
+Accuracies and divergences are those of test rows. Every finished piece is kept in the cache, so an
+interrupted study goes on where it stopped.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from divmerge_core.bench import SIZES, Bench, Size
+from divmerge_core.cells import cell, keep, recall
+from divmerge_core.divergences import js
+from divmerge_core.evaluation import Exam
+from divmerge_core.interference.behaviour import DISTANCES, answers
+from divmerge_core.methods import METHODS, parse
+from divmerge_core.problem import Batch
+from divmerge_core.tuning import Merges, candidates, search
+
+EFFORTS: Mapping[str, Mapping[str, int]] = {
+    "smoke": {"side": 6, "pairs": 2, "points": 5, "lines": 3, "rows": 20, "answered": 40},
+    "default": {"side": 11, "pairs": 2, "points": 7, "lines": 4, "rows": 40, "answered": 100},
+    "full": {"side": 21, "pairs": 4, "points": 11, "lines": 28, "rows": 150, "answered": 150},
+}  # side: points along an axis; pairs: planes; points: along each of the lines; answered: rows
+INPUTS = {"smoke": 32, "default": 32, "full": 100}  # unlabelled, per task, that fits see
+LOW, HIGH = -0.4, 1.6  # of the coefficients on a plane
+MARKED = ("task_arithmetic", "adamerging/task", "divmerge/task")  # beside the average
+
+
+def settings_of(size: str) -> Size:
+    """What the methods on a plane may use: the size's own, with inputs as in INPUTS."""
+    return replace(SIZES[size], merge_rows=INPUTS[size], inputs=INPUTS[size])
+
+
+def some(exam: Exam, rows: int) -> Exam:
+    """`rows` rows of an exam, taken evenly from its order, short texts to long; all if fewer."""
+    total = len(exam.gold)
+    if rows >= total:
+        return exam
+    chosen = torch.linspace(0, total - 1, rows).round().long()
+    batches, start = [], 0
+    for batch in exam.batches:
+        stop = start + len(batch.weight)
+        inside = chosen[(chosen >= start) & (chosen < stop)] - start
+        if len(inside):
+            inputs = {key: tensor[inside] for key, tensor in batch.inputs.items()}
+            weight = torch.full_like(batch.weight[: len(inside)], 1 / len(inside))
+            batches.append(Batch(inputs, weight))
+        start = stop
+    return Exam(batches, exam.gold[chosen])
+
+
+def fewer(bench: Bench, rows: int) -> Bench:
+    """The same bench with `rows` test rows per task."""
+    digest = f"{bench.digest} {rows} test rows"
+    return replace(bench, test=[some(exam, rows) for exam in bench.test], digest=digest)
+
+
+def kept(bench: Bench, find: Callable[[], list[dict]], *what: object) -> pd.DataFrame:
+    """The rows that `find` gives, from the cache or found now."""
+    path = cell(bench, *what)
+    if not (path / "cell.json").exists():
+        keep(path, find())
+    return pd.DataFrame(recall(path))
+
+
+class Judge:
+    """Answers of merged models on a bench's test rows, beside the experts'."""
+
+    def __init__(self, bench: Bench):
+        self.bench, self.experts = bench, {}
+
+    def expert(self, task: int) -> Float[Tensor, "B V"]:
+        """The task's own expert's logits, worked out once."""
+        if task not in self.experts:
+            vectors = self.bench.problem.vectors
+            self.experts[task] = self.logits(vectors.expert(vectors.tasks[task]), task)
+        return self.experts[task]
+
+    def logits(self, flat: Float[Tensor, " N"], task: int) -> Float[Tensor, "B V"]:
+        return answers(self.bench.problem, flat, task, self.bench.test[task])
+
+    def accuracy(self, logits: Float[Tensor, "B V"], task: int) -> float:
+        return (logits.argmax(-1) == self.bench.test[task].gold).double().mean().item()
+
+    def scored(self, logits: Float[Tensor, "B V"], task: int) -> dict[str, float]:
+        """accuracy, its ratio to the expert's, js to the expert and nll of the gold answer (nats).
+
+        Raises ValueError where the expert gets no row right.
+        """
+        expert, gold = self.accuracy(self.expert(task), task), self.bench.test[task].gold
+        if not expert:
+            raise ValueError(
+                f"the expert of {self.bench.problem.vectors.tasks[task]!r} gets no test row right; "
+                "give more rows or leave the task out"
+            )
+        found = self.accuracy(logits, task)
+        return {
+            "accuracy": found,
+            "ratio": found / expert,
+            "js": js(self.expert(task), logits).double().mean().item(),
+            "nll": torch.nn.functional.cross_entropy(logits, gold).item(),
+        }
+
+    def total(self, flat: Float[Tensor, " N"]) -> dict[str, float]:
+        """js summed over tasks, and the ANP: what a point of the plane is worth."""
+        tasks = range(len(self.bench.test))
+        each = [self.scored(self.logits(flat, task), task) for task in tasks]
+        anp = sum(one["ratio"] for one in each) / len(each)
+        return {"js": sum(one["js"] for one in each), "anp": anp}
+
+
+# --- the plane of two task vectors ----------------------------------------------------------------
+
+
+def axis(side: int) -> list[float]:
+    """The coefficients along an axis of a plane. Raises ValueError where 0 is not among them."""
+    if side < 6 or side % 5 != 1:
+        raise ValueError(f"side must be 6, 11, 16 and so on, so that 0 is met; got {side}")
+    return [round(LOW + (HIGH - LOW) * n / (side - 1), 6) for n in range(side)]
+
+
+def grid(bench: Bench, side: int) -> list[dict]:
+    """The points of the plane of a bench's two tasks: l1, l2; js and anp as in `Judge.total`.
+
+    disagreement and apart are the disentanglement error there, by answers and by js. What is said
+    with one vector alone is worked out once and not for each point.
+    """
+    judge, vectors, values = Judge(bench), bench.problem.vectors, axis(side)
+    alone = [  # [task][coefficient]: logits of the base with one vector
+        {value: judge.logits(vectors.select([task]).merge([value]), n) for value in values}
+        for n, task in enumerate(vectors.tasks)
+    ]
+    points = []
+    bar = tqdm([(a, b) for a in values for b in values], " + ".join(vectors.tasks), leave=False)
+    for pair in bar:
+        flat = vectors.merge(pair)
+        point = {"l1": pair[0], "l2": pair[1], "js": 0.0, "anp": 0.0, "disagreement": 0.0}
+        point["apart"] = 0.0
+        for task, value in enumerate(pair):
+            logits = judge.logits(flat, task)
+            scored = judge.scored(logits, task)
+            point["js"] += scored["js"]
+            point["anp"] += scored["ratio"] / 2
+            for name, column in (("disagreement", "disagreement"), ("js", "apart")):
+                point[column] += DISTANCES[name](alone[task][value], logits).mean().item()
+        points.append({key: round(value, 5) for key, value in point.items()})
+    return points
+
+
+def planes(bench: Bench, pairs: Sequence[str], *, side: int, rows: int) -> pd.DataFrame:
+    """`grid` of every pair of tasks, written `a+b`. Columns: pair, and those of `grid`."""
+    parts = []
+    for pair in tqdm(pairs, "planes", leave=False):
+        looked = fewer(bench.select(pair.split("+")), rows)
+        parts.append(kept(looked, partial(grid, looked, side), "plane", side, LOW, HIGH))
+        parts[-1].insert(0, "pair", pair)
+    return pd.concat(parts, ignore_index=True)
+
+
+def path_of(bench: Bench, spec: str, size: Size, seed: int) -> list[dict]:
+    """The coefficients of two tasks that a method passes through: a row per step."""
+    wanted = replace(size, candidates=None) if spec == "task_arithmetic" else size
+    tried = candidates(spec, wanted, seed, {}, bench.problem)
+    options = tried[search(Merges(bench, spec), tried).best]
+    if spec == "task_arithmetic":
+        return [{"step": 0, "l1": options["scale"], "l2": options["scale"]}]
+    steps = []
+
+    def watch(step) -> None:
+        first, second = step.coeffs[:, 0].tolist()
+        steps.append({"step": step.number, "l1": round(first, 5), "l2": round(second, 5)})
+
+    METHODS[parse(spec)[0]](bench.problem, **options, watch=watch, progress=False)
+    return steps
+
+
+def solutions(bench: Bench, size: Size, seed: int = 0) -> list[dict]:
+    """Where the methods end on a bench's plane, and the way there: method, step, l1, l2.
+
+    The last row of a method has its js and anp too. Options are chosen on validation rows, out of
+    as many as the size says; the scale of task arithmetic out of all.
+    """
+    judge, vectors, rows = Judge(bench), bench.problem.vectors, []
+    ways = {"average": [{"step": 0, "l1": 0.5, "l2": 0.5}]}
+    ways |= {spec: path_of(bench, spec, size, seed) for spec in MARKED}
+    for method, steps in ways.items():
+        found = judge.total(vectors.merge([steps[-1]["l1"], steps[-1]["l2"]]))
+        rows += [{"method": method, **step, "js": None, "anp": None} for step in steps]
+        rows[-1] |= {key: round(value, 5) for key, value in found.items()}
+    return rows
+
+
+def marks(
+    bench: Bench, pairs: Sequence[str], size: Size, *, rows: int, seed: int = 0
+) -> pd.DataFrame:
+    """`solutions` of every pair of tasks. Columns: pair, and those of `solutions`."""
+    parts = []
+    what = (size.candidates, size.inputs, size.epochs, seed)
+    for pair in tqdm(pairs, "methods on planes", leave=False):
+        looked = fewer(bench.select(pair.split("+")), rows)
+        parts.append(kept(looked, partial(solutions, looked, size, seed), "solutions", *what))
+        parts[-1].insert(0, "pair", pair)
+    return pd.concat(parts, ignore_index=True)
