@@ -1,0 +1,199 @@
+"""What the tests of one's own models share: small bases, experts and rows, as files."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pytest
+import tokenizers
+import torch
+import transformers
+import yaml
+from helpers import MARKERS, WORDS, sentences
+from safetensors.torch import save_file
+
+from divmerge_core.local import check, read
+
+LABELS = {name: list(dict.fromkeys(marks.values())) for name, marks in MARKERS.items()}
+ROWS = {"merge": 12, "validation": 16, "test": 20}
+SIZES = {"vocab_size": len(WORDS), "max_position_embeddings": 32}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def config(kind: str, **changes) -> transformers.PretrainedConfig:
+    """A tiny configuration of one family."""
+    if kind == "bert":
+        return transformers.BertConfig(**SIZES, **{**SMALL, "intermediate_size": 64, **changes})
+    if kind == "roberta":
+        sizes = {**SIZES, "max_position_embeddings": 34, "pad_token_id": 0}
+        return transformers.RobertaConfig(**sizes, **SMALL, intermediate_size=64, **changes)
+    if kind == "deberta":
+        return transformers.DebertaV2Config(**SIZES, **SMALL, intermediate_size=64, **changes)
+    if kind == "distilbert":
+        own = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
+        return transformers.DistilBertConfig(**SIZES, **own, **changes)
+    if kind == "gpt2":
+        own = {"n_embd": 32, "n_layer": 2, "n_head": 2, "pad_token_id": 0}
+        ends = {"bos_token_id": 3, "eos_token_id": 3}
+        return transformers.GPT2Config(
+            vocab_size=len(WORDS), n_positions=32, **own, **ends, **changes
+        )
+    if kind == "qwen2":
+        own = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 64, "pad_token_id": 0}
+        return transformers.Qwen2Config(**SIZES, **own, **changes)
+    own = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0}
+    own |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "eos_token_id": 3}
+    own |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "bos_token_id": 2}
+    return transformers.BartConfig(**SIZES, **own, decoder_start_token_id=3, **changes)
+
+
+def tokenizer(kind: str = "bert", *, vocabulary: Sequence[str] = WORDS):
+    """A tokenizer of whole words: BERT's own, or a plain one for the other families."""
+    numbered = {word: number for number, word in enumerate(vocabulary)}
+    if kind == "bert":
+        return transformers.BertTokenizer(vocab=numbered)
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbered, unk_token="[UNK]"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    core.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A [SEP]", pair="$A [SEP] $B [SEP]", special_tokens=[("[SEP]", 3)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def seeded(seed: int, build, *arguments):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build(*arguments)
+
+
+def make_base(folder: Path, kind: str = "bert", **changes) -> Path:
+    """A random base with its tokenizer, saved as the hub keeps them; BERT without a pooler."""
+    transformers.utils.logging.disable_progress_bar()
+    options = {"add_pooling_layer": False} if kind == "bert" else {}
+    build = transformers.AutoModel.from_config
+    model = seeded(0, lambda: build(config(kind, **changes), **options))
+    model.save_pretrained(folder)
+    tokenizer(kind).save_pretrained(folder)
+    return folder
+
+
+def make_expert(folder: Path, base: Path, labels: Sequence[str], *, seed: int = 1, scale=0.02):
+    """The base with noise on every weight and a random head, saved by transformers."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    named = dict(enumerate(labels))
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    settings = {"id2label": named, "label2id": {label: n for n, label in named.items()}}
+    model = seeded(seed, lambda: load(base, **settings))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.add_(scale * torch.randn(tensor.shape, generator=generator))
+    model.save_pretrained(folder)
+    tokenizer("bert" if model.config.model_type == "bert" else "other").save_pretrained(folder)
+    return model.eval()
+
+
+def make_adapter(folder: Path, shapes: dict, *, saved: dict | None = None, rank: int = 3, **config):
+    """A PEFT folder by hand: factors for matrices (name -> [M, K]), and tensors saved whole."""
+    generator, tensors, factors = torch.Generator().manual_seed(7), {}, {}
+    for name, (rows, columns) in shapes.items():
+        right = 0.3 * torch.randn(rank, columns, generator=generator)
+        left = 0.3 * torch.randn(rows, rank, generator=generator)
+        factors[name] = (left, right)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = right
+        tensors[f"base_model.model.{name}.lora_B.weight"] = left
+    for name, tensor in (saved or {}).items():
+        tensors[f"base_model.model.{name}"] = tensor
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": rank, "lora_alpha": 6, "bias": "none"}
+    told |= {"use_rslora": False, "fan_in_fan_out": False, "use_dora": False, "lora_dropout": 0.1}
+    told |= {
+        "megatron_core": "megatron.core",
+        "target_modules": ["query"],
+        "init_lora_weights": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps({**told, **config}))
+    return factors
+
+
+def toy_rows(name: str) -> dict[str, list[dict]]:
+    """Distinct labelled sentences of a toy task, by split."""
+    rows = iter(sentences(name, sum(ROWS.values())))
+    return {
+        split: [{"text": text, "label": label} for text, _, label in (next(rows) for _ in range(n))]
+        for split, n in ROWS.items()
+    }
+
+
+def write_rows(path: Path, rows: Sequence[dict]) -> Path:
+    """Rows in the format that the path's ending names; a folder without one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix in (".csv", ".tsv"):
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            form = "excel" if path.suffix == ".csv" else "excel-tab"
+            writer = csv.DictWriter(file, list(rows[0]), dialect=form)
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        pd.DataFrame(rows).to_parquet(path, index=False)
+    else:
+        datasets.disable_progress_bars()
+        datasets.Dataset.from_list(list(rows)).save_to_disk(str(path))
+    return path
+
+
+def make_project(folder: Path, kind: str = "bert", *, ending: str = ".csv", **task_fields) -> Path:
+    """A base, two experts of toy tasks, their rows, and the description of it all."""
+    base = make_base(folder / "base", kind)
+    tasks = []
+    for seed, name in enumerate(MARKERS, 1):
+        make_expert(folder / "experts" / name, base, LABELS[name], seed=seed)
+        entry = {"name": name, "expert": f"experts/{name}", **task_fields}
+        for split, rows in toy_rows(name).items():
+            write_rows(folder / "data" / f"{name}-{split}{ending}", rows)
+            entry[split] = f"data/{name}-{split}{ending}"
+        tasks.append(entry)
+    return describe(folder / "models.yaml", tasks)
+
+
+def describe(path: Path, tasks: Sequence[dict], **fields) -> Path:
+    """A description file, in YAML or JSON as its ending says."""
+    whole = {"base": "base", "max_length": 16, "tasks": list(tasks), **fields}
+    write = json.dumps if path.suffix == ".json" else yaml.safe_dump
+    path.write_text(write(whole), encoding="utf-8")
+    return path
+
+
+def changed(path: Path, task: int, **fields) -> Path:
+    """The description with other fields in one of its tasks; None takes a field out."""
+    whole = yaml.safe_load(path.read_text())
+    whole["tasks"][task] |= fields
+    whole["tasks"][task] = {k: v for k, v in whole["tasks"][task].items() if v is not None}
+    new = path.with_name(f"changed-{path.name}")
+    new.write_text(yaml.safe_dump(whole))
+    return new
+
+
+def refused(path: Path, *words: str) -> None:
+    """Reading and checking raises a ValueError that holds all these words."""
+    with pytest.raises(ValueError) as caught:
+        check(read(path))
+    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+
+
+def lone(project: Path, folder: Path, name: str, build) -> Path:
+    """The project with the first task's expert replaced by what `build(folder)` puts on disk."""
+    build(folder / name)
+    return changed(project, 0, expert=str(folder / name))
