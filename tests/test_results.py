@@ -126,3 +126,19 @@ def test_published_costs_count_the_bytes_that_the_formulas_say(costs):
             expected = usual * (tasks if part == "backward" else 1)
         if expected is not None:
             assert row.moved == pytest.approx(expected, rel=0.05), (tasks, name, part)
+
+
+# --- the analysis ---------------------------------------------------------------------------------
+
+TOPICS = ("choice", "protocol", "scaling", "evidence", "interference")
+ANALYSES = sorted(path for topic in TOPICS for path in (RESULTS / topic).glob("*.json"))
+
+
+@pytest.mark.parametrize("path", ANALYSES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_table_of_the_analysis_is_of_size_full_and_carries_its_origin(path):
+    tables, facts = measured.load(path)
+    assert tables and all(len(table) for table in tables.values())
+    assert facts["size"] == "full" and len(facts["seeds"]) >= 3
+    for fact in ("encoder", "suite", "tasks", "device", "machine", "torch", "date"):
+        assert facts[fact], fact
+    assert facts["date"] in measured.described(facts)
