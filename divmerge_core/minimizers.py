@@ -5,6 +5,7 @@ are spent, and return the best point that was looked at.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -62,10 +63,8 @@ def lbfgs(evaluate: Evaluate, start: Tensor, passes: int, *, history: int = 20) 
         value, point.grad = account(point)
         return torch.tensor(value, dtype=torch.float64)
 
-    try:
+    with suppress(Spent):
         optimizer.step(closure)
-    except Spent:
-        pass
     return account.best
 
 
@@ -111,7 +110,7 @@ def gauss_newton(
     quadratic model foretells the fall well and tightened where it does not. Source: Martens 2010.
     """
     account, point = Account(evaluate, passes), start.detach().clone()
-    try:
+    with suppress(Spent):
         value, slope = account(point)
         while slope.abs().max() > 1e-7 and damping < 1e6:
             multiply = products(point)
@@ -128,6 +127,4 @@ def gauss_newton(
             damping *= 4 if share < HARDER else 1 / 3 if share > EASIER else 1
             if reached < value:
                 point, value, slope = point + step, reached, new
-    except Spent:
-        pass
     return account.best
