@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,6 +16,8 @@ from divmerge_core.bench import SIZES, Bench, prepare
 from divmerge_core.divergences import js
 from divmerge_core.evaluation import evaluate
 from divmerge_core.experts import Expert
+from divmerge_core.figures import behaviour as draw
+from divmerge_core.figures import landscapes as draw_plane
 from divmerge_core.interference.behaviour import barrier, disentanglement_error
 from divmerge_core.studies import flips as flipping
 from divmerge_core.studies import landscapes as module
@@ -325,3 +328,50 @@ def test_no_text_is_in_what_is_asked(own_cache):
     columns = {"task", "right", "sure", "margin", "row", "seed", "model"}
     assert set(table.columns) == columns | {"cka", "shift", "common"}
     assert not math.isnan(table["sure"].map(len).mean())
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ax():
+    figure, axes = plt.subplots()
+    yield axes
+    plt.close(figure)
+
+
+def test_a_plane_draws_every_point_it_was_given(ax):
+    rows = [
+        {"pair": PAIR, "l1": a, "l2": b, "anp": a + 2 * b} for a in (0.0, 0.5) for b in (0.0, 0.2)
+    ]
+    drawn = draw_plane.plane(ax, pd.DataFrame(rows), "anp", colorbar=False)
+    found = drawn.collections[0].get_array()
+    assert_close(np.asarray(found).ravel().tolist(), [0.0, 50.0, 40.0, 90.0])
+    assert "task0" in drawn.get_xlabel() and "task1" in drawn.get_ylabel()
+
+
+def test_a_method_is_marked_where_it_ends(ax):
+    rows = [{"method": m, "step": 0, "l1": 0.5, "l2": 0.5} for m in draw_plane.MARKS]
+    rows.append({"method": "divmerge/task", "step": 1, "l1": 0.9, "l2": 0.1})
+    draw_plane.found(ax, pd.DataFrame(rows))
+    last = {line.get_label(): line.get_xydata()[-1].tolist() for line in ax.lines}
+    assert last["DivMerge, per task"] == [0.9, 0.1] and last["Average"] == [0.5, 0.5]
+
+
+def test_bars_of_flips_are_as_long_as_what_is_lost_and_gained(ax):
+    draw.turned(ax, resampled(made_up_answers(), draws=50))
+    assert_close(sorted(bar.get_width() for bar in ax.patches), [-20.0, 10.0])
+
+
+def test_a_reliability_diagram_shows_accuracy_at_its_confidence(ax):
+    draw.reliability(ax, diagram(made_up_answers()), "average")
+    assert_close(ax.collections[0].get_offsets().tolist(), [[0.9, 0.8]])
+
+
+def test_layers_margins_costs_and_barriers_say_their_units(ax):
+    assert "CKA" in draw.layers(ax, depths(made_up_answers()), "cka").get_ylabel()
+    assert "%" in draw.margins(ax, by_margin(made_up_answers())).get_ylabel()
+    assert "points" in draw.calibration(ax, calibrated(made_up_answers(), draws=5)).get_xlabel()
+    walls = pd.DataFrame({"pair": ["a+b"], "error": [0.1], "error_chord": [0.0]})
+    assert "points" in draw_plane.humps(ax, walls).get_xlabel()
+    assert "expert" in draw_plane.costs(ax, made_up_costs(), "js").get_xlabel()

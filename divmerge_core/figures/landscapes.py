@@ -18,9 +18,9 @@ PALETTE = sns.color_palette("colorblind")
 # column of the plane's table -> words, colour map, unit (None: nats), lowest, highest
 SHADES: Mapping[str, tuple[str, str, str | None, float, float | None]] = {
     "anp": ("ANP", "viridis", "%", 0.3, 1.0),
-    "js": ("JS to the experts, summed over both tasks", "viridis_r", None, 0.0, None),
-    "disagreement": ("disentanglement error, answers", "magma_r", "%", 0.0, 1.0),
-    "apart": ("disentanglement error, JS", "magma_r", None, 0.0, None),
+    "js": ("JS, sum of both tasks", "viridis_r", None, 0.0, None),
+    "disagreement": (r"$\xi$, share of answers", "magma_r", "%", 0.0, 1.0),
+    "apart": (r"$\xi$, by JS", "magma_r", None, 0.0, None),
 }
 MARKS: Mapping[str, tuple[int, str]] = {  # place in the palette, marker
     "average": (7, "s"),
