@@ -168,7 +168,7 @@ def test_comments_and_docstrings_are_no_code(monkeypatch):
 
     assert digest_with("    # ", "    # more ") == code_digest()
     assert digest_with("Where the fit stands", "Where it stands") == code_digest()  # a docstring
-    assert digest_with("log(2)", "log(3)") != code_digest()
+    assert digest_with("LIMIT = 100.0", "LIMIT = 50.0") != code_digest()
 
 
 # --- the search -----------------------------------------------------------------------------------

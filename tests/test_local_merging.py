@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from divmerge_core import METHODS
+from divmerge_core.experts import load_expert
 from divmerge_core.local import (
     check,
     load,
@@ -299,7 +300,8 @@ def own(tiny_folder, shared_cache, experts, tmp_path) -> Path:
     """The toy experts that this package trained, described from their folders."""
     entries = []
     for expert in experts:
-        folder = next((shared_cache / "experts").glob(f"{expert.task}-*"))
+        kept = (shared_cache / "experts").glob(f"{expert.task}-*")
+        (folder,) = (path for path in kept if load_expert(path).manifest == expert.manifest)
         entry = {"name": expert.task, "expert": str(folder)}
         for split, rows in toy_rows(expert.task).items():
             path = write_rows(tmp_path / f"{expert.task}-{split}.csv", rows)
