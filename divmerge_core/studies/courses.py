@@ -16,6 +16,7 @@ from divmerge_core.coefficients import Coefficients
 from divmerge_core.fitting import Step, expert_logits
 from divmerge_core.kernels.merge import grouped_inner, grouped_merge
 from divmerge_core.problem import Diverged
+from divmerge_core.studies.correlations import spearman
 from divmerge_core.studies.objectives import Posed, Rule, Targets, fit, merge, only_seen
 from divmerge_core.studies.stress import STRAINS, posed_under
 from divmerge_core.tuning import validation_anp
@@ -132,7 +133,7 @@ def disagreement(table: pd.DataFrame) -> pd.DataFrame:
     honest = totals(table[table.kind == "none"])
     for (spec, seed), some in honest.groupby(["objective", "seed"], sort=False):
         loss, anp = some.loss.diff().iloc[1:], some.anp.diff().iloc[1:]
-        agree = (-some.loss).corr(some.anp, method="spearman")
+        agree = float(spearman(-some.loss.to_numpy(), some.anp.to_numpy()))
         against = ((loss < 0) & (anp < 0)).mean()
         lost = some.anp.max() - some.anp.iloc[-1]
         row = {"objective": spec, "seed": seed, "correlation": agree, "against": against}
