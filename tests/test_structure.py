@@ -144,7 +144,7 @@ def test_conda_users_get_the_same_environment():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     *packages, pip = environment["dependencies"]
     assert packages == ["python=3.11", "pip"]
-    extras = ",".join(name for name in PROJECT["optional-dependencies"] if name != "peers")
+    extras = ",".join(e for e in PROJECT["optional-dependencies"] if e not in ("peers", "cluster"))
     assert pip == {"pip": ["-r requirements.lock", f"-e .[{extras}]"]}
 
 
