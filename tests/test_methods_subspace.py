@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.testing import assert_close
 
 import divmerge_core.methods.essential
+from divmerge_core.activations import layer_inputs
 from divmerge_core.methods.arithmetic import task_arithmetic
 from divmerge_core.methods.essential import (
     Detour,
@@ -18,7 +19,6 @@ from divmerge_core.methods.essential import (
     essential,
     essential_factors,
     fused,
-    layer_inputs,
     levelled,
     polarised_layers,
 )
@@ -340,7 +340,8 @@ def test_routing_is_input_by_input_and_layer_by_layer(rank, num_tasks):
     merged = list(problem.vectors.layout.unflatten(routed.flat).values())
     steps = [(merged[0], None), (merged[1], merged[2]), (merged[3], merged[4])]
     names = [name for name in problem.vectors.layout.names if name.endswith("weight")]
-    seen = [layer_inputs(problem, task) for task in range(num_tasks)]
+    experts = [problem.vectors.expert(task) for task in problem.vectors.tasks]
+    seen = [layer_inputs(problem, expert, task) for task, expert in enumerate(experts)]
     taken = set()
     for task, batches in enumerate(problem.batches):
         for row, found in zip(batches[0].inputs["x"], routed.logits(task, batches[0]), strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.kernels.stores import dense
-from divmerge_core.linalg import matrices, rank_of, truncated
+from divmerge_core.linalg import cutoff, matrices, rank_of, truncated
 from divmerge_core.methods import METHODS
 from divmerge_core.problem import Diverged, MergeProblem
 
@@ -65,12 +65,9 @@ def cutoffs(
     deltas: Float[Tensor, "T N"], places: Sequence[slice], keep: float
 ) -> Float[Tensor, " T"]:
     """The size of every task's smallest entry among its largest share `keep` at these places."""
-
-    def cutoff(row: Tensor) -> Tensor:
-        sizes = torch.cat([row[place] for place in places]).abs()
-        return sizes.kthvalue(len(sizes) - max(1, round(keep * len(sizes))) + 1).values
-
-    return torch.stack([cutoff(row) for row in deltas])
+    return torch.stack(
+        [cutoff(torch.cat([row[place] for place in places]).abs(), keep) for row in deltas]
+    )
 
 
 def shared_basis(deltas: Float[Tensor, "T M K"], fraction: int) -> Float[Tensor, "M q"]:
@@ -188,8 +185,8 @@ def doge(
         slope = doge_gradient(own / unit, coeffs, shared_basis(own, fraction))
         bound = float(longest / unit / coeffs.sum())  # the base moves by coeffs.sum() shifts
         shift = unit * descend("doge", name, slope, own[0], bound=bound, steps=steps, lr=lr)
-        for coeff, delta, cutoff in zip(coeffs, own, smallest, strict=True):
-            flat[place] += (coeff * (delta + shift) * (delta.abs() >= cutoff)).flatten()
+        for coeff, delta, least in zip(coeffs, own, smallest, strict=True):
+            flat[place] += (coeff * (delta + shift) * (delta.abs() >= least)).flatten()
     return flat
 
 
