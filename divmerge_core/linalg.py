@@ -35,11 +35,15 @@ def matrices(layout: Layout) -> Iterator[tuple[str, slice, tuple[int, ...]]]:
             yield name, slice(start, stop), shape
 
 
+def cutoff(sizes: Float[Tensor, " n"], keep: float) -> Float[Tensor, ""]:
+    """The smallest of the largest `keep` share of numbers, at least one of them."""
+    return sizes.kthvalue(len(sizes) - max(1, round(keep * len(sizes))) + 1).values
+
+
 def largest(values: Float[Tensor, " n"], keep: float) -> Float[Tensor, " n"]:
     """The largest `keep` share of entries (at least one; all of equal size); the rest is zero."""
     size = values.abs()
-    drop = len(values) - max(1, round(keep * len(values)))
-    return torch.where(size < size.kthvalue(drop + 1).values, 0, values)
+    return torch.where(size < cutoff(size, keep), 0, values)
 
 
 def elected(deltas: Float[Tensor, "T N"], keep: float) -> Float[Tensor, "T N"]:

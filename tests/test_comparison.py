@@ -11,7 +11,8 @@ from helpers import linear_problem
 from divmerge_core import bench, cells, comparison, experts, tuning
 from divmerge_core.bench import SIZES
 from divmerge_core.cells import code_digest
-from divmerge_core.comparison import ALL_METHODS, compare
+from divmerge_core.comparison import ALL_METHODS, compare, every_method
+from divmerge_core.figures.baselines import big_table, summary
 from divmerge_core.methods import METHODS, parse
 from divmerge_core.problem import Diverged
 from divmerge_core.tuning import candidates
@@ -90,10 +91,12 @@ def test_provenance_says_what_was_compared_on_what(fresh):
     assert set(facts["rows_per_task"]) == {"merge", "validation", "test"}
 
 
-def test_every_seed_has_experts_of_its_own(toys, cache):
+def test_every_seed_has_experts_of_its_own(fresh):
     report = compare("toy", size="toy", methods=["average"], seeds=[0, 1])
     assert sorted(report.rows.seed.unique()) == [0, 1]
-    assert len(list((cache / "experts").iterdir())) == 4
+    one, other = (bench.prepare("toy", size="toy", seed=seed).problem.vectors for seed in (0, 1))
+    assert one.base.equal(other.base)
+    assert not any(a.equal(b) for a, b in zip(one.deltas, other.deltas, strict=True))
 
 
 def test_a_method_without_its_grouping_takes_its_own(fresh):
@@ -274,8 +277,8 @@ def test_the_search_sees_no_test_row(fresh):
     )
 
 
-def test_the_first_seeds_choice_serves_every_seed(toys, cache, monkeypatch):
-    toy_size(monkeypatch, candidates=3)
+def test_the_first_seeds_choice_serves_every_seed(fresh, monkeypatch):
+    toy_size(monkeypatch, candidates=2)
     searched, find = [], comparison.search
 
     def counted(merges, tried):
@@ -325,6 +328,22 @@ def test_a_fit_that_runs_off_names_the_method_its_options_and_the_step(fresh):
 # --- what a merge needs and costs -----------------------------------------------------------------
 
 
+def test_a_new_method_is_compared_and_tabled_by_itself(fresh, monkeypatch):
+    """One function and its facts: it is among all methods, searched, and a row of the table."""
+
+    def halfway(problem, *, share: float = 0.5):
+        return problem.vectors.merge([share] * len(problem.vectors.tasks))
+
+    facts = {"needs": "nothing", "cost": "weights", "symmetric": True}
+    facts["search"] = ({"share": 0.5}, {"share": 0.4})
+    monkeypatch.setitem(METHODS, "halfway", halfway)
+    monkeypatch.setitem(METHODS.facts, "halfway", facts)
+    assert "halfway" in every_method()
+    report = compare("toy", size="toy", methods=["average", "halfway"], budget=6, published=True)
+    table = big_table(summary(report, "mood+place"))
+    assert table.loc[("no data", "halfway"), "tried"] == "2"
+
+
 def test_a_method_of_exactly_two_experts_is_left_out_of_larger_subsets(fresh, monkeypatch):
     assert comparison.takes("slerp", 2) and not comparison.takes("slerp", 3)
     with pytest.raises(ValueError, match=r"slerp merges exactly 2 experts, here are \[8\]"):
@@ -338,7 +357,8 @@ def test_a_method_that_needs_a_second_base_says_so():
         compare("embedded", methods=["logits_fusion"])
 
 
-def test_costs_stand_beside_the_answers(fresh):
+def test_costs_stand_beside_the_answers(fresh, monkeypatch):
+    toy_size(monkeypatch, calls=8)
     methods = ["average", "divmerge/task", "emr", "evolved_coefficients", "fisher"]
     report = compare("toy", size="toy", methods=methods, inputs=4, epochs=1)
     cost = {fit["method"]: fit["cost"] for fit in report.fits}

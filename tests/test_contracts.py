@@ -1,6 +1,7 @@
 """What every registered method, grouping and link promises: a new entry is tested as it is."""
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,10 @@ from divmerge_core.coefficients import GROUPINGS, LINKS, Coefficients, groups_of
 from divmerge_core.kernels.merge import grouped_merge
 from divmerge_core.methods import METHODS, options_of, parse
 from divmerge_core.methods.arithmetic import task_arithmetic
-from divmerge_core.problem import MergeProblem, Predictor
+from divmerge_core.problem import Diverged, MergeProblem, Predictor
 
-every_method = pytest.mark.parametrize("spec", specs())
+every_method = pytest.mark.parametrize("spec", specs())  # with every grouping
+every_name = pytest.mark.parametrize("spec", METHODS)  # where the grouping is immaterial
 every_grouping = pytest.mark.parametrize("grouping", GROUPINGS)
 every_link = pytest.mark.parametrize("link", LINKS)
 
@@ -24,17 +26,25 @@ def facts(spec: str) -> dict:
 
 
 def toy(spec: str, **options) -> MergeProblem:
-    """A problem with as many experts as the method takes."""
+    """A problem with as many experts as the method takes, and no more inputs than it draws from."""
     if "exactly" in facts(spec):
         options["num_tasks"] = facts(spec)["exactly"]
-    return linear_problem(**options)
+    draws = "seed" in options_of(parse(spec)[0])
+    return linear_problem(batches=2 if draws else 1, **options)
+
+
+def square(problem: MergeProblem, merged) -> float:
+    """A score that costs one forward pass."""
+    with torch.no_grad():
+        logits = problem.logits_of(merged, 0, problem.batches[0][0])
+    return -float(logits.square().mean())
 
 
 def merge(problem: MergeProblem, spec: str, **options):
     """Run a method by its name, quickly where it has steps to run."""
     name, fixed = parse(spec)
     quick = {"epochs": 2, "steps": 3, "progress": False, "seed": 0}
-    quick["score"] = lambda merged: -float(answers(problem, merged)[0].square().mean())
+    quick["score"] = lambda merged: square(problem, merged)
     taken = {key: value for key, value in quick.items() if key in options_of(name)}
     return METHODS[name](problem, **{**taken, **fixed, **options})
 
@@ -58,8 +68,9 @@ def parts(problem: MergeProblem, merged) -> list[torch.Tensor]:
 
 
 @every_method
-@pytest.mark.parametrize("num_tasks", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("num_tasks", "dtype"), [(1, torch.float32), (2, torch.float64), (3, torch.float32)]
+)
 def test_the_result_is_finite_in_the_bases_precision_and_of_the_kind_that_is_said(
     spec, num_tasks, dtype
 ):
@@ -75,7 +86,7 @@ def test_the_result_is_finite_in_the_bases_precision_and_of_the_kind_that_is_sai
         assert not part.requires_grad
 
 
-@every_method
+@every_name
 def test_the_problem_is_untouched(spec):
     problem = toy(spec)
     before = copy.deepcopy(problem.vectors), copy.deepcopy(problem.batches)
@@ -94,7 +105,7 @@ def test_the_problem_is_untouched(spec):
     assert not any(layer._forward_pre_hooks for layer in problem.module.modules())
 
 
-@every_method
+@every_name
 def test_the_same_seed_gives_the_same_result_whatever_was_drawn_before(spec):
     problem = toy(spec)
     first = parts(problem, merge(problem, spec))
@@ -104,7 +115,7 @@ def test_the_same_seed_gives_the_same_result_whatever_was_drawn_before(spec):
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
-@every_method
+@every_name
 def test_the_global_random_numbers_are_left_alone(spec):
     problem = toy(spec)
     before = torch.get_rng_state()
@@ -159,14 +170,42 @@ def test_the_order_of_tasks_is_immaterial_where_the_method_says_so(spec):
                 assert_close(one.logits(place, batch), expected, rtol=1e-4, atol=1e-5)
 
 
-@every_method
-def test_unlabelled_inputs_are_asked_for_or_not_needed(spec):
-    bare = fewer(toy(spec), 0)
-    if facts(spec)["needs"] == "unlabelled inputs":
-        with pytest.raises(ValueError, match="needs unlabelled inputs of every task; none for"):
-            merge(bare, spec)
+def never(parameters, pairs):
+    raise AssertionError("a forward pass was made")
+
+
+@every_name
+def test_unlabelled_inputs_are_asked_for_by_name_before_it_starts_or_not_needed(spec):
+    bare, name = fewer(toy(spec), 0), re.escape(parse(spec)[0])
+    if facts(spec)["needs"].startswith("unlabelled inputs"):
+        with pytest.raises(ValueError, match=f"^{name} needs unlabelled inputs of every task; no"):
+            merge(replace(bare, forward=never), spec)
     elif facts(spec)["needs"] != "a validation score":
         assert all(torch.isfinite(part).all() for part in parts(bare, merge(bare, spec)))
+
+
+@every_name
+def test_a_score_is_asked_for_by_name_before_it_starts(spec):
+    if facts(spec)["needs"] != "a validation score":
+        pytest.skip("it needs none")
+    with pytest.raises(ValueError, match=f"^{parse(spec)[0]} needs a validation score: give"):
+        merge(replace(toy(spec), forward=never), spec, score=None)
+
+
+@every_name
+def test_without_its_network_a_method_merges_or_says_by_name_that_it_looks_inside(spec):
+    try:
+        merge(replace(toy(spec), module=None), spec)
+    except ValueError as error:
+        assert str(error).startswith(f"{parse(spec)[0]} looks inside the model: give MergeProblem")
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if "lr" in options_of(n)])
+def test_a_fit_that_runs_away_stops_with_its_name_step_and_cause(name):
+    if "calls" in METHODS.facts[name]:
+        pytest.skip("its steps move no parameter")
+    with pytest.raises(Diverged, match=r"step \d.* lower lr \(now 1000000.0\)"):
+        merge(toy(name), name, lr=1e6)
 
 
 @every_method
@@ -181,7 +220,7 @@ def test_one_expert_alone_gives_a_point_between_base_and_expert(spec):
         assert share.min() > -0.05 and share.max() < 1.05
 
 
-@every_method
+@every_name
 def test_another_number_of_experts_than_it_takes_is_refused_by_name(spec):
     if "exactly" not in facts(spec):
         pytest.skip("takes any number")
@@ -189,7 +228,7 @@ def test_another_number_of_experts_than_it_takes_is_refused_by_name(spec):
         merge(linear_problem(num_tasks=facts(spec)["exactly"] + 1), spec)
 
 
-@every_method
+@every_name
 def test_a_linear_option_multiplies_the_change(spec):
     if "linear" not in facts(spec):
         pytest.skip("no option does")
@@ -209,7 +248,7 @@ def test_the_score_is_called_as_often_as_is_said(spec):
 
     def score(merged):
         counted.append(1)
-        return -float(answers(problem, merged)[0].square().mean())
+        return square(problem, merged)
 
     merge(problem, spec, score=score, steps=2)
     few = len(counted)
@@ -219,7 +258,7 @@ def test_the_score_is_called_as_often_as_is_said(spec):
         assert len(counted) - few == 3 * per_step
 
 
-@every_method
+@every_name
 def test_what_is_stored_is_said(spec):
     problem = toy(spec)
     merged = merge(problem, spec)

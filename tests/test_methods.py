@@ -131,9 +131,9 @@ def disentangled(features: int = 4, classes: int = 3) -> MergeProblem:
     for task in range(2):
         own = slice(task * features, (task + 1) * features)
         deltas[task, :, own] = torch.randn(classes, features, generator=generator)
-        inputs = torch.zeros(4, 16, 2 * features)
-        inputs[:, :, own] = torch.randn(4, 16, features, generator=generator)
-        batches.append([Batch({"x": x}, torch.full((16,), 1 / 16)) for x in inputs])
+        inputs = torch.zeros(32, 2 * features)
+        inputs[:, own] = torch.randn(32, features, generator=generator)
+        batches.append([Batch({"x": inputs}, torch.full((32,), 1 / 32))])
 
     def forward(parameters, pairs):
         return [batch.inputs["x"] @ parameters["weight"].T for _, batch in pairs]
@@ -150,7 +150,7 @@ def test_divmerge_finds_the_merge_that_loses_nothing(divergence, init):
         problem,
         divergence=divergence,
         init=init,
-        epochs=40,
+        epochs=60,
         lr=3e-2,
         watch=seen.append,
         progress=False,

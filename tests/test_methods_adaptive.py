@@ -669,6 +669,12 @@ def test_a_fit_that_runs_away_from_the_base_is_stopped_at_its_step(method, messa
         method(linear_problem(), lr=1e3, progress=False)
 
 
+def test_a_correction_that_outgrows_what_it_corrects_is_stopped_at_its_step():
+    message = "surgery: a correction's mean entry is .* at step 0, above .*; lower lr .now 1000.0."
+    with pytest.raises(Diverged, match=message):
+        surgery(linear_problem(), lr=1e3, progress=False)
+
+
 def test_how_far_is_too_far():
     """A hundred times as far as the farthest expert; where none moved, not at all."""
     reach = torch.tensor(2.0)

@@ -363,10 +363,11 @@ def test_one_coefficient_is_searched_too():
 # --- selection policy -----------------------------------------------------------------------------
 
 
-def corrupted_pool(share: float, seed: int, experts: int = 10):
+def corrupted_pool(share: float, seed: int, experts: int = 10, shifted: bool = False):
     """Noisy experts of one problem, the first of them corrupted: scores and who is corrupted.
 
-    Corrupted in turn: trained on permuted labels, sign of the task vector flipped, mere noise.
+    Corrupted in turn: trained on permuted labels, sign of the task vector flipped, mere noise; or
+    all of them trained on another domain, where the same labels go by other features.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -378,7 +379,9 @@ def corrupted_pool(share: float, seed: int, experts: int = 10):
     corrupt = torch.arange(experts) < round(share * experts)
     for number in range(experts):
         delta = truth - base + 0.6 * normal(4, 16)
-        if corrupt[number]:
+        if corrupt[number] and shifted:
+            delta = truth.roll(3, 1) - base + 0.6 * normal(4, 16)
+        elif corrupt[number]:
             other = truth.roll(1, 0) - base + 0.6 * normal(4, 16)
             noise = normal(4, 16) * delta.norm() / 8
             delta = (other, -delta, noise)[number % 3]
@@ -484,6 +487,15 @@ def test_what_the_policy_learned_is_told_once_and_no_corrupted_expert_is_trusted
     assert (trust[corrupt] < 0.5).all() and separation(trust, corrupt) > 0.9
     names = [name for name, t in zip(pool.vectors.tasks, trust, strict=True) if t >= 0.5]
     assert_close(merged, average(pool.select(names)))
+
+
+def test_experts_of_a_shifted_domain_are_kept_out_too():
+    pool, score, test, corrupt = corrupted_pool(0.4, 0, shifted=True)
+    told: list[Tensor] = []
+    options = {"score": score, "steps": 120, "trusted": told.append}
+    merged = selection_policy(pool, **options, **QUIET)
+    assert (told[0][corrupt] < 0.5).all() and separation(told[0], corrupt) > 0.9
+    assert test(merged) > test(average(pool))
 
 
 def test_norms_do_not_tell_corrupted_experts_that_are_as_long_as_the_others():

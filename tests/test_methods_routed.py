@@ -498,8 +498,8 @@ def test_options_out_of_range_are_refused_before_any_forward_pass(
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (wemoe, "this method looks inside the model: give MergeProblem its `module`"),
-        (twin, "twin's router reads hidden states: give MergeProblem its `module`"),
+        (wemoe, "wemoe looks inside the model: give MergeProblem its `module`"),
+        (twin, "twin looks inside the model: give MergeProblem its `module`"),
     ],
 )
 def test_a_problem_that_knows_no_module_is_refused(problem, method, message):
@@ -521,7 +521,7 @@ def test_a_last_step_that_spoils_the_routers_is_noticed(problem):
     def forward(parameters, pairs):
         return [x + (x - x.detach()).sqrt() for x in problem.forward(parameters, pairs)]
 
-    with pytest.raises(Diverged, match="wemoe: NaN or inf at step 1; lower lr"):
+    with pytest.raises(Diverged, match="wemoe: a router's largest number is nan at step 0, above"):
         wemoe(replace(problem, forward=forward), steps=1, progress=False)
 
 

@@ -23,7 +23,9 @@ def block(spec: str) -> str:
     if spec in ("expert", "base"):
         return REFERENCE
     needs = METHODS.facts[parse(spec.removesuffix(PUBLISHED))[0]]["needs"]
-    return {"unlabelled inputs": INPUTS, "a validation score": LABELS}.get(needs, NO_DATA)
+    return {"unlabelled inputs": INPUTS, "a validation score": LABELS}.get(
+        needs.partition(",")[0], NO_DATA
+    )
 
 
 def one_vector(spec: str) -> bool:

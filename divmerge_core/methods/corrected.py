@@ -7,13 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from divmerge_core.activations import require_module
+from divmerge_core.fitting import LIMIT
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.distilled import (
-    check_course,
-    hooked,
-    require_module,
-    require_positive,
-)
+from divmerge_core.methods.distilled import check_course, check_size, hooked, require_positive
 from divmerge_core.methods.divmerge import limit
 from divmerge_core.problem import Batch, MergeProblem
 
@@ -117,6 +114,7 @@ def learned(
     up = merged.new_zeros(width, rank).requires_grad_()
     adam = torch.optim.Adam([down, up], lr=lr)
     order = torch.randperm(size, generator=generator)
+    bound = LIMIT * float(merged.abs().mean() + expert.abs().mean())
     for number in tqdm(range(steps), "correcting", disable=not progress, leave=False):
         if len(order) == 0:
             order = torch.randperm(size, generator=generator)
@@ -126,6 +124,9 @@ def learned(
         adam.zero_grad()
         loss.backward()
         adam.step()
+        with torch.no_grad():
+            taken = Correction(down, up)(merged[rows]).abs().mean()
+        check_size("surgery", "a correction's mean entry", taken, bound, number, lr)
     return Correction(down.detach(), up.detach())
 
 
@@ -185,7 +186,8 @@ def surgery(
     where here all tasks start from one draw, so that their order is immaterial.
 
     Raises ValueError for a method that returns a predictor or asks for a score, values out of
-    range, a task without inputs, a module that does not fit, and a loss that stops being finite.
+    range, a task without inputs and a module that does not fit; Diverged for a loss that stops
+    being finite and a correction 100 times as large as what it corrects.
 
     Source: Yang et al. 2024, arXiv 2402.02705.
     """

@@ -36,6 +36,15 @@ def check_course(method: str, numbers: Tensor, where: int | str, lr: float) -> N
         )
 
 
+def check_size(method: str, what: str, size: Tensor, bound: float, where: int, lr: float) -> None:
+    """Raise Diverged where what is learnt, or what it leads to, is NaN or larger than its bound."""
+    if not size <= bound:
+        raise Diverged(
+            f"{method}: {what} is {size.item():.3g} at step {where}, above {bound:.3g}; lower lr "
+            f"(now {lr}) or check the experts and their inputs for extreme values"
+        )
+
+
 def check_distance(method: str, way: Tensor, reach: Tensor, where: int | str, lr: float) -> None:
     """Raise Diverged where a fit has gone `way` from the base, LIMIT times any expert's `reach`."""
     if not way <= LIMIT * reach:
@@ -43,16 +52,6 @@ def check_distance(method: str, way: Tensor, reach: Tensor, where: int | str, lr
             f"{method}: after step {where} the parameters are {way.item():.3g} from the base, over "
             f"{LIMIT:g} times as far as any expert ({reach.item():.3g}); lower lr (now {lr})"
         )
-
-
-def require_module(problem: MergeProblem, method: str) -> nn.Module:
-    """The problem's module. Raises ValueError where it knows none."""
-    if problem.module is None:
-        raise ValueError(
-            f"{method} looks inside the model: give MergeProblem its `module`, the network that "
-            "forward calls"
-        )
-    return problem.module
 
 
 @contextmanager

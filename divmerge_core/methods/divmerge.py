@@ -122,6 +122,7 @@ def divmerge(
 
     Source: Touayouch et al. 2026, arXiv 2509.02108, Eq. 4 and Algorithm 1.
     """
+    problem.require_inputs("divmerge")
     return learn(
         problem,
         objective(divergence, temperature),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
-from divmerge_core.activations import linear_layers, watch_inputs
+from divmerge_core.activations import layer_inputs, linear_layers, require_module
 from divmerge_core.linalg import rank_of, truncated
 from divmerge_core.problem import Batch, MergeProblem
 
@@ -33,32 +33,6 @@ def drawn(problem: MergeProblem, inputs: int, seed: int) -> MergeProblem:
         return kept
 
     return replace(problem, batches=[some(batches) for batches in problem.batches])
-
-
-@dataclass
-class Seen:
-    """What a layer reads: sums over inputs and tokens of x, of x x^T, and their number."""
-
-    total: Float[Tensor, " K"]
-    gram: Float[Tensor, "K K"]  # float64: the spectrum of a product of it is cut at rounding
-    count: int
-
-
-def layer_inputs(problem: MergeProblem, task: int) -> dict[str, Seen]:
-    """What an expert's linear layers read on its own inputs, by the weight's name."""
-    seen: dict[str, Seen] = {}
-
-    def see(name: str, x: Float[Tensor, "n K"]) -> None:
-        x = x.double()
-        if name not in seen:
-            seen[name] = Seen(torch.zeros_like(x[0]), x.new_zeros(x.shape[1], x.shape[1]), 0)
-        here = seen[name]
-        here.total += x.sum(dim=0)
-        here.gram += x.T @ x
-        here.count += len(x)
-
-    watch_inputs(problem, problem.vectors.expert(problem.vectors.tasks[task]), task, see)
-    return seen
 
 
 def essential(
@@ -136,11 +110,13 @@ def essential_matrices(
     progress: bool,
 ) -> dict[str, Tensor]:
     """What ESM adds to every linear layer, before its scale."""
-    tasks = range(len(deltas))
+    tasks = problem.vectors.tasks
     factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for task in tqdm(tasks, "essential subspaces", disable=not progress, leave=False):
-        for name, seen in layer_inputs(problem, task).items():
-            delta = deltas[task][name]
+    bar = tqdm(tasks, "essential subspaces", disable=not progress, leave=False)
+    for number, task in enumerate(bar):
+        expert = problem.vectors.expert(task)
+        for name, seen in layer_inputs(problem, expert, number).items():
+            delta = deltas[number][name]
             found = essential_factors(delta, seen.gram, max(1, len(delta) // len(tasks)))
             factors.setdefault(name, []).append(found)
     merged = {}
@@ -164,7 +140,7 @@ def check_essential(
     if inputs < 1:
         raise ValueError(f"inputs must be 1 or more per task, got {inputs}; the paper uses 32")
     problem.require_inputs(method)
-    linear_layers(problem)
+    require_module(problem, method)
 
 
 @dataclass(frozen=True)
@@ -224,13 +200,13 @@ def residual_detours(
     """The named layers' ways from the parameters `flat` to every expert; idle layers have none."""
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in names}
     for number, task in enumerate(problem.vectors.tasks):
-        gaps = problem.vectors.layout.unflatten(problem.vectors.expert(task) - flat)
-        for name, seen in layer_inputs(problem, number).items():
-            if name in parts:
-                basis, energy = essential(gaps[name], seen.gram)
-                left = (basis * (energy > 0))[:, :rank].to(flat.dtype)
-                mean = (seen.total / seen.count).to(flat.dtype)
-                parts[name].append((mean, left, left.T @ gaps[name]))
+        expert = problem.vectors.expert(task)
+        gaps = problem.vectors.layout.unflatten(expert - flat)
+        for name, seen in layer_inputs(problem, expert, number, names).items():
+            basis, energy = essential(gaps[name], seen.gram)
+            left = (basis * (energy > 0))[:, :rank].to(flat.dtype)
+            mean = (seen.total / seen.count).to(flat.dtype)
+            parts[name].append((mean, left, left.T @ gaps[name]))
     return {
         name: Detour(*map(torch.stack, zip(*every, strict=True)))
         for name, every in parts.items()

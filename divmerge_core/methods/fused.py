@@ -69,7 +69,7 @@ def steered(
 @METHODS.register(
     "logits_fusion",
     source="Fan et al. 2024",
-    needs="nothing",
+    needs="nothing, but a second, larger base to steer",
     cost="inputs",
     symmetric=True,
     returns="predictor",

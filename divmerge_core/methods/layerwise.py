@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
+from divmerge_core.activations import require_module
 from divmerge_core.coefficients import GROUPINGS
 from divmerge_core.kernels.stores import dense
 from divmerge_core.live import schedule
@@ -18,7 +19,6 @@ from divmerge_core.methods.distilled import (
     check_course,
     check_distance,
     hooked,
-    require_module,
     require_positive,
 )
 from divmerge_core.methods.divmerge import limit

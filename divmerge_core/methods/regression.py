@@ -1,6 +1,5 @@
 """RegMean and RegMean++: linear layers fitted to what every expert's layer puts out."""
 
-from collections import Counter
 from collections.abc import Sequence, Set
 
 import torch
@@ -8,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from divmerge_core.activations import linear_layers, watch_inputs
+from divmerge_core.activations import layer_inputs, linear_layers, require_module
 from divmerge_core.coefficients import groups_of
 from divmerge_core.kernels.stores import dense
 from divmerge_core.methods import METHODS
@@ -63,6 +62,7 @@ def regmean(
     Source: Jin et al. 2023 (arXiv 2212.09849).
     """
     problem.require_inputs("regmean")
+    require_module(problem, "regmean")
     return regressed(limit(problem, inputs, "task"), "task", off_diagonal, progress)
 
 
@@ -108,6 +108,7 @@ def regmean_plus_plus(
     Source: Nguyen et al. 2025 (arXiv 2508.03121).
     """
     problem.require_inputs("regmean_plus_plus")
+    require_module(problem, "regmean_plus_plus")
     return regressed(limit(problem, inputs, "task"), grouping, off_diagonal, progress)
 
 
@@ -156,27 +157,12 @@ def normal_equations(
         for place in done:
             model[place] = merged[place]
         deltas = vectors.layout.unflatten(dense(vectors.select([task]).deltas)[0])
-        for name, gram in grams(problem, model, number, names).items():
+        for name, seen in layer_inputs(problem, model, number, names).items():
+            gram = seen.gram / seen.count  # X^T X / n
             gram = gram * off_diagonal + gram.diagonal().diag() * (1 - off_diagonal)
             total, moment = found.get(name, (0, 0))
             found[name] = (total + gram, moment + deltas[name].double() @ gram)
     return found
-
-
-def grams(
-    problem: MergeProblem, flat: Float[Tensor, " N"], task: int, names: Set[str]
-) -> dict[str, Float[Tensor, "K K"]]:
-    """X^T X / n over the n tokens that each layer named reads, in float64."""
-    sums, counts = {}, Counter()
-
-    def see(name: str, x: Tensor) -> None:
-        if name in names:
-            x = x.double()
-            sums[name] = sums.get(name, 0) + x.T @ x
-            counts[name] += len(x)
-
-    watch_inputs(problem, flat, task, see)
-    return {name: total / counts[name] for name, total in sums.items()}
 
 
 def solution(

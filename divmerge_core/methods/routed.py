@@ -1,15 +1,19 @@
 """Methods whose model is put together anew for every input, as routers say."""
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from divmerge_core.activations import require_module
 from divmerge_core.divergences import entropy
+from divmerge_core.fitting import LIMIT
 from divmerge_core.live import schedule
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.arithmetic import require_finite
-from divmerge_core.methods.distilled import check_course
+from divmerge_core.methods.distilled import check_course, check_size
 from divmerge_core.methods.mixture import Router, Twins, compressed, features, mlps, untrained
 from divmerge_core.problem import MergeProblem, Predictor
 
@@ -20,6 +24,12 @@ def check_fit(method: str, steps: int, lr: float) -> None:
         raise ValueError(
             f"{method}: steps must be 0 or more and lr above 0 and finite, got {steps} and {lr}"
         )
+
+
+def check_routers(method: str, learnt: Iterable[Tensor], step: int, lr: float) -> None:
+    """Raise Diverged where a router's number is NaN or above LIMIT: it weighs by less than 1."""
+    largest = torch.stack([numbers.detach().abs().max() for numbers in learnt]).max()
+    check_size(method, "a router's largest number", largest, LIMIT, step, lr)
 
 
 @METHODS.register(
@@ -81,7 +91,7 @@ def wemoe(
     batch. With the same router and the same averaging a routed MLP is the same.
 
     Raises ValueError for options out of range, a task without inputs, a problem without a module or
-    without such layers, and logits that are not finite.
+    without such layers; Diverged for logits that are not finite and a router that runs off.
 
     Source: Tang et al. 2024, arXiv 2402.00433.
     """
@@ -90,6 +100,7 @@ def wemoe(
     require_finite(scale=scale)
     check_fit("wemoe", steps, lr)
     problem.require_inputs("wemoe")
+    require_module(problem, "wemoe")
     mixture = untrained(problem, mlps(problem), scale, router_layers, seed)
     parameters = [p for router in mixture.routers.values() for p in router.parameters()]
     adam, counts = torch.optim.Adam(parameters, lr=lr), [len(b) for b in problem.batches]
@@ -102,8 +113,9 @@ def wemoe(
             (batch.weight @ entropy(logits)).backward()
         adam.step()
         adam.zero_grad()
+        check_routers("wemoe", parameters, number, lr)
     for parameter in parameters:
-        check_course("wemoe", parameter.requires_grad_(False), steps, lr)
+        parameter.requires_grad_(False)
     return mixture
 
 
@@ -161,8 +173,8 @@ def twin(
     picks the router's best epoch on test inputs and leaves out biases, which then come from the
     expert of the task that the input is known to be of; here they are added as all else is.
 
-    Raises ValueError for options out of range, a task without inputs, a problem without a module,
-    and a loss that is not finite.
+    Raises ValueError for options out of range, a task without inputs and a problem without a
+    module; Diverged for a loss that is not finite and a router that runs off.
 
     Source: Lu et al. 2024, arXiv 2406.15479.
     """
@@ -171,8 +183,7 @@ def twin(
     require_finite(scale=scale)
     check_fit("twin", steps, lr)
     problem.require_inputs("twin")
-    if problem.module is None:
-        raise ValueError("twin's router reads hidden states: give MergeProblem its `module`")
+    require_module(problem, "twin")
     vectors = problem.vectors
     shared = vectors.merge([scale] * len(vectors.tasks))
     router, mean, spread = task_router(problem, shared, steps, lr, seed, progress)
@@ -210,4 +221,5 @@ def task_router(
         adam.zero_grad()
         loss.backward()
         adam.step()
+        check_routers("twin", router.parameters(), number, lr)
     return router.requires_grad_(False), mean, spread

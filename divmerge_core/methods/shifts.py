@@ -1,6 +1,7 @@
 """DOGE and WUDI: shifts of a layer's merged delta, fitted to the weights alone, without inputs."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.kernels.stores import dense
-from divmerge_core.linalg import matrices, rank_of, truncated
+from divmerge_core.linalg import cutoff, matrices, rank_of, truncated
 from divmerge_core.methods import METHODS
 from divmerge_core.problem import Diverged, MergeProblem
 
+WORDS = re.compile(r"embed|\b(wte|wpe)\b")  # tables of words and places; GPT-2's are the latter
 RUNAWAY = 100  # times the longest task vector: a fit that gets further from the base has failed
 
 
@@ -65,12 +67,9 @@ def cutoffs(
     deltas: Float[Tensor, "T N"], places: Sequence[slice], keep: float
 ) -> Float[Tensor, " T"]:
     """The size of every task's smallest entry among its largest share `keep` at these places."""
-
-    def cutoff(row: Tensor) -> Tensor:
-        sizes = torch.cat([row[place] for place in places]).abs()
-        return sizes.kthvalue(len(sizes) - max(1, round(keep * len(sizes))) + 1).values
-
-    return torch.stack([cutoff(row) for row in deltas])
+    return torch.stack(
+        [cutoff(torch.cat([row[place] for place in places]).abs(), keep) for row in deltas]
+    )
 
 
 def shared_basis(deltas: Float[Tensor, "T M K"], fraction: int) -> Float[Tensor, "M q"]:
@@ -144,14 +143,14 @@ def doge(
     Idea: The merged change should weigh on each expert's directions as the expert's own does. A
     shift common to all can see to that, and what tasks share is left alone.
 
-    Every matrix is treated but those with "embed" in their name; these, biases and other tensors
-    stay as in the base. In the loss $d_{tm}$ and $\delta_m$ are rows of $D_t$ and $\Delta$. Adam
-    takes `steps` down it, with gradients that have no part in the directions that the experts
-    share, at most min(M, K) / `fraction` of them. $M_t$ keeps, over all matrices, the largest share
-    `keep` of the task vector's entries. `eta` is $\eta$. `units`: `relative` counts `eta` in mean
-    norms of the layer's deltas and `lr` in their root mean square, so that the merge scales with
-    the experts; `absolute` takes both as they are: the authors' `eta=0.07` and `lr=1e-4`, tuned to
-    CLIP, with 400 steps, fraction 6 and keep 0.3.
+    Every matrix is treated but embeddings, known by their names ("embed", GPT-2's `wte` and `wpe`);
+    these, biases and other tensors stay as in the base. In the loss $d_{tm}$ and $\delta_m$ are
+    rows of $D_t$ and $\Delta$. Adam takes `steps` down it, with gradients that have no part in the
+    directions that the experts share, at most min(M, K) / `fraction` of them. $M_t$ keeps, over all
+    matrices, the largest share `keep` of the task vector's entries. `eta` is $\eta$. `units`:
+    `relative` counts `eta` in mean norms of the layer's deltas and `lr` in their root mean square,
+    so that the merge scales with the experts; `absolute` takes both as they are: the authors'
+    `eta=0.07` and `lr=1e-4`, tuned to CLIP, with 400 steps, fraction 6 and keep 0.3.
 
     Pitfalls: Constants of CLIP mean nothing on another model, hence relative units. Adam mixes
     coordinates, so the shift itself is not quite orthogonal to the shared directions.
@@ -172,7 +171,7 @@ def doge(
             f"and {eta}; the authors take 0.3 and 6"
         )
     deltas, flat = dense(problem.vectors.deltas), problem.vectors.base.clone()
-    treated = [part for part in matrices(problem.vectors.layout) if "embed" not in part[0]]
+    treated = [part for part in matrices(problem.vectors.layout) if not WORDS.search(part[0])]
     if not treated:
         raise ValueError("doge merges matrices that are no embeddings; the layout has none")
     smallest = cutoffs(deltas, [place for _, place, _ in treated], keep)
@@ -188,8 +187,8 @@ def doge(
         slope = doge_gradient(own / unit, coeffs, shared_basis(own, fraction))
         bound = float(longest / unit / coeffs.sum())  # the base moves by coeffs.sum() shifts
         shift = unit * descend("doge", name, slope, own[0], bound=bound, steps=steps, lr=lr)
-        for coeff, delta, cutoff in zip(coeffs, own, smallest, strict=True):
-            flat[place] += (coeff * (delta + shift) * (delta.abs() >= cutoff)).flatten()
+        for coeff, delta, least in zip(coeffs, own, smallest, strict=True):
+            flat[place] += (coeff * (delta + shift) * (delta.abs() >= least)).flatten()
     return flat
 
 
