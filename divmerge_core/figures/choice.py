@@ -8,16 +8,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 
 from divmerge_core.divergences import DIVERGENCES, facts_of
+from divmerge_core.figures import PALETTE
 from divmerge_core.studies.courses import totals
 from divmerge_core.studies.objectives import named
 from divmerge_core.studies.stress import STRAINS
 
-PALETTE = [*sns.color_palette("colorblind")]
-PALETTE[6], PALETTE[8] = (0.36, 0.17, 0.53), (0.5, 0.45, 0.0)  # pink and yellow are pale on white
 Look = tuple[int, str]  # place in the palette, marker
 LOOKS: Mapping[str, Look] = {
     **{"js": (2, "o"), "kl": (0, "s"), "reverse_kl": (1, "^"), "chi_squared": (3, "D")},

@@ -10,11 +10,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from divmerge_core.figures import title
+from divmerge_core.figures import PALETTE, title
 from divmerge_core.figures.beyond import percent
 from divmerge_core.studies.costs import RULES, matrix
 
-PALETTE = sns.color_palette("colorblind")
 # column of the plane's table -> words, colour map, unit (None: nats), lowest, highest
 SHADES: Mapping[str, tuple[str, str, str | None, float, float | None]] = {
     "anp": ("ANP", "viridis", "%", 0.3, 1.0),
