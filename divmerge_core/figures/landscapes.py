@@ -152,6 +152,7 @@ def humps(ax: Axes, table: pd.DataFrame) -> Axes:
     ax.plot(100 * mean.error, y, "o", color=PALETTE[1], label="above the mean of the ends")
     ax.plot(100 * mean.error_chord, y, "D", color=PALETTE[0], label="above the chord")
     ax.set_yticks(y, [pair.replace("+", " + ") for pair in mean.index], fontsize=8)
+    ax.set_ylim(-0.7, len(mean) - 0.3)
     ax.set_xlabel("barrier of the test error, points")
     ax.grid(axis="y", visible=False)
     return ax
