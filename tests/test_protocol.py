@@ -36,12 +36,6 @@ from divmerge_core.studies.protocol import (
 from divmerge_core.tables import load, save
 
 
-@pytest.fixture(scope="module")
-def once() -> dict:
-    """What the tests of this file share, made by the first that asks."""
-    return {}
-
-
 @pytest.fixture
 def bench(toys, once, tmp_path, monkeypatch):
     monkeypatch.setattr("divmerge_core.studies.protocol.cell", lambda *what: tmp_path / name(what))
