@@ -195,7 +195,7 @@ def _stage(root: Path, name: str, size: str, folder: Path) -> Path:
     key = {"run": _digest(sources, values, versions, sys.version)}
     sidecar, results = output.with_suffix(".json"), root / "book" / "results"
     stored = json.loads(sidecar.read_text()) if sidecar.is_file() and output.is_file() else {}
-    if stored == {**key, "results": _digest(results.glob("*.json"))}:
+    if stored == {**key, "results": _digest(results.rglob("*.json"))}:
         tqdm.write(f"{name}: up to date")
         return output
     start = time.monotonic()
@@ -203,7 +203,7 @@ def _stage(root: Path, name: str, size: str, folder: Path) -> Path:
     _execute(notebook, output, values, clean=True)
     # Results are read afterwards: a notebook that fills them must not make itself stale.
     with _draft(sidecar) as draft:
-        draft.write_text(json.dumps({**key, "results": _digest(results.glob("*.json"))}))
+        draft.write_text(json.dumps({**key, "results": _digest(results.rglob("*.json"))}))
     tqdm.write(f"{name}: {time.monotonic() - start:.0f} s")
     return output
 

@@ -1,7 +1,7 @@
 """Measured tables, stored with their origin, and the choice between a stored one and this run's."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,17 +57,32 @@ class Measured:
 
 
 def drawn(
-    path: Path, tables: Tables, *, live: bool = False, publish: bool = False, **facts: object
+    path: Path,
+    tables: Tables | Callable[[], Tables],
+    *,
+    live: bool = False,
+    publish: bool = False,
+    **facts: object,
 ) -> Measured:
     """What a chapter draws: the tables stored at `path`, or this run's.
 
-    live: draw this run's in any case. publish: store this run's, with the facts and the origin.
-    facts: what the tables were measured on; `described` reads suite, encoder, tasks, size, seeds
-    and rows.
+    tables: this run's, or a function that measures them. It is called where they are drawn or
+    stored, and at size `smoke`, whose purpose is to run all that a chapter shows. live: draw this
+    run's in any case. publish: store this run's, with the facts and the origin. facts: what the
+    tables were measured on; `described` reads suite, encoder, tasks, size, seeds and rows. Tables
+    stored for another suite or encoder are left alone.
     """
-    if publish:
-        save(path, tables, **facts)
-    if live or not path.is_file():
+    stored = None if live or publish or not path.is_file() else load(path)
+    if stored and any(stored[1].get(name) != facts.get(name) for name in ("suite", "encoder")):
+        stored = None
+    if stored is None or facts.get("size") == "smoke":
+        tables = tables() if callable(tables) else tables
+    if stored is not None:
+        return Measured(*stored, "the stored run")
+    if not publish:
+        return Measured(tables, origin(**facts), "this run")
+    save(path, tables, **facts)
+    if live:
         return Measured(tables, origin(**facts), "this run")
     return Measured(*load(path), "the stored run")
 

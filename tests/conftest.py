@@ -96,6 +96,12 @@ def toys(tiny_folder, shared_cache, experts, monkeypatch):
     return tuple(MARKERS)
 
 
+@pytest.fixture(scope="module")
+def once() -> dict:
+    """What the tests of one file share, made by the first that asks."""
+    return {}
+
+
 @pytest.fixture
 def toy_problem(tiny, experts, toys):
     """The merge problem of the toy experts."""

@@ -39,9 +39,11 @@ SHORT = Rule(epochs=1, rates=(1e-2, 0.3), rate=0.1)
 
 
 @pytest.fixture
-def bench(toys):
-    size = replace(SIZES["toy"], merge_rows=16, validation_rows=30, test_rows=40)
-    return prepare("toy", size=size)
+def bench(toys, once):
+    if "bench" not in once:
+        size = replace(SIZES["toy"], merge_rows=16, validation_rows=30, test_rows=40)
+        once["bench"] = prepare("toy", size=size)
+    return once["bench"]
 
 
 # --- what is posed --------------------------------------------------------------------------------

@@ -37,11 +37,13 @@ from divmerge_core.tables import load, save
 
 
 @pytest.fixture
-def bench(toys, tmp_path, monkeypatch):
+def bench(toys, once, tmp_path, monkeypatch):
     monkeypatch.setattr("divmerge_core.studies.protocol.cell", lambda *what: tmp_path / name(what))
     monkeypatch.setattr("divmerge_core.studies.inputs.cell", lambda *what: tmp_path / name(what))
     monkeypatch.setattr(runs, "cell", lambda *what: tmp_path / name(what))
-    return prepare("toy", size="toy")
+    if "bench" not in once:
+        once["bench"] = prepare("toy", size="toy")
+    return once["bench"]
 
 
 def name(what: tuple) -> str:
@@ -273,8 +275,11 @@ def test_proposition_3_holds_and_half_its_bound_too(benches, others):
 
 
 @pytest.fixture
-def found(bench, toys):
-    return runs.descents(bench, [toys], groupings=("task",), pool=8, adam=8, passes=4)
+def found(bench, toys, once):
+    if "found" not in once:
+        budget = {"pool": 8, "adam": 8, "passes": 4}
+        once["found"] = runs.descents(bench, [toys], groupings=("task",), **budget)
+    return once["found"]
 
 
 def test_all_optimisers_start_at_the_same_loss(found):

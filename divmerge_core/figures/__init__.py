@@ -16,7 +16,9 @@ from matplotlib.ticker import PercentFormatter
 
 from divmerge_core.report import MARGIN, Report, caption
 
-BLUE, GREEN, GREY = (sns.color_palette("colorblind")[n] for n in (0, 2, 7))
+PALETTE = [*sns.color_palette("colorblind")]
+PALETTE[6], PALETTE[8] = (0.36, 0.17, 0.53), (0.5, 0.45, 0.0)  # its pink and yellow are pale
+BLUE, GREEN, GREY = (PALETTE[n] for n in (0, 2, 7))
 TITLES = {
     "expert": "Experts, one per task",
     "base": "Base model",

@@ -8,13 +8,11 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 
-from divmerge_core.figures import title
+from divmerge_core.figures import PALETTE, title
 from divmerge_core.figures.beyond import percent
 
-PALETTE = sns.color_palette("colorblind")
 LOOKS: Mapping[str, tuple[int, str]] = {  # place in the palette, marker
     "base": (5, "v"),
     "average": (7, "s"),

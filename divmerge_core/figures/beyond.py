@@ -8,15 +8,13 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 
-from divmerge_core.figures import title
+from divmerge_core.figures import PALETTE, title
 from divmerge_core.studies.arrivals import BATCH
 from divmerge_core.studies.pools import CORRUPTIONS
 from divmerge_core.studies.searches import SEARCHES
 
-PALETTE = sns.color_palette("colorblind")
 Look = tuple[int, str]  # place in the palette, marker
 ARRIVING: Mapping[str, Look] = {
     **{"opcm": (0, "o"), "running_average": (7, "s")},

@@ -8,15 +8,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 
 from divmerge_core.divergences import DIVERGENCES, facts_of
+from divmerge_core.figures import PALETTE
 from divmerge_core.studies.courses import totals
 from divmerge_core.studies.objectives import named
 from divmerge_core.studies.stress import STRAINS
 
-PALETTE = sns.color_palette("colorblind")
 Look = tuple[int, str]  # place in the palette, marker
 LOOKS: Mapping[str, Look] = {
     **{"js": (2, "o"), "kl": (0, "s"), "reverse_kl": (1, "^"), "chi_squared": (3, "D")},
@@ -29,6 +28,7 @@ COUNTS: Sequence[Look] = ((0, "o"), (1, "s"), (2, "^"))
 STYLES = ("-", "--", "-.", ":")
 SURE = 0.05  # corrected p below it: a filled marker
 FLOOR = 1e-8  # of what a logarithmic axis shows
+FAR = -12  # points of ANP: what lies further left stands there
 
 
 def style(spec: str) -> dict:
@@ -80,7 +80,8 @@ def directions(ax: Axes, table: pd.DataFrame) -> Axes:
 def forest(ax: Axes, table: pd.DataFrame, *, order: Sequence[str]) -> Axes:
     """Differences in ANP from js with their intervals, a row per objective, a colour per T.
 
-    table: of `ablation`, one grouping. Filled markers: the corrected p is below 0.05.
+    table: of `ablation`, one grouping. Filled markers: the corrected p is below 0.05. What is below
+    `FAR` points stands at the left edge with its value, so that the rest can be told apart.
     """
     counts = sorted(table["count"].unique())
     for place, count in enumerate(counts):
@@ -90,9 +91,11 @@ def forest(ax: Axes, table: pd.DataFrame, *, order: Sequence[str]) -> Axes:
         for y, spec in enumerate(order):
             row, at = some.loc[spec], y + 0.26 * (place - (len(counts) - 1) / 2)
             span = [100 * row.difference_low, 100 * row.difference_high]
-            ax.plot(span, [at, at], color=shade, linewidth=1.4)
-            face = shade if row.holm < SURE else "white"
-            ax.plot(100 * row.difference, at, marker, color=shade, markerfacecolor=face, ms=5)
+            ax.plot(np.clip(span, FAR, None), [at, at], color=shade, linewidth=1.4)
+            face, value = shade if row.holm < SURE else "white", 100 * row.difference
+            ax.plot(max(value, FAR), at, marker, color=shade, markerfacecolor=face, ms=5)
+            if value < FAR:
+                ax.text(FAR + 0.9, at, f"{value:.0f}", fontsize=8, va="center", color=shade)
         ax.plot([], [], marker, color=shade, label=f"T = {count}")
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(range(len(order)), [named(spec) for spec in order])
@@ -145,16 +148,17 @@ def strained(ax: Axes, table: pd.DataFrame) -> Axes:
     return ax
 
 
-def by_task(ax: Axes, table: pd.DataFrame, column: str) -> Axes:
+def by_task(ax: Axes, table: pd.DataFrame, column: str, *, ms: float = 4) -> Axes:
     """Each task's share of the pull, loss or coefficient over steps: means over seeds.
 
-    table: of `courses`, one objective and kind. column: share, loss or coefficient.
+    table: of `courses`, one objective and kind. column: share, loss or coefficient. ms: of
+    markers, points.
     """
     tasks = list(dict.fromkeys(table.task))
     for (number, marker), task in zip(TASKS, tasks, strict=False):
         mean = table[table.task == task].groupby("step")[column].mean()
         scale = 100 if column == "share" else 1
-        line = {"color": PALETTE[number], "marker": marker, "ms": 4, "lw": 1.2}
+        line = {"color": PALETTE[number], "marker": marker, "ms": ms, "lw": 1.2}
         ax.plot(mean.index, scale * mean, label=task, **line)
     if column == "share":
         ax.axhline(100 / len(tasks), color="black", linewidth=0.8, linestyle=":")

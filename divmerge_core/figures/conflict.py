@@ -11,10 +11,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from divmerge_core.figures import short
+from divmerge_core.figures import PALETTE, short
 from divmerge_core.studies.prediction import DAMAGES, INPUTS, MERGES, label_of
 
-PALETTE = sns.color_palette("colorblind")
 MARKERS = "osD^vPX*"
 Look = tuple[int, str]  # place in the palette, marker
 KINDS: Mapping[str, Look] = {

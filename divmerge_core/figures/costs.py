@@ -7,12 +7,11 @@ machine's own limits.
 from collections.abc import Mapping
 
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 
 from divmerge_core.contestants import CONTESTANTS
+from divmerge_core.figures import PALETTE
 
-PALETTE = sns.color_palette("colorblind")
 COLOURS = {"ours": 2, "ours_buffer": 2, "dictionary": 7, "compiled": 4, "fusion_bench": 0}
 COLOURS |= {"mergekit": 1, "liger": 1}
 MARKERS = {"ours": "o", "dictionary": "s", "compiled": "D", "fusion_bench": "^", "mergekit": "v"}

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-PALETTE = sns.color_palette("colorblind")
+from divmerge_core.figures import PALETTE
+
 MARKS = {  # what a model is judged by: words, colour, marker
     "js": ("JS", PALETTE[2], "o"),
     "kl": ("KL(expert || merged)", PALETTE[1], "s"),

@@ -10,11 +10,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from divmerge_core.figures import title
+from divmerge_core.figures import PALETTE, title
 from divmerge_core.figures.beyond import percent
 from divmerge_core.studies.costs import RULES, matrix
 
-PALETTE = sns.color_palette("colorblind")
 # column of the plane's table -> words, colour map, unit (None: nats), lowest, highest
 SHADES: Mapping[str, tuple[str, str, str | None, float, float | None]] = {
     "anp": ("ANP", "viridis", "%", 0.3, 1.0),
@@ -153,6 +152,7 @@ def humps(ax: Axes, table: pd.DataFrame) -> Axes:
     ax.plot(100 * mean.error, y, "o", color=PALETTE[1], label="above the mean of the ends")
     ax.plot(100 * mean.error_chord, y, "D", color=PALETTE[0], label="above the chord")
     ax.set_yticks(y, [pair.replace("+", " + ") for pair in mean.index], fontsize=8)
+    ax.set_ylim(-0.7, len(mean) - 0.3)
     ax.set_xlabel("barrier of the test error, points")
     ax.grid(axis="y", visible=False)
     return ax

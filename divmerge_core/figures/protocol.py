@@ -7,14 +7,13 @@ colour-blind palette, each with a marker of its own; grey stands for references.
 from collections.abc import Mapping
 
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 
+from divmerge_core.figures import PALETTE
 from divmerge_core.figures.beyond import Look, percent
 from divmerge_core.fitting import OPTIMIZERS
 from divmerge_core.studies.inputs import WRONGS
 
-PALETTE = sns.color_palette("colorblind")
 GREY = PALETTE[7]
 LEVELS: Mapping[str, Look] = {"task": (0, "o"), "block": (4, "D"), "layer": (1, "s")}
 FINDERS: Mapping[str, Look] = {

@@ -11,13 +11,12 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from divmerge_core.figures import title
+from divmerge_core.figures import PALETTE, title
 from divmerge_core.figures.beyond import percent
 from divmerge_core.studies.additive import FORECASTS
 from divmerge_core.studies.culprits import NUMBERS
 from divmerge_core.studies.scores import SOURCES
 
-PALETTE = sns.color_palette("colorblind")
 Look = tuple[int, str]  # place in the palette, marker
 LOOKS: Mapping[str, Look] = {
     **{"average": (7, "s"), "multi_slerp": (5, "P"), "task_arithmetic": (1, "^")},

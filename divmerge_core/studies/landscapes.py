@@ -26,16 +26,19 @@ from divmerge_core.tuning import Merges, candidates, search
 EFFORTS: Mapping[str, Mapping[str, int]] = {
     "smoke": {"side": 6, "pairs": 2, "points": 5, "lines": 3, "rows": 20, "answered": 40},
     "default": {"side": 11, "pairs": 2, "points": 7, "lines": 4, "rows": 40, "answered": 100},
-    "full": {"side": 21, "pairs": 3, "points": 11, "lines": 28, "rows": 150, "answered": 150},
+    "full": {"side": 16, "pairs": 3, "points": 7, "lines": 10, "rows": 150, "answered": 150},
 }  # side: points along an axis; pairs: planes; points: along each of the lines; answered: rows
-INPUTS = {"smoke": 32, "default": 32, "full": 100}  # unlabelled, per task, that fits see
+INPUTS = {"smoke": 32, "default": 32, "full": 32}  # unlabelled, per task, that fits see
+TRIED = 3  # options of a method, at most, scored on validation rows
 LOW, HIGH = -0.4, 1.6  # of the coefficients on a plane
 MARKED = ("task_arithmetic", "adamerging/task", "divmerge/task")  # beside the average
 
 
 def settings_of(size: str) -> Size:
     """What the methods on a plane may use: the size's own, with inputs as in INPUTS."""
-    return replace(SIZES[size], merge_rows=INPUTS[size], inputs=INPUTS[size])
+    own, count = SIZES[size], INPUTS[size]
+    tried = min(own.candidates or TRIED, TRIED)
+    return replace(own, merge_rows=count, inputs=count, candidates=tried)
 
 
 def some(exam: Exam, rows: int) -> Exam:

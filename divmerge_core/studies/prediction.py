@@ -60,7 +60,7 @@ FAST = ("average", "ties")
 EFFORTS = {
     "smoke": Effort((0,), ("average", "sum"), rows=40, inputs=16, epochs=1, draws=200),
     "default": Effort((0,), FAST, rows=48, inputs=16, epochs=2, draws=500),
-    "full": Effort((0, 1, 2), tuple(MERGES), rows=200, inputs=32, epochs=4, draws=5000),
+    "full": Effort((0, 1, 2), tuple(MERGES), rows=150, inputs=32, epochs=2, draws=5000),
 }
 
 

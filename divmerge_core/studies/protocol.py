@@ -23,7 +23,7 @@ from divmerge_core.tuning import own_experts
 
 DEFAULT = "default"
 KNOBS: Mapping[str, tuple] = {
-    "init": (0.0, 0.3, 0.5, 1.0),
+    "init": (0.0, 0.5, 1.0),
     "lr": (1e-3, 3e-2, 1e-1),
     "epochs": (1, 8),
 }
@@ -97,15 +97,15 @@ EFFORTS: Mapping[str, Effort] = {
     "full": Effort(
         tasks=4,
         large=8,
-        inputs=100,
+        inputs=32,
         published=200,
-        steps=100,
+        steps=32,
         knobs=KNOBS,
         groupings=("task", "layer"),
-        counts=(0, 1, 4, 8, 32, 100, 400),
+        counts=(0, 1, 4, 16, 100, 400),
         shares=(0.5, 1.0),
-        several=(2, 4, 8),
-        pool=32,
+        several=(2, 8),
+        pool=16,
         adam=400,
         passes=40,
         rows=300,

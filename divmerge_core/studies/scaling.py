@@ -45,21 +45,21 @@ class Effort:
     tasks: int | None = None
     subsets: int = 5
     repeated: int = 2
-    whole: tuple[int, ...] = (2, -1)
+    whole: tuple[int, ...] = (2,)
     budget: int = 3
     scales: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 1.0, 1.5)
     every: bool = True
 
 
 FREE = ("average", "multi_slerp", "task_arithmetic", "ties", "consensus", "tsv_m", "iso_c")
-FITTED = ("regmean", "adamerging/layer", "divmerge/task", "divmerge/layer")
+FITTED = ("regmean", "adamerging/layer", "divmerge/layer")
 FEW = ("average", "task_arithmetic", "ties", "divmerge/layer")
 EFFORTS: Mapping[str, Effort] = {
     "smoke": Effort(
         ("average", "task_arithmetic", "divmerge/layer"), 3, budget=1, scales=(0.3, 1.0)
     ),
     "default": Effort(FEW, 4, repeated=1, budget=1, scales=(0.1, 0.3, 0.5, 1.0)),
-    "full": Effort((*FREE, *FITTED)),
+    "full": Effort((*FREE, *FITTED), subsets=3, repeated=1),
 }
 
 
