@@ -1,6 +1,5 @@
 """Finished pieces of a comparison, kept in the cache under a key of all that decides them."""
 
-import ast
 import hashlib
 import json
 from functools import cache
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from divmerge_core.assets import cache_dir, fresh_folder
 from divmerge_core.bench import Bench
+from divmerge_core.digests import source_digest
 from divmerge_core.report import write_json
 
 
@@ -19,16 +19,7 @@ def code_digest() -> str:
     paths.append("evaluation")
     for folder in ("divergences", "kernels", "methods"):
         paths += [f"{folder}/{path.stem}" for path in sorted((root / folder).glob("*.py"))]
-    digest = hashlib.sha256()
-    for path in paths:
-        tree = ast.parse((root / f"{path}.py").read_text("utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
-                node
-            ):
-                node.body[0].value.value = ""
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()
+    return source_digest(root / f"{path}.py" for path in paths)
 
 
 def cell(bench: Bench, *what: object) -> Path:

@@ -14,18 +14,22 @@ Tables = Mapping[str, pd.DataFrame]
 
 def save(path: Path, tables: Tables, **facts: object) -> None:
     """Store tables of measurements with their origin, whole or not at all."""
-    columns = {
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"tables": columns(tables), "provenance": origin(**facts)})
+
+
+def columns(tables: Tables) -> dict[str, dict[str, list]]:
+    """Tables as JSON has them: by name, then by column, with null where a value is missing."""
+    return {
         name: table.astype(object).where(table.notna(), None).to_dict("list")
         for name, table in tables.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"tables": columns, "provenance": origin(**facts)})
 
 
 def load(path: Path) -> tuple[dict[str, pd.DataFrame], dict]:
     """What `save` stored: tables by name, and their origin."""
     data = json.loads(path.read_text("utf-8"))
-    tables = {name: pd.DataFrame(columns) for name, columns in data["tables"].items()}
+    tables = {name: pd.DataFrame(lists) for name, lists in data["tables"].items()}
     return {name: plain(table) for name, table in tables.items()}, data["provenance"]
 
 

@@ -11,7 +11,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from papermill.exceptions import PapermillExecutionError
 
-from divmerge_core import runs
+from divmerge_core import notebooks, runs
 
 PARAMETERS = """\
 size: str = "smoke"  # smoke, default or full
@@ -51,13 +51,13 @@ def no_kernel(monkeypatch):
     def refuse(*_, **__):
         pytest.fail("a kernel was started for a request that must be refused")
 
-    monkeypatch.setattr(runs.papermill, "execute_notebook", refuse)
+    monkeypatch.setattr(notebooks.papermill, "execute_notebook", refuse)
 
 
 def test_parameters_have_name_type_default_and_help(page):
-    found = runs.parameters(page)
+    found = notebooks.parameters(page)
     assert list(found) == ["size", "tasks", "seeds", "lr", "epochs", "quiet"]
-    assert found["lr"] == runs.Parameter("lr", "float", 0.01, "Adam's step size")
+    assert found["lr"] == notebooks.Parameter("lr", "float", 0.01, "Adam's step size")
     assert found["tasks"].help == 'names; "#" is allowed in a string'
 
 
@@ -136,7 +136,7 @@ def test_list_shows_the_parameters_and_runs_nothing(page, no_kernel, capsys):
 @pytest.mark.parametrize("line", ["lr = 0.1", "lr: complex = 1j", "lr: float = 'a'", "import os"])
 def test_a_malformed_parameters_cell_is_refused(tmp_path, line):
     with pytest.raises(ValueError, match="lr|import os"):
-        runs.parameters(notebook(tmp_path / "page.ipynb", parameters=line))
+        notebooks.parameters(notebook(tmp_path / "page.ipynb", parameters=line))
 
 
 def test_a_missing_notebook_is_refused(no_kernel, tmp_path, capsys):

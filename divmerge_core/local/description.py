@@ -73,8 +73,8 @@ def locate(path: str | os.PathLike) -> Path:
 class Reader:
     """The nodes of one description, with errors that say file and line."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, *, top: Iterable[str] = TOP):
+        self.path, self.top = path, top
 
     def error(self, node: yaml.Node, text: str) -> ValueError:
         return ValueError(f"{self.path}, line {node.start_mark.line + 1}: {text}")
@@ -98,7 +98,7 @@ class Reader:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             raise ValueError(f"{self.path}, line {line}: {error.problem}") from error
         if node is None:
-            raise ValueError(f"{self.path} is empty; it needs the fields {', '.join(TOP)}")
+            raise ValueError(f"{self.path} is empty; it needs the fields {', '.join(self.top)}")
         return node
 
     def fields(self, node: yaml.Node, allowed: Iterable[str], what: str) -> dict[str, yaml.Node]:

@@ -1,0 +1,153 @@
+"""One notebook: its parameters, checked strictly before anything runs, and its execution."""
+
+import ast
+import difflib
+import io
+import json
+import math
+import sys
+import tempfile
+import tokenize
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import papermill
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+
+SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
+KINDS = (*SCALARS, *(f"list[{name}]" for name in SCALARS))
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line `name: kind = default  # help` of a notebook's parameters cell."""
+
+    name: str
+    kind: str
+    default: object
+    help: str
+
+
+def parameters(notebook: str | Path) -> dict[str, Parameter]:
+    """What a notebook may be given, read from its parameters cell without running it."""
+    if not Path(notebook).is_file():
+        raise ValueError(f"there is no notebook {notebook}; the book's own are in notebooks/")
+    cells = nbformat.read(notebook, as_version=4).cells
+    tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    if len(tagged) != 1:
+        raise ValueError(f"{notebook} has {len(tagged)} cells tagged 'parameters', it needs one")
+    source = tagged[0].source
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
+    found = {}
+    for line in ast.parse(source).body:
+        if not isinstance(line, ast.AnnAssign) or ast.unparse(line.annotation) not in KINDS:
+            raise ValueError(
+                f"{notebook}: `{ast.unparse(line)}` is not `name: type = default  # help`"
+                f" with a type out of {', '.join(KINDS)}"
+            )
+        name, kind = ast.unparse(line.target), ast.unparse(line.annotation)
+        text = comments.get(line.end_lineno, "")[1:].strip()
+        found[name] = Parameter(name, kind, ast.literal_eval(line.value), text)
+        check(found[name], found[name].default)
+    return found
+
+
+def describe(notebook: str | Path) -> str:
+    """The table of a notebook's parameters: name, type, default, help."""
+    found = parameters(notebook).values()
+    rows = [(p.name, p.kind, json.dumps(p.default), p.help) for p in found]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:3] if rows else []
+    lines = ["  ".join(["", *map(str.ljust, row, widths), row[3]]).rstrip() for row in rows]
+    return "\n".join([f"parameters of {notebook}:", *(lines or ["  (none)"])])
+
+
+def check(parameter: Parameter, value: object) -> object:
+    """The value in the parameter's type; only an int given for a float is converted."""
+    inner = parameter.kind.removeprefix("list[").removesuffix("]")
+    if inner == parameter.kind:
+        if inner == "float" and type(value) is int:
+            value = float(value)
+        if type(value) is SCALARS[inner] and (inner != "float" or math.isfinite(value)):
+            return value
+    elif isinstance(value, (list, tuple)):
+        return [check(Parameter(parameter.name, inner, None, ""), item) for item in value]
+    raise ValueError(f"parameter {parameter.name} must be {parameter.kind}, got {value!r}")
+
+
+def parse(parameter: Parameter, text: str) -> object:
+    """A value typed on the command line: JSON or Python, a bare word, or a list with commas."""
+    plural = parameter.kind.startswith("list[")
+    if parameter.kind == "str" and text[:1] not in ("'", '"'):
+        return text
+    if plural and text[:1] not in ("[", "("):
+        inner = Parameter(parameter.name, parameter.kind[5:-1], None, "")
+        return [parse(inner, word.strip()) for word in text.split(",") if word.strip()]
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError):
+            return read(text)
+    return text  # refused by check, which knows what was wanted
+
+
+def checked(notebook: str | Path, given: Mapping[str, object], *, text: bool) -> dict[str, object]:
+    """The given parameters in the notebook's types, parsed first where they are `text`."""
+    allowed = parameters(notebook)
+    for name in given:
+        if name not in allowed:
+            close = difflib.get_close_matches(name, allowed, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown parameter {name!r}{hint}\n{describe(notebook)}")
+    if text:
+        given = {name: parse(allowed[name], value) for name, value in given.items()}
+    return {name: check(allowed[name], value) for name, value in given.items()}
+
+
+class OwnKernel(AsyncKernelManager):
+    """A kernel of this very interpreter, whatever kernels the user has installed."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        env = {
+            "OMP_WAIT_POLICY": "PASSIVE",  # idle threads yield: a busy machine is four times faster
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONWARNINGS": "ignore:IProgress not found",  # bars are text here
+        }
+        flags = "-m ipykernel_launcher --log-level=50 -f {connection_file}"
+        return KernelSpec(argv=[sys.executable, *flags.split()], env=env, language="python")
+
+
+@contextmanager
+def draft(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place, in one step, when the block has succeeded."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".draft-") as folder:
+        yield Path(folder, path.name)
+        Path(folder, path.name).replace(path)
+
+
+def execute(
+    page: nbformat.NotebookNode, output: Path, values: Mapping, *, cwd: Path, clean: bool
+) -> None:
+    """Run a notebook in the folder `cwd`; `output` appears whole, or not at all.
+
+    `clean`, for pages, leaves out what cells write to stderr: progress bars are for the terminal.
+    """
+    with draft(output) as new:
+        executed = papermill.execute_notebook(
+            page,
+            None,
+            parameters=dict(values),
+            kernel_name="python3",
+            kernel_manager_class=OwnKernel,
+            cwd=cwd,
+            progress_bar=not clean,
+            stderr_file=sys.stderr,
+        )
+        for cell in executed.cells if clean else []:
+            if cell.cell_type == "code":
+                cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+        nbformat.write(executed, new)
