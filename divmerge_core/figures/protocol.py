@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from divmerge_core.figures import PALETTE
 from divmerge_core.figures.beyond import Look, percent
@@ -138,6 +139,7 @@ def falling(ax: Axes, courses: pd.DataFrame, target: float, *, x: str = "passes"
         ax.plot(at, loss, label=OPTIMIZERS.facts[name]["label"], markersize=5, **style)
     ax.axhline(target, color=GREY, linewidth=1, linestyle="--")
     ax.set_xscale("log")
+    ax.xaxis.set_minor_formatter(NullFormatter())  # a short range would name all of its ticks
     names = {"passes": "forward-backward passes", "read": "inputs read per task"}
     ax.set(xlabel=names.get(x, x), ylabel="loss on all inputs, nats")
     return ax

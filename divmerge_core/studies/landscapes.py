@@ -26,7 +26,7 @@ from divmerge_core.tuning import Merges, candidates, search
 EFFORTS: Mapping[str, Mapping[str, int]] = {
     "smoke": {"side": 6, "pairs": 2, "points": 5, "lines": 3, "rows": 20, "answered": 40},
     "default": {"side": 11, "pairs": 2, "points": 7, "lines": 4, "rows": 40, "answered": 100},
-    "full": {"side": 16, "pairs": 3, "points": 7, "lines": 10, "rows": 150, "answered": 150},
+    "full": {"side": 16, "pairs": 2, "points": 7, "lines": 8, "rows": 150, "answered": 150},
 }  # side: points along an axis; pairs: planes; points: along each of the lines; answered: rows
 INPUTS = {"smoke": 32, "default": 32, "full": 32}  # unlabelled, per task, that fits see
 TRIED = 3  # options of a method, at most, scored on validation rows

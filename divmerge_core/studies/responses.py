@@ -45,7 +45,7 @@ class Effort:
 EFFORTS = {
     "smoke": Effort((2, 3), ("block",), inputs=16, epochs=1, seeds=(0,), draws=200),
     "default": Effort((2, 4, 8), ("block",), inputs=16, epochs=2, seeds=(0,), draws=500),
-    "full": Effort((2, 4, 8), ("block", "layer"), inputs=48, epochs=4, seeds=(0, 1, 2), draws=5000),
+    "full": Effort((2, 4, 8), ("block",), inputs=48, epochs=4, seeds=(0, 1, 2), draws=5000),
 }
 
 
