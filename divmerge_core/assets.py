@@ -149,6 +149,18 @@ def fresh_folder(target: Path) -> Iterator[Path]:
                 shutil.rmtree(left, ignore_errors=True)
 
 
+@contextmanager
+def fresh_file(target: Path) -> Iterator[Path]:
+    """A temporary file that becomes `target` when the block ends well, and vanishes otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}-{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:

@@ -37,7 +37,7 @@ ORDER = (
         "coefficients",
         "problem",
     ),
-    *("live", "minimizers", "fitting", "linalg", "activations", "encoders", "experts"),
+    *("live", "minimizers", "ledger", "fitting", "linalg", "activations", "encoders", "experts"),
     *("divergences", "methods", "evaluation", "report", "tables", "paper", "bench", "cells"),
     *("meters", "tuning", "comparison", "contestants", "roofline", "race", "interference"),
     *("studies", "figures", "pages", "checkpoints", "local", "language", "runs"),

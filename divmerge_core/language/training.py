@@ -1,7 +1,6 @@
 """Fine-tuning on answers alone: a plain loop that goes on where it was killed."""
 
 import copy
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from divmerge_core.assets import fresh_file
 from divmerge_core.encoders import resolve
 from divmerge_core.language.forward import Parts, answer_states
 from divmerge_core.language.models import Language, blocks_of
@@ -166,10 +166,8 @@ def save(path: Path, weights: Mapping[str, Tensor], adam: torch.optim.AdamW, ste
     state |= {"adam": adam.state_dict(), "step": step, "random": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with fresh_file(path) as new:
+        torch.save(state, new)
 
 
 def resume(path: Path | None, weights: Mapping[str, Tensor], adam: torch.optim.AdamW) -> int:
