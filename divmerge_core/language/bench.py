@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
+import datasets
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,9 +43,9 @@ class LanguageSize:
     base: str | None = None
     blocks: int | None = None
     seeds: tuple[int, ...] = (0,)
-    merge_rows: int | None = 32
+    merge_rows: int | None = 16
     validation_rows: int | None = 32
-    test_rows: int | None = 100
+    test_rows: int | None = 60
     batch_size: int = 4
     epochs: int = 4
     candidates: int = 1
@@ -78,10 +79,12 @@ GLUE = LanguageSize(
 )
 for name, size in {
     "embedded_lm/smoke": LanguageSize(
-        QUICK, blocks=2, merge_rows=8, validation_rows=8, test_rows=16, epochs=2
+        QUICK, blocks=2, merge_rows=8, validation_rows=8, test_rows=12, epochs=2
     ),
     "embedded_lm/default": LanguageSize(UPPER),
-    "embedded_lm/full": LanguageSize(UPPER, seeds=(0, 1, 2), candidates=3),
+    "embedded_lm/full": LanguageSize(
+        UPPER, seeds=(0, 1, 2), merge_rows=32, test_rows=200, candidates=3
+    ),
     "glue/smoke": replace(
         GLUE, recipe=replace(SEVERAL, rows=64, epochs=1), merge_rows=8, test_rows=16
     ),
@@ -210,7 +213,7 @@ def completed(
     )
 
 
-def first(task: str, split: str, rows: int | None):
+def first(task: str, split: str, rows: int | None) -> datasets.Dataset:
     """The first rows of a split (they are in random order already)."""
     data = TASKS[task].load(split)
     return data.select(range(min(rows or len(data), len(data))))
