@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from divmerge_core.assets import cache_dir
 from divmerge_core.bench import Bench, task_names
+from divmerge_core.cells import digest_of
 from divmerge_core.encoders import check_device, resolve
 from divmerge_core.evaluation import Exam
 from divmerge_core.experts import Expert, data_digest
@@ -25,6 +26,7 @@ from divmerge_core.registry import Registry
 from divmerge_core.tasks import SUITES, TASKS
 from divmerge_core.vectors import TaskVectors
 
+CODE = ("prompts", "reading", "forward", "completions", "scoring")  # what decides a score
 LANGUAGE_SIZES = Registry("size of a language suite")  # "suite/size"
 
 
@@ -178,7 +180,8 @@ def prepare_language(
         [
             [expert.manifest["model.safetensors"] for expert in experts],
             [data_digest(TASKS[n].load(s)) for n in names for s in ("merge", "validation", "test")],
-            {**asdict(size), "seeds": None, "candidates": None},
+            {**asdict(size), "seeds": None, "candidates": None, "epochs": None},
+            digest_of(*(f"language/{name}" for name in CODE)),
         ]
     )
     unfinished = cache_dir() / "unfinished"
