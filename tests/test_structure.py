@@ -27,13 +27,12 @@ TOC = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
 
 # Imports only ever point up this list.
 ORDER = (
-    *("registry", "digests", "assets", "splits", "tasks", "kernels", "vectors"),
-    *("coefficients", "problem"),
-    *("live", "minimizers", "fitting", "linalg", "activations", "encoders", "experts"),
-    *("divergences", "methods", "evaluation", "report", "tables", "paper", "bench", "cells"),
-    *("meters", "tuning", "comparison", "contestants", "roofline", "race", "interference"),
-    *("studies", "figures", "pages", "checkpoints", "local", "notebooks"),
-    *("executors", "gathering", "gridfile", "grids", "runs"),
+    *("registry", "digests", "assets", "splits", "glue", "tasks", "kernels", "vectors"),
+    *("coefficients", "problem", "live", "minimizers", "ledger", "fitting", "linalg"),
+    *("activations", "encoders", "experts", "divergences", "methods", "evaluation", "report"),
+    *("tables", "paper", "bench", "cells", "meters", "tuning", "comparison", "contestants"),
+    *("roofline", "race", "interference", "studies", "figures", "pages", "checkpoints", "local"),
+    *("language", "notebooks", "executors", "gathering", "gridfile", "grids", "runs"),
 )
 MODULES = sorted((ROOT / "divmerge_core").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
