@@ -105,7 +105,7 @@ def adam(live: Live, course: Course, *, anneal: bool = False) -> int:
             optimizer.param_groups[0]["lr"] = course.lr * (1 - number / len(steps))
         coeffs = live.merge()
         loss = live.loss(chosen)
-        course.observe(live, number, loss.item(), coeffs)
+        course.observe(live, number, live.total(loss.item()), coeffs)
         loss.backward()
         optimizer.zero_grad()
         coeffs.backward(live.collect().to(coeffs))
@@ -159,6 +159,11 @@ def require_divergence(objective: Objective) -> None:
 def full_gauss_newton(live: Live, course: Course) -> int:
     """Natural-gradient steps: gradients from all inputs, the metric from a share of them."""
     require_divergence(live.objective)
+    if live.problem.spread:
+        raise ValueError(
+            "gauss_newton takes derivatives forwards, which a model on several devices has not; "
+            "choose optimizer='adam' or 'lbfgs'"
+        )
     raw, link = live.coefficients.raw, live.coefficients.link
     generator = torch.Generator().manual_seed(course.seed)
     counts = [len(batches) for batches in live.problem.batches]
@@ -204,10 +209,11 @@ def fit_coefficients(
     step, find their own step size, and keep the best point: give them few inputs and 20 epochs or
     more. epochs: passes over the inputs, at least 1. lr: Adam's step size, above 0. gradients:
     `stream` takes every tensor's gradient as it comes and frees it; `buffer` keeps all N for one
-    pass at the end. Raises ValueError for unknown names, values outside these ranges, a task
-    without inputs, targets that do not fit the batches and, with `gauss_newton`, an objective that
-    is not 0 where the answers are equal; and Diverged where the loss stops being finite or a
-    coefficient leaves [-LIMIT, LIMIT].
+    pass at the end (a problem on several devices always streams). Raises ValueError for unknown
+    names, values outside these ranges, a task without inputs, targets that do not fit the batches
+    and, with `gauss_newton`, an objective that is not 0 where the answers are equal or a problem on
+    several devices; and Diverged where the loss stops being finite or a coefficient leaves
+    [-LIMIT, LIMIT].
     """
     check_fit(epochs, lr, gradients)
     problem.require_inputs("fit_coefficients")

@@ -31,8 +31,10 @@ ORDER = (
     *("coefficients", "problem"),
     *("live", "minimizers", "fitting", "linalg", "activations", "encoders", "experts"),
     *("divergences", "methods", "evaluation", "report", "tables", "paper", "bench", "cells"),
-    *("meters", "tuning", "comparison", "contestants", "roofline", "race", "interference"),
-    *("studies", "figures", "pages", "checkpoints", "local", "notebooks"),
+    *("meters", "tuning", "comparison", "contestants", "roofline", "race"),
+    *("accelerators", "workloads", "savings", "memory", "forecast", "interference"),
+    *("studies", "figures", "pages", "checkpoints", "ranks", "sharding", "distributed", "local"),
+    "notebooks",
     *("executors", "gathering", "gridfile", "grids", "runs"),
 )
 MODULES = sorted((ROOT / "divmerge_core").rglob("*.py"))
