@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -291,6 +292,39 @@ def test_answers_are_the_positions_that_predict_them(folders):
 # --- bad input ------------------------------------------------------------------------------------
 
 PLACE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "1"}
+
+
+class Elsewhere:
+    """A spread over devices of which the others have nothing to add."""
+
+    def gather(self, vectors, segments):
+        return lambda: torch.zeros(len(vectors.tasks), segments.num_groups)
+
+    def total(self, loss):
+        return loss + 1.0
+
+
+def test_a_fit_on_several_devices_watches_the_loss_of_all(problem):
+    losses = []
+    for spread in (None, Elsewhere()):
+        coefficients = Coefficients(problem.vectors.layout, 3)
+        fit_coefficients(
+            replace(problem, spread=spread),
+            *(coefficients, js),
+            epochs=1,
+            watch=lambda step: losses.append(step.loss),
+            progress=False,
+        )
+    assert_close(losses[4], losses[0] + 1.0)  # three steps and an end each
+    assert_close(coefficients().detach(), torch.full((3, 1), 1 / 3))  # no gradient came
+
+
+def test_gauss_newton_is_refused_on_several_devices(problem):
+    coefficients = Coefficients(problem.vectors.layout, 3)
+    with pytest.raises(ValueError, match="gauss_newton takes derivatives forwards"):
+        fit_coefficients(
+            replace(problem, spread=Elsewhere()), coefficients, js, optimizer="gauss_newton"
+        )
 
 
 def test_what_torchrun_did_not_start_is_refused(monkeypatch):
