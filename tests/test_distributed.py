@@ -212,7 +212,7 @@ def test_torchrun_writes_the_model_that_one_process_would(folders, tmp_path):
 
 
 @pytest.mark.scale
-def test_torchrun_stops_with_the_reason_where_an_expert_does_not_fit(folders, tmp_path):
+def test_torchrun_stops_with_the_reason_where_the_number_of_processes_is_wrong(folders, tmp_path):
     done = torchrun(*command(folders, tmp_path / "merged", world=3))
     assert done.returncode != 0
     assert "3 processes are wanted, torchrun started 2; say --nproc-per-node 3" in done.stderr
