@@ -106,7 +106,7 @@ def pulled(live: Live, chosen: Sequence[int]) -> Entry:
     """The loss on the chosen batches, and its gradient in the coefficients."""
     loss = live.loss(chosen)
     loss.backward()
-    return loss.item(), live.collect()
+    return live.total(loss.item()), live.collect()
 
 
 @OPTIMIZERS.register("adam", label="Adam")
@@ -179,6 +179,11 @@ def require_divergence(objective: Objective) -> None:
 def full_gauss_newton(live: Live, course: Course) -> int:
     """Natural-gradient steps: gradients from all inputs, the metric from a share of them."""
     require_divergence(live.objective)
+    if live.problem.spread:
+        raise ValueError(
+            "gauss_newton takes derivatives forwards, which a model on several devices has not; "
+            "choose optimizer='adam' or 'lbfgs'"
+        )
     raw, link = live.coefficients.raw, live.coefficients.link
     generator = torch.Generator().manual_seed(course.seed)
     counts = [len(batches) for batches in live.problem.batches]
@@ -226,15 +231,21 @@ def fit_coefficients(
     step, find their own step size, and keep the best point: give them few inputs and 20 epochs or
     more. epochs: passes over the inputs, at least 1. lr: Adam's step size, above 0. gradients:
     `stream` takes every tensor's gradient as it comes and frees it; `buffer` keeps all N for one
-    pass at the end. checkpoint: a file that keeps what every pass through the model gave; a fit
-    that was killed is called again with the same arguments, replays them, and ends at the same
-    coefficients bit for bit. Raises ValueError for a checkpoint of another fit, unknown names,
-    values outside these ranges, a task without inputs, targets that do not fit the batches and,
-    with `gauss_newton`, an objective that is not 0 where the answers are equal; and Diverged where
+    pass at the end (a problem on several devices always streams). checkpoint: a file that keeps
+    what every pass through the model gave; a fit that was killed is called again with the same
+    arguments, replays them, and ends at the same coefficients bit for bit. Raises ValueError for a
+    checkpoint of another fit or on several devices, unknown names, values outside these ranges, a
+    task without inputs, targets that do not fit the batches and, with `gauss_newton`, an objective
+    that is not 0 where the answers are equal or a problem on several devices; and Diverged where
     the loss stops being finite or a coefficient leaves [-LIMIT, LIMIT].
     """
     check_fit(epochs, lr, gradients)
     problem.require_inputs("fit_coefficients")
+    if checkpoint is not None and problem.spread:
+        raise ValueError(
+            "a fit on several devices keeps no checkpoint: leave it out; ranks that were killed "
+            "between two writes would go on from different steps"
+        )
     find = OPTIMIZERS[optimizer]
     settings = {"optimizer": optimizer, "epochs": epochs, "lr": lr, "seed": seed}
     settings |= {"tasks": list(problem.vectors.tasks), "inputs": list(map(len, problem.batches))}

@@ -207,9 +207,12 @@ class Live:
         vectors = problem.vectors
         flat = torch.empty_like(vectors.base)
         leaves = vectors.layout.unflatten(flat)
-        for leaf, moved in zip(leaves.values(), moved_tensors(vectors), strict=True):
-            leaf.requires_grad_(moved)
-        collect = GRADIENTS[gradients](leaves, vectors, coefficients.segments)
+        if problem.spread:  # gradients come to the module's own shares, not to these leaves
+            collect = problem.spread.gather(vectors, coefficients.segments)
+        else:
+            for leaf, moved in zip(leaves.values(), moved_tensors(vectors), strict=True):
+                leaf.requires_grad_(moved)
+            collect = GRADIENTS[gradients](leaves, vectors, coefficients.segments)
         return cls(problem, coefficients, objective, targets, flat, leaves, collect)
 
     def merge(self) -> Float[Tensor, "T G"]:
@@ -239,7 +242,11 @@ class Live:
             )
             loss.backward()
             total += loss.item()
-        return total
+        return self.total(total)
+
+    def total(self, loss: float) -> float:
+        """A loss on this device's rows, and on those of all others where there are any."""
+        return self.problem.spread.total(loss) if self.problem.spread else loss
 
     def slopes(
         self, tangents: Mapping[str, Tensor], pairs: Sequence[tuple[int, Batch]]

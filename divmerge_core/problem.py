@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from divmerge_core.kernels.answers import TopAnswers
+from divmerge_core.kernels.segments import Segments
 from divmerge_core.vectors import TaskVectors
 
 Objective = Callable[[Tensor, Tensor], Tensor]  # (expert logits, merged logits) [A, V] -> [A]
@@ -50,6 +51,19 @@ Pairs = Sequence[tuple[int, Batch]]  # (task number, inputs)
 Forward = Callable[[Mapping[str, Tensor], Pairs], list[Tensor]]
 
 
+@runtime_checkable
+class Spread(Protocol):
+    """How a fit's parts on several devices become one: see `sharding.Shards`."""
+
+    def gather(self, vectors: TaskVectors, segments: Segments) -> Callable[[], Tensor]:
+        """Of every device's gradient; what is returned gives dL/dLambda [T, G] of all."""
+        ...
+
+    def total(self, loss: float) -> float:
+        """The sum of all devices' losses."""
+        ...
+
+
 @dataclass(frozen=True)
 class MergeProblem:
     """Task vectors, unlabelled inputs of every task, and how parameters turn inputs into logits.
@@ -57,12 +71,14 @@ class MergeProblem:
     forward(parameters by name, [(task, batch), ...]) -> [logits [A, V], ...]. It is pure: the same
     parameters give the same logits, and gradients flow back to the parameters. module is what
     forward calls, with the layout's names: methods that look inside put hooks on its layers.
+    spread: set where vectors and batches are one device's share of a larger problem.
     """
 
     vectors: TaskVectors
     batches: Sequence[Sequence[Batch]]
     forward: Forward = field(repr=False)
     module: nn.Module | None = field(default=None, repr=False)
+    spread: Spread | None = field(default=None, repr=False)
 
     def __post_init__(self):
         if len(self.batches) != len(self.vectors.tasks):

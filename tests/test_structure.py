@@ -31,8 +31,10 @@ ORDER = (
     *("coefficients", "problem", "live", "minimizers", "ledger", "fitting", "linalg"),
     *("activations", "encoders", "experts", "divergences", "methods", "evaluation", "report"),
     *("tables", "paper", "bench", "cells", "meters", "tuning", "comparison", "contestants"),
-    *("roofline", "race", "interference", "studies", "figures", "pages", "checkpoints", "local"),
-    *("language", "notebooks", "executors", "gathering", "gridfile", "grids", "runs"),
+    *("roofline", "race", "accelerators", "workloads", "savings", "memory", "forecast"),
+    *("interference", "studies", "figures", "pages", "checkpoints"),
+    *("ranks", "sharding", "distributed", "local", "language"),
+    *("notebooks", "executors", "gathering", "gridfile", "grids", "runs"),
 )
 MODULES = sorted((ROOT / "divmerge_core").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
