@@ -40,7 +40,7 @@ ORDER = (
     *("live", "minimizers", "ledger", "fitting", "linalg", "activations", "encoders", "experts"),
     *("divergences", "methods", "evaluation", "report", "tables", "paper", "bench", "cells"),
     *("meters", "tuning", "comparison", "contestants", "roofline", "race", "interference"),
-    *("studies", "figures", "pages", "checkpoints", "local", "language", "runs"),
+    *("studies", "figures", "pages", "checkpoints", "local", "language", "published", "runs"),
 )
 MODULES = sorted((ROOT / "divmerge_core").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
