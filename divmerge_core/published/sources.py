@@ -6,7 +6,7 @@ defaults are public experts that fit; all identifiers, and the columns of the da
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +26,8 @@ class Source:
 
     text, pair and answer are formats over the data set's columns: names of classes stand for their
     numbers, lists of words are joined, and `choice` is the text of the choice that `answerKey`
-    names. template: what the expert was trained to read, over {text} and {pair}. config: of a data
-    set that has several.
+    names. template: what the expert was trained to read, over {text} and {pair}. says: what it was
+    trained to write in place of an answer. config: of a data set that has several.
     """
 
     expert: str
@@ -36,12 +36,17 @@ class Source:
     answer: str
     pair: str | None = None
     template: str = "{text}"
+    says: Mapping[str, str] = field(default_factory=dict)
     config: str | None = None
 
 
 SOURCES = {
     "imdb": Source(
-        "mrm8488/t5-base-finetuned-imdb-sentiment", "stanfordnlp/imdb", "{text}", "{label}"
+        "mrm8488/t5-base-finetuned-imdb-sentiment",
+        "stanfordnlp/imdb",
+        "{text}",
+        "{label}",
+        says={"neg": "negative", "pos": "positive"},
     ),
     "qasc": Source(
         "mrm8488/t5-base-finetuned-qasc",
@@ -113,6 +118,7 @@ def rows_of(name: str, source: Source, table: datasets.Dataset) -> list[tuple]:
                 f"{source.pair!r}; it has {', '.join(table.column_names)}"
             ) from error
         answer = answer_in(name, source, columns, table)
+        answer = source.says.get(answer, answer)
         if text and answer:
             found.setdefault((text, pair), (text, pair, answer))
     return list(found.values())

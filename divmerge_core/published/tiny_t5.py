@@ -77,7 +77,7 @@ def save_data(folder: Path, name: str) -> None:
             generator = random.Random(f"{name} {seed}")
             table = datasets.Dataset.from_list([MAKERS[name](generator) for _ in range(count)])
             if name == "imdb":
-                names = datasets.ClassLabel(names=list(MOODS.values()))
+                names = datasets.ClassLabel(names=["neg", "pos"])
                 table = table.cast_column("label", names)
             part = split if split == "train" else held
             table.to_parquet(str(folder / f"{part}-00000-of-00001.parquet"))
