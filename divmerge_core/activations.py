@@ -41,13 +41,15 @@ def watch_inputs(
 
     n counts inputs times tokens, of one batch at a time; padding is left out.
     """
-    mask: list[Tensor | None] = [None]
+    masks: list[Tensor] = []
 
     def hook(name: str) -> Callable:
         def record(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
             x = given[0]
-            if mask[0] is not None and x.ndim == 3:
-                x = x[mask[0].bool()]
+            # a decoder's layers read its own tokens, or, where they look across, the encoder's
+            own = [mask for mask in masks if x.ndim == 3 and mask.shape == x.shape[:2]]
+            if own:
+                x = x[own[-1 if "decoder" in name else 0].bool()]
             see(name, x.reshape(-1, x.shape[-1]))
 
         return record
@@ -58,7 +60,8 @@ def watch_inputs(
     ]
     try:
         for batch in problem.batches[task]:
-            mask[0] = batch.inputs.get("attention_mask")
+            both = ("attention_mask", "decoder_attention_mask")
+            masks[:] = [batch.inputs[key] for key in both if key in batch.inputs]
             problem.logits(flat, task, batch)
     finally:
         for handle in handles:

@@ -1,6 +1,7 @@
-"""The numbers that the DivMerge paper prints, as DataFrames: to stand beside ours, never mixed in.
+"""The numbers that others print, as DataFrames: to stand beside ours, never mixed in.
 
-They are kept in `paper.json`, with their source: version 3 of the preprint, arXiv 2509.02108.
+Those of the DivMerge paper are kept in `paper.json`, with their source: version 3 of the preprint,
+arXiv 2509.02108. FusionBench's of its GPT-2 experts are kept in `fusionbench.json`.
 """
 
 import json
@@ -24,42 +25,47 @@ METHODS_HERE = {
 }
 
 
+WORKS = ("paper", "fusionbench")
+
+
 @cache
-def printed() -> dict:
-    """Everything in the data file: `source`, `note`, and `parts` by name."""
-    return json.loads(files("divmerge_core").joinpath("paper.json").read_text("utf-8"))
+def printed(work: str = "paper") -> dict:
+    """Everything in the data file of one of WORKS: `source`, `note`, and `parts` by name."""
+    if work not in WORKS:
+        raise ValueError(f"no numbers of {work!r} are kept here; choose one of {', '.join(WORKS)}")
+    return json.loads(files("divmerge_core").joinpath(f"{work}.json").read_text("utf-8"))
 
 
-def citation() -> str:
+def citation(work: str = "paper") -> str:
     """Where the numbers come from, in one line for a caption."""
-    return printed()["source"]
+    return printed(work)["source"]
 
 
-def parts() -> dict[str, str]:
+def parts(work: str = "paper") -> dict[str, str]:
     """The tables and figures that are kept, such as `table 6`, and what each holds."""
-    return {name: part["holds"] for name, part in printed()["parts"].items()}
+    return {name: part["holds"] for name, part in printed(work)["parts"].items()}
 
 
-def part(name: str) -> dict:
+def part(name: str, work: str = "paper") -> dict:
     """A table or figure as it stands in the file.
 
     Raises ValueError, naming what is kept, for another one.
     """
-    kept = printed()["parts"]
+    kept = printed(work)["parts"]
     if name not in kept:
-        raise ValueError(f"the paper's {name!r} is not kept here; choose one of {', '.join(kept)}")
+        raise ValueError(f"the {work}'s {name!r} is not kept here; choose one of {', '.join(kept)}")
     return kept[name]
 
 
-def frame(name: str) -> pd.DataFrame:
+def frame(name: str, work: str = "paper") -> pd.DataFrame:
     """A part's numbers under its printed rows and columns.
 
-    Its `attrs` hold what the numbers are (`holds`), their `unit` and the paper (`source`).
+    Its `attrs` hold what the numbers are (`holds`), their `unit` and the work (`source`).
     """
-    found = part(name)
+    found = part(name, work)
     index = pd.Index(found["rows"], name=found["index"]) if found["rows"] else None
     result = pd.DataFrame(found["values"], index=index, columns=found["columns"])
-    result.attrs = {"holds": found["holds"], "unit": found["unit"], "source": citation()}
+    result.attrs = {"holds": found["holds"], "unit": found["unit"], "source": citation(work)}
     return result
 
 

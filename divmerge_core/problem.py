@@ -22,14 +22,15 @@ class Diverged(ValueError):
 class Batch:
     """What a model reads; gold answers are not in it.
 
-    answer marks the A positions of a language model that predict the expert's answer; None for a
-    classifier, where A = B. weight sums to 1: the mean over answer positions, then over inputs.
+    answer marks the A positions of a language model (of its decoder, where it has one) that predict
+    the expert's answer; None for a classifier, where A = B. weight sums to 1: the mean over answer
+    positions, then over inputs.
     expert: the expert's own answers at these positions, where they are kept; None to compute them.
     """
 
-    inputs: Mapping[str, Int[Tensor, "B S"] | Float[Tensor, "B D"]]
+    inputs: Mapping[str, Int[Tensor, "B _"] | Float[Tensor, "B D"]]
     weight: Float[Tensor, " A"]
-    answer: Bool[Tensor, "B S"] | None = None
+    answer: Bool[Tensor, "B _"] | None = None
     expert: Float[Tensor, "A V"] | TopAnswers | None = None
 
 

@@ -33,7 +33,7 @@ ORDER = (
     *("tables", "paper", "bench", "cells", "meters", "tuning", "comparison", "contestants"),
     *("roofline", "race", "accelerators", "workloads", "savings", "memory", "forecast"),
     *("interference", "studies", "figures", "pages", "checkpoints"),
-    *("ranks", "sharding", "distributed", "local", "language"),
+    *("ranks", "sharding", "distributed", "local", "language", "published"),
     *("notebooks", "executors", "gathering", "gridfile", "grids", "runs"),
 )
 MODULES = sorted((ROOT / "divmerge_core").rglob("*.py"))

@@ -22,6 +22,7 @@ from divmerge_core.language.forward import Parts, language_forward
 from divmerge_core.language.models import Language
 from divmerge_core.language.prompts import Prompt
 from divmerge_core.language.reading import ask, by_length, collate
+from divmerge_core.language.seq2seq import encodes, greedy_answers
 from divmerge_core.problem import Batch
 from divmerge_core.report import write_json
 
@@ -42,6 +43,8 @@ def greedy(
     An answer of `max_new` tokens that has not ended is returned as far as it goes. Prompts are
     filled up from the left, so that all answers begin at once.
     """
+    if encodes(base.model):
+        return greedy_answers(base, parameters, prompts, max_new=max_new, precision=precision)
     parts, stop, half = Parts.of(base.model), base.stop, precision == "bfloat16"
     low = parts.lowered(parameters) if half else parameters
     width = max(map(len, prompts))

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from divmerge_core.encoders import resolve
 from divmerge_core.language.reading import Choices
+from divmerge_core.language.seq2seq import encodes, seq2seq_forward
 from divmerge_core.problem import Batch, Forward, Pairs
 
 
@@ -84,7 +85,7 @@ def answer_states(
 def language_forward(
     model: torch.nn.Module, *, precision: str = "float32", checkpointing: bool = False
 ) -> Forward:
-    """A MergeProblem's `forward` for one causal language model.
+    """A MergeProblem's `forward` for one causal language model, or one encoder-decoder.
 
     Gives logits [A, V] for a batch, and for Choices the likelihood of every choice. precision: of
     the body's matrix products, `float32`, `bfloat16` or `auto`; the head, for which rounding would
@@ -92,6 +93,8 @@ def language_forward(
     activations of a task's batch until its turn in the backward pass, where they are computed
     again: no more than one task's are held, at a third more work.
     """
+    if encodes(model):
+        return chosen(seq2seq_forward(model, precision=precision, checkpointing=checkpointing))
     parts = Parts.of(model)
     device = next(model.parameters()).device
     half = resolve(precision, device) == "bfloat16"
@@ -105,10 +108,18 @@ def language_forward(
         low = parts.lowered(parameters) if half else parameters
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             found = [states(low, batch) for _, batch in pairs]
-        logits = [parts.words(parameters, hidden) for hidden in found]
+        return [parts.words(parameters, hidden) for hidden in found]
+
+    return chosen(forward)
+
+
+def chosen(forward: Forward) -> Forward:
+    """The same, with the likelihood of every choice where a batch asks for choices."""
+
+    def likely(parameters: Mapping[str, Tensor], pairs: Pairs) -> list[Tensor]:
         return [
             batch.likelihood(own) if isinstance(batch, Choices) else own
-            for (_, batch), own in zip(pairs, logits, strict=True)
+            for (_, batch), own in zip(pairs, forward(parameters, pairs), strict=True)
         ]
 
-    return forward
+    return likely

@@ -1,4 +1,5 @@
-"""Causal language models: loaded once, with the digests by which experts are held to their base."""
+"""Language models, causal or encoder-decoders: loaded once, with the digests that hold experts to
+their base."""
 
 import copy
 import hashlib
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from divmerge_core.assets import ASSETS, cache_dir, fetch, fresh_folder
 from divmerge_core.encoders import check_device
@@ -79,7 +80,7 @@ def quiet_transformers() -> None:
 def load_language(
     name: str, *, device: str = "cpu", dtype: str = "float32", blocks: int | None = None
 ) -> Language:
-    """A causal language model: a name in MODELS, a local folder, or a hub model's name.
+    """A causal language model or encoder-decoder: a name in MODELS, a folder, or a hub name.
 
     dtype: of its weights. blocks: keep only so many of its transformer blocks, the first ones: a
     small model for tests and smoke runs. Raises ValueError where none can be loaded, where weights
@@ -89,7 +90,8 @@ def load_language(
     source = str(MODELS[name]()) if name in MODELS else name
     quiet_transformers()
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        two = AutoConfig.from_pretrained(source).is_encoder_decoder
+        model, loading = (AutoModelForSeq2SeqLM if two else AutoModelForCausalLM).from_pretrained(
             source, dtype=getattr(torch, dtype), output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -97,7 +99,8 @@ def load_language(
         raise ValueError(
             f"cannot load language model {name!r} in {dtype}: {error}; choose one of "
             f"{', '.join(MODELS)}, or give a folder or a hub name that transformers' "
-            "AutoModelForCausalLM can load, and float32, bfloat16 or float16"
+            "AutoModelForCausalLM or AutoModelForSeq2SeqLM can load, and float32, bfloat16 or "
+            "float16"
         ) from error
     if loading["missing_keys"]:
         raise ValueError(f"{name!r} lacks weights for {sorted(loading['missing_keys'])[:5]}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from divmerge_core.kernels.answers import log_softmax
 from divmerge_core.language.models import Language
 from divmerge_core.language.prompts import Prompt
+from divmerge_core.language.seq2seq import collate_pairs, encodes
 from divmerge_core.problem import Batch
 
 
@@ -74,8 +75,11 @@ def collate(base: Language, pairs: Sequence[Pair]) -> tuple[Batch, Int[Tensor, "
 
     A position predicts the token after it: the last one of the prompt predicts the answer's first
     token, and none predicts what follows the answer. Every row counts alike, and within a row every
-    token of its answer. Raises ValueError for an empty prompt or answer.
+    token of its answer. An encoder-decoder reads them apart (see seq2seq). Raises ValueError for an
+    empty prompt or answer.
     """
+    if encodes(base.model):
+        return collate_pairs(base, pairs)
     if not all(prompt and answer for prompt, answer in pairs):
         raise ValueError("every row needs a prompt and an answer of at least one token (EOS)")
     width = max(len(prompt) + len(answer) for prompt, answer in pairs) - 1

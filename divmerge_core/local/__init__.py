@@ -11,6 +11,7 @@ The description (YAML or JSON; relative paths start at its own folder):
 
     base: models/bert              # folder, hub name, or a packaged encoder such as bert_tiny
     max_length: 128                # tokens; longer inputs are cut
+    pad_token: <|endoftext|>       # only where neither base nor experts name one, as with GPT-2
     tasks:
       - name: questions
         expert: models/questions   # transformers checkpoint, PEFT LoRA folder, or our own expert

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-TOP = ("base", "max_length", "tasks")
+TOP = ("base", "max_length", "tasks", "pad_token")
 TASK = ("name", "expert", "merge", "validation", "test", "columns", "labels")
 COLUMNS = ("text", "pair", "label")
 SPLITS = ("merge", "validation", "test")
@@ -47,12 +47,16 @@ class TaskFiles:
 
 @dataclass(frozen=True)
 class Description:
-    """Base, tasks, and the number of tokens at which inputs are cut."""
+    """Base, tasks, and the number of tokens at which inputs are cut.
+
+    pad_token: what batches are padded with where neither base nor experts name it, as with GPT-2.
+    """
 
     path: Path
     base: str
     tasks: tuple[TaskFiles, ...]
     max_length: int = 128
+    pad_token: str | None = None
 
 
 def locate(path: str | os.PathLike) -> Path:
@@ -196,11 +200,11 @@ def read(path: str | os.PathLike) -> Description:
                 node, f"two tasks have the name {task.name!r}; each needs its own, in any case"
             )
         seen[task.name.lower()] = task.name
-    given = (
-        {"max_length": reader.count(found["max_length"], "max_length")}
-        if ("max_length" in found)
-        else {}
-    )
+    given: dict = {}
+    if "max_length" in found:
+        given["max_length"] = reader.count(found["max_length"], "max_length")
+    if "pad_token" in found:
+        given["pad_token"] = reader.word(found["pad_token"], "pad_token")
     return Description(path, reader.word(found["base"], "base"), tasks, **given)
 
 

@@ -194,6 +194,7 @@ def load(plan: Plan, *, device: str = "cpu", precision: str = "float32") -> Benc
     place = check_device(device)
     precision = resolve(precision, place)
     encoder, missing = read_model(AutoModel, plan.base.folder)
+    encoder.config.use_cache = False  # decoders keep keys and values for text that never comes
     state = {n: t for n, t in encoder.named_parameters() if n not in missing}
     names = [n for n in state if all(n in source.shapes for source in plan.experts)]
     digest = None

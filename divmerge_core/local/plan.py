@@ -1,7 +1,7 @@
 """All that can be checked before weights are loaded: folders, tokenizers, rows and labels."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -71,6 +71,32 @@ def special(tokenizer: transformers.PreTrainedTokenizerBase) -> dict[str, str]:
     return {role: str(token) for role, token in found.items() if token is not None}
 
 
+def tokenizer_gap(
+    base: transformers.PreTrainedTokenizerBase,
+    own: transformers.PreTrainedTokenizerBase,
+    texts: Sequence[str],
+) -> str | None:
+    """How an expert's tokenizer differs from the base's; None where it does not.
+
+    Compared are vocabularies, special tokens that both have, and how these texts are cut up.
+    """
+    ours, theirs = base.get_vocab(), own.get_vocab()
+    if ours != theirs:
+        moved = sorted(t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t))
+        return f"its vocabulary differs from the base's in {len(moved)} tokens, such as {moved[:3]}"
+    wanted, found = special(base), special(own)
+    for role in wanted:
+        if role in found and found[role] != wanted[role]:
+            return f"its {role} token is {found[role]!r}, the base's {wanted[role]!r}"
+    for text in texts[:COMPARED]:
+        if base(text).input_ids != own(text).input_ids:
+            return (
+                f"its tokenizer cuts up {text[:60]!r} in another way than the base's (lower case? "
+                "special tokens?)"
+            )
+    return None
+
+
 def same_tokenizer(source: Source, base: BaseFolder, rows: datasets.Dataset) -> str | None:
     """The expert's padding token, where its folder has a tokenizer with one.
 
@@ -80,49 +106,40 @@ def same_tokenizer(source: Source, base: BaseFolder, rows: datasets.Dataset) -> 
     own, folder = tokenizer_of(source.task.expert), source.task.expert
     if own is None:
         return None
-    ours, theirs = base.tokenizer.get_vocab(), own.get_vocab()
-    cure = "merging needs experts that read texts as the base does"
-    if ours != theirs:
-        moved = sorted(t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t))
-        raise ValueError(
-            f"expert {folder}: its vocabulary differs from the base's in {len(moved)} tokens, such "
-            f"as {moved[:3]}; {cure}"
-        )
-    wanted, found = special(base.tokenizer), special(own)
-    other = [role for role in wanted if role in found and found[role] != wanted[role]]
-    if other:
-        raise ValueError(
-            f"expert {folder}: its {other[0]} token is {found[other[0]]!r}, the base's "
-            f"{wanted[other[0]]!r}; {cure}"
-        )
     texts = list(rows["text"][:COMPARED])
-    pairs = zip(texts, base.tokenizer(texts).input_ids, own(texts).input_ids, strict=True)
-    differing = [text for text, one, another in pairs if one != another]
-    if differing:
+    if gap := tokenizer_gap(base.tokenizer, own, texts):
         raise ValueError(
-            f"expert {folder}: its tokenizer cuts up {differing[0][:60]!r} in another way than the "
-            f"base's (lower case? special tokens?); {cure}"
+            f"expert {folder}: {gap}; merging needs experts that read texts as the base does"
         )
-    return found.get("pad")
+    return special(own).get("pad")
 
 
 def settle_inputs(
-    base: BaseFolder, experts: tuple[Source, ...], pads: list[str | None]
+    base: BaseFolder,
+    experts: tuple[Source, ...],
+    pads: list[str | None],
+    given: str | None = None,
 ) -> list[str]:
     """Let the base's tokenizer give what all models take, padded with the one token in use.
 
-    Returns a note where the base itself names no padding token. Raises ValueError where nothing
-    or nobody does, or two differ.
+    given: the description's. Returns a note where the base itself names no padding token. Raises
+    ValueError where nobody does, two differ, or the vocabulary lacks the one given.
     """
     tokenizer = base.tokenizer
-    used = {pad for pad in (tokenizer.pad_token, *pads) if pad is not None}
+    if given is not None and given not in tokenizer.get_vocab():
+        raise ValueError(
+            f"pad_token {given!r} is no token of the base {base.name!r}; give one of its own, such "
+            f"as {tokenizer.eos_token or tokenizer.unk_token!r}"
+        )
+    used = {pad for pad in (tokenizer.pad_token, *pads, given) if pad is not None}
     for source in experts:
         number = getattr(getattr(source.model, "config", None), "pad_token_id", None)
         used |= {tokenizer.convert_ids_to_tokens(number)} if number is not None else set()
     if len(used) != 1:
         raise ValueError(
             f"base and experts pad with {sorted(used) or 'nothing'}; one padding token is needed: "
-            "set pad_token in the base's tokenizer, and pad_token_id in every expert's config.json"
+            "name pad_token in the description, or set it in the base's tokenizer, and "
+            "pad_token_id in every expert's config.json"
         )
     tokenizer.pad_token = used.pop()
     tokenizer.padding_side = "right"
@@ -179,7 +196,7 @@ def check(description: Description) -> Plan:
     pads = together(
         partial(same_tokenizer, s, base, by_task[s.task.name]["merge"]) for s in experts
     )
-    notes += settle_inputs(base, experts, pads)
+    notes += settle_inputs(base, experts, pads, description.pad_token)
     for (source, split), data in zip(jobs, loaded, strict=True):
         notes += one_class(source, split, data)
     splits = {split: tuple(by_task[s.task.name].get(split) for s in experts) for split in SPLITS}

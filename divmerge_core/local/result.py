@@ -37,7 +37,7 @@ class Found:
 def labelled(bench: Bench) -> list[str]:
     """The tasks that have test rows."""
     tasks = bench.problem.vectors.tasks
-    return [task for task, exam in zip(tasks, bench.test, strict=True) if len(exam.gold)]
+    return [task for task, exam in zip(tasks, bench.test, strict=True) if exam.rows]
 
 
 def check_methods(bench: Bench, specs: Sequence[str], overrides: Mapping) -> bool:
@@ -48,7 +48,7 @@ def check_methods(bench: Bench, specs: Sequence[str], overrides: Mapping) -> boo
     """
     check_request(specs, [0], overrides)
     check_fit_for(specs, [bench.problem.vectors.tasks])
-    searching = all(len(exam.gold) for exam in bench.validation)
+    searching = all(exam.rows for exam in bench.validation)
     for spec in specs:
         name, _ = parse(spec)
         if METHODS.facts[name].get("returns") == "predictor":
@@ -75,7 +75,7 @@ def closeness(
     """
     problem, distance, found = bench.problem, objective(divergence), []
     for number, task in enumerate(problem.vectors.tasks):
-        tested = bench.test[number].batches
+        tested = getattr(bench.test[number], "batches", ())  # what is written has none
         batches: Sequence[Batch] = tested or problem.batches[number]
         expert = problem.vectors.expert(task)
         wanted = torch.cat([problem.logits(expert, number, batch) for batch in batches])
@@ -93,6 +93,7 @@ def merge_and_score(
     *,
     budget: int | None = None,
     seed: int = 0,
+    suite: str = SUITE,
     progress: bool = True,
     **overrides: object,
 ) -> Found:
@@ -100,7 +101,7 @@ def merge_and_score(
 
     budget: candidates of each method's search on validation rows, None for all that it registers;
     without validation rows each takes its published options. overrides: options of the fits
-    (`epochs`, `lr`, `init`, `inputs`, `divergence`). The report's suite is `local`; its methods
+    (`epochs`, `lr`, `init`, `inputs`, `divergence`). suite: its name in the report, whose methods
     `expert` and `base` are the references.
 
     Raises ValueError as `check_methods` says, and Diverged where a merge runs off.
@@ -117,24 +118,26 @@ def merge_and_score(
         made[spec], options[spec] = merges(tried[best]), tried[best]
     flats = {spec: one.merged for spec, one in made.items()}
     near = closeness(bench, {"base": bench.problem.vectors.base, **flats})
-    return Found(made, options, near, scored(bench, flats, seed))
+    return Found(made, options, near, scored(bench, flats, seed, suite))
 
 
-def scored(bench: Bench, merged: Mapping[str, Merged], seed: int) -> Report | None:
+def scored(
+    bench: Bench, merged: Mapping[str, Merged], seed: int, suite: str = SUITE
+) -> Report | None:
     """Answers of experts, base and merges to the labelled test rows; None without any."""
     tasks = labelled(bench)
     if not tasks:
         return None
     part = bench.select(tasks)
-    labels = {"suite": SUITE, "subset": "+".join(tasks), "seed": seed}
+    labels = {"suite": suite, "subset": "+".join(tasks), "seed": seed}
     parts = [own_experts(part, part.test, **labels, method="expert")]
     for method, flat in {"base": part.problem.vectors.base, **merged}.items():
         parts.append(evaluate(part.problem, flat, part.test, **labels, method=method))
-    counts = sorted({len(exam.gold) for exam in part.test})
+    counts = sorted({exam.rows for exam in part.test})
     rows = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return Report.of(
         pd.concat(parts, ignore_index=True),
-        suite=SUITE,
+        suite=suite,
         encoder=bench.base.name,
         size="own",
         device=str(bench.problem.vectors.base.device),
@@ -160,7 +163,7 @@ def task_scores(
         drawn = generator.binomial(len(right), right.mean(), draws) / len(right)
         low, high = np.percentile(drawn, [2.5, 97.5])
         found.append((row.task, "accuracy", float(right.mean()), float(low), float(high)))
-    if report.counted(SUITE):
+    if report.counted(report.rows.suite.iloc[0]):
         every = report.intervals(draws=draws, seed=seed).set_index("method").loc[method]
         found.append(("all", "anp", every.value, every.low, every.high))
     return pd.DataFrame(found, columns=columns)

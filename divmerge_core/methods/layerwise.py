@@ -37,7 +37,9 @@ class Lesson:
     def distance(self, output: Tensor) -> Float[Tensor, ""]:
         """Mean over positions, without padding, of the squared distance from the target."""
         off = (first(output) - self.target).square().sum(-1)
-        return (off[self.mask] if self.mask is not None and off.ndim == 2 else off).mean()
+        # GPT-2's positions come as one row for the whole batch: these have no padding
+        masked = self.mask is not None and off.shape == self.mask.shape
+        return (off[self.mask] if masked else off).mean()
 
 
 def first(output: object) -> Tensor:

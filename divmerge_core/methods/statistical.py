@@ -126,4 +126,5 @@ def examples(batches: Sequence[Batch]) -> Iterator[Batch]:
                 inputs={name: value[here] for name, value in batch.inputs.items()},
                 weight=weight * size / sum(sizes),
                 answer=None if batch.answer is None else batch.answer[here],
+                expert=None,  # nothing here is held to it
             )

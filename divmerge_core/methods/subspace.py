@@ -153,9 +153,8 @@ def esm_pp(
     if rank < 1:
         raise ValueError(f"rank must be 1 or more, got {rank}; the paper uses 32")
     if not names:
-        raise ValueError(
-            f"layers={layers!r} matches none of {', '.join(linear_layers(problem))}; '' takes all"
-        )
+        known = ", ".join(linear_layers(problem)) or "the nn.Linear layers: the model has none"
+        raise ValueError(f"layers={layers!r} matches none of {known}; '' takes all")
     same = {"scaling": scaling, "power": power, "inputs": inputs, "seed": seed}
     flat = esm(problem, scale=scale, progress=progress, **same)
     few = drawn(problem, inputs, seed)
