@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test test-peers lab check lint clean distclean size
+.PHONY: help book test test-colab test-peers lab check lint clean distclean size
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +32,9 @@ _build/peers/.complete: requirements.lock pyproject.toml
 	_build/peers/bin/python -m pip install --disable-pip-version-check -r requirements.lock
 	_build/peers/bin/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[peers,triton]'
 	@touch $@
+
+test-colab: $(STAMP)  ## run notebooks on a machine like Colab's, from the notebook file alone (slow)
+	$(BIN)/python -m pytest -m colab -rs tests/test_colab.py
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(BIN)/python -m jupyterlab notebooks

@@ -39,7 +39,12 @@ class Base:
 
 
 def check_device(device: str) -> torch.device:
-    """The device of that name. Raises ValueError where this machine has none."""
+    """The device of that name; `auto` is a GPU where there is one, else the CPU.
+
+    Raises ValueError where this machine has none of that name.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
@@ -156,7 +161,7 @@ def resolve(precision: str, device: torch.device) -> str:
     """`float32` or `bfloat16`; `auto` is bfloat16 where the hardware computes in it."""
     if precision == "auto":
         fast = (
-            torch.cuda.is_bf16_supported()
+            torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 only emulates it
             if device.type == "cuda"
             else torch.cpu._is_avx512_bf16_supported()
         )

@@ -10,10 +10,12 @@ Colab's, and `torch.cuda.is_available()` is false, as on a Colab machine without
 """
 
 import hashlib
+import inspect
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,33 +63,39 @@ def put_placeholders(libraries: Path) -> None:
         undefined = call("nm", "-D", "--undefined-only", path)
         used |= set(re.findall(rf" U ({CALLS})(?:@(\S+))?", undefined))
     for library in sorted(needed - here):
-        versions: dict[str, list[str]] = {}
+        versions: dict[str, list[str]] = {}  # symbols, by the version that they are asked for in
         for name, version in sorted(used):
             if version in ("", library) or (version == "NVSHMEM" and "nvshmem" in library):
                 versions.setdefault(version, []).append(name)
-        source, script = libraries / f"{library}.c", libraries / f"{library}.map"
-        calls = [name for names in versions.values() for name in names]
-        source.write_text("".join(f"void {name}(void) {{ __builtin_trap(); }}\n" for name in calls))
-        blocks = [f"{v} {{ {' '.join(f'{n};' for n in names)} }};" for v, names in versions.items() if v]
-        script.write_text("\n".join(blocks))
-        linking = [f"-Wl,-soname,{library}", *([f"-Wl,--version-script={script}"] if blocks else [])]
-        call("gcc", "-shared", "-fPIC", source, *linking, "-o", libraries / library)
-        source.unlink()
-        script.unlink()
+        link(libraries / library, versions)
+
+
+def link(library: Path, versions: dict[str, list[str]]) -> None:
+    """A library of functions that stop the process when they are called."""
+    names = [name for some in versions.values() for name in some]
+    lines = [f"void {name}(void) {{ __builtin_trap(); }}\n" for name in names]
+    listed = [f"{key} {{ {'; '.join(some)}; }};\n" for key, some in versions.items() if key]
+    with tempfile.TemporaryDirectory() as folder:
+        source, script = Path(folder, "empty.c"), Path(folder, "versions.map")
+        source.write_text("".join(lines))
+        script.write_text("".join(listed))
+        options = [f"-Wl,-soname,{library.name}"]
+        options += [f"-Wl,--version-script={script}"] if listed else []
+        call("gcc", "-shared", "-fPIC", source, *options, "-o", library)
 
 
 def build() -> Path:
     """The folder of an environment with Colab's packages, made once for every list of them."""
-    recipe = LIST.read_bytes() + Path(__file__).read_bytes()
-    folder = BUILT / hashlib.sha256(recipe).hexdigest()[:12]
+    recipe = LIST.read_text() + inspect.getsource(put_placeholders) + inspect.getsource(link)
+    folder = BUILT / hashlib.sha256(recipe.encode()).hexdigest()[:12]
     if not (folder / ".complete").exists():
         shutil.rmtree(BUILT, ignore_errors=True)
         call(interpreter(), "-m", "venv", folder)
-        pip = (folder / "bin" / "python", "-m", "pip", "install", "--no-deps")
-        call(*pip, "-r", LIST)
+        python = folder / "bin" / "python"
+        call(python, "-m", "pip", "install", "--no-deps", "-r", LIST)
         (libraries,) = folder.glob("lib/python*/site-packages/torch/lib")
         put_placeholders(libraries)
-        call(folder / "bin" / "python", "-c", "import torch; assert not torch.cuda.is_available()")
+        call(python, "-c", "import torch; assert not torch.cuda.is_available()")
         (folder / ".complete").touch()
     return folder
 
@@ -122,16 +130,16 @@ class Machine:
 
     def environment(self) -> dict[str, str]:
         """Nothing of this checkout but git's redirect from the repository's address to it."""
-        kept = {name: os.environ[name] for name in ("LANG", "TMPDIR") if name in os.environ}
-        kept |= {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
-        address, redirect = PROJECT["urls"]["Repository"], {"GIT_CONFIG_COUNT": "1"}
-        redirect |= {"GIT_CONFIG_KEY_0": f"url.{ROOT}.insteadOf", "GIT_CONFIG_VALUE_0": address}
+        kept = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
         path = f"{self.python.parent}{os.pathsep}{os.environ['PATH']}"
-        return kept | redirect | {"PATH": path, "HOME": str(self.home), "OMP_WAIT_POLICY": "PASSIVE"}
+        kept |= {"PATH": path, "HOME": str(self.home), "OMP_WAIT_POLICY": "PASSIVE"}
+        kept |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{ROOT}.insteadOf"}
+        return kept | {"GIT_CONFIG_VALUE_0": PROJECT["urls"]["Repository"]}
 
     def packages(self) -> set[str]:
         """What pip says is installed, a line `name==version` each."""
-        return set(call(self.python, "-m", "pip", "freeze", "--all", env=self.environment()).split("\n"))
+        listed = call(self.python, "-m", "pip", "freeze", "--all", env=self.environment())
+        return set(listed.splitlines())
 
     def run(self, notebook: Path, **parameters: object) -> nbformat.NotebookNode:
         """The executed notebook; `parameters` are typed into its cell, as Colab's users do."""
