@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test test-colab test-peers lab check lint clean distclean size
+.PHONY: help book test test-colab test-peers test-scale lab check lint clean distclean size
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +31,16 @@ _build/peers/.complete: requirements.lock pyproject.toml
 	$(PYTHON) -m venv --clear _build/peers
 	_build/peers/bin/python -m pip install --disable-pip-version-check -r requirements.lock
 	_build/peers/bin/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[peers,triton]'
+	@touch $@
+
+test-scale: _build/scale/.complete  ## several processes and a local Ray cluster, in an environment of their own
+	_build/scale/bin/python -m pytest -m scale
+
+_build/scale/.complete: requirements.lock pyproject.toml
+	@rm -f $@
+	$(PYTHON) -m venv --clear _build/scale
+	_build/scale/bin/python -m pip install --disable-pip-version-check -r requirements.lock
+	_build/scale/bin/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[cluster,triton]'
 	@touch $@
 
 test-colab: $(STAMP)  ## run notebooks on a machine like Colab's, from the notebook file alone (slow)

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -143,7 +144,7 @@ def test_conda_users_get_the_same_environment():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     *packages, pip = environment["dependencies"]
     assert packages == ["python=3.11", "pip"]
-    extras = ",".join(name for name in PROJECT["optional-dependencies"] if name != "peers")
+    extras = ",".join(e for e in PROJECT["optional-dependencies"] if e not in ("peers", "cluster"))
     assert pip == {"pip": ["-r requirements.lock", f"-e .[{extras}]"]}
 
 
@@ -259,6 +260,7 @@ def test_notebooks_open_with_a_title_parameters_and_the_setup(path):
     declared = runs.parameters(path)
     assert [name for name, one in declared.items() if not one.help] == []
     lines = [line for line in parameters.source.splitlines() if not line.startswith("#")]
+    assert set(papermill.inspect_notebook(path)) == set(declared), "papermill reads them too"
     assert len(lines) == len(declared), "papermill reads one parameter a line"
 
 
