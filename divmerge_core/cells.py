@@ -15,7 +15,16 @@ from divmerge_core.report import write_json
 def code_digest() -> str:
     """A digest of the code that decides a merge and its score, blind to comments and docstrings."""
     root = Path(__file__).parent
-    paths = ["problem", "live", "minimizers", "fitting", "coefficients", "vectors", "encoders"]
+    paths = [
+        "problem",
+        "live",
+        "minimizers",
+        "ledger",
+        "fitting",
+        "coefficients",
+        "vectors",
+        "encoders",
+    ]
     paths.append("evaluation")
     for folder in ("divergences", "kernels", "methods"):
         paths += [f"{folder}/{path.stem}" for path in sorted((root / folder).glob("*.py"))]

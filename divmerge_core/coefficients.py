@@ -25,10 +25,12 @@ def task(name: str) -> str:
 def block(name: str) -> str:
     """One per task and transformer block; embeddings, and what follows the blocks, have their own.
 
-    The block of `encoder.layer.3.output.dense.weight` is `encoder.layer.3`.
+    The block of `encoder.layer.3.output.dense.weight` is `encoder.layer.3`, that of
+    `model.layers.3.mlp.up_proj.weight` is `model.layers.3`; `model.norm.weight` is in `model.norm`.
     """
     numbered = re.match(r"(.*?\.\d+)\.", name)
-    return numbered[1] if numbered else name.split(".")[0]
+    whole = re.match(r"(?:(?:model|transformer)\.)?[^.]+", name)  # the part that holds it all
+    return numbered[1] if numbered else whole[0]
 
 
 @GROUPINGS.register("layer")

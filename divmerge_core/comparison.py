@@ -45,7 +45,15 @@ def every_method() -> list[str]:
     return found
 
 
-SET_HERE = {"grouping", "seed", "watch", "progress", "score", "large"}  # that no override changes
+SET_HERE = {
+    "grouping",
+    "seed",
+    "watch",
+    "progress",
+    "score",
+    "large",
+    "checkpoint",
+}  # that no override changes
 
 
 def check_request(methods: Sequence[str], seeds: Sequence[int], overrides: Mapping) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -14,12 +15,32 @@ from divmerge_core.problem import Batch, Merged, MergeProblem
 METRICS = ("accuracy", "macro_f1", "matthews")
 
 
+@runtime_checkable
+class AnyExam(Protocol):
+    """A labelled split that can be scored: how many rows it has, and a model's marks on it."""
+
+    @property
+    def rows(self) -> int: ...
+
+    def marks(self, problem: MergeProblem, merged: Merged, task: int) -> dict[str, object]: ...
+
+
 @dataclass(frozen=True)
 class Exam:
     """A labelled split, ready to be scored: batches, and the gold answer of every row in order."""
 
     batches: Sequence[Batch]
     gold: Int[Tensor, " B"]
+
+    @property
+    def rows(self) -> int:
+        """How many rows are answered."""
+        return len(self.gold)
+
+    def marks(self, problem: MergeProblem, merged: Merged, task: int) -> dict[str, object]:
+        """The columns `predicted` and `gold` of a Report: one digit per row."""
+        answers = predict(problem, merged, task, self)
+        return {"predicted": digits(answers), "gold": digits(self.gold)}
 
 
 def predict(problem: MergeProblem, merged: Merged, task: int, exam: Exam) -> Int[Tensor, " B"]:
@@ -31,23 +52,21 @@ def predict(problem: MergeProblem, merged: Merged, task: int, exam: Exam) -> Int
 def evaluate(
     problem: MergeProblem,
     merged: Merged,
-    exams: Sequence[Exam],
+    exams: Sequence[AnyExam],
     **labels: object,
 ) -> pd.DataFrame:
     """Rows of a Report: the merged model's answers on every task, beside the right ones.
 
     merged: merged parameters [N], or a Predictor. labels fill the columns suite, subset, method
-    and seed. Answers are digits, one per test row.
+    and seed. Answers are digits, one per test row. An exam that grades free text gives grades
+    between 0 and 1 instead, and the grade's name in the place of right answers.
     Raises ValueError for a merged vector that holds NaN or inf.
     """
     if isinstance(merged, Tensor) and not torch.isfinite(merged).all():
         raise ValueError("the merged parameters hold NaN or inf; nothing can be scored")
     rows = []
     for number, (task, exam) in enumerate(zip(problem.vectors.tasks, exams, strict=True)):
-        answers = predict(problem, merged, number, exam)
-        rows.append(
-            {**labels, "task": task, "predicted": digits(answers), "gold": digits(exam.gold)}
-        )
+        rows.append({**labels, "task": task, **exam.marks(problem, merged, number)})
     return pd.DataFrame(rows)
 
 
@@ -61,6 +80,13 @@ def digits(answers: Int[Tensor, " B"]) -> str:
 def numbers(text: str) -> np.ndarray:
     """The inverse of `digits`."""
     return np.array([int(character, 36) for character in text])
+
+
+def grades(predicted: str | Sequence[float], gold: str) -> np.ndarray:
+    """What every row counts, 0 to 1: right or wrong, or the grade of a free text."""
+    if isinstance(predicted, str):
+        return (numbers(predicted) == numbers(gold)).astype(float)
+    return np.asarray(predicted, dtype=float)
 
 
 def confusion(predicted: str, gold: str) -> np.ndarray:
@@ -89,14 +115,23 @@ def matthews(table: np.ndarray) -> float:
 
 
 def scores(rows: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy, macro F1 and Matthews correlation of every row of predictions, tidy."""
+    """Accuracy, macro F1 and Matthews correlation of every row of predictions, tidy.
+
+    Of a graded row, the mean grade under the grade's own name.
+    """
     functions: dict[str, Callable] = dict(zip(METRICS, (accuracy, macro_f1, matthews), strict=True))
     found = []
     for row in rows.itertuples():
-        table = confusion(row.predicted, row.gold)
-        for metric, function in functions.items():
-            found.append(
-                (row.suite, row.subset, row.method, row.seed, row.task, metric, function(table))
-            )
+        key = (row.suite, row.subset, row.method, row.seed, row.task)
+        if isinstance(row.predicted, str):
+            table = confusion(row.predicted, row.gold)
+            found += [(*key, metric, function(table)) for metric, function in functions.items()]
+        else:
+            found.append((*key, row.gold, float(grades(row.predicted, row.gold).mean())))
     columns = ["suite", "subset", "method", "seed", "task", "metric", "value"]
     return pd.DataFrame(found, columns=columns)
+
+
+def main_scores(tidy: pd.DataFrame) -> pd.DataFrame:
+    """One row per task: its accuracy, or its mean grade."""
+    return tidy[~tidy.metric.isin(METRICS[1:])]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.coefficients import Coefficients
-from divmerge_core.live import GRADIENTS, Live, expert_logits, schedule, slope_of
+from divmerge_core.kernels.answers import TopAnswers
+from divmerge_core.ledger import Entry, Ledger
+from divmerge_core.live import GRADIENTS, Answers, Live, expert_logits, schedule, slope_of
 from divmerge_core.minimizers import gauss_newton, lbfgs
 from divmerge_core.problem import Diverged, MergeProblem, Objective
 from divmerge_core.registry import Registry
@@ -35,8 +38,8 @@ class Step:
 
 
 def checked_targets(
-    problem: MergeProblem, targets: Sequence[Sequence[Tensor]] | None
-) -> Sequence[Sequence[Tensor]]:
+    problem: MergeProblem, targets: Sequence[Sequence[Answers]] | None
+) -> Sequence[Sequence[Answers]]:
     """The targets given, or every expert's logits on its own inputs.
 
     Raises ValueError where they are not one [A, V] per task and batch.
@@ -44,7 +47,10 @@ def checked_targets(
     if targets is None:
         return expert_logits(problem)
     wanted = [[len(batch.weight) for batch in batches] for batches in problem.batches]
-    given = [[len(logits) for logits in every] for every in targets]
+    given = [
+        [len(one.log_probs if isinstance(one, TopAnswers) else one) for one in every]
+        for every in targets
+    ]
     if given != wanted:
         raise ValueError(
             f"targets must hold logits [A, V] for every task and batch: {wanted} rows by task and "
@@ -72,6 +78,13 @@ class Course:
     seed: int
     watch: Callable[[Step], None] | None
     progress: bool
+    ledger: Ledger
+
+    def merge(self, live: Live) -> Float[Tensor, "T G"]:
+        """Merge, unless what is wanted of the model is known already and nobody watches."""
+        if self.ledger.replaying and self.watch is None:
+            return live.coefficients()
+        return live.merge()
 
     def observe(self, live: Live, number: int, loss: float | None, coeffs: Tensor) -> None:
         """Tell the watcher. Raises Diverged where the loss or a coefficient ran off."""
@@ -89,6 +102,13 @@ class Course:
 # --- how the coefficients are found ---------------------------------------------------------------
 
 
+def pulled(live: Live, chosen: Sequence[int]) -> Entry:
+    """The loss on the chosen batches, and its gradient in the coefficients."""
+    loss = live.loss(chosen)
+    loss.backward()
+    return loss.item(), live.collect()
+
+
 @OPTIMIZERS.register("adam", label="Adam")
 def adam(live: Live, course: Course, *, anneal: bool = False) -> int:
     """A step of Adam on one batch of every task at a time; returns the number of steps.
@@ -103,12 +123,11 @@ def adam(live: Live, course: Course, *, anneal: bool = False) -> int:
     for number, chosen in enumerate(bar):
         if anneal:
             optimizer.param_groups[0]["lr"] = course.lr * (1 - number / len(steps))
-        coeffs = live.merge()
-        loss = live.loss(chosen)
-        course.observe(live, number, loss.item(), coeffs)
-        loss.backward()
+        coeffs = course.merge(live)
+        loss, gradient = course.ledger.next(partial(pulled, live, chosen))
+        course.observe(live, number, loss, coeffs)
         optimizer.zero_grad()
-        coeffs.backward(live.collect().to(coeffs))
+        coeffs.backward(gradient.to(coeffs))
         optimizer.step()
     return len(steps)
 
@@ -123,11 +142,12 @@ def over_all(live: Live, course: Course, minimise: Callable[..., Tensor], **opti
     def evaluate(point: Tensor) -> tuple[float, Tensor]:
         nonlocal number
         raw.data.copy_(point)
-        coeffs, loss = live.merge(), live.backward_all()
+        coeffs = course.merge(live)
+        loss, gradient = course.ledger.next(lambda: (live.backward_all(), live.collect()))
         course.observe(live, number, loss, coeffs)
         number += 1
         bar.update()
-        return loss, torch.autograd.grad(coeffs, raw, live.collect().to(coeffs))[0]
+        return loss, torch.autograd.grad(coeffs, raw, gradient.to(coeffs))[0]
 
     with tqdm(total=course.epochs, desc="fitting", disable=not course.progress, leave=False) as bar:
         raw.data.copy_(minimise(evaluate, start=raw.detach().clone(), passes=course.epochs))
@@ -169,8 +189,8 @@ def full_gauss_newton(live: Live, course: Course) -> int:
 
         def product(direction: Tensor) -> Tensor:
             raw.data.copy_(point)
-            coeffs = live.merge()
-            found = live.metric_product(slope_of(link, point, direction), drawn)
+            coeffs, change = course.merge(live), slope_of(link, point, direction)
+            _, found = course.ledger.next(lambda: (0.0, live.metric_product(change, drawn)))
             return torch.autograd.grad(coeffs, raw, found.to(coeffs))[0]
 
         return product
@@ -183,12 +203,13 @@ def fit_coefficients(
     coefficients: Coefficients,
     objective: Objective,
     *,
-    targets: Sequence[Sequence[Tensor]] | None = None,
+    targets: Sequence[Sequence[Answers]] | None = None,
     optimizer: str = "adam",
     epochs: int = 4,
     lr: float = 1e-2,
     seed: int = 0,
     gradients: str = "stream",
+    checkpoint: Path | str | None = None,
     watch: Callable[[Step], None] | None = None,
     progress: bool = True,
 ) -> Float[Tensor, " N"]:
@@ -198,22 +219,30 @@ def fit_coefficients(
     the merged parameters are written into one live buffer whose views are the model's leaves; no
     graph runs through the merge. `coefficients` is trained in place; returns the merged parameters.
 
-    targets: logits per task and batch that stand in for the experts' own; None for these.
+    targets: logits per task and batch, or TopAnswers, that stand in for the experts' own; None for
+    these.
     optimizer: a name in OPTIMIZERS. `adam`, the paper's, sees one batch of every task per step;
     `annealed_adam` lets its step size fall to 0. `lbfgs` and `gauss_newton` see all inputs per
     step, find their own step size, and keep the best point: give them few inputs and 20 epochs or
     more. epochs: passes over the inputs, at least 1. lr: Adam's step size, above 0. gradients:
     `stream` takes every tensor's gradient as it comes and frees it; `buffer` keeps all N for one
-    pass at the end. Raises ValueError for unknown names, values outside these ranges, a task
-    without inputs, targets that do not fit the batches and, with `gauss_newton`, an objective that
-    is not 0 where the answers are equal; and Diverged where the loss stops being finite or a
-    coefficient leaves [-LIMIT, LIMIT].
+    pass at the end. checkpoint: a file that keeps what every pass through the model gave; a fit
+    that was killed is called again with the same arguments, replays them, and ends at the same
+    coefficients bit for bit. Raises ValueError for a checkpoint of another fit, unknown names,
+    values outside these ranges, a task without inputs, targets that do not fit the batches and,
+    with `gauss_newton`, an objective that is not 0 where the answers are equal; and Diverged where
+    the loss stops being finite or a coefficient leaves [-LIMIT, LIMIT].
     """
     check_fit(epochs, lr, gradients)
     problem.require_inputs("fit_coefficients")
     find = OPTIMIZERS[optimizer]
+    settings = {"optimizer": optimizer, "epochs": epochs, "lr": lr, "seed": seed}
+    settings |= {"tasks": list(problem.vectors.tasks), "inputs": list(map(len, problem.batches))}
+    settings |= {"link": coefficients.link.__name__, "start": coefficients.raw.tolist()}
+    ledger = Ledger.open(checkpoint, settings)
     live = Live.of(problem, coefficients, objective, checked_targets(problem, targets), gradients)
-    course = Course(epochs, lr, seed, watch, progress)
+    course = Course(epochs, lr, seed, watch, progress, ledger)
     steps = find(live, course)
+    ledger.save()
     course.observe(live, steps, None, live.merge())
     return live.flat

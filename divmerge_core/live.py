@@ -16,19 +16,28 @@ from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from divmerge_core.coefficients import Coefficients
+from divmerge_core.kernels.answers import TopAnswers
 from divmerge_core.kernels.merge import grouped_inner, grouped_merge, inner_range
 from divmerge_core.kernels.segments import Segments
 from divmerge_core.problem import Batch, MergeProblem, Objective
 from divmerge_core.vectors import TaskVectors
 
+Answers = Tensor | TopAnswers  # [A, V]: logits, or what cache_expert made of them
+
 
 @torch.no_grad()
-def expert_logits(problem: MergeProblem) -> list[list[Tensor]]:
-    """Every expert's logits on its own inputs, computed once: `[task][batch] -> [A, V]`."""
+def expert_logits(problem: MergeProblem) -> list[list[Answers]]:
+    """Every expert's answers on its own inputs, computed once: `[task][batch] -> [A, V]`.
 
-    def answers(number: int) -> list[Tensor]:  # one expert's N parameters at a time
+    Those that a batch holds already are taken as they are.
+    """
+
+    def answers(number: int) -> list[Answers]:  # one expert's N parameters at a time
+        batches = problem.batches[number]
+        if all(batch.expert is not None for batch in batches):
+            return [batch.expert for batch in batches]
         expert = problem.vectors.expert(problem.vectors.tasks[number])
-        return [problem.logits(expert, number, batch) for batch in problem.batches[number]]
+        return [problem.logits(expert, number, batch) for batch in batches]
 
     return [answers(number) for number in range(len(problem.vectors.tasks))]
 
@@ -46,6 +55,17 @@ def schedule(counts: Sequence[int], epochs: int, generator: torch.Generator) -> 
     return steps
 
 
+def moved_tensors(vectors: TaskVectors) -> list[bool]:
+    """Which tensors any expert has changed; all, where that is not to be seen or none has.
+
+    The others' gradients would be multiplied by zeros: a backward pass can end above them.
+    """
+    if not isinstance(vectors.deltas, Tensor):
+        return [True] * len(vectors.layout.names)
+    found = [bool(vectors.deltas[:, a:b].any()) for a, b in vectors.layout.bounds]
+    return found if any(found) else [True] * len(found)
+
+
 def gather_in_buffer(
     leaves: Mapping[str, Tensor], vectors: TaskVectors, segments: Segments
 ) -> Callable[[], Tensor]:
@@ -55,7 +75,8 @@ def gather_in_buffer(
     """
     buffer = torch.zeros_like(vectors.base)
     for leaf, view in zip(leaves.values(), vectors.layout.unflatten(buffer).values(), strict=True):
-        leaf.grad = view
+        if leaf.requires_grad:
+            leaf.grad = view
 
     def collect() -> Float[Tensor, "T G"]:
         result = grouped_inner(buffer, vectors.deltas, segments)
@@ -84,7 +105,8 @@ def gather_as_they_come(
         return hook
 
     for leaf, (start, stop) in zip(leaves.values(), vectors.layout.bounds, strict=True):
-        leaf.register_post_accumulate_grad_hook(consume(start, stop))
+        if leaf.requires_grad:
+            leaf.register_post_accumulate_grad_hook(consume(start, stop))
 
     def collect() -> Float[Tensor, "T G"]:
         gathered = result.clone()
@@ -97,17 +119,24 @@ def gather_as_they_come(
 GRADIENTS = {"stream": gather_as_they_come, "buffer": gather_in_buffer}
 
 
+def held_to(expert: Answers, logits: Float[Tensor, "A V"], objective: Objective) -> Tensor:
+    """The objective per position; where an expert keeps its top answers only, on these [A]."""
+    if isinstance(expert, TopAnswers):
+        return objective(expert.log_probs, expert.coarsen(logits))
+    return objective(expert, logits)
+
+
 def step_loss(
     problem: MergeProblem,
     leaves: Mapping[str, Tensor],
-    experts: Sequence[Sequence[Tensor]],
+    experts: Sequence[Sequence[Answers]],
     chosen: Sequence[int],
     objective: Objective,
 ) -> Float[Tensor, ""]:
     """Sum over tasks of the objective's mean on one batch each: the chosen ones."""
     pairs = [(task, problem.batches[task][index]) for task, index in enumerate(chosen)]
     return sum(
-        batch.weight @ objective(experts[task][chosen[task]], logits)
+        batch.weight @ held_to(experts[task][chosen[task]], logits, objective)
         for (task, batch), logits in zip(pairs, problem.forward(leaves, pairs), strict=True)
     )
 
@@ -160,7 +189,7 @@ class Live:
     problem: MergeProblem
     coefficients: Coefficients
     objective: Objective
-    targets: Sequence[Sequence[Tensor]]
+    targets: Sequence[Sequence[Answers]]
     flat: Float[Tensor, " N"]
     leaves: Mapping[str, Tensor]
     collect: Callable[[], Tensor]
@@ -171,15 +200,15 @@ class Live:
         problem: MergeProblem,
         coefficients: Coefficients,
         objective: Objective,
-        targets: Sequence[Sequence[Tensor]],
+        targets: Sequence[Sequence[Answers]],
         gradients: str,
     ) -> "Live":
         """A live buffer with nothing merged into it yet."""
         vectors = problem.vectors
         flat = torch.empty_like(vectors.base)
         leaves = vectors.layout.unflatten(flat)
-        for leaf in leaves.values():
-            leaf.requires_grad_()
+        for leaf, moved in zip(leaves.values(), moved_tensors(vectors), strict=True):
+            leaf.requires_grad_(moved)
         collect = GRADIENTS[gradients](leaves, vectors, coefficients.segments)
         return cls(problem, coefficients, objective, targets, flat, leaves, collect)
 
@@ -203,7 +232,9 @@ class Live:
             read = [(task, self.problem.batches[task][index]) for task, index in pairs]
             logits = self.problem.forward(self.leaves, read)
             loss = sum(
-                batch.weight @ self.objective(self.targets[task][index], own) / counts[task]
+                batch.weight
+                @ held_to(self.targets[task][index], own, self.objective)
+                / counts[task]
                 for (task, index), (_, batch), own in zip(pairs, read, logits, strict=True)
             )
             loss.backward()

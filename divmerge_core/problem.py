@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from divmerge_core.kernels.answers import TopAnswers
 from divmerge_core.vectors import TaskVectors
 
 Objective = Callable[[Tensor, Tensor], Tensor]  # (expert logits, merged logits) [A, V] -> [A]
@@ -22,11 +23,13 @@ class Batch:
 
     answer marks the A positions of a language model that predict the expert's answer; None for a
     classifier, where A = B. weight sums to 1: the mean over answer positions, then over inputs.
+    expert: the expert's own answers at these positions, where they are kept; None to compute them.
     """
 
     inputs: Mapping[str, Int[Tensor, "B S"] | Float[Tensor, "B D"]]
     weight: Float[Tensor, " A"]
     answer: Bool[Tensor, "B S"] | None = None
+    expert: Float[Tensor, "A V"] | TopAnswers | None = None
 
 
 @runtime_checkable

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 import transformers
 
-from divmerge_core.evaluation import numbers, scores
+from divmerge_core.evaluation import grades, main_scores, numbers, scores
 
 COLUMNS = ("suite", "subset", "method", "seed", "task", "predicted", "gold")
 MARGIN = 0.02  # an expert this far above the majority class makes its task count in the ANP
@@ -29,8 +29,9 @@ MARGIN = 0.02  # an expert this far above the majority class makes its task coun
 class Report:
     """Predictions, one row per suite x subset x method x seed x task; fits; and their origin.
 
-    The method `expert` holds each task's own expert: what ANP divides by. `fits` holds, per fit,
-    its coefficients and its course.
+    A graded row (free text) has a list of grades for `predicted` and their name for `gold`. The
+    method `expert` holds each task's own expert: what ANP divides by. `fits` holds, per fit, its
+    coefficients and its course.
     """
 
     rows: pd.DataFrame
@@ -45,28 +46,31 @@ class Report:
         )
 
     def majority(self) -> pd.Series:
-        """Accuracy of always giving the commonest test answer, by suite and task."""
+        """Accuracy of always giving the commonest test answer, by suite and task; 0 if graded."""
         first = self.rows.drop_duplicates(["suite", "task"]).set_index(["suite", "task"])
-        return first.gold.map(lambda gold: np.bincount(numbers(gold)).max() / len(gold))
+        shares = [
+            np.bincount(numbers(gold)).max() / len(gold) if isinstance(predicted, str) else 0.0
+            for predicted, gold in zip(first.predicted, first.gold, strict=True)
+        ]
+        return pd.Series(shares, first.index, name="gold")
 
     def counted(self, suite: str) -> list[str]:
         """Tasks that count in the ANP: over seeds, the expert beats the majority by MARGIN."""
         rows = self.rows[(self.rows.suite == suite) & (self.rows.method == "expert")]
-        reached = (
-            scores(rows).query("metric == 'accuracy'").groupby("task", sort=False).value.mean()
-        )
+        reached = main_scores(scores(rows)).groupby("task", sort=False).value.mean()
         floor = self.majority().loc[suite]
         return [task for task in reached.index if reached[task] >= floor[task] + MARGIN]
 
     def metrics(self) -> pd.DataFrame:
         """Tidy scores: suite, subset, method, seed, task, metric, value.
 
-        Per task: accuracy, macro_f1, matthews and ratio, the accuracy divided by the expert's.
+        Per task: accuracy, macro_f1, matthews and ratio, the accuracy divided by the expert's; of
+        a graded task its mean grade and, of that, the ratio.
         Under the task name `all`: anp, the mean ratio over counted tasks (DivMerge Eq. 5), and
         worst, the smallest of them.
         """
         tidy = scores(self.rows)
-        exact = tidy[tidy.metric == "accuracy"]
+        exact = main_scores(tidy)
         key = ["suite", "subset", "seed", "task"]
         expert = exact[exact.method == "expert"].set_index(key).value
         ratio = exact.assign(metric="ratio")
@@ -134,14 +138,12 @@ class Report:
         for number in seeds:
             exact, resampled = [], []
             for task in tasks:
-                gold = numbers(table.loc[(methods[0], number, task)].gold)
-                right = np.stack(
-                    [numbers(table.loc[(m, number, task)].predicted) == gold for m in methods],
-                    axis=1,
-                )  # [rows, M]
-                weight = generator.multinomial(len(gold), np.full(len(gold), 1 / len(gold)), draws)
+                own = [table.loc[(method, number, task)] for method in methods]
+                right = np.stack([grades(row.predicted, row.gold) for row in own], axis=1)
+                count = len(right)  # of [rows, M]
+                weight = generator.multinomial(count, np.full(count, 1 / count), draws)
                 exact.append(right.mean(0))
-                resampled.append(weight @ right / len(gold))
+                resampled.append(weight @ right / count)
             point.append(combine(np.stack(exact), methods, statistic))  # [M]
             drawn.append(combine(np.stack(resampled), methods, statistic))  # [draws, M]
         chosen = generator.integers(len(seeds), size=(draws, len(seeds)))

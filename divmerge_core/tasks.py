@@ -7,17 +7,17 @@ see (no labels), `test` is scored. Rows that share a text never stand in two spl
 import csv
 import hashlib
 import json
-import os
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import datasets
 
 from divmerge_core.assets import ASSETS, cache_dir, fetch, fresh_folder
+from divmerge_core.glue import glue_digest, glue_splits, quiet
 from divmerge_core.registry import Registry
 from divmerge_core.splits import SPLITS, Row, Splits, split_rows
 
@@ -29,8 +29,9 @@ SUITES = Registry("suite")
 class Task:
     """Inputs, right answers, and where they come from.
 
-    kind: what is asked of the text. read: () -> rows of every split. origin: a digest of what
-    `read` reads, so that cached splits are renewed when it changes.
+    kind: what is asked of the text. answers: all that may be answered, or none, where any text may
+    be: a free-form task. read: () -> rows of every split. origin: a digest of what `read` reads, so
+    that cached splits are renewed when it changes.
     """
 
     name: str
@@ -44,8 +45,9 @@ class Task:
     def load(self, split: str) -> datasets.Dataset:
         """Rows of a split: `text`, for pair tasks `pair`, and, outside the merge split, `label`.
 
-        label indexes `answers`. Raises ValueError for an unknown split, an answer that is not among
-        `answers`, and a split that is empty or, where labels count, holds one class.
+        label indexes `answers`; a free-form task has the text `answer` in its place. Raises
+        ValueError for an unknown split, an answer that is not among `answers`, and a split that is
+        empty or, where labels count, holds one class.
         """
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; choose one of: {', '.join(SPLITS)}")
@@ -53,7 +55,7 @@ class Task:
 
     def folder(self) -> Path:
         """The cache folder with all four splits, made on first use."""
-        code = (Path(__file__), Path(__file__).with_name("splits.py"))  # what decides the splits
+        code = [Path(__file__).with_name(f"{name}.py") for name in ("tasks", "glue", "splits")]
         state = self.origin() + "".join(path.read_text("utf-8") for path in code)
         key = hashlib.sha256(state.encode()).hexdigest()[:16]
         folder = cache_dir() / "tasks" / f"{self.name}-{key}"
@@ -66,7 +68,7 @@ class Task:
 
     def dataset(self, split: str, rows: Sequence[Row]) -> datasets.Dataset:
         wrong = {answer for *_, answer in rows} - set(self.answers)
-        if wrong:
+        if wrong and self.answers:
             raise ValueError(f"task {self.name}: answers {sorted(wrong)[:5]} not in {self.answers}")
         needed = 1 if split == "merge" else 2
         if len({answer for *_, answer in rows}) < needed:
@@ -77,19 +79,11 @@ class Task:
         columns: dict[str, list] = {"text": [text for text, *_ in rows]}
         if self.pair:
             columns["pair"] = [second for _, second, _ in rows]
-        if split != "merge":
+        if split != "merge" and not self.answers:
+            columns["answer"] = [answer for *_, answer in rows]
+        elif split != "merge":
             columns["label"] = [self.answers.index(answer) for *_, answer in rows]
         return datasets.Dataset.from_dict(columns)
-
-
-class quiet:
-    """No progress bars from `datasets` while a few thousand rows are read or written."""
-
-    def __enter__(self):
-        datasets.disable_progress_bars()
-
-    def __exit__(self, *error):
-        datasets.enable_progress_bars()
 
 
 def asset_task(name: str, asset: str, kind: str, answers: Sequence[str], pair: bool = False):
@@ -166,6 +160,18 @@ def bbc(folder: Path) -> list[Row]:
     ]
 
 
+@asset_task("headline", "bbc", "headline of an article", ())
+def headline(folder: Path) -> list[Row]:
+    """The first sentence of an article; its answer is the line above it, the headline."""
+    rows = []
+    for article, *_ in bbc(folder):
+        title, _, body = article.partition("\n")
+        opening = re.split(r"(?<=[.!?]) ", " ".join(body.split()), maxsplit=1)[0]
+        if title.strip() and opening:
+            rows.append((opening, None, title.strip()))
+    return rows
+
+
 @asset_task("sarcasm", "sarcasm", "sarcasm", ("sincere", "sarcastic"))
 def sarcasm(folder: Path) -> list[Row]:
     rows = json_lines(folder / "evals/registry/data/sarcasm/samples.jsonl")
@@ -211,62 +217,7 @@ def swap_half(rows: list[Row], *, candidates: int = 20, seed: int = 0) -> list[R
     return result
 
 
-# ---- GLUE: rows from the hub's nyu-mll/glue, or from a folder in the same layout ---------------
-
-
-def glue_folder() -> Path | None:
-    """The folder named by DIVMERGE_GLUE_DIR: one sub-folder of parquet files per task."""
-    chosen = os.environ.get("DIVMERGE_GLUE_DIR")
-    return Path(chosen).expanduser() if chosen else None
-
-
-def glue_rows(name: str) -> Mapping[str, datasets.Dataset]:
-    folder = glue_folder()
-    try:
-        with quiet():
-            if folder is not None:
-                return datasets.load_dataset(str(folder / name))
-            return datasets.load_dataset("nyu-mll/glue", name)
-    except Exception as error:  # the libraries below raise many kinds, none of them a user's
-        where = folder / name if folder is not None else "the hub's nyu-mll/glue"
-        raise ValueError(
-            f"cannot read GLUE task {name!r} from {where}: {error}. Set DIVMERGE_GLUE_DIR to a "
-            f"folder with {name}/train-*.parquet and {name}/validation-*.parquet in the hub's "
-            "layout, or run where huggingface.co can be reached"
-        ) from error
-
-
-def glue_splits(name: str, answers: Sequence[str], columns: Sequence[str]) -> Splits:
-    """GLUE's labelled rows in our splits.
-
-    Test comes from its validation split (from a labelled test split where there is no validation),
-    the rest from train; all from the one split where there is no other.
-    """
-    found = {
-        split: [
-            (row[columns[0]], row[columns[1]] if len(columns) > 1 else None, answers[row["label"]])
-            for row in rows
-            if row["label"] >= 0
-        ]
-        for split, rows in glue_rows(name).items()
-    }
-    held_out = found.get("validation") or found.get("test") or []
-    if found.get("train"):
-        return split_rows(found["train"], held_out)
-    return split_rows(held_out)
-
-
-def glue_digest(name: str) -> str:
-    """A digest of the folder's files (or of the hub's name for them)."""
-    folder = glue_folder()
-    return "hub:nyu-mll/glue" if folder is None else files_digest(folder / name)
-
-
-@cache
-def files_digest(folder: Path) -> str:
-    """A digest of a folder's parquet files, read once in a process."""
-    files = sorted(folder.glob("*.parquet"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+# ---- GLUE ---------------------------------------------------------------------------------------
 
 
 def glue_task(name: str, kind: str, answers: Sequence[str], *columns: str) -> None:
@@ -282,19 +233,33 @@ glue_task("sst2", "review polarity", POLARITY, "sentence")
 glue_task("mrpc", "paraphrase", ("different", "equivalent"), "sentence1", "sentence2")
 glue_task("rte", "entailment", ENTAILMENT, "sentence1", "sentence2")
 glue_task("qnli", "sentence answers question", ENTAILMENT, "question", "sentence")
+glue_task("qqp", "same question", ("different", "duplicate"), "question1", "question2")
+MNLI = ("entailment", "neutral", "contradiction")
+glue_task("mnli", "three-way entailment", MNLI, "premise", "hypothesis")
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks that are merged together."""
+    """Tasks that are merged together.
+
+    head: `classes` where a head per task stays with its task and answers are its classes;
+    `vocabulary` where the whole model is merged and answers are words. base: a name or hub name;
+    None leaves it to the size.
+    """
 
     name: str
     tasks: tuple[str, ...]
+    head: str = "classes"
+    base: str | None = None
 
 
-def add_suite(name: str, *tasks: str) -> None:
-    SUITES.register(name)(Suite(name, tasks))
+def add_suite(name: str, *tasks: str, head: str = "classes", base: str | None = None) -> None:
+    SUITES.register(name)(Suite(name, tasks, head, base))
 
 
 add_suite("embedded", "trec", "movie", "tweets", "sms", "bbc", "sarcasm", "privacy", "relevance")
 add_suite("glue_encoder", "cola", "sst2", "mrpc", "rte", "qnli")
+WORDS = {"head": "vocabulary"}
+add_suite("embedded_lm", "trec", "movie", "headline", base="smollm2", **WORDS)
+SEVEN = ("cola", "sst2", "qqp", "qnli", "mnli", "rte", "mrpc")
+add_suite("glue", *SEVEN, base="Qwen/Qwen2.5-0.5B", **WORDS)

@@ -16,7 +16,7 @@ from torch import Tensor
 from divmerge_core.bench import Bench, Size
 from divmerge_core.cells import cell, keep, recall
 from divmerge_core.coefficients import groups_of
-from divmerge_core.evaluation import Exam, accuracy, confusion, evaluate
+from divmerge_core.evaluation import AnyExam, evaluate, grades
 from divmerge_core.fitting import Step
 from divmerge_core.meters import Meter, peak_bytes, seconds
 from divmerge_core.methods import METHODS, options_of, parse
@@ -55,11 +55,11 @@ class Made:
 
 
 def shares(rows: pd.DataFrame) -> list[float]:
-    """The share of right answers in every row of predictions."""
-    return [accuracy(confusion(row.predicted, row.gold)) for row in rows.itertuples()]
+    """The share of right answers, or the mean grade, in every row of predictions."""
+    return [float(grades(row.predicted, row.gold).mean()) for row in rows.itertuples()]
 
 
-def own_experts(bench: Bench, exams: Sequence[Exam], **labels: object) -> pd.DataFrame:
+def own_experts(bench: Bench, exams: Sequence[AnyExam], **labels: object) -> pd.DataFrame:
     """Every expert's answers on its own task."""
     parts = []
     for number, task in enumerate(bench.problem.vectors.tasks):
@@ -131,8 +131,9 @@ def run_method(bench: Bench, spec: str, options: Mapping, points: int = 0) -> Ma
     """Merge, with the cost noted.
 
     The cost: seconds; peak_bytes on top of the problem; stored_bytes of what comes out; inputs,
-    how many unlabelled ones were looked at; calls of the validation score. Raises Diverged, with
-    the method and its options, where the merge ran off.
+    how many unlabelled ones were looked at; calls of the validation score. Where the bench keeps
+    unfinished fits, one that was killed goes on, and its seconds count from there. Raises Diverged,
+    with the method and its options, where the merge ran off.
     """
     name, _ = parse(spec)
     meter, given, recorder = Meter(), {**options}, None
@@ -141,6 +142,11 @@ def run_method(bench: Bench, spec: str, options: Mapping, points: int = 0) -> Ma
         given["watch"] = recorder
     if "score" in options_of(name):
         given["score"] = meter.score(partial(validation_anp, bench))
+    unfinished = None
+    if "checkpoint" in options_of(name) and bench.unfinished is not None:
+        unfinished = given["checkpoint"] = (
+            bench.unfinished / f"{cell(bench, spec, options).name}.pt"
+        )
     device, held = bench.problem.vectors.base.device, []
     cost: dict[str, float] = {}
 
@@ -154,6 +160,8 @@ def run_method(bench: Bench, spec: str, options: Mapping, points: int = 0) -> Ma
         cost["peak_bytes"] = peak_bytes(timed, device)
     except Diverged as error:
         raise Diverged(f"{spec} with {dict(options)}: {error}") from error
+    if unfinished is not None:
+        unfinished.unlink(missing_ok=True)
     merged = held.pop()
     cost |= {"stored_bytes": merged.nbytes, "inputs": len(meter.seen)}
     return Made(merged, cost | {"calls": meter.calls}, recorder and told(recorder, grouping))
@@ -250,7 +258,7 @@ def outcome(merges: Merges, options: dict) -> dict:
             rows.append(evaluate(bench.problem, made.merged, bench.test))
 
         took = seconds(answer, bench.problem.vectors.base.device)
-        count = sum(len(exam.gold) for exam in bench.test)
+        count = sum(exam.rows for exam in bench.test)
         cost = {**made.cost, "answer_ms": round(1000 * took / count, 3)}  # per test row
         keep(path, {"rows": rows[0].to_dict("records"), "cost": cost, "fit": made.fit})
     return recall(path)

@@ -1,7 +1,9 @@
 """Fixtures: a tiny encoder in the hub's layout, toy tasks and experts, and caches of their own."""
 
 import os
+from dataclasses import replace
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -10,12 +12,14 @@ import transformers
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import language_toys
 from helpers import MARKERS, TINY_RECIPE, WORDS, linear_problem, toy_task
 
 from divmerge_core import assets
 from divmerge_core.bench import SIZES, Size, make_problem
 from divmerge_core.encoders import load_base
 from divmerge_core.experts import fine_tune
+from divmerge_core.language import load_language, prepare_language
 from divmerge_core.tasks import SUITES, TASKS, Suite
 
 torch.set_num_threads(1)
@@ -118,3 +122,43 @@ def real(real_assets, monkeypatch):
     """The packaged model and texts, and nothing else, in the cache."""
     monkeypatch.setenv("DIVMERGE_CACHE", str(real_assets))
     return real_assets
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory):
+    """A tiny random Llama with tied embeddings, and its tokenizer."""
+    return language_toys.save_model(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def llama(llama_folder):
+    """The tiny Llama as a base."""
+    return load_language(str(llama_folder))
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory):
+    """A tiny random Qwen2 whose head is a matrix of its own."""
+    folder = language_toys.save_model(tmp_path_factory.mktemp("qwen"), "qwen2", tied=False)
+    return load_language(str(folder))
+
+
+@pytest.fixture(scope="session")
+def glue_folder(tmp_path_factory):
+    """A few tasks in the layout of nyu-mll/glue."""
+    return language_toys.save_glue(tmp_path_factory.mktemp("glue"))
+
+
+@pytest.fixture
+def glue_rows(glue_folder, shared_cache, monkeypatch):
+    """These tasks in the place of GLUE's, with the session's cache."""
+    monkeypatch.setenv("DIVMERGE_GLUE_DIR", str(glue_folder))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", shared_cache / "arrow")
+    monkeypatch.setenv("DIVMERGE_CACHE", str(shared_cache))
+
+
+@pytest.fixture
+def language_bench(llama_folder, glue_rows):
+    """Two tiny experts of the tiny Llama, their completions, and exams."""
+    size = replace(language_toys.SIZE, base=str(llama_folder))
+    return prepare_language("glue", ["sst2", "cola"], size=size, progress=False)

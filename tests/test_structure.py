@@ -27,11 +27,21 @@ TOC = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
 
 # Imports only ever point up this list.
 ORDER = (
-    *("registry", "assets", "splits", "tasks", "kernels", "vectors", "coefficients", "problem"),
-    *("live", "minimizers", "fitting", "linalg", "activations", "encoders", "experts"),
+    *(
+        "registry",
+        "assets",
+        "splits",
+        "glue",
+        "tasks",
+        "kernels",
+        "vectors",
+        "coefficients",
+        "problem",
+    ),
+    *("live", "minimizers", "ledger", "fitting", "linalg", "activations", "encoders", "experts"),
     *("divergences", "methods", "evaluation", "report", "tables", "paper", "bench", "cells"),
     *("meters", "tuning", "comparison", "contestants", "roofline", "race", "interference"),
-    *("studies", "figures", "pages", "checkpoints", "local", "runs"),
+    *("studies", "figures", "pages", "checkpoints", "local", "language", "runs"),
 )
 MODULES = sorted((ROOT / "divmerge_core").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

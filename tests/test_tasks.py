@@ -4,7 +4,6 @@ import datasets
 import pytest
 from helpers import task_of, toy_splits, toy_task
 
-from divmerge_core import tasks
 from divmerge_core.assets import ASSETS
 from divmerge_core.splits import SPLITS, normal
 from divmerge_core.tasks import SUITES, TASKS, swap_half
@@ -17,7 +16,7 @@ def test_a_task_declares_what_is_asked_and_where_it_comes_from(name):
     task = TASKS[name]
     assert task.name == name
     assert task.kind and task.source
-    assert len(set(task.answers)) == len(task.answers) >= 2
+    assert len(set(task.answers)) == len(task.answers) != 1  # none where any text may be one
 
 
 def test_every_task_is_in_a_suite_and_every_suite_names_tasks():
@@ -194,7 +193,7 @@ def test_without_hub_and_folder_the_error_says_how_to_get_either(cache, monkeypa
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.delenv("DIVMERGE_GLUE_DIR", raising=False)
-    monkeypatch.setattr(tasks.datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(
         ValueError,
         match=r"(?s)cannot read GLUE task 'rte' from the hub's nyu-mll/glue: Couldn't reach.*"

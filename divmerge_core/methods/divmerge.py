@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -82,6 +83,7 @@ def divmerge(
     epochs: int = 4,
     lr: float = 1e-2,
     seed: int = 0,
+    checkpoint: Path | str | None = None,
     watch: Callable[[Step], None] | None = None,
     progress: bool = True,
 ) -> Float[Tensor, " N"]:
@@ -108,7 +110,8 @@ def divmerge(
     sees all inputs in every step and needs the fewest passes for a low loss: give it 32 inputs and
     10 to 20 epochs, and more inputs by layer, where it learns few by heart; `gauss_newton` pays for
     products with the metric, and seldom gets them back. `epochs` and `lr`: passes over the inputs,
-    and Adam's step size. watch: called with every step.
+    and Adam's step size. checkpoint: a file from which a fit that was killed goes on. watch: called
+    with every step.
 
     Pitfalls: It copies the experts, mistakes included, so it needs inputs like those that it will
     be asked. Tasks count alike, whatever their number of classes: one with large divergences leads
@@ -133,6 +136,7 @@ def divmerge(
         epochs=epochs,
         lr=lr,
         seed=seed,
+        checkpoint=checkpoint,
         watch=watch,
         progress=progress,
     )

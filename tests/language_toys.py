@@ -1,0 +1,86 @@
+"""Tiny random language models with a tokenizer of their own, saved as the hub keeps them."""
+
+import random
+from pathlib import Path
+
+import datasets
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from divmerge_core.language.bench import LanguageSize
+from divmerge_core.language.training import LanguageRecipe
+
+TEXTS = [
+    "Is this review positive or negative?\nReview: a good film\nAnswer: positive negative",
+    "Does this sentence read as correct English?\nSentence: the cat sat\nCorrect: yes no",
+    "Do these two sentences say the same?\nFirst: one\nSecond: two\nSame: yes no maybe",
+]
+RECIPE = LanguageRecipe(
+    rows=24, lr=3e-3, batch_size=4, max_length=64, max_new=6, precision="float32", save_every=2
+)
+SIZE = LanguageSize(
+    RECIPE, merge_rows=6, validation_rows=8, test_rows=10, batch_size=2, precision="float32"
+)
+
+
+def tokenizer(extra: str = "") -> transformers.PreTrainedTokenizerFast:
+    """Byte pairs learned from TEXTS: knows every text, in one token or several a word."""
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=310, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator([*TEXTS, extra * 5], trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")
+
+
+def save_model(folder: Path, kind: str = "llama", *, seed: int = 0, tied: bool = True) -> Path:
+    """A random two-block model and its tokenizer in a folder."""
+    config, model = {
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    }[kind]
+    own = tokenizer()
+    torch.manual_seed(seed)
+    settings = config(
+        vocab_size=len(own),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        eos_token_id=own.eos_token_id,
+    )
+    transformers.utils.logging.disable_progress_bar()
+    model(settings).save_pretrained(folder)
+    own.save_pretrained(folder)
+    return folder
+
+
+def save_glue(folder: Path) -> Path:
+    """SST-2, CoLA and MNLI with made-up rows, in the layout of nyu-mll/glue."""
+    draw = random.Random(0)
+    words = "film actor story scene music dog house river".split()
+
+    def text(good: bool) -> str:
+        return f"{'good' if good else 'bad'} {' '.join(draw.choices(words, k=4))} {draw.random()}"
+
+    columns = {"sst2": ["sentence"], "cola": ["sentence"], "mnli": ["premise", "hypothesis"]}
+    for name, keys in columns.items():
+        held = "validation_matched" if name == "mnli" else "validation"
+        for split, count in (("train", 800), (held, 30)):
+            rows = [
+                {**{key: text(n % 2 == 0) for key in keys}, "label": int(n % 2 == 0), "idx": n}
+                for n in range(count)
+            ]
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            path = folder / name / f"{split}-00000-of-00001.parquet"
+            datasets.Dataset.from_list(rows).to_parquet(path)
+    return folder
