@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
 from math import prod
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from divmerge_core.kernels.merge import grouped_merge
 from divmerge_core.kernels.segments import Segments
 from divmerge_core.kernels.stores import Deltas, Factors, Int8Deltas, LowRankDeltas, dense
+from divmerge_core.kernels.streamed import StreamedDeltas
 from divmerge_core.registry import Registry
 
 STORAGES = Registry("storage")
@@ -34,6 +36,8 @@ STORAGES.register("float32")(stacked(None))  # what a layout flattens to: float6
 STORAGES.register("bfloat16")(stacked(torch.bfloat16))
 STORAGES.register("float16")(stacked(torch.float16))
 STORAGES.register("int8")(lambda rows, count: Int8Deltas.of(rows))
+STORAGES.register("streamed")(StreamedDeltas.of)
+STORAGES.register("streamed_bfloat16")(partial(StreamedDeltas.of, dtype=torch.bfloat16))
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,9 @@ class TaskVectors:
     ) -> "TaskVectors":
         """Subtract the base's state dict from every expert's (task name -> state dict).
 
-        storage: how task vectors are kept, a name in STORAGES. Raises ValueError where an expert's
-        tensors differ in name or shape, or are not finite.
+        storage: how task vectors are kept, a name in STORAGES; `streamed` leaves them in the host's
+        memory. Raises ValueError where an expert's tensors differ in name or shape, or are not
+        finite.
         """
         store, layout = STORAGES[storage], Layout.of(base)
         if not experts:

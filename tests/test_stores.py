@@ -91,6 +91,7 @@ def test_int8_task_vectors_merge_as_what_they_stand_for(backend, monkeypatch):
 
 # what a stored task vector may be off by, relative to its largest number
 ERRORS = {"float32": 0, "bfloat16": 2**-8, "float16": 2**-11, "int8": 1 / 254}
+ERRORS |= {"streamed": 0, "streamed_bfloat16": 2**-8}
 
 
 def states():

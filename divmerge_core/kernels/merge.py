@@ -236,6 +236,7 @@ def write(base, deltas, coeffs, segments, out, backend) -> Tensor:
     if isinstance(deltas, LowRankDeltas):
         deltas.merge(base, coeffs, segments, out)
     else:
+        backend = "torch" if isinstance(deltas, stores.StreamedDeltas) else backend
         MERGES[backend](base, deltas, coeffs, segments, out)
     return out
 
@@ -267,13 +268,12 @@ def grouped_merge(
 ) -> Float[Tensor, " N"]:
     """theta = theta_0 + sum_t Lambda[t, g] tau_t on each group g (DivMerge Eq. 3).
 
-    deltas: `[T, N]` in float32, bfloat16 or float16 whatever the base's, or a store of int8 or
-    low-rank task vectors, which are merged by matrix products on every backend. The result has the
-    base's dtype and is differentiable in base and coefficients; written into `out`, it is not.
-    backend: `auto` is Triton on a GPU where it is installed, else PyTorch. validate=False skips the
-    one check that reads the coefficients back from a GPU, that they are finite; nothing else
-    synchronises, so that the call can stand in a CUDA graph (after one call to warm up) and in
-    `torch.compile`.
+    deltas: `[T, N]` in float32, bfloat16 or float16 whatever the base's, or a store of int8,
+    low-rank or streamed ones; the last two run on PyTorch. The result has the base's dtype and is
+    differentiable in base and coefficients; written into `out`, it is not. backend: `auto` is
+    Triton on a GPU where it is installed, else PyTorch. validate=False skips the one check that
+    reads the coefficients back from a GPU, that they are finite; nothing else synchronises, so that
+    the call can stand in a CUDA graph (after one call to warm up) and in `torch.compile`.
 
     Raises ValueError where shapes, dtypes, devices or memory layouts do not fit together, for a
     backend that cannot run here, and for coefficients that are not finite.
@@ -306,6 +306,6 @@ def grouped_inner(
     """
     stores.check(grad, deltas, segments)
     backend = resolve(backend, grad, stores.sample(deltas))
-    if backend == "triton" and not isinstance(deltas, LowRankDeltas):
+    if backend == "triton" and not isinstance(deltas, LowRankDeltas | stores.StreamedDeltas):
         return inner_triton(grad, deltas, segments)
     return inner_torch(grad, deltas, segments)

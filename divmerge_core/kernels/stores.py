@@ -1,4 +1,4 @@
-"""Task vectors held in less memory than one float32 per parameter: int8 blocks, low-rank factors.
+"""Task vectors in less memory than one float32 per parameter: int8 blocks, low-rank factors.
 
 Half precision needs nothing here: a `[T, N]` tensor of bfloat16 or float16 is a store as it is.
 """
@@ -11,9 +11,10 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from divmerge_core.kernels.segments import Segments
+from divmerge_core.kernels.streamed import StreamedDeltas
 
 SCALE_BLOCK = 128  # neighbouring parameters that share one int8 scale
-CHUNK = 1 << 18  # columns that are widened at a time: T MB of temporaries
+CHUNK = 1 << 18  # columns read at a time: T MB of temporaries where they are widened or copied
 
 
 def quantise(row: Float[Tensor, " N"]) -> tuple[Int8[Tensor, " N"], Float[Tensor, " K"]]:
@@ -148,11 +149,13 @@ class LowRankDeltas:
         return result
 
 
-Deltas = Float[Tensor, "T N"] | Int8Deltas | LowRankDeltas
+Deltas = Float[Tensor, "T N"] | Int8Deltas | LowRankDeltas | StreamedDeltas
 
 
 def sample(deltas: Deltas) -> Tensor:
     """One tensor of a store, to ask for its device."""
+    if isinstance(deltas, StreamedDeltas):
+        return deltas.sample
     if isinstance(deltas, LowRankDeltas):
         return next(iter(deltas.factors.values())).left
     return deltas.values if isinstance(deltas, Int8Deltas) else deltas
@@ -173,11 +176,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def columns(
     deltas: Deltas, start: int, stop: int, dtype: torch.dtype
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """(low, high, deltas there in `dtype`): one view where it serves, else widened chunks."""
-    view = isinstance(deltas, Tensor) and deltas.dtype == dtype
-    for low in range(start, stop, max(stop - start, 1) if view else CHUNK):
-        high = stop if view else min(low + CHUNK, stop)
-        dense = isinstance(deltas, Tensor)
+    """(low, high, deltas there in `dtype`), a chunk at a time: views where they serve."""
+    pieces = [(low, min(low + CHUNK, stop)) for low in range(start, stop, CHUNK)]
+    if isinstance(deltas, StreamedDeltas):
+        yield from deltas.stream(pieces, dtype)
+        return
+    dense = isinstance(deltas, Tensor)
+    for low, high in pieces:
         yield low, high, deltas[:, low:high].to(dtype) if dense else deltas.columns(low, high)
 
 
