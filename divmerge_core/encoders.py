@@ -56,6 +56,21 @@ def check_device(device: str) -> torch.device:
     return chosen
 
 
+def device_line(device: str) -> str:
+    """One line on what a run computes on; chapters for a GPU print it.
+
+    >>> device_line("cpu").split(",")[0]
+    'cpu'
+    """
+    place = check_device(device)
+    if place.type == "cuda":
+        found = torch.cuda.get_device_properties(place)
+        name = f"{found.name}, {found.total_memory / 1e9:.0f} GB"
+    else:
+        name = f"{torch.get_num_threads()} threads"
+    return f"{place}, {name}, matrix products in {resolve('auto', place)}"
+
+
 def load_base(name: str, device: str = "cpu") -> Base:
     """An encoder without pooler or head: a name in ENCODERS, a local folder, or a hub model's name.
 

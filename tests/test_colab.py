@@ -14,8 +14,9 @@ from packaging.utils import canonicalize_name
 pytestmark = pytest.mark.colab
 
 # What Colab lacks of our dependencies and theirs. IPython asks for jedi, and Colab leaves it out.
-ADDED = {"cma", "divmerge-core", "jaxtyping", "jedi", "papermill", "wadler-lindig"}
-SETUP = "divmerge_core"
+ADDED = {
+    *("cma", "divmerge-core", "jaxtyping", "jedi", "papermill", "rouge-score", "wadler-lindig"),
+}
 
 
 @pytest.fixture

@@ -1,12 +1,12 @@
 """Language models: a task is a prompt, an answer is text, and divergence sees all words.
 
-    from divmerge_core import METHODS, evaluate
-    from divmerge_core.language import prepare_language
+from divmerge_core import METHODS, evaluate
+from divmerge_core.language import prepare_language
 
-    bench = prepare_language("embedded_lm", ["trec", "movie"], size="smoke")
-    merged = METHODS["divmerge"](bench.problem, grouping="block")
-    evaluate(bench.problem, merged, bench.test)     # by likelihood of the words; else by ROUGE-1
-    evaluate(bench.problem, merged, bench.written)  # by what it writes
+bench = prepare_language("embedded_lm", ["trec", "movie"], size="smoke")
+merged = METHODS["divmerge"](bench.problem, grouping="block")
+evaluate(bench.problem, merged, bench.test)     # by likelihood of the words; else by ROUGE-1
+evaluate(bench.problem, merged, bench.written)  # by what it writes
 """
 
 from divmerge_core.language.bench import LANGUAGE_SIZES, LanguageSize, prepare_language
