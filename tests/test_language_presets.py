@@ -9,7 +9,14 @@ from divmerge_core.accelerators import ACCELERATORS
 from divmerge_core.encoders import device_line
 from divmerge_core.language import presets
 from divmerge_core.language.bench import LANGUAGE_SIZES
-from divmerge_core.language.plans import qwen, size_on, suite_forecast, training_seconds
+from divmerge_core.language.plans import (
+    memory_plans,
+    memory_table,
+    qwen,
+    size_on,
+    suite_forecast,
+    training_seconds,
+)
 from divmerge_core.language.presets import preset, smaller
 
 
@@ -42,16 +49,16 @@ def gpu(monkeypatch):
 def test_without_a_gpu_the_packaged_model_stands_in_and_says_so():
     chosen = preset("auto", "smoke", "cpu")
     assert (chosen.suite, chosen.device) == ("embedded_lm", "cpu")
-    assert chosen.size == LANGUAGE_SIZES["embedded_lm/smoke"]
-    assert "suite embedded_lm: no GPU" in chosen.why and device_line("cpu") in chosen.why
+    assert chosen.size == chosen.label == "smoke"
+    assert "suite embedded_lm: no GPU" in chosen.why
 
 
 def test_a_large_gpu_takes_glue_as_it_is(gpu):
     gpu(40e9)
     chosen = preset("auto", "full", "auto")
     assert (chosen.suite, chosen.label, chosen.device) == ("glue", "full", "cuda")
-    assert chosen.size == LANGUAGE_SIZES["glue/full"]
-    assert "a card, 40 GB, matrix products in bfloat16" in chosen.why
+    assert chosen.size == "full"
+    assert device_line("auto") == "cuda, a card, 40 GB, matrix products in bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -112,9 +119,19 @@ def test_plans_follow_the_preset_of_the_gpu():
     assert size_on(DEFAULT, ACCELERATORS["t4"]).storage == "int8"
 
 
+def test_the_table_of_memory_adds_up_to_the_plans():
+    shape = {**SHAPE, "model": qwen()}
+    table = memory_table(DEFAULT, ["t4", "h100"], **shape)
+    for key in ("t4", "h100"):
+        plans = memory_plans(DEFAULT, key, **shape)
+        totals = [table.loc[ACCELERATORS[key].name, part].sum() for part in ("fine-tuning", "fit")]
+        assert totals == pytest.approx([plan.total / 1e9 for plan in plans])
+    assert all("loaded base" in str(plan) for plan in plans)
+
+
 def test_a_better_gpu_is_never_slower_and_needs_no_more_memory():
     table = suite_forecast(DEFAULT, ["a100_40", "h100"], rows=6000, **SHAPE)
-    slow, fast = table["experts and fit, h"]
+    slow, fast = table["experts and fit, s"]
     assert fast < slow and table["fit, GB"].nunique() == 1
 
 

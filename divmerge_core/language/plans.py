@@ -15,7 +15,7 @@ from divmerge_core.accelerators import ACCELERATORS, Accelerator
 from divmerge_core.forecast import operations, step_seconds
 from divmerge_core.language.bench import LanguageSize
 from divmerge_core.language.presets import smaller, too_small
-from divmerge_core.memory import Plan, plan, training_plan
+from divmerge_core.memory import Line, Plan, plan, training_plan
 from divmerge_core.workloads import Fit, Model, Training
 
 QWEN = {  # Qwen2.5-0.5B, as its config.json on the hub has it
@@ -92,12 +92,46 @@ def training_seconds(
 def memory_plans(
     size: LanguageSize, gpu: str, *, num_tasks: int, tokens: int, answers: int, model: Model
 ) -> tuple[Plan, Plan]:
-    """The plans of fine-tuning one expert and of the fit, on a GPU in ACCELERATORS."""
+    """The plans of fine-tuning one expert and of the fit, on a GPU in ACCELERATORS.
+
+    The base as it was loaded stays on the GPU beside either.
+    """
     chosen = size_on(size, ACCELERATORS[gpu])
-    training = training_of(chosen, tokens, answers)
-    return training_plan(model, training, gpu), plan(
-        model, fit_of(chosen, num_tasks, tokens, answers), gpu
-    )
+    fit = fit_of(chosen, num_tasks, tokens, answers)
+    plans = training_plan(model, training_of(chosen, tokens, answers), gpu), plan(model, fit, gpu)
+    loaded = Line("loaded base", 4 * model.parameters, "N x 4 bytes, as it was read")
+    return tuple(replace(one, lines=(*one.lines, loaded)) for one in plans)
+
+
+GROUPS = {  # lines of plans that a reader need not tell apart
+    "base": "weights",
+    "live buffer": "weights",
+    "loaded base": "weights",
+    "weights in bfloat16": "weights",
+    "activations": "activations and answers",
+    "logits": "activations and answers",
+    "gradient of logits": "activations and answers",
+    "experts' answers": "activations and answers",
+}
+
+
+def memory_table(
+    size: LanguageSize, gpus: Sequence[str] = tuple(ACCELERATORS), **shape: object
+) -> pd.DataFrame:
+    """Gigabytes by what they hold: a row for fine-tuning and one for the fit, on each GPU.
+
+    shape: as for `memory_plans`.
+    """
+    found = {}
+    for key in gpus:
+        both = memory_plans(size, key, **shape)
+        for name, one in zip(("fine-tuning", "fit"), both, strict=True):
+            held: dict[str, float] = {}
+            for line in one.lines:
+                group = GROUPS.get(line.what, line.what)
+                held[group] = held.get(group, 0.0) + line.nbytes / 1e9
+            found[ACCELERATORS[key].name, name] = held
+    return pd.DataFrame(found).T.fillna(0.0)
 
 
 def suite_forecast(
@@ -134,7 +168,7 @@ def suite_forecast(
                 "a step of the fit, s": step,
                 "the fit, s": steps * step,
                 "an expert, s": one,
-                "experts and fit, h": (num_tasks * one + steps * step) / 3600,
+                "experts and fit, s": num_tasks * one + steps * step,
             }
         )
     return pd.DataFrame(found).set_index("GPU")

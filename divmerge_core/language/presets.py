@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 
-from divmerge_core.encoders import check_device, device_line, resolve
+from divmerge_core.encoders import check_device, resolve
 from divmerge_core.language.bench import LanguageSize, size_of
 from divmerge_core.tasks import SUITES
 
@@ -14,10 +14,13 @@ ENOUGH = 20e9  # bytes of a GPU on which the sizes of `glue` run as they are
 
 @dataclass(frozen=True)
 class Preset:
-    """A suite, a size and a device; `label` names the size in reports, `why` is for the reader."""
+    """A suite, a size and a device; `why` and `label` are for the reader.
+
+    size: the name that was asked for, or a smaller size.
+    """
 
     suite: str
-    size: LanguageSize
+    size: LanguageSize | str
     label: str
     device: str
     why: str
@@ -30,7 +33,7 @@ def preset(suite: str = "auto", size: str = "default", device: str = "auto") -> 
     `auto`, `cpu` or `cuda`. Raises ValueError for other names.
     """
     place, base = check_device(device), SUITES["glue"].base
-    why = [device_line(device)]
+    why = []
     if suite == "auto":
         if place.type == "cpu":
             suite, reason = "embedded_lm", "no GPU"
@@ -39,11 +42,11 @@ def preset(suite: str = "auto", size: str = "default", device: str = "auto") -> 
         else:
             suite, reason = "glue", f"a GPU, and {base} can be had"
         why.append(f"suite {suite}: {reason}")
-    label, chosen = size, size_of(suite, size)
+    label, wanted = size, size_of(suite, size)
     if suite == "glue" and (small := lacks(place)):
-        label, chosen = f"{size}, smaller", smaller(chosen)
+        label, size = f"{label}, smaller", smaller(wanted)
         why.append(f"a smaller preset: {small}")
-    return Preset(suite, chosen, label, str(place), "; ".join(why))
+    return Preset(suite, size, label, str(place), "; ".join(why) or "as asked for")
 
 
 def reachable(name: str) -> bool:
