@@ -47,7 +47,7 @@ def save_model(folder: Path, kind: str = "llama", *, seed: int = 0, tied: bool =
     own = tokenizer()
     torch.manual_seed(seed)
     settings = config(
-        vocab_size=len(own),
+        vocab_size=len(own) + 6,  # as real ones: more rows than tokens
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,

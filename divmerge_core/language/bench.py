@@ -4,11 +4,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
+import datasets
 from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.assets import cache_dir
 from divmerge_core.bench import Bench, task_names
+from divmerge_core.cells import digest_of
 from divmerge_core.encoders import check_device, resolve
 from divmerge_core.evaluation import Exam
 from divmerge_core.experts import Expert, data_digest
@@ -24,6 +26,7 @@ from divmerge_core.registry import Registry
 from divmerge_core.tasks import SUITES, TASKS
 from divmerge_core.vectors import TaskVectors
 
+CODE = ("prompts", "reading", "forward", "completions", "scoring")  # what decides a score
 LANGUAGE_SIZES = Registry("size of a language suite")  # "suite/size"
 
 
@@ -42,9 +45,9 @@ class LanguageSize:
     base: str | None = None
     blocks: int | None = None
     seeds: tuple[int, ...] = (0,)
-    merge_rows: int | None = 32
+    merge_rows: int | None = 16
     validation_rows: int | None = 32
-    test_rows: int | None = 100
+    test_rows: int | None = 60
     batch_size: int = 4
     epochs: int = 4
     candidates: int = 1
@@ -78,10 +81,12 @@ GLUE = LanguageSize(
 )
 for name, size in {
     "embedded_lm/smoke": LanguageSize(
-        QUICK, blocks=2, merge_rows=8, validation_rows=8, test_rows=16, epochs=2
+        QUICK, blocks=2, merge_rows=8, validation_rows=8, test_rows=12, epochs=2
     ),
     "embedded_lm/default": LanguageSize(UPPER),
-    "embedded_lm/full": LanguageSize(UPPER, seeds=(0, 1, 2), candidates=3),
+    "embedded_lm/full": LanguageSize(
+        UPPER, seeds=(0, 1, 2), merge_rows=32, test_rows=200, candidates=3
+    ),
     "glue/smoke": replace(
         GLUE, recipe=replace(SEVERAL, rows=64, epochs=1), merge_rows=8, test_rows=16
     ),
@@ -175,7 +180,8 @@ def prepare_language(
         [
             [expert.manifest["model.safetensors"] for expert in experts],
             [data_digest(TASKS[n].load(s)) for n in names for s in ("merge", "validation", "test")],
-            {**asdict(size), "seeds": None, "candidates": None},
+            {**asdict(size), "seeds": None, "candidates": None, "epochs": None},
+            digest_of(*(f"language/{name}" for name in CODE)),
         ]
     )
     unfinished = cache_dir() / "unfinished"
@@ -210,7 +216,7 @@ def completed(
     )
 
 
-def first(task: str, split: str, rows: int | None):
+def first(task: str, split: str, rows: int | None) -> datasets.Dataset:
     """The first rows of a split (they are in random order already)."""
     data = TASKS[task].load(split)
     return data.select(range(min(rows or len(data), len(data))))

@@ -12,6 +12,7 @@ from divmerge_core.comparison import check_request, outcomes, references
 from divmerge_core.encoders import check_device, resolve
 from divmerge_core.evaluation import evaluate
 from divmerge_core.language.bench import LanguageBench, LanguageSize, prepare_language, size_of
+from divmerge_core.language.scoring import KnownExam, WrittenExam
 from divmerge_core.report import Report
 from divmerge_core.splits import ROWS
 from divmerge_core.tasks import SUITES
@@ -69,8 +70,9 @@ def compare_language(
     for seed in seeds:
         bench = prepare_language(suite, names, size=size, seed=seed, device=device)
         labels = {"suite": suite, "subset": "+".join(names), "seed": seed}
-        rows += references(bench, labels)
-        said += [{**labels, **row} for row in written_references(bench)]
+        known = references(bench, labels)
+        rows += known
+        said += [{**labels, **row} for row in written_references(bench, known)]
         counts += [
             {"seed": seed, "task": name, **one.counts, "bytes": one.nbytes}
             for name, one in zip(names, bench.completions, strict=True)
@@ -87,7 +89,7 @@ def compare_language(
             found = {"search": searches[spec].records} if own else {}
             fits += [{**labels, **fit, **found} for fit in courses]
             options = tried[searches[spec].best]
-            said += [{**labels, **row} for row in written_answers(merges, options)]
+            said += [{**labels, **row} for row in written_answers(merges, options, answers)]
     facts = {"size": label, "suite": suite, "encoder": bench.base.name, "seeds": seeds}
     facts |= facts_of(bench, size, tuned.candidates, device)
     reports = [Report.of(pd.DataFrame(part), fits, device=device, **facts) for part in (rows, said)]
@@ -108,22 +110,33 @@ def facts_of(bench: LanguageBench, size: LanguageSize, budget: int, device: str)
     }
 
 
-def written_references(bench: LanguageBench) -> list[dict]:
+def writing(bench: LanguageBench, rows: Sequence[dict]) -> list[WrittenExam | KnownExam]:
+    """The exams that are answered by writing, but for what these rows know already."""
+    known = {row["task"]: row for row in rows}
+    pairs = zip(bench.problem.vectors.tasks, bench.written, strict=True)
+    return [exam if exam.references is None else KnownExam(known[name]) for name, exam in pairs]
+
+
+def written_references(bench: LanguageBench, rows: Sequence[dict]) -> list[dict]:
     """What each expert, and the base, writes on the test rows."""
     path = cell(bench, "written references")
     if not (path / "cell.json").exists():
-        expert = own_experts(bench, bench.written, method="expert")
-        base = evaluate(bench.problem, bench.problem.vectors.base, bench.written, method="base")
+        exams = {
+            method: writing(bench, [row for row in rows if row["method"] == method])
+            for method in ("expert", "base")
+        }
+        expert = own_experts(bench, exams["expert"], method="expert")
+        base = evaluate(bench.problem, bench.problem.vectors.base, exams["base"], method="base")
         keep(path, expert.to_dict("records") + base.to_dict("records"))
     return recall(path)
 
 
-def written_answers(merges: Merges, options: dict) -> list[dict]:
+def written_answers(merges: Merges, options: dict, rows: Sequence[dict]) -> list[dict]:
     """What a merge writes on the test rows."""
     bench, spec = merges.bench, merges.spec
     path = cell(bench, "written", spec, options)
     if not (path / "cell.json").exists():
         merged = merges(options).merged
-        found = evaluate(bench.problem, merged, bench.written, method=spec)
+        found = evaluate(bench.problem, merged, writing(bench, rows), method=spec)
         keep(path, found.to_dict("records"))
     return recall(path)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import datasets
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -41,7 +42,8 @@ def greedy(
     An answer of `max_new` tokens that has not ended is returned as far as it goes. Prompts are
     filled up from the left, so that all answers begin at once.
     """
-    parts, stop = Parts.of(base.model), base.stop
+    parts, stop, half = Parts.of(base.model), base.stop, precision == "bfloat16"
+    low = parts.lowered(parameters) if half else parameters
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), base.pad)
     mask = torch.zeros_like(ids)
@@ -54,8 +56,8 @@ def greedy(
     for _ in range(max_new):
         position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
-        with torch.autocast(base.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            found = parts.hidden(parameters, inputs, past_key_values=memory, use_cache=True)
+        with torch.autocast(base.device.type, torch.bfloat16, enabled=half):
+            found = parts.hidden(low, inputs, past_key_values=memory, use_cache=True)
         token = parts.words(parameters, found.last_hidden_state[:, -1]).argmax(-1)
         written.append(token.masked_fill(ended, stop))
         ended = ended | (token == stop)
@@ -99,7 +101,7 @@ def completions(
     base: Language,
     expert: Mapping[str, Tensor],
     prompt: Prompt,
-    rows: Sequence[Mapping[str, object]],
+    rows: datasets.Dataset | Sequence[Mapping[str, object]],
     *,
     key: Sequence[object],
     max_length: int,

@@ -58,6 +58,21 @@ class Parts:
         bias = None if self.bias is None else parameters[self.bias]
         return torch.nn.functional.linear(hidden.to(head), head, bias)
 
+    def lowered(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same parameters, matrices that take no gradient rounded to bfloat16 once for all.
+
+        Autocast would do so anew in every product; it keeps only what takes a gradient.
+        """
+        linear = {
+            f"{self.prefix}{name}.weight"
+            for name, part in self.body.named_modules()
+            if isinstance(part, torch.nn.Linear)
+        }
+        return {
+            name: tensor.bfloat16() if name in linear and not tensor.requires_grad else tensor
+            for name, tensor in parameters.items()
+        }
+
 
 def answer_states(
     parts: Parts, parameters: Mapping[str, Tensor], batch: Batch
@@ -87,8 +102,9 @@ def language_forward(
         return answer_states(parts, parameters, batch)
 
     def forward(parameters: Mapping[str, Tensor], pairs: Pairs) -> list[Tensor]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):  # casts a weight once
-            found = [states(parameters, batch) for _, batch in pairs]
+        low = parts.lowered(parameters) if half else parameters
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            found = [states(low, batch) for _, batch in pairs]
         logits = [parts.words(parameters, hidden) for hidden in found]
         return [
             batch.likelihood(own) if isinstance(batch, Choices) else own

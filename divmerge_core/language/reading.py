@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import datasets
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -22,7 +23,10 @@ class Asked:
 
 
 def ask(
-    base: Language, prompt: Prompt, rows: Sequence[Mapping[str, object]], max_length: int
+    base: Language,
+    prompt: Prompt,
+    rows: datasets.Dataset | Sequence[Mapping[str, object]],
+    max_length: int,
 ) -> Asked:
     """Every row's prompt in at most `max_length` tokens.
 

@@ -6,6 +6,7 @@ Each is an exam: `evaluate` asks it for marks, whatever kind it is, and a Report
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import datasets
 import torch
 from jaxtyping import Int
 from rouge_score.rouge_scorer import RougeScorer
@@ -22,7 +23,7 @@ from divmerge_core.problem import Merged, MergeProblem
 def likelihood_exam(
     base: Language,
     prompt: Prompt,
-    rows: Sequence[Mapping[str, object]],
+    rows: datasets.Dataset | Sequence[Mapping[str, object]],
     *,
     max_length: int,
     batch_size: int = 16,
@@ -82,15 +83,31 @@ class WrittenExam:
         return {"predicted": rouge1(texts, self.references), "gold": "rouge1"}
 
 
+@dataclass(frozen=True)
+class KnownExam:
+    """Marks that are known already: free text scored before is not written again."""
+
+    known: Mapping[str, object]
+
+    @property
+    def rows(self) -> int:
+        """How many rows were answered."""
+        return len(self.known["predicted"])
+
+    def marks(self, problem: MergeProblem, merged: Merged, task: int) -> dict[str, object]:
+        """These marks."""
+        return {key: self.known[key] for key in ("predicted", "gold")}
+
+
 def written_exam(
     base: Language,
     prompt: Prompt,
-    rows: Sequence[Mapping[str, object]],
+    rows: datasets.Dataset | Sequence[Mapping[str, object]],
     *,
     max_length: int,
     max_new: int,
     precision: str = "float32",
-    batch_size: int = 16,
+    batch_size: int = 32,
 ) -> WrittenExam:
     """Labelled rows of a task, to be answered by writing."""
     asked = ask(base, prompt, rows, max_length).prompts

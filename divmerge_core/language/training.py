@@ -4,10 +4,12 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 from divmerge_core.assets import fresh_file
@@ -111,8 +113,8 @@ def fine_tuned(
     names = trained(model, recipe.trains)
     for name, tensor in model.named_parameters():
         tensor.requires_grad_(name in names)
-    if recipe.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for block in blocks_of(model)[1] if recipe.checkpointing else ():
+        block.forward = partial(recomputed, block.forward, use_reentrant=False)
     weights = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     adam = torch.optim.AdamW(
         weights.values(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
@@ -147,8 +149,8 @@ def losses(
 ) -> Iterator[Tensor]:
     """The loss on some rows, in parts that add up to it: one for every `micro` rows."""
     size = recipe.micro or len(rows)
-    parameters = dict(model.named_parameters())
     half = recipe.precision == "bfloat16"
+    parameters = dict(model.named_parameters())
     for start in range(0, len(rows), size):
         few = rows[start : start + size]
         batch, tokens = collate(base, few)
