@@ -74,19 +74,19 @@ class Report:
         key = ["suite", "subset", "seed", "task"]
         expert = exact[exact.method == "expert"].set_index(key).value
         ratio = exact.assign(metric="ratio")
-        ratio["value"] = (
-            exact.value.values / expert.loc[list(exact[key].itertuples(index=False))].values
-        )
+        with np.errstate(divide="ignore", invalid="ignore"):  # an expert that gets nothing right
+            whole = expert.loc[list(exact[key].itertuples(index=False))].values
+            ratio["value"] = exact.value.values / whole
         counts = {suite: self.counted(suite) for suite in self.rows.suite.unique()}
         kept = ratio[
             [task in counts[suite] for suite, task in zip(ratio.suite, ratio.task, strict=True)]
         ]
         groups = kept.groupby(["suite", "subset", "method", "seed"], sort=False).value
-        whole = [
+        overall = [
             values.reset_index().assign(task="all", metric=name)
             for name, values in (("anp", groups.mean()), ("worst", groups.min()))
         ]
-        return pd.concat([tidy, ratio, *whole], ignore_index=True)[list(tidy.columns)]
+        return pd.concat([tidy, ratio, *overall], ignore_index=True)[list(tidy.columns)]
 
     def intervals(
         self, *, statistic: str = "anp", level: float = 0.95, draws: int = 2000, seed: int = 0

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from divmerge_core.coefficients import GROUPINGS, Coefficients, groups_of
 from divmerge_core.divergences import DIVERGENCES, entropy, js
 from divmerge_core.fitting import OPTIMIZERS, fit_coefficients
 from divmerge_core.kernels.merge import grouped_inner, grouped_merge
-from divmerge_core.live import Live, expert_logits, metric, schedule
+from divmerge_core.live import Live, expert_logits, metric, moved_tensors, schedule
 from divmerge_core.methods import METHODS
 from divmerge_core.problem import Batch, Diverged, MergeProblem
 
@@ -504,3 +505,68 @@ def test_targets_must_fit_the_batches(problem, cut):
         targets[2][0] = targets[2][0][:4]
     with pytest.raises(ValueError, match=r"targets must hold logits \[A, V\] for every task"):
         fit_coefficients(problem, coefficients_of(problem), js, targets=targets, progress=False)
+
+
+# --- a fit that is killed -------------------------------------------------------------------------
+
+
+def stopping(problem: MergeProblem, passes: int) -> MergeProblem:
+    """The problem, whose model can be asked so often and then stops the program."""
+    left = iter(range(passes))
+
+    def forward(parameters, pairs):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return problem.forward(parameters, pairs)
+
+    return replace(problem, forward=forward)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_fit_goes_on_where_it_was_stopped_bit_for_bit(problem, optimizer, tmp_path):
+    options = {"optimizer": optimizer, "epochs": 8, "lr": 0.05, "progress": False}
+    whole = coefficients_of(problem, grouping="block")
+    fit_coefficients(problem, whole, js, **options)
+
+    path = tmp_path / "fit.pt"
+    for passes in (25, 30, 1000):  # twice it is stopped; the third time it comes to its end
+        again = coefficients_of(problem, grouping="block")
+        stopped = stopping(problem, passes)
+        try:
+            fit_coefficients(stopped, again, js, checkpoint=path, **options)
+        except KeyboardInterrupt:
+            assert passes < 1000
+    assert torch.equal(again.raw, whole.raw)
+
+
+def test_what_is_known_is_not_asked_again(problem, tmp_path):
+    path, first = tmp_path / "fit.pt", coefficients_of(problem)
+    merged = fit_coefficients(problem, first, js, epochs=2, checkpoint=path, progress=False)
+    again = coefficients_of(problem)
+    options = {"targets": expert_logits(problem), "checkpoint": path, "progress": False}
+    found = fit_coefficients(stopping(problem, 0), again, js, epochs=2, **options)
+    assert torch.equal(found, merged)
+
+
+def test_a_checkpoint_of_another_fit_is_refused(problem, tmp_path):
+    path = tmp_path / "fit.pt"
+    fit_coefficients(
+        problem, coefficients_of(problem), js, epochs=1, checkpoint=path, progress=False
+    )
+    with pytest.raises(ValueError, match="a fit with other epochs, lr; delete it"):
+        fit_coefficients(problem, coefficients_of(problem), js, epochs=2, lr=0.5, checkpoint=path)
+
+
+def test_tensors_that_no_expert_moved_take_no_gradient(problem):
+    """A backward pass ends above them, and the coefficients are the same."""
+    vectors, (start, stop) = problem.vectors, problem.vectors.layout.bounds[0]
+    deltas = vectors.deltas.clone()
+    deltas[:, start:stop] = 0
+    still = replace(problem, vectors=replace(vectors, deltas=deltas))
+    assert moved_tensors(still.vectors) == [False, True, True, True, True]
+    for gradients in ("stream", "buffer"):
+        seen = coefficients_of(still, grouping="layer")
+        fit_coefficients(still, seen, js, epochs=1, gradients=gradients, progress=False)
+        assert (seen()[:, 0] == 1 / 3).all() and (seen()[:, 1:] != 1 / 3).all()
+    nothing = replace(vectors, deltas=torch.zeros_like(deltas))
+    assert all(moved_tensors(nothing))

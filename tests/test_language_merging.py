@@ -19,6 +19,8 @@ from divmerge_core.language.completions import completions, counted, greedy, wri
 from divmerge_core.language.reading import collate
 from divmerge_core.live import expert_logits, held_to
 from divmerge_core.report import Report
+from divmerge_core.splits import SPLITS
+from divmerge_core.tasks import TASKS
 
 PROMPT_TOKENS = [(5, 6, 7, 8, 9), (4,), (9, 8)]
 
@@ -222,6 +224,32 @@ def test_a_comparison_scores_words_and_writing(llama_folder, glue_rows, shared_c
         assert set(report.rows.method) == {"expert", "base", *methods}
         assert {len(gold) for gold in report.rows.gold} == {10}
     assert not list((shared_cache / "unfinished").glob("*"))
+
+
+def toy_rows(name: str):
+    """A packaged task with made-up rows in its place."""
+    answers = TASKS[name].answers
+    splits = {
+        split: [
+            (f"{split} text {n}", None, answers[n % 2] if answers else f"{split} number {n}")
+            for n in range(24)
+        ]
+        for split in SPLITS
+    }
+    return replace(TASKS[name], read=lambda: splits, origin=lambda: "toy")
+
+
+def test_free_text_is_written_once_and_graded_beside_words(llama_folder, glue_rows, monkeypatch):
+    for name in ("movie", "headline"):
+        monkeypatch.setitem(TASKS, name, toy_rows(name))
+    size = replace(SIZE, base=str(llama_folder))
+    found = compare_language("embedded_lm", ["movie", "headline"], methods=["ties"], size=size)
+    words, texts = found.likelihood.rows, found.written.rows
+    kept = [rows[rows.task == "headline"].predicted.tolist() for rows in (words, texts)]
+    assert kept[0] == kept[1] and set(words[words.task == "headline"].gold) == {"rouge1"}
+    assert all(len(grades) == 10 and 0 <= min(grades) <= max(grades) <= 1 for grades in kept[0])
+    metrics = found.likelihood.metrics()
+    assert set(metrics[metrics.task == "headline"].metric) == {"rouge1", "ratio"}
 
 
 def test_a_suite_is_prepared_by_what_its_answers_are():

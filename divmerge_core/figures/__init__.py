@@ -131,7 +131,9 @@ def ratio_map(ax: Axes, metrics: pd.DataFrame) -> Axes:
 
 def short(group: str) -> str:
     """A group's name without the parts that all share."""
-    return group.replace("encoder.layer.", "block ").replace(".weight", ".w").replace(".bias", ".b")
+    for prefix in ("encoder.layer.", "model.layers."):
+        group = group.replace(prefix, "block ")
+    return group.removeprefix("model.").replace(".weight", ".w").replace(".bias", ".b")
 
 
 def coefficient_map(ax: Axes, fit: Mapping) -> Axes:

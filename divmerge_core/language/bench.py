@@ -19,6 +19,7 @@ from divmerge_core.language.experts import language_expert
 from divmerge_core.language.forward import language_forward
 from divmerge_core.language.models import Language, load_language
 from divmerge_core.language.prompts import PROMPTS
+from divmerge_core.language.reading import answer_tokens
 from divmerge_core.language.scoring import WrittenExam, likelihood_exam, written_exam
 from divmerge_core.language.training import LanguageRecipe
 from divmerge_core.problem import MergeProblem
@@ -27,6 +28,7 @@ from divmerge_core.tasks import SUITES, TASKS
 from divmerge_core.vectors import TaskVectors
 
 CODE = ("prompts", "reading", "forward", "completions", "scoring")  # what decides a score
+SPARE = 3  # tokens that a written answer may have beside its word: a full stop, spaces
 LANGUAGE_SIZES = Registry("size of a language suite")  # "suite/size"
 
 
@@ -69,7 +71,7 @@ SEVERAL = LanguageRecipe(
     precision="bfloat16",
     checkpointing=True,
 )
-QUICK = replace(UPPER, rows=16, trains="all", max_length=48, max_new=8)
+QUICK = replace(UPPER, rows=64, lr=1e-3, trains="all", max_length=48, max_new=8)
 GLUE = LanguageSize(
     SEVERAL,
     merge_rows=100,
@@ -235,11 +237,13 @@ def exam(
     data, longest = first(task, split, rows), size.recipe.max_length
     if TASKS[task].answers and not write:
         return likelihood_exam(base, PROMPTS[task], data, max_length=longest)
+    words = [len(answer_tokens(base, " " + word)) for word in PROMPTS[task].words]
+    most = max(words, default=size.recipe.max_new) + SPARE  # what is longer is no word exactly
     return written_exam(
         base,
         PROMPTS[task],
         data,
         max_length=longest,
-        max_new=size.recipe.max_new,
+        max_new=min(size.recipe.max_new, most),
         precision=size.precision,
     )
