@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test test-peers test-scale lab check lint clean distclean size
+.PHONY: help book test test-colab test-peers test-scale lab check lint clean distclean size
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,9 @@ _build/scale/.complete: requirements.lock pyproject.toml
 	_build/scale/bin/python -m pip install --disable-pip-version-check -r requirements.lock
 	_build/scale/bin/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[cluster,triton]'
 	@touch $@
+
+test-colab: $(STAMP)  ## run notebooks on a machine like Colab's, from the notebook file alone (slow)
+	$(BIN)/python -m pytest -m colab -rs tests/test_colab.py
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(BIN)/python -m jupyterlab notebooks

@@ -39,7 +39,12 @@ class Base:
 
 
 def check_device(device: str) -> torch.device:
-    """The device of that name. Raises ValueError where this machine has none."""
+    """The device of that name; `auto` is a GPU where there is one, else the CPU.
+
+    Raises ValueError where this machine has none of that name.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
@@ -49,6 +54,21 @@ def check_device(device: str) -> torch.device:
             f"no device {device!r} here; this machine has {', '.join(have)}"
         ) from error
     return chosen
+
+
+def device_line(device: str) -> str:
+    """One line on what a run computes on; chapters for a GPU print it.
+
+    >>> device_line("cpu").split(",")[0]
+    'cpu'
+    """
+    place = check_device(device)
+    if place.type == "cuda":
+        found = torch.cuda.get_device_properties(place)
+        name = f"{found.name}, {found.total_memory / 1e9:.0f} GB"
+    else:
+        name = f"{torch.get_num_threads()} threads"
+    return f"{place}, {name}, matrix products in {resolve('auto', place)}"
 
 
 def load_base(name: str, device: str = "cpu") -> Base:
@@ -156,7 +176,7 @@ def resolve(precision: str, device: torch.device) -> str:
     """`float32` or `bfloat16`; `auto` is bfloat16 where the hardware computes in it."""
     if precision == "auto":
         fast = (
-            torch.cuda.is_bf16_supported()
+            torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 only emulates it
             if device.type == "cuda"
             else torch.cpu._is_avx512_bf16_supported()
         )

@@ -96,6 +96,12 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(device, tiny_
         load_base(str(tiny_folder), device)
 
 
+def test_auto_is_a_gpu_where_there_is_one(monkeypatch):
+    assert check_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert check_device("auto") == torch.device("cpu")
+
+
 def test_an_unknown_precision_is_answered_with_the_choices():
     with pytest.raises(ValueError, match="must be auto, float32 or bfloat16, got 'float16'"):
         resolve("float16", torch.device("cpu"))
@@ -104,6 +110,13 @@ def test_an_unknown_precision_is_answered_with_the_choices():
 def test_precision_is_resolved_to_what_the_hardware_has():
     assert resolve("auto", torch.device("cpu")) in ("float32", "bfloat16")
     assert resolve("float32", torch.device("cpu")) == "float32"
+
+
+def test_bfloat16_that_a_gpu_only_emulates_is_not_taken(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    assert resolve("auto", torch.device("cuda")) == "float32"
 
 
 def test_the_packaged_encoders_are_those_the_book_uses():

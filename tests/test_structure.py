@@ -132,14 +132,15 @@ def test_the_lock_names_public_versions():
 
 
 def test_the_ranges_admit_colab():
-    versions = {
-        **{"numpy": "2.1.3", "pandas": "2.2.3", "matplotlib": "3.10.0", "seaborn": "0.13.2"},
-        **{"datasets": "4.0.0", "pyarrow": "18.1.0", "torch": "2.11.0", "transformers": "5.15.0"},
-    }
+    lines = (ROOT / "tests" / "colab.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    colab = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in pins}
     for requirement in declared():
-        version = versions.get(requirement.name)
+        version = colab.get(canonicalize_name(requirement.name))
         assert version is None or version in requirement.specifier, requirement
-    core = {Requirement(line).name for line in PROJECT["dependencies"]}
+    core = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    missing = {"cma", "gguf", "jaxtyping", "papermill", "rouge-score"}
+    assert core - set(colab) == missing, "what the set-up cell adds"
     assert not core & {"torch", "transformers"}  # Colab keeps its own CUDA builds
 
 
@@ -265,6 +266,27 @@ def test_notebooks_open_with_a_title_parameters_and_the_setup(path):
     lines = [line for line in parameters.source.splitlines() if not line.startswith("#")]
     assert set(papermill.inspect_notebook(path)) == set(declared), "papermill reads them too"
     assert len(lines) == len(declared), "papermill reads one parameter a line"
+
+
+@each_notebook
+def test_what_can_use_a_gpu_asks_colab_for_one(path):
+    metadata = nbformat.read(path, as_version=4).metadata
+    wanted = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []}}
+    asked = {key: metadata[key] for key in wanted if key in metadata}
+    assert asked == (wanted if "device" in runs.parameters(path) else {})
+
+
+@each_notebook
+def test_notebooks_for_a_gpu_say_what_they_run_on(path):
+    device = runs.parameters(path).get("device")
+    if device is not None and device.default == "auto":
+        assert any("device_line(" in cell.source for cell in code(path))
+
+
+@each_notebook
+def test_nothing_asks_for_a_token(path):
+    asking = re.compile(r"getpass|\blogin\(|userdata|HF_TOKEN|\binput\(")
+    assert [cell.source for cell in code(path) if asking.search(cell.source)] == []
 
 
 @each_notebook
