@@ -65,7 +65,8 @@ def smollm2() -> Path:
             place = {"gguf_file": packed.name, "pretrained_model_name_or_path": packed.parent}
             quiet_transformers()
             model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-            del model.config.quantization_config  # its weights are plain numbers now
+            if hasattr(model.config, "quantization_config"):  # not set by transformers 5.15
+                del model.config.quantization_config  # its weights are plain numbers now
             model.hf_quantizer = None
             model.save_pretrained(new)
             AutoTokenizer.from_pretrained(**place).save_pretrained(new)
