@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +9,9 @@ import transformers
 from torch.testing import assert_close
 
 from divmerge_core.accelerators import ACCELERATORS, GB
-from divmerge_core.coefficients import Coefficients
-from divmerge_core.divergences import js
-from divmerge_core.fitting import fit_coefficients
 from divmerge_core.forecast import forecast, merge_bytes, operations, step_seconds
 from divmerge_core.kernels.stores import CHUNK, Int8Deltas
 from divmerge_core.memory import CONTEXT, Plan, kept_by_layer, plan, plan_total, training_plan
-from divmerge_core.meters import peak_bytes
-from divmerge_core.problem import Batch, MergeProblem
 from divmerge_core.vectors import TaskVectors
 from divmerge_core.workloads import DELTAS, Fit, Model, Training
 
@@ -335,38 +328,3 @@ def test_the_forecast_has_a_row_per_gpu_with_its_source():
 def test_bad_plans_are_refused_with_the_cure(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-# --- measured -------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for its peak")
-def test_a_gradient_buffer_takes_what_is_planned():
-    """Loosely: what the kernel counts also holds what the allocator keeps."""
-    width, layers = 1024, 12
-    base = {f"layer.{n}.weight": torch.zeros(width, width) for n in range(layers)}
-    vectors = TaskVectors.from_states(base, {"a": {n: w + 0.01 for n, w in base.items()}})
-    batch = Batch({"x": torch.ones(1, width)}, torch.ones(1))
-
-    def forward(parameters, pairs):
-        return [sum(pairs[0][1].inputs["x"] @ weight for weight in parameters.values())]
-
-    problem = MergeProblem(vectors, [[batch]], forward)
-    found = {}
-    for gradients in ("stream", "buffer"):
-        work = partial(
-            fit_coefficients,
-            *(problem, Coefficients(vectors.layout, 1), js),
-            targets=[[torch.ones(1, width)]],
-            epochs=2,
-            gradients=gradients,
-            progress=False,
-        )
-        found[gradients] = peak_bytes(work, torch.device("cpu"))
-    model = Model(layers * width**2, width**2, layers=layers, hidden=width, vocabulary=2)
-    planned = {
-        kind: terms(plan(model, Fit(1, gradients=kind), "t4"))["gradients"]
-        for kind in ("stream", "buffer")
-    }
-    ratio = (found["buffer"] - found["stream"]) / (planned["buffer"] - planned["stream"])
-    assert 0.6 < ratio < 1.4
