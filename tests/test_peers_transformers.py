@@ -221,7 +221,7 @@ class Renamed(nn.Module):
             if tensor.ndim == 2 and not ("embed" in name or "wte" in name or "wpe" in name):
                 self.encoder[key] = nn.ParameterDict({"weight": value})
             else:
-                self.rest[key] = value
+                self.rest[str(len(self.rest))] = value
 
 
 @every_kind
@@ -252,35 +252,36 @@ def test_fusion_benchs_doge_is_ours_where_as_many_entries_are_kept(kind, capsys)
 # --- FusionBench, from inputs ---------------------------------------------------------------------
 
 
-def parameters_of(problem: MergeProblem) -> dict[str, list[torch.Tensor]]:
+def parameters_of(problem: MergeProblem, dtype=torch.float32) -> dict[str, list[torch.Tensor]]:
     """Every tensor's value in every expert."""
-    parts = [problem.vectors.layout.unflatten(problem.vectors.expert(t)) for t in TASKS]
+    flats = [problem.vectors.expert(task).to(dtype) for task in TASKS]
+    parts = [problem.vectors.layout.unflatten(flat) for flat in flats]
     return {name: [part[name] for part in parts] for name in problem.vectors.layout.names}
 
 
 @every_kind
 def test_fusion_benchs_regmean_is_ours_on_the_same_inputs(kind):
+    """In float64, as we solve: their inverse of a Gram matrix has four digits in float32."""
     peer = pytest.importorskip("fusion_bench.method.regmean.regmean")
     problem, grams = problem_of(kind), []
     for number, task in enumerate(TASKS):
         seen = layer_inputs(problem, problem.vectors.expert(task), number)
-        grams.append(
-            {n.removesuffix(".weight"): (s.gram / s.count).float() for n, s in seen.items()}
-        )
+        grams.append({n.removesuffix(".weight"): s.gram / s.count for n, s in seen.items()})
     found = peer.merging_with_regmean_weights(
-        parameters_of(problem), grams, reduce_non_diagonal_ratio=0.95
+        parameters_of(problem, torch.float64), grams, reduce_non_diagonal_ratio=0.95
     )
+    found = {name: tensor.float() for name, tensor in found.items()}
     same(problem, regmean(problem, progress=False), found)
 
 
 @every_kind
 def test_fusion_benchs_fisher_merge_is_ours_given_the_same_information(kind):
-    """At a floor that decides nothing: the peer adds it, we raise what is lower."""
+    """With the floor in it: the peer would add one, we raise what is lower."""
     peer = pytest.importorskip("fusion_bench.method.fisher_merging.fisher_merging")
     problem = problem_of(kind)
     unflatten = problem.vectors.layout.unflatten
     information = [
-        unflatten(fisher_diagonal(problem, problem.vectors.expert(task), number))
+        unflatten(fisher_diagonal(problem, problem.vectors.expert(task), number).clamp(min=1e-9))
         for number, task in enumerate(TASKS)
     ]
     found = peer.merging_with_fisher_weights(
@@ -288,9 +289,9 @@ def test_fusion_benchs_fisher_merge_is_ours_given_the_same_information(kind):
         information,
         fisher_scaling_coefficients=torch.ones(3) / 3,
         normalize_fisher_weight=False,
-        minimal_fisher_weight=1e-12,
+        minimal_fisher_weight=0.0,
     )
-    same(problem, fisher(problem, floor=1e-12, normalise=False, progress=False), found)
+    same(problem, fisher(problem, floor=1e-9, normalise=False, progress=False), found)
 
 
 @every_kind
