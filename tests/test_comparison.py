@@ -51,7 +51,8 @@ def toy_size(monkeypatch, **changes) -> None:
 # --- what comes out -------------------------------------------------------------------------------
 
 
-def test_every_method_answers_the_same_rows(fresh):
+def test_every_method_answers_the_same_rows(fresh, monkeypatch):
+    toy_size(monkeypatch, merge_rows=8)
     report = compare("toy", size="toy")
     assert set(report.rows.method) == {"expert", "base", *ALL_METHODS}
     assert set(report.rows.subset) == {"mood+place"}
@@ -112,6 +113,7 @@ def forbid(*args, **options):
 
 
 def test_a_second_comparison_runs_nothing(fresh, monkeypatch):
+    toy_size(monkeypatch, merge_rows=8)
     first = compare("toy", size="toy", methods=QUICK)
     monkeypatch.setattr(tuning, "run_method", forbid)
     monkeypatch.setattr(experts, "train", forbid)
@@ -121,6 +123,7 @@ def test_a_second_comparison_runs_nothing(fresh, monkeypatch):
 
 
 def test_an_interrupted_comparison_goes_on_where_it_stopped(fresh, monkeypatch):
+    toy_size(monkeypatch, merge_rows=8)
     run, done = tuning.run_method, []
 
     def interrupted(bench, spec, *rest, **options):
@@ -146,7 +149,8 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(fresh, monkeypatch):
     [{"epochs": 1}, {"lr": 0.5}, {"divergence": "kl"}, {"init": 0.4}, {"inputs": 4}],
     ids=str,
 )
-def test_other_options_are_other_results(fresh, ran, changed):
+def test_other_options_are_other_results(fresh, ran, monkeypatch, changed):
+    toy_size(monkeypatch, merge_rows=8)
     compare("toy", size="toy", methods=["divmerge/task"])
     report = compare("toy", size="toy", methods=["divmerge/task"], **changed)
     assert len(ran) == 2
@@ -166,7 +170,8 @@ def test_comments_and_docstrings_are_no_code(monkeypatch):
     def digest_with(old: str, new: str) -> str:
         """The digest if every module were written a little differently."""
         with monkeypatch.context() as patch:
-            patch.setattr(cells.ast, "parse", lambda text: read(text.replace(old, new)))
+            patch.setattr(ast, "parse", lambda text: read(text.replace(old, new)))
+            patch.setattr(cells, "digest_of", cells.digest_of.__wrapped__)
             return code_digest.__wrapped__()
 
     assert digest_with("    # ", "    # more ") == code_digest()
