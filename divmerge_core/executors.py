@@ -111,7 +111,7 @@ class Local:
     one; 0 leaves them to the notebook.
     """
 
-    def __init__(self, *, parallel: int = 1, cpus: float | None = None, gpus: float = 0):
+    def __init__(self, *, parallel: int = 1, cpus: float | None = None, gpus: float = 0.0):
         self.environments = environments(parallel, cpus, gpus)
         self.free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(parallel):
@@ -188,7 +188,7 @@ def end_with_the_parent() -> None:
     os._exit(1)
 
 
-def environments(parallel: int, cpus: float | None, gpus: float) -> list[dict[str, str]]:
+def environments(parallel: int, cpus: float | None, gpus: int | float) -> list[dict[str, str]]:
     """For each run at once: how many threads it has, and which GPUs it sees.
 
     Raises ValueError where the machine has fewer GPUs than that.
@@ -228,7 +228,7 @@ class Cluster:
     again elsewhere. address: None takes RAY_ADDRESS or the cluster that this machine belongs to.
     """
 
-    def __init__(self, *, address: str | None = None, cpus: float | None = None, gpus: float = 0):
+    def __init__(self, *, address: str | None = None, cpus: float | None = None, gpus: float = 0.0):
         try:
             import ray
         except ImportError as error:

@@ -144,7 +144,9 @@ def numeric(given: object) -> object:
     return given
 
 
-def number(reader: Reader, found: Mapping, name: str, kind: type, least: float, default: object):
+def number(
+    reader: Reader, found: Mapping, name: str, kind: type, least: int | float, default: object
+):
     """One of the file's own numbers."""
     if name not in found:
         return default

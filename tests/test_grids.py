@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -36,7 +38,7 @@ def until(true, *, seconds: float = 120) -> None:
     ("changes", "message"),
     [
         ({"gird": {}}, "unknown field 'gird' in the grid.*did you mean 'grid'"),
-        ({"grid": {"divergance": ["js"]}}, "line 5: unknown field 'divergance'.*'divergence'"),
+        ({"grid": {"divergance": ["js"]}}, "line 6: unknown field 'divergance'.*'divergence'"),
         ({"grid": {"lr": ["fast"]}}, "parameter lr must be float, got 'fast'"),
         ({"grid": {"seeds": [0, 1]}}, r"must be list\[int\], got 0; in a grid every entry"),
         ({"grid": {"lr": 0.1}}, "lr in grid must be a list"),
@@ -123,10 +125,8 @@ def test_every_run_is_there_once_and_a_larger_grid_runs_only_what_is_new(folder,
     assert len(report.rows) == 6, "two experts and four fits: a seed is a seed, not a label"
     assert report.provenance["seeds"] == [0, 1] and report.provenance["finished"] == "4 of 4"
     cells = report.provenance["cells"]
-    assert (
-        sorted(f"{c['parameters']['divergence']}{c['provenance']['seeds'][0]}" for c in cells)
-        == ALL
-    )
+    came = {(cell["parameters"]["divergence"], *cell["provenance"]["seeds"]) for cell in cells}
+    assert came == {(name, seed) for name in ("js", "kl") for seed in (0, 1)}
     assert [fit["method"] for fit in report.fits].count("fit [divergence=kl]") == 2
     scores = pd.read_csv(folder / "out" / "results" / "toy.csv")
     ratio = scores[(scores.metric == "ratio") & (scores.method == "fit")]
@@ -137,38 +137,28 @@ def test_every_run_is_there_once_and_a_larger_grid_runs_only_what_is_new(folder,
 
 
 def test_a_failed_run_is_tried_again_told_and_holds_up_no_other(folder, capsys):
-    flaky = 'from pathlib import Path\nif seeds == [1] and not Path(log + "2").exists():\n'
+    flaky = 'from pathlib import Path\nif divergence == "js" and not Path(log + "2").exists():\n'
     flaky += '    Path(log + "2").touch()\n    raise RuntimeError("once")\n'
     write_notebook(folder / "page.ipynb", flaky + BODY)
-    grid = {"divergence": ["js", "tv"], "seeds": [[0], [1]]}  # the notebook knows no `tv`
+    grid = {"divergence": ["js", "tv"], "seeds": [[0]]}  # the notebook knows no `tv`
     path = write_grid(folder, grid=grid, retries=1, parallel=2)
     assert runs.main([str(path)]) == 1
-    assert finished(folder) == ["js0", "js1"]
-    assert sorted(started(folder)) == [
-        "js0",
-        "js1",
-        *["tv0"] * 2,
-        *["tv1"] * (started(folder).count("tv1")),
-    ]
-    notes = [note.read_text() for note in (folder / "out" / "failed").iterdir()]
-    assert len(notes) == 2 and all("KeyError: 'tv'" in note for note in notes)
-    assert all("divergence=tv" in note and "wrong = " in note for note in notes)
+    assert finished(folder) == ["js0"]
+    assert started(folder).count("tv0") == 2 and started(folder).count("js0") == 1
+    (note,) = (folder / "out" / "failed").iterdir()
+    assert all(part in note.read_text() for part in ("KeyError: 'tv'", "divergence=tv", "wrong = "))
     said = capsys.readouterr().out
-    assert "2 of 4 runs are finished" in said and "failed: divergence=tv, seeds=[0]" in said
-    assert Report.load(folder / "out" / "results" / "toy.json").provenance["finished"] == "2 of 4"
+    assert "1 of 2 runs are finished" in said and "failed: divergence=tv: see" in said
+    assert Report.load(folder / "out" / "results" / "toy.json").provenance["finished"] == "1 of 2"
     states = json.loads((folder / "out" / "grid.json").read_text())["runs"]
-    assert [one["state"] for one in states] == ["finished", "finished", "failed", "failed"]
+    assert [one["state"] for one in states] == ["finished", "failed"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_grid_leaves_nothing_half_written_and_goes_on(folder, how):
     slow = BODY.replace("time.sleep(patience)", "time.sleep(patience if seeds == [1] else 0)")
-    slow = slow.replace(
-        "import json",
-        'import json, os\nopen(log + ".pid", "a").write(f"{os.getpid()} ")\nimport json',
-        1,
-    )
-    write_notebook(folder / "page.ipynb", slow)
+    note = 'import os\nopen(log + ".pid", "a").write(f"{os.getpid()} ")\n'
+    write_notebook(folder / "page.ipynb", note + slow)
     fixed = {"log": str(folder / "log"), "patience": 600.0}
     path = write_grid(folder, fixed=fixed, grid={"seeds": [[0], [1]]})
     process = command(path)
@@ -210,7 +200,7 @@ def test_runs_at_once_share_cores_and_are_given_gpus_of_their_own(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def seen(parallel, gpus):
-        return [one["CUDA_VISIBLE_DEVICES"] for one in executors.environments(parallel, 1, gpus)]
+        return [one["CUDA_VISIBLE_DEVICES"] for one in executors.environments(parallel, 1.0, gpus)]
 
     assert seen(2, 2) == ["0,1", "2,3"]
     assert seen(8, 0.5) == ["0", "0", "1", "1", "2", "2", "3", "3"]
@@ -230,7 +220,7 @@ def parts(*reports, **varied):
     for rows, given in zip(reports, values, strict=True):
         labels = {"suite": "toy", "subset": "a", "seed": 0, "task": "a", "gold": "01"}
         frame = pd.DataFrame([{**labels, "method": m, "predicted": p} for m, p in rows.items()])
-        found.append((gathering.Finished(None, {}, {name: given}), Report(frame, [], {})))
+        found.append((gathering.Finished(Path(), {}, {name: given}), Report(frame, [], {})))
     return found
 
 
@@ -262,3 +252,9 @@ def test_origins_are_put_side_by_side():
         "seeds": [0, 1, 2],
         "rows": {"test": 100, "merge": 9},
     }
+
+
+def test_without_ray_the_extra_is_named(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert runs.main([str(write_grid(folder, executor="ray"))]) == 2
+    assert "pip install -e '.[cluster]'" in capsys.readouterr().err
