@@ -207,11 +207,12 @@ class Live:
         vectors = problem.vectors
         flat = torch.empty_like(vectors.base)
         leaves = vectors.layout.unflatten(flat)
+        moved = [True] * len(leaves) if problem.spread else moved_tensors(vectors)
+        for leaf, needed in zip(leaves.values(), moved, strict=True):
+            leaf.requires_grad_(needed)
         if problem.spread:  # gradients come to the module's own shares, not to these leaves
             collect = problem.spread.gather(vectors, coefficients.segments)
         else:
-            for leaf, moved in zip(leaves.values(), moved_tensors(vectors), strict=True):
-                leaf.requires_grad_(moved)
             collect = GRADIENTS[gradients](leaves, vectors, coefficients.segments)
         return cls(problem, coefficients, objective, targets, flat, leaves, collect)
 

@@ -46,14 +46,16 @@ def compare_language(
     seeds: Sequence[int] | None = None,
     device: str = "cpu",
     budget: int | None = None,
+    ready: LanguageBench | None = None,
     **overrides: object,
 ) -> LanguageReport:
     """Every method on the same experts, completions and test rows.
 
     budget: candidates per method that its search scores on validation rows at the first seed, None
-    for the size's. overrides: options of the fits (`epochs`, `lr`, `init`, `divergence`). Finished
-    pieces are kept in the cache, and a fit that was killed goes on. Raises ValueError for unknown
-    names and options before anything is trained.
+    for the size's. ready: what `prepare_language` made of these tasks, size and device at the first
+    seed, to spare doing it again. overrides: options of the fits (`epochs`, `lr`, `init`,
+    `divergence`). Finished pieces are kept in the cache, and a fit that was killed goes on. Raises
+    ValueError for unknown names and options before anything is trained.
     """
     label = size if isinstance(size, str) else "own"
     names, size = task_names(suite, tasks), size_of(suite, size)
@@ -68,7 +70,8 @@ def compare_language(
     )
     rows, said, fits, counts, searches = [], [], [], [], {}
     for seed in seeds:
-        bench = prepare_language(suite, names, size=size, seed=seed, device=device)
+        bench = ready if ready is not None and seed == seeds[0] else None
+        bench = bench or prepare_language(suite, names, size=size, seed=seed, device=device)
         labels = {"suite": suite, "subset": "+".join(names), "seed": seed}
         known = references(bench, labels)
         rows += known
