@@ -14,6 +14,7 @@ import platform
 import queue
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -238,11 +239,14 @@ class Cluster:
         self.ray = ray
         address = address or os.environ.get("RAY_ADDRESS") or "auto"
         try:
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            if host:  # Ray itself would knock for minutes
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"there is no Ray cluster at {address}: start one with `ray start --head` and give "
-                f"its address as `address:` or in RAY_ADDRESS. Ray said: {error}"
+                f"its address as `address:` or in RAY_ADDRESS. {error}"
             ) from error
         shares = {"num_cpus": cpus or 1, "num_gpus": gpus}
         self.task = ray.remote(work).options(**shares, max_retries=DEATHS)

@@ -81,7 +81,7 @@ def test_a_failed_run_is_told_by_its_own_error_and_the_others_are_kept(tmp_path)
     assert "KeyError: 'tv'" in note.read_text() and "wrong = " in note.read_text()
 
 
-def test_a_cluster_that_is_not_there_is_told_with_what_to_do(tmp_path, capsys):
+def test_a_cluster_that_is_not_there_is_told_with_what_to_do(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed; make test-scale builds it in")
     write_notebook(tmp_path / "page.ipynb")
     path = write_grid(tmp_path, executor="ray", address="nowhere:1")

@@ -154,6 +154,7 @@ def test_a_failed_run_is_tried_again_told_and_holds_up_no_other(folder, capsys):
     assert [one["state"] for one in states] == ["finished", "failed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_grid_leaves_nothing_half_written_and_goes_on(folder, how):
     slow = BODY.replace("time.sleep(patience)", "time.sleep(patience if seeds == [1] else 0)")
