@@ -289,6 +289,17 @@ def test_nothing_asks_for_a_token(path):
     assert [cell.source for cell in code(path) if asking.search(cell.source)] == []
 
 
+def test_every_label_stands_once():
+    """Else a reference would lead to another chapter, and the pages would not build."""
+    labels = []
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, as_version=4).cells:
+            labels += re.findall(r"^(?:\(([\w-]+)\)=|:(?:label|name): ([\w-]+))$", cell.source, re.M)
+            labels.append(cell.metadata.get("mystnb", {}).get("figure", {}).get("name"))
+    labels = ["".join(label) for label in labels if label]
+    assert sorted({label for label in labels if labels.count(label) > 1}) == []
+
+
 @each_notebook
 def test_cells_fit_a_page(path):
     for cell in code(path):
