@@ -294,7 +294,9 @@ def test_every_label_stands_once():
     labels = []
     for path in NOTEBOOKS:
         for cell in nbformat.read(path, as_version=4).cells:
-            labels += re.findall(r"^(?:\(([\w-]+)\)=|:(?:label|name): ([\w-]+))$", cell.source, re.M)
+            labels += re.findall(
+                r"^(?:\(([\w-]+)\)=|:(?:label|name): ([\w-]+))$", cell.source, re.M
+            )
             labels.append(cell.metadata.get("mystnb", {}).get("figure", {}).get("name"))
     labels = ["".join(label) for label in labels if label]
     assert sorted({label for label in labels if labels.count(label) > 1}) == []
