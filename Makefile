@@ -26,21 +26,17 @@ test: $(STAMP)  ## run the tests
 test-peers: _build/peers/.complete  ## compare with other packages, installed in an environment of their own
 	_build/peers/bin/python -m pytest tests/test_peers_*.py tests/test_roofline.py
 
-_build/peers/.complete: requirements.lock pyproject.toml
-	@rm -f $@
-	$(PYTHON) -m venv --clear _build/peers
-	_build/peers/bin/python -m pip install --disable-pip-version-check -r requirements.lock
-	_build/peers/bin/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[peers,triton]'
-	@touch $@
-
 test-scale: _build/scale/.complete  ## several processes and a local Ray cluster, in an environment of their own
 	_build/scale/bin/python -m pytest -m scale
 
-_build/scale/.complete: requirements.lock pyproject.toml
+# Environments beside $(VENV), each with an extra of its own.
+_build/peers/.complete: EXTRA := peers
+_build/scale/.complete: EXTRA := cluster
+_build/peers/.complete _build/scale/.complete: requirements.lock pyproject.toml
 	@rm -f $@
-	$(PYTHON) -m venv --clear _build/scale
-	_build/scale/bin/python -m pip install --disable-pip-version-check -r requirements.lock
-	_build/scale/bin/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[cluster,triton]'
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --disable-pip-version-check -r requirements.lock
+	$(@D)/bin/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[$(EXTRA),triton]'
 	@touch $@
 
 test-colab: $(STAMP)  ## run notebooks on a machine like Colab's, from the notebook file alone (slow)
