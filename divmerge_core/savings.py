@@ -23,12 +23,7 @@ def smaller_fits(fit: Fit, fits: Callable[[Fit], bool]) -> Iterator[tuple[str, F
     if fit.cached != "top":
         yield f"the experts' {fit.top} likeliest answers only", replace(fit, cached="top")
     if fit.rows > 1:
-        per_row = fit.positions / fit.rows
-        smaller = [
-            replace(fit, rows=n, answers=max(1, round(n * per_row)))
-            for n in range(fit.rows - 1, 0, -1)
-        ]
-        chosen = next(filter(fits, smaller), smaller[-1])
+        chosen = fewer_rows(fit, fits)
         yield f"{chosen.rows} rows per task and step instead of {fit.rows}", chosen
     if fit.tasks > 2:
         fewer = [replace(fit, tasks=n) for n in range(fit.tasks - 1, 1, -1)]
@@ -47,13 +42,18 @@ def smaller_trainings(
     if not training.checkpointing:
         yield "gradient checkpointing", replace(training, checkpointing=True)
     if training.rows > 1:
-        per_row = training.positions / training.rows
-        smaller = [
-            replace(training, rows=n, answers=max(1, round(n * per_row)))
-            for n in range(training.rows - 1, 0, -1)
-        ]
-        chosen = next(filter(fits, smaller), smaller[-1])
+        chosen = fewer_rows(training, fits)
         yield f"{chosen.rows} rows at a time, gradients added up over more steps", chosen
+
+
+def fewer_rows(work: Fit | Training, fits: Callable[..., bool]) -> Fit | Training:
+    """The same on the most rows that fit, or on one, with as many answer positions a row."""
+    per_row = work.positions / work.rows
+    smaller = [
+        replace(work, rows=n, answers=max(1, round(n * per_row)))
+        for n in range(work.rows - 1, 0, -1)
+    ]
+    return next(filter(fits, smaller), smaller[-1])
 
 
 def devices(work: Fit | Training) -> int:
