@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 SIZE ?= default
+WORKERS ?= 2
 SIZES := smoke default full
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
@@ -20,8 +21,8 @@ help:  ## show this list
 book: size $(STAMP)  ## run the notebooks and build the HTML book (SIZE=smoke, default or full)
 	$(BIN)/python -m divmerge_core.runs book --size $(SIZE)
 
-test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## run the tests, in WORKERS=2 processes
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-peers: _build/peers/.complete  ## compare with other packages, installed in an environment of their own
 	_build/peers/bin/python -m pytest tests/test_peers_*.py tests/test_roofline.py
