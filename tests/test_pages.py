@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 from test_structure import FETCHED
@@ -167,6 +168,14 @@ def test_the_table_of_contents_takes_every_page_in():
     assert entry["sections"] == [{"glob": "methods/*"}]
 
 
+def printing(text: str) -> nbformat.NotebookNode:
+    """A notebook with a cell that has printed Markdown."""
+    shown = nbformat.v4.new_output("display_data", {"text/markdown": text})
+    code = nbformat.v4.new_code_cell("show()", outputs=[shown])
+    cells = [nbformat.v4.new_markdown_cell("# Page"), code]
+    return nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
+
+
 @pytest.mark.slow
 def test_the_pages_build_without_a_warning_in_the_books_own_settings(tmp_path):
     source = tmp_path / "src"
@@ -175,12 +184,17 @@ def test_the_pages_build_without_a_warning_in_the_books_own_settings(tmp_path):
     (source / "index.md").write_text("# Home\n\n[Methods](methods/index.md)\n")
     toc = yaml.safe_load((BOOK / "_toc.yml").read_text("utf-8"))
     kept = [one for one in toc["chapters"] if one["file"] in ("methods/index", "references")]
+    kept.append({"file": "printed"})
+    nbformat.write(printing("| a | $b$ |\n|---|---|\n| `c` | $d$ |"), source / "printed.ipynb")
     (source / "_toc.yml").write_text(yaml.safe_dump({**toc, "chapters": kept}))
-    built = runs._pages(tmp_path, source).parent / "methods"  # warnings are errors
+    built = runs._pages(tmp_path, source).parent  # warnings are errors
+
+    def article(page: str) -> str:
+        found = re.search("<article.*</article>", (built / f"{page}.html").read_text(), re.S)
+        return re.sub("<[^>]*>", "", found[0])
+
+    assert "show()" in article("printed") and not re.search(r"[|$]", article("printed"))
     for name in METHODS:
-        article = re.search(
-            "<article.*</article>", (built / f"{pages.slug(name)}.html").read_text(), re.S
-        )
-        text = re.sub("<[^>]*>", "", article[0])
+        text = article(f"methods/{pages.slug(name)}")
         assert TITLES[name] in text and "Options" in text
         assert re.findall(r"\$\$|\*\*|\{cite|\(method-|^```", text, re.M) == []
