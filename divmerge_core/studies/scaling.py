@@ -51,8 +51,14 @@ class Effort:
     every: bool = True
 
 
-FREE = ("average", "multi_slerp", "task_arithmetic", "ties", "consensus", "tsv_m", "iso_c")
-FITTED = ("regmean", "adamerging/layer", "divmerge/layer")
+FREE = (
+    *("average", "model_stock", "multi_slerp", "task_arithmetic", "ties", "dare", "breadcrumbs"),
+    *("pcb", "consensus", "tsv_m", "iso_c", "iso_cts", "doge", "opcm"),
+)
+FITTED = (
+    *("regmean", "fisher", "adamerging/task", "adamerging/layer"),
+    *("divmerge/task", "divmerge/layer"),
+)
 FEW = ("average", "task_arithmetic", "ties", "divmerge/layer")
 EFFORTS: Mapping[str, Effort] = {
     "smoke": Effort(
