@@ -333,7 +333,6 @@ def test_a_kill_at_any_moment_leaves_a_whole_model_or_none(record, merged, tmp_p
         else:
             new = set(tmp_path.glob(".*")) - before
             found["part, hidden" if new else "nothing"] += 1
-    print(found)
     assert found["part, hidden"], found
     write(target, record, **options)
     assert complete(target, expected)
