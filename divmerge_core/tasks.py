@@ -258,8 +258,8 @@ def add_suite(name: str, *tasks: str, head: str = "classes", base: str | None = 
 
 
 add_suite("embedded", "trec", "movie", "tweets", "sms", "bbc", "sarcasm", "privacy", "relevance")
-add_suite("glue_encoder", "cola", "sst2", "mrpc", "rte", "qnli")
+SEVEN = ("cola", "sst2", "qqp", "qnli", "mnli", "rte", "mrpc")  # the tasks of the paper
+add_suite("glue_encoder", *SEVEN)
 WORDS = {"head": "vocabulary"}
 add_suite("embedded_lm", "trec", "movie", "headline", base="smollm2", **WORDS)
-SEVEN = ("cola", "sst2", "qqp", "qnli", "mnli", "rte", "mrpc")
 add_suite("glue", *SEVEN, base="Qwen/Qwen2.5-0.5B", **WORDS)
