@@ -165,7 +165,7 @@ def conditions(size: Size, bench: Bench, device: str) -> dict:
     splits = ("merge", "validation", "test")
     return {
         "precision": resolve(size.precision, check_device(device)),
-        "recipe": bench.experts[0].manifest["recipe"],
+        "recipe": {expert.task: expert.manifest["recipe"] for expert in bench.experts},
         "budget": size.candidates,
         "rows_per_task": {split: getattr(size, f"{split}_rows") or ROWS[split] for split in splits},
     }
