@@ -2,6 +2,7 @@
 differentiates."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import transformers
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import functional_call
-from transformers import AutoModel, AutoTokenizer
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer
 
 from divmerge_core.assets import fetch
 from divmerge_core.problem import Batch, Forward
@@ -74,16 +75,19 @@ def device_line(device: str) -> str:
 def load_base(name: str, device: str = "cpu") -> Base:
     """An encoder without pooler or head: a name in ENCODERS, a local folder, or a hub model's name.
 
-    Raises ValueError where none can be loaded, listing the packaged ones.
+    Raises ValueError where none can be loaded, listing the packaged ones, where weights are
+    missing, and where the model is no encoder of texts (see `check_encoder`).
     """
     place = check_device(device)
     source = str(ENCODERS[name]()) if name in ENCODERS else name
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
-        encoder, loading = AutoModel.from_pretrained(
-            source, add_pooling_layer=False, output_loading_info=True
-        )
+        known = MODEL_MAPPING.get(type(AutoConfig.from_pretrained(source)), object)
+        kinds = known if isinstance(known, tuple) else (known,)
+        takes = {name for kind in kinds for name in inspect.signature(kind).parameters}
+        bare = {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
+        encoder, loading = AutoModel.from_pretrained(source, output_loading_info=True, **bare)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -93,11 +97,44 @@ def load_base(name: str, device: str = "cpu") -> Base:
     if loading["missing_keys"]:
         raise ValueError(f"{name!r} lacks weights for {sorted(loading['missing_keys'])[:5]}")
     encoder = encoder.float().eval().to(place)
+    taken = inspect.signature(encoder.forward).parameters
+    tokenizer.model_input_names = [key for key in tokenizer.model_input_names if key in taken]
+    tokenizer.padding_side = "right"  # as batches are joined
     digest = hashlib.sha256(encoder.config.to_json_string().encode())
     digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
     for key, tensor in encoder.named_parameters():
         digest.update(key.encode() + tensor.detach().cpu().numpy().tobytes())
-    return Base(name, encoder, tokenizer, digest.hexdigest())
+    base = Base(name, encoder, tokenizer, digest.hexdigest())
+    check_encoder(base)
+    return base
+
+
+@torch.no_grad()
+def check_encoder(base: Base) -> None:
+    """Raise ValueError, naming the model's class, unless it encodes texts whatever their padding.
+
+    A short text and a long one, in one batch, must have the features that each has alone.
+    """
+    kind = type(base.encoder).__name__
+    if base.tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer of {base.name!r} names no padding token; give it one")
+    rows = datasets.Dataset.from_dict({"text": ["a", "a b c d"]})
+    try:
+        both, one = (make_batches(rows, base, batch_size=n)[0] for n in (2, 1))
+        together, *alone = (
+            pooled(base.encoder, base.state, batch.inputs) for batch in [*both, *one]
+        )
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{base.name!r} is a {kind}, which gives no hidden states for texts alone ({error!r}); "
+            "take an encoder such as BERT"
+        ) from error
+    gap = (together - torch.cat(alone)).abs().max() / together.abs().max()
+    if not gap <= 1e-4:  # rounding leaves some 1e-6
+        raise ValueError(
+            f"{base.name!r} is a {kind}, whose features of a text change with its padding; take an "
+            "encoder that reads attention_mask, such as BERT"
+        )
 
 
 def make_batches(

@@ -6,7 +6,8 @@ import shutil
 import datasets
 import pytest
 import torch
-from helpers import sentences
+import transformers
+from helpers import WORDS, sentences
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -17,6 +18,7 @@ from divmerge_core.encoders import (
     join,
     load_base,
     make_batches,
+    pooled,
     resolve,
 )
 from divmerge_core.evaluation import Exam
@@ -74,6 +76,64 @@ def test_a_missing_encoder_is_answered_with_the_choices(tmp_path):
         match=r"(?s)cannot load encoder '.*nowhere'.*choose one of minilm, bert_tiny, or",
     ):
         load_base(str(tmp_path / "nowhere"))
+
+
+SHAPE = {
+    **{"vocab_size": len(WORDS), "max_position_embeddings": 32, "pad_token_id": 0},
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2},
+    **{"embedding_size": 16, "d_model": 32, "d_ff": 48, "d_kv": 16, "num_layers": 2},
+}
+
+
+def saved(folder, kind: str) -> str:
+    """A tiny random model of some kind, with a tokenizer of BERT's that fills up on the left."""
+    standard = transformers.AutoConfig.for_model(kind)
+    config = type(standard)(**{k: v for k, v in SHAPE.items() if hasattr(standard, k)})
+    transformers.AutoModel.from_config(config).save_pretrained(folder)
+    words = {word: number for number, word in enumerate(WORDS)}
+    transformers.BertTokenizer(vocab=words, padding_side="left").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("distilbert", "roberta", "electra", "albert", "deberta-v2", "mpnet", "modernbert"),
+        *("xlm", "eurobert", "layoutlm"),
+    ],
+)
+def test_every_kind_of_encoder_is_loaded_and_padding_changes_nothing(kind, tmp_path, rows):
+    base = load_base(saved(tmp_path, kind))
+    (batch, *_), _ = make_batches(rows, base, batch_size=len(rows))
+    together = pooled(base.encoder, base.state, batch.inputs)
+    for number in range(len(rows)):
+        alone = pooled(base.encoder, base.state, unpadded(batch, number).inputs)[0]
+        assert_close(together[number], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("t5", "is a T5Model, which gives no hidden states for texts alone"),
+        ("convbert", "is a ConvBertModel, whose features of a text change with its padding"),
+        ("fnet", "is a FNetModel, which gives no hidden states for texts alone"),
+    ],
+)
+def test_a_model_that_encodes_no_texts_is_refused_by_name(kind, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_base(saved(tmp_path, kind))
+
+
+def test_an_encoder_that_does_not_mask_padding_is_refused_by_name(tiny_folder, monkeypatch):
+    plain = transformers.BertModel.forward
+
+    def unmasked(self, input_ids, token_type_ids, attention_mask=None):
+        return plain(self, input_ids=input_ids, token_type_ids=token_type_ids)
+
+    monkeypatch.setattr(transformers.BertModel, "forward", unmasked)
+    with pytest.raises(ValueError, match="is a BertModel, whose features .* change with its padd"):
+        load_base(str(tiny_folder))
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tiny_folder, tmp_path):

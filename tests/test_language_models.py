@@ -24,8 +24,8 @@ ROWS = [((5, 6, 7), (8, 9)), ((4,), (0,)), ((9, 8, 7, 6), (5, 4, 3))]
 def test_tied_weights_are_one_tensor_and_others_two(llama, qwen):
     assert "lm_head.weight" not in llama.state and "model.embed_tokens.weight" in llama.state
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(qwen.state)
-    assert Parts.of(llama.model).head == "model.embed_tokens.weight"
-    assert Parts.of(qwen.model).head == "lm_head.weight"
+    assert Parts.of(llama.model).names == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert Parts.of(qwen.model).names == {"lm_head.weight": "lm_head.weight"}
 
 
 def test_the_digest_follows_weights_and_the_vocabularys_does_not(llama, llama_folder, tmp_path):

@@ -14,6 +14,7 @@ from divmerge_core.cells import digest_of
 from divmerge_core.encoders import check_device, resolve
 from divmerge_core.evaluation import Exam
 from divmerge_core.experts import Expert, data_digest
+from divmerge_core.language.agreement import check_forward
 from divmerge_core.language.completions import Completions, completions
 from divmerge_core.language.experts import language_expert
 from divmerge_core.language.forward import language_forward
@@ -153,12 +154,14 @@ def prepare_language(
     suite: one whose tasks are answered in words: `embedded_lm` or `glue`. size: `smoke`, `default`,
     `full`, or a LanguageSize of your own (`replace(LANGUAGE_SIZES["glue/default"], base=...)`). A
     run that was killed goes on where it stood. Raises ValueError for an unknown suite, task, size
-    or device, and for a base that cannot be loaded, before anything is trained.
+    or device, for a base that cannot be loaded, and for one whose logits we do not get right (see
+    `check_forward`), before anything is trained.
     """
     size = size_of(suite, size)
     names = task_names(suite, tasks)
     place = check_device(device)
     base = load_language(size.base or SUITES[suite].base, device=device, blocks=size.blocks)
+    check_forward(base)
     size = replace(size, recipe=size.recipe.on(base), precision=resolve(size.precision, place))
 
     def load(name: str) -> Expert:

@@ -4,6 +4,8 @@ A batch of B rows and S tokens has B S V logits, of which A V are looked at. So 
 matrix is the largest of a small model, is applied to A rows, never to B S.
 """
 
+import copy
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutput
 
 from divmerge_core.encoders import resolve
 from divmerge_core.language.reading import Choices
@@ -23,22 +26,33 @@ from divmerge_core.problem import Batch, Forward, Pairs
 class Parts:
     """A causal model as body and head: where each one's parameters are in the whole model's.
 
-    head: the name of the matrix that turns hidden states into logits; where it is tied, that of
-    the input embeddings, so that gradients of both uses reach one leaf.
+    head: the model itself with a body that returns the hidden states it is given, so that what the
+    model's own code does with its logits (scales them, caps them) is done here too. names: the
+    head's parameters -> the whole model's; where the head is tied, that of the input embeddings, so
+    that gradients of both uses reach one leaf.
     """
 
     body: torch.nn.Module
     prefix: str
-    head: str
-    bias: str | None
+    head: torch.nn.Module
+    names: Mapping[str, str]
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> "Parts":
-        """The parts of a model from transformers."""
-        names = {id(tensor): name for name, tensor in model.named_parameters()}
-        head, prefix = model.get_output_embeddings(), model.base_model_prefix
-        bias = None if head.bias is None else names[id(head.bias)]
-        return cls(getattr(model, prefix), f"{prefix}.", names[id(head.weight)], bias)
+        """The parts of a model from transformers. Raises ValueError where it has no such parts."""
+        places = {part: name for name, part in model.named_modules()}
+        body = model.get_decoder()
+        prefix = places.get(body) or model.base_model_prefix
+        if model.get_output_embeddings() is None or not prefix:
+            raise ValueError(
+                f"{type(model).__name__} has no body and output matrix of its own; take a causal "
+                "language model of another family"
+            )
+        body = model.get_submodule(prefix)
+        head = replaced(model, prefix, returning(body))
+        names = {tensor: name for name, tensor in model.named_parameters()}
+        own = {name: names[tensor] for name, tensor in head.named_parameters()}
+        return cls(body, f"{prefix}.", head, own)
 
     def hidden(
         self, parameters: Mapping[str, Tensor], inputs: Mapping[str, Tensor], **more: object
@@ -49,15 +63,19 @@ class Parts:
             for name, tensor in parameters.items()
             if name.startswith(self.prefix)
         }
-        return functional_call(self.body, own, kwargs={**inputs, **more})
+        given = {**inputs, **more}
+        if "position_ids" not in inspect.signature(self.body.forward).parameters:
+            given.pop("position_ids", None)  # such models count them from the mask
+        return functional_call(self.body, own, kwargs=given)
 
     def words(
         self, parameters: Mapping[str, Tensor], hidden: Float[Tensor, "A H"]
     ) -> Float[Tensor, "A V"]:
         """Logits over the vocabulary."""
-        head = parameters[self.head]
-        bias = None if self.bias is None else parameters[self.bias]
-        return torch.nn.functional.linear(hidden.to(head), head, bias)
+        own = {name: parameters[whole] for name, whole in self.names.items()}
+        dtype = next(iter(own.values())).dtype
+        call = {"inputs_embeds": hidden[None].to(dtype), "use_cache": False}
+        return functional_call(self.head, own, kwargs=call).logits[0]
 
     def lowered(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same parameters, matrices that take no gradient rounded to bfloat16 once for all.
@@ -73,6 +91,30 @@ class Parts:
             name: tensor.bfloat16() if name in linear and not tensor.requires_grad else tensor
             for name, tensor in parameters.items()
         }
+
+
+class Given(BaseModelOutput):
+    """Hidden states as a body returns them, with nothing in all its other fields."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def returning(body: torch.nn.Module) -> torch.nn.Module:
+    """The body without its parts and parameters: it returns the embeddings that it is given."""
+    empty = copy.copy(body)
+    empty._modules, empty._parameters, empty._buffers = {}, {}, {}
+    empty.forward = lambda *_, inputs_embeds, **__: Given(last_hidden_state=inputs_embeds)
+    return empty
+
+
+def replaced(module: torch.nn.Module, path: str, part: torch.nn.Module) -> torch.nn.Module:
+    """A shallow copy of a module with another part at this dotted path; the rest is shared."""
+    first, _, rest = path.partition(".")
+    shell = copy.copy(module)
+    part = replaced(module._modules[first], rest, part) if rest else part
+    shell._modules = {**module._modules, first: part}
+    return shell
 
 
 def answer_states(
