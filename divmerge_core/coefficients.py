@@ -44,10 +44,20 @@ def identity(raw: Tensor) -> Tensor:
     return raw
 
 
+def clamp(raw: Tensor) -> Tensor:
+    """The nearest number in [0, 1]; the gradient outside it is 0, and 1 at its ends.
+
+    The free parameter itself may leave [0, 1]: no gradient brings it back, and its coefficient
+    stays at that end unless the optimizer's momentum moves it.
+    """
+    return raw.clamp(0, 1)
+
+
 # A link maps free parameters to coefficients; its inverse turns the initial value into parameters.
 LINKS.register("identity", inverse=identity)(identity)
 LINKS.register("sigmoid", inverse=torch.logit)(torch.sigmoid)
 LINKS.register("softmax", inverse=torch.log)(lambda raw: torch.softmax(raw, dim=0))
+LINKS.register("clamp", inverse=identity)(clamp)
 
 
 def groups_of(layout: Layout, grouping: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -61,10 +71,11 @@ def groups_of(layout: Layout, grouping: str) -> tuple[tuple[str, ...], tuple[int
 class Coefficients(nn.Module):
     """Lambda `[T, G]` as a trainable module: call it to get the coefficients.
 
-    grouping: a name in GROUPINGS. link: `identity` (unconstrained, the paper's), `sigmoid` (each in
-    (0, 1)) or `softmax` (over tasks, so that they sum to 1 in every group). init: the initial value
-    of every coefficient; None means 1/T, as in the paper's Algorithm 1 (its Table 9 says 0.5).
-    Raises ValueError for an initial value that the link cannot reach.
+    grouping: a name in GROUPINGS. link: `identity` (unconstrained, the paper's), `clamp` (cut to
+    [0, 1]), `sigmoid` (each in (0, 1)) or `softmax` (over tasks, so that they sum to 1 in every
+    group). init: the initial value of every coefficient; None means 1/T, as in the paper's
+    Algorithm 1 (its Table 9 says 0.5). Raises ValueError for an initial value that the link cannot
+    reach.
     """
 
     def __init__(
@@ -90,7 +101,8 @@ class Coefficients(nn.Module):
         if not torch.isfinite(raw).all() or (reached - value).abs().max() > 1e-5:
             raise ValueError(
                 f"link {link!r} cannot start at {value}: sigmoid needs a value in (0, 1), "
-                f"softmax 1/T = {1 / num_tasks:.4g}; identity takes any finite number"
+                f"clamp one in [0, 1], softmax 1/T = {1 / num_tasks:.4g}; identity takes any "
+                "finite number"
             )
 
     def forward(self) -> Float[Tensor, "T G"]:

@@ -68,6 +68,21 @@ def test_a_sigmoid_keeps_each_between_0_and_1():
     assert coefficients().min() > 0 and coefficients().max() < 1
 
 
+def test_a_clamp_cuts_to_0_and_1_and_its_gradient_is_0_outside():
+    """As torch.clamp in a forward pass: at the ends themselves the gradient still is 1."""
+    coefficients = Coefficients(LAYOUT, 5, link="clamp")
+    coefficients.raw.data = torch.tensor([[-0.5], [0.0], [0.3], [1.0], [1.5]])
+    found = coefficients()
+    assert found.flatten().tolist() == pytest.approx([0, 0, 0.3, 1, 1])
+    found.sum().backward()
+    assert coefficients.raw.grad.flatten().tolist() == [0, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("init", [0.0, 0.4, 1.0])
+def test_a_clamp_starts_anywhere_in_its_interval(init):
+    assert_close(Coefficients(LAYOUT, 2, link="clamp", init=init)(), torch.full((2, 1), init))
+
+
 def test_a_softmax_keeps_the_sum_over_tasks_at_1_in_every_group():
     coefficients = Coefficients(LAYOUT, 3, grouping="block", link="softmax")
     coefficients.raw.data = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
@@ -103,6 +118,8 @@ def test_an_unknown_link_is_answered_with_the_choices():
         ("sigmoid", 1.0),
         ("sigmoid", 1.5),
         ("sigmoid", -0.1),
+        ("clamp", -0.1),
+        ("clamp", 1.1),
         ("softmax", 0.3),
         ("softmax", -1.0),
         ("identity", float("nan")),
@@ -112,7 +129,7 @@ def test_an_unknown_link_is_answered_with_the_choices():
 def test_a_value_that_the_link_cannot_reach_is_refused(link, value):
     with pytest.raises(
         ValueError,
-        match=rf"link '{link}' cannot start at {value}: .*\(0, 1\).* 1/T = 0.5; identity",
+        match=rf"link '{link}' cannot start at {value}: .*\(0, 1\).*\[0, 1\].* 1/T = 0.5; identity",
     ):
         Coefficients(LAYOUT, 2, link=link, init=value)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import layout_of, linear_problem
+from helpers import fewer, layout_of, linear_problem, naive_loss, naive_merge
 from torch.testing import assert_close
 
 from divmerge_core.coefficients import GROUPINGS
@@ -172,6 +172,38 @@ def test_divmerge_starts_at_one_over_the_number_of_tasks_or_where_it_is_told(pro
         seen = []
         divmerge(problem, init=init, watch=seen.append, **QUICK)
         assert_close(seen[0].coeffs, torch.full((3, 1), expected))
+
+
+def test_a_first_clamped_step_is_adams_step_brought_back_to_0_and_1(problem):
+    """Adam's first step has the length lr in every coefficient, so 0.95 + 0.1 ends at 1."""
+    ends = {}
+    for link in ("identity", "clamp"):
+        seen = []
+        options = {"grouping": "layer", "init": 0.95, "lr": 0.1, "inputs": 1, **QUICK}
+        divmerge(problem, link=link, watch=seen.append, **options)
+        ends[link] = seen[-1].coeffs
+    assert_close(ends["clamp"], ends["identity"].clamp(0, 1), rtol=0, atol=0)
+    assert ends["identity"].max() > 1.04 and ends["identity"].min() < 0.86
+
+
+def test_later_clamped_steps_are_those_of_a_clamp_in_the_forward_pass(problem):
+    """The public loop: Adam on free numbers, autograd through clamp and merge.
+
+    Some numbers leave [0, 1]; the gradient there is 0, and what Adam remembers drives them on.
+    """
+    single, seen = fewer(problem, 1), []
+    options = {"grouping": "layer", "init": 0.9, "lr": 0.1, "epochs": 8, "progress": False}
+    divmerge(single, link="clamp", watch=seen.append, **options)
+    raw = torch.full((3, 5), 0.9, requires_grad=True)
+    adam = torch.optim.Adam([raw], lr=0.1)
+    for step in seen[:-1]:
+        assert_close(step.coeffs, raw.detach().clamp(0, 1), rtol=1e-4, atol=1e-5)
+        merged = naive_merge(single, raw.clamp(0, 1), range(5))
+        adam.zero_grad()
+        naive_loss(single, merged, js).backward()
+        adam.step()
+    assert_close(seen[-1].coeffs, raw.detach().clamp(0, 1), rtol=1e-4, atol=1e-5)
+    assert ((raw > 1.05) | (raw < -0.05)).any() and ((raw > 0) & (raw < 1)).any()
 
 
 def test_one_expert_alone_stays_itself_under_divmerge():

@@ -525,6 +525,19 @@ def test_surgery_takes_the_steps_that_its_gradient_by_hand_gives():
         assert_close(found.up.flatten(), expected[12:], rtol=0, atol=1e-9)
 
 
+def test_surgery_of_few_inputs_is_surgery_on_these():
+    problem = linear_problem(batches=4)
+    options = {"merge": "average", "steps": 12, "lr": 1e-2, "progress": False}
+    found = surgery(problem, inputs=10, **options)
+    expected = surgery(limit(problem, 10, "task"), **options)
+    everything = surgery(problem, **options)
+    for one, same, other in zip(
+        *(m.corrections for m in (found, expected, everything)), strict=True
+    ):
+        assert torch.equal(one.down, same.down) and torch.equal(one.up, same.up)
+        assert not torch.equal(one.up, other.up)
+
+
 @pytest.mark.parametrize("merge", ["task_arithmetic", "adamerging/task"])
 def test_surgery_brings_the_merge_nearer_to_its_experts(merge):
     problem = linear_problem()

@@ -14,6 +14,7 @@ import divmerge_core.methods.spherical  # noqa: F401  (they register)
 from divmerge_core.methods import METHODS, options_of
 from divmerge_core.methods.arithmetic import average, dare, task_arithmetic, ties
 from divmerge_core.methods.depthwise import depths, lines
+from divmerge_core.methods.divmerge import divmerge
 from divmerge_core.problem import MergeProblem
 from divmerge_core.vectors import TaskVectors
 
@@ -249,8 +250,11 @@ def test_a_rule_that_changes_nothing_leaves_the_base(problem):
 
 
 def test_a_rule_that_learns_gets_its_options(problem):
-    options = {"epochs": 1, "progress": False}
-    assert torch.isfinite(lines(problem, rule="divmerge", options=options)).all()
+    """At alpha 1 and beta 0 it is the rule's own merge; other options give another one."""
+    options = {"epochs": 1, "init": 0.7, "lr": 0.05, "progress": False}
+    found = lines(problem, rule="divmerge", options=options, alpha=1.0, beta=0.0)
+    assert_close(found, divmerge(problem, **options))
+    assert (found - divmerge(problem, epochs=1, progress=False)).abs().max() > 0.01
 
 
 def test_depth_is_counted_within_each_stack():
@@ -267,9 +271,11 @@ def test_depth_is_counted_within_each_stack():
         ({"rule": "task_aritmetic"}, "unknown method 'task_aritmetic'.*mean 'task_arithmetic'"),
         ({"rule": "lines"}, "rule must be another method that returns parameters, got 'lines'"),
         ({"rule": "emr"}, "rule must be another method that returns parameters, got 'emr'"),
+        ({"beta": math.nan}, "beta must be finite, got nan; 1.0 adds the merge as it is"),
+        ({"alpha": math.inf}, "alpha must be finite, got inf"),
     ],
 )
-def test_layer_scaling_refuses_rules_that_it_cannot_scale(problem, options, message):
+def test_layer_scaling_refuses_rules_and_numbers_that_it_cannot_scale_by(problem, options, message):
     with pytest.raises(ValueError, match=message):
         lines(problem, **options)
 
@@ -277,18 +283,6 @@ def test_layer_scaling_refuses_rules_that_it_cannot_scale(problem, options, mess
 def test_a_model_without_blocks_has_no_depth():
     with pytest.raises(ValueError, match="no tensor's name has a block number.*'encoder.layer.0"):
         lines(problem_of([1.0, 2.0]))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"beta": math.nan}, "beta must be finite, got nan; 1.0 adds the merge as it is"),
-        ({"alpha": math.inf}, "alpha must be finite, got inf"),
-    ],
-)
-def test_layer_scaling_refuses_a_share_that_is_no_number(problem, options, message):
-    with pytest.raises(ValueError, match=message):
-        lines(problem, **options)
 
 
 # --- the family -----------------------------------------------------------------------------------

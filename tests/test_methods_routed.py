@@ -249,6 +249,49 @@ def test_the_routers_gradient_is_that_of_the_mean_entropy(problem):
         assert_close(moved[number].item(), -1e-3 * np.sign(slope), rtol=1e-3, atol=0)
 
 
+def routed_loss(problem: MergeProblem, merged, numbers: list[torch.Tensor]) -> torch.Tensor:
+    """Entropy summed over tasks on their first batches, each with one set of weights per batch.
+
+    numbers: matrix and bias of every block's router, in the blocks' order.
+    """
+    unflatten = problem.vectors.layout.unflatten
+    named, base = unflatten(merged.flat), unflatten(problem.vectors.base)
+    deltas = {n: torch.stack([unflatten(r)[n] for r in problem.vectors.deltas]) for n in base}
+    total = 0
+    for batches in problem.batches:
+        h = batches[0].inputs["x"] @ named["embeddings.weight"].T
+        for block, matrix, bias in zip(merged.mlps, numbers[::2], numbers[1::2], strict=True):
+            shares = (h @ matrix.T + bias).mean(0)  # [T]
+            weight, shift = (
+                base[name] + torch.tensordot(shares, deltas[name], 1)
+                for name in (f"{block}.dense.weight", f"{block}.dense.bias")
+            )
+            h = h @ weight.T + shift
+        total = total + batches[0].weight @ entropy(h)
+    return total
+
+
+def test_wemoes_second_step_is_adams_on_weights_averaged_over_the_batch(problem):
+    """The merge and its routers written out, with autograd through all of it."""
+    problem = fewer(problem, 1)
+    start, found = (
+        wemoe(problem, router_layers=1, steps=steps, lr=1e-2, progress=False) for steps in (0, 2)
+    )
+    numbers = [
+        part.detach().clone().requires_grad_()
+        for router in start.routers.values()
+        for part in (router.matrices[0], router.biases[0])
+    ]
+    optimizer = torch.optim.Adam(numbers, lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        routed_loss(problem, start, numbers).backward()
+        optimizer.step()
+    parts = [p for r in found.routers.values() for p in (r.matrices[0], r.biases[0])]
+    for part, expected in zip(parts, numbers, strict=True):
+        assert_close(part, expected.detach(), rtol=0, atol=1e-9)
+
+
 class Plain(nn.Module):
     """Blocks of one linear layer without a bias, or layers outside any block."""
 

@@ -97,9 +97,20 @@ def test_tensors_with_one_axis_take_the_mean_times_the_scale(method, problem):
 
 
 @every_method
-def test_tensors_of_any_number_of_axes_are_merged(method):
-    for shape in ((), (3,), (2, 3), (2, 2, 3)):
-        assert torch.isfinite(change(method, normal(*shape), normal(*shape, seed=1))).all()
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2, 3)])
+def test_tensors_that_are_no_matrices_take_the_mean_or_ties(method, shape):
+    """Their number of axes is immaterial: as if their entries lay in a row."""
+    problem = given(normal(*shape), normal(*shape, seed=1))
+    plain = ties(problem, keep=0.2) if method is knots else average(problem)
+    near(method(problem, scale=1.0), plain)
+
+
+@every_method
+def test_a_matrix_is_not_merged_as_its_entries_in_a_row(method):
+    matrices = normal(4, 3), normal(4, 3, seed=1)
+    flat = change(method, *(matrix.flatten() for matrix in matrices), scale=1.0)
+    found = change(method, *matrices, scale=1.0)
+    assert (found.flatten() - flat).abs().max() > 0.05
 
 
 @every_method

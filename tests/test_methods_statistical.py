@@ -167,6 +167,13 @@ def test_normalising_divides_by_the_length_of_the_information(monkeypatch):
     near(found, numbers([1.0, 1 / 1.8]))
 
 
+def test_below_the_floor_a_weight_is_the_floor_over_the_length(monkeypatch):
+    """(3, 4) / 5 against (0.5, 2) / 2: the zero is raised before it is divided."""
+    with_information(monkeypatch, [3, 4], [0, 2])
+    found = fisher(corners(), floor=0.5, **QUIET)
+    near(found, numbers([0.6 / (0.6 + 0.25), 1 / 1.8]))
+
+
 def test_a_normalised_merge_ignores_how_sure_an_expert_is(monkeypatch):
     merged = []
     for size in (1.0, 1000.0):

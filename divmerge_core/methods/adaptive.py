@@ -102,8 +102,9 @@ def adamerging(
     fewer by `grouping`. The entropy is taken per example and then averaged; dropout is off. Each
     step of Adam sees one batch of every task.
 
-    lr: published as 0.001. init: published as 0.3; None for 1/T. link: none is published, `sigmoid`
-    or `softmax` bound the coefficients. inputs: per task, None for DivMerge's 200, or 400 by layer.
+    lr: published as 0.001. init: published as 0.3; None for 1/T. link: the paper has none; `clamp`
+    cuts coefficients to [0, 1] as the authors' code does, `sigmoid` and `softmax` bound them
+    smoothly. inputs: per task, None for DivMerge's 200, or 400 by layer.
     optimizer: published as `adam`; `lbfgs` as in `divmerge`. epochs: passes over the inputs, also
     DivMerge's, so that both methods see the same data as often.
     `mean_logit` and `dropout` do as public code does, see below. watch: called with every step.
@@ -112,12 +113,12 @@ def adamerging(
     classes. A coefficient moves by about `lr` a step, so a short fit at the published one stays
     near task arithmetic. The published fits adapt on the very inputs that are scored later.
 
-    Peers: The authors' code clamps coefficients to between 0 and 1 and takes two batches per task
-    and step; FusionBench's configurations do neither, and nor is it done here. FusionBench's
-    versions for GPT-2 and Flan-T5 take the entropy of the batch's mean logits, which rewards one
-    confident answer for all inputs: `mean_logit=True`. All its versions leave dropout on where the
-    network has any: `dropout=True`. With neither, its layer-wise loop takes the same steps as this
-    one.
+    Peers: The authors' code clamps coefficients to [0, 1] (`link="clamp"`) and takes two batches
+    per task and step; FusionBench's configurations do neither, nor do the defaults here.
+    FusionBench's versions for GPT-2 and Flan-T5 take the entropy of the batch's mean logits, which
+    rewards one confident answer for all inputs: `mean_logit=True`. All its versions leave dropout
+    on where the network has any: `dropout=True`. With neither, its layer-wise loop takes the same
+    steps as this one.
 
     Raises ValueError for unknown names, values out of range, a task without inputs, a fit that
     diverges, and for dropout where the problem knows no module.
@@ -188,9 +189,9 @@ def adamerging_plus_plus(
     Pitfalls: Those of `adamerging`. The election looks at signs before any coefficient is known, so
     a task whose coefficient ends near 0 has had its say in it.
 
-    Peers: FusionBench, after the authors' code, cuts `keep` times N down to a whole number and
-    keeps one entry more, where this rounds. Where the sum is exactly 0 it elects the sign that most
-    coordinates have, where this keeps nothing.
+    Peers: The authors' code, and FusionBench after it, cuts `keep` times N down to a whole number
+    and keeps one entry more, where this rounds. Where the sum is exactly 0 it elects the sign that
+    most coordinates have, where this keeps nothing.
 
     Raises ValueError unless keep is in (0, 1], and what `adamerging` raises.
 

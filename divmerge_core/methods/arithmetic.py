@@ -167,10 +167,10 @@ def ties(
     so its scales are not those of task arithmetic. With two tasks, the larger entry always wins.
 
     Peers: mergekit trims within each tensor, weighs before the election (`weights="before"`), and
-    elects plus where the sum is zero. PEFT trims within each tensor and weighs after. FusionBench
-    trims globally, keeps one entry more, elects the sign of the majority of coordinates where the
-    sum is zero, and by default sums at scale 0.3. All round the number of entries down, here it is
-    the nearest whole number, at least 1.
+    elects plus where the sum is zero. PEFT trims within each tensor and weighs after. The authors'
+    code, and FusionBench after it, trims globally, keeps one entry more, and elects the sign of the
+    majority of coordinates where the sum is zero; FusionBench by default sums at scale 0.3. All
+    round the number of entries down, here it is the nearest whole number, at least 1.
 
     Raises ValueError unless `keep` is in (0, 1], `scale` finite, `coeffs` T positive numbers, and
     the other options among the values named here.

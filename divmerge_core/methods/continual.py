@@ -126,8 +126,8 @@ def sequential_ties(
     Pitfalls: Entries that stay among the largest grow by a factor of 1 + `scale` or more with every
     expert, so early experts weigh most, and order matters much.
 
-    Peers: FusionBench keeps one entry more than the share asked for, and where two entries cancel
-    elects the sign that most coordinates have.
+    Peers: FusionBench, as the authors of TIES, keeps one entry more than the share asked for, and
+    where two entries cancel elects the sign that most coordinates have.
 
     Raises ValueError unless keep is in (0, 1] and scale is finite.
 
@@ -248,19 +248,20 @@ def opcm(
     linear weight, embeddings too.
 
     share: of the singular values' sum that is protected, 0 to 1, published as 0.5. cross: keep the
-    entries that pair a leading direction with another, as the authors' code does; the formula as
-    arXiv 2505.11883 quotes it drops them.
+    entries that pair a leading direction with another, as public code does; the formula as arXiv
+    2505.11883 quotes it drops them.
 
     Pitfalls: What comes first is protected from what comes later, so order matters. Experts that
     cancel leave a small remainder, which the factor blows up to full length. Each step takes a full
     SVD of every linear weight.
 
-    Peers: The authors' code in FusionBench gives the same where merged changes have full rank, and
-    differs in four ways. In the null space of a change of lower rank it takes out a diagonal too,
-    in whatever basis the SVD returns. At `share=1` it protects no leading direction unless rounding
-    lifts a share above 1, here all. It passes over parameters that lie directly on a module with
-    children (CLIP's class embedding): these keep the first expert's change. It shuffles the order
-    unless told not to.
+    Peers: The authors' own repository calls `diag().fill_(0)`, which fills a copy: there the
+    diagonal stays, and published numbers may be of that variant. FusionBench's version takes the
+    diagonal out and gives the same as here where merged changes have full rank; it differs in four
+    ways. In the null space of a change of lower rank it takes out a diagonal too, in whatever basis
+    the SVD returns. At `share=1` it protects no leading direction unless rounding lifts a share
+    above 1, here all. It passes over parameters that lie directly on a module with children (CLIP's
+    class embedding), which keep the first expert's change. It shuffles the order by default.
 
     Raises ValueError for a share out of range.
 

@@ -104,21 +104,25 @@ def divmerge(
     divergence: a name in DIVERGENCES, `js` in the paper's main results; a parameter follows a
     colon, as in `skew_js:0.1`. temperature: what both sides' logits are divided by. grouping: one
     coefficient per task, per task and block, or per task and tensor. link: none in the paper;
-    `sigmoid` or `softmax` bound the coefficients. init: None for 1/T (the paper's Algorithm 1),
-    where its Table 9 says 0.5. inputs: per task, None for the paper's 200, or 400 by layer.
-    optimizer: `adam`, the paper's; `annealed_adam` with `lr` 0.1 gets near its loss in a tenth of
-    the steps; `lbfgs` sees all inputs in every step and needs the fewest passes for a low loss:
-    give it 32 inputs and 10 to 20 epochs, and more inputs by layer, where it learns few by heart;
-    `gauss_newton` pays for products with the metric, and seldom gets them back. `epochs` and `lr`:
-    passes over the inputs, and Adam's step size. checkpoint: a file from which a fit that was
-    killed goes on. watch: called with every step.
+    `clamp` cuts coefficients to [0, 1], `sigmoid` and `softmax` bound them smoothly. init: None for
+    1/T (the paper's Algorithm 1), where its Table 9 says 0.5. inputs: per task, None for the
+    paper's 200, or 400 by layer. optimizer: `adam`, the paper's; `annealed_adam` with `lr` 0.1 gets
+    near its loss in a tenth of the steps; `lbfgs` sees all inputs in every step and needs the
+    fewest passes for a low loss: give it 32 inputs and 10 to 20 epochs, and more inputs by layer,
+    where it overfits few; `gauss_newton` pays for products with the metric, and seldom gets them
+    back. `epochs` and `lr`: passes over the inputs, and Adam's step size. checkpoint: a file from
+    which a fit that was killed goes on. watch: called with every step.
 
     Pitfalls: It copies the experts, mistakes included, so it needs inputs like those that it will
     be asked. Tasks count alike, whatever their number of classes: one with large divergences leads
-    the fit. Coefficients are free to be negative or above 1.
+    the fit. Coefficients are free to be negative or above 1. With `clamp` a coefficient that has
+    left [0, 1] has no gradient, so it usually stays at that end.
 
-    Peers: No public implementation is known; a later comparison (arXiv 2610.07819) reports 100
-    steps of size 0.01 with 200 inputs and `js`.
+    Peers: No code of the paper's authors is known. A public implementation of 2026
+    (appier-research/broader_model_merging) clamps coefficients to [0, 1] in the forward pass
+    (`link="clamp"`), reads unlabelled test inputs and takes 1000 steps of size 0.01; without the
+    clamp its step is the one taken here. A later comparison (arXiv 2610.07819) reports 100 steps of
+    size 0.01 with 200 inputs and `js`.
 
     Raises ValueError for unknown names, values out of range, a task without inputs, and a fit that
     diverges.

@@ -223,9 +223,7 @@ def prodistill(
     fitted by heart. Errors of early blocks are handed on, and no later step sees the answers.
 
     Peers: The authors' code for text takes a batch of one task per step, counts padding, leaves
-    embeddings at `init` and dropout on in the block that learns, and feeds every expert's first
-    block from the last expert's embeddings (a loop reads the wrong variable); none of these is done
-    here.
+    embeddings at `init`, and dropout on in the block that learns; none of these is done here.
 
     Raises ValueError for values out of range, a task without inputs, a problem without a module
     that runs, a loss that stops being finite, and a stage 100 times as far from the base as in any

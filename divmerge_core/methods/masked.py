@@ -227,7 +227,8 @@ def emr(problem: MergeProblem, *, norm: str = "total") -> Masked:
     Pitfalls: It returns a predictor and no merged model, so it is to be compared at equal storage,
     and not with merges that answer without being told the task.
 
-    Peers: The authors' code and FusionBench take `norm="tensor"`; the paper's formula is `total`.
+    Peers: The paper's formula is `total`. The authors' scripts differ, some take `total` and others
+    `tensor`; FusionBench takes `tensor`.
 
     Raises ValueError for an unknown norm.
 

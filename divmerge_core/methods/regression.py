@@ -101,7 +101,8 @@ def regmean_plus_plus(
     Pitfalls: As many passes over the inputs as there are blocks, and errors of the first blocks
     reach all later ones.
 
-    Peers: Differences to public code as in `regmean`.
+    Peers: As in `regmean`. The authors' code also leaves the tensors after the last block as in the
+    base, where they are averaged, or regressed, here.
 
     Raises ValueError as `regmean` does, and for an unknown grouping.
 

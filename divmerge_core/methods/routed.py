@@ -86,7 +86,9 @@ def wemoe(
     matrices per router add d x d numbers per block. Published runs train on test inputs. Initial
     weights are drawn expert by expert, so the order of tasks matters a little.
 
-    Peers: FusionBench 0.2.33 asks for a $w$ per input after training, but sets this on the whole
+    Peers: The authors' own code takes a $w$ per input in training too, and lets the step size fall
+    by a cosine; one $w$ per batch and a constant step size are FusionBench's configuration.
+    FusionBench 0.2.33 asks for a $w$ per input after training, but sets this on the whole
     model instead of its MLPs: those go on averaging over the batch, and an answer depends on its
     batch. With the same router and the same averaging a routed MLP is the same.
 
@@ -170,7 +172,8 @@ def twin(
 
     Peers: The authors' router has two hidden layers of twice the width, batch normalisation and
     dropout; here it has one hidden layer and standardised inputs, as inputs are few. Their code
-    picks the router's best epoch on test inputs and leaves out biases, which then come from the
+    rounds the rank down, to 0 in small matrices, whose rest is then dropped; here it is 1 or more.
+    It picks the router's best epoch on test inputs and leaves out biases, which then come from the
     expert of the task that the input is known to be of; here they are added as all else is.
 
     Raises ValueError for options out of range, a task without inputs and a problem without a

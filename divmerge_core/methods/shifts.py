@@ -9,9 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from divmerge_core.activations import linear_layers, require_module
 from divmerge_core.kernels.stores import dense
 from divmerge_core.linalg import cutoff, matrices, rank_of, truncated
 from divmerge_core.methods import METHODS
+from divmerge_core.methods.arithmetic import check_choice
 from divmerge_core.problem import Diverged, MergeProblem
 
 WORDS = re.compile(r"embed|\b(wte|wpe)\b")  # tables of words and places; GPT-2's are the latter
@@ -24,8 +26,8 @@ def check_fit(units: str, steps: int, lr: float) -> None:
         raise ValueError(f"units must be 'relative' or 'absolute', got {units!r}")
     if steps < 0 or not 0 < lr < float("inf"):
         raise ValueError(
-            f"steps must be 0 or more and lr above 0 and finite, got {steps} and {lr}; the authors "
-            "take 400 steps"
+            f"steps must be 0 or more and lr above 0 and finite, got {steps} and {lr}; 400 steps "
+            "are usual"
         )
 
 
@@ -210,6 +212,23 @@ def wudi_gradient(deltas: Float[Tensor, "T M K"]) -> Callable[[Tensor], Tensor]:
     return lambda shift: 2 * (start + shift @ spread)
 
 
+def linear_parts(
+    problem: MergeProblem, parts: Sequence[tuple[str, slice, tuple[int, ...]]]
+) -> list[tuple[str, slice, tuple[int, ...]]]:
+    """Those of a layout's matrices that are weights of linear layers.
+
+    Raises ValueError where the problem knows no module, or none is.
+    """
+    require_module(problem, "wudi")
+    names = linear_layers(problem)
+    if not names:
+        raise ValueError(
+            "wudi with scope='linear' merges the weights of nn.Linear layers, and the problem's "
+            "module has none whose weight is merged; take scope='matrices'"
+        )
+    return [part for part in parts if part[0] in names]
+
+
 @METHODS.register(
     "wudi",
     source="Cheng et al. 2025",
@@ -229,6 +248,7 @@ def wudi(
     lr: float = 1e-5,
     units: str = "absolute",
     steps: int = 400,
+    scope: str = "matrices",
     progress: bool = True,
 ) -> Float[Tensor, " N"]:
     r"""Least interference with the experts' row spaces, which stand for their inputs.
@@ -241,27 +261,36 @@ def wudi(
     Idea: Gradients of a linear layer are made of its inputs, so a change's rows span them. On these
     rows, in place of data, the merged change should do what each expert's does.
 
-    Every matrix, embeddings too, starts at the sum of its deltas and takes `steps` of Adam; other
-    tensors take the mean delta. Nothing scales the result, and one expert alone comes back as it
-    is. `units`: `absolute`, the authors' `lr=1e-5` with 400 steps, tuned to CLIP; 0.025 in
-    `relative` units (root mean squares of the layer's deltas) is about the same there.
+    A matrix starts at the sum of its deltas and takes `steps` of Adam; nothing scales the result.
+    `scope`: `matrices` treats every matrix, embeddings too, and gives other tensors the mean delta,
+    so that one expert alone comes back as it is; `linear` treats the weights of linear layers and
+    leaves all else as in the base. `units`: `absolute`, the authors' `lr=1e-5`, tuned to CLIP;
+    0.025 in `relative` units (root mean squares of the layer's deltas) is about the same there.
+
+    The defaults, 400 steps on all matrices, are those of FusionBench's example: text experts change
+    embeddings too, and the base's would not fit their layers. The authors' own code takes 300 steps
+    on the weights of linear layers alone: `steps=300, scope="linear"`.
 
     Pitfalls: The loss is quadratic and the step count a choice: no step leaves the sum of task
     vectors, and the limit is a least-squares solution in closed form, how near is decided by `lr`
     and `steps`.
 
-    Peers: FusionBench's function defaults to 300 steps. The gradient here is the same, summed over
-    experts once and not at every step. A user of the authors' code could not reproduce its RoBERTa
-    numbers (its issue 6).
+    Peers: FusionBench's function, called without its example's options, takes 300 steps too. The
+    gradient here is the same, summed over experts once and not at every step. A user of the
+    authors' code could not reproduce its RoBERTa numbers (its issue 6).
 
-    Raises ValueError for options out of range, and Diverged where the fit runs away.
+    Raises ValueError for options out of range, and for `linear` where the problem knows no module
+    or no linear layer; Diverged where the fit runs away.
 
     Source: Cheng et al. 2025 (arXiv 2503.08099).
     """
     check_fit(units, steps, lr)
-    deltas = dense(problem.vectors.deltas)
-    flat = problem.vectors.base + deltas.mean(dim=0)
-    parts = list(matrices(problem.vectors.layout))
+    check_choice("scope", scope, ("matrices", "linear"))
+    parts, deltas = list(matrices(problem.vectors.layout)), dense(problem.vectors.deltas)
+    if scope == "matrices":
+        flat = problem.vectors.base + deltas.mean(dim=0)
+    else:
+        flat, parts = problem.vectors.base.clone(), linear_parts(problem, parts)
     longest = RUNAWAY * problem.vectors.norms().max()
     for name, place, shape in tqdm(parts, "wudi", disable=not progress, leave=False):
         own = deltas[:, place].unflatten(1, shape)  # [T, M, K]

@@ -72,7 +72,8 @@ def tsv_m(problem: MergeProblem, *, scale: float = 1.0) -> Float[Tensor, " N"]:
 
     Peers: Singular triples of value zero, and directions that U or V does not span (two equal
     experts), are left out here. The authors' code and FusionBench keep them, so there what they
-    return depends on the SVD's routine; at full rank all agree.
+    return depends on the SVD's routine; at full rank all agree. A matrix with r below T, averaged
+    here, their code leaves as in the base.
 
     Raises ValueError for a scale that is not finite.
 
@@ -253,7 +254,8 @@ def knots(
 
     Peers: The authors' code drops directions with s below 1e-5, FusionBench below 1e-4; here s is
     held against the largest one, so that the unit of the weights does not matter. The authors' code
-    also appends a layer's bias to its weight as one more column.
+    also appends a layer's bias to its weight as one more column, and its `input` side works for
+    square matrices only.
 
     Raises ValueError for a side that does not exist, a scale that is not finite, and a share
     outside (0, 1].

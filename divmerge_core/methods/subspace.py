@@ -75,7 +75,7 @@ def esm(
     Peers: The paper's formula has no level, and so no magnitude but alpha; this is the authors'
     code. Their code fills a basis of too few tokens with unit vectors that are not orthogonal to
     the rest; the vision code merges the attention's output projection as by TSV-M, and the RoBERTa
-    code applies alpha to every tensor and leaves biases out.
+    code applies alpha to every tensor, shrinks the embeddings' change and leaves biases out.
 
     Raises ValueError for options out of range, tasks without inputs and problems without a module.
 
