@@ -26,7 +26,8 @@ import yaml
 from divmerge_core.digests import package_digest
 from divmerge_core.executors import Job
 from divmerge_core.local.description import Reader
-from divmerge_core.notebooks import Parameter, check, parameters
+from divmerge_core.notebooks import parameters
+from divmerge_core.parameters import Parameter, check
 
 TOP = ("notebook", "output", "fixed", "grid", "cells", "retries")
 TOP += ("parallel", "cpus", "gpus", "executor", "address")

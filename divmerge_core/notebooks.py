@@ -1,16 +1,13 @@
 """One notebook: its parameters, checked strictly before anything runs, and its execution."""
 
 import ast
-import difflib
 import io
 import json
-import math
 import sys
 import tempfile
 import tokenize
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -18,18 +15,7 @@ import papermill
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
-SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
-KINDS = (*SCALARS, *(f"list[{name}]" for name in SCALARS))
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One line `name: kind = default  # help` of a notebook's parameters cell."""
-
-    name: str
-    kind: str
-    default: object
-    help: str
+from divmerge_core.parameters import Parameter, check, declarations, parse, unknown
 
 
 def parameters(notebook: str | Path) -> dict[str, Parameter]:
@@ -44,13 +30,7 @@ def parameters(notebook: str | Path) -> dict[str, Parameter]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
     found = {}
-    for line in ast.parse(source).body:
-        if not isinstance(line, ast.AnnAssign) or ast.unparse(line.annotation) not in KINDS:
-            raise ValueError(
-                f"{notebook}: `{ast.unparse(line)}` is not `name: type = default  # help`"
-                f" with a type out of {', '.join(KINDS)}"
-            )
-        name, kind = ast.unparse(line.target), ast.unparse(line.annotation)
+    for name, kind, line in declarations(source, str(notebook)):
         text = comments.get(line.end_lineno, "")[1:].strip()
         found[name] = Parameter(name, kind, ast.literal_eval(line.value), text)
         check(found[name], found[name].default)
@@ -66,41 +46,12 @@ def describe(notebook: str | Path) -> str:
     return "\n".join([f"parameters of {notebook}:", *(lines or ["  (none)"])])
 
 
-def check(parameter: Parameter, value: object) -> object:
-    """The value in the parameter's type; only an int given for a float is converted."""
-    inner = parameter.kind.removeprefix("list[").removesuffix("]")
-    if inner == parameter.kind:
-        if inner == "float" and type(value) is int:
-            value = float(value)
-        if type(value) is SCALARS[inner] and (inner != "float" or math.isfinite(value)):
-            return value
-    elif isinstance(value, (list, tuple)):
-        return [check(Parameter(parameter.name, inner, None, ""), item) for item in value]
-    raise ValueError(f"parameter {parameter.name} must be {parameter.kind}, got {value!r}")
-
-
-def parse(parameter: Parameter, text: str) -> object:
-    """A value typed on the command line: JSON or Python, a bare word, or a list with commas."""
-    plural = parameter.kind.startswith("list[")
-    if parameter.kind == "str" and text[:1] not in ("'", '"'):
-        return text
-    if plural and text[:1] not in ("[", "("):
-        inner = Parameter(parameter.name, parameter.kind[5:-1], None, "")
-        return [parse(inner, word.strip()) for word in text.split(",") if word.strip()]
-    for read in (json.loads, ast.literal_eval):
-        with suppress(ValueError, SyntaxError):
-            return read(text)
-    return text  # refused by check, which knows what was wanted
-
-
 def checked(notebook: str | Path, given: Mapping[str, object], *, text: bool) -> dict[str, object]:
     """The given parameters in the notebook's types, parsed first where they are `text`."""
     allowed = parameters(notebook)
     for name in given:
         if name not in allowed:
-            close = difflib.get_close_matches(name, allowed, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"unknown parameter {name!r}{hint}\n{describe(notebook)}")
+            raise ValueError(f"{unknown(name, allowed)}\n{describe(notebook)}")
     if text:
         given = {name: parse(allowed[name], value) for name, value in given.items()}
     return {name: check(allowed[name], value) for name, value in given.items()}

@@ -147,6 +147,9 @@ def main(arguments: list[str] | None = None) -> int:
         elif chosen.output is None:
             one.error("an output path is needed, or --list")
         else:
+            names = [name for name, _ in chosen.given]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"given more than once: {', '.join(twice)}; lists have commas")
             values = checked(chosen.notebook, dict(chosen.given), text=True)
             run(chosen.notebook, chosen.output, **values)
     except PapermillExecutionError as error:

@@ -34,7 +34,7 @@ ORDER = (
     *("roofline", "race", "accelerators", "workloads", "savings", "memory", "forecast"),
     *("interference", "studies", "figures", "pages", "checkpoints"),
     *("ranks", "sharding", "distributed", "local", "language", "published"),
-    *("notebooks", "executors", "gathering", "gridfile", "grids", "runs"),
+    *("parameters", "notebooks", "executors", "gathering", "gridfile", "grids", "runs"),
 )
 MODULES = sorted((ROOT / "divmerge_core").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -45,6 +45,10 @@ import importlib.util
 
 if importlib.util.find_spec("divmerge_core") is None:
     %pip install -q git+{REPOSITORY}"""
+CHECK = """\
+from divmerge_core.parameters import check_parameters
+
+given = check_parameters(globals())  # names of those that are set"""
 
 MATHJAX = "d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882"
 # Macros that MathJax would fetch from elsewhere when a formula uses them.
@@ -174,8 +178,10 @@ def test_the_lock_is_complete():
 
 
 def test_make_knows_the_sizes_and_ci_runs_the_commands():
+    from divmerge_core import tables
     from divmerge_core.bench import SIZES
 
+    assert list(tables.SIZES) == list(SIZES)
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(r"^SIZES := (.*)$", makefile, re.M)[1].split() == list(SIZES)
     assert re.search(r"^export OMP_WAIT_POLICY = PASSIVE$", makefile, re.M)
@@ -258,14 +264,29 @@ def test_notebooks_open_with_a_title_parameters_and_the_setup(path):
     first = nbformat.read(path, as_version=4).cells[0]
     assert first.cell_type == "markdown"
     assert re.match(r"(\([\w-]+\)=\n)?# ", first.source), "a label may stand before the title"
-    parameters, setup, *_ = code(path)
+    parameters, setup, check, *others = code(path)
     assert "parameters" in parameters.metadata.get("tags", [])
-    assert setup.source == SETUP
+    assert setup.source == SETUP and check.source == CHECK
+    for cell in others:  # the check takes the last cell of such lines for the parameters
+        assert not any(isinstance(line, ast.AnnAssign) for line in tree(cell.source).body)
     declared = runs.parameters(path)
     assert [name for name, one in declared.items() if not one.help] == []
     lines = [line for line in parameters.source.splitlines() if not line.startswith("#")]
     assert set(papermill.inspect_notebook(path)) == set(declared), "papermill reads them too"
     assert len(lines) == len(declared), "papermill reads one parameter a line"
+
+
+@each_notebook
+def test_what_is_stored_is_drawn_by_one_rule(path):
+    """Two chapters show stored Reports beside their own, each under a caption of its own."""
+    sources = "\n".join(cell.source for cell in code(path))
+    read = re.findall(r"\b(?:Report|tables)\.load\(|(?<![.\w])load\(folder", sources)
+    assert not read or path.stem in ("04_merge", "14_glue_on_a_gpu")
+    if calls := re.findall(r"\bdrawn(?:_report)?\(", sources):
+        assert sources.count("given") > 1, f"{len(calls)} calls know nothing of what was asked for"
+        for name, one in runs.parameters(path).items():
+            empty = not one.default and one.kind != "bool"
+            assert not empty or re.search(r"(empty|0): ", one.help), f"what does no {name} mean?"
 
 
 @each_notebook

@@ -1,22 +1,18 @@
-"""The studies of the chapter beyond one vector, by name: what each runs at which size, and where
-its table is stored."""
+"""The studies of the chapter beyond one vector, by name: what each runs at which size."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import pandas as pd
 
 from divmerge_core.bench import SIZES, Bench, Size, prepare, task_names
 from divmerge_core.registry import Registry
-from divmerge_core.report import origin
 from divmerge_core.studies.arrivals import arrivals
 from divmerge_core.studies.partitions import mixture
 from divmerge_core.studies.pools import pools
 from divmerge_core.studies.searches import searches
 from divmerge_core.studies.serving import fusion, storage
-from divmerge_core.tables import load, save
 
 STUDIES = Registry("study")  # name -> function(Plan) -> table
 SMALL = "bert_tiny"  # the encoder of studies that ask for many scores
@@ -175,32 +171,12 @@ def run_storage(plan: Plan) -> pd.DataFrame:
     return storage(bench, options=plan.options, repeats=plan.repeats)
 
 
-# --- stored tables --------------------------------------------------------------------------------
-
-
-def said(name: str, plan: Plan) -> dict:
-    """What a study ran on, and how much of it."""
+def facts_of(name: str, plan: Plan) -> dict:
+    """What a study runs on, and how much of it."""
     plain = ("suite", "encoder", "large", "size", "orders", "device", "rows", "scored")
     facts = {key: getattr(plan, key) for key in (*plain, "policy", "looked", "calls", "repeats")}
     lists = {key: list(getattr(plan, key)) for key in ("tasks", "seeds", "searched")}
     return {"study": name, "small": SMALL, **facts, **lists}
-
-
-def facts_of(name: str, plan: Plan) -> dict:
-    """A study's origin if it ran here and now: `said`, versions, machine and date."""
-    return origin(**said(name, plan))
-
-
-def publish(folder: Path, name: str, table: pd.DataFrame, plan: Plan) -> None:
-    """Store a study's table with its origin, as `folder/name.json`."""
-    save(folder / f"{name}.json", {"rows": table}, **said(name, plan))
-
-
-def stored(folder: Path) -> dict[str, tuple[pd.DataFrame, dict]]:
-    """Every study's stored table and its origin, by name."""
-    paths = {name: folder / f"{name}.json" for name in STUDIES}
-    found = {name: load(path) for name, path in paths.items() if path.is_file()}
-    return {name: (tables["rows"], facts) for name, (tables, facts) in found.items()}
 
 
 def caption(facts: Mapping) -> str:
@@ -219,10 +195,7 @@ def caption(facts: Mapping) -> str:
     )
 
 
-def run(name: str, plan: Plan, folder: Path | None = None) -> pd.DataFrame:
-    """One study's table; stored in `folder` where one is given."""
+def run(name: str, plan: Plan) -> dict[str, pd.DataFrame]:
+    """One study's table, as `rows`."""
     study: Callable[[Plan], pd.DataFrame] = STUDIES[name]
-    table = study(plan)
-    if folder is not None:
-        publish(folder, name, table, plan)
-    return table
+    return {"rows": study(plan)}
