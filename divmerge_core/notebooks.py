@@ -6,10 +6,9 @@ import io
 import json
 import math
 import sys
-import tempfile
 import tokenize
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,8 @@ import nbformat
 import papermill
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
+
+from divmerge_core.storage import fresh_file
 
 SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
 KINDS = (*SCALARS, *(f"list[{name}]" for name in SCALARS))
@@ -120,15 +121,6 @@ class OwnKernel(AsyncKernelManager):
         return KernelSpec(argv=[sys.executable, *flags.split()], env=env, language="python")
 
 
-@contextmanager
-def draft(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its place, in one step, when the block has succeeded."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".draft-") as folder:
-        yield Path(folder, path.name)
-        Path(folder, path.name).replace(path)
-
-
 def execute(
     page: nbformat.NotebookNode, output: Path, values: Mapping, *, cwd: Path, clean: bool
 ) -> None:
@@ -136,7 +128,7 @@ def execute(
 
     `clean`, for pages, leaves out what cells write to stderr: progress bars are for the terminal.
     """
-    with draft(output) as new:
+    with fresh_file(output) as new:
         executed = papermill.execute_notebook(
             page,
             None,
