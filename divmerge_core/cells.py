@@ -1,45 +1,31 @@
-"""Finished pieces of a comparison, kept in the cache under a key of all that decides them."""
+"""Results, kept in the cache under a key of all that decides them."""
 
-import hashlib
 import json
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
-from divmerge_core.assets import cache_dir, fresh_folder
 from divmerge_core.bench import Bench
-from divmerge_core.digests import source_digest
-from divmerge_core.report import write_json
+from divmerge_core.digests import code_digest, key_of, versions
+from divmerge_core.methods import METHODS, parse
+from divmerge_core.storage import cache_dir, dump_json, once
 
 
-@cache
-def code_digest() -> str:
-    """A digest of the code that decides a merge and its score."""
-    root = Path(__file__).parent
-    paths = ["problem", "live", "minimizers", "ledger", "fitting", "coefficients", "vectors"]
-    paths += ["encoders", "evaluation"]
-    for folder in ("divergences", "kernels", "methods"):
-        paths += [f"{folder}/{path.stem}" for path in sorted((root / folder).glob("*.py"))]
-    return digest_of(*paths)
+def cell(bench: Bench, make: Callable, *what: object, method: str | None = None) -> Path:
+    """Where a result on this bench is kept: under its code, library versions, bench and options.
+
+    make: the function that makes it; the code that it reaches counts. what: all else that decides
+    it. method: the one merging method that `make` calls; None counts the code of all.
+    """
+    code = [code_digest(make, apart=None if method is None else "METHODS")]
+    if method is not None:
+        code.append(code_digest(METHODS[parse(method)[0]]))
+    return cache_dir() / "cells" / f"{key_of(code, versions(), bench.digest, what)}.json"
 
 
-@cache
-def digest_of(*paths: str) -> str:
-    """A digest of some modules of the package, blind to comments and docstrings."""
-    root = Path(__file__).parent
-    return source_digest(root / f"{path}.py" for path in paths)
-
-
-def cell(bench: Bench, *what: object) -> Path:
-    """Where a finished piece of work on this bench is kept."""
-    key = json.dumps([code_digest(), bench.digest, *what], sort_keys=True, default=str)
-    return cache_dir() / "cells" / hashlib.sha256(key.encode()).hexdigest()[:24]
-
-
-def keep(folder: Path, data: object) -> None:
-    """Store a finished piece of work, whole or not at all."""
-    with fresh_folder(folder) as new:
-        write_json(new / "cell.json", data)
-
-
-def recall(folder: Path) -> object:
-    return json.loads((folder / "cell.json").read_text("utf-8"))
+def kept(
+    bench: Bench, make: Callable[[], object], *what: object, method: str | None = None
+) -> object:
+    """What `make()` gives, as JSON has it: made once, by one process; see `cell`."""
+    path = cell(bench, make, *what, method=method)
+    once(path, lambda new: dump_json(new, make()), folder=False)
+    return json.loads(path.read_text("utf-8"))

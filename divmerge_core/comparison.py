@@ -12,7 +12,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from divmerge_core.bench import SIZES, Bench, Size, prepare, task_names
-from divmerge_core.cells import cell, keep, recall
+from divmerge_core.cells import kept
 from divmerge_core.coefficients import LINKS
 from divmerge_core.divergences import objective
 from divmerge_core.encoders import check_device, resolve
@@ -208,9 +208,10 @@ def outcomes(
 
 def references(bench: Bench, labels: Mapping) -> list[dict]:
     """Rows of the methods `expert` (each on its own task) and `base` (with the experts' heads)."""
-    path = cell(bench, "references")
-    if not (path / "cell.json").exists():
+
+    def find() -> list[dict]:
         expert = own_experts(bench, bench.test, method="expert")
         base = evaluate(bench.problem, bench.problem.vectors.base, bench.test, method="base")
-        keep(path, expert.to_dict("records") + base.to_dict("records"))
-    return [{**labels, **row} for row in recall(path)]
+        return expert.to_dict("records") + base.to_dict("records")
+
+    return [{**labels, **row} for row in kept(bench, find, "references")]

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import datasets
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from divmerge_core.assets import cache_dir, fresh_folder, sha256
+from divmerge_core.assets import sha256
+from divmerge_core.digests import code_digest, key_of, versions
 from divmerge_core.encoders import Base, make_batches, pooled, resolve
+from divmerge_core.storage import cache_dir, once
 from divmerge_core.tasks import Task
 
 
@@ -60,10 +61,30 @@ def fine_tune(
     """The expert for a task: from the cache where one was made in exactly this way, else trained.
 
     The seed draws the training rows, the head's first weights, the order and the dropout. The key
-    holds the base's digest, the rows' digest, the recipe, the seed, the device type and the
-    versions of torch and transformers.
+    is what `described` tells. Of several processes that want an expert, one trains it.
     """
-    recipe = recipe or Recipe()
+    manifest, rows = described(base, task, recipe or Recipe(), seed=seed)
+
+    def make(new: Path) -> None:
+        recipe = Recipe(**manifest["recipe"])
+        state, head = train(base, task, rows, recipe, seed=seed, progress=progress)
+        tensors = {f"encoder.{k}": v for k, v in state.items()}
+        tensors |= {f"head.{k}": v for k, v in head.items()}
+        save_expert(new, tensors, manifest)
+
+    device = str(next(base.encoder.parameters()).device)
+    folder = once(folder_of(manifest), make, holds="manifest.json")
+    return load_expert(folder, device=device)
+
+
+def described(
+    base: Base, task: Task, recipe: Recipe, *, seed: int
+) -> tuple[dict[str, object], datasets.Dataset]:
+    """All that decides an expert, as its manifest, and the rows that it is trained on.
+
+    The digests of the base, of the rows and of the training's code; the recipe, the seed, the
+    device type, and the versions of torch, transformers and tokenizers.
+    """
     device = next(base.encoder.parameters()).device
     recipe = replace(
         recipe,
@@ -82,20 +103,25 @@ def fine_tune(
         "recipe": asdict(recipe),
         "seed": seed,
         "device": device.type,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "code": code_digest("experts.train"),
+        **versions("torch", "transformers", "tokenizers"),
     }
-    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:20]
-    folder = cache_dir() / "experts" / f"{task.name}-{key}"
-    if not (folder / "manifest.json").exists():
-        with fresh_folder(folder) as new:  # opened first: a read-only cache costs no training
-            state, head = train(base, task, rows, recipe, seed=seed, progress=progress)
-            tensors = {f"encoder.{k}": v for k, v in state.items()}
-            tensors |= {f"head.{k}": v for k, v in head.items()}
-            save_file({k: v.cpu() for k, v in tensors.items()}, new / "model.safetensors")
-            manifest["model.safetensors"] = sha256(new / "model.safetensors")
-            (new / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    return load_expert(folder, device=str(device))
+    return manifest, rows
+
+
+def folder_of(manifest: Mapping[str, object], prefix: str = "") -> Path:
+    """Where the expert of a manifest is kept."""
+    return cache_dir() / "experts" / f"{prefix}{manifest['task']}-{key_of(manifest)}"
+
+
+def save_expert(
+    folder: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, object]
+) -> None:
+    """Write an expert's tensors and its manifest, which gains their digest."""
+    weights = folder / "model.safetensors"
+    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, weights)
+    whole = {**manifest, weights.name: sha256(weights)}
+    (folder / "manifest.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
 
 
 def load_expert(folder: Path, *, device: str = "cpu") -> Expert:

@@ -15,8 +15,8 @@ import pandas as pd
 
 from divmerge_core import tables
 from divmerge_core.evaluation import scores
-from divmerge_core.notebooks import draft
-from divmerge_core.report import Report, write_json
+from divmerge_core.report import Report
+from divmerge_core.storage import fresh_file, write_json
 
 SHOWN = ("suite", "tasks", "pair", "methods", "seeds")  # a Report's columns tell these
 REFERENCES = ("expert", "base")
@@ -57,11 +57,10 @@ def gather(runs: Sequence[Finished], output: Path, **facts: object) -> list[Path
                 for run, data in found
             ]
             together(parts, facts).save(target)
-            with draft(target.with_suffix(".csv")) as new:
+            with fresh_file(target.with_suffix(".csv")) as new:
                 tidy(parts).to_csv(new, index=False)
             written.append(target.with_suffix(".csv"))
         elif all({"tables", "provenance"} <= set(data) for _, data in found):
-            target.parent.mkdir(parents=True, exist_ok=True)
             write_json(target, stacked(found, facts))
         else:
             continue  # something of the notebook's own: it stays in the run's folder

@@ -10,6 +10,8 @@ import datasets
 
 from divmerge_core.splits import Splits, split_rows
 
+HUB, REVISION = "nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
+
 
 class quiet:
     """No progress bars from `datasets` while a few thousand rows are read or written."""
@@ -33,7 +35,7 @@ def glue_rows(name: str) -> Mapping[str, datasets.Dataset]:
         with quiet():
             if folder is not None:
                 return datasets.load_dataset(str(folder / name))
-            return datasets.load_dataset("nyu-mll/glue", name)
+            return datasets.load_dataset(HUB, name, revision=REVISION)
     except Exception as error:  # the libraries below raise many kinds, none of them a user's
         where = folder / name if folder is not None else "the hub's nyu-mll/glue"
         raise ValueError(
@@ -66,9 +68,9 @@ def glue_splits(name: str, answers: Sequence[str], columns: Sequence[str]) -> Sp
 
 
 def glue_digest(name: str) -> str:
-    """A digest of the folder's files (or of the hub's name for them)."""
+    """A digest of the folder's files, or the hub's name for them with its revision."""
     folder = glue_folder()
-    return "hub:nyu-mll/glue" if folder is None else files_digest(folder / name)
+    return f"hub:{HUB}@{REVISION}" if folder is None else files_digest(folder / name)
 
 
 @cache

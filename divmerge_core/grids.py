@@ -14,17 +14,16 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, wait
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+from filelock import Timeout
 from tqdm import tqdm
 
-from divmerge_core.checkpoints.folders import locked, published
 from divmerge_core.executors import Cluster, Job, Local, unpacked
 from divmerge_core.gathering import Finished, gather
 from divmerge_core.gridfile import Grid, read
-from divmerge_core.notebooks import draft
-from divmerge_core.report import write_json
+from divmerge_core.storage import fresh_file, fresh_folder, locked, write_json
 
 EXECUTOR: dict[str, Callable] = {"local": Local, "ray": Cluster}
 
@@ -63,7 +62,7 @@ def conduct(grid: Grid, executor, jobs: list[Job], folders: Mapping, total: int)
                 job = pending.pop(future)
                 error = future.exception()
                 if error is None:
-                    with published(folders[job.key]) as folder:
+                    with fresh_folder(folders[job.key]) as folder:
                         unpacked(future.result(), folder)
                     bar.update()
                     continue
@@ -91,7 +90,7 @@ def report(grid: Grid, jobs: list[Job], folders: Mapping, failures: Mapping) -> 
         note = grid.output / "failed" / f"{job.key}.txt"
         note.unlink(missing_ok=True)
         if job.key in failures:
-            with draft(note) as new:
+            with fresh_file(note) as new:
                 new.write_text(f"{brief(grid, job)}\n\n{failures[job.key]}\n", encoding="utf-8")
         state = "failed" if job.key in failures else "finished"
         states.append({"key": job.key, "state": state, "parameters": dict(job.parameters)})
@@ -121,14 +120,14 @@ def report(grid: Grid, jobs: list[Job], folders: Mapping, failures: Mapping) -> 
 @contextmanager
 def held(output: Path) -> Iterator[None]:
     """The output folder for this process alone."""
-    output.mkdir(parents=True, exist_ok=True)
-    lock = locked(output)
-    if lock is None:
-        raise ValueError(f"another grid is writing to {output}; wait for it, or choose another")
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(output, wait=False))
+        except Timeout as error:
+            raise ValueError(
+                f"another grid is writing to {output}; wait for it, or choose another"
+            ) from error
         yield
-    finally:
-        os.close(lock)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from divmerge_core.assets import fresh_file
+from divmerge_core.storage import fresh_file
 
 Entry = tuple[float, Tensor]  # the loss, and its gradient in the coefficients [T, G]
 

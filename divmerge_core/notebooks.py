@@ -4,10 +4,8 @@ import ast
 import io
 import json
 import sys
-import tempfile
 import tokenize
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
@@ -16,6 +14,7 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
 from divmerge_core.parameters import Parameter, check, declarations, parse, unknown
+from divmerge_core.storage import fresh_file
 
 
 def parameters(notebook: str | Path) -> dict[str, Parameter]:
@@ -71,15 +70,6 @@ class OwnKernel(AsyncKernelManager):
         return KernelSpec(argv=[sys.executable, *flags.split()], env=env, language="python")
 
 
-@contextmanager
-def draft(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its place, in one step, when the block has succeeded."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".draft-") as folder:
-        yield Path(folder, path.name)
-        Path(folder, path.name).replace(path)
-
-
 def execute(
     page: nbformat.NotebookNode, output: Path, values: Mapping, *, cwd: Path, clean: bool
 ) -> None:
@@ -87,7 +77,7 @@ def execute(
 
     `clean`, for pages, leaves out what cells write to stderr: progress bars are for the terminal.
     """
-    with draft(output) as new:
+    with fresh_file(output) as new:
         executed = papermill.execute_notebook(
             page,
             None,

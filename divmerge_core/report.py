@@ -8,7 +8,6 @@ import datetime
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 import transformers
 
 from divmerge_core.evaluation import grades, main_scores, numbers, scores
+from divmerge_core.storage import write_json
 
 COLUMNS = ("suite", "subset", "method", "seed", "task", "predicted", "gold")
 MARGIN = 0.02  # an expert this far above the majority class makes its task count in the ANP
@@ -152,14 +152,12 @@ class Report:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write JSON, atomically: an interrupted save leaves the old file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         data = {
             "provenance": self.provenance,
             "rows": self.rows.to_dict("records"),
             "fits": self.fits,
         }
-        write_json(path, data)
+        write_json(Path(path), data)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Report":
@@ -174,18 +172,6 @@ def combine(right: np.ndarray, methods: Sequence[str], statistic: str) -> np.nda
         return right.mean(0)
     ratio = right / right[..., [methods.index("expert")]]
     return ratio.mean(0) if statistic == "anp" else ratio.min(0)
-
-
-def write_json(path: Path, data: object) -> None:
-    """Write JSON to a temporary file and rename it: readers see the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def origin(**facts: object) -> dict:

@@ -24,7 +24,8 @@ import yaml
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
-from divmerge_core.notebooks import checked, describe, draft, execute, parameters
+from divmerge_core.notebooks import checked, describe, execute, parameters
+from divmerge_core.storage import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,7 +55,8 @@ def _stage(root: Path, name: str, size: str, folder: Path) -> Path:
     offered = {"size": size, "publish": size == "full"}
     values = {name: offered[name] for name in offered if name in parameters(notebook)}
     versions = sorted(f"{d.name}=={d.version}" for d in metadata.distributions())
-    sources = [notebook, *Path(__file__).parent.rglob("*.py")]
+    package = Path(__file__).parent.rglob("*")
+    sources = [notebook, *(p for p in package if p.is_file() and p.suffix != ".pyc")]
     key = {"run": _digest(sources, values, versions, sys.version)}
     sidecar, results = output.with_suffix(".json"), root / "book" / "results"
     stored = json.loads(sidecar.read_text()) if sidecar.is_file() and output.is_file() else {}
@@ -66,8 +68,7 @@ def _stage(root: Path, name: str, size: str, folder: Path) -> Path:
     page = nbformat.read(notebook, as_version=4)
     execute(page, output, values, cwd=notebook.parent, clean=True)
     # Results are read afterwards: a notebook that fills them must not make itself stale.
-    with draft(sidecar) as new:
-        new.write_text(json.dumps({**key, "results": _digest(results.rglob("*.json"))}))
+    write_json(sidecar, {**key, "results": _digest(results.rglob("*.json"))})
     tqdm.write(f"{name}: {time.monotonic() - start:.0f} s")
     return output
 

@@ -5,7 +5,6 @@ see (no labels), `test` is scored. Rows that share a text never stand in two spl
 """
 
 import csv
-import hashlib
 import json
 import random
 import re
@@ -16,10 +15,12 @@ from pathlib import Path
 
 import datasets
 
-from divmerge_core.assets import ASSETS, cache_dir, fetch, fresh_folder
+from divmerge_core.assets import ASSETS, fetch
+from divmerge_core.digests import key_of, module_digest, versions
 from divmerge_core.glue import glue_digest, glue_splits, quiet
 from divmerge_core.registry import Registry
 from divmerge_core.splits import SPLITS, Row, Splits, split_rows
+from divmerge_core.storage import cache_dir, once
 
 TASKS = Registry("task")
 SUITES = Registry("suite")
@@ -55,16 +56,16 @@ class Task:
 
     def folder(self) -> Path:
         """The cache folder with all four splits, made on first use."""
-        code = [Path(__file__).with_name(f"{name}.py") for name in ("tasks", "glue", "splits")]
-        state = self.origin() + "".join(path.read_text("utf-8") for path in code)
-        key = hashlib.sha256(state.encode()).hexdigest()[:16]
-        folder = cache_dir() / "tasks" / f"{self.name}-{key}"
-        if not folder.exists():
+
+        def make(new: Path) -> None:
             splits = self.read()
-            with fresh_folder(folder) as new, quiet():
+            with quiet():
                 for split in SPLITS:
                     self.dataset(split, splits[split]).save_to_disk(str(new / split))
-        return folder
+
+        code = module_digest("tasks", "glue", "splits")
+        key = key_of(self.origin(), code, versions("datasets"))
+        return once(cache_dir() / "tasks" / f"{self.name}-{key}", make)
 
     def dataset(self, split: str, rows: Sequence[Row]) -> datasets.Dataset:
         wrong = {answer for *_, answer in rows} - set(self.answers)

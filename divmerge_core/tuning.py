@@ -14,7 +14,7 @@ import pandas as pd
 from torch import Tensor
 
 from divmerge_core.bench import Bench, Size
-from divmerge_core.cells import cell, keep, recall
+from divmerge_core.cells import cell, kept
 from divmerge_core.coefficients import groups_of
 from divmerge_core.evaluation import AnyExam, evaluate, grades
 from divmerge_core.fitting import Step
@@ -73,10 +73,9 @@ def validation_anp(bench: Bench, merged: Merged) -> float:
 
     Raises ValueError where an expert gets none of them right.
     """
-    path = cell(bench, "experts on validation")
-    if not (path / "cell.json").exists():
-        keep(path, shares(own_experts(bench, bench.validation)))
-    experts = recall(path)
+    experts = kept(
+        bench, lambda: shares(own_experts(bench, bench.validation)), "experts on validation"
+    )
     if not all(experts):
         raise ValueError(
             f"an expert gets no validation row right: {experts} for {bench.problem.vectors.tasks}; "
@@ -145,7 +144,7 @@ def run_method(bench: Bench, spec: str, options: Mapping, points: int = 0) -> Ma
     unfinished = None
     if "checkpoint" in options_of(name) and bench.unfinished is not None:
         unfinished = given["checkpoint"] = (
-            bench.unfinished / f"{cell(bench, spec, options).name}.pt"
+            bench.unfinished / f"{cell(bench, run_method, spec, options, method=spec).stem}.pt"
         )
     device, held = bench.problem.vectors.base.device, []
     cost: dict[str, float] = {}
@@ -235,10 +234,9 @@ def search(merges: Merges, tried: Sequence[dict]) -> Search:
         return Search([{"options": tried[0]}], 0)
     records: list[dict] = []
     for options in tried:
-        path = cell(merges.bench, "search", merges.spec, options)
-        if not (path / "cell.json").exists():
-            keep(path, attempt(merges, options))
-        records.append(recall(path))
+        found = partial(attempt, merges, options)
+        what = ("search", merges.spec, options)
+        records.append(kept(merges.bench, found, *what, method=merges.spec))
         best = max(range(len(records)), key=lambda n: records[n].get("score", -math.inf))
         merges.forget([tried[0], tried[best]])
     if "score" not in records[best]:
@@ -250,8 +248,8 @@ def search(merges: Merges, tried: Sequence[dict]) -> Search:
 def outcome(merges: Merges, options: dict) -> dict:
     """A method's test answers, cost and fit, from the cache or found now."""
     bench, spec = merges.bench, merges.spec
-    path = cell(bench, "test", spec, options, merges.points)
-    if not (path / "cell.json").exists():
+
+    def find() -> dict:
         made, rows = merges(options), []
 
         def answer() -> None:
@@ -260,5 +258,6 @@ def outcome(merges: Merges, options: dict) -> dict:
         took = seconds(answer, bench.problem.vectors.base.device)
         count = sum(exam.rows for exam in bench.test)
         cost = {**made.cost, "answer_ms": round(1000 * took / count, 3)}  # per test row
-        keep(path, {"rows": rows[0].to_dict("records"), "cost": cost, "fit": made.fit})
-    return recall(path)
+        return {"rows": rows[0].to_dict("records"), "cost": cost, "fit": made.fit}
+
+    return kept(bench, find, "test", spec, options, merges.points, method=spec)

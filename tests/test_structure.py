@@ -27,7 +27,7 @@ TOC = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
 
 # Imports only ever point up this list.
 ORDER = (
-    *("registry", "digests", "assets", "splits", "glue", "tasks", "kernels", "vectors"),
+    *("registry", "storage", "digests", "assets", "splits", "glue", "tasks", "kernels", "vectors"),
     *("coefficients", "problem", "live", "minimizers", "ledger", "fitting", "linalg"),
     *("activations", "encoders", "experts", "divergences", "methods", "evaluation", "report"),
     *("tables", "paper", "bench", "cells", "meters", "tuning", "comparison", "contestants"),

@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from divmerge_core.assets import sha256
 from divmerge_core.checkpoints.cards import MergeRecord, card, coefficients_json, group_numbers
-from divmerge_core.checkpoints.folders import published
 from divmerge_core.checkpoints.heads import Head, check_head, save_head
 from divmerge_core.checkpoints.recipes import mergekit_recipe
 from divmerge_core.checkpoints.shards import Planned, StoredModel, weight_files, write_shards
 from divmerge_core.checkpoints.sources import Source, deviation, in_memory, planned, streamed
 from divmerge_core.encoders import ENCODERS
+from divmerge_core.storage import fresh_folder
 
 SHARD_BYTES = 10**9
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,7 +93,7 @@ def write(
     total = sum(tensor.nbytes for tensor in content.plan)
     room(folder, total)
     inputs = hashes_of(record)
-    with published(folder) as new:
+    with fresh_folder(folder) as new:
         bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not progress)
         with bar:
             hashes = write_shards(new, content.plan, max_bytes=max_shard_bytes, wrote=bar.update)

@@ -1,16 +1,14 @@
 """A language suite made ready: base, experts, their completions, merge problem and exams."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import datasets
 from torch import Tensor
 from tqdm import tqdm
 
-from divmerge_core.assets import cache_dir
 from divmerge_core.bench import Bench, task_names
-from divmerge_core.cells import digest_of
+from divmerge_core.digests import code_digest, key_of
 from divmerge_core.encoders import check_device, resolve
 from divmerge_core.evaluation import Exam
 from divmerge_core.experts import Expert, data_digest
@@ -25,10 +23,10 @@ from divmerge_core.language.scoring import WrittenExam, likelihood_exam, written
 from divmerge_core.language.training import LanguageRecipe
 from divmerge_core.problem import MergeProblem
 from divmerge_core.registry import Registry
+from divmerge_core.storage import cache_dir
 from divmerge_core.tasks import SUITES, TASKS
 from divmerge_core.vectors import TaskVectors
 
-CODE = ("prompts", "reading", "forward", "completions", "scoring")  # what decides a score
 SPARE = 3  # tokens that a written answer may have beside its word: a full stop, spaces
 LANGUAGE_SIZES = Registry("size of a language suite")  # "suite/size"
 
@@ -181,14 +179,11 @@ def prepare_language(
     validation = [exam(base, name, "validation", size.validation_rows, size) for name in names]
     test = [exam(base, name, "test", size.test_rows, size) for name in names]
     written = [exam(base, name, "test", size.test_rows, size, write=True) for name in names]
-    digest = json.dumps(
-        [
-            [expert.manifest["model.safetensors"] for expert in experts],
-            [data_digest(TASKS[n].load(s)) for n in names for s in ("merge", "validation", "test")],
-            {**asdict(size), "seeds": None, "candidates": None, "epochs": None},
-            digest_of(*(f"language/{name}" for name in CODE)),
-        ]
-    )
+    weights = [expert.manifest["model.safetensors"] for expert in experts]
+    seen = [data_digest(TASKS[n].load(s)) for n in names for s in ("merge", "validation", "test")]
+    deciding = replace(size, seeds=(), candidates=0, epochs=0)  # a method is told the others
+    code = code_digest(prepare_language)
+    digest = key_of(code, names, base.digest, weights, seen, deciding, place.type)
     unfinished = cache_dir() / "unfinished"
     return LanguageBench(
         base, experts, problem, validation, test, digest, unfinished, written, known

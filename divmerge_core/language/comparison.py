@@ -7,7 +7,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from divmerge_core.bench import Size, task_names
-from divmerge_core.cells import cell, keep, recall
+from divmerge_core.cells import kept
 from divmerge_core.comparison import check_request, outcomes, references
 from divmerge_core.encoders import check_device, resolve
 from divmerge_core.evaluation import evaluate
@@ -122,24 +122,26 @@ def writing(bench: LanguageBench, rows: Sequence[dict]) -> list[WrittenExam | Kn
 
 def written_references(bench: LanguageBench, rows: Sequence[dict]) -> list[dict]:
     """What each expert, and the base, writes on the test rows."""
-    path = cell(bench, "written references")
-    if not (path / "cell.json").exists():
+
+    def find() -> list[dict]:
         exams = {
             method: writing(bench, [row for row in rows if row["method"] == method])
             for method in ("expert", "base")
         }
         expert = own_experts(bench, exams["expert"], method="expert")
         base = evaluate(bench.problem, bench.problem.vectors.base, exams["base"], method="base")
-        keep(path, expert.to_dict("records") + base.to_dict("records"))
-    return recall(path)
+        return expert.to_dict("records") + base.to_dict("records")
+
+    return kept(bench, find, "written references")
 
 
 def written_answers(merges: Merges, options: dict, rows: Sequence[dict]) -> list[dict]:
     """What a merge writes on the test rows."""
     bench, spec = merges.bench, merges.spec
-    path = cell(bench, "written", spec, options)
-    if not (path / "cell.json").exists():
+
+    def find() -> list[dict]:
         merged = merges(options).merged
         found = evaluate(bench.problem, merged, writing(bench, rows), method=spec)
-        keep(path, found.to_dict("records"))
-    return recall(path)
+        return found.to_dict("records")
+
+    return kept(bench, find, "written", spec, options, method=spec)

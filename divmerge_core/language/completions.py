@@ -3,10 +3,10 @@
 Both are kept on disk, part by part, so that a run that was killed goes on with the next part.
 """
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -16,15 +16,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from divmerge_core.assets import cache_dir, fresh_file
+from divmerge_core.digests import code_digest, key_of, versions
 from divmerge_core.kernels.answers import TopAnswers, cache_expert
 from divmerge_core.language.forward import Parts, language_forward
 from divmerge_core.language.models import Language
 from divmerge_core.language.prompts import Prompt
 from divmerge_core.language.reading import ask, by_length, collate
 from divmerge_core.language.seq2seq import encodes, greedy_answers
-from divmerge_core.problem import Batch
-from divmerge_core.report import write_json
+from divmerge_core.problem import Batch, Forward
+from divmerge_core.storage import cache_dir, dump_json, once
 
 TOGETHER = 16  # prompts that are completed at a time: one part on disk
 
@@ -121,17 +121,16 @@ def completions(
     bfloat16. Finished parts are read from the cache.
     """
     asked = ask(base, prompt, rows, max_length)
-    settings = [*key, base.digest, prompt.task, asked.prompts, max_new, batch_size, precision, top]
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]
-    folder = cache_dir() / "completions" / f"{prompt.task}-{digest}"
+    code, place = code_digest(completions), base.device.type
+    what = [*key, base.digest, asked.prompts, max_new, batch_size, precision, top]
+    name = key_of(code, versions(), place, what)
+    folder = cache_dir() / "completions" / f"{prompt.task}-{name}"
     parts = [asked.prompts[n : n + TOGETHER] for n in range(0, len(asked.prompts), TOGETHER)]
     answers = []
     for number, few in enumerate(tqdm(parts, "completing", disable=not progress, leave=False)):
-        path = folder / f"answers-{number}.json"
-        if not path.is_file():
-            found = greedy(base, expert, few, max_new=max_new, precision=precision)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, found)
+        found = partial(greedy, base, expert, few, max_new=max_new, precision=precision)
+        make = partial(write_answers, found)
+        path = once(folder / f"answers-{number}.json", make, folder=False)
         answers += map(tuple, json.loads(path.read_text("utf-8")))
     pairs = list(zip(asked.prompts, answers, strict=True))
     forward = language_forward(base.model, precision=precision)
@@ -139,10 +138,8 @@ def completions(
     batches = []
     for number, group in enumerate(tqdm(groups, "asking", disable=not progress, leave=False)):
         batch, _ = collate(base, [pairs[row] for row in group])
-        path = folder / f"distributions-{number}.safetensors"
-        if not path.is_file():
-            with torch.no_grad():
-                keep(path, cache_expert(forward(expert, [(0, batch)])[0], top=top))
+        make = partial(write_distributions, forward, expert, batch, top)
+        path = once(folder / f"distributions-{number}.safetensors", make, folder=False)
         batches.append(replace(batch, expert=recall(path, base.device)))
     return Completions(asked.prompts, answers, batches, counted(base, asked.shortened, answers))
 
@@ -158,11 +155,22 @@ def counted(base: Language, shortened: int, answers: Sequence[Sequence[int]]) ->
     }
 
 
+def write_answers(find: Callable[[], list[tuple[int, ...]]], path: Path) -> None:
+    dump_json(path, find())
+
+
+@torch.no_grad()
+def write_distributions(
+    forward: Forward, expert: Mapping[str, Tensor], batch: Batch, top: int | None, path: Path
+) -> None:
+    """Write what an expert says at the answer positions of a batch."""
+    keep(path, cache_expert(forward(expert, [(0, batch)])[0], top=top))
+
+
 def keep(path: Path, answers: Tensor | TopAnswers) -> None:
-    """Write an expert's answers, whole or not at all."""
+    """Write an expert's answers."""
     tensors = vars(answers) if isinstance(answers, TopAnswers) else {"log_probs": answers}
-    with fresh_file(path) as new:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, new)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def recall(path: Path, device: torch.device) -> Tensor | TopAnswers:

@@ -1,22 +1,21 @@
 """Language-model experts: fine-tuned once and kept by content, or read from a folder."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import datasets
-import torch
-import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from divmerge_core.assets import cache_dir, fresh_folder, sha256
-from divmerge_core.experts import Expert, data_digest
+from divmerge_core.assets import sha256
+from divmerge_core.digests import code_digest, versions
+from divmerge_core.experts import Expert, data_digest, folder_of, save_expert
 from divmerge_core.language.models import Language, check_same, load_language
 from divmerge_core.language.prompts import PROMPTS, Prompt
 from divmerge_core.language.reading import Pair, answer_tokens, ask
 from divmerge_core.language.training import LanguageRecipe, fine_tuned
+from divmerge_core.storage import cache_dir, once
 from divmerge_core.tasks import Task
 
 
@@ -37,8 +36,9 @@ def language_expert(
     """The expert for a task: from the cache where one was made in exactly this way, else trained.
 
     A training that was killed goes on where it stood. The key holds the base's digest, the rows'
-    digest, prompt, recipe, seed, device type and the versions of torch and transformers. On disk
-    it holds the parameters that were trained; its state adds the base's others.
+    digest, prompt, recipe, seed, device type, the training's code and the versions of torch,
+    transformers and tokenizers. On disk it holds the parameters that were trained; its state adds
+    the base's others.
     """
     recipe, prompt = recipe.on(base), PROMPTS[task.name]
     rows = task.load("train").shuffle(seed=seed)
@@ -55,23 +55,18 @@ def language_expert(
         "recipe": asdict(recipe),
         "seed": seed,
         "device": base.device.type,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "code": code_digest("language.experts.training_pairs", "language.training.fine_tuned"),
+        **versions("torch", "transformers", "tokenizers"),
     }
-    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:20]
-    folder = cache_dir() / "experts" / f"lm-{task.name}-{key}"
-    if not (folder / "manifest.json").exists():
+    folder = folder_of(manifest, "lm-")
+
+    def make(new: Path) -> None:
         pairs, counts = training_pairs(base, prompt, rows, recipe)
         unfinished = cache_dir() / "unfinished" / f"{folder.name}.pt"
-        with fresh_folder(folder) as new:
-            state = fine_tuned(
-                base, pairs, recipe, seed=seed, checkpoint=unfinished, progress=progress
-            )
-            tensors = {name: tensor.cpu() for name, tensor in state.items()}
-            save_file(tensors, new / "model.safetensors")
-            manifest |= {**counts, "model.safetensors": sha256(new / "model.safetensors")}
-            (new / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    return load_language_expert(base, folder)
+        state = fine_tuned(base, pairs, recipe, seed=seed, checkpoint=unfinished, progress=progress)
+        save_expert(new, state, {**manifest, **counts})
+
+    return load_language_expert(base, once(folder, make, holds="manifest.json"))
 
 
 def load_language_expert(base: Language, place: Path | str, task: str | None = None) -> Expert:

@@ -13,9 +13,10 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from divmerge_core.assets import ASSETS, cache_dir, fetch, fresh_folder
+from divmerge_core.assets import ASSETS, fetch
 from divmerge_core.encoders import check_device
 from divmerge_core.registry import Registry
+from divmerge_core.storage import cache_dir, once
 
 MODELS = Registry("language model")  # packaged ones: name -> its folder, in the hub's layout
 
@@ -59,18 +60,19 @@ def smollm2() -> Path:
     """SmolLM2-135M-Instruct: out of its 4-bit file once, then kept as safetensors."""
     asset = ASSETS["smollm2"]
     folder = cache_dir() / "models" / f"smollm2-{asset.version}-{asset.sha256[:8]}"
-    if not (folder / "config.json").exists():
-        with fresh_folder(folder) as new:
-            packed = fetch("smollm2") / asset.files[0]
-            place = {"gguf_file": packed.name, "pretrained_model_name_or_path": packed.parent}
-            quiet_transformers()
-            model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-            if hasattr(model.config, "quantization_config"):  # not set by transformers 5.15
-                del model.config.quantization_config  # its weights are plain numbers now
-            model.hf_quantizer = None
-            model.save_pretrained(new)
-            AutoTokenizer.from_pretrained(**place).save_pretrained(new)
-    return folder
+
+    def unpack(new: Path) -> None:
+        packed = fetch("smollm2") / asset.files[0]
+        place = {"gguf_file": packed.name, "pretrained_model_name_or_path": packed.parent}
+        quiet_transformers()
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        if hasattr(model.config, "quantization_config"):  # not set by transformers 5.15
+            del model.config.quantization_config  # its weights are plain numbers now
+        model.hf_quantizer = None
+        model.save_pretrained(new)
+        AutoTokenizer.from_pretrained(**place).save_pretrained(new)
+
+    return once(folder, unpack, holds="config.json")
 
 
 def quiet_transformers() -> None:

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
-from divmerge_core.assets import fresh_file
 from divmerge_core.encoders import resolve
 from divmerge_core.language.forward import Parts, answer_states
 from divmerge_core.language.models import Language, blocks_of
 from divmerge_core.language.reading import Pair, by_length, collate
+from divmerge_core.storage import fresh_file
 
 
 @dataclass(frozen=True)

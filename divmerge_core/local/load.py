@@ -1,9 +1,9 @@
 """From a checked plan to a bench: weights are read, one expert at a time."""
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import torch
@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from divmerge_core.assets import sha256
 from divmerge_core.bench import Bench
+from divmerge_core.digests import code_digest, key_of
 from divmerge_core.encoders import Base, check_device, load_base, make_batches, pooled, resolve
 from divmerge_core.evaluation import Exam
 from divmerge_core.experts import Expert, data_digest, load_expert
@@ -103,17 +104,16 @@ def stacked(
     heads: dict[str, dict[str, Tensor]] = {}
     base = {name: origin.state[name] for name in names}
     layout = Layout.of(base)
-    layout.check(base, "the base model")
-    flat = layout.flatten(base)
+    flat = layout.flatten(base, "the base model")
 
     def rows() -> Iterator[Tensor]:
         for source in origin.plan.experts:
             who, whole = f"expert {source.task.expert}", READERS[source.kind](origin, source)
             state = {name: whole.pop(source.prefix + name) for name in names}
-            layout.check(state, who)
+            vector = layout.flatten(state, who).sub_(flat)
             finite(whole, f"the head of {who}")
             heads[source.task.name] = whole
-            yield layout.flatten(state).sub_(flat)
+            yield vector
 
     tasks = origin.plan.tasks
     return TaskVectors(layout, tasks, flat, STORAGES["float32"](rows(), len(tasks))), heads
@@ -168,16 +168,22 @@ def lengths(vectors: TaskVectors, base: str) -> list[str]:
     return said
 
 
-def digest_of(plan: Plan, manifests: Sequence[Mapping]) -> str:
-    """Of all that decides a score: weights, rows, labels, precision and length."""
+def digest_of(plan: Plan, manifests: Sequence[Mapping], device: str) -> str:
+    """Of all that decides a score: the code, base, weights, rows, labels, precision and length."""
     rows = [
         None if part is None else data_digest(part)
         for parts in plan.rows.values()
         for part in parts
     ]
-    base = [sha256(path) for path in sorted(plan.base.folder.glob("*.safetensors"))]
-    what = (base, manifests, rows, plan.description.max_length)
-    return hashlib.sha256(repr(what).encode()).hexdigest()
+    base = {path.name: sha256(path) for path in weights_and_words(plan.base.folder)}
+    length, padding = plan.description.max_length, plan.base.tokenizer.pad_token
+    return key_of(code_digest(load), base, manifests, rows, length, padding, device)
+
+
+def weights_and_words(folder: Path) -> list[Path]:
+    """The files of a model's folder that its answers depend on: weights, settings, vocabulary."""
+    kinds = {".safetensors", ".json", ".txt", ".model"}
+    return sorted(path for path in folder.iterdir() if path.suffix in kinds)
 
 
 def load(plan: Plan, *, device: str = "cpu", precision: str = "float32") -> Bench:
@@ -231,11 +237,11 @@ def assembled(
             "answers": list(source.labels),
             "kind": source.kind,
             "precision": precision,
-            "weights": {path.name: sha256(path) for path in source.weights},
+            "files": {path.name: sha256(path) for path in weights_and_words(source.task.expert)},
         }
         for source in plan.experts
     ]
-    digest = digest_of(plan, manifests)
+    digest = digest_of(plan, manifests, place.type)
     length = plan.description.max_length
     base = Base(plan.base.name, encoder, plan.base.tokenizer, digest)
     merge = [make_batches(r, base, batch_size=4, max_length=length)[0] for r in plan.rows["merge"]]

@@ -13,8 +13,8 @@ import pandas as pd
 import yaml
 from tqdm import tqdm
 
-from divmerge_core.assets import fresh_folder
 from divmerge_core.local.folders import UNNAMED, config_of, fetched
+from divmerge_core.storage import fresh_folder
 from divmerge_core.tasks import TASKS
 
 SUITE = "gpt2_glue"

@@ -5,14 +5,13 @@ over the vocabulary at these answers' positions in the decoder. What a merge wri
 ROUGE-1, as in the paper (DivMerge, section 4).
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import datasets
 from tqdm import tqdm
 
-from divmerge_core.assets import cache_dir
+from divmerge_core.digests import code_digest, key_of
 from divmerge_core.encoders import check_device, resolve
 from divmerge_core.experts import Expert, data_digest
 from divmerge_core.language.bench import LanguageBench, States
@@ -24,6 +23,7 @@ from divmerge_core.language.scoring import WrittenExam, written_exam
 from divmerge_core.local.plan import tokenizer_gap
 from divmerge_core.problem import MergeProblem
 from divmerge_core.published.sources import SOURCES, Source, task_of
+from divmerge_core.storage import cache_dir
 from divmerge_core.tasks import Task
 from divmerge_core.vectors import TaskVectors
 
@@ -100,14 +100,15 @@ def prepare_t5(
     batches = [one.completions.batches for one in ready]
     problem = MergeProblem(vectors, batches, forward, language.model)
     weights = [one.expert.manifest["model.safetensors"] for one in ready]
-    what = (weights, [one.rows for one in ready], language.digest, settings, top)
+    rows_seen = [one.rows for one in ready]
+    what = (names, weights, rows_seen, language.digest, settings, top, language.device.type)
     return LanguageBench(
         language,
         [one.expert for one in ready],
         problem,
         [one.validation for one in ready],
         [one.test for one in ready],
-        hashlib.sha256(repr(what).encode()).hexdigest(),
+        key_of(code_digest(prepare_t5), what),
         cache_dir() / "unfinished",
         [one.test for one in ready],
         [one.completions for one in ready],

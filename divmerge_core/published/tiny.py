@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 
-from divmerge_core.assets import fresh_folder
+from divmerge_core.storage import fresh_folder
 from divmerge_core.tasks import TASKS
 
 FILLERS = "the a film song book of in on with and very quite old new long short".split()

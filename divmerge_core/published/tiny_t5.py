@@ -15,10 +15,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from divmerge_core.assets import fresh_folder
 from divmerge_core.glue import quiet
 from divmerge_core.published.sources import SOURCES, Source
 from divmerge_core.published.tiny import FILLERS, Amount, sentence, sized, word_tokenizer
+from divmerge_core.storage import fresh_folder
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 MOODS = {"awful": "negative", "lovely": "positive"}

@@ -6,6 +6,7 @@ Every finished piece is kept in the cache, so an interrupted study goes on where
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import pandas as pd
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.bench import Bench
-from divmerge_core.cells import cell, keep, recall
+from divmerge_core.cells import kept
 from divmerge_core.evaluation import predict
 from divmerge_core.kernels.stores import dense
 from divmerge_core.linalg import elected
@@ -55,10 +56,8 @@ def accuracies(bench: Bench, merged: Merged, tasks: Sequence[str]) -> list[float
 
 def expert_accuracies(bench: Bench) -> dict[str, float]:
     """Every expert's share of right answers on its own task's test rows."""
-    path = cell(bench, "experts on test")
-    if not (path / "cell.json").exists():
-        keep(path, shares(own_experts(bench, bench.test)))
-    return dict(zip(bench.problem.vectors.tasks, recall(path), strict=True))
+    found = kept(bench, lambda: shares(own_experts(bench, bench.test)), "experts on test")
+    return dict(zip(bench.problem.vectors.tasks, found, strict=True))
 
 
 # --- one order after the other --------------------------------------------------------------------
@@ -93,22 +92,30 @@ def continual(bench: Bench, method: str, order: Sequence[str]) -> Iterator[Float
 
 def course(bench: Bench, method: str, order: Sequence[str]) -> list[dict]:
     """Accuracy on all tasks seen so far, after every arrival: method, arrived, task, accuracy."""
-    states, made, rows = continual(bench, method, order), 0, []
+    states, made, rows = continual(bench, method, order), [], []
     for count in range(1, len(order) + 1):
         seen = list(order[:count])
         if METHODS.facts[method]["symmetric"]:  # the same model in whatever order they came
             seen.sort(key=bench.problem.vectors.tasks.index)
-        path = cell(bench, "arrival", method, seen)
-        if not (path / "cell.json").exists():
-            while made < count:
-                merged, made = next(states), made + 1
-            keep(path, accuracies(bench, merged, seen))
-        found = dict(zip(seen, recall(path), strict=True))
+
+        def find(seen: Sequence[str] = seen) -> list[float]:
+            merged = None
+            while len(made) < len(seen):
+                merged = next(states)
+                made.append(len(made))
+            return accuracies(bench, merged, seen)
+
+        found = dict(zip(seen, kept(bench, find, "arrival", method, seen), strict=True))
         rows += [
             {"method": method, "arrived": count, "task": task, "accuracy": found[task]}
             for task in order[:count]
         ]
     return rows
+
+
+def at_once(bench: Bench, method: str) -> list[float]:
+    """Test accuracies where all experts are there from the start, in the tasks' order."""
+    return accuracies(bench, METHODS[method](bench.problem), bench.problem.vectors.tasks)
 
 
 def arrivals(bench: Bench, *, count: int = 10, seed: int = 0) -> pd.DataFrame:
@@ -125,10 +132,8 @@ def arrivals(bench: Bench, *, count: int = 10, seed: int = 0) -> pd.DataFrame:
         bar.set_postfix_str(f"{method}, order {number}")
         rows += [{**row, "order": number} for row in course(bench, method, order)]
     for method in tqdm(BATCH.values(), "all at once", leave=False):
-        path = cell(bench, "all at once", method)
-        if not (path / "cell.json").exists():
-            keep(path, accuracies(bench, METHODS[method](bench.problem), tasks))
-        found = zip(tasks, recall(path), strict=True)
+        find = partial(at_once, bench, method)
+        found = zip(tasks, kept(bench, find, "all at once", method, method=method), strict=True)
         rows += [{"method": method, "task": task, "accuracy": value} for task, value in found]
     rows += [{"method": "expert", "task": task, "accuracy": value} for task, value in alone.items()]
     table = pd.DataFrame(rows).fillna({"order": -1, "arrived": len(tasks)})

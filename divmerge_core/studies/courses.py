@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.bench import Bench
-from divmerge_core.cells import cell, keep, recall
+from divmerge_core.cells import kept
 from divmerge_core.coefficients import Coefficients
 from divmerge_core.fitting import Step, expert_logits
 from divmerge_core.kernels.merge import grouped_inner, grouped_merge
@@ -74,8 +74,8 @@ def course(
     every: int,
 ) -> dict:
     """One fit's `rows`, see `courses`, and whether it `diverged`; kept in the cache."""
-    path = cell(bench, "course", kind, number, seed, spec, grouping, rule, every)
-    if not (path / "cell.json").exists():
+
+    def find() -> dict:
         posed = posed_under(STRAINS[kind](bench, number, seed), spec, number)
         last, failed = rule.epochs * max(map(len, posed.problem.batches)), False
         watch = Watch(bench, posed, grouping, every, last, [])
@@ -83,8 +83,9 @@ def course(
             fit(posed, grouping, rule.rate, rule, watch)
         except Diverged:
             failed = True
-        keep(path, {"rows": watch.rows, "diverged": failed})
-    return recall(path)
+        return {"rows": watch.rows, "diverged": failed}
+
+    return kept(bench, find, "course", kind, number, seed, spec, grouping, rule, every)
 
 
 def courses(

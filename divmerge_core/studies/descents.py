@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pandas as pd
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.bench import Bench
-from divmerge_core.cells import cell, keep, recall
+from divmerge_core.cells import kept
 from divmerge_core.coefficients import Coefficients
 from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.evaluation import evaluate
@@ -152,10 +153,8 @@ def descents(
             options = plan(optimizer, adam, passes, max(map(len, seen.batches)))
             options |= {"optimizer": optimizer, "seed": seed}
             target = found["adam"]["points"][-1]["loss"] if found else None  # Adam is the first
-            path = cell(part, "descent", grouping, pool, options, adam)
-            if not (path / "cell.json").exists():
-                keep(path, course(part, seen, other, grouping, options, target))
-            found[optimizer] = recall(path)
+            find = partial(course, part, seen, other, grouping, options, target)
+            found[optimizer] = kept(part, find, "descent", grouping, pool, options, adam)
             courses += [{**label, "optimizer": optimizer, **p} for p in found[optimizer]["points"]]
         ends.append(ended(part, found, seed).assign(**label))
     return pd.DataFrame(courses), pd.concat(ends, ignore_index=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.bench import Bench
-from divmerge_core.cells import cell, keep, recall
+from divmerge_core.cells import kept
 from divmerge_core.coefficients import groups_of
 from divmerge_core.divergences import DIVERGENCES, entropy
 from divmerge_core.evaluation import Exam
@@ -166,16 +166,18 @@ def crossed(bench: Bench) -> pd.DataFrame:
     Columns: task (whose rows, head and reference expert), model (the expert asked), MEASURES,
     validation and accuracy. Where the two names agree stands the trivial point.
     """
-    path, tasks = cell(bench, "every expert on every task"), bench.problem.vectors.tasks
-    if not (path / "cell.json").exists():
+    tasks = bench.problem.vectors.tasks
+
+    def find() -> list[dict]:
         experts, rows = own_answers(bench), []
         for model in tasks:
             flat = bench.problem.vectors.expert(model)
             for number, task in enumerate(tasks):
                 found = asked(bench, flat, number, experts[number])
                 rows.append({"task": task, "model": model, **found})
-        keep(path, rows)
-    return pd.DataFrame(recall(path))
+        return rows
+
+    return pd.DataFrame(kept(bench, find, "every expert on every task"))
 
 
 def drawn_models(
@@ -192,7 +194,7 @@ def drawn_models(
             f"draw one model or more, and give a centre to 'near' alone; got {count} of {kind!r} "
             f"with centre {centre}"
         )
-    tasks, rows, experts = bench.problem.vectors.tasks, [], None
+    tasks, rows, experts = bench.problem.vectors.tasks, [], []
     tensors = len(bench.problem.vectors.layout.names)
     for start in tqdm(range(0, count, PIECE), kind, leave=False):
         stop = min(start + PIECE, count)
@@ -200,16 +202,18 @@ def drawn_models(
             random_coefficients(kind, len(tasks), tensors, n, seed, centre).double().sum().item()
             for n in range(start, stop)
         ]
-        path = cell(bench, "random merges", kind, centre, seed, start, sums)
-        if not (path / "cell.json").exists():
-            experts, piece = experts or own_answers(bench), []
-            for model in range(start, stop):
+
+        def find(models: range = range(start, stop)) -> list[dict]:
+            experts.extend(() if experts else own_answers(bench))
+            piece = []
+            for model in models:
                 flat = random_merge(bench, kind, model, seed, centre)
                 for number, task in enumerate(tasks):
                     found = asked(bench, flat, number, experts[number])
                     piece.append({"draws": kind, "model": model, "task": task, **found})
-            keep(path, piece)
-        rows += recall(path)
+            return piece
+
+        rows += kept(bench, find, "random merges", kind, centre, seed, start, sums)
     return pd.DataFrame(rows)
 
 

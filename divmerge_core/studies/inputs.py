@@ -6,6 +6,7 @@ Wrong inputs go with the task's own head, and the expert answers them as it answ
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.bench import Bench
-from divmerge_core.cells import cell, keep, recall
+from divmerge_core.cells import kept
 from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.live import expert_logits
 from divmerge_core.methods import METHODS
@@ -230,10 +231,9 @@ def shifts(
     """
     rows = []
     for seed, bench in tqdm(benches.items(), "Proposition 3", leave=False):
-        path = cell(bench, "proposition 3", inputs, steps, seed)
-        if not (path / "cell.json").exists():
-            keep(path, sides(bench, others[seed], inputs, steps, seed))
-        rows += [{"seed": seed, **row} for row in recall(path)]
+        find = partial(sides, bench, others[seed], inputs, steps, seed)
+        found = kept(bench, find, "proposition 3", inputs, steps, seed)
+        rows += [{"seed": seed, **row} for row in found]
     return pd.DataFrame(rows)
 
 

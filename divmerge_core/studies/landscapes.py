@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from divmerge_core import cells
 from divmerge_core.bench import SIZES, Bench, Size
-from divmerge_core.cells import cell, keep, recall
 from divmerge_core.divergences import js
 from divmerge_core.evaluation import Exam
 from divmerge_core.interference.behaviour import DISTANCES, answers
@@ -67,10 +67,7 @@ def fewer(bench: Bench, rows: int) -> Bench:
 
 def kept(bench: Bench, find: Callable[[], list[dict]], *what: object) -> pd.DataFrame:
     """The rows that `find` gives, from the cache or found now."""
-    path = cell(bench, *what)
-    if not (path / "cell.json").exists():
-        keep(path, find())
-    return pd.DataFrame(recall(path))
+    return pd.DataFrame(cells.kept(bench, find, *what))
 
 
 class Judge:

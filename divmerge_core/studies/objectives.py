@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from divmerge_core.bench import Bench
-from divmerge_core.cells import cell, keep, recall
+from divmerge_core.cells import kept
 from divmerge_core.coefficients import Coefficients
 from divmerge_core.divergences import DIVERGENCES, cosine, entropy, kl, objective
 from divmerge_core.encoders import classifier_forward, make_batches
@@ -186,8 +186,8 @@ def learned(
 
     A fit that diverges is scored where it started, at 1/T.
     """
-    path = cell(bench, "choice", spec, grouping, rate, rule.epochs, rule.seed, temperature)
-    if not (path / "cell.json").exists():
+
+    def find() -> dict:
         vectors, failed = bench.problem.vectors, False
         try:
             coeffs = fit(pose(bench, spec, temperature), grouping, rate, rule)
@@ -195,14 +195,17 @@ def learned(
             failed = True
             coeffs = Coefficients(vectors.layout, len(vectors.tasks), grouping=grouping)().detach()
         anp = validation_anp(bench, merge(vectors, coeffs, grouping))
-        keep(path, {"coefficients": coeffs.tolist(), "validation": anp, "diverged": failed})
-    return recall(path)
+        return {"coefficients": coeffs.tolist(), "validation": anp, "diverged": failed}
+
+    what = ("choice", spec, grouping, rate, rule.epochs, rule.seed, temperature)
+    return kept(bench, find, *what)
 
 
 def answers(bench: Bench, coeffs: Sequence[Sequence[float]], grouping: str) -> list[dict]:
     """Test answers of the model merged with these coefficients; kept in the cache."""
-    path = cell(bench, "choice, test", coeffs, grouping)
-    if not (path / "cell.json").exists():
+
+    def find() -> list[dict]:
         flat = merge(bench.problem.vectors, torch.tensor(coeffs), grouping)
-        keep(path, evaluate(bench.problem, flat, bench.test).to_dict("records"))
-    return recall(path)
+        return evaluate(bench.problem, flat, bench.test).to_dict("records")
+
+    return kept(bench, find, "choice, test", coeffs, grouping)

@@ -6,7 +6,7 @@ Every finished piece is kept in the cache, so an interrupted study goes on where
 import math
 import random
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.bench import Bench
-from divmerge_core.cells import cell, keep, recall
+from divmerge_core.cells import kept
 from divmerge_core.kernels.stores import dense
 from divmerge_core.methods.clustered import evidence, misfits
 from divmerge_core.methods.continual import Merging, join, linear_places, untouched
@@ -52,22 +52,26 @@ class Groups:
 
         Of no group, how far base plus `start` times the task vector does: a new group's likelihood.
         """
-        path = cell(self.bench, "misfit", members, task, self.start)
-        if not (path / "cell.json").exists():
+
+        def find() -> list[float]:
             delta = self.delta(task)
             offset = self.merging((*members, task)).offset if members else self.start * delta
-            keep(path, misfits(self.bench.problem, task, delta, [offset])[0].tolist())
-        return torch.tensor(recall(path), dtype=torch.float64)
+            return misfits(self.bench.problem, task, delta, [offset])[0].tolist()
+
+        found = kept(self.bench, find, "misfit", members, task, self.start)
+        return torch.tensor(found, dtype=torch.float64)
+
+    def reached(self, members: tuple[int, ...]) -> list[float]:
+        """Test accuracies of a group's tasks, answered by its model."""
+        names = [self.bench.problem.vectors.tasks[member] for member in members]
+        return accuracies(self.bench, self.model(members), names)
 
     def scores(self, groups: Sequence[tuple[int, ...]]) -> list[float]:
         """Test accuracy of every task, answered by its group's model, in the tasks' order."""
         tasks, found = self.bench.problem.vectors.tasks, {}
         for members in groups:
-            path = cell(self.bench, "group", members)
-            if not (path / "cell.json").exists():
-                names = [tasks[member] for member in members]
-                keep(path, accuracies(self.bench, self.model(members), names))
-            found |= dict(zip(members, recall(path), strict=True))
+            reached = kept(self.bench, partial(self.reached, members), "group", members)
+            found |= dict(zip(members, reached, strict=True))
         return [found[task] for task in range(len(tasks))]
 
 

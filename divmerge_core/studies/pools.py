@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import pandas as pd
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.bench import Bench
-from divmerge_core.cells import cell, keep, recall
+from divmerge_core.cells import kept
 from divmerge_core.kernels.stores import dense
 from divmerge_core.methods import METHODS
 from divmerge_core.problem import MergeProblem
@@ -250,6 +251,16 @@ def compared(pool: Pool, *, steps: int, controls: int = 3, seed: int = 0) -> lis
     return rows
 
 
+def found_in(
+    bench: Bench, strangers: Bench, kind: str, share: float, *, steps: int, seed: int
+) -> list[dict]:
+    """What every way to choose members finds in one corrupted pool; see `compared`."""
+    chosen = kind if share else next(iter(CORRUPTIONS))
+    pool = poisoned(bench, chosen, share, strangers=strangers.problem.vectors, seed=seed)
+    found = compared(pool, steps=steps, seed=seed)
+    return [{"members": len(pool.bad), **row} for row in found]
+
+
 def pools(
     benches: Mapping[int, tuple[Bench, Bench]],
     *,
@@ -269,12 +280,7 @@ def pools(
     for seed, kind, share in (bar := tqdm(jobs, "pools", leave=False)):
         bar.set_postfix_str(f"seed {seed}, {kind} {share:.0%}")
         bench, strangers = benches[seed]
-        path = cell(bench, "pool", kind, share, strangers.digest, steps, seed)
-        if not (path / "cell.json").exists():
-            chosen = kind if share else next(iter(CORRUPTIONS))
-            vectors = strangers.problem.vectors
-            pool = poisoned(bench, chosen, share, strangers=vectors, seed=seed)
-            found = compared(pool, steps=steps, seed=seed)
-            keep(path, [{"members": len(pool.bad), **row} for row in found])
-        rows += [{"seed": seed, "kind": kind, "share": share, **row} for row in recall(path)]
+        find = partial(found_in, bench, strangers, kind, share, steps=steps, seed=seed)
+        found = kept(bench, find, "pool", kind, share, strangers.digest, steps, seed)
+        rows += [{"seed": seed, "kind": kind, "share": share, **row} for row in found]
     return pd.DataFrame(rows)

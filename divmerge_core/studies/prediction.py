@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.bench import SIZES, Bench, prepare
-from divmerge_core.cells import cell, keep, recall
+from divmerge_core.cells import kept
 from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.evaluation import Exam
 from divmerge_core.interference.spectra import alignment_between, mean_alignment
@@ -204,8 +204,8 @@ def merged_pair(
     experts: a task's name to its expert's answers. Keys: accuracy and js on test rows; answers, the
     JS on the unlabelled inputs; alignment and distance (see AFTER).
     """
-    path = cell(bench, "pair", name, options)
-    if not (path / "cell.json").exists():
+
+    def find() -> list[dict]:
         problem, records = bench.problem, []
         vectors = problem.vectors
         flat = METHODS[MERGES.facts[name]["method"]](problem, **options)
@@ -220,8 +220,9 @@ def merged_pair(
             record["js"] = js(expert["test"], said["test"])
             record["answers"] = js(expert["inputs"], said["inputs"])
             records.append(record)
-        keep(path, records)
-    return recall(path)
+        return records
+
+    return kept(bench, find, "pair", name, options, method=MERGES.facts[name]["method"])
 
 
 def options_for(name: str, effort: Effort, seed: int) -> dict:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.bench import Bench
-from divmerge_core.cells import cell, keep, recall
+from divmerge_core.cells import kept
 from divmerge_core.coefficients import groups_of
 from divmerge_core.evaluation import evaluate
 from divmerge_core.methods import METHODS
@@ -118,18 +118,20 @@ def answered(bench: Bench, what: Sequence, fit: Callable[[], Float[Tensor, " N"]
 
     what: all that decides the fit, beside the bench and the code.
     """
-    path = cell(bench, "protocol", *what)
-    if not (path / "cell.json").exists():
-        keep(path, evaluate(bench.problem, fit(), bench.test).to_dict("records"))
-    return recall(path)
+
+    def find() -> list[dict]:
+        return evaluate(bench.problem, fit(), bench.test).to_dict("records")
+
+    return kept(bench, find, "protocol", *what)
 
 
 def experts_answers(bench: Bench) -> list[dict]:
     """Every expert's answers on its own task's test rows."""
-    path = cell(bench, "protocol", "experts")
-    if not (path / "cell.json").exists():
-        keep(path, own_experts(bench, bench.test).to_dict("records"))
-    return recall(path)
+
+    def find() -> list[dict]:
+        return own_experts(bench, bench.test).to_dict("records")
+
+    return kept(bench, find, "protocol", "experts")
 
 
 def compared(rows: Sequence[Mapping], default: str = DEFAULT, *, draws: int = 2000) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from divmerge_core.bench import Bench
-from divmerge_core.cells import cell, keep, recall
+from divmerge_core.cells import kept
 from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.interference.weights import (
     by_group,
@@ -52,11 +52,13 @@ EFFORTS = {
 def fitted(bench: Bench, grouping: str, effort: Effort, seed: int) -> dict:
     """DivMerge's coefficients by group and task on a bench, from the cache or fitted now."""
     options = {"inputs": effort.inputs, "epochs": effort.epochs, "seed": seed, "progress": False}
-    path = cell(bench, "coefficients by group", grouping, options)
-    if not (path / "cell.json").exists():
-        fit = run_method(bench, f"divmerge/{grouping}", {**options, "grouping": grouping}).fit
-        keep(path, {key: fit[key] for key in ("tasks", "groups", "coefficients")})
-    return recall(path)
+    spec = f"divmerge/{grouping}"
+
+    def find() -> dict:
+        fit = run_method(bench, spec, {**options, "grouping": grouping}).fit
+        return {key: fit[key] for key in ("tasks", "groups", "coefficients")}
+
+    return kept(bench, find, "coefficients by group", grouping, options, method=spec)
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@ study goes on where it stopped.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import combinations
 
 import pandas as pd
@@ -17,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.bench import SIZES, Bench, Size
-from divmerge_core.cells import cell, keep, recall
+from divmerge_core.cells import kept
 from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.interference.weights import cosine, sign_conflict
 from divmerge_core.kernels.stores import dense
@@ -166,11 +167,12 @@ def with_coefficients(made: Made, rows: list[dict]) -> list[dict]:
 
 def piece(merges: Merges, options: dict, experts: References) -> list[dict]:
     """One merge's rows, from the cache or found now."""
-    path = cell(merges.bench, "scaling", merges.spec, options)
-    if not (path / "cell.json").exists():
+
+    def find() -> list[dict]:
         made = merges(options)
-        keep(path, with_coefficients(made, judged(merges.bench, made.merged, experts)))
-    return recall(path)
+        return with_coefficients(made, judged(merges.bench, made.merged, experts))
+
+    return kept(merges.bench, find, "scaling", merges.spec, options, method=merges.spec)
 
 
 def scaling(
@@ -213,6 +215,16 @@ def scaling(
     return pd.DataFrame(rows), pd.DataFrame(found)
 
 
+def scaled(
+    chosen: Callable[[], Bench], scale: float | None, experts: References
+) -> list[dict[str, object]]:
+    """What a sum of task vectors with one coefficient answers; see `fixed`."""
+    bench = chosen()
+    share = 1 / len(bench.problem.vectors.tasks) if scale is None else scale
+    merged = METHODS["task_arithmetic"](bench.problem, scale=share)
+    return [{**row, "scale": share} for row in judged(bench, merged, experts)]
+
+
 def fixed(bench: Bench, subsets: Sequence[Subset], scales: Sequence[float | None]) -> pd.DataFrame:
     """Sums of task vectors with the same coefficient for every subset, whatever its size.
 
@@ -221,17 +233,13 @@ def fixed(bench: Bench, subsets: Sequence[Subset], scales: Sequence[float | None
     """
     experts, rows = references(bench), []
     for subset in tqdm(subsets, "fixed coefficients", leave=False):
-        chosen = None
+        chosen = cache(partial(bench.select, subset))
         for scale in scales:
+            find = partial(scaled, chosen, scale, experts)
             name = (*subset, "fixed coefficient", scale)
-            path = cell(bench, *name)
-            if not (path / "cell.json").exists():
-                chosen = chosen or bench.select(subset)
-                share = 1 / len(subset) if scale is None else scale
-                merged = METHODS["task_arithmetic"](chosen.problem, scale=share)
-                keep(path, [{**r, "scale": share} for r in judged(chosen, merged, experts)])
+            found = kept(bench, find, *name, method="task_arithmetic")
             labels = {"subset": JOIN.join(subset), "fixed": scale is not None}
-            rows += [{**labels, **row} for row in recall(path)]
+            rows += [{**labels, **row} for row in found]
     return pd.DataFrame(rows)
 
 

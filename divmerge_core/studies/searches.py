@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.bench import Bench
-from divmerge_core.cells import cell, keep, recall
+from divmerge_core.cells import kept
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.paths import Path, Paths, Pool
 from divmerge_core.registry import Registry
@@ -151,10 +151,8 @@ def searches(benches: Mapping[tuple[int, int], Bench], *, calls: int = 129) -> p
     for (seed, count), name in (bar := tqdm(jobs, "searches", leave=False)):
         bar.set_postfix_str(f"seed {seed}, {count} rows, {name}")
         bench = benches[seed, count]
-        path = cell(bench, "search for paths", name, calls, seed)
-        if not (path / "cell.json").exists():
-            keep(path, searched(bench, name, calls, seed))
-        found = recall(path)
+        find = partial(searched, bench, name, calls, seed)
+        found = kept(bench, find, "search for paths", name, calls, seed)
         label = {"seed": seed, "rows": count, "search": name}
         best = [{**label, "call": n, "validation": v} for n, v in enumerate(found["validation"], 1)]
         last = {"test": found["test"], "bytes": found["bytes"]}

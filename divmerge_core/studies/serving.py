@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from divmerge_core.bench import Bench
-from divmerge_core.cells import cell, keep, recall
+from divmerge_core.cells import kept
 from divmerge_core.evaluation import predict
 from divmerge_core.meters import seconds
 from divmerge_core.methods import METHODS, options_of, parse
@@ -112,17 +112,19 @@ def storage(
     for spec in (bar := tqdm(methods, "storage", leave=False)):
         bar.set_postfix_str(spec)
         given = dict((options or {}).get(spec, {}))
-        path = cell(bench, "storage", spec, given, repeats, rows)
-        if not (path / "cell.json").exists():
+
+        def find(spec: str = spec, given: Mapping = given) -> dict:
             merged = made(bench, spec, given)
             reached = zip(accuracies(bench, merged, list(alone)), alone.values(), strict=True)
             ratios = [value / expert for value, expert in reached]
             row = {"bytes": merged.nbytes, "models": merged.nbytes / one}
             row |= latency(problem, merged, pairs, repeats)
-            keep(path, {**row, "anp": sum(ratios) / len(ratios)})
+            return {**row, "anp": sum(ratios) / len(ratios)}
+
+        row = kept(bench, find, "storage", spec, given, repeats, rows)
         text = ", ".join(f"{key} {value}" for key, value in given.items())
         finds = FINDS.get(parse(spec)[0] if spec != "expert" else spec, "one")
-        found.append({"method": spec, "finds": finds, **recall(path), "options": text})
+        found.append({"method": spec, "finds": finds, **row, "options": text})
     return pd.DataFrame(found)
 
 
@@ -177,8 +179,8 @@ def fusion(small: Bench, large: Bench, *, repeats: int = 5, rows: int = 8) -> pd
     pairs = dict(some_rows(large, rows, tasks=len(large.test)))
     found = []
     for number, task in enumerate(tqdm(large.problem.vectors.tasks, "fusion", leave=False)):
-        path = cell(large, "fusion", small.digest, task, repeats, rows)
-        if not (path / "cell.json").exists():
+
+        def find(number: int = number) -> list[tuple]:
             exam, models = large.test[number], rivals(small, large, number)
             right, times = {}, {name: [] for name in models}
             for name, (problem, merged, place) in models.items():
@@ -188,8 +190,10 @@ def fusion(small: Bench, large: Bench, *, repeats: int = 5, rows: int = 8) -> pd
                 for name, (problem, merged, place) in models.items():
                     times[name].append(once(problem, merged, [(place, pairs[number])]))
             medians = {name: statistics.median(some) for name, some in times.items()}
-            keep(path, [(name, right[name], medians[name]) for name in models])
-        found += [(task, *row) for row in recall(path)]
+            return [(name, right[name], medians[name]) for name in models]
+
+        what = ("fusion", small.digest, task, repeats, rows)
+        found += [(task, *row) for row in kept(large, find, *what)]
     return pd.DataFrame(found, columns=["task", "model", "accuracy", "milliseconds"])
 
 

@@ -5,6 +5,7 @@ Corruptions change one expert of a bench, or what the fit is told that it answer
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import pandas as pd
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.bench import Bench
-from divmerge_core.cells import cell, keep, recall
+from divmerge_core.cells import kept
 from divmerge_core.coefficients import Coefficients
 from divmerge_core.encoders import classifier_forward
 from divmerge_core.experts import Expert, Recipe, fine_tune
@@ -146,17 +147,15 @@ def strains(
     for seed, kind in (bar := tqdm(jobs, "strains", leave=False)):
         bench = benches[seed]
         number = list(benches).index(seed) % len(bench.experts)
-        strained = None
+        strained = cache(partial(STRAINS[kind], bench, number, seed))
         for spec in specs:
             for grouping in groupings:
                 bar.set_postfix_str(f"seed {seed}, {kind}, {spec}, per {grouping}")
-                path = cell(bench, "strain", kind, number, seed, spec, grouping, rule)
-                if not (path / "cell.json").exists():
-                    strained = strained or STRAINS[kind](bench, number, seed)
-                    keep(path, strain(bench, strained, number, spec, grouping, rule))
+                find = partial(strain, bench, strained, number, spec, grouping, rule)
+                found = kept(bench, find, "strain", kind, number, seed, spec, grouping, rule)
                 label = {"kind": kind, "objective": spec, "grouping": grouping, "seed": seed}
                 label["task"] = bench.problem.vectors.tasks[number]
-                rows.append({**label, **recall(path)})
+                rows.append({**label, **found})
     table, key = pd.DataFrame(rows), ["objective", "grouping", "seed"]
     without = table[table.kind == "left_out"].set_index(key).honest
     spared = without.loc[list(table[key].itertuples(index=False))].to_numpy()
@@ -165,9 +164,15 @@ def strains(
 
 
 def strain(
-    bench: Bench, strained: Strained, number: int, spec: str, grouping: str, rule: Rule
+    bench: Bench,
+    make: Callable[[], Strained],
+    number: int,
+    spec: str,
+    grouping: str,
+    rule: Rule,
 ) -> dict:
-    """One fit beside a strained expert, scored on the honest tasks."""
+    """One fit beside the strained expert that `make` gives, scored on the honest tasks."""
+    strained = make()
     vectors, failed = strained.bench.problem.vectors, False
     try:
         coeffs = fit(posed_under(strained, spec, number), grouping, rule.rate, rule)
