@@ -12,7 +12,8 @@ from torch import Tensor
 
 from divmerge_core.problem import Batch, Merged, MergeProblem
 
-METRICS = ("accuracy", "macro_f1", "matthews")
+METRICS = ("accuracy", "macro_f1", "matthews", "f1")
+OWN = {"cola": "matthews", "mrpc": "f1", "qqp": "f1"}  # GLUE's own metrics; else accuracy
 
 
 @runtime_checkable
@@ -38,9 +39,9 @@ class Exam:
         return len(self.gold)
 
     def marks(self, problem: MergeProblem, merged: Merged, task: int) -> dict[str, object]:
-        """The columns `predicted` and `gold` of a Report: one digit per row."""
+        """The columns `predicted` and `gold` of a Report: an answer's number per row."""
         answers = predict(problem, merged, task, self)
-        return {"predicted": digits(answers), "gold": digits(self.gold)}
+        return {"predicted": answers.tolist(), "gold": self.gold.tolist()}
 
 
 def predict(problem: MergeProblem, merged: Merged, task: int, exam: Exam) -> Int[Tensor, " B"]:
@@ -58,7 +59,7 @@ def evaluate(
     """Rows of a Report: the merged model's answers on every task, beside the right ones.
 
     merged: merged parameters [N], or a Predictor. labels fill the columns suite, subset, method
-    and seed. Answers are digits, one per test row. An exam that grades free text gives grades
+    and seed. Answers are numbers, one per test row. An exam that grades free text gives grades
     between 0 and 1 instead, and the grade's name in the place of right answers.
     Raises ValueError for a merged vector that holds NaN or inf.
     """
@@ -70,26 +71,26 @@ def evaluate(
     return pd.DataFrame(rows)
 
 
-def digits(answers: Int[Tensor, " B"]) -> str:
-    """Answer numbers as one character each (0-9, then a, b, ...); no more than 36 answers fit."""
-    if answers.max() >= 36:
-        raise ValueError(f"a task may have 36 answers at most, got number {int(answers.max())}")
-    return "".join(np.base_repr(int(n), 36).lower() for n in answers)
+def numbers(answers: str | Sequence[int]) -> np.ndarray:
+    """Answers as numbers, also from older text: one character each (0-9, then a, b, ...)."""
+    if isinstance(answers, str):
+        answers = [int(character, 36) for character in answers]
+    return np.asarray(answers, dtype=int)
 
 
-def numbers(text: str) -> np.ndarray:
-    """The inverse of `digits`."""
-    return np.array([int(character, 36) for character in text])
+def graded(gold: str | Sequence[int], predicted: str | Sequence[float | int]) -> bool:
+    """Whether a row holds grades of free text: a grade's name stands in the place of answers."""
+    return isinstance(gold, str) and not isinstance(predicted, str)
 
 
-def grades(predicted: str | Sequence[float], gold: str) -> np.ndarray:
+def grades(predicted: str | Sequence[float | int], gold: str | Sequence[int]) -> np.ndarray:
     """What every row counts, 0 to 1: right or wrong, or the grade of a free text."""
-    if isinstance(predicted, str):
-        return (numbers(predicted) == numbers(gold)).astype(float)
-    return np.asarray(predicted, dtype=float)
+    if graded(gold, predicted):
+        return np.asarray(predicted, dtype=float)
+    return (numbers(predicted) == numbers(gold)).astype(float)
 
 
-def confusion(predicted: str, gold: str) -> np.ndarray:
+def confusion(predicted: str | Sequence[int], gold: str | Sequence[int]) -> np.ndarray:
     """Counts [gold, predicted]."""
     p, g = numbers(predicted), numbers(gold)
     size = 1 + max(p.max(), g.max())
@@ -114,20 +115,31 @@ def matthews(table: np.ndarray) -> float:
     return float((np.trace(table) * n - true @ guessed) / scale) if scale else 0.0
 
 
+def f1(table: np.ndarray) -> float:
+    """2 TP / (2 TP + FP + FN) of answer 1 against all others, 0 to 1; 0 where nobody gives a 1."""
+    if len(table) < 2:
+        return 0.0
+    both = table[1].sum() + table[:, 1].sum()
+    return float(2 * table[1, 1] / both) if both else 0.0
+
+
 def scores(rows: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy, macro F1 and Matthews correlation of every row of predictions, tidy.
+    """Every row's accuracy, macro F1, Matthews correlation and, of two gold answers, F1, tidy.
 
     Of a graded row, the mean grade under the grade's own name.
     """
-    functions: dict[str, Callable] = dict(zip(METRICS, (accuracy, macro_f1, matthews), strict=True))
+    functions: dict[str, Callable] = dict(
+        zip(METRICS, (accuracy, macro_f1, matthews, f1), strict=True)
+    )
     found = []
     for row in rows.itertuples():
         key = (row.suite, row.subset, row.method, row.seed, row.task)
-        if isinstance(row.predicted, str):
-            table = confusion(row.predicted, row.gold)
-            found += [(*key, metric, function(table)) for metric, function in functions.items()]
-        else:
+        if graded(row.gold, row.predicted):
             found.append((*key, row.gold, float(grades(row.predicted, row.gold).mean())))
+            continue
+        table = confusion(row.predicted, row.gold)
+        some = METRICS[:3] if table[2:].any() else METRICS
+        found += [(*key, metric, functions[metric](table)) for metric in some]
     columns = ["suite", "subset", "method", "seed", "task", "metric", "value"]
     return pd.DataFrame(found, columns=columns)
 
@@ -135,3 +147,9 @@ def scores(rows: pd.DataFrame) -> pd.DataFrame:
 def main_scores(tidy: pd.DataFrame) -> pd.DataFrame:
     """One row per task: its accuracy, or its mean grade."""
     return tidy[~tidy.metric.isin(METRICS[1:])]
+
+
+def own_scores(tidy: pd.DataFrame) -> pd.DataFrame:
+    """One row per task: the metric that the task's authors report (OWN), else accuracy or grade."""
+    usual = [OWN.get(task, "accuracy") for task in tidy.task]
+    return tidy[(tidy.metric == usual) | ~tidy.metric.isin(METRICS)]

@@ -1,15 +1,18 @@
 """A Report: predictions with their origin, from which every score and interval is worked out.
 
-Predictions, not scores, are stored: any metric, and a paired bootstrap over test examples and
-seeds, can be computed from them later, exactly.
+Predictions, not scores, are stored: any metric, and intervals over test examples and seeds, can be
+computed from them later, exactly.
 """
 
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import datasets
@@ -17,26 +20,57 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from jaxtyping import Float
 
-from divmerge_core.evaluation import grades, main_scores, numbers, scores
-from divmerge_core.storage import write_json
+from divmerge_core.encoders import check_device
+from divmerge_core.evaluation import graded, grades, main_scores, numbers, own_scores, scores
+from divmerge_core.statistics import Estimate, crossed, row_means
+from divmerge_core.storage import fresh_file
 
 COLUMNS = ("suite", "subset", "method", "seed", "task", "predicted", "gold")
 MARGIN = 0.02  # an expert this far above the majority class makes its task count in the ANP
+STATISTICS = ("anp", "kept_margin", "worst", "accuracy")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A statistic of every method on one subset, by seed and by draw of test rows.
+
+    exact: `[S, M]`, on the rows as they are; drawn: `[S, draws, M]`, the same draws for all seeds
+    and methods; freedom: rows less the number of tasks.
+    """
+
+    methods: Sequence[str]
+    exact: np.ndarray
+    drawn: np.ndarray
+    freedom: int
+
+    def estimate(self, method: str, other: str | None = None) -> Estimate:
+        """The mean over seeds of a method's statistic, or of its paired difference from another."""
+        pick = self.methods.index(method)
+        exact, drawn = self.exact[:, pick], self.drawn[..., pick]
+        if other is not None:
+            pick = self.methods.index(other)
+            exact, drawn = exact - self.exact[:, pick], drawn - self.drawn[..., pick]
+        return crossed(exact, drawn, self.freedom)
 
 
 @dataclass(frozen=True)
 class Report:
     """Predictions, one row per suite x subset x method x seed x task; fits; and their origin.
 
-    A graded row (free text) has a list of grades for `predicted` and their name for `gold`. The
-    method `expert` holds each task's own expert: what ANP divides by. `fits` holds, per fit, its
-    coefficients and its course.
+    predicted and gold are lists of answers' numbers; a graded row (free text) has a list of grades
+    for `predicted` and their name for `gold`. The method `expert` holds each task's own expert:
+    what ANP divides by. `fits` holds, per fit, its coefficients and its course.
     """
 
     rows: pd.DataFrame
     fits: list[dict] = field(default_factory=list)
     provenance: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        if any(isinstance(predicted, str) for predicted in self.rows.predicted):
+            object.__setattr__(self, "rows", listed(self.rows))
 
     @classmethod
     def of(cls, rows: pd.DataFrame, fits: Sequence[Mapping] = (), **facts: object) -> "Report":
@@ -49,10 +83,10 @@ class Report:
         """Accuracy of always giving the commonest test answer, by suite and task; 0 if graded."""
         first = self.rows.drop_duplicates(["suite", "task"]).set_index(["suite", "task"])
         shares = [
-            np.bincount(numbers(gold)).max() / len(gold) if isinstance(predicted, str) else 0.0
+            commonest(predicted, gold).mean()
             for predicted, gold in zip(first.predicted, first.gold, strict=True)
         ]
-        return pd.Series(shares, first.index, name="gold")
+        return pd.Series(shares, first.index, name="gold", dtype=float)
 
     def counted(self, suite: str) -> list[str]:
         """Tasks that count in the ANP: over seeds, the expert beats the majority by MARGIN."""
@@ -61,103 +95,168 @@ class Report:
         floor = self.majority().loc[suite]
         return [task for task in reached.index if reached[task] >= floor[task] + MARGIN]
 
+    def own_metric(self) -> pd.DataFrame:
+        """Tidy scores by each task's own metric: GLUE's Matthews correlation or F1, else accuracy.
+
+        Columns as of `metrics`; a row per row of the Report.
+        """
+        return own_scores(scores(self.rows)).reset_index(drop=True)
+
+    def against_experts(self) -> pd.DataFrame:
+        """A row per row of the Report: accuracy or grade beside the expert's and the majority's.
+
+        Columns: suite, subset, method, seed, task, metric, value, floor (the majority's), ratio
+        (value over the same seed's expert's), kept_margin ((value - floor) over how far the expert
+        is above the floor in the mean over seeds, since that of one seed may not be; NaN where that
+        mean is not), counted.
+        """
+        exact = main_scores(scores(self.rows)).reset_index(drop=True)
+        key = ["suite", "subset", "seed", "task"]
+        expert = exact[exact.method == "expert"].set_index(key).value
+        own = expert.loc[list(exact[key].itertuples(index=False))].to_numpy()
+        mean = expert.groupby(["suite", "subset", "task"]).mean()
+        usual = mean.loc[list(zip(exact.suite, exact.subset, exact.task, strict=True))].to_numpy()
+        counts = {(suite, t) for suite in exact.suite.unique() for t in self.counted(suite)}
+        pairs = list(zip(exact.suite, exact.task, strict=True))
+        floor = self.majority().loc[pairs].to_numpy()
+        value, above = exact.value.to_numpy(), usual - floor
+        with np.errstate(divide="ignore", invalid="ignore"):  # an expert that gets nothing right
+            kept = np.where(above > 0, (value - floor) / above, np.nan)
+            found = exact.assign(floor=floor, ratio=value / own, kept_margin=kept)
+        return found.assign(counted=[pair in counts for pair in pairs])
+
     def metrics(self) -> pd.DataFrame:
         """Tidy scores: suite, subset, method, seed, task, metric, value.
 
-        Per task: accuracy, macro_f1, matthews and ratio, the accuracy divided by the expert's; of
-        a graded task its mean grade and, of that, the ratio.
-        Under the task name `all`: anp, the mean ratio over counted tasks (DivMerge Eq. 5), and
-        worst, the smallest of them.
+        Per task: accuracy, macro_f1, matthews, f1 of two answers, ratio and kept_margin (see
+        `against_experts`); of a graded task its mean grade and, of that, the last two.
+        Under the task name `all`, of counted tasks: anp, the mean ratio (DivMerge Eq. 5); worst,
+        the smallest of them; kept_margin, the mean; below_majority, how many are below it.
         """
-        tidy = scores(self.rows)
-        exact = main_scores(tidy)
-        key = ["suite", "subset", "seed", "task"]
-        expert = exact[exact.method == "expert"].set_index(key).value
-        ratio = exact.assign(metric="ratio")
-        with np.errstate(divide="ignore", invalid="ignore"):  # an expert that gets nothing right
-            whole = expert.loc[list(exact[key].itertuples(index=False))].values
-            ratio["value"] = exact.value.values / whole
-        counts = {suite: self.counted(suite) for suite in self.rows.suite.unique()}
-        kept = ratio[
-            [task in counts[suite] for suite, task in zip(ratio.suite, ratio.task, strict=True)]
+        tidy, found = scores(self.rows), self.against_experts()
+        single = [
+            found.drop(columns="value").rename(columns={name: "value"}).assign(metric=name)
+            for name in ("ratio", "kept_margin")
         ]
-        groups = kept.groupby(["suite", "subset", "method", "seed"], sort=False).value
-        overall = [
-            values.reset_index().assign(task="all", metric=name)
-            for name, values in (("anp", groups.mean()), ("worst", groups.min()))
+        some = found[found.counted].assign(below=lambda table: table.value < table.floor)
+        groups = some.groupby(["suite", "subset", "method", "seed"], sort=False)
+        overall = {
+            "anp": groups.ratio.mean(),
+            "worst": groups.ratio.min(),
+            "kept_margin": groups.kept_margin.mean(),
+            "below_majority": groups.below.sum().astype(float),
+        }
+        whole = [
+            values.rename("value").reset_index().assign(task="all", metric=name)
+            for name, values in overall.items()
         ]
-        return pd.concat([tidy, ratio, *overall], ignore_index=True)[list(tidy.columns)]
+        return pd.concat([tidy, *single, *whole], ignore_index=True)[list(tidy.columns)]
+
+    def below_majority(self) -> pd.DataFrame:
+        """Per method, the counted tasks on which its accuracy over seeds is below the majority's.
+
+        Columns: suite, subset, method, below (how many), counted (out of how many), tasks (names).
+        """
+        found = self.against_experts()
+        keys = ["suite", "subset", "method"]
+        means = found[found.counted].groupby([*keys, "task"], sort=False)[["value", "floor"]].mean()
+        rows = []
+        for key, some in means.groupby(keys, sort=False):
+            names = [task for (*_, task), row in some.iterrows() if row.value < row.floor]
+            rows.append((*key, len(names), len(some), names))
+        return pd.DataFrame(rows, columns=[*keys, "below", "counted", "tasks"])
 
     def intervals(
         self, *, statistic: str = "anp", level: float = 0.95, draws: int = 2000, seed: int = 0
     ) -> pd.DataFrame:
-        """Percentile bootstrap: suite, subset, method, value, low, high (and num_seeds).
+        """Bootstrap intervals: suite, subset, method, value, low, high (and num_seeds).
 
-        statistic: `anp`, `worst`, or `accuracy` (mean over counted tasks). Each draw resamples
-        seeds, and within a seed every task's test rows; the same rows for all methods, so that
-        `difference` is paired. With one seed, only test rows vary.
+        statistic: `anp`, `kept_margin`, `worst`, or `accuracy` (mean over counted tasks). Test rows
+        are drawn once for all seeds, which answer the same ones, and for all methods, so that
+        `difference` is paired; see `statistics.crossed`. With one seed, only test rows vary. The
+        interval of `worst`, a minimum, is approximate.
         """
         found = []
-        for (suite, subset), rows in self.rows.groupby(["suite", "subset"], sort=False):
-            point, drawn = self.bootstrap(rows, suite, statistic, draws, seed)
-            tail = 100 * (1 - level) / 2
-            low, high = np.percentile(drawn, [tail, 100 - tail], axis=0)
-            for n, method in enumerate(rows.method.unique()):
-                found.append(
-                    (suite, subset, method, point[n], low[n], high[n], rows.seed.nunique())
-                )
+        for suite, subset in (
+            self.rows[["suite", "subset"]].drop_duplicates().itertuples(index=False)
+        ):
+            sampled = self.sampled(suite, subset, statistic=statistic, draws=draws, seed=seed)
+            every = crossed(sampled.exact, sampled.drawn, sampled.freedom)
+            for row in zip(sampled.methods, every.value, *every.interval(level), strict=True):
+                found.append((suite, subset, *row, every.num_seeds))
         return pd.DataFrame(
             found, columns=["suite", "subset", "method", "value", "low", "high", "num_seeds"]
         )
 
     def difference(
-        self, suite: str, subset: str, method: str, other: str, *, draws: int = 2000, seed: int = 0
+        self,
+        suite: str,
+        subset: str,
+        method: str,
+        other: str,
+        *,
+        statistic: str = "anp",
+        draws: int = 2000,
+        seed: int = 0,
     ) -> tuple[float, float, float]:
-        """ANP of `method` minus ANP of `other`: the value and its paired 95 % interval."""
-        rows = self.rows[(self.rows.suite == suite) & (self.rows.subset == subset)]
-        names = list(rows.method.unique())
-        point, drawn = self.bootstrap(rows, suite, "anp", draws, seed)
-        a, b = names.index(method), names.index(other)
-        low, high = np.percentile(drawn[:, a] - drawn[:, b], [2.5, 97.5])
-        return float(point[a] - point[b]), float(low), float(high)
+        """The statistic of `method` minus that of `other`: value and paired 95 % interval."""
+        sampled = self.sampled(suite, subset, statistic=statistic, draws=draws, seed=seed)
+        found = sampled.estimate(method, other)
+        low, high = found.interval()
+        return float(found.value), float(low), float(high)
 
-    def bootstrap(
-        self, rows: pd.DataFrame, suite: str, statistic: str, draws: int, seed: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The statistic [M] and its bootstrap draws [draws, M], methods in order of appearance."""
-        generator = np.random.default_rng(seed)
-        methods, seeds = list(rows.method.unique()), list(rows.seed.unique())
-        tasks = [task for task in rows.task.unique() if task in self.counted(suite)]
-        if statistic not in ("anp", "worst", "accuracy") or not tasks:
+    def sampled(
+        self,
+        suite: str,
+        subset: str,
+        *,
+        statistic: str = "anp",
+        draws: int = 2000,
+        seed: int = 0,
+    ) -> Sampled:
+        """A statistic of all methods of a subset with its bootstrap draws over test rows.
+
+        Raises ValueError for an unknown statistic, where no task counts, and where seeds answer
+        different rows of a task.
+        """
+        rows = self.rows[(self.rows.suite == suite) & (self.rows.subset == subset)]
+        counted = self.counted(suite)
+        tasks = [task for task in rows.task.unique() if task in counted]
+        if statistic not in STATISTICS or not tasks:
             raise ValueError(
-                f"statistic must be anp, worst or accuracy, got {statistic!r}; and a task must "
+                f"statistic must be {', '.join(STATISTICS)}, got {statistic!r}; and a task must "
                 f"count in the ANP (its expert beats the majority by {MARGIN}), got {tasks}"
             )
-        table = rows.set_index(["method", "seed", "task"])
-        point, drawn = [], []
-        for number in seeds:
-            exact, resampled = [], []
-            for task in tasks:
-                own = [table.loc[(method, number, task)] for method in methods]
-                right = np.stack([grades(row.predicted, row.gold) for row in own], axis=1)
-                count = len(right)  # of [rows, M]
-                weight = generator.multinomial(count, np.full(count, 1 / count), draws)
-                exact.append(right.mean(0))
-                resampled.append(weight @ right / count)
-            point.append(combine(np.stack(exact), methods, statistic))  # [M]
-            drawn.append(combine(np.stack(resampled), methods, statistic))  # [draws, M]
-        chosen = generator.integers(len(seeds), size=(draws, len(seeds)))
-        every = np.stack(drawn)[chosen, np.arange(draws)[:, None]].mean(1)  # [draws, M]
-        return np.mean(point, axis=0), every
+        generator = np.random.default_rng(seed)
+        methods, seeds = list(rows.method.unique()), list(rows.seed.unique())
+        table, right, floor, total = rows.set_index(["method", "seed", "task"]), [], [], 0
+        for task in tasks:
+            first = table.loc[(methods[0], seeds[0], task)]
+            own = [table.loc[(method, number, task)] for number in seeds for method in methods]
+            if any(list(row.gold) != list(first.gold) for row in own):
+                raise ValueError(
+                    f"seeds and methods must answer the same rows of {task!r} for a joint "
+                    "interval; report them as different suites or subsets"
+                )
+            marks = [grades(row.predicted, row.gold) for row in own]
+            marks.append(commonest(first.predicted, first.gold))
+            means = row_means(np.stack(marks, axis=1), draws, generator)  # [1 + draws, S M + 1]
+            right.append(means[:, :-1].reshape(-1, len(seeds), len(methods)))
+            floor.append(means[:, -1])
+            total += len(marks[0])
+        found = combine(np.stack(right), np.stack(floor), methods.index("expert"), statistic)
+        drawn = found[1:].swapaxes(0, 1)  # [S, draws, M]
+        return Sampled(methods, found[0], drawn, max(total - len(tasks), 1))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write JSON, atomically: an interrupted save leaves the old file."""
-        data = {
-            "provenance": self.provenance,
-            "rows": self.rows.to_dict("records"),
-            "fits": self.fits,
-        }
-        write_json(Path(path), data)
+        """Write JSON, a line per row, atomically: an interrupted save leaves the old file."""
+        lines = ",\n".join(
+            json.dumps(row, separators=(",", ":")) for row in self.rows.to_dict("records")
+        )
+        facts, fits = (json.dumps(part, indent=1) for part in (self.provenance, self.fits))
+        text = f'{{"provenance": {facts},\n"rows": [\n{lines}\n],\n"fits": {fits}}}'
+        with fresh_file(Path(path)) as new:
+            new.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Report":
@@ -166,17 +265,53 @@ class Report:
         return cls(pd.DataFrame(data["rows"])[list(COLUMNS)], data["fits"], data["provenance"])
 
 
-def combine(right: np.ndarray, methods: Sequence[str], statistic: str) -> np.ndarray:
-    """Accuracies [tasks, ..., M] to ANP, worst ratio or mean accuracy [..., M]."""
+def listed(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows whose answers, older text or numbers, are lists of numbers; grades stay."""
+    given = list(zip(rows.predicted, rows.gold, strict=True))
+    both = [
+        (predicted, gold)
+        if graded(gold, predicted)
+        else (numbers(predicted).tolist(), numbers(gold).tolist())
+        for predicted, gold in given
+    ]
+    predicted, gold = (
+        pd.Series(part, rows.index, dtype=object) for part in zip(*both, strict=True)
+    )
+    return rows.assign(predicted=predicted, gold=gold)
+
+
+def commonest(predicted: Sequence[float | int], gold: str | Sequence[int]) -> np.ndarray:
+    """What always giving the commonest gold answer gets on every row: 0 or 1; 0 if graded."""
+    if graded(gold, predicted):
+        return np.zeros(len(predicted))
+    answers = numbers(gold)
+    return (answers == np.bincount(answers).argmax()).astype(float)
+
+
+def combine(
+    right: np.ndarray, floor: np.ndarray, expert: int, statistic: str
+) -> Float[np.ndarray, "D S M"]:
+    """Accuracies [tasks, D, S, M] and majorities [tasks, D] to a statistic [D, S, M].
+
+    The kept margin divides by the experts' mean margin over seeds. What a draw or a seed adds to
+    it is taken to first order about the rows as they are (D = 0), since a denominator near 0
+    would have no variance.
+    """
     if statistic == "accuracy":
         return right.mean(0)
-    ratio = right / right[..., [methods.index("expert")]]
+    if statistic == "kept_margin":
+        above = right - floor[:, :, None, None]
+        mean = above[:, :1].mean(2, keepdims=True)  # [tasks, 1, 1, M]: on the rows as they are
+        margin = mean[..., [expert]]
+        kept = mean / margin
+        return (kept + (above - kept * above[..., [expert]]) / margin).mean(0)
+    ratio = right / right[..., [expert]]
     return ratio.mean(0) if statistic == "anp" else ratio.min(0)
 
 
 def origin(**facts: object) -> dict:
     """Where numbers come from: versions, machine, date, and the facts given (device: its name)."""
-    device = torch.device(str(facts.get("device", "cpu")))
+    device = check_device(str(facts.get("device", "cpu")))
     return {
         **facts,
         "date": datetime.date.today().isoformat(),
@@ -186,7 +321,26 @@ def origin(**facts: object) -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "datasets": datasets.__version__,
+        "divmerge_core": importlib.metadata.version("divmerge-core"),
+        **checkout(),
     }
+
+
+@cache
+def checkout() -> dict[str, str]:
+    """The commit of the git checkout that this package lies in, with `-dirty` where files differ.
+
+    Empty where the package is installed elsewhere, or git is missing.
+    """
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return {}
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        return {}
+    return {"commit": done.stdout.strip()} if done.returncode == 0 else {}
 
 
 def caption(report: Report) -> str:

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import linear_problem
@@ -11,11 +12,12 @@ from divmerge_core.evaluation import (
     Exam,
     accuracy,
     confusion,
-    digits,
     evaluate,
+    f1,
     macro_f1,
     matthews,
     numbers,
+    own_scores,
     predict,
     scores,
 )
@@ -84,18 +86,51 @@ def test_perfect_inverted_and_constant_answers_have_the_known_scores():
     assert macro_f1(confusion(constant, "0101")) == pytest.approx((2 / 3) / 2)
 
 
-# --- answers as text ------------------------------------------------------------------------------
+def test_f1_is_of_answer_1_against_all_others():
+    tp, fp, fn = 4, 1, 2
+    assert f1(BINARY) == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    assert f1(confusion("0000", "0000")) == 0  # nobody gives a 1
+    assert f1(confusion("0110", "0110")) == 1
+    third = np.array([[5, 1, 0], [1, 4, 1], [0, 0, 0]])  # one answer is neither
+    assert f1(third) == pytest.approx(2 * tp / (2 * tp + fp + fn))
 
 
-def test_answers_go_to_text_and_come_back():
-    answers = torch.arange(36)
-    assert digits(answers) == "0123456789abcdefghijklmnopqrstuvwxyz"
-    assert numbers(digits(answers)).tolist() == answers.tolist()
+def table(task: str, predicted: list[int], gold: list[int]) -> pd.DataFrame:
+    labels = {"suite": "s", "subset": task, "method": "m", "seed": 0, "task": task}
+    return pd.DataFrame([{**labels, "predicted": predicted, "gold": gold}])
 
 
-def test_more_answers_than_characters_are_refused():
-    with pytest.raises(ValueError, match="36 answers at most, got number 36"):
-        digits(torch.tensor([0, 36]))
+def test_only_two_gold_answers_have_an_f1():
+    assert set(scores(table("t", [0, 1, 2], [0, 1, 1])).metric) == {
+        *("accuracy", "macro_f1", "matthews", "f1")
+    }
+    assert "f1" not in set(scores(table("t", [0, 1, 1], [0, 1, 2])).metric)
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"),
+    [("cola", "matthews"), ("mrpc", "f1"), ("qqp", "f1"), ("rte", "accuracy"), ("x", "accuracy")],
+)
+def test_every_glue_task_has_its_own_metric(task, metric):
+    own = own_scores(scores(table(task, [0, 1, 1, 1], [0, 1, 0, 1])))
+    assert own.metric.tolist() == [metric]
+    by_hand = {"matthews": 1 / math.sqrt(3), "f1": 4 / 5, "accuracy": 3 / 4}
+    assert own.value.item() == pytest.approx(by_hand[metric])
+
+
+# --- answers as numbers ---------------------------------------------------------------------------
+
+
+def test_older_text_is_read_as_numbers():
+    assert numbers("0129abz").tolist() == [0, 1, 2, 9, 10, 11, 35]
+    assert numbers([0, 76]).tolist() == [0, 76]
+
+
+def test_more_than_36_answers_are_scored():
+    """Banking has 77."""
+    answers = list(range(77))
+    tidy = scores(table("banking", answers, [*answers[:-1], 3])).set_index("metric").value
+    assert tidy["accuracy"] == pytest.approx(76 / 77)
 
 
 # --- a merged model -------------------------------------------------------------------------------
@@ -132,7 +167,7 @@ def test_every_row_of_answers_gets_every_metric(problem):
     labels = {"suite": "s", "subset": "all", "method": "base", "seed": 0}
     rows = evaluate(problem, problem.vectors.base, exams_of(problem), **labels)
     tidy = scores(rows)
-    assert len(tidy) == 9 and set(tidy.metric) == {"accuracy", "macro_f1", "matthews"}
+    assert len(tidy) == 9 and set(tidy.metric) == {"accuracy", "macro_f1", "matthews"}  # 4 answers
     first = tidy[(tidy.task == "task0") & (tidy.metric == "accuracy")].value.item()
     right = [p == g for p, g in zip(rows.predicted[0], rows.gold[0], strict=True)]
     assert first == pytest.approx(sum(right) / 15)

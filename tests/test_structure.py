@@ -29,7 +29,8 @@ TOC = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
 ORDER = (
     *("registry", "storage", "digests", "assets", "splits", "glue", "tasks", "kernels", "vectors"),
     *("coefficients", "problem", "live", "minimizers", "ledger", "fitting", "linalg"),
-    *("activations", "encoders", "experts", "divergences", "methods", "evaluation", "report"),
+    *("activations", "encoders", "experts", "divergences", "methods", "evaluation"),
+    *("statistics", "report"),
     *("tables", "paper", "bench", "cells", "meters", "tuning", "comparison", "contestants"),
     *("roofline", "race", "accelerators", "workloads", "savings", "memory", "forecast"),
     *("interference", "studies", "figures", "pages", "checkpoints"),

@@ -170,12 +170,10 @@ def verdict(report: Report, subset: str, table: pd.DataFrame) -> str:
     if ours.empty:
         return "DivMerge is not among the methods of this table."
     best, lines = ours.iloc[0], []
-    part = among(report, subset)
-    order = list(part.rows.method.unique())
-    _, drawn = part.bootstrap(part.rows, suite, "anp", draws=2000, seed=0)  # paired: the same rows
+    sampled = report.sampled(suite, subset)
     for name, row in named[named.value > best.value].iterrows():
-        gaps = drawn[:, order.index(name)] - drawn[:, order.index(best.name)]
-        gap, (low, high) = row.value - best.value, np.percentile(gaps, [2.5, 97.5])
+        apart = sampled.estimate(name, best.name)
+        gap, (low, high) = apart.value, apart.interval()
         sure = "" if low > 0 else ", an interval that holds 0"
         price = [f"{row.seconds:.1f} s against {best.seconds:.1f} s", f"looks at {row.block}"]
         if not one_vector(name):

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 
-from divmerge_core.evaluation import Exam, digits
+from divmerge_core.evaluation import Exam
 from divmerge_core.language.completions import greedy, written
 from divmerge_core.language.models import Language
 from divmerge_core.language.prompts import Prompt
@@ -78,8 +78,8 @@ class WrittenExam:
         """The columns `predicted` and `gold` of a Report."""
         texts = self.answers(problem, merged, task)
         if self.references is None:
-            said = torch.tensor([self.prompt.read(text) for text in texts])
-            return {"predicted": digits(said), "gold": digits(self.gold)}
+            said = [self.prompt.read(text) for text in texts]
+            return {"predicted": said, "gold": self.gold.tolist()}
         return {"predicted": rouge1(texts, self.references), "gold": "rouge1"}
 
 

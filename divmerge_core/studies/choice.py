@@ -10,16 +10,15 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 from tqdm import tqdm
 
 from divmerge_core.bench import SIZES, Bench, prepare
 from divmerge_core.comparison import references
 from divmerge_core.report import Report
+from divmerge_core.statistics import holm
 from divmerge_core.studies.objectives import Rule, answers, learned, objectives
 
 REFERENCE = "js"
-DRAWS = 20_000  # of the bootstrap: the smallest p, 1e-4, must survive a hundred comparisons
 
 
 def middlemost(counts: Sequence[int]) -> int:
@@ -133,7 +132,7 @@ def ablation(
     groupings: Sequence[str],
     counts: Sequence[int],
     rule: Rule | None = None,
-    draws: int = DRAWS,
+    draws: int = 2000,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every objective x grouping x number of tasks x seed: a table of scores, and one of fits.
 
@@ -182,49 +181,26 @@ def ablation(
     return table, pd.DataFrame(fits)
 
 
-def summary(report: Report, *, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
+def summary(report: Report, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
     """ANP of every `objective/grouping`, and its difference from js of that grouping.
 
     Columns: objective, grouping, anp, low, high; difference, difference_low, difference_high, with
-    95 % intervals of the paired bootstrap over seeds and test rows; and its p, see `compared`, NaN
-    for js itself. The merge at 1/T, where all fits start, is the objective `start`, ungrouped.
+    95 % paired intervals over seeds and test rows; and its two-sided p, NaN for js itself. The
+    merge at 1/T, where all fits start, is the objective `start`, ungrouped.
     """
-    point, drawn = report.bootstrap(report.rows, report.rows.suite[0], "anp", draws, seed)
-    methods, found = list(report.rows.method.unique()), []
-    for n, method in enumerate(methods):
+    (suite, subset), *_ = report.rows[["suite", "subset"]].itertuples(index=False)
+    sampled, found = report.sampled(suite, subset, draws=draws, seed=seed), []
+    for method in sampled.methods:
         spec, _, grouping = method.partition("/")
         if spec in ("expert", "base"):
             continue
-        low, high = np.percentile(drawn[:, n], [2.5, 97.5])
-        values = {"anp": point[n], "low": low, "high": high}
+        own = sampled.estimate(method)
+        values = dict(zip(("anp", "low", "high"), (own.value, *own.interval()), strict=True))
         if grouping:
-            other = methods.index(f"{REFERENCE}/{grouping}")
-            values |= compared(drawn[:, n] - drawn[:, other], point[n] - point[other])
-            values["p"] = np.nan if n == other else values["p"]
-        found.append({"objective": spec, "grouping": grouping, **values})
+            gap = sampled.estimate(method, f"{REFERENCE}/{grouping}")
+            low, high = gap.interval()
+            values |= {"difference": gap.value, "difference_low": low, "difference_high": high}
+            values["p"] = np.nan if spec == REFERENCE else gap.p()
+        row = {name: float(value) for name, value in values.items()}
+        found.append({"objective": spec, "grouping": grouping, **row})
     return pd.DataFrame(found)
-
-
-def compared(gap: Float[np.ndarray, " draws"], value: float) -> dict[str, float]:
-    """A difference, its 95 % interval and its two-sided p, from paired bootstrap draws.
-
-    p is twice the smaller share of draws at or beyond zero on either side, at least
-    2 / (draws + 1).
-    """
-    low, high = np.percentile(gap, [2.5, 97.5])
-    beyond = 1 + min((gap <= 0).sum(), (gap >= 0).sum())
-    p = min(1.0, 2 * beyond / (1 + len(gap)))
-    found = {"difference": value, "difference_low": low, "difference_high": high, "p": p}
-    return {name: float(number) for name, number in found.items()}
-
-
-def holm(p: Float[np.ndarray, " M"]) -> Float[np.ndarray, " M"]:
-    """Holm's correction of p-values for M comparisons; NaN is no comparison and stays.
-
-    Source: Holm 1979, Scandinavian Journal of Statistics 6(2).
-    """
-    adjusted, known = np.full(len(p), np.nan), np.flatnonzero(~np.isnan(p))
-    order = known[np.argsort(p[known], kind="stable")]
-    steps = p[order] * np.arange(len(order), 0, -1)
-    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps))
-    return adjusted

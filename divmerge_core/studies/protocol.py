@@ -7,7 +7,6 @@ Shannon divergence. Coefficients are fitted without labels and scored on test ro
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
@@ -139,21 +138,17 @@ def compared(rows: Sequence[Mapping], default: str = DEFAULT, *, draws: int = 20
 
     rows: answers with columns method, seed, task, predicted and gold; the method `expert` is what
     ANP divides by. Columns: method, anp, low, high, difference, from_low, from_high; intervals are
-    95 % percentiles over draws of seeds and, within a seed, of test rows, the same for all methods.
+    95 %, over seeds and test rows, the same ones for all methods.
     """
     table = pd.DataFrame(rows).assign(suite="suite", subset="all")
-    report = Report.of(table)
-    point, drawn = report.bootstrap(report.rows, "suite", "anp", draws, 0)
-    methods = list(report.rows.method.unique())
-    against = methods.index(default)
+    sampled = Report.of(table).sampled("suite", "all", draws=draws)
     found = []
-    for number, method in enumerate(methods):
+    for method in sampled.methods:
         if method == "expert":
             continue
-        low, high = np.percentile(drawn[:, number], [2.5, 97.5])
-        apart = drawn[:, number] - drawn[:, against]
-        ends = np.percentile(apart, [2.5, 97.5])
-        found.append((method, point[number], low, high, point[number] - point[against], *ends))
+        own, apart = sampled.estimate(method), sampled.estimate(method, default)
+        values = (own.value, *own.interval(), apart.value, *apart.interval())
+        found.append((method, *map(float, values)))
     columns = ["method", "anp", "low", "high", "difference", "from_low", "from_high"]
     return pd.DataFrame(found, columns=columns)
 

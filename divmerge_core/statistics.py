@@ -1,0 +1,233 @@
+"""Everything that is estimated: intervals over seeds and test rows, correlations, permutations.
+
+SciPy does what it can say. By hand are the variance components of rows crossed with seeds, whose
+coverage `coverage` measures, correlations of many columns at once, and the corrections for many
+comparisons.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+from jaxtyping import Float
+from scipy import optimize, stats
+
+# --- scores of the same rows by several seeds -----------------------------------------------------
+
+
+def row_means(values: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
+    """Means of the columns of `[n, K]` over rows: `[1 + draws, K]`, as they are and by bootstrap.
+
+    A draw takes n - 1 of n rows with replacement, so that the variance over draws has no bias. All
+    columns, seeds and methods, have the same rows drawn.
+    """
+    count = len(values)
+    taken = max(count - 1, 1)
+    drawn = generator.multinomial(taken, np.full(count, 1 / count), draws)
+    return np.concatenate([values.sum(0, keepdims=True) / count, drawn @ values / taken])
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Means over seeds `[*A]`, and what their variance is made of.
+
+    between: the variance that seeds and their interaction with rows add, with num_seeds - 1 degrees
+    of freedom; 0 for one seed, about which nothing is known. within: the variance that rows add,
+    with `freedom` degrees of freedom.
+    """
+
+    value: np.ndarray | np.floating
+    between: np.ndarray | np.floating
+    within: np.ndarray | np.floating
+    num_seeds: int
+    freedom: int
+
+    def half(self, level: float = 0.95) -> np.ndarray:
+        """Half the width of the interval: each part's own t, weighted by the part's variance.
+
+        Source: Cochran and Cox 1957, Experimental Designs, 4.14 (the test of Cochran 1951).
+        """
+        point = (1 + level) / 2
+        seeds = stats.t.ppf(point, self.num_seeds - 1) * self.between if self.num_seeds > 1 else 0.0
+        parts = seeds + stats.t.ppf(point, self.freedom) * self.within
+        total = self.between + self.within
+        return np.where(total > 0, parts / np.sqrt(np.where(total > 0, total, 1)), 0.0)
+
+    def interval(self, level: float = 0.95) -> tuple[np.ndarray | np.floating, ...]:
+        """The lower and the upper end of the interval that holds the truth in `level` of cases."""
+        half = self.half(level)
+        return self.value - half, self.value + half
+
+    def p(self) -> float:
+        """Two-sided p-value of one value against 0: the interval of level 1 - p just touches 0."""
+        size = abs(float(self.value))
+        if float(self.between + self.within) <= 0:
+            return math.exp(SMALLEST) if size else 1.0
+        gap = lambda log_p: float(self.half(1 - math.exp(log_p))) - size  # noqa: E731
+        if gap(SMALLEST) < 0:
+            return math.exp(SMALLEST)
+        return math.exp(optimize.brentq(gap, SMALLEST, 0.0)) if size else 1.0
+
+
+SMALLEST = math.log(1e-12)  # no p-value below it is told apart from it
+
+
+def crossed(
+    exact: Float[np.ndarray, " S *A"], drawn: Float[np.ndarray, " S D *A"], freedom: int
+) -> Estimate:
+    """The mean over seeds of a score of rows that every seed answers, with its variance.
+
+    exact: the score of each seed on the rows as they are. drawn: the same of D draws of rows, see
+    `row_means`, the same ones for all seeds. freedom: rows minus the number of tasks. The
+    variance between seeds holds what seeds add, and what they add row by row; the mean's variance
+    over draws holds what rows add, and again what seeds add row by row. The latter is found from
+    how much more a single seed varies over draws than the mean does, and counted once. With one
+    seed only rows vary.
+    """
+    count, value = len(exact), exact.mean(0)
+    whole = drawn.mean(0).var(0, ddof=1)  # rows + interaction / S
+    if count == 1:
+        return Estimate(value, np.zeros_like(whole), whole, 1, freedom)
+    single = drawn.var(1, ddof=1).mean(0)  # rows + interaction
+    rows = np.maximum(whole - np.maximum(single - whole, 0) / (count - 1), 0)
+    return Estimate(value, exact.var(0, ddof=1) / count, rows, count, freedom)
+
+
+# --- means of independent values ------------------------------------------------------------------
+
+
+def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Student's interval of the mean of independent values; NaN for fewer than two, or a NaN."""
+    count = len(values)
+    if count < 2 or not np.isfinite(values).all():
+        return float("nan"), float("nan")
+    half = stats.t.ppf((1 + level) / 2, count - 1) * np.std(values, ddof=1) / math.sqrt(count)
+    return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
+def middle(drawn: Float[np.ndarray, " D *A"], level: float = 0.95) -> np.ndarray:
+    """The ends `[2, *A]` of the middle of bootstrap draws that are numbers; NaN where none is."""
+    none = np.isnan(drawn).all(0)
+    points = ((1 - level) / 2, (1 + level) / 2)
+    return np.where(none, np.nan, np.nanquantile(np.where(none, 0.0, drawn), points, axis=0))
+
+
+# --- correlations ---------------------------------------------------------------------------------
+
+
+def ranks(values: Float[np.ndarray, "*A n"]) -> Float[np.ndarray, "*A n"]:
+    """Places from 1 for the smallest along the last axis; equal values share their mean place.
+
+    Differences below 1e-9 of the largest magnitude are rounding, and count as equal.
+    """
+    scale = np.abs(values).max(-1, keepdims=True, initial=0)
+    return stats.rankdata(np.round(values / np.where(scale > 0, scale, 1), 9), axis=-1)
+
+
+def standard(values: Float[np.ndarray, "*A n"]) -> Float[np.ndarray, "*A n"]:
+    """Less the mean, and of length 1: inner products are correlations. NaN if constant."""
+    if not values.shape[-1]:
+        return values
+    centred = values - values.mean(-1, keepdims=True)
+    length = np.linalg.norm(centred, axis=-1, keepdims=True)
+    varies = length > 1e-9 * np.abs(values).max(-1, keepdims=True)
+    return centred / np.where(varies, length, np.nan)
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Product-moment correlation along the last axis, -1 to 1; NaN where one side is constant."""
+    return np.where(np.shape(x)[-1], (standard(x) * standard(y)).sum(-1), np.nan)
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Rank correlation along the last axis: Pearson's of the ranks."""
+    return pearson(ranks(x), ranks(y))
+
+
+Correlation = Callable[[np.ndarray, np.ndarray], np.ndarray]
+CORRELATIONS: Mapping[str, Correlation] = {"pearson": pearson, "spearman": spearman}
+
+
+def fisher_interval(value: float, count: int, how: str) -> tuple[float, float]:
+    """Fisher's 95 % interval of one correlation over `count` points, 4 or more; NaN of NaN.
+
+    Exact for normal points only; Spearman's variance is 1.06 times as large (Fieller et al. 1957).
+    """
+    if count < 4:
+        raise ValueError(f"Fisher's interval needs 4 points or more, got {count}")
+    half = stats.norm.ppf(0.975) * math.sqrt({"pearson": 1.0, "spearman": 1.06}[how] / (count - 3))
+    centre = np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12))
+    return float(np.tanh(centre - half)), float(np.tanh(centre + half))
+
+
+# --- permutations ---------------------------------------------------------------------------------
+
+
+def orders(count: int) -> np.ndarray:
+    """Every order of 0 to count - 1, `[count!, count]`. Raises ValueError for more than 8."""
+    if not 2 <= count <= 8:
+        raise ValueError(f"all orders are worked out for 2 to 8 points, got {count}")
+    return np.array(list(permutations(range(count))))
+
+
+def orderings(count: int, draws: int, generator: np.random.Generator) -> Sequence[np.ndarray]:
+    """All orders of `count` things where these are no more than `draws`, or `draws` random ones.
+
+    The first is the order as it is.
+    """
+    if math.factorial(count) <= draws:
+        return [np.array(order) for order in permutations(range(count))]
+    return [np.arange(count), *(generator.permutation(count) for _ in range(draws - 1))]
+
+
+def exact_p(x: np.ndarray, y: np.ndarray, how: str) -> float:
+    """Share of all orders of y whose correlation with x is as high as the one found, or higher.
+
+    One-sided, as the claim is: closer is better. At least 1 / n!; NaN where x or y is constant.
+    """
+    if np.isnan(CORRELATIONS[how](x, y)):
+        return float("nan")
+    found = stats.permutation_test(
+        (y,),
+        lambda some, axis: CORRELATIONS[how](x, some),
+        permutation_type="pairings",
+        vectorized=True,
+        n_resamples=math.factorial(len(y)),
+        alternative="greater",
+    )
+    return float(found.pvalue)
+
+
+def reached(value: np.ndarray, null: Float[np.ndarray, " D *A"]) -> np.ndarray:
+    """Share of draws of `null` that are as large as `value`, or larger; NaN where it is NaN."""
+    return np.where(np.isnan(value), np.nan, (null >= value - 1e-9).mean(0))
+
+
+def largest_of(
+    value: Float[np.ndarray, "*A"], null: Float[np.ndarray, " D *A"]
+) -> tuple[Float[np.ndarray, "*A"], Float[np.ndarray, "*A"], float]:
+    """Two-sided p-values of many statistics: of each alone, and corrected for all of them.
+
+    null: the statistics under D permutations, the one found among them. The correction compares
+    with the largest size in each permutation (Westfall and Young 1993). Third: what that largest
+    exceeds in at most one permutation of twenty. NaN where a statistic is NaN.
+    """
+    sizes = np.abs(null)
+    largest = np.nanmax(sizes.reshape(len(null), -1), axis=1, initial=0)
+    wide = largest.reshape(-1, *[1] * np.ndim(value))
+    threshold = float(np.sort(largest)[::-1][len(largest) // 20])
+    return reached(np.abs(value), sizes), reached(np.abs(value), wide), threshold
+
+
+def holm(p: Float[np.ndarray, " M"]) -> Float[np.ndarray, " M"]:
+    """Holm's correction of p-values for M comparisons; NaN is no comparison and stays.
+
+    Source: Holm 1979, Scandinavian Journal of Statistics 6(2).
+    """
+    adjusted, known = np.full(len(p), np.nan), np.flatnonzero(~np.isnan(p))
+    order = known[np.argsort(p[known], kind="stable")]
+    steps = p[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    return adjusted
