@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from divmerge_core.coefficients import Coefficients
 from divmerge_core.kernels.answers import TopAnswers
-from divmerge_core.kernels.merge import grouped_inner, grouped_merge, inner_range
+from divmerge_core.kernels.merge import add_inner, grouped_inner, grouped_merge
 from divmerge_core.kernels.segments import Segments
 from divmerge_core.problem import Batch, MergeProblem, Objective
 from divmerge_core.vectors import TaskVectors
@@ -96,10 +96,10 @@ def gather_as_they_come(
     result = vectors.base.new_zeros(len(vectors.tasks), segments.num_groups)
 
     def consume(start: int, stop: int) -> Callable[[Tensor], None]:
-        column = result[:, segments.group_at(start)]
+        rows = segments.within(start, stop)
 
         def hook(leaf: Tensor) -> None:
-            column.add_(inner_range(leaf.grad.flatten(), vectors.deltas, start, stop))
+            add_inner(result, leaf.grad.flatten(), vectors.deltas, rows, start)
             leaf.grad = None
 
         return hook

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from divmerge_core.checkpoints.shards import StoredModel
-from divmerge_core.kernels.merge import inner_range
+from divmerge_core.kernels.merge import add_inner
 from divmerge_core.kernels.segments import Segments
 from divmerge_core.problem import Batch, Forward, MergeProblem
 from divmerge_core.ranks import Ranks
@@ -207,11 +207,11 @@ class Shards:
         result = vectors.base.new_zeros(len(vectors.tasks), segments.num_groups)
 
         def consume(start: int, stop: int) -> Callable[[Tensor], None]:
-            column = result[:, segments.group_at(start)]
+            rows = segments.within(start, stop)
 
             def hook(parameter: Tensor) -> None:
                 grad = parameter.grad.to_local().flatten()
-                column.add_(inner_range(grad, vectors.deltas, start, stop))
+                add_inner(result, grad, vectors.deltas, rows, start)
                 parameter.grad = None
 
             return hook

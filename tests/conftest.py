@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import language_toys
-from helpers import MARKERS, TINY_RECIPE, WORDS, linear_problem, toy_task
+from helpers import MARKERS, TINY_RECIPE, WORDS, linear_problem, shared_by, toy_task
 
 from divmerge_core import assets
 from divmerge_core.bench import SIZES, Size, make_problem
@@ -23,7 +23,7 @@ from divmerge_core.language import load_language, prepare_language
 from divmerge_core.storage import cache_dir
 from divmerge_core.tasks import SUITES, TASKS, Suite
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # numbers do not depend on the machine; `threads` asks for two
 
 
 @pytest.fixture
@@ -33,6 +33,13 @@ def cache(tmp_path, monkeypatch):
     assets.verify.cache_clear()
     yield tmp_path / "cache"
     assets.verify.cache_clear()
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one thread", "two threads"])
+def threads(request):
+    """The merge and its gradient on one thread and, shared out, on two."""
+    with shared_by(request.param):
+        yield request.param
 
 
 @pytest.fixture

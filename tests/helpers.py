@@ -3,20 +3,37 @@
 import errno
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from divmerge_core.coefficients import GROUPINGS
 from divmerge_core.experts import Recipe
+from divmerge_core.kernels import merge
 from divmerge_core.methods import METHODS, options_of
 from divmerge_core.problem import Batch, MergeProblem
 from divmerge_core.splits import Row, Splits
 from divmerge_core.tasks import Task
 from divmerge_core.vectors import Layout, TaskVectors
+
+
+@contextmanager
+def shared_by(threads: int) -> Iterator[None]:
+    """A CPU's merges and gradients shared out to so many threads, however small they are."""
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merge, "SHARED", 1)
+        torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
 
 # --- a linear softmax model of five tensors -------------------------------------------------------
 

@@ -3,15 +3,16 @@
 Without a GPU, Triton's kernels run in its interpreter.
 """
 
+import os
 import subprocess
 import sys
 from functools import partial
-from itertools import product
+from itertools import combinations, product
 
 import compiled
 import pytest
 import torch
-from helpers import layout_of
+from helpers import layout_of, shared_by
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -41,6 +42,7 @@ skips = {
     "triton": pytest.mark.skipif(triton is None, reason="Triton is not installed"),
 }
 BACKENDS = [pytest.param(name, marks=skip, id=name) for name, skip in skips.items()]
+BACKENDS += ["torch on 2 threads"]
 CASES = [
     pytest.param(
         name, *row, marks=skips[name], id=f"{name}-{row[0]}-{row[1]}".replace("torch.", "")
@@ -48,6 +50,7 @@ CASES = [
     for name, row in product(skips, PRECISIONS)
     if (name, row[0]) != ("triton", double)
 ]
+CASES += [("torch on 2 threads", *row) for row in PRECISIONS[:4:3]]
 
 # shapes of the tensors, and the group of each
 TABLES = {
@@ -67,8 +70,10 @@ models = pytest.mark.parametrize(
     ("table", "num_tasks"),
     [*((table, 2) for table in TABLES), ("one number", 1), ("awkward", 1), ("awkward", 20)],
 )
-backends = pytest.mark.parametrize("backend", BACKENDS)
-precisions = pytest.mark.parametrize(("backend", "kind", "stored", "rtol", "atol"), CASES)
+backends = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+precisions = pytest.mark.parametrize(
+    ("backend", "kind", "stored", "rtol", "atol"), CASES, indirect=["backend"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +81,14 @@ def small_blocks(monkeypatch):
     """Blocks and chunks of a few hundred parameters, so that small cases have edges and middles."""
     monkeypatch.setattr(merge, "BLOCK", 256)
     monkeypatch.setattr(stores, "CHUNK", 100)
+
+
+@pytest.fixture
+def backend(request):
+    """A backend by name, which two threads share where it says so."""
+    name, _, threads = request.param.partition(" on ")
+    with shared_by(2 if threads else 1):
+        yield name
 
 
 def case(table, num_tasks, kind=single, stored=None):
@@ -109,7 +122,8 @@ def slow_inner(grad, deltas, num_groups, owner):
 
 def run(script: str) -> str:
     """What a script prints in a fresh process."""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -212,15 +226,39 @@ def test_threads_share_the_work_and_change_nothing():
     base, deltas = torch.randn(400_000, generator=generator), torch.randn(3, 400_000)
     coeffs = torch.randn(3, 2, generator=generator)
     alone = grouped_merge(base, deltas, coeffs, segments), grouped_inner(base, deltas, segments)
-    try:
-        torch.set_num_threads(3)
+    with shared_by(3):
         together = grouped_merge(base, deltas, coeffs, segments)
         inner = [grouped_inner(base, deltas, segments) for _ in range(5)]
-    finally:
-        torch.set_num_threads(1)
     assert_close(together, alone[0])
     assert_close(inner[0], alone[1], rtol=1e-4, atol=1e-2)
     assert all(torch.equal(inner[0], other) for other in inner)
+
+
+FORKED = """
+import os, signal, torch
+from divmerge_core.kernels.merge import SHARED, grouped_inner, grouped_merge
+from divmerge_core.kernels.segments import Segments
+torch.set_num_threads(2)
+base, deltas, segments = torch.ones(SHARED), torch.ones(2, SHARED), Segments(((0, SHARED, 0),))
+
+def merged():
+    return grouped_merge(base, deltas, torch.ones(2, 1), segments)[-1].item()
+
+assert merged() == 3  # the parent's threads have run
+if (child := os.fork()) == 0:
+    signal.alarm(30)  # ends a child that waits for ever
+    try:
+        os._exit(int(merged()))
+    finally:
+        os._exit(1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_child_has_threads_of_its_own():
+    """Those of its parent are not in it, and work left to them would never be done."""
+    assert run(FORKED) == "3\n"
 
 
 # --- properties -----------------------------------------------------------------------------------
@@ -361,7 +399,18 @@ def test_neighbours_of_one_group_are_one_stretch():
     segments = Segments.of([(0, 2), (2, 5), (5, 6), (6, 9)], [0, 0, 1, 0])
     assert segments.rows == ((0, 5, 0), (5, 6, 1), (6, 9, 0))
     assert (segments.num_groups, segments.size) == (2, 9)
-    assert [segments.group_at(position) for position in range(9)] == [0] * 5 + [1] + [0] * 3
+
+
+@tables
+def test_the_rows_between_two_places_hold_every_number_there_once(table):
+    *_, owner, segments = case(table, 1)
+    edges = [0, 1, 2, 3, 41, segments.size // 2, segments.size - 1, segments.size]
+    for low, high in combinations([edge for edge in edges if 0 <= edge <= segments.size], 2):
+        rows = segments.within(low, high)
+        places = [place for start, stop, _ in rows for place in range(start, stop)]
+        assert places == list(range(low, high))
+        assert all(set(owner[start:stop].tolist()) == {group} for start, stop, group in rows)
+        assert all(start < stop for start, stop, _ in rows)
 
 
 @tables

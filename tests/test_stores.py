@@ -1,5 +1,7 @@
 """Task vectors in less memory: what int8 and half precision cost; low rank costs nothing."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from helpers import layout_of, linear_problem
@@ -18,6 +20,7 @@ from divmerge_core.kernels.stores import SCALE_BLOCK, Int8Deltas, dense, quantis
 from divmerge_core.live import GRADIENTS
 from divmerge_core.vectors import STORAGES, TaskVectors
 
+pytestmark = pytest.mark.usefixtures("threads")
 BACKENDS = ["torch"] + (["triton"] if triton else [])
 
 
@@ -140,6 +143,55 @@ def test_adapters_merge_as_the_experts_that_they_stand_for():
     for task in plain.tasks:
         assert_close(thin.expert(task), plain.expert(task))
     assert_close(thin.select(["task2", "task1"]).merge([2, 3]), plain.merge([0, 3, 2]))
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_segments_may_split_a_tensor_of_adapters_anywhere(data):
+    """Against the task vectors multiplied out; a gradient of any stretch too."""
+    base, adapters = base_and_adapters()
+    thin = TaskVectors.from_adapters(base, adapters)
+    size, matrix = thin.layout.size, dense(thin.deltas)
+    cuts = sorted(data.draw(st.sets(st.integers(1, size - 1), max_size=6)))
+    bounds = list(pairwise([0, *cuts, size]))
+    groups = [n % 3 for n in range(len(bounds))]
+    segments = Segments.of(bounds, groups)
+    generator = torch.Generator().manual_seed(3)
+    shape = (3, segments.num_groups)
+    coeffs = torch.randn(shape, generator=generator, dtype=torch.float64)
+    merged = grouped_merge(thin.base, thin.deltas, coeffs, segments)
+    assert_close(merged, grouped_merge(thin.base, matrix, coeffs, segments))
+    found = grouped_inner(thin.base, thin.deltas, segments)
+    assert_close(found, grouped_inner(thin.base, matrix, segments))
+    for start, stop in bounds:
+        part = thin.base[start:stop]
+        found = merge.inner_range(part, thin.deltas, start, stop)
+        assert_close(found, merge.inner_range(part, matrix, start, stop))
+
+
+def test_a_tensor_of_adapters_split_by_hand():
+    """A matrix of ones: its first row gets the first coefficient, its second row the other."""
+    ones = {"w": (torch.ones(2, 1), torch.ones(1, 2))}
+    thin = TaskVectors.from_adapters({"w": torch.zeros(2, 2)}, {"one": ones})
+    segments = Segments(((0, 2, 0), (2, 4, 1)))
+    coeffs = torch.tensor([[1.0, 5.0]])
+    assert grouped_merge(thin.base, thin.deltas, coeffs, segments).tolist() == [1, 1, 5, 5]
+    grad = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert grouped_inner(grad, thin.deltas, segments).tolist() == [[3, 7]]
+
+
+def test_adapters_of_a_large_matrix_are_one_product_for_all_threads():
+    """600 x 600 numbers are more than one thread would merge alone."""
+    generator = torch.Generator().manual_seed(0)
+    pair = torch.randn(600, 2, generator=generator), torch.randn(2, 600, generator=generator)
+    thin = TaskVectors.from_adapters({"w": torch.zeros(600, 600)}, {"one": {"w": pair}})
+    assert thin.layout.size >= 1 << 18
+    segments = Segments(((0, 360_000, 0),))
+    grad = torch.ones(360_000)
+    expected = dense(thin.deltas).double().sum()
+    assert_close(
+        grouped_inner(grad, thin.deltas, segments).double()[0, 0], expected, rtol=1e-4, atol=1e-2
+    )
 
 
 def test_adding_up_factors_separately_is_another_model():

@@ -16,6 +16,7 @@ from divmerge_core.kernels.streamed import StreamedDeltas
 from divmerge_core.live import GRADIENTS
 from divmerge_core.vectors import TaskVectors
 
+pytestmark = pytest.mark.usefixtures("threads")
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -79,16 +80,6 @@ def test_a_piece_is_whole_while_the_next_one_comes():
     assert torch.equal(first, rows[:, :100])
     _, _, second = next(stream)
     assert torch.equal(second, rows[:, 100:200])
-
-
-def test_threads_stream_their_own_shares(small_chunks):
-    base, rows, streamed, coeffs, segments = case(size=(1 << 18) + 5)
-    torch.set_num_threads(2)
-    try:
-        found = grouped_merge(base, streamed, coeffs, segments)
-        assert torch.equal(found, grouped_merge(base, rows, coeffs, segments))
-    finally:
-        torch.set_num_threads(1)
 
 
 def test_some_rows_are_a_store_again():

@@ -9,6 +9,7 @@ base) whatever the dtype of base and deltas. Two backends compute the same: `tor
 definition; and `triton`, one launch for the whole model.
 """
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -23,6 +24,7 @@ from divmerge_core.kernels.segments import Segments, block_table
 from divmerge_core.kernels.stores import SCALE_BLOCK, Deltas, Int8Deltas, LowRankDeltas, wide
 
 BLOCK = 4096  # parameters per program on a GPU, read as rows of SCALE_BLOCK
+SHARED = 1 << 18  # from so many parameters on, a CPU's threads share them
 
 
 # --- PyTorch --------------------------------------------------------------------------------------
@@ -56,15 +58,28 @@ def inner_range(
     return total
 
 
+def add_inner(total, grad, deltas, rows, begin: int = 0) -> None:
+    """Add <grad, tau_t> over every row (start, stop, group) to its column of total [T, G].
+
+    grad: of the parameters from `begin` on, over all rows.
+    """
+    for start, stop, group in rows:
+        total[:, group] += inner_range(grad[start - begin : stop - begin], deltas, start, stop)
+
+
 def inner_torch(grad, deltas, segments) -> Tensor:
-    """The gradient on every group; the shares of the threads are added in order."""
+    """The gradient on every group; the shares of the threads are added in order.
+
+    The products of low-rank factors are large enough for PyTorch's own threads.
+    """
 
     def share(rows) -> Tensor:
         result = grad.new_zeros(deltas.shape[0], segments.num_groups, dtype=wide(grad.dtype))
-        for start, stop, group in rows:
-            result[:, group] += inner_range(grad[start:stop], deltas, start, stop)
+        add_inner(result, grad, deltas, rows)
         return result
 
+    if isinstance(deltas, LowRankDeltas):
+        return share(segments.rows)
     return sum(in_threads(share, segments, grad))
 
 
@@ -73,13 +88,17 @@ def in_threads(function: Callable, segments: Segments, like: Tensor) -> list:
 
     PyTorch leaves products with so few rows to one core, which cannot fill the memory bus.
     """
-    workers = torch.get_num_threads() if like.is_cpu and len(like) >= 1 << 18 else 1
+    workers = torch.get_num_threads() if like.is_cpu and len(like) >= SHARED else 1
     if workers == 1:
         return [function(segments.rows)]
-    return list(threads(workers).map(function, segments.shares(workers)))
+    return list(threads(workers, os.getpid()).map(function, segments.shares(workers)))
 
 
-threads = lru_cache(maxsize=1)(ThreadPoolExecutor)
+@lru_cache(maxsize=1)
+def threads(workers: int, process: int) -> ThreadPoolExecutor:
+    """Threads of one process: a forked child has none of its parent's."""
+    torch.set_num_threads(workers)  # a child's first call of it must not come from two threads
+    return ThreadPoolExecutor(workers)
 
 
 # --- Triton ---------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import islice, pairwise, takewhile
 
 import torch
 from jaxtyping import Int
@@ -62,21 +62,17 @@ class Segments:
         """N, the number of parameters."""
         return self.rows[-1][1]
 
-    def group_at(self, position: int) -> int:
-        """The group of the parameter at a position in 0..N-1."""
-        return self.rows[bisect_right(self.rows, position, key=lambda row: row[0]) - 1][2]
+    def within(self, low: int, high: int) -> list[tuple[int, int, int]]:
+        """The rows between two positions, those at the two ends cut there; none is empty."""
+        first = bisect_right(self.rows, low, key=lambda row: row[1])
+        inside = takewhile(lambda row: row[0] < high, islice(self.rows, first, None))
+        cut = [(max(start, low), min(stop, high), group) for start, stop, group in inside]
+        return [row for row in cut if row[0] < row[1]]
 
     def shares(self, count: int) -> list[list[tuple[int, int, int]]]:
         """The rows cut into `count` runs of equally many parameters."""
         edges = [self.size * n // count for n in range(count + 1)]
-        return [
-            [
-                (max(start, low), min(stop, high), group)
-                for start, stop, group in self.rows
-                if max(start, low) < min(stop, high)
-            ]
-            for low, high in pairwise(edges)
-        ]
+        return [self.within(low, high) for low, high in pairwise(edges)]
 
 
 @lru_cache(maxsize=32)

@@ -5,6 +5,7 @@ Half precision needs nothing here: a `[T, N]` tensor of bfloat16 or float16 is a
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int8
@@ -76,6 +77,24 @@ class Factors:
         """Of the tensor itself."""
         return torch.Size((self.left.shape[0], self.right.shape[1]))
 
+    def within(self, low: int, high: int) -> Iterator[tuple[int, "Factors"]]:
+        """The numbers low..high of the tensor laid in a row, as matrices in the order of places.
+
+        Where each begins, and its factors. A stretch that begins and ends inside a row is up to
+        three: the rest of that row, whole rows, the start of the last one.
+        """
+        if low >= high:
+            return
+        width = self.right.shape[1]
+        first, last = -(-low // width) * width, high // width * width  # the whole rows' ends
+        cuts = [low, first, last, high] if first <= last else [low, high]
+        for start, stop in pairwise(cuts):
+            if start < stop:
+                row, column = divmod(start, width)
+                rows = slice(row, row + max(1, (stop - start) // width))
+                columns = slice(column, column + min(stop - start, width))
+                yield start, Factors(self.left[rows], self.right[:, columns], self.ranks)
+
     def split(self) -> list[tuple[Tensor, Tensor]]:
         """Every task's own (left, right)."""
         ranks = list(self.ranks)
@@ -108,20 +127,23 @@ class LowRankDeltas:
     factors: Mapping[int, Factors]
 
     def merge(self, base: Tensor, coeffs: Tensor, segments: Segments, out: Tensor) -> None:
-        """out = base + sum_t Lambda[t, g] tau_t, one matrix product per adapted tensor."""
+        """out = base + sum_t Lambda[t, g] tau_t, a matrix product per adapted tensor and group."""
         out.copy_(base)
-        for start, factors in self.factors.items():
-            here = slice(start, start + factors.shape.numel())
-            weights = coeffs[:, segments.group_at(start)]
-            factors.merge(base[here].view(factors.shape), weights, out[here].view(factors.shape))
+        for place, factors in self.factors.items():
+            for start, stop, group in segments.within(place, place + factors.shape.numel()):
+                for begin, part in factors.within(start - place, stop - place):
+                    here = slice(place + begin, place + begin + part.shape.numel())
+                    own, target = base[here].view(part.shape), out[here].view(part.shape)
+                    part.merge(own, coeffs[:, group], target)
 
     def inner(self, grad: Tensor, start: int, stop: int) -> Float[Tensor, " T"]:
         """<grad, tau_t> of every task, for the gradient of the parameters at start..stop."""
         result = grad.new_zeros(self.shape[0])
         for place, factors in self.factors.items():
-            if start <= place < stop:
-                here = slice(place - start, place - start + factors.shape.numel())
-                result += factors.inner(grad[here].view(factors.shape))
+            low, high = max(start, place), min(stop, place + factors.shape.numel())
+            for begin, part in factors.within(low - place, high - place):
+                here = slice(place + begin - start, place + begin - start + part.shape.numel())
+                result += part.inner(grad[here].view(part.shape))
         return result
 
     def rows(self, numbers: Sequence[int]) -> "LowRankDeltas":
