@@ -363,6 +363,22 @@ def test_bars_of_flips_are_as_long_as_what_is_lost_and_gained(ax):
     assert_close(sorted(bar.get_width() for bar in ax.patches), [-20.0, 10.0])
 
 
+@pytest.mark.parametrize("bins", [4, 10])
+def test_a_reliability_diagrams_bars_stand_in_the_middle_of_their_bins(ax, bins):
+    table = diagram(made_up_answers(), bins=bins)
+    draw.reliability(ax, table, "average", bins=bins)
+    own = table[table.model == "average"]
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in ax.patches]
+    assert middles == pytest.approx(((own.bin + 0.5) / bins).tolist())
+    assert all(0.8 / bins < bar.get_width() < 1 / bins for bar in ax.patches)
+
+
+def test_a_diagram_of_more_bins_than_said_is_refused(ax):
+    table = diagram(made_up_answers(), bins=20)
+    with pytest.raises(ValueError, match="has a bin 1[0-9], counted from 0, but bins is 10: give"):
+        draw.reliability(ax, table, "average")
+
+
 def test_a_reliability_diagram_shows_accuracy_at_its_confidence(ax):
     draw.reliability(ax, diagram(made_up_answers()), "average")
     assert_close(ax.collections[0].get_offsets().tolist(), [[0.9, 0.8]])

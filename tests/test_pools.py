@@ -198,6 +198,7 @@ def test_pools_compare_every_way_and_repeat_nothing(bench, monkeypatch):
     assert set(corrupt.members) == {8} and set(corrupt.kept) == {0.5}
     assert set(table[table.method == "leave_one_out"].calls) == {5, 9}
     assert set(table[table.method == "policy"].calls) == {5}
+    assert set(pools(benches, shares=(0.4,), steps=5).share) == {3 / 7}  # and not 0.4
     clean = table[table.share == 0]
     assert clean.auc.isna().all() and table[table.method == "policy"].mass.notna().all()
     monkeypatch.setattr(module, "compared", forbid)

@@ -1,10 +1,7 @@
 """Figures of what merging does to answers and layers: each draws on its Axes and returns it.
 
-Tables come from `studies.flips`. Every model has a colour and a marker of its own; black stands for
-the experts.
+Tables come from `studies.flips`. Every model looks as `figures.styles` says.
 """
-
-from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -12,14 +9,9 @@ from matplotlib.axes import Axes
 
 from divmerge_core.figures import PALETTE, title
 from divmerge_core.figures.beyond import percent
+from divmerge_core.figures.styles import style
 
-LOOKS: Mapping[str, tuple[int, str]] = {  # place in the palette, marker
-    "base": (5, "v"),
-    "average": (7, "s"),
-    "task_arithmetic": (1, "D"),
-    "divmerge/task": (2, "o"),
-    "divmerge/layer": (0, "^"),
-}
+LOOKS = ("base", "average", "task_arithmetic", "divmerge/task", "divmerge/layer")
 
 
 def turned(ax: Axes, table: pd.DataFrame) -> Axes:
@@ -73,12 +65,11 @@ def margins(ax: Axes, table: pd.DataFrame) -> Axes:
 
     table: of `by_margin`.
     """
-    for model, (number, marker) in LOOKS.items():
+    for model in LOOKS:
         some = table[table.model == model]
         if len(some):
             label = f"{title(model)} (AUC {some.auc.iloc[0]:.2f})"
-            style = {"color": PALETTE[number], "marker": marker, "label": label}
-            ax.plot(some.part, some.lost, markersize=6, **style)
+            ax.plot(some.part, some.lost, label=label, **style(model))
     parts = table.groupby("part").margin.mean()
     names = [f"{part}\n({100 * value:.0f})" for part, value in parts.items()]
     ax.set_xticks(list(parts.index), names)
@@ -89,16 +80,20 @@ def margins(ax: Axes, table: pd.DataFrame) -> Axes:
     return ax
 
 
-def reliability(ax: Axes, table: pd.DataFrame, model: str) -> Axes:
+def reliability(ax: Axes, table: pd.DataFrame, model: str, *, bins: int = 10) -> Axes:
     """Accuracy against confidence of one model, point size by rows; the line is what is promised.
 
-    table: of `diagram`. The bars at the bottom are the shares of rows, on the same scale.
+    table: of `diagram` with as many `bins`. The bars at the bottom are the shares of rows, on the
+    same scale. Raises ValueError for a table with more bins than that.
     """
-    some = table[table.model == model]
-    number, _ = LOOKS.get(model, (0, "o"))
-    shade = "black" if model == "expert" else PALETTE[number]
+    if table.bin.max() >= bins:
+        raise ValueError(
+            f"the table has a bin {table.bin.max()}, counted from 0, but bins is {bins}: give the "
+            "number of bins that `diagram` was called with"
+        )
+    some, shade = table[table.model == model], style(model)["color"]
     share = some["count"] / some["count"].sum()
-    ax.bar((some.bin + 0.5) / 10, share, width=0.09, color=shade, alpha=0.2)
+    ax.bar((some.bin + 0.5) / bins, share, width=0.9 / bins, color=shade, alpha=0.2)
     ax.plot([0, 1], [0, 1], color="0.4", linewidth=0.9, linestyle="--")
     ax.plot(some.confidence, some.accuracy, color=shade, linewidth=1)
     ax.scatter(some.confidence, some.accuracy, s=12 + 200 * share, color=shade, zorder=3)
@@ -119,8 +114,7 @@ def calibration(ax: Axes, table: pd.DataFrame) -> Axes:
     models = ["expert", *(model for model in LOOKS if model in set(table.model))]
     for y, model in enumerate(models):
         some = 100 * table[table.model == model][["ece", "chance"]]
-        shade = "black" if model == "expert" else PALETTE[LOOKS[model][0]]
-        marker = "o" if model == "expert" else LOOKS[model][1]
+        shade, marker = style(model)["color"], style(model)["marker"]
         ax.plot([some.chance.mean(), some.ece.mean()], [y, y], color=shade, alpha=0.4, linewidth=2)
         ax.plot(some.ece, [y] * len(some), ".", color=shade, markersize=4)
         ax.plot(some.ece.mean(), y, marker, color=shade, markersize=8)
@@ -139,16 +133,15 @@ def layers(ax: Axes, table: pd.DataFrame, column: str) -> Axes:
 
     table: of `depths`. Bands, for the base and DivMerge per layer: the middle half.
     """
-    for model, (number, marker) in LOOKS.items():
-        some = table[table.model == model].groupby("layer")[column]
+    for model in LOOKS:
+        look, some = style(model), table[table.model == model].groupby("layer")[column]
         if not len(some):
             continue
         mean = some.mean()
-        style = {"color": PALETTE[number], "marker": marker, "label": title(model)}
-        ax.plot(mean.index, mean, markersize=6, linewidth=1.4, **style)
+        ax.plot(mean.index, mean, linewidth=1.4, label=title(model), **look)
         if model in ("base", "divmerge/layer"):
             low, high = some.quantile(0.25), some.quantile(0.75)
-            ax.fill_between(mean.index, low, high, color=PALETTE[number], alpha=0.12)
+            ax.fill_between(mean.index, low, high, color=look["color"], alpha=0.12)
     last = int(table.layer.max())
     ax.set_xticks(range(last + 1), ["embed.", *map(str, range(1, last + 1))])
     named = {"cka": "CKA with the expert", "shift": "shift from the expert, in its spreads"}

@@ -57,7 +57,7 @@ def pair_map(ax: Axes, values: pd.DataFrame, *, label: str, limit: float) -> Axe
 def counted(ax: Axes, table: pd.DataFrame) -> Axes:
     """Sign conflict of every pair, one row per way to count; a bar at the mean.
 
-    table: of `conflict_counts`. The dashed line is what tossed coins give.
+    table: of `pair_counts`. The dashed line is what tossed coins give.
     """
     draws = np.random.default_rng(0)
     for y, (name, said) in enumerate(COUNTS.items()):

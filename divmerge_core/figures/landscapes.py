@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 
 from divmerge_core.figures import PALETTE, title
 from divmerge_core.figures.beyond import percent
+from divmerge_core.figures.styles import style
 from divmerge_core.studies.costs import RULES, matrix
 
 # column of the plane's table -> words, colour map, unit (None: nats), lowest, highest
@@ -21,12 +22,7 @@ SHADES: Mapping[str, tuple[str, str, str | None, float, float | None]] = {
     "disagreement": (r"$\xi$, share of answers", "magma_r", "%", 0.0, 1.0),
     "apart": (r"$\xi$, by JS", "magma_r", None, 0.0, None),
 }
-MARKS: Mapping[str, tuple[int, str]] = {  # place in the palette, marker
-    "average": (7, "s"),
-    "task_arithmetic": (1, "D"),
-    "adamerging/task": (0, "^"),
-    "divmerge/task": (2, "o"),
-}
+MARKS = ("average", "task_arithmetic", "adamerging/task", "divmerge/task")
 
 
 def plane(ax: Axes, table: pd.DataFrame, column: str, *, colorbar: bool = True) -> Axes:
@@ -61,14 +57,15 @@ def found(ax: Axes, marks: pd.DataFrame) -> Axes:
 
     marks: of `studies.landscapes.marks`, for one pair.
     """
-    for method, (number, marker) in MARKS.items():
+    for method in MARKS:
+        look = style(method)
         steps = marks[marks.method == method].sort_values("step")
         if len(steps) > 1:
             ax.plot(steps.l1, steps.l2, color="black", linewidth=2.6)
-            ax.plot(steps.l1, steps.l2, color=PALETTE[number], linewidth=1.4)
+            ax.plot(steps.l1, steps.l2, color=look["color"], linewidth=1.4)
         end = steps.iloc[-1]
-        style = {"color": PALETTE[number], "markeredgecolor": "black", "markersize": 8}
-        ax.plot(end.l1, end.l2, marker, label=title(method), linestyle="none", **style)
+        look |= {"markeredgecolor": "black", "markersize": 8, "linestyle": "none"}
+        ax.plot(end.l1, end.l2, label=title(method), **look)
     return ax
 
 

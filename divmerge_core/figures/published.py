@@ -5,8 +5,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from divmerge_core.figures import title
-from divmerge_core.figures.scaling import PALETTE, style
+from divmerge_core.figures import PALETTE, title
+from divmerge_core.figures.styles import style
 
 OWN = {"fisher": {"color": PALETTE[8], "marker": "v"}}  # methods without a look elsewhere
 

@@ -13,26 +13,13 @@ from matplotlib.axes import Axes
 
 from divmerge_core.figures import PALETTE, title
 from divmerge_core.figures.beyond import percent
+from divmerge_core.figures.styles import LOOKS as LOOKS
+from divmerge_core.figures.styles import Look, style
 from divmerge_core.studies.additive import FORECASTS
 from divmerge_core.studies.culprits import NUMBERS
 from divmerge_core.studies.scores import SOURCES
 
-Look = tuple[int, str]  # place in the palette, marker
-LOOKS: Mapping[str, Look] = {
-    **{"average": (7, "s"), "multi_slerp": (5, "P"), "task_arithmetic": (1, "^")},
-    **{"ties": (4, "D"), "consensus": (6, "<"), "tsv_m": (3, "v"), "iso_c": (8, ">")},
-    **{"regmean": (9, "X"), "adamerging/task": (0, "o"), "adamerging/layer": (0, "p")},
-    **{"divmerge/task": (2, "h"), "divmerge/layer": (2, "o")},
-}
-OTHER: Look = (7, ".")
 SPREAD: Mapping[str, Look] = {"subsets": (0, "o"), "seeds": (1, "s"), "test rows": (7, "^")}
-
-
-def style(spec: str) -> dict:
-    """A method's colour, marker and line: broken where one coefficient serves a whole task."""
-    number, marker = LOOKS.get(spec, OTHER)
-    dash = "--" if spec.endswith("/task") else "-"
-    return {"color": PALETTE[number], "marker": marker, "linestyle": dash, "markersize": 5}
 
 
 def by_count(ax: Axes, numbers: pd.Series | pd.Index) -> Axes:

@@ -64,15 +64,17 @@ class Pool:
 def poisoned(
     bench: Bench, kind: str, share: float, *, strangers: TaskVectors, seed: int = 0
 ) -> Pool:
-    """The bench's experts and as many corrupted ones as make up `share` of the whole pool.
+    """The bench's experts and as many corrupted ones as bring their part of the pool near `share`.
 
-    Corrupted ones claim the tasks in turn, in random order. strangers: task vectors of experts that
-    were trained from another seed, for deceptive labels: a copy of one in the pool would only weigh
-    it double. A corrupted expert has no inputs, and answers with the head of the task it claims.
-    Raises ValueError unless share is in [0, 1).
+    T honest experts get round(T share / (1 - share)) corrupted ones, so the true share depends on
+    T: where 0.4 is asked for, it is 3 of 7 or 5 of 13. Corrupted ones claim the tasks in turn, in
+    random order. strangers: task vectors of experts that were trained from another seed, for
+    deceptive labels: a copy of one in the pool would only weigh it double. A corrupted expert has
+    no inputs, and answers with the head of the task it claims. Raises ValueError unless share is in
+    [0, 1).
     """
     if not 0 <= share < 1:
-        raise ValueError(f"share must be in [0, 1), got {share}; 0.4 corrupts two in five")
+        raise ValueError(f"share must be in [0, 1), got {share}; 0.5 corrupts every second member")
     problem, tasks = bench.problem, bench.problem.vectors.tasks
     count = round(len(tasks) * share / (1 - share))
     generator = torch.Generator().manual_seed(seed)
@@ -270,17 +272,20 @@ def pools(
 ) -> pd.DataFrame:
     """`compared` on pools of every kind and corrupted share, over seeds.
 
-    benches: by seed, the bench, and one of other experts, the strangers. Columns: seed, kind,
-    share, members and those of `compared`. A pool without corruption has the kind `none`.
+    benches: by seed, the bench, and one of other experts, the strangers. shares: asked for, of
+    corrupted members. Columns: seed, kind, share (that of the pool itself), members and those of
+    `compared`. A pool without corruption has the kind `none`.
     """
     corrupt = [(kind, share) for share in shares if share for kind in kinds]
     jobs = [*([("none", 0.0)] if 0.0 in shares else []), *corrupt]
     rows = []
     jobs = [(seed, kind, share) for seed in benches for kind, share in jobs]
     for seed, kind, share in (bar := tqdm(jobs, "pools", leave=False)):
-        bar.set_postfix_str(f"seed {seed}, {kind} {share:.0%}")
+        bar.set_postfix_str(f"seed {seed}, {kind}, about {share:.0%}")
         bench, strangers = benches[seed]
         find = partial(found_in, bench, strangers, kind, share, steps=steps, seed=seed)
-        found = kept(bench, find, "pool", kind, share, strangers.digest, steps, seed)
-        rows += [{"seed": seed, "kind": kind, "share": share, **row} for row in found]
+        honest = len(bench.problem.vectors.tasks)
+        for row in kept(bench, find, "pool", kind, share, strangers.digest, steps, seed):
+            true = {"share": (row["members"] - honest) / row["members"]}
+            rows.append({"seed": seed, "kind": kind, **true, **row})
     return pd.DataFrame(rows)
