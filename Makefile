@@ -13,10 +13,10 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test test-colab test-peers test-scale lab check lint clean distclean size
+.PHONY: help book test test-colab test-exercises test-peers test-scale lab check lint clean distclean size
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 book: size $(STAMP)  ## run the notebooks and build the HTML book (SIZE=smoke, default or full)
 	$(BIN)/python -m divmerge_core.runs book --size $(SIZE)
@@ -42,6 +42,9 @@ _build/peers/.complete _build/scale/.complete: requirements.lock pyproject.toml
 
 test-colab: $(STAMP)  ## run notebooks on a machine like Colab's, from the notebook file alone (slow)
 	$(BIN)/python -m pytest -m colab -rs tests/test_colab.py
+
+test-exercises: $(STAMP)  ## run every exercise that changes a parameter, at size smoke (an hour)
+	$(BIN)/python -m pytest -m exercise tests/test_exercises.py
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(BIN)/python -m jupyterlab notebooks
