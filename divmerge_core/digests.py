@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 # What writes pages and what sets runs going decides no number.
-APART = {"executors", "gathering", "gridfile", "grids", "pages", "runs"}
+APART = {"book", "executors", "gathering", "gridfile", "grids", "pages", "runs"}
 
 
 def source_digest(paths: Iterable[Path]) -> str:

@@ -34,7 +34,7 @@ ORDER = (
     *("roofline", "race", "accelerators", "workloads", "savings", "memory", "forecast"),
     *("interference", "studies", "figures", "pages", "checkpoints"),
     *("ranks", "sharding", "distributed", "local", "language", "published"),
-    *("notebooks", "executors", "gathering", "gridfile", "grids", "runs"),
+    *("notebooks", "executors", "gathering", "gridfile", "grids", "book", "runs"),
 )
 MODULES = sorted((ROOT / "divmerge_core").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
