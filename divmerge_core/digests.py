@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent
 NAME = ROOT.name
 # What sets runs going, and what writes pages, decides no number.
-DRIVERS = {"executors", "gathering", "gridfile", "grids", "pages", "runs"}
+DRIVERS = {"book", "executors", "gathering", "gridfile", "grids", "pages", "runs"}
 # What fetches and keeps things decides no number either: what is fetched is in a key itself.
 KEEPERS = {"assets", "cells", "digests", "glue", "registry", "splits", "storage", "tasks"}
 # What these hold is in a key by its value: sizes by their numbers, models by their digests.

@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -34,7 +34,7 @@ from divmerge_core.digests import package_digest
 from divmerge_core.notebooks import execute
 
 DEATHS = 3  # how often Ray starts a run again whose node or process died
-CHILD = "from divmerge_core.executors import child; child()"
+CHILD = "from divmerge_core import executors as e; e.child(lambda **job: e.work(e.Job(**job)))"
 
 
 class RunFailed(RuntimeError):
@@ -109,10 +109,18 @@ class Local:
     """Runs on this machine, `parallel` at once, each a process of its own.
 
     cpus: threads of a run; None shares the machine's cores. gpus: devices of a run, or the part of
-    one; 0 leaves them to the notebook.
+    one; 0 leaves them to the notebook. program: Python source that hands a job's fields to `child`.
     """
 
-    def __init__(self, *, parallel: int = 1, cpus: float | None = None, gpus: float = 0.0):
+    def __init__(
+        self,
+        *,
+        parallel: int = 1,
+        cpus: float | None = None,
+        gpus: float = 0.0,
+        program: str = CHILD,
+    ):
+        self.program = program
         self.environments = environments(parallel, cpus, gpus)
         self.free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(parallel):
@@ -121,16 +129,16 @@ class Local:
         self.children: set[subprocess.Popen] = set()
         self.closed = threading.Event()
 
-    def submit(self, job: Job) -> Future:
+    def submit(self, job) -> Future:
         return self.pool.submit(self.run, job)
 
-    def run(self, job: Job) -> bytes:
+    def run(self, job) -> bytes:
         """Have a child do the work; it ends when its standard input does, so not after us."""
         slot = self.free.get()
         try:
             with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
                 child = subprocess.Popen(
-                    [sys.executable, "-c", CHILD],
+                    [sys.executable, "-c", self.program],
                     **{"stdin": subprocess.PIPE, "stdout": out, "stderr": err},
                     env={**os.environ, **self.environments[slot]},
                     start_new_session=True,  # Ctrl-C is for us, who then end it
@@ -165,14 +173,14 @@ class Local:
         self.pool.shutdown()
 
 
-def child() -> None:
-    """Read a job, write its archive, or with return code 3 what went wrong."""
+def child(call: Callable[..., bytes]) -> None:
+    """Read a job's fields and write what `call` makes of them, or, with code 3, what went wrong."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a kernel prints past Jupyter must not end up in the archive
-    job = Job(**json.loads(sys.stdin.buffer.readline()))
+    fields = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=end_with_the_parent, daemon=True).start()
     try:
-        out.write(work(job))
+        out.write(call(**fields))
     except RunFailed as error:
         out.write(str(error).encode())
         out.flush()

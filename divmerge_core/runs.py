@@ -7,25 +7,14 @@ python -m divmerge_core.runs book --size smoke
 """
 
 import argparse
-import hashlib
-import json
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 
 import nbformat
-import yaml
 from papermill.exceptions import PapermillExecutionError
-from tqdm import tqdm
 
-from divmerge_core.notebooks import checked, describe, execute, parameters
-from divmerge_core.storage import write_json
+from divmerge_core.notebooks import checked, describe, execute
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,76 +31,6 @@ def run(notebook: str | Path, output: str | Path, /, **parameters: object) -> Pa
     page = nbformat.read(notebook, as_version=4)
     execute(page, output, values, cwd=notebook.parent, clean=False)
     return output
-
-
-def _digest(files: Iterable[Path], *facts: object) -> str:
-    contents = [(f.name, hashlib.sha256(f.read_bytes()).hexdigest()) for f in sorted(files)]
-    return hashlib.sha256(json.dumps([facts, contents]).encode()).hexdigest()
-
-
-def _stage(root: Path, name: str, size: str, folder: Path) -> Path:
-    """The executed copy of one notebook, run again only if something that determines it changed."""
-    notebook, output = root / f"{name}.ipynb", folder / f"{name}.ipynb"
-    offered = {"size": size, "publish": size == "full"}
-    values = {name: offered[name] for name in offered if name in parameters(notebook)}
-    versions = sorted(f"{d.name}=={d.version}" for d in metadata.distributions())
-    package = Path(__file__).parent.rglob("*")
-    sources = [notebook, *(p for p in package if p.is_file() and p.suffix != ".pyc")]
-    key = {"run": _digest(sources, values, versions, sys.version)}
-    sidecar, results = output.with_suffix(".json"), root / "book" / "results"
-    stored = json.loads(sidecar.read_text()) if sidecar.is_file() and output.is_file() else {}
-    if stored == {**key, "results": _digest(results.rglob("*.json"))}:
-        tqdm.write(f"{name}: up to date")
-        return output
-    start = time.monotonic()
-    sidecar.unlink(missing_ok=True)
-    page = nbformat.read(notebook, as_version=4)
-    execute(page, output, values, cwd=notebook.parent, clean=True)
-    # Results are read afterwards: a notebook that fills them must not make itself stale.
-    write_json(sidecar, {**key, "results": _digest(results.rglob("*.json"))})
-    tqdm.write(f"{name}: {time.monotonic() - start:.0f} s")
-    return output
-
-
-def book(size: str, *, root: Path = ROOT) -> Path:
-    """Execute every notebook of the table of contents and build the HTML; warnings are errors."""
-    from divmerge_core import bench, figures, pages
-
-    if size not in bench.SIZES:
-        raise ValueError(f"size must be one of {', '.join(bench.SIZES)}, got {size!r}")
-    build, source = root / "_build", root / "_build" / "src"
-    toc = yaml.safe_load((root / "book" / "_toc.yml").read_text(encoding="utf-8"))
-    chapters, staged = [chapter["file"] for chapter in toc["chapters"]], {}
-    with tqdm([c for c in chapters if c.startswith("notebooks/")], unit="notebook") as bar:
-        for name in bar:
-            bar.set_description(f"{name} ({size})")
-            staged[name] = _stage(root, name, size, build / "executed" / size)
-    shutil.rmtree(source, ignore_errors=True)
-    shutil.copytree(root / "book", source)
-    figures.landing(source / "results")
-    pages.write(source / "methods")
-    for name, executed in staged.items():
-        (source / name).parent.mkdir(exist_ok=True)
-        shutil.copy(executed, source / f"{name}.ipynb")
-    return _pages(build, source)
-
-
-def _pages(build: Path, source: Path) -> Path:
-    """Build the HTML beside the old one and swap them when it is complete."""
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=build, prefix="pages-") as folder:
-        command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build"]
-        command += [source, "--config", source / "_config.yml", "--toc", source / "_toc.yml"]
-        command += ["-W", "-n", "--keep-going", "--path-output", folder]
-        done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if done.returncode:
-            raise RuntimeError(f"{done.stdout}\nthe pages were not built: see the warnings above")
-        html, old = build / "html", Path(folder, "old")
-        if html.exists():
-            html.replace(old)
-        Path(folder, "_build", "html").replace(html)
-    print(f"pages: {time.monotonic() - start:.0f} s\nopen file://{html}/index.html")
-    return html / "index.html"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -132,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     every = commands.add_parser("book", help="run all notebooks and build the HTML")
     every.add_argument("--size", default="default")
     every.add_argument("--root", type=Path, default=ROOT)
+    every.add_argument("--workers", type=int, help="notebooks side by side; default: as fit")
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         arguments = ["grid", *arguments]
@@ -142,7 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
 
             return grids.run(chosen.file, only_list=chosen.list)
         if chosen.command == "book":
-            book(chosen.size, root=chosen.root.resolve())
+            from divmerge_core import book
+
+            book.build(chosen.size, root=chosen.root.resolve(), workers=chosen.workers)
         elif chosen.list:
             print(describe(chosen.notebook))
         elif chosen.output is None:

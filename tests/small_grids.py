@@ -80,3 +80,12 @@ def command(path: Path, **environment: str) -> subprocess.Popen:
             stdout=said,
             stderr=said,
         )
+
+
+def alive(number: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True

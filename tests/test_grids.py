@@ -1,7 +1,6 @@
 """Grids of runs: refused before anything runs, or every run there once, whatever happens."""
 
 import json
-import os
 import signal
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from small_grids import BODY, command, finished, started, write_grid, write_notebook
+from small_grids import BODY, alive, command, finished, started, write_grid, write_notebook
 
 from divmerge_core import executors, gathering, gridfile, grids, runs, tables
 from divmerge_core.report import Report
@@ -173,14 +172,6 @@ def test_an_interrupted_grid_leaves_nothing_half_written_and_goes_on(folder, how
     write_grid(folder, grid={"seeds": [[0]]}, fixed=fixed)
     assert runs.main([str(path)]) == 0
     assert started(folder) == ["js0", "js1"]
-
-
-def alive(number: int) -> bool:
-    try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_two_grids_do_not_write_to_one_folder(folder, capsys):

@@ -1,29 +1,11 @@
 """Everything that decides a result is in its key, and nothing else is."""
 
 import shutil
-import sys
-from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 
 import pytest
-from helpers import MARKERS, TINY_RECIPE, toy_splits, toy_task
 
-from divmerge_core import bench, digests, experts, tuning
-from divmerge_core.bench import SIZES, prepare
-from divmerge_core.cells import cell, kept
-from divmerge_core.comparison import references
-from divmerge_core.digests import ROOT, code_digest, key_of
-from divmerge_core.encoders import load_base
-from divmerge_core.experts import Recipe, described, fine_tune, folder_of
-from divmerge_core.interference import weights
-from divmerge_core.language.bench import prepare_language
-from divmerge_core.language.completions import completions
-from divmerge_core.methods import METHODS
-from divmerge_core.storage import cache_dir
-from divmerge_core.studies import evidence, pools, prediction, serving, stress
-from divmerge_core.tasks import TASKS
-from divmerge_core.tuning import Merges
+from divmerge_core.digests import ROOT, code_digest
 
 # --- the code that a result reaches ---------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from test_structure import FETCHED
 
-from divmerge_core import pages, runs
+from divmerge_core import book, notebooks, pages
 from divmerge_core.comparison import every_method as every_spec
 from divmerge_core.figures import TITLES
 from divmerge_core.methods import METHODS, options_of
@@ -157,7 +157,7 @@ def test_the_table_of_options_is_the_signature(name):
 
 
 def test_the_command_on_the_page_names_a_notebook_that_takes_methods():
-    assert runs.parameters(ROOT / pages.NOTEBOOK)["methods"].kind == "list[str]"
+    assert notebooks.parameters(ROOT / pages.NOTEBOOK)["methods"].kind == "list[str]"
     runnable = {spec.partition("/")[0] for spec in every_spec()}
     assert {name for name in METHODS if f"-p methods {name}\n" in pages.page(name)} == runnable
 
@@ -187,7 +187,7 @@ def test_the_pages_build_without_a_warning_in_the_books_own_settings(tmp_path):
     kept.append({"file": "printed"})
     nbformat.write(printing("| a | $b$ |\n|---|---|\n| `c` | $d$ |"), source / "printed.ipynb")
     (source / "_toc.yml").write_text(yaml.safe_dump({**toc, "chapters": kept}))
-    built = runs._pages(tmp_path, source).parent  # warnings are errors
+    built = book.write_pages(tmp_path, source).parent  # warnings are errors
 
     def article(page: str) -> str:
         found = re.search("<article.*</article>", (built / f"{page}.html").read_text(), re.S)

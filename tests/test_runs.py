@@ -2,16 +2,23 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
+from typing import ClassVar
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from papermill.exceptions import PapermillExecutionError
+from small_grids import alive
 
-from divmerge_core import notebooks, runs
+from divmerge_core import book, executors, notebooks, runs
 
 PARAMETERS = """\
 size: str = "smoke"  # smoke, default or full
@@ -181,52 +188,189 @@ def test_a_failing_cell_is_shown_and_leaves_no_output(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"page.ipynb", "out.ipynb"}
 
 
+COUNT = """\
+import os, time
+from pathlib import Path
+log = Path('../log')
+_ = log.open('a').write(f'{os.getpid()} {os.environ.get("OMP_NUM_THREADS")}\\n')
+print('chapter', size)"""
+
+# Waits until the other chapter has begun, which needs both to run at once.
+TOGETHER = "while log.read_text().count('\\n') < 2:\n    time.sleep(0.05)"
+
+
+def write_book(root: Path, **chapters: tuple[str, ...]) -> Path:
+    """A repository with these chapters, each of which notes in `log` that it was executed."""
+    (root / "book" / "results").mkdir(parents=True, exist_ok=True)
+    home, toc = "# Home\n", "format: jb-book\nroot: index\nchapters:\n"
+    for name, cells in chapters.items():
+        notebook(root / "notebooks" / f"{name}.ipynb", COUNT, *cells)
+        home += f"\n[A page](notebooks/{name}.ipynb)\n"
+        toc += f"  - file: notebooks/{name}\n"
+    (root / "book" / "index.md").write_text(home)
+    (root / "book" / "_toc.yml").write_text(toc)
+    config = 'title: Small\nexecute: {execute_notebooks: "off"}\nonly_build_toc_files: true\n'
+    (root / "book" / "_config.yml").write_text(config)
+    return root
+
+
 @pytest.fixture
 def small_book(tmp_path):
-    """A repository with one chapter that counts how often it was executed."""
-    count = "from pathlib import Path\nlog = Path('../log')\nprint('chapter', size)"
-    bar = "import sys\nprint('a bar', file=sys.stderr)\n_ = log.open('a').write('x')"
-    notebook(tmp_path / "notebooks" / "one.ipynb", count, bar)
-    (tmp_path / "book" / "results").mkdir(parents=True)
-    (tmp_path / "book" / "index.md").write_text("# Home\n\n[One](notebooks/one.ipynb)\n")
-    toc = "format: jb-book\nroot: index\nchapters:\n  - file: notebooks/one\n"
-    (tmp_path / "book" / "_toc.yml").write_text(toc)
-    config = 'title: Small\nexecute: {execute_notebooks: "off"}\nonly_build_toc_files: true\n'
-    (tmp_path / "book" / "_config.yml").write_text(config)
-    return tmp_path
+    """A book of one chapter."""
+    return write_book(tmp_path, one=())
 
 
-def executions(root: Path) -> int:
-    return len((root / "log").read_text())
-
-
-def test_a_wrong_size_is_refused_with_the_choices(small_book, no_kernel, capsys):
-    assert runs.main(["book", "--size", "huge", "--root", str(small_book)]) == 2
-    assert "smoke, default, full" in capsys.readouterr().err
-
-
-def test_a_notebook_runs_again_only_when_something_it_needs_changed(small_book, monkeypatch):
-    monkeypatch.setattr(runs, "_pages", lambda build, source: source)
+@pytest.fixture
+def no_pages(monkeypatch):
+    """Leave out the HTML."""
+    monkeypatch.setattr(book, "write_pages", lambda folder, source: source)
     monkeypatch.setattr("divmerge_core.figures.landing", lambda results: None)
-    source = runs.book("smoke", root=small_book)
-    assert text(source / "notebooks" / "one.ipynb") == "chapter smoke\n"  # no progress bars
-    runs.book("smoke", root=small_book)
-    assert executions(small_book) == 1
+
+
+class Here:
+    """An executor that runs a chapter at once, in this process, and notes its name."""
+
+    names: ClassVar[list[str]] = []
+
+    def __init__(self, **_):
+        self.names.clear()
+
+    def submit(self, one: book.Chapter) -> Future:
+        self.names.append(one.name)
+        future = Future()
+        future.set_result(book.chapter(**asdict(one)))
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+def executions(root: Path) -> list[tuple[int, str]]:
+    """The kernel's process and its number of threads, for every execution of a chapter."""
+    log = root / "log"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [(int(pid), threads) for pid, threads in map(str.split, lines)]
+
+
+def kept(root: Path) -> set[str]:
+    """The files and folders below the executed copies."""
+    return {path.name for path in (root / "_build" / "executed" / "smoke").rglob("*")}
+
+
+def test_a_wrong_size_or_number_of_workers_is_refused(small_book, no_kernel, capsys):
+    command = ["book", "--root", str(small_book)]
+    assert runs.main([*command, "--size", "huge"]) == 2
+    assert "smoke, default, full" in capsys.readouterr().err
+    assert runs.main([*command, "--size", "smoke", "--workers", "0"]) == 2
+    assert "workers must be a whole number of 1 or more, got 0" in capsys.readouterr().err
+    assert runs.main([*command, "--size", "full", "--workers", "2"]) == 2  # it publishes seconds
+    assert "workers must be 1 at size full, got 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("cores", "gigabytes", "fit"), [(8, 64, 8), (8, 20, 2), (1, 4, 1)])
+def test_as_many_notebooks_run_as_cores_and_memory_allow(monkeypatch, cores, gigabytes, fit):
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gigabytes * 2**18}
+    monkeypatch.setattr("os.sysconf", pages.get)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert book.at_once("default") == fit
+    assert book.at_once("default", 3) == 3
+    assert book.at_once("full") == 1
+
+
+def test_a_notebook_runs_again_only_when_something_it_needs_changed(
+    small_book, no_pages, monkeypatch
+):
+    executed = []
+
+    def execute(page, output, values, **_):
+        executed.append(values)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(page, output)
+        if "broken" in page.cells[-1].source:
+            raise RuntimeError("broken")
+
+    monkeypatch.setattr(book, "Local", Here)
+    monkeypatch.setattr(book, "execute", execute)
+    book.build("smoke", root=small_book)
+    book.build("smoke", root=small_book)
+    assert executed == [{"size": "smoke"}]
     for number, place in enumerate((".", "study"), 2):  # a study has a folder of its own
         folder = small_book / "book" / "results" / place
         folder.mkdir(exist_ok=True)
         (folder / "new.json").write_text("{}")
-        runs.book("smoke", root=small_book)
-        assert executions(small_book) == number
-    notebook(small_book / "notebooks" / "one.ipynb", "raise RuntimeError('broken')")
-    with pytest.raises(PapermillExecutionError, match="broken"):
-        runs.book("smoke", root=small_book)
-    assert not list((small_book / "_build" / "executed" / "smoke").glob("*.json"))
+        book.build("smoke", root=small_book)
+        assert len(executed) == number
+    notebook(small_book / "notebooks" / "one.ipynb", "broken")
+    with pytest.raises(executors.RunFailed, match="broken"):
+        book.build("smoke", root=small_book)
+    assert not {name for name in kept(small_book) if name.endswith(".json")}
+
+
+def test_side_by_side_the_largest_starts_first_and_alone_the_book_decides(tmp_path, monkeypatch):
+    monkeypatch.setattr(book, "Local", Here)
+    monkeypatch.setattr(book, "chapter", lambda **_: b"0")
+    write_book(tmp_path, a=(), b=("# long" * 200,), c=("# long" * 100,))
+    chapters = [book.Chapter(str(tmp_path), f"notebooks/{name}", "smoke") for name in "abc"]
+    book.execute_all(chapters, 1)
+    assert Here.names == [one.name for one in chapters]
+    book.execute_all(chapters, 2)
+    assert Here.names == [chapters[n].name for n in (1, 2, 0)]
+
+
+@pytest.mark.slow
+def test_notebooks_run_side_by_side_with_their_share_of_the_cores(tmp_path, no_pages, capsys):
+    bar = "import sys\nprint('a bar', file=sys.stderr)"
+    write_book(tmp_path, one=(TOGETHER,), two=(TOGETHER, bar))
+    source = book.build("smoke", root=tmp_path, workers=2)
+    assert {path.name for path in (source / "notebooks").iterdir()} == {"one.ipynb", "two.ipynb"}
+    assert text(source / "notebooks" / "two.ipynb") == "chapter smoke\n"  # no progress bars
+    share = str(max(1, os.cpu_count() // 2))
+    assert [threads for _, threads in executions(tmp_path)] == [share, share]
+    assert "notebooks/two: " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_failure_names_its_cell_and_stops_the_others_whole(tmp_path, no_pages, capsys):
+    write_book(tmp_path, bad=(TOGETHER, "broken = 1 / 0"), good=(TOGETHER, "time.sleep(600)"))
+    command = ["book", "--size", "smoke", "--root", str(tmp_path), "--workers", "2"]
+    assert runs.main(command) == 1
+    message = capsys.readouterr().err
+    assert re.search(r"error: notebooks/bad: cell \d failed:\nbroken = 1 / 0\n", message)
+    assert "ZeroDivisionError: division by zero" in message
+    assert kept(tmp_path) == {"notebooks"}
+    assert not any(alive(pid) for pid, _ in executions(tmp_path))
+
+
+@pytest.mark.slow
+def test_an_interrupted_book_leaves_no_kernel_and_nothing_half_written(
+    tmp_path, no_pages, monkeypatch, capsys
+):
+    write_book(tmp_path, one=("time.sleep(600)",), two=("time.sleep(600)",))
+
+    def interrupt():
+        limit = time.monotonic() + 120
+        while len(executions(tmp_path)) < 2 and time.monotonic() < limit:
+            time.sleep(0.05)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist's workers ignore it
+    thread = threading.Thread(target=interrupt)
+    try:
+        thread.start()
+        command = ["book", "--size", "smoke", "--root", str(tmp_path), "--workers", "2"]
+        assert runs.main(command) == 130
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+    assert "the same command goes on" in capsys.readouterr().err
+    assert kept(tmp_path) == {"notebooks"} and len(executions(tmp_path)) == 2
+    assert not any(alive(pid) for pid, _ in executions(tmp_path))
 
 
 @pytest.mark.slow
 def test_the_book_is_built_and_a_broken_link_is_an_error(small_book, monkeypatch, capsys):
-    monkeypatch.setattr(runs, "_stage", lambda root, name, size, folder: root / f"{name}.ipynb")
+    monkeypatch.setattr(book, "execute_all", lambda chapters, workers: None)
+    monkeypatch.setattr(book.Chapter, "output", book.Chapter.notebook)
     (small_book / "_build").mkdir()
     assert runs.main(["book", "--size", "smoke", "--root", str(small_book)]) == 0
     html = small_book / "_build" / "html" / "index.html"

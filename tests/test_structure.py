@@ -35,7 +35,7 @@ ORDER = (
     *("roofline", "race", "accelerators", "workloads", "savings", "memory", "forecast"),
     *("interference", "studies", "figures", "pages", "checkpoints"),
     *("ranks", "sharding", "distributed", "local", "language", "published"),
-    *("parameters", "notebooks", "executors", "gathering", "gridfile", "grids", "runs"),
+    *("parameters", "notebooks", "executors", "gathering", "gridfile", "grids", "book", "runs"),
 )
 MODULES = sorted((ROOT / "divmerge_core").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
