@@ -227,7 +227,7 @@ def prepare(
     )
     weights = [expert.manifest["model.safetensors"] for expert in experts]
     seen = [data_digest(TASKS[n].load(s)) for n in names for s in ("merge", "validation", "test")]
-    counts = (size.merge_rows, size.validation_rows, size.test_rows, recipe.max_length)
+    counts = (size.merge_rows, size.validation_rows, size.test_rows, length)
     place = (check_device(device).type, precision)
     digest = key_of(code_digest(prepare), names, base.digest, weights, seen, counts, place)
     return Bench(base, experts, problem, validation, test, digest)
