@@ -30,6 +30,16 @@ def nodes(number: int):
         cluster.shutdown()
 
 
+@pytest.fixture
+def start():
+    """Starts the command on a grid; what still runs after the test is ended."""
+    processes = []
+    yield lambda path: processes.append(command(path)) or processes[-1]
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
 def until(true, process=None) -> None:
     limit = time.monotonic() + 180
     while not true():
@@ -38,13 +48,13 @@ def until(true, process=None) -> None:
         time.sleep(0.05)
 
 
-def test_a_node_dies_half_way_and_every_run_is_there_once(tmp_path):
+def test_a_node_dies_half_way_and_every_run_is_there_once(tmp_path, start):
     write_notebook(tmp_path / "page.ipynb")
     fixed = {"log": str(tmp_path / "log"), "patience": 4.0}
     with nodes(3) as (cluster, workers):
         ray = {"executor": "ray", "address": cluster.address, "grid": EIGHT, "fixed": fixed}
         path = write_grid(tmp_path, **ray)
-        process = command(path)
+        process = start(path)
         until(lambda: len(finished(tmp_path)) >= 3, process)
         until(lambda: len(started(tmp_path)) == len(finished(tmp_path)) + 3, process)
         done = finished(tmp_path)
@@ -64,27 +74,27 @@ def test_a_node_dies_half_way_and_every_run_is_there_once(tmp_path):
 
         before = sorted((tmp_path / "out").rglob("*.ipynb"))
         stamps = [file.stat().st_mtime_ns for file in before]
-        assert command(path).wait(120) == 0  # nothing is left to run
+        assert start(path).wait(120) == 0  # nothing is left to run
         assert started(tmp_path) == began
         assert [file.stat().st_mtime_ns for file in before] == stamps
 
 
-def test_a_failed_run_is_told_by_its_own_error_and_the_others_are_kept(tmp_path):
+def test_a_failed_run_is_told_by_its_own_error_and_the_others_are_kept(tmp_path, start):
     write_notebook(tmp_path / "page.ipynb", BODY)
     grid = {"divergence": ["js", "tv"]}  # the notebook knows no `tv`
     with nodes(1) as (cluster, _):
         path = write_grid(
             tmp_path, executor="ray", address=cluster.address, grid=grid, retries=1, cpus=1
         )
-        assert command(path).wait(240) == 1, (tmp_path / "said").read_text()
+        assert start(path).wait(240) == 1, (tmp_path / "said").read_text()
     assert finished(tmp_path) == ["js0"] and started(tmp_path).count("tv0") == 2
     (note,) = (tmp_path / "out" / "failed").iterdir()
     assert "KeyError: 'tv'" in note.read_text() and "wrong = " in note.read_text()
 
 
-def test_a_cluster_that_is_not_there_is_told_with_what_to_do(tmp_path):
+def test_a_cluster_that_is_not_there_is_told_with_what_to_do(tmp_path, start):
     pytest.importorskip("ray", reason="Ray is not installed; make test-scale builds it in")
     write_notebook(tmp_path / "page.ipynb")
     path = write_grid(tmp_path, executor="ray", address="nowhere:1")
-    assert command(path).wait(120) == 2
+    assert start(path).wait(120) == 2
     assert "there is no Ray cluster at nowhere:1" in (tmp_path / "said").read_text()

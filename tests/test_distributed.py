@@ -54,7 +54,11 @@ def started(mode: str, folder: Path, world: int = 2) -> list[object]:
         processes.append(
             subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         )
-    errors = [process.communicate(timeout=300)[1] for process in processes]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     files = [folder / f"{rank}.json" for rank in range(world)]
     assert mode == "killed" or all(file.exists() for file in files), "\n".join(errors)
     return [json.loads(file.read_text()) if file.exists() else None for file in files]

@@ -1,6 +1,8 @@
 """Grids of runs: refused before anything runs, or every run there once, whatever happens."""
 
 import json
+import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -9,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from small_grids import BODY, alive, command, finished, started, write_grid, write_notebook
+from small_grids import BODY, alive, finished, started, write_grid, write_notebook
 
 from divmerge_core import executors, gathering, gridfile, grids, runs, tables
 from divmerge_core.report import Report
@@ -161,10 +163,18 @@ def test_an_interrupted_grid_leaves_nothing_half_written_and_goes_on(folder, how
     write_notebook(folder / "page.ipynb", note + slow)
     fixed = {"log": str(folder / "log"), "patience": 600.0}
     path = write_grid(folder, fixed=fixed, grid={"seeds": [[0], [1]]})
-    process = command(path)
-    until(lambda: started(folder) == ["js0", "js1"])
-    process.send_signal(how)
-    assert process.wait(60) == (-9 if how == signal.SIGKILL else 130)
+    # Forked, it need not import anything: most of the time would go there.
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: sys.exit(runs.main([str(path)])), daemon=True
+    )
+    process.start()
+    try:
+        until(lambda: started(folder) == ["js0", "js1"])
+        os.kill(process.pid, how)
+        process.join(60)
+        assert process.exitcode == (-9 if how == signal.SIGKILL else 130)
+    finally:
+        process.kill()
     kernels = map(int, (folder / "log.pid").read_text().split())
     until(lambda: not any(map(alive, kernels)))
     entries = [entry.name for entry in (folder / "out" / "cells").iterdir()]
