@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
@@ -23,6 +24,19 @@ every_link = pytest.mark.parametrize("link", LINKS)
 
 def facts(spec: str) -> dict:
     return METHODS.facts[parse(spec)[0]]
+
+
+def those(promise: Callable[[dict], bool], among: Iterable[str] = METHODS):
+    """The methods whose facts make a promise: all others are not asked to keep it."""
+    return pytest.mark.parametrize("spec", [spec for spec in among if promise(facts(spec))])
+
+
+def merges(known: dict) -> bool:
+    return known.get("returns") != "predictor"
+
+
+def scored(known: dict) -> bool:
+    return known["needs"] == "a validation score"
 
 
 def toy(spec: str, **options) -> MergeProblem:
@@ -135,7 +149,7 @@ def test_zero_task_vectors_give_back_the_base(spec):
         assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-@every_method
+@those(merges, specs())
 def test_parameters_that_no_expert_changed_stay_as_they_were(spec):
     problem = toy(spec)
     start, stop = problem.vectors.layout.bounds[1]
@@ -147,15 +161,11 @@ def test_parameters_that_no_expert_changed_stay_as_they_were(spec):
 
     partly = replace(problem, vectors=problem.vectors.map(freeze))
     merged = merge(partly, spec)
-    if not isinstance(merged, torch.Tensor):
-        pytest.skip("a predictor has no single vector")
     assert_close(merged[start:stop], problem.vectors.base[start:stop], rtol=0, atol=1e-9)
 
 
-@every_method
+@those(lambda known: known["symmetric"], specs())
 def test_the_order_of_tasks_is_immaterial_where_the_method_says_so(spec):
-    if not facts(spec)["symmetric"]:
-        pytest.skip("the method does not promise it")
     problem = toy(spec)
     tasks = list(problem.vectors.tasks)
     turned = problem.select([tasks[-1], *tasks[:-1]])
@@ -184,10 +194,8 @@ def test_unlabelled_inputs_are_asked_for_by_name_before_it_starts_or_not_needed(
         assert all(torch.isfinite(part).all() for part in parts(bare, merge(bare, spec)))
 
 
-@every_name
+@those(scored)
 def test_a_score_is_asked_for_by_name_before_it_starts(spec):
-    if facts(spec)["needs"] != "a validation score":
-        pytest.skip("it needs none")
     with pytest.raises(ValueError, match=f"^{parse(spec)[0]} needs a validation score: give"):
         merge(replace(toy(spec), forward=never), spec, score=None)
 
@@ -200,38 +208,33 @@ def test_without_its_network_a_method_merges_or_says_by_name_that_it_looks_insid
         assert str(error).startswith(f"{parse(spec)[0]} looks inside the model: give MergeProblem")
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if "lr" in options_of(n)])
-def test_a_fit_that_runs_away_stops_with_its_name_step_and_cause(name):
-    if "calls" in METHODS.facts[name]:
-        pytest.skip("its steps move no parameter")
+@those(lambda known: "calls" not in known, [n for n in METHODS if "lr" in options_of(n)])
+def test_a_fit_that_runs_away_stops_with_its_name_step_and_cause(spec):
+    """Where a score is called, steps move a policy and no parameter."""
     with pytest.raises(Diverged, match=r"step \d.* lower lr \(now 1000000.0\)"):
-        merge(toy(name), name, lr=1e6)
+        merge(toy(spec), spec, lr=1e6)
 
 
-@every_method
+def stays_between(known: dict) -> bool:
+    return merges(known) and known.get("between", True) and known.get("exactly", 1) == 1
+
+
+@those(stays_between, specs())
 def test_one_expert_alone_gives_a_point_between_base_and_expert(spec):
     """With T = 1 the expert itself loses nothing; a method may say that it leaves the box."""
-    if not facts(spec).get("between", True) or facts(spec).get("exactly", 1) != 1:
-        pytest.skip("the method does not promise it")
     problem = linear_problem(num_tasks=1)
-    merged = merge(problem, spec)
-    if isinstance(merged, torch.Tensor):
-        share = (merged - problem.vectors.base) / problem.vectors.deltas[0]
-        assert share.min() > -0.05 and share.max() < 1.05
+    share = (merge(problem, spec) - problem.vectors.base) / problem.vectors.deltas[0]
+    assert share.min() > -0.05 and share.max() < 1.05
 
 
-@every_name
+@those(lambda known: "exactly" in known)
 def test_another_number_of_experts_than_it_takes_is_refused_by_name(spec):
-    if "exactly" not in facts(spec):
-        pytest.skip("takes any number")
     with pytest.raises(ValueError, match=f"{parse(spec)[0]}.*exactly {facts(spec)['exactly']}"):
         merge(linear_problem(num_tasks=facts(spec)["exactly"] + 1), spec)
 
 
-@every_name
+@those(lambda known: "linear" in known)
 def test_a_linear_option_multiplies_the_change(spec):
-    if "linear" not in facts(spec):
-        pytest.skip("no option does")
     problem, option = toy(spec), facts(spec)["linear"]
     base = problem.vectors.base
     once, twice = (merge(problem, spec, **{option: scale}) - base for scale in (0.7, 1.4))
@@ -239,10 +242,9 @@ def test_a_linear_option_multiplies_the_change(spec):
     assert once.any()
 
 
-@every_method
+# With one coefficient per task where it takes a grouping: others have more to draw.
+@those(lambda known: "calls" in known, [s for s in specs() if s.endswith("/task") or "/" not in s])
 def test_the_score_is_called_as_often_as_is_said(spec):
-    if "calls" not in facts(spec):
-        pytest.skip("it takes no score")
     problem, counted = toy(spec), []
     per_step = facts(spec)["calls"](len(problem.vectors.tasks))
 
@@ -254,8 +256,7 @@ def test_the_score_is_called_as_often_as_is_said(spec):
     few = len(counted)
     counted.clear()
     merge(problem, spec, score=score, steps=5)
-    if "/" not in spec or spec.endswith("/task"):  # other groupings have more to draw
-        assert len(counted) - few == 3 * per_step
+    assert len(counted) - few == 3 * per_step
 
 
 @every_name
@@ -321,6 +322,20 @@ def test_every_link_reaches_its_initial_value(link, num_tasks):
     layout = linear_problem().vectors.layout
     coefficients = Coefficients(layout, num_tasks, grouping="layer", link=link)
     assert_close(coefficients(), torch.full((num_tasks, 5), 1 / num_tasks))
+
+
+@every_link
+def test_a_links_inverse_gives_back_the_coefficients(link):
+    """Wherever they are at 1/T in every task: the value that all links can take."""
+    wanted = torch.full((4, 2), 0.25, dtype=torch.float64)
+    assert_close(LINKS[link](LINKS.facts[link]["inverse"](wanted)), wanted)
+
+
+@every_link
+def test_a_links_gradient_is_that_of_finite_differences(link):
+    """At numbers where no link has a corner."""
+    raw = torch.tensor([[0.3], [0.8], [0.55]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(LINKS[link], raw)
 
 
 @every_link
