@@ -33,7 +33,7 @@ ORDER = (
     *("statistics", "report"),
     *("tables", "paper", "bench", "cells", "meters", "tuning", "comparison", "contestants"),
     *("roofline", "race", "accelerators", "workloads", "savings", "memory", "forecast"),
-    *("interference", "studies", "figures", "pages", "checkpoints"),
+    *("interference", "studies", "figures", "findings", "pages", "checkpoints"),
     *("ranks", "sharding", "distributed", "local", "language", "published"),
     *("parameters", "notebooks", "executors", "gathering", "gridfile", "grids", "book", "runs"),
 )

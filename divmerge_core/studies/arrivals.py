@@ -22,6 +22,7 @@ from divmerge_core.linalg import elected
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.continual import join, linear_places, untouched
 from divmerge_core.problem import Merged
+from divmerge_core.tasks import TASKS
 from divmerge_core.tuning import own_experts, shares
 
 BATCH = {  # the method that sees all experts at once beside each that sees them one by one
@@ -58,6 +59,18 @@ def expert_accuracies(bench: Bench) -> dict[str, float]:
     """Every expert's share of right answers on its own task's test rows."""
     found = kept(bench, lambda: shares(own_experts(bench, bench.test)), "experts on test")
     return dict(zip(bench.problem.vectors.tasks, found, strict=True))
+
+
+def majorities(tasks: Sequence[str], rows: int) -> pd.Series:
+    """By task: the share of the majority class among the first `rows` test rows, 0 to 1.
+
+    What a constant prediction gets right on the rows that `bench.exam` takes.
+    """
+    shares = {}
+    for task in tasks:
+        labels = TASKS[task].load("test")["label"][:rows]
+        shares[task] = max(map(labels.count, set(labels))) / len(labels)
+    return pd.Series(shares, dtype=float)
 
 
 # --- one order after the other --------------------------------------------------------------------
