@@ -311,11 +311,10 @@ def combine(
 
 def origin(**facts: object) -> dict:
     """Where numbers come from: versions, machine, date, and the facts given (device: its name)."""
-    device = check_device(str(facts.get("device", "cpu")))
     return {
         **facts,
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(str(facts.get("device", "cpu"))),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -324,6 +323,12 @@ def origin(**facts: object) -> dict:
         "divmerge_core": importlib.metadata.version("divmerge-core"),
         **checkout(),
     }
+
+
+def device_name(device: str) -> str:
+    """`cpu`, or the name of the GPU. Raises ValueError where this machine has none of that name."""
+    place = check_device(device)
+    return torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
 
 
 @cache

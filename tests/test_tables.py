@@ -66,7 +66,7 @@ ASKED = {
 def test_a_stored_table_is_drawn_only_where_every_fact_asked_for_agrees(
     tmp_path, name, monkeypatch
 ):
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr("divmerge_core.report.device_name", lambda device: device)
     path = tmp_path / "study.json"
     tables.save(path, {"rows": table([1.0])}, **FACTS)
     changed = {**FACTS, name: ASKED[name]}
