@@ -1,6 +1,8 @@
 """What comes of one's own models: scores, closeness, coefficients, and the folder on disk."""
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from divmerge_core.checkpoints import load_with_head
 from divmerge_core.divergences import js
 from divmerge_core.local import (
     check,
+    closeness,
     load,
     merge_and_score,
     read,
@@ -25,6 +28,10 @@ from divmerge_core.local import (
     write_merged,
 )
 from divmerge_core.local.written import coefficients_of, grouping_of
+
+
+# Toy experts move further than fine-tuning does.
+pytestmark = pytest.mark.filterwarnings("ignore:task .* the task vector is:UserWarning")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +80,21 @@ def test_closeness_is_the_mean_divergence_and_the_share_of_equal_answers(bench, 
     assert row.rows == "test"
     assert row.divergence == pytest.approx(js(*sides).mean().item(), abs=1e-7)
     assert row.agreement == (sides[0].argmax(-1) == sides[1].argmax(-1)).double().mean().item()
+
+
+def test_closeness_by_kl_is_from_the_expert_to_the_merge():
+    sides = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.5, 0.5]])
+    expert, merged = (side.double().log() for side in sides)
+    problem = SimpleNamespace(
+        vectors=SimpleNamespace(tasks=("mood",), expert=lambda task: expert),
+        batches=[["inputs"]],
+        logits=lambda flat, task, batch: flat,
+        logits_of=lambda flat, task, batch: flat,
+    )
+    bench = SimpleNamespace(problem=problem, test=[None])
+    row = closeness(bench, {"half": merged}, divergence="kl").iloc[0]
+    assert row.divergence == pytest.approx(0.9 * math.log(1.8) + 0.1 * math.log(0.2))  # .368
+    assert (row.rows, row.agreement) == ("merge", 1.0)
 
 
 def test_without_labels_there_is_closeness_and_no_report(project, cache):

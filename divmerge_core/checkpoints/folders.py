@@ -1,7 +1,6 @@
 """Folders that appear whole or not at all, whenever the process that writes them is killed."""
 
 import ctypes
-import fcntl
 import glob
 import os
 import shutil
@@ -9,6 +8,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 
 @contextmanager
@@ -21,19 +22,19 @@ def published(folder: Path) -> Iterator[Path]:
     full or read-only.
     """
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.writing")
-    lock = None
+    lock = FileLock(f"{temporary}.lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.writing"):
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.writing.lock"):
             sweep(left)
+        lock.acquire()
         temporary.mkdir()
-        lock = locked(temporary)
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             synced(path)
         if not (folder.is_dir() and exchanged(temporary, folder)):
-            if folder.is_dir() and any(folder.iterdir()):
-                os.replace(folder, folder.with_name(f"{temporary.name}.writing"))
+            if folder.is_dir():
+                os.replace(folder, folder.with_name(f"{temporary.name}.old"))
             os.replace(temporary, folder)
         synced(folder.parent)
     except OSError as error:
@@ -42,34 +43,33 @@ def published(folder: Path) -> Iterator[Path]:
             "with room for the model"
         ) from error
     finally:
-        for left in (temporary, folder.with_name(f"{temporary.name}.writing")):
-            shutil.rmtree(left, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        cleared(temporary, lock)
 
 
-def locked(folder: Path) -> int | None:
-    """An open descriptor that holds the folder's lock; None where another process holds it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sweep(left: Path) -> None:
+    """Remove what a killed process left, by its lock; leave alone what a live one is writing."""
+    lock = FileLock(left)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+        lock.acquire(blocking=False)
+    except Timeout:
+        return
+    cleared(left.with_suffix(""), lock)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left; leave alone what a live one is writing."""
-    lock = locked(folder)
-    if lock is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+def cleared(temporary: Path, lock: BaseFileLock) -> None:
+    """Remove a temporary folder, the old one that it replaced, and at last its lock."""
+    for left in (temporary, temporary.with_name(f"{temporary.name}.old")):
+        shutil.rmtree(left, ignore_errors=True)
+    lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def synced(path: Path) -> None:
-    """Wait until a file, or a folder's list of files, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or (where the system can say so) a folder's list, is on the disk."""
+    folder = path.is_dir()
+    if os.name == "nt" and folder:
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -78,7 +78,7 @@ def synced(path: Path) -> None:
 
 def exchanged(one: Path, other: Path) -> bool:
     """Swap two folders in one step; False where the system cannot (no Linux, some file systems)."""
-    swap = getattr(ctypes.CDLL(None), "renameat2", None)
+    swap = None if os.name == "nt" else getattr(ctypes.CDLL(None), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
     arguments = (here, os.fsencode(one), here, os.fsencode(other), exchange)
     return swap is not None and swap(*arguments) == 0
