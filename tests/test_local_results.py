@@ -1,5 +1,6 @@
 """What comes of one's own models: scores, closeness, coefficients, and the folder on disk."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from divmerge_core.checkpoints import load_with_head
 from divmerge_core.divergences import js
 from divmerge_core.local import (
     check,
+    closeness,
     load,
     merge_and_score,
     read,
@@ -25,6 +27,10 @@ from divmerge_core.local import (
     write_merged,
 )
 from divmerge_core.local.written import coefficients_of, grouping_of
+from divmerge_core.problem import MergeProblem
+
+# Toy experts move further than fine-tuning does.
+pytestmark = pytest.mark.filterwarnings("ignore:task .* the task vector is:UserWarning")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +79,15 @@ def test_closeness_is_the_mean_divergence_and_the_share_of_equal_answers(bench, 
     assert row.rows == "test"
     assert row.divergence == pytest.approx(js(*sides).mean().item(), abs=1e-7)
     assert row.agreement == (sides[0].argmax(-1) == sides[1].argmax(-1)).double().mean().item()
+
+
+def test_closeness_by_kl_is_from_the_expert_to_the_merge(bench, monkeypatch):
+    sides = torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    monkeypatch.setattr(MergeProblem, "logits", lambda *_: sides[0])  # of experts
+    monkeypatch.setattr(MergeProblem, "logits_of", lambda *_: sides[1])  # of merges
+    found = closeness(bench, {"half": bench.problem.vectors.base}, divergence="kl")
+    wanted = 0.9 * math.log(1.8) + 0.1 * math.log(0.2)  # .368; the other way it is .511
+    assert list(found.divergence) == pytest.approx([wanted, wanted])
 
 
 def test_without_labels_there_is_closeness_and_no_report(project, cache):

@@ -19,8 +19,6 @@ from divmerge_core.studies import prediction as module
 from divmerge_core.studies.dyads import (
     VIEWS,
     correlate,
-    entries,
-    every_correlation,
 )
 from divmerge_core.studies.prediction import (
     AFTER,
