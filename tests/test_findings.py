@@ -148,6 +148,21 @@ def test_the_mixture_is_above_other_groupings_only_where_it_is():
     assert "above k-means for 0 of 1" in beyond.mixture(groupings(0.75), RUN)
 
 
+def test_kept_margins_rank_by_themselves_and_are_missed_where_they_are_not_stored():
+    table = groupings(0.9)
+    assert "no accuracies by task, so no kept margin" in beyond.mixture(table, RUN)
+    both = beyond.mixture(table.assign(kept_margin=-table.anp), RUN)
+    assert "mean ANP is above k-means for 1 of 1" in both and "no kept margin" not in both
+    assert "mean kept margin is above k-means for 0 of 1" in both
+    found = courses(0.1).assign(kept_margin=0.2, below=3)
+    found.loc[found.method == "running_average", "kept_margin"] = 0.4
+    text = beyond.arriving(found, RUN)
+    assert "kept margin of a continual rule is that of Running average, 40.0 %, with 3.0" in text
+    assert "OPCM, 30.0 %" in beyond.arriving(
+        found.assign(kept_margin=[0.3 if m == "opcm" else 0.1 for m in found.method]), RUN
+    )
+
+
 def pool(policy: float, control: float, merged: float) -> pd.DataFrame:
     rows = {"policy": (policy, merged), "shuffled": (control, 0.7)}
     rows |= {"all": (None, 0.8), "oracle": (None, 0.9)}
@@ -162,6 +177,9 @@ def pool(policy: float, control: float, merged: float) -> pd.DataFrame:
 def test_a_ranking_must_beat_the_shuffled_one_and_a_merge_that_of_all():
     good, poor = pool(0.9, 0.5, 0.85), pool(0.5, 0.6, 0.75)
     assert "every share: learned policy (0.90); not: none" in beyond.detected(good, RUN)
+    assert "mean ANP of merging all 80.0 %, the policy's choice 85.0 %" in beyond.detected(
+        good, RUN
+    )
     assert "every share: none; not: learned policy (0.50)" in beyond.detected(poor, RUN)
     assert "merging all for sign flip, and than honest experts alone for no kind" in (
         beyond.paid_off(good, RUN)
@@ -212,10 +230,15 @@ def test_the_best_by_bytes_and_the_slowest_are_found():
         }
     )
     text = beyond.stored_well(table, RUN)
-    assert "EMR-Merging has the highest ANP: 80.0 %" in text and "Twin-Merging has: 90.0 %" in text
+    assert (
+        "EMR-Merging has the highest ANP in this run: 80.0 %" in text
+        and "Twin-Merging has: 90.0 %" in text
+    )
     turned = table.assign(anp=[0.95, 0.9, 0.8], slower=[9.0, 2.0, 3.0])
     text = beyond.stored_well(turned, RUN)
-    assert "Average has the highest ANP: 95.0 %" in text and "Average has: 95.0 %" in text
+    assert (
+        "Average has the highest ANP in this run: 95.0 %" in text and "Average has: 95.0 %" in text
+    )
     assert beyond.slowest(table, RUN).split(": ")[1].startswith("Twin-Merging 14.0")
     assert beyond.slowest(turned, RUN).split(": ")[1].startswith("Average 9.0")
 
@@ -320,6 +343,10 @@ def test_the_best_point_of_a_plane_may_lie_on_the_diagonal_or_off_it():
     text = interference.plane(grid.assign(anp=[0.1, 0.9, 0.8, 0.4]), ends, "a+b", RUN)
     assert "has 90.0 % at (0.00, 1.00), the best with one scale for both 40.0 %" in text
     assert "lowest JS 80.0 %; 25 % of the grid" in text
+    assert "no kept margin" in text
+    margins = {"anp": [0.1, 0.9, 0.8, 0.4], "kept_margin": [-1.0, 0.2, 0.7, 0.4]}
+    text = interference.plane(grid.assign(**margins), ends.assign(kept_margin=0.3), "a+b", RUN)
+    assert "by kept margin, in this run: Average 30.0 %" in text and "has 70.0 % at (1.00" in text
     text = interference.plane(grid.assign(anp=[0.1, 0.3, 0.8, 0.9]), ends, "a+b", RUN)
     assert "has 90.0 % at (1.00, 1.00), the best with one scale for both 90.0 %" in text
 
@@ -422,7 +449,7 @@ def test_the_stored_leaders_are_those_of_a_loop(sample):
         if mean(values) > best.get(number, (0, ""))[0]:
             best[number] = mean(values), method
     scores = scoring.by_subset(scoring.ratios(sample["answers"], sample["answers"]))
-    text = count.leaders(scoring.over_subsets(scores, draws=10), "the stored run")
+    text = count.leaders(scoring.over_subsets(scores), "the stored run")
     for method in {method for _, method in best.values()}:
         numbers = [f"{number}" for number in sorted(best) if best[number][1] == method]
         assert f"{title(method)} at T = {listed(numbers)}" in text
@@ -520,8 +547,8 @@ def test_the_stored_choice_by_js_is_that_of_a_loop():
     tables, _ = load(RESULTS / "evidence" / "embedded_bert_tiny.json")
     whole = judging.wholes(tables["models"], tables["cross"])
     whole = whole[whole.draws == "task"]
-    text = evidence.chosen(judging.regrets(whole, draws=10), whole, "the stored run")
-    assert f"JS {100 * mean(taken):.1f} % " in text
+    text = evidence.chosen(judging.regrets(whole), whole, "the stored run")
+    assert f"JS {100 * mean(taken):.1f} %" in text
 
 
 def test_what_the_page_says_of_the_papers_tables_holds():

@@ -103,7 +103,7 @@ def test_a_pool_is_judged_on_honest_tasks_only(bench, strangers):
     alone = [module.expert_accuracies(bench)[task] for task in bench.problem.vectors.tasks]
     found = module.accuracies(bench, honest, bench.problem.vectors.tasks)
     expected = sum(a / b for a, b in zip(found, alone, strict=True)) / 4
-    assert judge.test((~pool.bad).tolist()) == pytest.approx(expected)
+    assert judge.test((~pool.bad).tolist())["anp"] == pytest.approx(expected)
 
 
 def test_a_share_of_one_leaves_nobody_honest(bench, strangers):

@@ -19,8 +19,9 @@ from divmerge_core.methods import METHODS
 from divmerge_core.report import Report
 from divmerge_core.studies import additive, culprits, scores
 from divmerge_core.studies import scaling as module
-from divmerge_core.studies.additive import forecasts, r_squared, skill
-from divmerge_core.studies.culprits import Geometry, mantel, marginal, parts_played, places
+from divmerge_core.studies.additive import forecasts, pair_forecasts, r_squared, skill
+from divmerge_core.studies.culprits import Geometry, mantel, marginal, parts_played
+from divmerge_core.studies.culprits import places as places_of
 from divmerge_core.studies.scaling import (
     COMMONEST,
     EXPERT,
@@ -349,6 +350,18 @@ def test_losses_that_add_up_are_foretold_by_the_sum():
     assert whole.r2[0, "mean"] < 0.9
 
 
+def test_losses_may_be_those_of_the_kept_margin():
+    table = losses_by(lambda task, others: 0.1 * len(others))
+    table = table.assign(kept_margin=3 * table.ratio - 2)  # a majority of two thirds of the expert
+    by_ratio, by_margin = pair_forecasts(table), pair_forecasts(table, "kept_margin")
+    for column in ("loss", "sum", "worst", "mean"):
+        assert by_margin[column].tolist() == pytest.approx(3 * by_ratio[column])
+    parts = parts_played(table).set_index("task")
+    kept = parts_played(table, "kept_margin").set_index("task").loc[parts.index]
+    assert kept.caused.tolist() == pytest.approx(3 * parts.caused)
+    assert kept.suffered.tolist() == pytest.approx(3 * parts.suffered)
+
+
 def test_losses_of_the_worst_partner_are_foretold_by_the_worst_pair():
     table = losses_by(lambda task, others: max([harm(task, other) for other in others] or [0.0]))
     found = forecasts(table)
@@ -408,8 +421,8 @@ def test_numbers_of_task_vectors_by_hand():
 
 
 def test_ranks_run_from_minus_one_to_one_and_equals_share():
-    assert places(np.array([3.0, 1.0, 2.0])).tolist() == [1, -1, 0]
-    assert places(np.array([1.0, 1.0, 2.0])).tolist() == [-0.5, -0.5, 1]
+    assert places_of(np.array([3.0, 1.0, 2.0])).tolist() == [1, -1, 0]
+    assert places_of(np.array([1.0, 1.0, 2.0])).tolist() == [-0.5, -0.5, 1]
 
 
 def test_what_t_says_is_left_out_of_a_rank_correlation():
@@ -489,7 +502,8 @@ def test_figures_against_t_have_a_line_for_every_method(ax):
     answers = as_answers(random_rows())
     table = by_subset(ratios(answers, answers))
     assert len(draw.lines(ax, over_subsets(table)).get_legend_handles_labels()[1]) == 2
-    draw.of_method(ax, over_subsets(table), table, "ties")
+    kept = over_subsets(table, statistic="kept_margin")
+    draw.of_method(ax, over_subsets(table), table, "ties", kept)
     assert ax.get_title() == "TIES" and ax.get_xlabel() == "tasks merged, $T$"
     draw.seeds(ax, over_seeds(table), ["average"])
     draw.sources(ax, spreads(answers))

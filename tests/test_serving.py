@@ -169,8 +169,10 @@ DRAWN = {
 def test_every_study_gives_a_table_that_is_stored_with_its_origin(name, tiny_plan, tmp_path):
     path = tmp_path / "beyond" / f"{name}.json"
     table = run(name, tiny_plan)["rows"]
+    scored = studies.with_margins(name, table, facts_of(name, tiny_plan))
+    assert ("kept_margin" in scored) == (name != "evolution")
     for figure in DRAWN[name]:
-        ax = figure(plt.figure().gca(), table)
+        ax = figure(plt.figure().gca(), scored)
         ax.figure.canvas.draw()
         assert ax.lines and not any(math.isnan(x) for x in ax.get_xlim())
         plt.close(ax.figure)

@@ -46,14 +46,24 @@ def percent(ax: Axes, axis: str = "y") -> None:
     )
 
 
-def arriving(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Accuracy on the tasks seen so far, relative to their experts, after every arrival.
+WORDS = {  # column -> label of an axis
+    **{"ratio": "accuracy on the tasks seen, % of expert", "anp": "ANP on test rows, %"},
+    "kept_margin": "kept margin on test rows, %",
+}
+HEADS = {  # column -> head of a table
+    **{"anp": "ANP, %", "kept_margin": "kept margin, %", "below": "tasks below majority"},
+    **{"finds": "weights of an answer", "milliseconds": "ms per row", "slower": "times a model"},
+}
 
-    table: of `arrivals`. Lines are means over orders, bands from the lowest to the highest; open
-    markers at the right are the methods that see all experts at once.
+
+def arriving(ax: Axes, table: pd.DataFrame, column: str = "ratio") -> Axes:
+    """Scores on the tasks seen so far, relative to their experts, after every arrival.
+
+    table: of `margins.scored`; column: ratio or kept_margin. Lines are means over orders, bands
+    from the lowest to the highest; open markers at the right are the methods that see all experts
+    at once.
     """
-    ratio = table.assign(ratio=table.accuracy / table.expert)
-    means = ratio.groupby(["method", "order", "arrived"]).ratio.mean()
+    means = table.groupby(["method", "order", "arrived"])[column].mean()
     last = table.arrived.max()
     for method, (number, marker) in ARRIVING.items():
         wide = means[method].unstack("arrived")
@@ -63,7 +73,7 @@ def arriving(ax: Axes, table: pd.DataFrame) -> Axes:
         batch = means[BATCH[method], -1, last]
         ax.plot(last + 0.35, batch, markerfacecolor="none", markersize=7, **style)
     ax.set_xticks(range(1, last + 1))
-    ax.set(xlabel="experts that have arrived", ylabel="accuracy on the tasks seen, % of expert")
+    ax.set(xlabel="experts that have arrived", ylabel=WORDS[column])
     percent(ax)
     return ax
 
@@ -71,8 +81,8 @@ def arriving(ax: Axes, table: pd.DataFrame) -> Axes:
 def by_order(ax: Axes, found: pd.DataFrame, column: str) -> Axes:
     """One point per random order of every continual method, a bar at the mean.
 
-    found: of `forgetting`; column: ratio or bwt. Black diamonds are the methods that see all
-    experts at once.
+    found: of `forgetting`; column: ratio, kept_margin or bwt. Black diamonds are the methods that
+    see all experts at once.
     """
     draws = np.random.default_rng(0)
     for y, (method, (number, marker)) in enumerate(ARRIVING.items()):
@@ -103,14 +113,14 @@ def model_counts(ax: Axes, table: pd.DataFrame) -> Axes:
     return ax
 
 
-def worth(ax: Axes, table: pd.DataFrame) -> Axes:
-    """ANP against megabytes stored, for three ways to put experts into groups."""
+def worth(ax: Axes, table: pd.DataFrame, column: str = "anp") -> Axes:
+    """ANP (or kept_margin) against megabytes stored, for three ways to group experts."""
     for how, (number, marker) in WAYS.items():
         some = table[table.how == how].drop_duplicates(["models", "groups"]).sort_values("bytes")
         style = {"color": PALETTE[number], "marker": marker, "label": NAMES[how]}
         line = "none" if how == "random" else "-"
-        ax.plot(some.bytes / 1e6, some.anp, linestyle=line, markersize=6, alpha=0.85, **style)
-    ax.set(xlabel="stored, MB", ylabel="ANP on test rows, %")
+        ax.plot(some.bytes / 1e6, some[column], linestyle=line, markersize=6, alpha=0.85, **style)
+    ax.set(xlabel="stored, MB", ylabel=WORDS[column])
     percent(ax)
     ax.legend(fontsize=9)
     return ax
@@ -119,7 +129,7 @@ def worth(ax: Axes, table: pd.DataFrame) -> Axes:
 def judged(ax: Axes, table: pd.DataFrame, kind: str, column: str) -> Axes:
     """Every way to choose from a pool over the corrupted share: means over seeds, bars to extremes.
 
-    column: auc, mass or anp. A share of 0 is the pool without corruption.
+    column: auc, mass, anp or kept_margin. A share of 0 is the pool without corruption.
     """
     some = table[table.kind.isin([kind, "none"])].dropna(subset=[column])
     names = [name for name in JUDGES if name in set(some.method)]
@@ -195,32 +205,32 @@ def steering(ax: Axes, table: pd.DataFrame) -> Axes:
     return ax
 
 
-def priced(ax: Axes, table: pd.DataFrame, column: str) -> Axes:
-    """ANP against what answering costs: `models` stored, or how many times `slower` than one model.
+def priced(ax: Axes, table: pd.DataFrame, column: str, score: str = "anp") -> Axes:
+    """A score against what answering costs: `models` stored, or times `slower` than one model.
 
     Colour and marker say where the weights of an answer come from.
     """
     for finds, (number, marker) in FINDING.items():
         some = table[table.finds == finds]
         style = {"color": PALETTE[number], "markersize": 8, "label": WHERE[finds]}
-        ax.plot(some[column], some.anp, marker, **style)
+        ax.plot(some[column], some[score], marker, **style)
     ax.margins(y=0.1)
     point = np.ptp(ax.get_ylim()) / (72 * ax.figure.get_figheight() * ax.get_position().height)
     taken: list[tuple[float, float]] = []  # x and y of the labels so far, lowest first
-    for _, row in table.sort_values("anp").iterrows():
-        x, y = float(row[column]), float(row.anp)
+    for _, row in table.sort_values(score).iterrows():
+        x, y = float(row[column]), float(row[score])
         y = max([y, *(low + 10 * point for other, low in taken if 0.6 < x / other < 1.6)])
         taken.append((x, y))
         right = x > np.sqrt(table[column].max())
         style = {"ha": "right" if right else "left", "va": "center", "fontsize": 8}
-        shift = (-7 if right else 7, (y - row.anp) / point)
+        shift = (-7 if right else 7, (y - row[score]) / point)
         ax.annotate(
-            title(row.method), (x, row.anp), xytext=shift, textcoords="offset points", **style
+            title(row.method), (x, row[score]), xytext=shift, textcoords="offset points", **style
         )
     ax.axhline(1, color="black", linewidth=0.8, linestyle="--")
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
     unit = {"models": "stored, in models", "slower": "time per row, in plain models"}[column]
-    ax.set(xlabel=unit, ylabel="ANP on test rows, %")
+    ax.set(xlabel=unit, ylabel=WORDS[score])
     percent(ax)
     return ax

@@ -107,11 +107,11 @@ def js_gains(ax: Axes, table: pd.DataFrame) -> Axes:
     return ax
 
 
-def models_judged(ax: Axes, whole: pd.DataFrame, criterion: str) -> Axes:
-    """Test ANP of every model against a measure, nats summed over tasks; a colour per seed."""
+def models_judged(ax: Axes, whole: pd.DataFrame, criterion: str, column: str = "anp") -> Axes:
+    """A test score of every model against a measure, nats summed over tasks; a colour per seed."""
     for n, (seed, some) in enumerate(whole.groupby("seed")):
         style = {"color": PALETTE[(0, 1, 2, 3, 4)[n % 5]], "markersize": 3.5, "alpha": 0.6}
-        ax.plot(some[criterion], some.anp, "os^Dv"[n % 5], label=f"seed {seed}", **style)
+        ax.plot(some[criterion], some[column], "os^Dv"[n % 5], label=f"seed {seed}", **style)
     ax.set_xlabel(f"{MARKS[criterion][0]}, nats, sum over tasks", fontsize=9)
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     return ax
@@ -160,12 +160,12 @@ def by_task(ax: Axes, table: pd.DataFrame) -> Axes:
     return ax
 
 
-def choosing(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Test ANP of the model that every criterion chooses, over the number of candidates.
+def choosing(ax: Axes, table: pd.DataFrame, column: str = "anp") -> Axes:
+    """A test score of the model that every criterion chooses, over the number of candidates.
 
     table: rows of `judging.choices` of one draw; means over sets of experts and seeds.
     """
-    mean = table.groupby(["criterion", "candidates"]).anp.mean().unstack("criterion")
+    mean = table.groupby(["criterion", "candidates"])[column].mean().unstack("criterion")
     for name, (words, shade, marker) in MARKS.items():
         line = {"test": "--", "none": ":"}.get(name, "-")
         ax.plot(mean.index, mean[name], line, marker=marker, color=shade, label=words, markersize=5)

@@ -18,6 +18,7 @@ from divmerge_core.studies.costs import RULES, matrix
 # column of the plane's table -> words, colour map, unit (None: nats), lowest, highest
 SHADES: Mapping[str, tuple[str, str, str | None, float, float | None]] = {
     "anp": ("ANP", "viridis", "%", 0.3, 1.0),
+    "kept_margin": ("kept margin", "viridis", "%", -1.0, 1.0),
     "js": ("JS, sum of both tasks", "viridis_r", None, 0.0, None),
     "disagreement": (r"$\xi$, share of answers", "magma_r", "%", 0.0, 1.0),
     "apart": (r"$\xi$, by JS", "magma_r", None, 0.0, None),
@@ -28,8 +29,8 @@ MARKS = ("average", "task_arithmetic", "adamerging/task", "divmerge/task")
 def plane(ax: Axes, table: pd.DataFrame, column: str, *, colorbar: bool = True) -> Axes:
     """One measure over the two coefficients of a pair: a coloured square per point measured.
 
-    table: of `planes`, for one pair; column: anp, js, disagreement or apart. Stars are the experts
-    and the cross is the base.
+    table: of `planes`, for one pair; column: anp, kept_margin, js, disagreement or apart. Stars are
+    the experts and the cross is the base.
     """
     words, shades, unit, low, high = SHADES[column]
     wide = table.pivot(index="l2", columns="l1", values=column)
@@ -40,7 +41,7 @@ def plane(ax: Axes, table: pd.DataFrame, column: str, *, colorbar: bool = True) 
         vmin=factor * low, vmax=factor * high, rasterized=True,
     )  # fmt: skip
     if colorbar:
-        ends = {"anp": "min", "disagreement": "max"}.get(column, "neither")
+        ends = {"anp": "min", "kept_margin": "min", "disagreement": "max"}.get(column, "neither")
         ax.figure.colorbar(image, ax=ax, label=f"{words}, {unit or 'nats'}", extend=ends)
     first, second = table.pair.iloc[0].split("+")
     ax.plot([1, 0], [0, 1], "*", color="white", markeredgecolor="black", markersize=13)

@@ -30,10 +30,13 @@ def by_count(ax: Axes, numbers: pd.Series | pd.Index) -> Axes:
     return ax
 
 
-def of_method(ax: Axes, intervals: pd.DataFrame, scores: pd.DataFrame, method: str) -> Axes:
+def of_method(
+    ax: Axes, intervals: pd.DataFrame, scores: pd.DataFrame, method: str, kept: pd.DataFrame
+) -> Axes:
     """One method against T: a point per subset, the mean over them, and its interval as a band.
 
-    intervals: of `over_subsets`. scores: of `by_subset`. Grey lines are the other methods.
+    intervals, kept: of `over_subsets`, of the ANP and, drawn as a broken line, of the kept margin.
+    scores: of `by_subset`. Grey lines are the ANP of the other methods.
     """
     for _, rows in intervals.groupby("method", sort=False):
         ax.plot(rows["T"], rows.value, color="0.85", linewidth=1, zorder=0)
@@ -43,6 +46,10 @@ def of_method(ax: Axes, intervals: pd.DataFrame, scores: pd.DataFrame, method: s
     ax.plot(some["T"], some.anp, ".", color=colour, markersize=4, alpha=0.5)
     ax.fill_between(own["T"], own.low, own.high, color=colour, alpha=0.25, linewidth=0)
     ax.plot(own["T"], own.value, color=colour, linewidth=2)
+    margin = kept[kept.method == method]
+    ax.fill_between(margin["T"], margin.low, margin.high, color=colour, alpha=0.12, linewidth=0)
+    ax.plot(margin["T"], margin.value, color=colour, linewidth=1.5, linestyle="--")
+    ax.axhline(0, color="black", linewidth=0.5)
     ax.axhline(1, color="black", linewidth=0.8, linestyle="--")
     ax.set_title(title(method), fontsize=9)
     return by_count(ax, own["T"])
@@ -98,22 +105,24 @@ def printed(ax: Axes, table: pd.DataFrame, names: Mapping[str, str]) -> Axes:
 # --- explanations ---------------------------------------------------------------------------------
 
 
-def over_scales(ax: Axes, scores: pd.DataFrame) -> Axes:
-    """ANP against the coefficient that all task vectors share: a line per T, a ring at 1/T.
+def over_scales(ax: Axes, scores: pd.DataFrame, column: str = "anp") -> Axes:
+    """A score against the coefficient that all task vectors share: a line per T, a ring at 1/T.
 
-    scores: mean ANP by T and scale, with `fixed` False in the rows of the average.
+    scores: means of anp and kept_margin by T and scale, with `fixed` False in the rows of the
+    average.
     """
     shades = sns.color_palette("cividis", scores["T"].nunique())
     for shade, (number, rows) in zip(shades, scores.groupby("T"), strict=True):
         rows = rows.sort_values("scale")
-        ax.plot(rows.scale, rows.anp, color=shade, marker=".", label=f"$T$ = {number}")
+        ax.plot(rows.scale, rows[column], color=shade, marker=".", label=f"$T$ = {number}")
         mean = rows[~rows.fixed]
-        ax.plot(mean.scale, mean.anp, "o", markerfacecolor="none", color=shade, markersize=9)
+        ax.plot(mean.scale, mean[column], "o", markerfacecolor="none", color=shade, markersize=9)
     ax.set_xscale("log")
     ticks = sorted(scores.scale[scores.fixed].unique())
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
-    ax.set(xlabel="coefficient of every task vector", ylabel="ANP, % of the experts")
+    words = {"anp": "ANP, % of the experts", "kept_margin": "kept margin, %"}[column]
+    ax.set(xlabel="coefficient of every task vector", ylabel=words)
     percent(ax)
     ax.legend(fontsize=8)
     return ax
@@ -182,10 +191,10 @@ def skills(ax: Axes, table: pd.DataFrame) -> Axes:
 
 
 def correlations(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Rank correlation of every number with the ANP within T, a point with interval per method."""
+    """Rank correlation of every number with a score within T, a point with interval per method."""
     dots(ax, table, NUMBERS, "number", "rho")
     ax.set_xlim(-1.02, 1.02)
-    ax.set_xlabel("rank correlation with the ANP among subsets of like size")
+    ax.set_xlabel("rank correlation among subsets of like size")
     return ax
 
 
@@ -197,6 +206,6 @@ def parts(ax: Axes, table: pd.DataFrame) -> Axes:
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(y, table.task)
     ax.set_ylim(len(table) - 0.5, -0.5)
-    ax.set_xlabel("mean change of ratio, points")
+    ax.set_xlabel("mean change, points")
     percent(ax, "x")
     return ax

@@ -7,12 +7,13 @@ import pandas as pd
 
 from divmerge_core.figures import title
 from divmerge_core.figures.beyond import ARRIVING, NAMES, SAID, WHERE
-from divmerge_core.findings import bullets, listed, span
+from divmerge_core.findings import bullets, listed, missing, scores, span
 from divmerge_core.studies.arrivals import BATCH, forgetting
 from divmerge_core.studies.pools import CORRUPTIONS
 from divmerge_core.studies.searches import SEARCHES
 from divmerge_core.studies.serving import gap_closed
 
+BATCH_OF = tuple(BATCH.values())
 LEVEL = 0.0005  # ratios nearer than this print alike
 
 
@@ -33,7 +34,22 @@ def arriving(found: pd.DataFrame, source: str) -> str:
         f"{100 * own.ratio[best]:.1f} % of the experts'. Against the method that sees all experts "
         f"at once, in points, these rules are behind: {listed(behind)}; these are not: "
         f"{listed(level)}. Backward transfer is {span(100 * own.bwt, sign=True)} points, highest "
-        f"for {title(kept)}."
+        f"for {title(kept)}.{margins(found)}"
+    )
+
+
+def margins(found: pd.DataFrame) -> str:
+    """The best kept margin of a continual rule, and of the methods that see all experts at once."""
+    if "kept_margin" not in found:
+        return ""
+    mean = found.groupby("method", sort=False)[["kept_margin", "below"]].mean()
+    own, whole = (mean.loc[[n for n in names if n in mean.index]] for names in (ARRIVING, BATCH_OF))
+    one, all_ = own.kept_margin.idxmax(), whole.kept_margin.idxmax()
+    return (
+        f" The highest kept margin of a continual rule is that of {title(one)}, "
+        f"{100 * own.kept_margin[one]:.1f} %, with {own.below[one]:.1f} tasks below the majority "
+        f"class; of the methods with all experts at once that of {title(all_)}, "
+        f"{100 * whole.kept_margin[all_]:.1f} %, with {whole.below[all_]:.0f}."
     )
 
 
@@ -48,20 +64,21 @@ def ordered(found: pd.DataFrame, source: str) -> str:
 
 def mixture(table: pd.DataFrame, source: str) -> str:
     """The mixture against other groupings with as many models, between one model and T."""
-    unique = table.drop_duplicates(["how", "groups"])
-    mean = 100 * unique.groupby(["models", "how"]).anp.mean().unstack("how")
-    both = mean.loc[2 : mean.index.max() - 1].dropna()
-    if both.empty:
-        return f"In {source} no number of models between one and T came up."
-    lines = []
-    for other in (name for name in NAMES if name in both and name != "dp_mixture"):
-        gap = both.dp_mixture - both[other]
-        lines.append(
-            f"above {NAMES[other]} for {(gap > 0).sum()} of {len(gap)} numbers of models "
-            f"({span(gap, sign=True)} points)"
-        )
+    unique, said = table.drop_duplicates(["how", "groups"]), []
+    for column, words in scores(table).items():
+        mean = 100 * unique.groupby(["models", "how"])[column].mean().unstack("how")
+        both, lines = mean.loc[2 : mean.index.max() - 1].dropna(), []
+        if both.empty:
+            return f"In {source} no number of models between one and T came up."
+        for other in (name for name in NAMES if name in both and name != "dp_mixture"):
+            gap = both.dp_mixture - both[other]
+            lines.append(
+                f"above {NAMES[other]} for {(gap > 0).sum()} of {len(gap)} numbers of models "
+                f"({span(gap, sign=True)} points)"
+            )
+        said.append(f"the mixture's mean {words} is {listed(lines)}")
     counts = listed([f"{count}" for count in both.index])
-    return f"In {source}, with {counts} models, the mixture's mean ANP is {listed(lines)}."
+    return f"In {source}, with {counts} models, {'; '.join(said)}.{missing(table, source)}"
 
 
 def detected(table: pd.DataFrame, source: str) -> str:
@@ -71,9 +88,9 @@ def detected(table: pd.DataFrame, source: str) -> str:
     """
     corrupt, lines = table[table.share > 0], []
     auc = corrupt.dropna(subset=["auc"]).groupby(["kind", "method", "share"]).auc.mean()
-    anp = 100 * corrupt.groupby(["kind", "method"]).anp.mean()
+    means = 100 * corrupt.groupby(["kind", "method"])[list(scores(table))].mean()
     for kind in (name for name in CORRUPTIONS if name in set(corrupt.kind)):
-        rows, merged = auc[kind].unstack("share"), anp[kind]
+        rows, merged = auc[kind].unstack("share"), means.loc[kind]
         better = {n: (rows.loc[n] > rows.loc["shuffled"]).all() for n in rows.index}
         order = [name for name in SAID if name in rows.index and name != "shuffled"]
         high = [f"{SAID[n]} ({span(rows.loc[n], 2)})" for n in order if better[n]]
@@ -81,10 +98,14 @@ def detected(table: pd.DataFrame, source: str) -> str:
         lines.append(
             f"**{CORRUPTIONS.facts[kind]['label']}**: mean AUC above the shuffled policy's "
             f"({span(rows.loc['shuffled'], 2)}) at every share: {listed(high)}; not: "
-            f"{listed(low)}. Mean ANP: merging all {merged['all']:.1f} %, the policy's choice "
-            f"{merged.policy:.1f} %, honest experts alone {merged.oracle:.1f} %"
+            f"{listed(low)}. Merges: "
+            + "; ".join(
+                f"mean {words} of merging all {merged[name]['all']:.1f} %, the policy's choice "
+                f"{merged[name].policy:.1f} %, honest experts alone {merged[name].oracle:.1f} %"
+                for name, words in scores(table).items()
+            )
         )
-    return f"In {source}:\n\n{bullets(lines)}"
+    return f"In {source}:\n\n{bullets(lines)}\n\n{missing(table, source)}"
 
 
 def paid_off(table: pd.DataFrame, source: str) -> str:
@@ -92,16 +113,21 @@ def paid_off(table: pd.DataFrame, source: str) -> str:
 
     table: of `pools`.
     """
-    corrupt = table[table.share > 0]
-    mean = 100 * corrupt.groupby(["kind", "method"]).anp.mean().unstack("method")
-    label = {kind: CORRUPTIONS.facts[kind]["label"] for kind in mean.index}
-    over = {name: mean.policy - mean[name] for name in ("all", "oracle")}
-    won = {name: [label[kind] for kind in gap.index if gap[kind] > 0] for name, gap in over.items()}
+    corrupt, said = table[table.share > 0], []
+    for column, words in scores(table).items():
+        mean = 100 * corrupt.groupby(["kind", "method"])[column].mean().unstack("method")
+        label = {kind: CORRUPTIONS.facts[kind]["label"] for kind in mean.index}
+        over = {name: mean.policy - mean[name] for name in ("all", "oracle")}
+        won = {name: [label[k] for k in gap.index if gap[k] > 0] for name, gap in over.items()}
+        said.append(
+            f"a higher mean {words} than merging all for "
+            f"{listed(won['all'], 'no kind of corruption')}, and than honest experts alone for "
+            f"{listed(won['oracle'], 'no kind')}"
+        )
     return (
-        f"In {source} the learned policy's merge has a higher mean ANP than merging all for "
-        f"{listed(won['all'], 'no kind of corruption')}, and than honest experts alone for "
-        f"{listed(won['oracle'], 'no kind')}; it asks for {corrupt.calls.max():.0f} scores, which "
-        f"also choose among honest experts."
+        f"In {source} the learned policy's merge has {'; '.join(said)}. It asks for "
+        f"{corrupt.calls.max():.0f} scores, which also choose among honest experts."
+        f"{missing(table, source)}"
     )
 
 
@@ -176,14 +202,17 @@ def slowest(table: pd.DataFrame, source: str) -> str:
 
 def stored_well(table: pd.DataFrame, source: str) -> str:
     """Who keeps most below 1.5 models, and without the task's number. table: of `storage`."""
-    small = table[table.models < 1.5].sort_values("anp").iloc[-1]
-    blind = table[table.finds != "task"].sort_values("anp").iloc[-1]
-    return (
-        f"In {source}, below one and a half models, {title(small.method)} has the highest ANP: "
-        f"{100 * small.anp:.1f} %. Without the task's number, {title(blind.method)} has: "
-        f"{100 * blind.anp:.1f} %, with {blind.models:.2f} models stored and {blind.slower:.1f} "
-        f"times a model's time."
-    )
+    said = []
+    for column, words in scores(table).items():
+        small = table[table.models < 1.5].sort_values(column).iloc[-1]
+        blind = table[table.finds != "task"].sort_values(column).iloc[-1]
+        said.append(
+            f"Below one and a half models, {title(small.method)} has the highest {words} in "
+            f"{source}: {100 * small[column]:.1f} %. Without the task's number, "
+            f"{title(blind.method)} has: {100 * blind[column]:.1f} %, with {blind.models:.2f} "
+            f"models stored and {blind.slower:.1f} times a model's time."
+        )
+    return " ".join(said) + missing(table, source)
 
 
 def summary(drawn: Mapping[str, tuple[pd.DataFrame, Mapping]]) -> str:

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from divmerge_core.figures.evidence import MARKS
-from divmerge_core.findings import bullets, listed
+from divmerge_core.findings import bullets, listed, scores
 from divmerge_core.studies.evidence import DRAWS, MEASURES
 from divmerge_core.studies.judging import AMONG
 
@@ -94,7 +94,10 @@ def leading(mean: pd.DataFrame, source: str) -> str:
     """
     pick = mean[(mean.how == "spearman") & mean.criterion.isin(MEASURES)]
     parts = []
-    for goal, words in (("task", "a task's accuracy"), ("sum", "the ANP")):
+    goals = {"task": "a task's accuracy", "sum": "the ANP", "kept_margin": "the kept margin"}
+    for goal, words in goals.items():
+        if goal not in set(pick.goal):
+            continue
         cells = pick[pick.goal == goal].pivot_table(
             index=["draws", "among"], columns="criterion", values="value"
         )
@@ -111,20 +114,26 @@ def leading(mean: pd.DataFrame, source: str) -> str:
 
 
 def chosen(lost: pd.DataFrame, whole: pd.DataFrame, source: str) -> str:
-    """Test ANP of the model that every criterion chooses among those drawn per task.
+    """Test scores of the model that every criterion chooses among those drawn per task.
 
     lost: of `judging.regrets`; whole: of `judging.wholes`.
     """
-    task = lost[lost.draws == "task"].sort_values("anp", ascending=False)
-    anp = whole[whole.draws == "task"].groupby("seed").anp
-    said = [
-        f"{MARKS[row.criterion][0]} {row.anp:.1f} % ({row.regret:.1f} points below the best)"
-        for row in task.itertuples()
-    ]
+    task = lost[lost.draws == "task"]
+    seeds, said = whole[whole.draws == "task"].groupby("seed"), []
+    for column, words in scores(task).items():
+        ranked = task.sort_values(column, ascending=False)
+        each = [
+            f"{MARKS[n][0]} {v:.1f} %"
+            for n, v in zip(ranked.criterion, ranked[column], strict=True)
+        ]
+        said.append(
+            f"Test {words} of the one chosen by: {'; '.join(each)}; of a random one "
+            f"{100 * seeds[column].mean().mean():.1f} %, of the best by test "
+            f"{100 * seeds[column].max().mean():.1f} %"
+        )
     return (
-        f"In {source}, of {task.models.iloc[0]} models per seed with coefficients per task, the "
-        f"one chosen has a test ANP of: {'; '.join(said)}. A random one has "
-        f"{100 * anp.mean().mean():.1f} %, the best by test {100 * anp.max().mean():.1f} %."
+        f"In {source} there are {task.models.iloc[0]} models per seed with coefficients per task. "
+        f"{'. '.join(said)}."
     )
 
 

@@ -4,7 +4,7 @@ import pandas as pd
 
 from divmerge_core.figures import title
 from divmerge_core.figures.conflict import place
-from divmerge_core.findings import listed, span
+from divmerge_core.findings import listed, missing, scores, span
 from divmerge_core.studies.costs import RULES, matrix
 
 COIN = 0.05  # sign conflicts this near to one half are called near a coin's
@@ -143,19 +143,29 @@ def plane(grid: pd.DataFrame, marks: pd.DataFrame, pair: str, source: str) -> st
 
     grid, marks: of `landscapes`.
     """
+    return " ".join(of_plane(grid, marks, pair, source, *one) for one in scores(grid).items()) + (
+        missing(grid, source)
+    )
+
+
+def of_plane(
+    grid: pd.DataFrame, marks: pd.DataFrame, pair: str, source: str, column: str, words: str
+) -> str:
+    """`plane` by one score."""
     some = grid[grid.pair == pair]
-    best, lowest = some.loc[some.anp.idxmax()], some.loc[some.js.idxmin()]
-    even = 100 * some[some.l1 == some.l2].anp.max()
-    near = 100 * (some.anp > best.anp - 0.05).mean()
+    best, lowest = some.loc[some[column].idxmax()], some.loc[some.js.idxmin()]
+    even = 100 * some[some.l1 == some.l2][column].max()
+    near = 100 * (some[column] > best[column] - 0.05).mean()
     ends = marks[marks.pair == pair].dropna(subset=["anp"]).set_index("method")
     said = [
-        f"{title(m)} {100 * r.anp:.1f} % at ({r.l1:.2f}, {r.l2:.2f})" for m, r in ends.iterrows()
+        f"{title(m)} {100 * r[column]:.1f} % at ({r.l1:.2f}, {r.l2:.2f})"
+        for m, r in ends.iterrows()
     ]
     return (
-        f"For {pair.replace('+', ' and ')} in {source}: {'; '.join(said)}. The best point of the "
-        f"grid has {100 * best.anp:.1f} % at ({best.l1:.2f}, {best.l2:.2f}), the best with one "
-        f"scale for both {even:.1f} %, the point of lowest JS {100 * lowest.anp:.1f} %; "
-        f"{near:.0f} % of the grid lie within 5 points of the best."
+        f"For {pair.replace('+', ' and ')}, by {words}, in {source}: {'; '.join(said)}. The best "
+        f"point of the grid has {100 * best[column]:.1f} % at ({best.l1:.2f}, {best.l2:.2f}), "
+        f"the best with one scale for both {even:.1f} %, the point of lowest JS "
+        f"{100 * lowest[column]:.1f} %; {near:.0f} % of the grid lie within 5 points of the best."
     )
 
 

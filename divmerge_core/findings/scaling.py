@@ -6,7 +6,7 @@ from itertools import combinations
 import pandas as pd
 
 from divmerge_core.figures import title
-from divmerge_core.findings import bullets, listed, span
+from divmerge_core.findings import SCORES, bullets, listed, span
 from divmerge_core.studies.additive import FORECASTS
 from divmerge_core.studies.culprits import NUMBERS
 from divmerge_core.studies.scores import SOURCES, differences
@@ -14,10 +14,10 @@ from divmerge_core.studies.scores import SOURCES, differences
 NEAR = 0.1  # pairs add up where the mean of their sums is this near to the mean loss, in shares
 
 
-def leaders(means: pd.DataFrame, source: str) -> str:
+def leaders(means: pd.DataFrame, source: str, words: str = "ANP") -> str:
     """The best method at every T, and how far each falls from the smallest to the largest T.
 
-    means: of `scores.over_subsets`.
+    means: of `scores.over_subsets`, of the score that `words` name.
     """
     wide = 100 * means.pivot(index="method", columns="T", values="value")
     best = {number: column.idxmax() for number, column in wide.items()}
@@ -29,17 +29,17 @@ def leaders(means: pd.DataFrame, source: str) -> str:
     change = (wide[high] - wide[low]).sort_values()
     least, most = change.index[-1], change.index[0]
     return (
-        f"In {source} the method with the highest mean ANP is {'; '.join(where)}. From T = {low} "
-        f"to {high} the mean changes by {change[most]:+.1f} points ({title(most)}) to "
+        f"In {source} the method with the highest mean {words} is {'; '.join(where)}. From "
+        f"T = {low} to {high} the mean changes by {change[most]:+.1f} points ({title(most)}) to "
         f"{change[least]:+.1f} ({title(least)}); it is negative for {(change < 0).sum()} of "
         f"{len(change)} methods."
     )
 
 
-def ahead(scores: pd.DataFrame, means: pd.DataFrame, source: str) -> str:
+def ahead(scores: pd.DataFrame, means: pd.DataFrame, source: str, statistic: str = "anp") -> str:
     """The best DivMerge (or the best method) against the best of the others, at every T.
 
-    scores: of `scores.by_subset`; means: of `scores.over_subsets`.
+    scores: of `scores.by_subset`; means: of `scores.over_subsets`, of the same statistic.
     """
     wide = means.pivot(index="method", columns="T", values="value")
     order = list(wide.mean(axis=1).sort_values(ascending=False).index)
@@ -47,7 +47,7 @@ def ahead(scores: pd.DataFrame, means: pd.DataFrame, source: str) -> str:
     others = [method for method in order if method != ours]
     if not others:
         return f"In {source} there is one method and nothing to compare it with."
-    gaps = differences(scores, ours, others).set_index(["T", "other"])
+    gaps = differences(scores, ours, others, statistic=statistic).set_index(["T", "other"])
     lines = []
     for number in wide.columns:
         best = wide.loc[others, number].idxmax()
@@ -55,7 +55,10 @@ def ahead(scores: pd.DataFrame, means: pd.DataFrame, source: str) -> str:
         width = f"[{row.low:+.1f}, {row.high:+.1f}], ahead in {row.won:.0f} % of the subsets"
         width = "one subset" if pd.isna(row.low) else width
         lines.append(f"$T = {number}$: {row.value:+.1f} points from {title(best)}; {width}")
-    return f"{title(ours)} and the best of the others in {source}:\n\n{bullets(lines)}"
+    return (
+        f"{title(ours)} and the best of the others by {SCORES[statistic]} in {source}:\n\n"
+        f"{bullets(lines)}"
+    )
 
 
 def sources(spreads: pd.DataFrame, source: str) -> str:
@@ -88,6 +91,15 @@ def paired(scores: pd.DataFrame, source: str) -> str:
         f"over subsets (standard deviation), and the difference of two methods on the same subset "
         f"by {both:.1f}, {word} the ANP itself."
     )
+
+
+def counted_below(table: pd.DataFrame) -> pd.DataFrame:
+    """How many tasks of a merge are below the majority class: method by T, mean over merges.
+
+    table: of `scores.ratios`.
+    """
+    below = (table.kept_margin < 0).groupby([table.method, table["T"], table.seed, table.subset])
+    return below.sum().groupby(["method", "T"]).mean().unstack("T")
 
 
 def below_majority(table: pd.DataFrame, floor: pd.Series, source: str) -> str:
@@ -153,30 +165,32 @@ def steps(merged: pd.DataFrame, source: str) -> str:
     return f"Fixed coefficients, all subsets, {source}:\n\n{bullets(lines)}"
 
 
-def dilution(grid: pd.DataFrame, source: str) -> str:
+def dilution(grid: pd.DataFrame, source: str, column: str = "anp") -> str:
     """How much of the average's loss over T a larger shared coefficient saves.
 
-    grid: mean ANP by T, scale and `fixed` (False in the rows of the average).
+    grid: means of anp and kept_margin by T, scale and `fixed` (False in the average's rows).
     """
-    level = 100 * grid.groupby("T").anp.max()
-    mean = 100 * grid[~grid.fixed].set_index("T").anp
+    level = 100 * grid.groupby("T")[column].max()
+    mean = 100 * grid[~grid.fixed].set_index("T")[column]
     low, high = min(level.index), max(level.index)
     drop, saved = mean[low] - mean[high], level[high] - mean[high]
     text = (
         f"On the subsets merged for this figure, in {source}, the average loses {drop:.1f} points "
-        f"from $T = {low}$ to ${high}$. The best coefficient tried at $T = {high}$, the average's "
-        f"own among them, saves {saved:.1f} points; at $T = {low}$ it gains "
-        f"{level[low] - mean[low]:.1f}."
+        f"of {SCORES[column]} from $T = {low}$ to ${high}$. The best coefficient tried at "
+        f"$T = {high}$, the average's own among them, saves {saved:.1f} points; at "
+        f"$T = {low}$ it gains {level[low] - mean[low]:.1f}."
     )
     if drop <= 0:
         return f"{text} There is no drop to explain."
     return f"{text} So dilution explains {100 * min(saved / drop, 1):.0f} % of the drop."
 
 
-def added_up(forecasts: Mapping[str, pd.DataFrame], source: str) -> str:
+def added_up(
+    forecasts: Mapping[str, pd.DataFrame], source: str, words: str = "accuracy over the expert's"
+) -> str:
     """For which methods the losses of pairs add up at the largest T, on average over tasks.
 
-    forecasts: of `additive.forecasts`, by method.
+    forecasts: of `additive.forecasts`, by method; words: for what is lost.
     """
     sums, verdict = [], {True: [], False: []}
     for method, table in forecasts.items():
@@ -190,7 +204,8 @@ def added_up(forecasts: Mapping[str, pd.DataFrame], source: str) -> str:
         return f"{source[0].upper()}{source[1:]} merged no three tasks whose pairs it merged too."
     last = max(table["T"].max() for table in forecasts.values())
     return (
-        f"In {source}, at $T = {last}$, the mean sum over pairs divided by the mean loss is: "
+        f"Losses of {words} in {source}: at $T = {last}$ the mean sum over pairs divided by the "
+        f"mean loss is: "
         f"{'; '.join(sums)}. Within {100 * NEAR:.0f} %, losses of pairs add up for: "
         f"{'; '.join(verdict[True]) or 'none'}. They do not for: "
         f"{'; '.join(verdict[False]) or 'none'}."
@@ -236,17 +251,18 @@ def part(method: str, table: pd.DataFrame) -> str:
     )
 
 
-def parts(played: Mapping[str, pd.DataFrame], source: str) -> str:
-    """`part` of every method, and how far harm and loss go together."""
+def parts(played: Mapping[str, pd.DataFrame], source: str, words: str = "ANP") -> str:
+    """`part` of every method, and how far harm and loss go together, by the score of the words."""
     ties = [t.caused.corr(t.suffered, method="spearman") for t in played.values()]
     return (
-        f"In {source}:\n\n{bullets(part(*item) for item in played.items())}\n\nRank correlation "
-        f"of harm done and loss over tasks: {span(ties, 2, sign=True)}."
+        f"By {words} in {source}:\n\n{bullets(part(*item) for item in played.items())}\n\nRank "
+        f"correlation of harm done and loss over tasks: {span(ties, 2, sign=True)}."
     )
 
 
 def summary(
     means: pd.DataFrame,
+    kept: pd.DataFrame,
     grid: pd.DataFrame,
     forecasts: Mapping[str, pd.DataFrame],
     played: Mapping[str, pd.DataFrame],
@@ -257,6 +273,7 @@ def summary(
     return bullets(
         (
             leaders(means, source),
+            leaders(kept, source, "kept margin"),
             dilution(grid, source),
             added_up(forecasts, source),
             f"Harm and loss by task in {source}. {part(method, table)}.",

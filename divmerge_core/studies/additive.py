@@ -1,7 +1,8 @@
 """Do the losses of pairs add up? What T = 2 says about larger subsets, held against them.
 
-A loss is 1 minus a task's ratio: the share of its expert's accuracy that a merge gives up. Tables
-are those of `scores.ratios`, of one method at one seed.
+A loss is 1 minus a task's ratio: the share of its expert's accuracy that a merge gives up; or 1
+minus its kept margin, where `column` says so. Tables are those of `scores.ratios`, of one method at
+one seed.
 """
 
 import numpy as np
@@ -20,13 +21,13 @@ FORECASTS = {
 }
 
 
-def loss_of(table: pd.DataFrame) -> dict[tuple[str, frozenset[str]], float]:
+def loss_of(table: pd.DataFrame, column: str) -> dict[tuple[str, frozenset[str]], float]:
     """The loss of every task in every subset, by task and subset."""
     subsets = table.subset.map(lambda name: frozenset(tasks_of(name)))
-    return dict(zip(zip(table.task, subsets, strict=True), 1 - table.ratio, strict=True))
+    return dict(zip(zip(table.task, subsets, strict=True), 1 - table[column], strict=True))
 
 
-def pair_forecasts(table: pd.DataFrame) -> pd.DataFrame:
+def pair_forecasts(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
     """What the pairs say that a task loses in larger subsets, beside what it does lose.
 
     Columns: subset, T, task, loss, sum, worst, mean. sum: the loss alone plus, for every partner,
@@ -34,7 +35,7 @@ def pair_forecasts(table: pd.DataFrame) -> pd.DataFrame:
     has it, else 0. worst: as if there were one partner, the worst. mean: as if there were one, the
     mean over partners. Rows whose pairs are not all in the table are left out.
     """
-    losses, rows = loss_of(table), []
+    losses, rows = loss_of(table, column), []
     for row in table[table["T"] > 2].itertuples():
         alone = losses.get((row.task, frozenset([row.task])), 0.0)
         others = [other for other in tasks_of(row.subset) if other != row.task]
@@ -43,17 +44,17 @@ def pair_forecasts(table: pd.DataFrame) -> pd.DataFrame:
             continue
         beyond = np.array([losses[pair] - alone for pair in pairs])
         said = [float(alone + f(beyond)) for f in (np.sum, np.max, np.mean)]
-        rows.append((row.subset, row.T, row.task, 1 - row.ratio, *said))
+        rows.append((row.subset, row.T, row.task, 1 - getattr(row, column), *said))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def forecasts(table: pd.DataFrame) -> pd.DataFrame:
+def forecasts(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
     """`pair_forecasts` with two that are learned from the other subsets of the same T.
 
     line: a straight line in `sum`, least squares. usual: the task's mean loss in them, or all
     tasks' where it is in none. NaN where a T has fewer than three subsets.
     """
-    found = pair_forecasts(table)
+    found = pair_forecasts(table, column)
     parts = [
         learned(some, subset) for _, some in found.groupby("T") for subset in some.subset.unique()
     ]

@@ -22,7 +22,6 @@ from divmerge_core.linalg import elected
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.continual import join, linear_places, untouched
 from divmerge_core.problem import Merged
-from divmerge_core.tasks import TASKS
 from divmerge_core.tuning import own_experts, shares
 
 BATCH = {  # the method that sees all experts at once beside each that sees them one by one
@@ -61,16 +60,11 @@ def expert_accuracies(bench: Bench) -> dict[str, float]:
     return dict(zip(bench.problem.vectors.tasks, found, strict=True))
 
 
-def majorities(tasks: Sequence[str], rows: int) -> pd.Series:
-    """By task: the share of the majority class among the first `rows` test rows, 0 to 1.
-
-    What a constant prediction gets right on the rows that `bench.exam` takes.
-    """
-    shares = {}
-    for task in tasks:
-        labels = TASKS[task].load("test")["label"][:rows]
-        shares[task] = max(map(labels.count, set(labels))) / len(labels)
-    return pd.Series(shares, dtype=float)
+def by_task(bench: Bench, found: Sequence[float]) -> dict[str, list[float]]:
+    """accuracies (those found), experts and majorities on the test rows: a number per task."""
+    common = [exam.gold.bincount().max().item() / len(exam.gold) for exam in bench.test]
+    experts = list(expert_accuracies(bench).values())
+    return {"accuracies": list(found), "experts": experts, "majorities": common}
 
 
 # --- one order after the other --------------------------------------------------------------------
@@ -160,7 +154,8 @@ def forgetting(table: pd.DataFrame) -> pd.DataFrame:
     acc: mean over tasks of the accuracy after the last arrival. ratio: mean over tasks of the same
     divided by the expert's. bwt: backward transfer, the mean over all tasks but the last to come of
     final accuracy minus accuracy right after the task's own arrival; below 0 is forgetting. NaN for
-    methods that see all experts at once.
+    methods that see all experts at once. kept_margin and below (how many tasks): of `margins`,
+    after the last arrival, where the table has been scored there.
     """
     rows = []
     for (method, order), some in table.groupby(["method", "order"], sort=False):
@@ -174,6 +169,8 @@ def forgetting(table: pd.DataFrame) -> pd.DataFrame:
                 "acc": last.accuracy.mean(),
                 "ratio": (last.accuracy / last.expert).mean(),
                 "bwt": change.mean() if order >= 0 else math.nan,
+                **({"kept_margin": last.kept_margin.mean()} if "kept_margin" in last else {}),
+                **({"below": last.below.sum()} if "below" in last else {}),
             }
         )
     return pd.DataFrame(rows)

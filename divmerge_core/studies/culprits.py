@@ -118,23 +118,25 @@ def rank_correlation(sizes: np.ndarray, values: np.ndarray, anp: np.ndarray) -> 
     return float(pearson(*(np.concatenate(parts) for parts in zip(*ranked, strict=True))))
 
 
-def columns_of(table: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """T, a number and the ANP. `pairs` is asked about T above 2 only, where it is a forecast."""
+def columns_of(
+    table: pd.DataFrame, name: str, column: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """T, a number and a score. `pairs` is asked about T above 2 only, where it is a forecast."""
     sizes, values = table["T"].to_numpy(), table[name].to_numpy(dtype=float)
     asked = np.where(sizes > 2, values, np.nan) if name == "pairs" else values
-    return sizes, asked, table.anp.to_numpy()
+    return sizes, asked, table[column].to_numpy()
 
 
-def related(table: pd.DataFrame, *, draws: int = 500) -> pd.DataFrame:
-    """Every number's `rank_correlation` with the ANP and its 95 % interval.
+def related(table: pd.DataFrame, column: str = "anp", *, draws: int = 500) -> pd.DataFrame:
+    """Every number's `rank_correlation` with a score and its 95 % interval.
 
-    table: of `with_numbers`. Columns: number, rho, low, high. Bootstrap over subsets within T.
-    Subsets share tasks, so the intervals are narrower than those over other tasks would be: see
-    `mantel`.
+    table: of `with_numbers`; column: anp or kept_margin. Columns: number, rho, low, high. Bootstrap
+    over subsets within T. Subsets share tasks, so the intervals are narrower than those over other
+    tasks would be: see `mantel`.
     """
     samples, rows = drawn_subsets(table, draws), []
     for name in NUMBERS:
-        columns = columns_of(table, name)
+        columns = columns_of(table, name, column)
         low, high = middle(np.array([rank_correlation(*(c[s] for c in columns)) for s in samples]))
         rows.append((name, rank_correlation(*columns), float(low), float(high)))
     return pd.DataFrame(rows, columns=["number", "rho", "low", "high"])
@@ -164,14 +166,15 @@ def mantel(
 # --- single tasks ---------------------------------------------------------------------------------
 
 
-def marginal(table: pd.DataFrame) -> pd.DataFrame:
+def marginal(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
     """What adding a task does to those it joins: added, T (before), subset, change.
 
-    table: of `ratios`, one method. change: mean over the tasks of `subset` of their ratio with the
-    added one minus that without. A row for every two subsets of the table that differ by one task.
+    table: of `ratios`, one method; column: ratio or kept_margin. change: mean over the tasks of
+    `subset` of their value with the added one minus that without. A row for every two subsets of
+    the table that differ by one task.
     """
     found = {
-        frozenset(tasks_of(name)): some.set_index("task").ratio
+        frozenset(tasks_of(name)): some.set_index("task")[column]
         for name, some in table.groupby("subset", sort=False)
     }
     named = {frozenset(tasks_of(name)): name for name in table.subset.unique()}
@@ -185,15 +188,15 @@ def marginal(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["added", "T", "subset", "change"])
 
 
-def parts_played(table: pd.DataFrame) -> pd.DataFrame:
+def parts_played(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
     """By task: `caused`, what adding it does to others, and `suffered`, what it loses itself.
 
-    table: of `ratios`, one method. caused: `marginal`, mean over subsets of a T and then over T, as
-    in a Shapley value. suffered: its ratio minus 1, averaged alike over T of two and more. Where
-    the table holds all subsets both are exact. Source: Shapley 1953.
+    table, column: as of `marginal`. caused: `marginal`, mean over subsets of a T and then over T,
+    as in a Shapley value. suffered: its own value minus 1, averaged alike over T of two and more.
+    Where the table holds all subsets both are exact. Source: Shapley 1953.
     """
-    steps, own = marginal(table), table[table["T"] > 1]
+    steps, own = marginal(table, column), table[table["T"] > 1]
     caused = steps.groupby(["added", "T"]).change.mean().groupby("added").mean()
-    suffered = own.groupby(["task", "T"]).ratio.mean().groupby("task").mean() - 1
+    suffered = own.groupby(["task", "T"])[column].mean().groupby("task").mean() - 1
     found = pd.DataFrame({"caused": caused, "suffered": suffered})
     return found.rename_axis("task").sort_values("caused").reset_index()

@@ -12,17 +12,22 @@ import pandas as pd
 
 from divmerge_core.statistics import CORRELATIONS, mean_interval, middle
 from divmerge_core.studies.evidence import MEASURES
+from divmerge_core.studies.margins import scored
 
 AMONG = {"all": 1.0, "best half": 0.5, "best tenth": 0.1}  # share kept, by validation ANP
 CRITERIA = (*MEASURES, "validation")  # what a model may be chosen by; the last one needs labels
 FEWEST = 5  # models that a correlation is worked out over
 
 
-def wholes(models: pd.DataFrame, cross: pd.DataFrame) -> pd.DataFrame:
+def wholes(
+    models: pd.DataFrame, cross: pd.DataFrame, majority: pd.Series | None = None
+) -> pd.DataFrame:
     """Every model as one row: sums over tasks, and average normalised performance.
 
-    Columns: draws, experts, seed, model, MEASURES (nats, summed over tasks), anp (on test rows) and
-    validation (ANP on validation rows); both are divided by the experts' in `cross`.
+    majority: the majority class's share of test rows, by task. Columns: draws, experts, seed,
+    model, MEASURES (nats, summed over tasks), anp (on test rows) and validation (ANP on validation
+    rows), both divided by the experts' in `cross`; with a majority also kept_margin and below (how
+    many tasks), as of `margins.scored`.
     """
     own = cross[cross.task == cross.model].set_index(["seed", "task"])
     own = own[["accuracy", "validation"]].loc[list(zip(models.seed, models.task, strict=True))]
@@ -30,6 +35,10 @@ def wholes(models: pd.DataFrame, cross: pd.DataFrame) -> pd.DataFrame:
     table = models.assign(anp=ratio[:, 0], validation=ratio[:, 1])
     groups = table.groupby(["draws", "experts", "seed", "model"], sort=False)
     sums = {name: (name, "sum") for name in MEASURES}
+    if majority is not None:
+        kept = scored(table.assign(expert=own.accuracy.to_numpy()), majority)
+        groups = kept.groupby(["draws", "experts", "seed", "model"], sort=False)
+        sums |= {"kept_margin": ("kept_margin", "mean"), "below": ("below", "sum")}
     return groups.agg(**sums, anp=("anp", "mean"), validation=("validation", "mean")).reset_index()
 
 
@@ -61,14 +70,14 @@ def correlated(
 
 
 def groups(
-    models: pd.DataFrame, cross: pd.DataFrame
+    models: pd.DataFrame, cross: pd.DataFrame, majority: pd.Series | None = None
 ) -> Iterator[tuple[dict, pd.DataFrame, np.ndarray, np.ndarray]]:
     """Every draw, set of experts and seed: labels, its models whole, closeness and accuracy.
 
     The labels hold the names of the tasks too; the arrays are `[criteria, T, M]` and `[T, M]`.
     """
     names = ["draws", "experts", "seed"]
-    whole = dict(iter(wholes(models, cross).groupby(names, sort=False)))
+    whole = dict(iter(wholes(models, cross, majority).groupby(names, sort=False)))
     for key, some in models.groupby(names, sort=False):
         tasks = list(dict.fromkeys(some.task))
         wide = some.pivot(index="task", columns="model", values=[*CRITERIA, "accuracy"]).loc[tasks]
@@ -78,23 +87,32 @@ def groups(
 
 
 def over_models(
-    models: pd.DataFrame, cross: pd.DataFrame, *, draws: int = 200, seed: int = 0
+    models: pd.DataFrame,
+    cross: pd.DataFrame,
+    majority: pd.Series | None = None,
+    *,
+    draws: int = 200,
+    seed: int = 0,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Correlations over models of closeness and success: by task, and averaged.
 
     Closeness is minus a measure on merge rows, or, as a reference, the accuracy on labelled
-    validation rows; success the task's test accuracy, or, for the goal `sum`, the ANP, with
-    closeness summed over tasks. `among` says which models are looked at (AMONG), where these are
-    FEWEST or more. The first table: draws, experts, seed, among, how, task, criterion, value. The
-    second averages over tasks, sets of experts and seeds (where accuracy or closeness is constant,
-    a task does not count): draws, among, how, goal (`task` or `sum`), criterion, value, low, high
-    (95 %, resampled models), lead and its low and high (value minus js's, the same models drawn).
+    validation rows; success the task's test accuracy, or, for the goals `sum` and (with a majority)
+    `kept_margin`, the ANP and the kept margin, with closeness summed over tasks. `among` says which
+    models are looked at (AMONG), where these are FEWEST or more. The first table: draws, experts,
+    seed, among, how, task, criterion, value. The second averages over tasks, sets of experts and
+    seeds (where accuracy or closeness is constant, a task does not count): draws, among, how, goal
+    (`task` or another), criterion, value, low, high (95 %, resampled models), lead and its low and
+    high (value minus js's, the same models drawn).
     """
     each, cells = [], {}
-    for labels, whole, x, y in groups(models, cross):
-        goals = np.concatenate([y, whole.anp.to_numpy()[None]])  # [T + 1, M]
-        close = np.concatenate([x, x.sum(1, keepdims=True)], axis=1)
-        names = [*labels.pop("tasks"), "sum"]
+    scores = {"sum": "anp"} | ({} if majority is None else {"kept_margin": "kept_margin"})
+    for labels, whole, x, y in groups(models, cross, majority):
+        goals = np.concatenate([y, whole[list(scores.values())].to_numpy().T])  # [T + 1 or 2, M]
+        close = np.concatenate([x, *[x.sum(1, keepdims=True)] * len(scores)], axis=1)
+        names = [*labels.pop("tasks"), *scores]
+        parts = {"task": slice(len(y))}
+        parts |= {name: slice(len(y) + n, len(y) + n + 1) for n, name in enumerate(scores)}
         for among, how in product(AMONG, CORRELATIONS):
             rows = kept(whole, among)
             if len(rows) < FEWEST:
@@ -105,7 +123,7 @@ def over_models(
                 for name, line in zip(CRITERIA, value, strict=True)
                 for task, v in zip(names, line, strict=True)
             ]
-            for goal, part in (("task", slice(0, -1)), ("sum", slice(-1, None))):
+            for goal, part in parts.items():
                 key = (labels["draws"], among, how, goal)
                 cells.setdefault(key, []).append((value[:, part], drawn[:, part]))
     means = [row for key, parts in cells.items() for row in averaged(key, parts)]
@@ -157,20 +175,23 @@ def choices(whole: pd.DataFrame, counts: Sequence[int]) -> pd.DataFrame:
     """The test ANP of the model that a criterion chooses out of `candidates` random ones.
 
     An exact mean over all sets of candidates of that size. Columns: draws, experts, seed,
-    criterion, candidates, anp. Criteria: the least of a measure summed over tasks; the highest
-    validation ANP; `test`, the best on the test rows themselves, which nobody knows; and `none`,
-    the mean of all models. Counts above the number of models are left out.
+    criterion, candidates, anp, and kept_margin where `whole` has it. Criteria: the least of a
+    measure summed over tasks; the highest validation ANP; `test`, the highest ANP on the test rows
+    themselves, which nobody knows; and `none`, the mean of all models. Counts above the number of
+    models are left out.
     """
     rows = []
     for key, some in whole.groupby(["draws", "experts", "seed"], sort=False):
-        anp, labels = some.anp.to_numpy(), dict(zip(("draws", "experts", "seed"), key, strict=True))
-        scores = {name: closeness(some, name) for name in CRITERIA} | {"test": anp}
-        for count in [count for count in counts if count <= len(anp)]:
-            chance = chances(len(anp), count)
+        labels = dict(zip(("draws", "experts", "seed"), key, strict=True))
+        reached = some[[name for name in ("anp", "kept_margin") if name in some]]
+        scores = {name: closeness(some, name) for name in CRITERIA} | {"test": some.anp.to_numpy()}
+        for count in [count for count in counts if count <= len(some)]:
+            chance, label = chances(len(some), count), {**labels, "candidates": count}
             for name, score in scores.items():
-                value = chance @ anp[np.argsort(-score, kind="stable")]
-                rows.append({**labels, "criterion": name, "candidates": count, "anp": value})
-            rows.append({**labels, "criterion": "none", "candidates": count, "anp": anp.mean()})
+                values = chance @ reached.iloc[np.argsort(-score, kind="stable")].to_numpy()
+                found = dict(zip(reached.columns, values, strict=True))
+                rows.append({**label, "criterion": name, **found})
+            rows.append({**label, "criterion": "none", **reached.mean()})
     return pd.DataFrame(rows)
 
 

@@ -108,12 +108,25 @@ class Judge:
             "nll": torch.nn.functional.cross_entropy(logits, gold).item(),
         }
 
-    def total(self, flat: Float[Tensor, " N"]) -> dict[str, float]:
-        """js summed over tasks, and the ANP: what a point of the plane is worth."""
+    def total(self, flat: Float[Tensor, " N"]) -> dict:
+        """What a point of the plane is worth: `worth` of both tasks."""
         tasks = range(len(self.bench.test))
-        each = [self.scored(self.logits(flat, task), task) for task in tasks]
-        anp = sum(one["ratio"] for one in each) / len(each)
-        return {"js": sum(one["js"] for one in each), "anp": anp}
+        return self.worth([self.scored(self.logits(flat, task), task) for task in tasks])
+
+    def worth(self, each: Sequence[Mapping[str, float]]) -> dict:
+        """js summed over tasks, anp, and lists as of `arrivals.by_task`. each: of `scored`."""
+        golds = [exam.gold for exam in self.bench.test]
+        lists = {"accuracies": [one["accuracy"] for one in each]}
+        lists["experts"] = [self.accuracy(self.expert(task), task) for task in range(len(each))]
+        lists["majorities"] = [gold.bincount().max().item() / len(gold) for gold in golds]
+        found = {"js": sum(one["js"] for one in each)}
+        found["anp"] = sum(one["ratio"] for one in each) / len(each)
+        return rounded(found) | {key: [round(v, 5) for v in some] for key, some in lists.items()}
+
+
+def rounded(values: Mapping[str, float]) -> dict[str, float]:
+    """The same numbers with five digits."""
+    return {key: round(value, 5) for key, value in values.items()}
 
 
 # --- the plane of two task vectors ----------------------------------------------------------------
@@ -127,7 +140,7 @@ def axis(side: int) -> list[float]:
 
 
 def grid(bench: Bench, side: int) -> list[dict]:
-    """The points of the plane of a bench's two tasks: l1, l2; js and anp as in `Judge.total`.
+    """The points of the plane of a bench's two tasks: l1, l2, and `Judge.worth`.
 
     disagreement and apart are the disentanglement error there, by answers and by js. What is said
     with one vector alone is worked out once and not for each point.
@@ -141,16 +154,14 @@ def grid(bench: Bench, side: int) -> list[dict]:
     bar = tqdm([(a, b) for a in values for b in values], " + ".join(vectors.tasks), leave=False)
     for pair in bar:
         flat = vectors.merge(pair)
-        point = {"l1": pair[0], "l2": pair[1], "js": 0.0, "anp": 0.0, "disagreement": 0.0}
-        point["apart"] = 0.0
+        point = {"l1": pair[0], "l2": pair[1], "disagreement": 0.0, "apart": 0.0}
+        scored = []
         for task, value in enumerate(pair):
             logits = judge.logits(flat, task)
-            scored = judge.scored(logits, task)
-            point["js"] += scored["js"]
-            point["anp"] += scored["ratio"] / 2
+            scored.append(judge.scored(logits, task))
             for name, column in (("disagreement", "disagreement"), ("js", "apart")):
                 point[column] += DISTANCES[name](alone[task][value], logits).mean().item()
-        points.append({key: round(value, 5) for key, value in point.items()})
+        points.append(rounded(point) | judge.worth(scored))
     return points
 
 
@@ -184,7 +195,7 @@ def path_of(bench: Bench, spec: str, size: Size, seed: int) -> list[dict]:
 def solutions(bench: Bench, size: Size, seed: int = 0) -> list[dict]:
     """Where the methods end on a bench's plane, and the way there: method, step, l1, l2.
 
-    The last row of a method has its js and anp too. Options are chosen on validation rows, out of
+    The last row of a method has `Judge.total` too. Options are chosen on validation rows, out of
     as many as the size says; the scale of task arithmetic out of all.
     """
     judge, vectors, rows = Judge(bench), bench.problem.vectors, []
@@ -192,8 +203,8 @@ def solutions(bench: Bench, size: Size, seed: int = 0) -> list[dict]:
     ways |= {spec: path_of(bench, spec, size, seed) for spec in MARKED}
     for method, steps in ways.items():
         found = judge.total(vectors.merge([steps[-1]["l1"], steps[-1]["l2"]]))
-        rows += [{"method": method, **step, "js": None, "anp": None} for step in steps]
-        rows[-1] |= {key: round(value, 5) for key, value in found.items()}
+        rows += [{"method": method, **step, **dict.fromkeys(found)} for step in steps]
+        rows[-1] |= found
     return rows
 
 

@@ -20,7 +20,7 @@ from divmerge_core.cells import kept
 from divmerge_core.kernels.stores import dense
 from divmerge_core.methods.clustered import evidence, misfits
 from divmerge_core.methods.continual import Merging, join, linear_places, untouched
-from divmerge_core.studies.arrivals import SHARE, accuracies, expert_accuracies
+from divmerge_core.studies.arrivals import SHARE, accuracies, by_task, expert_accuracies
 
 
 class Groups:
@@ -141,18 +141,19 @@ def mixture(
     """The mixture of merged models over zeta, and other ways to keep as many models.
 
     Columns: how (dp_mixture, k_means, random), zeta (as text, for inf) and sigma (both of
-    dp_mixture), draw (of random), models (L), groups (which tasks share one), bytes, anp. OPCM
-    merges every group of every way.
+    dp_mixture), draw (of random), models (L), groups (which tasks share one), bytes, anp,
+    and `arrivals.by_task`. OPCM merges every group of every way.
     """
     groups, problem, rows = Groups(bench), bench.problem, []
     base = problem.vectors.base.nbytes
     alone, num_tasks = [*expert_accuracies(bench).values()], len(bench.problem.vectors.tasks)
 
     def add(how: str, found: list[tuple[int, ...]], **labels: object) -> None:
-        reached = np.array(groups.scores(found)) / alone
+        reached = groups.scores(found)
         text = " | ".join(", ".join(problem.vectors.tasks[t] for t in group) for group in found)
-        row = {"how": how, "models": len(found), "bytes": len(found) * base, "anp": reached.mean()}
-        rows.append({**row, "groups": text, **labels})
+        row = {"how": how, "models": len(found), "bytes": len(found) * base}
+        row |= {"anp": float(np.mean(np.array(reached) / alone))}
+        rows.append({**row, **by_task(bench, reached), "groups": text, **labels})
 
     pairs = [(zeta, sigma) for sigma in sigmas for zeta in zetas]
     for zeta, sigma in tqdm(pairs, "mixtures", leave=False):

@@ -9,6 +9,7 @@ import pandas as pd
 from divmerge_core.bench import SIZES, Bench, Size, prepare, task_names
 from divmerge_core.registry import Registry
 from divmerge_core.studies.arrivals import arrivals
+from divmerge_core.studies.margins import majorities, of_lists, scored
 from divmerge_core.studies.partitions import mixture
 from divmerge_core.studies.pools import pools
 from divmerge_core.studies.searches import searches
@@ -193,6 +194,17 @@ def caption(facts: Mapping) -> str:
         f"seed{'s' * (few > 1)} of experts, {rows} test rows a task, {facts['device']}, "
         f"{facts['machine']}, torch {facts['torch']}, measured {facts['date']}"
     )
+
+
+def with_margins(name: str, table: pd.DataFrame, facts: Mapping) -> pd.DataFrame:
+    """A study's table with the columns of `margins`, where it holds accuracies by task."""
+    if name not in ("arrivals", "fusion"):
+        return of_lists(table, [facts["tasks"]] * len(table))
+    majority = majorities(facts["tasks"], facts["scored" if name == "fusion" else "rows"])
+    if name == "fusion":
+        own = table[table.model == "large expert"][["seed", "task", "accuracy"]]
+        table = table.merge(own.rename(columns={"accuracy": "expert"}), on=["seed", "task"])
+    return scored(table, majority)
 
 
 def run(name: str, plan: Plan) -> dict[str, pd.DataFrame]:

@@ -22,7 +22,7 @@ from divmerge_core.kernels.stores import dense
 from divmerge_core.methods import METHODS
 from divmerge_core.problem import MergeProblem
 from divmerge_core.registry import Registry
-from divmerge_core.studies.arrivals import accuracies, expert_accuracies
+from divmerge_core.studies.arrivals import accuracies, by_task, expert_accuracies
 from divmerge_core.tuning import validation_anp
 from divmerge_core.vectors import Layout, TaskVectors
 
@@ -128,7 +128,7 @@ class Judge:
 
     pool: Pool
     known: dict[tuple, float] = field(default_factory=dict)
-    tested: dict[tuple, float] = field(default_factory=dict)
+    tested: dict[tuple, list[float]] = field(default_factory=dict)
     calls: int = 0
 
     @property
@@ -146,15 +146,15 @@ class Judge:
             self.known[key] = validation_anp(self.pool.bench, self.merged(key))
         return self.known[key]
 
-    def test(self, chosen: Sequence[bool]) -> float:
-        """ANP of the average on the honest tasks' test rows."""
+    def test(self, chosen: Sequence[bool]) -> dict:
+        """The average on the honest tasks' test rows: anp, and `arrivals.by_task`."""
         key, bench = tuple(map(bool, chosen)), self.pool.bench
+        alone = expert_accuracies(bench)
         if key not in self.tested:
-            alone = expert_accuracies(bench)
-            found = accuracies(bench, self.merged(key), list(alone))
-            ratios = [value / alone[task] for value, task in zip(found, alone, strict=True)]
-            self.tested[key] = sum(ratios) / len(ratios)
-        return self.tested[key]
+            self.tested[key] = accuracies(bench, self.merged(key), list(alone))
+        found, own = self.tested[key], list(alone.values())
+        anp = sum(value / expert for value, expert in zip(found, own, strict=True)) / len(own)
+        return {"anp": anp, **by_task(bench, found)}
 
 
 def leave_one_out(judge: Judge) -> Float[Tensor, " M"]:
@@ -212,7 +212,7 @@ def shuffled(rewards: Sequence[float], seed: int) -> Callable[[object], float]:
 
 
 def compared(pool: Pool, *, steps: int, controls: int = 3, seed: int = 0) -> list[dict]:
-    """Every way to choose on one pool: method, auc, mass, kept, anp, calls, scored.
+    """Every way to choose on one pool: method, auc, mass, kept, calls, scored, `Judge.test`.
 
     auc: of ranking honest over corrupted members. mass: share of a policy's trust that corrupted
     members hold. kept: share of those merged that are corrupted.
@@ -231,7 +231,7 @@ def compared(pool: Pool, *, steps: int, controls: int = 3, seed: int = 0) -> lis
             row["mass"] = (values[pool.bad].sum() / values.sum()).item()
         row["kept"] = sum(b for b, c in zip(pool.bad.tolist(), chosen, strict=True) if c)
         row["kept"] /= sum(chosen)
-        rows.append({**row, "anp": judge.test(chosen)})
+        rows.append({**row, **judge.test(chosen)})
 
     free = {"calls": 0, "scored": 0}
     add("all", None, everyone, free)

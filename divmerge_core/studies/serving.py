@@ -14,7 +14,7 @@ from divmerge_core.meters import seconds
 from divmerge_core.methods import METHODS, options_of, parse
 from divmerge_core.methods.paths import Path, Paths, Pool
 from divmerge_core.problem import Batch, Merged, MergeProblem
-from divmerge_core.studies.arrivals import accuracies, expert_accuracies
+from divmerge_core.studies.arrivals import accuracies, by_task, expert_accuracies
 from divmerge_core.studies.searches import CHILDREN, GROUPING, Marks
 
 # How an answer finds its weights: one set for all, read from the input, or by the task's number.
@@ -104,8 +104,9 @@ def storage(
 
     Columns: method, finds (where the weights of an answer come from: `one` set for all, `input` or
     `task`), bytes, models (bytes in units of one model), milliseconds and slower (see `latency`, in
-    batches of `rows`), anp (on test rows), options. Where a task's number finds the weights, an
-    input of unknown task cannot be answered. options: by method, published ones where none.
+    batches of `rows`), anp (on test rows), `arrivals.by_task`, options. Where a task's number finds
+    the weights, an input of unknown task cannot be answered. options: by method, published ones
+    where none.
     """
     problem, alone = bench.problem, expert_accuracies(bench)
     pairs, found, one = some_rows(bench, rows), [], bench.problem.vectors.base.nbytes
@@ -115,11 +116,11 @@ def storage(
 
         def find(spec: str = spec, given: Mapping = given) -> dict:
             merged = made(bench, spec, given)
-            reached = zip(accuracies(bench, merged, list(alone)), alone.values(), strict=True)
-            ratios = [value / expert for value, expert in reached]
+            reached = accuracies(bench, merged, list(alone))
+            ratios = [value / own for value, own in zip(reached, alone.values(), strict=True)]
             row = {"bytes": merged.nbytes, "models": merged.nbytes / one}
             row |= latency(problem, merged, pairs, repeats)
-            return {**row, "anp": sum(ratios) / len(ratios)}
+            return {**row, "anp": sum(ratios) / len(ratios), **by_task(bench, reached)}
 
         row = kept(bench, find, "storage", spec, given, repeats, rows)
         text = ", ".join(f"{key} {value}" for key, value in given.items())
@@ -201,7 +202,9 @@ def gap_closed(table: pd.DataFrame) -> pd.DataFrame:
     """Mean accuracy over tasks and seeds, share of the gap closed, time: a row per model.
 
     closed: how far from the large base (0) to the large expert (1) a model's mean accuracy is.
+    kept_margin: of the large expert, where the table has one.
     """
-    mean = table.groupby("model", sort=False)[["accuracy", "milliseconds"]].mean()
+    columns = ["accuracy", "milliseconds", *(["kept_margin"] if "kept_margin" in table else [])]
+    mean = table.groupby("model", sort=False)[columns].mean()
     low, high = mean.accuracy["large base"], mean.accuracy["large expert"]
     return mean.assign(closed=(mean.accuracy - low) / (high - low))
