@@ -20,8 +20,8 @@ from divmerge_core.contestants import (
 from divmerge_core.divergences import js
 from divmerge_core.figures import costs as cost_figures
 from divmerge_core.kernels.merge import grouped_inner, grouped_merge
+from divmerge_core.provenance import origin
 from divmerge_core.registry import Registry
-from divmerge_core.report import origin
 from divmerge_core.vectors import dense
 
 CPU = torch.device("cpu")

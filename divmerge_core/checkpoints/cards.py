@@ -15,7 +15,7 @@ from divmerge_core.checkpoints.heads import MEAN, Head
 from divmerge_core.checkpoints.shards import StoredModel
 from divmerge_core.coefficients import GROUPINGS
 from divmerge_core.methods import METHODS
-from divmerge_core.report import origin
+from divmerge_core.provenance import origin
 
 SCORES = ("task", "metric", "value", "low", "high")
 ABSENT = "not measured"
