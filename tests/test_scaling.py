@@ -13,7 +13,6 @@ from test_arrivals import bench_of, forbid
 
 from divmerge_core.bench import SIZES, Bench, Size
 from divmerge_core.divergences import DIVERGENCES
-from divmerge_core.evaluation import digits
 from divmerge_core.experts import Expert
 from divmerge_core.figures import scaling as draw
 from divmerge_core.methods import METHODS
