@@ -395,8 +395,8 @@ def test_r_squared_is_one_for_the_truth_nought_for_the_mean_and_below_for_worse(
 
 def test_a_bootstrap_keeps_a_subset_whole_and_every_t_as_large():
     table = losses_by(lambda task, others: 0.0)
-    for places in additive.drawn_subsets(table, 5):
-        some = table.iloc[places]
+    for drawn in additive.drawn_subsets(table, 5):
+        some = table.iloc[drawn]
         assert (some.groupby("subset").size() % some.groupby("subset")["T"].first() == 0).all()
         assert some["T"].value_counts().to_dict() == table["T"].value_counts().to_dict()
 

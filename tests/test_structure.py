@@ -30,7 +30,7 @@ ORDER = (
     *("registry", "storage", "digests", "assets", "splits", "glue", "tasks", "kernels", "vectors"),
     *("coefficients", "problem", "live", "minimizers", "ledger", "fitting", "linalg"),
     *("activations", "encoders", "experts", "divergences", "methods", "evaluation"),
-    *("statistics", "provenance", "report"),
+    *("statistics", "provenance", "report", "coverage"),
     *("tables", "paper", "bench", "cells", "meters", "tuning", "comparison", "contestants"),
     *("roofline", "race", "accelerators", "workloads", "savings", "memory", "forecast"),
     *("interference", "studies", "figures", "findings", "pages", "checkpoints"),
