@@ -60,6 +60,12 @@ def check_request(methods: Sequence[str], seeds: Sequence[int], overrides: Mappi
     """Raise ValueError for methods, options or choices that do not exist or are out of range."""
     if not methods or not seeds:
         raise ValueError(f"give one method and one seed or more, got {list(methods)} and {seeds}")
+    for name, given in (("method", methods), ("seed", seeds)):
+        twice = sorted({one for one in given if list(given).count(one) > 1})
+        if twice:
+            raise ValueError(
+                f"give every {name} once; {twice} came more than once in {list(given)}"
+            )
     known = {key for spec in methods for key in options_of(parse(spec)[0])} - SET_HERE
     wrong = set(overrides) - known
     if wrong:
@@ -113,19 +119,21 @@ def compare(
 ) -> Report:
     """Every method on the same experts, inputs and test rows, as a Report.
 
-    subsets: also merge these smaller sets of tasks; a method that takes an exact number of experts
-    is left out of others. points: how often a fit's validation ANP is recorded. budget: how many
-    candidates every method's search may score, None for the size's; the best on validation rows at
-    the first seed is used for every seed. published: also report the published options, as method
-    `NAME:published`, where the search found others. overrides: options of the fits (`epochs`, `lr`,
-    `init`, `inputs`, `divergence`, `link`), taken from the search where given.
+    subsets: also merge these smaller sets of tasks, each once; a method that takes an exact number
+    of experts is left out of others. points: how often a fit's validation ANP is recorded. budget:
+    how many candidates every method's search may score, None for the size's; the best on validation
+    rows at the first seed is used for every seed. published: also report the published options, as
+    method `NAME:published`, where the search found others. overrides: options of the fits
+    (`epochs`, `lr`, `init`, `inputs`, `divergence`, `link`), taken from the search where given.
 
     Raises ValueError, before anything is trained, for what is unknown or out of range, and for a
     method that needs what the suite does not hold; Diverged where a merge ran off.
     """
     names, seeds = task_names(suite, tasks), list(SIZES[size].seeds if seeds is None else seeds)
     check_request(methods, seeds, overrides)
-    wanted = [tuple(task_names(suite, subset)) for subset in subsets] + [tuple(names)]
+    device = str(check_device(device))
+    every = [*(task_names(suite, subset) for subset in subsets), names]
+    wanted = list(dict.fromkeys(map(tuple, every)))  # a subset named twice is merged once
     check_fit_for(methods, wanted)
     settings = effort(SIZES[size], budget, overrides)
     jobs = [

@@ -54,6 +54,13 @@ class Sampled:
             exact, drawn = exact - self.exact[:, pick], drawn - self.drawn[..., pick]
         return crossed(exact, drawn, self.freedom)
 
+    def table(self, level: float = 0.95) -> pd.DataFrame:
+        """Every method's mean over seeds: method, value, low, high, num_seeds."""
+        every = crossed(self.exact, self.drawn, self.freedom)
+        low, high = every.interval(level)
+        columns = {"method": self.methods, "value": every.value, "low": low, "high": high}
+        return pd.DataFrame({**columns, "num_seeds": every.num_seeds})
+
 
 @dataclass(frozen=True)
 class Report:
@@ -176,17 +183,13 @@ class Report:
         `difference` is paired; see `statistics.crossed`. With one seed, only test rows vary. The
         interval of `worst`, a minimum, is approximate.
         """
-        found = []
-        for suite, subset in (
-            self.rows[["suite", "subset"]].drop_duplicates().itertuples(index=False)
-        ):
+        pairs = self.rows[["suite", "subset"]].drop_duplicates().itertuples(index=False)
+        parts = []
+        for suite, subset in pairs:
             sampled = self.sampled(suite, subset, statistic=statistic, draws=draws, seed=seed)
-            every = crossed(sampled.exact, sampled.drawn, sampled.freedom)
-            for row in zip(sampled.methods, every.value, *every.interval(level), strict=True):
-                found.append((suite, subset, *row, every.num_seeds))
-        return pd.DataFrame(
-            found, columns=["suite", "subset", "method", "value", "low", "high", "num_seeds"]
-        )
+            parts.append(sampled.table(level).assign(suite=suite, subset=subset))
+        columns = ["suite", "subset", "method", "value", "low", "high", "num_seeds"]
+        return pd.concat(parts, ignore_index=True)[columns]
 
     def difference(
         self,

@@ -18,21 +18,16 @@ from divmerge_core.bench import Bench
 from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.experts import Expert
 from divmerge_core.figures import evidence as draw
+from divmerge_core.statistics import CORRELATIONS
 from divmerge_core.studies import correlations as about
 from divmerge_core.studies import evidence as module
 from divmerge_core.studies import judging, rereading
 from divmerge_core.studies.correlations import (
-    CORRELATIONS,
     by_task,
-    exact_p,
-    interval,
     others,
     over_tasks,
     own_point_alone,
-    pearson,
-    ranks,
     relabelled_p,
-    spearman,
     within_p,
 )
 from divmerge_core.studies.evidence import (
@@ -55,40 +50,6 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 # --- correlations ---------------------------------------------------------------------------------
-
-
-def test_correlations_are_those_of_numpy_and_of_ranks_by_hand():
-    x, y = noise(4, 9), noise(4, 9, seed=1)
-    expected = [np.corrcoef(a, b)[0, 1] for a, b in zip(x, y, strict=True)]
-    np.testing.assert_allclose(pearson(x, y), expected)
-    assert ranks(np.array([[3.0, 1.0, 3.0, 2.0]])).tolist() == [[3.5, 1.0, 3.5, 2.0]]
-    distinct = [1 - 6 * ((ranks(a) - ranks(b)) ** 2).sum() / (9 * 80) for a, b in zip(x, y)]  # noqa: B905
-    np.testing.assert_allclose(spearman(x, y), distinct)
-
-
-def test_a_monotone_relation_has_rank_correlation_one_and_a_constant_none():
-    x = np.arange(6.0)
-    assert spearman(x, np.exp(x)) == pytest.approx(1) and pearson(x, np.exp(x)) < 0.9
-    assert np.isnan(pearson(x, np.full(6, 0.3))) and np.isnan(spearman(np.full(6, 0.1), x))
-
-
-@pytest.mark.parametrize("how", CORRELATIONS)
-def test_the_exact_p_value_counts_the_orders(how):
-    x, y = noise(5), noise(5, seed=1)
-    found = CORRELATIONS[how](x, y)
-    every = [CORRELATIONS[how](x, np.array(order)) >= found - 1e-12 for order in permutations(y)]
-    assert exact_p(x, y, how) == sum(every) / math.factorial(5)
-    assert exact_p(x, 2 * x, how) == 1 / math.factorial(5)
-    with pytest.raises(ValueError, match="2 to 8 points, got 9"):
-        exact_p(noise(9), noise(9), how)
-
-
-def test_fishers_interval_is_symmetric_about_nothing_and_holds_the_value():
-    low, high = interval(0.0, 103, "pearson")
-    assert low == -high and high == pytest.approx(math.tanh(1.959964 / 10))
-    assert interval(0.5, 10, "spearman")[0] < interval(0.5, 10, "pearson")[0] < 0.5
-    with pytest.raises(ValueError, match="4 points"):
-        interval(0.5, 3, "pearson")
 
 
 def test_the_point_alone_is_worked_out_over_all_orders_of_the_others():
@@ -351,13 +312,36 @@ def whole_of(**columns: list[float]) -> pd.DataFrame:
 
 def test_a_choice_by_a_perfect_measure_costs_nothing_and_by_its_opposite_all():
     whole = whole_of(anp=[0.9, 0.5, 0.1], js=[0.1, 0.2, 0.3], kl=[0.3, 0.2, 0.1])
-    lost = judging.regrets(whole, draws=20).set_index("criterion")
+    lost = judging.regrets(whole).set_index("criterion")
     assert lost.regret["js"] == 0 and lost["rank"]["js"] == 1
     assert lost.regret["kl"] == pytest.approx(80) and lost["rank"]["kl"] == 3
     table = judging.choices(whole, [1, 3, 5]).set_index(["criterion", "candidates"]).anp
     assert table["js", 3] == table["test", 3] == 0.9 and table["kl", 3] == pytest.approx(0.1)
     assert table["js", 1] == pytest.approx(0.5) == table["none", 3]
     assert 5 not in table.index.get_level_values("candidates")
+
+
+def test_a_regret_has_an_interval_over_seeds_that_holds_it_and_none_for_one_seed():
+    one = whole_of(anp=[0.9, 0.5, 0.1], js=[0.3, 0.2, 0.1])
+    found = judging.regrets(one).set_index("criterion").loc["js"]
+    assert np.isnan(found.low) and np.isnan(found.high)
+    more = [one.assign(seed=seed, anp=one.anp - [0.1 * seed, 0, 0]) for seed in range(3)]
+    found = judging.regrets(pd.concat(more)).set_index("criterion").loc["js"]
+    each = 100 * np.array([0.8, 0.7, 0.6])
+    half = 4.302653 * each.std(ddof=1) / 3**0.5
+    assert found.regret == pytest.approx(each.mean())
+    assert (found.low, found.high) == pytest.approx((each.mean() - half, each.mean() + half))
+
+
+@pytest.mark.parametrize("how", CORRELATIONS)
+def test_an_expert_that_is_alike_everywhere_leaves_a_correlation_undefined(how):
+    closeness, accuracy = noise(5, 5), noise(5, 5, seed=1)
+    accuracy[2] = 0.3
+    table = by_task(closeness, accuracy, list("abcde")).query("how == @how").set_index("task")
+    assert table.loc["c", ["value", "low", "high", "p"]].isna().all()
+    assert table.drop("c").p.notna().all()
+    whole = over_tasks(closeness, accuracy, draws=50).set_index("how").loc[how]
+    assert whole[["value", "low", "high", "within", "relabelled"]].isna().all()
 
 
 def test_squares_are_the_cross_tables_rows(found):

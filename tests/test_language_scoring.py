@@ -39,8 +39,8 @@ def test_likelihood_takes_the_likeliest_word_of_every_row(llama, glue_rows):
     marks = exam.marks(problem, flat, 0)
     assert exam.rows == 8 and len(marks["predicted"]) == 8
     rows = TASKS["sst2"].load("test").select(range(8))
-    assert sorted(marks["gold"]) == sorted(map(str, rows["label"]))
-    assert set(marks["predicted"]) <= {"0", "1"}
+    assert sorted(marks["gold"]) == sorted(rows["label"])
+    assert set(marks["predicted"]) <= {0, 1}
 
 
 def test_what_is_written_counts_where_it_is_exactly_a_word(llama, glue_rows, monkeypatch):
@@ -48,7 +48,16 @@ def test_what_is_written_counts_where_it_is_exactly_a_word(llama, glue_rows, mon
     exam = exam_of(llama, written_exam, max_new=4)
     texts = [" positive", "Negative.", "very positive", "", "film", "no", "yes", "negative"]
     monkeypatch.setattr(type(exam), "answers", lambda *given: texts)
-    assert exam.marks(problem, flat, 0)["predicted"] == "10222220"  # 2: none of the two
+    assert exam.marks(problem, flat, 0)["predicted"] == [
+        1,
+        0,
+        2,
+        2,
+        2,
+        2,
+        2,
+        0,
+    ]  # 2: none of the two
 
 
 class Anyone:
@@ -98,7 +107,8 @@ def test_the_bootstrap_resamples_graded_rows_too():
     found = mixed().intervals().set_index("method")
     assert found.loc["half", "value"] == pytest.approx(0.375)
     assert found.loc["half", "low"] < 0.375 < found.loc["half", "high"]
-    assert found.loc["expert", ["low", "value", "high"]].tolist() == [1, 1, 1]  # paired
+    ends = found.loc["expert", ["low", "value", "high"]].tolist()
+    assert ends == pytest.approx([1, 1, 1])  # paired
     value, low, high = mixed().difference("s", "a", "half", "expert")
     assert value == pytest.approx(-0.625) and low < value < high
 

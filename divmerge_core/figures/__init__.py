@@ -82,31 +82,62 @@ def line(spec: str) -> str:
     return {"block": "--", "layer": ":"}.get(spec.partition("/")[2], "-")
 
 
-def forest(ax: Axes, intervals: pd.DataFrame, *, statistic: str = "ANP") -> Axes:
+FLOOR = -0.25  # a kept margin below it stands at a figure's left edge
+
+
+def side_by_side(report: Report, subset: str) -> pd.DataFrame:
+    """ANP and kept margin of every method on a subset, with 95 % intervals.
+
+    Columns: method; value, low, high of the ANP; kept, kept_low, kept_high of the kept margin;
+    below, the counted tasks on which the method is below the majority, out of `counted`.
+    """
+    suite = report.rows[report.rows.subset == subset].suite.iloc[0]
+    anp, kept = (
+        report.sampled(suite, subset, statistic=name).table() for name in ("anp", "kept_margin")
+    )
+    kept = kept.rename(columns={"value": "kept", "low": "kept_low", "high": "kept_high"})
+    below = report.below_majority().query("suite == @suite and subset == @subset")
+    table = anp.merge(kept.drop(columns="num_seeds"), on="method")
+    return table.merge(below[["method", "below", "counted"]], on="method")
+
+
+def forest(ax: Axes, table: pd.DataFrame, *, statistic: str = "ANP") -> Axes:
     """Every method's value with its interval, one row each, in the order given.
 
-    intervals: rows of `Report.intervals` of one suite and subset; the line at 100 % is the experts.
+    table: rows of `Report.intervals` of one suite and subset, or of `side_by_side`, whose kept
+    margins are hollow squares below the ANP and whose names say on how many tasks a method is below
+    the majority. The line at 100 % is the experts. What is below FLOOR stands at the left edge.
     """
-    rows = intervals[intervals.method != "expert"].reset_index(drop=True)
+    rows = table[table.method != "expert"].reset_index(drop=True)
+    names, both = [title(method) for method in rows.method], "kept" in rows
     for y, row in rows.iterrows():
         shade = colour(row.method)
-        ax.plot([row.low, row.high], [y, y], color=shade, linewidth=3, alpha=0.45)
-        ax.plot(row.value, y, "o", color=shade, markersize=7)
-        ax.annotate(
-            f"{100 * row.value:.1f}",
-            (row.value, y),
-            xytext=(0, 6),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-        )
+        mark(ax, y, (row.value, row.low, row.high), marker="o", color=shade, markersize=7)
+        if both:
+            found = row.kept, row.kept_low, row.kept_high
+            hollow = {"marker": "s", "markerfacecolor": "white", "markersize": 5}
+            mark(ax, y + 0.4, found, color=shade, **hollow)
     ax.axvline(1, color="black", linewidth=1, linestyle="--")
-    ax.set_yticks(range(len(rows)), [title(method) for method in rows.method])
-    ax.set_ylim(len(rows) - 0.5, -0.8)
+    if both:
+        ax.axvline(0, color="black", linewidth=0.8, linestyle=":")
+        names = [f"{name} ({k})" if k else name for name, k in zip(names, rows.below, strict=True)]
+        statistic += " and kept margin"
+    ax.set_yticks(range(len(rows)), names)
+    ax.set_ylim(len(rows) - 0.3, -0.8)
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.set_xlabel(f"{statistic}, % of the experts")
     ax.grid(axis="y", visible=False)
     return ax
+
+
+def mark(ax: Axes, y: float, found: tuple[float, float, float], **style) -> None:
+    """A value with its interval at a height, and the number above it."""
+    value, low, high = (max(one, FLOOR) for one in found)
+    ax.plot([low, high], [y, y], color=style["color"], linewidth=style["markersize"] / 2, alpha=0.4)
+    ax.plot(value, y, **style)
+    place = {"xytext": (0, 3 + style["markersize"] / 3), "textcoords": "offset points"}
+    size = 4.5 + style["markersize"] / 2
+    ax.annotate(f"{100 * found[0]:.1f}", (value, y), ha="center", fontsize=size, **place)
 
 
 def ratio_map(ax: Axes, metrics: pd.DataFrame) -> Axes:
@@ -199,46 +230,73 @@ def largest(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows.subset == subset]
 
 
+def percent(value: float, low: float, high: float) -> str:
+    """`12.3 % [1.0, 23.4]`."""
+    return f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
 def place(report: Report) -> str:
     """Where DivMerge stands on the largest subset, in sentences made of the report's numbers."""
-    rows = largest(report.intervals())
+    rows = largest(report.rows)
     suite, subset = rows.suite.iloc[0], rows.subset.iloc[0]
-    ranked = rows[~rows.method.isin(["expert", "base"])].sort_values("value", ascending=False)
-    order = list(ranked.method)
-    ours = ranked[ranked.method.str.startswith("divmerge")]
-    best_other = ranked[~ranked.method.str.startswith("divmerge")].iloc[0]
-    places = [
-        f"{title(row.method)} is number {1 + order.index(row.method)} of {len(order)} "
-        f"({100 * row.value:.1f} %)"
-        for row in ours.itertuples()
-    ]
-    gap, low, high = report.difference(suite, subset, ours.iloc[0].method, best_other.method)
+    table = side_by_side(report, subset)
+    ranked = table[~table.method.isin(["expert", "base"])]
+    lines = []
+    for name, column, statistic in (
+        ("ANP", "value", "anp"),
+        ("kept margin", "kept", "kept_margin"),
+    ):
+        order = ranked.sort_values(column, ascending=False)
+        ours = order[order.method.str.startswith("divmerge")]
+        places = [
+            f"{title(row.method)} is number {1 + list(order.method).index(row.method)} of "
+            f"{len(order)} ({100 * row[column]:.1f} %)"
+            for _, row in ours.iterrows()
+        ]
+        other = order[~order.method.str.startswith("divmerge")].iloc[0]
+        gap, low, high = report.difference(
+            suite, subset, ours.iloc[0].method, other.method, statistic=statistic
+        )
+        lines.append(
+            f"By {name}: {'; '.join(places)}. The best other method is {title(other.method)} "
+            f"({100 * other[column]:.1f} %); the best DivMerge differs from it by "
+            f"{100 * gap:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]."
+        )
     tasks, counted = subset.split("+"), report.counted(suite)
+    some = ranked[ranked.below > 0].sort_values("below", ascending=False)
+    below = ", ".join(f"{title(row.method)} ({row.below})" for row in some.itertuples())
+    lines.append(
+        f"Below the majority class on one of {len(counted)} counted tasks or more: {below}."
+        if below
+        else "No method is below the majority class on a counted task."
+    )
     left_out = [task for task in tasks if task not in counted]
-    note = (
-        f" Not counted, as their experts do not beat the commonest answer by "
-        f"{100 * MARGIN:.0f} points: {', '.join(left_out)}."
-        if left_out
-        else ""
-    )
-    return (
-        f"On {suite}, T = {len(tasks)}, by ANP: {'; '.join(places)}. The best other method is "
-        f"{title(best_other.method)} ({100 * best_other.value:.1f} %); the best DivMerge differs "
-        f"from it by {100 * gap:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}].{note}"
-    )
+    if left_out:
+        lines.append(
+            f"Not counted, as their experts do not beat the commonest answer by "
+            f"{100 * MARGIN:.0f} points: {', '.join(left_out)}."
+        )
+    return f"On {suite}, T = {len(tasks)}. " + " ".join(lines)
 
 
 def score_table(report: Report, subset: str) -> pd.DataFrame:
-    """ANP, worst ratio and mean accuracy of every method on a subset, in %, with intervals."""
+    """Scores of every method on a subset, in %, with intervals, and tasks below the majority.
+
+    Columns: ANP, kept margin, worst ratio and mean accuracy (or grade) over counted tasks, and on
+    how many of them the method is below the majority.
+    """
+    suite = report.rows[report.rows.subset == subset].suite.iloc[0]
+    names = {"anp": "ANP", "kept_margin": "kept margin", "worst": "worst", "accuracy": "accuracy"}
     columns = {}
-    for statistic in ("anp", "worst", "accuracy"):
-        rows = report.intervals(statistic=statistic)
-        rows = rows[rows.subset == subset].set_index("method")
-        columns[f"{statistic}, %"] = [
-            f"{100 * row.value:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]"
-            for row in rows.itertuples()
+    for statistic, name in names.items():
+        rows = report.sampled(suite, subset, statistic=statistic).table()
+        columns[f"{name}, %"] = [
+            percent(row.value, row.low, row.high).replace(" %", "") for row in rows.itertuples()
         ]
-    return pd.DataFrame(columns, index=[title(method) for method in rows.index])
+    below = report.below_majority().query("suite == @suite and subset == @subset")
+    below = below.set_index("method").loc[rows.method]
+    columns["below the majority"] = [f"{r.below} of {r.counted}" for r in below.itertuples()]
+    return pd.DataFrame(columns, index=[title(method) for method in rows.method])
 
 
 def landing(results: Path) -> None:
@@ -251,24 +309,27 @@ def landing(results: Path) -> None:
         (results / "landing.md").write_text("No full-size results are stored yet.\n", "utf-8")
         return
     with sns.axes_style("whitegrid"):
-        fig, axes = plt.subplots(
-            1, len(reports), figsize=(4.6 * len(reports), 4.2), sharey=True, squeeze=False
-        )
+        fig, axes = plt.subplots(1, len(reports), figsize=(5.6 * len(reports), 5.2), squeeze=False)
         for ax, (name, report) in zip(axes[0], reports.items(), strict=True):
-            rows = largest(report.intervals())
-            tasks, counted = rows.subset.iloc[0].count("+") + 1, len(report.counted(name))
+            subset = largest(report.rows).subset.iloc[0]
+            tasks, counted = subset.count("+") + 1, len(report.counted(name))
             heading = f"{name}, {report.provenance['encoder']}\n{tasks} tasks, {counted} counted"
-            forest(ax, rows).set_title(heading)
+            forest(ax, side_by_side(report, subset)).set_title(heading)
         fig.tight_layout()
         fig.savefig(results / "landing.png", dpi=160)
         plt.close(fig)
+    methods = set.union(*(set(report.rows.method) for report in reports.values()))
+    merges = len(methods - {"expert", "base"})
     lines = [
         "```{figure} results/landing.png",
         ":name: fig-landing",
-        ":alt: Average normalised performance of every merging method with 95 % intervals",
-        "Average normalised performance (ANP): merged over expert accuracy, averaged over tasks. "
-        "Points are means over seeds of experts, bars 95 % bootstrap intervals over seeds and test "
-        "rows; the dashed line is the experts.",
+        f":alt: ANP and kept margin of {merges} merges and the base model with 95 % intervals, "
+        f"one panel for each of {len(reports)} suites",
+        "Filled: average normalised performance (ANP), merged over expert accuracy. Hollow: kept "
+        "margin, how far the merge is above the commonest answer over how far the expert is. Both "
+        "are means over the counted tasks and over seeds of experts, bars 95 % intervals over "
+        "seeds and test rows; the dashed line is the experts, the dotted one the commonest answer. "
+        "In brackets: on how many counted tasks a method is below the commonest answer.",
         "```",
         "",
     ]

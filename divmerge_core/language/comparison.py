@@ -61,6 +61,7 @@ def compare_language(
     names, size = task_names(suite, tasks), size_of(suite, size)
     seeds = list(size.seeds if seeds is None else seeds)
     check_request(methods, seeds, overrides)
+    device = str(check_device(device))
     tuned = Size(
         size.base or SUITES[suite].base,
         tuple(seeds),

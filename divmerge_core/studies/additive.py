@@ -8,7 +8,8 @@ one seed.
 import numpy as np
 import pandas as pd
 
-from divmerge_core.studies.scores import interval, tasks_of
+from divmerge_core.statistics import middle, pearson
+from divmerge_core.studies.scores import tasks_of
 
 COLUMNS = ["subset", "T", "task", "loss", "sum", "worst", "mean"]
 FORECASTS = {
@@ -80,12 +81,6 @@ def r_squared(loss: np.ndarray, forecast: np.ndarray) -> float:
     return 1 - float(((loss - forecast) ** 2).sum()) / spread if spread else float("nan")
 
 
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's; NaN where either does not vary."""
-    varies = len(a) > 1 and np.ptp(a) > 0 and np.ptp(b) > 0
-    return float(np.corrcoef(a, b)[0, 1]) if varies else float("nan")
-
-
 def drawn_subsets(table: pd.DataFrame, draws: int) -> list[np.ndarray]:
     """Row positions of bootstrap samples: as many subsets of every T as there are, with all rows.
 
@@ -104,7 +99,7 @@ def skill(table: pd.DataFrame, *, draws: int = 500) -> pd.DataFrame:
     """How well each forecast does, for every T and, as T = 0, over all of them.
 
     table: of `forecasts`; rows without a learned forecast are left out. Columns: forecast, T,
-    subsets, r2, r2_low, r2_high, r, r_low, r_high: `r_squared` and `correlation` with their 95 %
+    subsets, r2, r2_low, r2_high, r, r_low, r_high: `r_squared` and the correlation with their 95 %
     bootstrap intervals over subsets, all of a subset's tasks together.
     """
     whole, rows = table.dropna().reset_index(drop=True), []
@@ -113,9 +108,9 @@ def skill(table: pd.DataFrame, *, draws: int = 500) -> pd.DataFrame:
         for forecast in FORECASTS:
             column = some[forecast].to_numpy()
             row = {"forecast": forecast, "T": number, "subsets": some.subset.nunique()}
-            for name, measure in (("r2", r_squared), ("r", correlation)):
-                drawn = np.array([measure(loss[s], column[s]) for s in samples])
-                low, high = interval(drawn)
-                row |= {name: measure(loss, column), f"{name}_low": low, f"{name}_high": high}
+            for name, measure in (("r2", r_squared), ("r", pearson)):
+                low, high = middle(np.array([measure(loss[s], column[s]) for s in samples]))
+                values = {name: measure(loss, column), f"{name}_low": low, f"{name}_high": high}
+                row |= {key: float(value) for key, value in values.items()}
             rows.append(row)
     return pd.DataFrame(rows)

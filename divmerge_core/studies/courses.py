@@ -16,7 +16,7 @@ from divmerge_core.coefficients import Coefficients
 from divmerge_core.fitting import Step, expert_logits
 from divmerge_core.kernels.merge import grouped_inner, grouped_merge
 from divmerge_core.problem import Diverged
-from divmerge_core.studies.correlations import spearman
+from divmerge_core.statistics import spearman
 from divmerge_core.studies.objectives import Posed, Rule, Targets, fit, merge, only_seen
 from divmerge_core.studies.stress import STRAINS, posed_under
 from divmerge_core.tuning import validation_anp

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from divmerge_core.studies.additive import correlation, drawn_subsets
+from divmerge_core.statistics import middle, pearson, ranks
+from divmerge_core.studies.additive import drawn_subsets
 from divmerge_core.studies.scores import tasks_of
 
 WEIGHTS = {
@@ -96,11 +97,9 @@ def with_numbers(
     return pd.concat([kept, pd.DataFrame(rows)], axis=1)
 
 
-def ranks(values: np.ndarray) -> np.ndarray:
+def places(values: np.ndarray) -> np.ndarray:
     """Ranks from -1 (the smallest) to 1; equal values share their mean rank."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(counts) - (counts + 1) / 2)[place]  # from 0 on
-    return 2 * rank / max(len(values) - 1, 1) - 1
+    return 2 * (ranks(values) - 1) / max(len(values) - 1, 1) - 1
 
 
 def rank_correlation(sizes: np.ndarray, values: np.ndarray, anp: np.ndarray) -> float:
@@ -113,10 +112,10 @@ def rank_correlation(sizes: np.ndarray, values: np.ndarray, anp: np.ndarray) -> 
     for size in np.unique(sizes):
         some = (sizes == size) & np.isfinite(values)
         if some.sum() > 2:
-            ranked.append((ranks(values[some]), ranks(anp[some])))
+            ranked.append((places(values[some]), places(anp[some])))
     if not ranked:
         return float("nan")
-    return correlation(*(np.concatenate(parts) for parts in zip(*ranked, strict=True)))
+    return float(pearson(*(np.concatenate(parts) for parts in zip(*ranked, strict=True))))
 
 
 def columns_of(
@@ -138,9 +137,7 @@ def related(table: pd.DataFrame, column: str = "anp", *, draws: int = 500) -> pd
     samples, rows = drawn_subsets(table, draws), []
     for name in NUMBERS:
         columns = columns_of(table, name, column)
-        drawn = np.array([rank_correlation(*(c[s] for c in columns)) for s in samples])
-        finite = drawn[np.isfinite(drawn)]
-        low, high = np.percentile(finite, [2.5, 97.5]) if len(finite) else (np.nan, np.nan)
+        low, high = middle(np.array([rank_correlation(*(c[s] for c in columns)) for s in samples]))
         rows.append((name, rank_correlation(*columns), float(low), float(high)))
     return pd.DataFrame(rows, columns=["number", "rho", "low", "high"])
 

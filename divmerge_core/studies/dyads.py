@@ -5,15 +5,13 @@ nothing. 28 pairs of 8 tasks are not 28 independent draws, so tasks are what is 
 permuted: rows and columns of a matrix move together.
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from divmerge_core.registry import Registry
+from divmerge_core.statistics import largest_of, middle, orderings, ranks, standard
 
 VIEWS = Registry("view")  # name -> function of a matrix [..., T, T] with NaN where there is no pair
 
@@ -36,25 +34,6 @@ def partner(values: Float[np.ndarray, "*A T T"]) -> Float[np.ndarray, "*A T T"]:
     there = ~np.isnan(values)
     total = np.where(there, values, 0).sum(-1, keepdims=True)
     return values - total / np.maximum(there.sum(-1, keepdims=True), 1)
-
-
-def ranks(values: Float[np.ndarray, "*A n"]) -> Float[np.ndarray, "*A n"]:
-    """Places from 1 for the smallest along the last axis; equal values share their mean place.
-
-    Differences below 1e-9 of the largest magnitude are rounding, and count as equal.
-    """
-    scale = np.abs(values).max(-1, keepdims=True, initial=0)
-    values = np.round(values / np.where(scale > 0, scale, 1), 9)
-    below = (values[..., None, :] < values[..., None]).sum(-1)
-    same = (values[..., None, :] == values[..., None]).sum(-1)
-    return below + (same + 1) / 2
-
-
-def standard(values: Float[np.ndarray, "*A n"]) -> Float[np.ndarray, "*A n"]:
-    """Less the mean, and of length 1: their inner products are correlations. NaN if constant."""
-    centred = values - values.mean(-1, keepdims=True) if values.shape[-1] else values
-    length = np.linalg.norm(centred, axis=-1, keepdims=True)
-    return centred / np.where(length > 1e-9, length, np.nan)
 
 
 def entries(
@@ -91,22 +70,12 @@ class Found:
     threshold: float
 
 
-def spearman(
+def every_correlation(
     numbers: Float[np.ndarray, "M K n"], damages: Float[np.ndarray, "M L n"]
 ) -> Float[np.ndarray, "M K L"]:
     """Rank correlation of every number with every damage of the same method; NaN if constant."""
     one, other = standard(ranks(numbers)), standard(ranks(damages))
     return np.einsum("mkn,mln->mkl", one, other)
-
-
-def orderings(count: int, draws: int, generator: np.random.Generator) -> Sequence[np.ndarray]:
-    """All orders of `count` tasks where these are no more than `draws`, or `draws` random ones.
-
-    The first is the order as it is.
-    """
-    if math.factorial(count) <= draws:
-        return [np.array(order) for order in permutations(range(count))]
-    return [np.arange(count), *(generator.permutation(count) for _ in range(draws - 1))]
 
 
 def correlate(
@@ -133,27 +102,22 @@ def correlate(
         raise ValueError(f"ranking pairs needs three tasks or more, got {num_tasks}")
     generator = np.random.default_rng(seed)
     means = numbers.mean(2), damages.mean(2)
-    value = spearman(*(entries(some, view) for some in means))
+    value = every_correlation(*(entries(some, view) for some in means))
     drawn = np.stack([
         resampled(numbers, damages, view, generator.integers(num_seeds, size=num_seeds),
                   generator.integers(num_tasks, size=num_tasks))
         for _ in range(draws)
     ])  # fmt: skip
-    low, high = quantiles(drawn, (0.025, 0.975))
+    low, high = middle(drawn)
     orders = orderings(num_tasks, draws, generator)
-    null = np.abs(renamed(*means, view, orders))  # [draws, M, K, L]
-    largest = np.nanmax(null.reshape(len(null), -1), axis=1, initial=0)
-    reached = np.abs(value) - 1e-9
-    p = np.where(np.isnan(value), np.nan, (null >= reached).mean(0))
-    p_max = np.where(np.isnan(value), np.nan, (largest[:, None, None, None] >= reached).mean(0))
-    needed = np.sort(largest)[::-1][len(largest) // 20]  # at most one in twenty is above it
-    return Found(value, low, high, p, p_max, float(needed))
+    null = renamed(*means, view, orders)  # [draws, M, K, L]
+    return Found(value, low, high, *largest_of(value, null))
 
 
 def resampled(numbers, damages, view, seeds, tasks) -> Float[np.ndarray, "M K L"]:
     """The correlations for drawn seeds and tasks; NaN where too few tasks are left."""
     means = (some[:, :, seeds].mean(2) for some in (numbers, damages))
-    return spearman(*(entries(some, view, tasks) for some in means))
+    return every_correlation(*(entries(some, view, tasks) for some in means))
 
 
 def renamed(numbers, damages, view, orders) -> Float[np.ndarray, "draws M K L"]:
@@ -167,10 +131,3 @@ def renamed(numbers, damages, view, orders) -> Float[np.ndarray, "draws M K L"]:
         np.einsum("mkn,mln->mkl", one, other[..., order[:, None], order][..., apart])
         for order in orders
     ])  # fmt: skip
-
-
-def quantiles(drawn: np.ndarray, levels: Sequence[float]) -> list[np.ndarray]:
-    """Quantiles over draws that are numbers; NaN where none is."""
-    some = np.isnan(drawn).all(0)
-    filled = np.where(some, 0, drawn)
-    return [np.where(some, np.nan, np.nanquantile(filled, level, axis=0)) for level in levels]

@@ -25,6 +25,7 @@ from divmerge_core.interference.behaviour import (
 )
 from divmerge_core.interference.representation import cka, common_share, hidden_states, shift
 from divmerge_core.methods import METHODS, parse
+from divmerge_core.statistics import crossed, row_means
 from divmerge_core.studies.landscapes import kept, some
 from divmerge_core.studies.pools import auc
 from divmerge_core.tasks import TASKS
@@ -168,33 +169,43 @@ def turned(table: pd.DataFrame) -> pd.DataFrame:
 def resampled(table: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Mean over tasks of lost, gained and net, with 95 % intervals: model, what, value, low, high.
 
-    table: of `ask`. Percentile bootstrap: each draw resamples seeds, and within a seed every task's
-    rows, the same ones for all models. With one seed only rows vary.
+    table: of `ask`. Each draw resamples every task's rows, the same ones for all seeds and models;
+    see `statistics.crossed`. With one seed only rows vary. Raises ValueError where seeds asked
+    about different rows.
     """
     generator, models = np.random.default_rng(seed), [*dict.fromkeys(table.model)]
     models.remove("expert")
+    asked = told(table, "expert", "row")
+    if any(not torch.equal(a, b) for own in asked for a, b in zip(own, asked[0], strict=True)):
+        raise ValueError(
+            "seeds were asked about different rows; give a table of the same test rows"
+        )
     stacked = {model: told(table, model, "right") for model in ["expert", *models]}
-    count, found = len(stacked["expert"]), []
-    for number in range(count):
-        tasks = []
-        for task, before in enumerate(stacked["expert"][number]):
-            gap = torch.stack([stacked[model][number][task] - before for model in models]).numpy()
-            picked = generator.integers(0, gap.shape[1], (draws, gap.shape[1]))
-            every = np.concatenate([gap[:, None], gap[:, picked]], axis=1)  # [M, 1 + draws, B]
-            tasks.append(np.stack([(every < 0).mean(-1), (every > 0).mean(-1)]))
-        found.append(np.mean(tasks, axis=0))  # [2, M, 1 + draws]
-    whole = np.stack(found)  # [seeds, 2, M, 1 + draws]
-    point, picked = whole[..., 0].mean(0), generator.integers(0, count, (count, draws))
-    drawn = whole[..., 1:][picked, ..., np.arange(draws)].mean(0)  # [draws, 2, M]
-    rows = []
-    for n, model in enumerate(models):
-        lost, gained = point[:, n]
-        values = {"lost": (lost, drawn[:, 0, n]), "gained": (gained, drawn[:, 1, n])}
-        values["net"] = (gained - lost, drawn[:, 1, n] - drawn[:, 0, n])
-        for what, (value, spread) in values.items():
-            low, high = np.percentile(spread, [2.5, 97.5])
-            rows.append({"model": model, "what": what, "value": value, "low": low, "high": high})
-    return pd.DataFrame(rows)
+    tasks, total = [], 0
+    for task in range(len(asked[0])):
+        gaps = torch.stack(
+            [
+                own[task] - before[task]
+                for model in models
+                for own, before in zip(stacked[model], stacked["expert"], strict=True)
+            ],
+            dim=1,
+        ).numpy()  # [B, models x seeds]
+        columns = np.concatenate([gaps < 0, gaps > 0, gaps], axis=1).astype(float)
+        means = row_means(columns, draws, generator)
+        tasks.append(means.reshape(1 + draws, 3, len(models), len(asked)))
+        total += len(gaps)
+    found = np.moveaxis(np.mean(tasks, axis=0), -1, 0)  # [S, 1 + draws, 3, M]
+    every = crossed(found[:, 0], found[:, 1:], total - len(tasks))
+    low, high = every.interval()
+    return pd.DataFrame(
+        [
+            {"model": model, "what": what, "value": every.value[k, n]}
+            | {"low": low[k, n], "high": high[k, n]}
+            for n, model in enumerate(models)
+            for k, what in enumerate(("lost", "gained", "net"))
+        ]
+    )
 
 
 def by_margin(table: pd.DataFrame, *, parts: int = 5) -> pd.DataFrame:

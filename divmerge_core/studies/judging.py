@@ -1,6 +1,7 @@
 """What the tables of `evidence` say: correlations over models, and what a choice by them is worth.
 
-Every interval resamples models within a seed of experts; the experts themselves are as they are.
+Intervals of correlations resample models within a seed of experts, which are as they are; those of
+a choice are over seeds.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from divmerge_core.studies.correlations import CORRELATIONS
+from divmerge_core.statistics import CORRELATIONS, mean_interval, middle
 from divmerge_core.studies.evidence import MEASURES
 from divmerge_core.studies.margins import scored
 
@@ -136,8 +137,8 @@ def mean_of_defined(values: np.ndarray) -> np.ndarray:
 
 
 def tails(values: np.ndarray) -> np.ndarray:
-    """2.5 and 97.5 % points along axis 1, `[2, criteria]`, of draws in which all are defined."""
-    return np.percentile(values[:, np.isfinite(values).all(0)], [2.5, 97.5], axis=1)
+    """The middle 95 % along axis 1, `[2, criteria]`, of draws in which all are defined."""
+    return middle(values[:, np.isfinite(values).all(0)].T)
 
 
 def averaged(key: tuple, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[dict]:
@@ -194,41 +195,40 @@ def choices(whole: pd.DataFrame, counts: Sequence[int]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def regrets(whole: pd.DataFrame, *, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
+def regrets(whole: pd.DataFrame) -> pd.DataFrame:
     """What a choice among all models of a set costs against the best by test, in points of ANP.
 
-    A set holds the models of one draw, set of experts and seed; the row is a mean over sets, and
-    the best by test is the best of noisy scores, so every regret is somewhat too large. 95 %
-    intervals from halves of the models, drawn without replacement, against the best of the same
-    half. Columns: draws, criterion, anp (%), regret, low, high, rank (of the model chosen, 1 is
-    best, mean over sets), models (in the smallest set).
+    A set holds the models of one draw, set of experts and seed; the row is a mean over the sets of
+    a seed, and then over seeds. The best by test is the best of noisy scores, so every regret is
+    somewhat too large. low, high: Student's 95 % interval over seeds of experts, NaN for one:
+    models are not resampled, as the best of resampled ones is another maximum. Columns: draws,
+    criterion, anp (%), regret, low, high, rank (of the model chosen, 1 is best), models (in the
+    smallest set), and kept_margin (%) and below of the model chosen where `whole` has them.
     """
-    generator, found = np.random.default_rng(seed), []
-    for kind, part in whole.groupby("draws", sort=False):
-        sets = [some for _, some in part.groupby(["experts", "seed"], sort=False)]
-        halves = [half_of(len(some), draws, generator) for some in sets]
-        best = [some.anp.max() for some in sets]
+    found = []
+    for (kind, experts, seed), some in whole.groupby(["draws", "experts", "seed"], sort=False):
+        labels = {"draws": kind, "experts": experts, "seed": seed, "models": len(some)}
+        anp = some.anp.to_numpy()
         for name in CRITERIA:
-            taken = [some.anp.to_numpy()[closeness(some, name).argmax()] for some in sets]
-            lost = [loss(some, name, half) for some, half in zip(sets, halves, strict=True)]
-            low, high = 100 * np.percentile(np.mean(lost, axis=0), [2.5, 97.5])
-            places = [1 + (some.anp > anp).sum() for some, anp in zip(sets, taken, strict=True)]
-            row = {"draws": kind, "criterion": name, "anp": 100 * np.mean(taken)}
-            row |= {"regret": 100 * (np.mean(best) - np.mean(taken)), "low": low, "high": high}
-            found.append(row | {"rank": np.mean(places), "models": min(map(len, sets))})
-    return pd.DataFrame(found)
-
-
-def half_of(count: int, draws: int, generator: np.random.Generator) -> np.ndarray:
-    """Numbers of half of the models, two or more, drawn without replacement: `[draws, M / 2]`."""
-    every = generator.permuted(np.tile(np.arange(count), (draws, 1)), axis=1)
-    return every[:, : max(2, count // 2)]
-
-
-def loss(some: pd.DataFrame, criterion: str, chosen: np.ndarray) -> np.ndarray:
-    """Best test ANP minus that of the criterion's choice, among each row of `chosen`: `[draws]`."""
-    anp, score = some.anp.to_numpy()[chosen], closeness(some, criterion)[chosen]
-    return anp.max(1) - np.take_along_axis(anp, score.argmax(1)[:, None], axis=1)[:, 0]
+            place = closeness(some, name).argmax()
+            taken = anp[place]
+            more = {"criterion": name, "rank": 1 + (anp > taken).sum()}
+            if "kept_margin" in some:
+                more |= {"kept_margin": 100 * some.kept_margin.iloc[place]}
+                more |= {"below": some.below.iloc[place]}
+            row = {"anp": 100 * taken, "regret": 100 * (anp.max() - taken)}
+            found.append({**labels, **row, **more})
+    keys = ["draws", "criterion"]
+    sets = pd.DataFrame(found)
+    means = [name for name in ("anp", "regret", "rank", "kept_margin", "below") if name in sets]
+    sets = sets.groupby([*keys, "seed"], sort=False)
+    seeds = sets.agg(dict.fromkeys(means, "mean") | {"models": "min"})
+    rows = []
+    for key, some in seeds.groupby(keys, sort=False):
+        row = dict(zip(keys, key, strict=True)) | some[means].mean().to_dict()
+        row |= dict(zip(("low", "high"), mean_interval(some.regret.to_numpy()), strict=True))
+        rows.append(row | {"models": some.models.min()})
+    return pd.DataFrame(rows)
 
 
 def squares(cross: pd.DataFrame, measure: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:

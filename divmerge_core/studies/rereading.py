@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from divmerge_core import paper
-from divmerge_core.studies.correlations import CORRELATIONS, by_task, over_tasks
+from divmerge_core.statistics import CORRELATIONS
+from divmerge_core.studies.correlations import by_task, over_tasks
 
 PANELS = {"KL": "kl", "JS": "js"}  # columns of Table 2 and panels of Figure 5
 PLACES = {"classification": 6, "generation": 7}  # the table of ANP by number of tasks

@@ -24,7 +24,7 @@ from divmerge_core.interference.weights import (
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.divmerge import limit
 from divmerge_core.problem import MergeProblem
-from divmerge_core.studies.dyads import orderings, quantiles, ranks, standard
+from divmerge_core.statistics import largest_of, middle, orderings, ranks, standard
 from divmerge_core.tuning import run_method
 
 CLUES = ("conflict", "cosine", "norm", "js")  # what a coefficient may follow
@@ -142,7 +142,7 @@ def cluster_correlations(
 ) -> list[dict]:
     """Spearman correlation of a map with each of C others, tasks kept whole: one record per clue.
 
-    Keys: number, rho, low, high, p, p_max, as in `followed`.
+    Keys: number, rho, low, high, p, p_max, as in `followed`; NaN for a clue that does not vary.
     """
     generator, count = np.random.default_rng(seed), len(target)
 
@@ -153,10 +153,9 @@ def cluster_correlations(
     value = rho(target, clues)
     chosen = [generator.integers(count, size=count) for _ in range(draws)]
     drawn = np.stack([rho(target[rows], clues[:, rows]) for rows in chosen])
-    low, high = quantiles(drawn, (0.025, 0.975))
-    null = np.abs([rho(target[order], clues) for order in orderings(count, draws, generator)])
-    reached, top = np.abs(value) - 1e-9, np.nanmax(null, axis=1)
-    p, p_max = (null >= reached).mean(0), (top[:, None] >= reached).mean(0)
+    low, high = middle(drawn)
+    orders = orderings(count, draws, generator)
+    p, p_max, _ = largest_of(value, np.stack([rho(target[order], clues) for order in orders]))
     return [
         {"number": n, "rho": float(value[n]), "low": float(low[n]), "high": float(high[n]),
          "p": float(p[n]), "p_max": float(p_max[n])}

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from divmerge_core.report import MARGIN
+from divmerge_core.statistics import mean_interval, row_means
 from divmerge_core.studies.scaling import COMMONEST, EXPERT, JOIN, unpacked
 
 SOURCES = ("subsets", "seeds", "test rows")
@@ -48,7 +49,10 @@ def counted(answers: pd.DataFrame) -> list[str]:
 
 
 def ratios(rows: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
-    """The rows of merged models with T, accuracy, and `ratio`: accuracy over the expert's.
+    """The rows of merged models with T, accuracy, ratio and kept_margin.
+
+    ratio: accuracy over the same seed's expert's. kept_margin: how far the accuracy is above the
+    commonest answer's, over how far the expert's is in the mean over seeds.
 
     rows: of `scaling` or, with a seed and a method, of `fixed`. answers: of `scaling`, for the
     experts. Tasks that do not count in the ANP are left out; T still counts them.
@@ -57,7 +61,10 @@ def ratios(rows: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
     merged = rows[~rows.method.isin([EXPERT, COMMONEST]) & rows.task.isin(counted(answers))]
     exact = accuracies(merged)
     expert = own.loc[list(zip(merged.seed, merged.task, strict=True))].to_numpy()
+    means = reference_means(answers)
+    usual, least = (merged.task.map(means[name]).astype(float) for name in (EXPERT, COMMONEST))
     added = {"T": task_counts(merged), "accuracy": exact, "ratio": exact / expert}
+    added["kept_margin"] = (exact - least) / (usual - least)
     return merged.assign(**added).reset_index(drop=True)
 
 
@@ -68,41 +75,25 @@ def floor(answers: pd.DataFrame) -> pd.Series:
 
 
 def by_subset(table: pd.DataFrame) -> pd.DataFrame:
-    """A row per seed, method and subset of `ratios`: T, anp, worst (the smallest ratio), js."""
+    """A row per seed, method and subset of `ratios`: T, anp, worst (ratio), kept_margin, js."""
     groups = table.groupby(["seed", "method", "subset", "T"], sort=False)
     found = groups.ratio.agg(["mean", "min"]).set_axis(["anp", "worst"], axis=1)
-    return found.assign(js=groups.js.mean()).reset_index()
+    means = groups[["kept_margin", "js"]].mean()
+    return found.join(means).reset_index()
 
 
-def resampled(values: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
-    """Means [draws] of as many values, drawn with replacement; NaN for a single value."""
-    if len(values) < 2:
-        return np.full(draws, np.nan)
-    return values[generator.integers(len(values), size=(draws, len(values)))].mean(axis=1)
+def over_subsets(scores: pd.DataFrame, *, statistic: str = "anp") -> pd.DataFrame:
+    """The mean over subsets at the first seed, by method and T, and Student's 95 % interval.
 
-
-def interval(drawn: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of draws; NaN where there are none."""
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def over_subsets(
-    scores: pd.DataFrame, *, statistic: str = "anp", draws: int = 2000
-) -> pd.DataFrame:
-    """The mean over subsets at the first seed, by method and T, and its 95 % bootstrap interval.
-
-    scores: of `by_subset`; statistic: anp, worst or js. Each draw resamples subsets, the same for
-    all methods. Columns: method, T, subsets, value, low, high; NaN for a single subset. Where all
-    subsets of a T were merged the mean is exact for this suite, and the interval says how far it
-    would be from that of other tasks like these.
+    scores: of `by_subset`; statistic: anp, kept_margin, worst or js. Columns: method, T, subsets,
+    value, low, high; NaN for a single subset. Where all subsets of a T were merged the mean is
+    exact for this suite, and the interval says how far it would be from that of other tasks like
+    these, if subsets were independent.
     """
     first, rows = scores[scores.seed == scores.seed.iloc[0]], []
     for (method, number), some in first.groupby(["method", "T"], sort=False):
-        drawn = resampled(some[statistic].to_numpy(), draws, np.random.default_rng(int(number)))
-        low, high = interval(drawn)
-        value = some[statistic].mean()
-        rows.append((method, number, len(some), value, low, high))
+        values = some[statistic].to_numpy()
+        rows.append((method, number, len(some), values.mean(), *mean_interval(values)))
     return pd.DataFrame(rows, columns=["method", "T", "subsets", "value", "low", "high"])
 
 
@@ -123,20 +114,18 @@ def row_errors(answers: pd.DataFrame, *, draws: int = 400) -> pd.DataFrame:
 
     Bootstrap: each draw resamples every task's test rows, the same for merged model and expert.
     """
-    generator, kept = np.random.default_rng(0), counted(answers)
-    weights: dict[str, np.ndarray] = {}
-    ratio: list[np.ndarray] = []
+    generator, kept, drawn = np.random.default_rng(0), counted(answers), []
     own = answers[answers.method == EXPERT].set_index(["seed", "task"]).right
     merged = answers[~answers.method.isin([EXPERT, COMMONEST]) & answers.task.isin(kept)]
-    for row in merged.itertuples():
-        right, expert = unpacked(row.right), unpacked(own[row.seed, row.task])
-        if row.task not in weights:
-            even = np.full(len(right), 1 / len(right))
-            weights[row.task] = generator.multinomial(len(right), even, draws)
-        ratio.append((weights[row.task] @ right) / (weights[row.task] @ expert))
-    drawn = pd.DataFrame(ratio, index=merged.index)
+    for task, some in merged.groupby("task", sort=False):
+        seeds = list(some.seed.unique())
+        right = [*some.right, *(own[seed, task] for seed in seeds)]
+        means = row_means(np.stack([unpacked(one) for one in right], axis=1), draws, generator)[1:]
+        expert = means[:, [len(some) + seeds.index(seed) for seed in some.seed]]
+        drawn.append(pd.DataFrame((means[:, : len(some)] / expert).T, index=some.index))
     keys = [merged[name] for name in ("seed", "method", "subset")]
-    error = drawn.groupby(keys, sort=False).mean().std(axis=1).rename("error").reset_index()
+    means = pd.concat(drawn).loc[merged.index].groupby(keys, sort=False).mean()
+    error = means.std(axis=1).rename("error").reset_index()
     return error.assign(T=task_counts(error))
 
 
@@ -170,19 +159,19 @@ def rms(values: pd.Series) -> float:
 
 
 def differences(
-    scores: pd.DataFrame, method: str, others: Sequence[str], *, draws: int = 2000
+    scores: pd.DataFrame, method: str, others: Sequence[str], *, statistic: str = "anp"
 ) -> pd.DataFrame:
     """ANP of `method` minus that of each other, on the same subsets at the first seed, by T.
 
-    Columns: other, T, subsets, value, low, high (95 %, over subsets), won (share of subsets).
+    statistic: anp, or another of `by_subset`. Columns: other, T, subsets, value, low, high (95 %,
+    Student's over subsets), won (share of subsets).
     """
     first, rows = scores[scores.seed == scores.seed.iloc[0]], []
-    wide = first.pivot_table(index=["T", "subset"], columns="method", values="anp", sort=False)
+    wide = first.pivot_table(index=["T", "subset"], columns="method", values=statistic, sort=False)
     for other in others:
         gaps = wide[method] - wide[other]
         for number, some in gaps.groupby("T"):
-            drawn = resampled(some.to_numpy(), draws, np.random.default_rng(int(number)))
-            share = float((some > 0).mean())
-            rows.append((other, number, len(some), some.mean(), *interval(drawn), share))
+            share, ends = float((some > 0).mean()), mean_interval(some.to_numpy())
+            rows.append((other, number, len(some), some.mean(), *ends, share))
     names = ["other", "T", "subsets", "value", "low", "high", "won"]
     return pd.DataFrame(rows, columns=names)
