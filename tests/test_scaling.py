@@ -20,8 +20,7 @@ from divmerge_core.report import Report
 from divmerge_core.studies import additive, culprits, scores
 from divmerge_core.studies import scaling as module
 from divmerge_core.studies.additive import forecasts, pair_forecasts, r_squared, skill
-from divmerge_core.studies.culprits import Geometry, mantel, marginal, parts_played
-from divmerge_core.studies.culprits import places as places_of
+from divmerge_core.studies.culprits import Geometry, mantel, marginal, parts_played, places
 from divmerge_core.studies.scaling import (
     COMMONEST,
     EXPERT,
@@ -395,8 +394,8 @@ def test_r_squared_is_one_for_the_truth_nought_for_the_mean_and_below_for_worse(
 
 def test_a_bootstrap_keeps_a_subset_whole_and_every_t_as_large():
     table = losses_by(lambda task, others: 0.0)
-    for drawn in additive.drawn_subsets(table, 5):
-        some = table.iloc[drawn]
+    for chosen in additive.drawn_subsets(table, 5):
+        some = table.iloc[chosen]
         assert (some.groupby("subset").size() % some.groupby("subset")["T"].first() == 0).all()
         assert some["T"].value_counts().to_dict() == table["T"].value_counts().to_dict()
 
@@ -421,8 +420,8 @@ def test_numbers_of_task_vectors_by_hand():
 
 
 def test_ranks_run_from_minus_one_to_one_and_equals_share():
-    assert places_of(np.array([3.0, 1.0, 2.0])).tolist() == [1, -1, 0]
-    assert places_of(np.array([1.0, 1.0, 2.0])).tolist() == [-0.5, -0.5, 1]
+    assert places(np.array([3.0, 1.0, 2.0])).tolist() == [1, -1, 0]
+    assert places(np.array([1.0, 1.0, 2.0])).tolist() == [-0.5, -0.5, 1]
 
 
 def test_what_t_says_is_left_out_of_a_rank_correlation():

@@ -203,24 +203,31 @@ def regrets(whole: pd.DataFrame) -> pd.DataFrame:
     somewhat too large. low, high: Student's 95 % interval over seeds of experts, NaN for one:
     models are not resampled, as the best of resampled ones is another maximum. Columns: draws,
     criterion, anp (%), regret, low, high, rank (of the model chosen, 1 is best), models (in the
-    smallest set).
+    smallest set), and kept_margin (%) and below of the model chosen where `whole` has them.
     """
     found = []
     for (kind, experts, seed), some in whole.groupby(["draws", "experts", "seed"], sort=False):
         labels = {"draws": kind, "experts": experts, "seed": seed, "models": len(some)}
         anp = some.anp.to_numpy()
         for name in CRITERIA:
-            taken = anp[closeness(some, name).argmax()]
+            place = closeness(some, name).argmax()
+            taken = anp[place]
+            more = {"criterion": name, "rank": 1 + (anp > taken).sum()}
+            if "kept_margin" in some:
+                more |= {"kept_margin": 100 * some.kept_margin.iloc[place]}
+                more |= {"below": some.below.iloc[place]}
             row = {"anp": 100 * taken, "regret": 100 * (anp.max() - taken)}
-            found.append({**labels, "criterion": name, **row, "rank": 1 + (anp > taken).sum()})
+            found.append({**labels, **row, **more})
     keys = ["draws", "criterion"]
-    sets = pd.DataFrame(found).groupby([*keys, "seed"], sort=False)
-    seeds = sets.agg({"anp": "mean", "regret": "mean", "rank": "mean", "models": "min"})
+    sets = pd.DataFrame(found)
+    means = [name for name in ("anp", "regret", "rank", "kept_margin", "below") if name in sets]
+    sets = sets.groupby([*keys, "seed"], sort=False)
+    seeds = sets.agg(dict.fromkeys(means, "mean") | {"models": "min"})
     rows = []
     for key, some in seeds.groupby(keys, sort=False):
-        row = dict(zip(keys, key, strict=True)) | some[["anp", "regret"]].mean().to_dict()
+        row = dict(zip(keys, key, strict=True)) | some[means].mean().to_dict()
         row |= dict(zip(("low", "high"), mean_interval(some.regret.to_numpy()), strict=True))
-        rows.append(row | {"rank": some["rank"].mean(), "models": some.models.min()})
+        rows.append(row | {"models": some.models.min()})
     return pd.DataFrame(rows)
 
 
