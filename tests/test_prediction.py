@@ -16,10 +16,7 @@ from divmerge_core.experts import Expert
 from divmerge_core.methods import METHODS
 from divmerge_core.statistics import orderings
 from divmerge_core.studies import prediction as module
-from divmerge_core.studies.dyads import (
-    VIEWS,
-    correlate,
-)
+from divmerge_core.studies.dyads import VIEWS, correlate, entries, every_correlation
 from divmerge_core.studies.prediction import (
     AFTER,
     DAMAGES,
