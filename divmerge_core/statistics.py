@@ -205,7 +205,7 @@ def exact_p(x: np.ndarray, y: np.ndarray, how: str) -> float:
     return float(found.pvalue)
 
 
-def reached(value: np.ndarray, null: Float[np.ndarray, " D *A"]) -> np.ndarray:
+def reached(value: np.ndarray | np.floating, null: Float[np.ndarray, " D *A"]) -> np.ndarray:
     """Share of draws of `null` that are as large as `value`, or larger; NaN where it is NaN."""
     return np.where(np.isnan(value), np.nan, (null >= value - 1e-9).mean(0))
 
