@@ -12,6 +12,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
+from divmerge_core.evaluation import graded, main_scores, own_scores, scores
 from divmerge_core.report import MARGIN, Report, caption
 
 PALETTE = [*sns.color_palette("colorblind")]
@@ -20,6 +21,7 @@ BLUE, GREEN, GREY = (PALETTE[n] for n in (0, 2, 7))
 TITLES = {
     "expert": "Experts, one per task",
     "base": "Base model",
+    "majority": "Majority class",
     "divmerge": "DivMerge",
     "adamerging": "AdaMerging",
     "adamerging++": "AdaMerging++",
@@ -138,12 +140,14 @@ def mark(ax: Axes, y: float, found: tuple[float, float, float], **style) -> None
     ax.annotate(f"{100 * found[0]:.1f}", (value, y), ha="center", fontsize=size, **place)
 
 
-def ratio_map(ax: Axes, metrics: pd.DataFrame) -> Axes:
+def ratio_map(ax: Axes, metrics: pd.DataFrame, metric: str = "ratio") -> Axes:
     """Accuracy relative to the expert's, method by task, averaged over seeds.
 
-    metrics: rows of `Report.metrics` for one suite and subset.
+    metrics: rows of `Report.metrics` for one suite and subset. metric: `ratio`, or `kept_margin`
+    for what is left of the expert's lead over the majority class.
     """
-    ratio = metrics[(metrics.metric == "ratio") & (metrics.method != "expert")]
+    rows = (metrics.metric == metric) & (metrics.method != "expert") & (metrics.task != "all")
+    ratio = metrics[rows]
     table = ratio.pivot_table(index="method", columns="task", values="value", sort=False)
     table.index = [title(method) for method in table.index]
     sns.heatmap(
@@ -152,8 +156,9 @@ def ratio_map(ax: Axes, metrics: pd.DataFrame) -> Axes:
         annot=True,
         fmt=".0f",
         cmap="viridis",
+        vmin=100 * FLOOR if metric == "kept_margin" else None,
         vmax=100,
-        cbar_kws={"label": "accuracy, % of the expert's"},
+        cbar_kws={"label": "% of the expert's"},
     )
     ax.set(xlabel="task", ylabel="")
     ax.tick_params(axis="x", rotation=30)
@@ -220,6 +225,32 @@ def place(report: Report) -> str:
             f"{100 * MARGIN:.0f} points: {', '.join(left_out)}."
         )
     return f"On {suite}, T = {len(tasks)}. " + " ".join(lines)
+
+
+def task_table(report: Report, subset: str) -> pd.DataFrame:
+    """Accuracy (or mean grade) of every method on every task of a subset, averaged over seeds.
+
+    After the tasks stand the metrics of their own that some have (see `Report.own_metric`); the
+    last row is the majority class, which knows the test rows.
+    """
+    rows = report.rows[report.rows.subset == subset]
+    tidy = scores(pd.concat([rows, constant(rows)], ignore_index=True))
+    own = own_scores(tidy).query("metric in ('matthews', 'f1')")
+    own = own.assign(task=own.task + ", " + own.metric)
+    both = pd.concat([main_scores(tidy), own])
+    return both.pivot_table("value", "method", "task", sort=False).rename(index=title)
+
+
+def constant(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a Report that answer every task with its majority class; free text gets 0."""
+    first = rows.drop_duplicates("task")
+    answers = [
+        [0.0] * len(row.predicted)
+        if graded(row.gold, row.predicted)
+        else [int(pd.Series(row.gold).mode()[0])] * len(row.gold)
+        for row in first.itertuples()
+    ]
+    return first.assign(method="majority", predicted=answers)
 
 
 def score_table(report: Report, subset: str) -> pd.DataFrame:
