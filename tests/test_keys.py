@@ -162,13 +162,11 @@ def test_what_is_left_out_by_name_is_there():
 
 def executed(call) -> set[tuple[str, str]]:
     """The package's functions and classes that run in a call: module, and top-level name."""
-    found = set()
+    codes, own = set(), f"{ROOT}/"
 
     def watch(frame, event, argument):
-        path, name = Path(frame.f_code.co_filename), frame.f_code.co_qualname.split(".")[0]
-        if event == "call" and path.is_relative_to(ROOT) and not name.startswith("<"):
-            parts = path.relative_to(ROOT).with_suffix("").parts
-            found.add((".".join(part for part in parts if part != "__init__"), name))
+        if event == "call" and frame.f_code.co_filename.startswith(own):
+            codes.add(frame.f_code)
 
     threading.setprofile(watch)
     sys.setprofile(watch)
@@ -177,7 +175,12 @@ def executed(call) -> set[tuple[str, str]]:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
-    return {(name, what) for name, what in found if name not in KEEPERS}
+    found = set()
+    for code in codes:
+        parts = Path(code.co_filename).relative_to(ROOT).with_suffix("").parts
+        name = ".".join(part for part in parts if part != "__init__")
+        found.add((name, code.co_qualname.split(".")[0]))
+    return {(name, what) for name, what in found if name not in KEEPERS and what[0] != "<"}
 
 
 def unreached(ran: set[tuple[str, str]], *things: object, apart: str | None = None) -> list:
