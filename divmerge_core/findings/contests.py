@@ -46,7 +46,8 @@ def gaps(report: Report, subset: str, methods: Sequence[str], others: Sequence[s
 def standing(report: Report, source: str) -> str:
     """By both scores: the best DivMerge of the largest merge against the best other single model.
 
-    Methods that answer with more than one model are left out. Ahead or behind where the paired 95 % interval excludes 0; else not significantly different.
+    Methods that answer with more than one model are left out. Ahead or behind where the paired
+    95 % interval excludes 0; else not significantly different.
     """
     rows = largest(report.rows)
     suite, subset = rows.suite.iloc[0], rows.subset.iloc[0]
