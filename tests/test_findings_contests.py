@@ -91,10 +91,13 @@ def test_the_best_divmerge_is_ahead_or_behind_or_neither():
         "On toy in this run, T = 2: by ANP, DivMerge, per task (97.0 %) is ahead"
     )
     assert "by kept margin, DivMerge, per task (90.0 %) is ahead of" in text
-    assert "counted task or more: no method." in text
+    assert "No method is below the majority class" in text
     text = contests.standing(BEHIND, RUN)
-    assert text.count("is behind the best other method, Average") == 2
-    assert "counted task or more: DivMerge, per task (1 of 2)." in text
+    assert text.count("is behind the best other single model, Average") == 2
+    assert "1 of 2 methods are below the majority class" in text
+    assert "most tasks: DivMerge, per task (1 of 2)." in text
+    text = contests.standing(made(divmerge_task=(80, 95), average=(50, 90), emr=(99, 99)), RUN)
+    assert text.count("is ahead of the best other single model, Average") == 2
     text = contests.standing(made(divmerge_task=(80, 95), average=(80, 95)), RUN)
     assert text.count("does not differ significantly from") == 2
 
@@ -111,9 +114,9 @@ def test_a_run_in_which_no_task_counts_has_no_ranking():
 def test_differences_of_pairs_are_listed_by_both_scores():
     text = contests.gaps(AHEAD, "even+uneven", ["divmerge/task"], ["average", "divmerge/task"])
     assert text.startswith("- DivMerge, per task minus Average: +27.0 points of ANP [")
-    assert "and +90.0 points of kept margin [" in text and "includes 0" not in text
+    assert "and +90.0 points of kept margin [" in text and "(includes 0)" not in text
     text = contests.gaps(AHEAD, "even+uneven", ["average"], ["base"])
-    assert "+0.0 points of ANP [+0.0, +0.0], which includes 0" in text and text.count("\n") == 0
+    assert "+0.0 points of ANP [+0.0, +0.0] (includes 0)" in text and text.count("\n") == 0
 
 
 def summary(**rows: tuple) -> pd.DataFrame:
@@ -157,18 +160,10 @@ def test_what_the_search_is_worth_is_set_beside_the_distance_of_neighbours():
     assert "made no search" in contests.searching(alone, RUN)
 
 
-def test_methods_below_the_majority_class_are_counted():
-    some = {"ties": ("no data", 0.5, 0.1, 0.4, 0.1, 3), "average": ("no data", 0.5, 0.1, 0, 0, 0)}
-    text = contests.below_majority(summary(**some), RUN)
-    assert "1 of 2 methods are below" in text and "TIES (3 of 8)" in text
-    none = contests.below_majority(summary(average=some["average"]), RUN)
-    assert "no method is below the majority class" in none
-
-
 def test_the_chapters_findings_are_a_bullet_each():
     table = baselines.summary(AHEAD, "even+uneven")
     text = contests.summary(AHEAD, table, RUN)
-    assert text.count("\n- ") == 3 and "is ahead of the best other method" in text
+    assert text.count("\n- ") == 2 and "is ahead of the best other single model" in text
 
 
 # --- task by task ---------------------------------------------------------------------------------

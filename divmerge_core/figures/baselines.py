@@ -16,6 +16,7 @@ from divmerge_core.report import Report
 
 NO_DATA, INPUTS, LABELS = "no data", "unlabelled inputs", "validation labels"
 REFERENCE = "reference"
+Panels = Sequence[Axes] | np.ndarray  # as `plt.subplots` gives them
 SCORES = {"value": "ANP", "kept": "kept margin"}  # columns of a `summary`
 PUBLISHED_AS = {"value": "published", "kept": "kept_published"}
 BLOCKS = (REFERENCE, NO_DATA, INPUTS, LABELS)
@@ -115,7 +116,7 @@ def shade(name: str, row: pd.Series):
     return GREEN if name.startswith("divmerge") else HUES[row.block]
 
 
-def against_cost(axes: Sequence[Axes], table: pd.DataFrame) -> Sequence[Axes]:
+def against_cost(axes: Panels, table: pd.DataFrame) -> Panels:
     """Scores against the seconds of one merge (log scale): ANP on one Axes, kept margin on another.
 
     table: a `summary`. Filled: one model for all tasks; hollow: several, or routed. The line, whose
@@ -153,7 +154,7 @@ def front(ax: Axes, table: pd.DataFrame) -> None:
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
-def ranking(axes: Sequence[Axes], tables: dict[str, pd.DataFrame]) -> Sequence[Axes]:
+def ranking(axes: Panels, tables: dict[str, pd.DataFrame]) -> Panels:
     """ANP and kept margin of every method, a panel per subset; in the last one's order, by block.
 
     tables: a `summary` per panel's title. Circles: ANP; squares below them: kept margin, at FLOOR
