@@ -148,10 +148,13 @@ def scored(
 
     columns: by table, what its methods are `split` into.
     """
-    new = {name: table for name, table in measured.tables.items() if "predicted" in table}
+    new = {
+        name: split(score(table), columns[name]) if name in columns else score(table)
+        for name, table in measured.tables.items()
+        if "predicted" in table
+    }
     if new:
-        done = {name: split(score(table), columns.get(name, ())) for name, table in new.items()}
-        return replace(measured, tables={**measured.tables, **done})
+        return replace(measured, tables={**measured.tables, **new})
     wide = any({"low", "difference_low"} & set(table) for table in measured.tables.values())
     note = NARROW if wide and len(measured.facts["seeds"]) > 1 else NO_MARGIN
     return replace(measured, note=measured.note + note)
