@@ -15,7 +15,6 @@ from divmerge_core.coefficients import GROUPINGS, groups_of
 from divmerge_core.divergences import DIVERGENCES, js, kl
 from divmerge_core.figures import choice as draw
 from divmerge_core.fitting import expert_logits
-from divmerge_core.report import Report
 from divmerge_core.studies import objectives as posing
 from divmerge_core.studies.choice import ablation, summary
 from divmerge_core.studies.courses import balance, courses, disagreement, pulls, totals
@@ -31,7 +30,15 @@ from divmerge_core.studies.objectives import (
     only_seen,
     pose,
 )
-from divmerge_core.studies.stress import STRAINS, permuted, posed_under, strains, temperatures
+from divmerge_core.studies.predictions import compared, packed, split
+from divmerge_core.studies.stress import (
+    STRAINS,
+    costs,
+    permuted,
+    posed_under,
+    strains,
+    temperatures,
+)
 from divmerge_core.tasks import TASKS
 from divmerge_core.tuning import validation_anp
 
@@ -154,12 +161,13 @@ def test_coefficients_are_validated_as_merged(bench):
 
 def test_every_objective_chooses_a_step_size_and_is_compared_with_js(bench):
     options = {"specs": ["js", "kl"], "groupings": ["task"], "counts": [2]}
-    table, fits = ablation({0: bench}, **options, rule=SHORT, draws=200)
+    found = ablation({0: bench}, **options, rule=SHORT)
+    table, fits = summary(found["scores"], draws=200), found["fits"]
     own = table[table.objective == "js"].set_index("search")
     assert (own.difference == 0).all() and own.p.isna().all()
     for row in table[table.objective == "kl"].itertuples():
         assert row.difference == pytest.approx(row.anp - own.anp[row.search])
-        assert row.difference_low <= row.difference <= row.difference_high
+        assert row.from_low <= row.difference <= row.from_high
     assert table[table.objective == "start"].anp.nunique() == 1
     assert set(fits[fits.search == "same"].rate) == {SHORT.rate}
     for row in fits[fits.search == "searched"].itertuples():
@@ -180,23 +188,26 @@ def test_a_summary_by_hand():
     """kl is right where js is wrong on one row of four: a quarter more, of an expert at 1."""
     gold, rows = "0101", []
     for method, said in (("expert", "0101"), ("js/task", "0100"), ("kl/task", "0101")):
-        row = {"suite": "s", "subset": "a", "method": method, "seed": 0, "task": "a"}
+        row = {"search": "s", "count": 1, "method": method, "seed": 0, "task": "a"}
         rows.append({**row, "predicted": said, "gold": gold})
-    table = summary(Report.of(pd.DataFrame(rows)), draws=500).set_index("objective")
+    table = summary(packed(rows), draws=500).set_index("objective")
     assert table.anp.to_dict() == {"js": 0.75, "kl": 1.0}
     assert table.difference["kl"] == 0.25
-    assert table.difference_low["kl"] < 0.0 < table.p["kl"]  # one row of four says little
+    # of a majority of two in four, js has kept half the expert's lead
+    assert table.kept_margin.to_dict() == {"js": 0.5, "kl": 1.0}
+    assert table.kept_difference["kl"] == 0.5 and table.below.tolist() == [0, 0]
+    assert table.from_low["kl"] < 0.0 < table.p["kl"]  # one row of four says little
 
 
 def test_the_same_answers_differ_by_nothing_and_p_agrees_with_the_interval():
     gold, rows = [0, 1] * 30, []
     for method, wrong in (("expert", 0), ("js/task", 12), ("kl/task", 12), ("far/task", 30)):
         said = [1 - g if n < wrong else g for n, g in enumerate(gold)]
-        row = {"suite": "s", "subset": "a", "method": method, "seed": 0, "task": "a"}
+        row = {"search": "s", "count": 1, "method": method, "seed": 0, "task": "a"}
         rows.append({**row, "predicted": said, "gold": gold})
-    table = summary(Report.of(pd.DataFrame(rows))).set_index("objective")
+    table = summary(packed(rows)).set_index("objective")
     assert table.p["kl"] == 1 and table.difference["kl"] == 0 and np.isnan(table.p["js"])
-    assert table.p["far"] < 0.001 and table.difference_high["far"] < 0
+    assert table.p["far"] < 0.001 and table.from_high["far"] < 0
 
 
 # --- strains --------------------------------------------------------------------------------------
@@ -251,7 +262,8 @@ def test_answers_are_changed_for_one_expert_alone(bench):
 
 def test_costs_are_what_the_others_lose_against_leaving_the_expert_out(bench):
     kinds = ["none", "noise", "wrong"]
-    found = strains({0: bench}, specs=["js", "kl"], kinds=kinds, groupings=["task"], rule=SHORT)
+    rows = strains({0: bench}, specs=["js", "kl"], kinds=kinds, groupings=["task"], rule=SHORT)
+    found = costs(rows)
     assert list(found.kind) == ["none", "none", "noise", "noise", "wrong", "wrong"]
     assert set(found.task) == {"mood"}
     # left out of two, the other expert stays alone: it is itself, and its ratio is 1
@@ -262,10 +274,10 @@ def test_costs_are_what_the_others_lose_against_leaving_the_expert_out(bench):
 
 
 def test_temperature_one_is_the_plain_fit(bench):
-    found = temperatures({0: bench}, specs=["js"], values=[1.0, 4.0], grouping="task", rule=SHORT)
-    plain, _ = ablation(
-        {0: bench}, specs=["js"], groupings=["task"], counts=[2], rule=SHORT, draws=50
-    )
+    hot = temperatures({0: bench}, specs=["js"], values=[1.0, 4.0], grouping="task", rule=SHORT)
+    found = split(compared(hot["rows"], draws=50), ("objective", "temperature"))
+    plain = ablation({0: bench}, specs=["js"], groupings=["task"], counts=[2], rule=SHORT)
+    plain = summary(plain["scores"], draws=50)
     same = plain[(plain.search == "same") & (plain.objective == "js")].anp.item()
     assert found.anp[0] == pytest.approx(same)
     assert list(found.temperature) == [1.0, 4.0]
@@ -351,7 +363,7 @@ def test_in_the_forest_only_what_survives_correction_is_filled(ax):
         {"objective": "entropy", "count": 2, "holm": 0.4, "difference": -0.1},
     ]
     table = pd.DataFrame(rows)
-    table["difference_low"], table["difference_high"] = -0.2, 0.1
+    table["from_low"], table["from_high"] = -0.2, 0.1
     assert draw.forest(ax, table, order=["kl", "entropy"]) is ax
     marks = [line for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata()) == 1]
     assert [line.get_xdata()[0] for line in marks] == [2.0, -10.0]

@@ -13,6 +13,7 @@ from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.figures import protocol as draw
 from divmerge_core.fitting import OPTIMIZERS
 from divmerge_core.methods import METHODS
+from divmerge_core.report import Report
 from divmerge_core.studies import descents as runs
 from divmerge_core.studies.inputs import (
     WRONGS,
@@ -23,31 +24,35 @@ from divmerge_core.studies.inputs import (
     shifts,
     wrong_inputs,
 )
+from divmerge_core.studies.predictions import (
+    NARROW,
+    compared,
+    of_score,
+    packed,
+    report_of,
+    scored,
+    split,
+    text,
+)
 from divmerge_core.studies.protocol import (
+    COLUMNS,
     DEFAULT,
     EFFORTS,
     ablation,
-    compared,
+    experts_answers,
     layers,
     readings,
-    told_apart,
+    significant,
     variants,
 )
-from divmerge_core.tables import load, save
+from divmerge_core.tables import Measured, load, save
 
 
 @pytest.fixture
-def bench(toys, once, tmp_path, monkeypatch):
-    monkeypatch.setattr("divmerge_core.studies.protocol.cell", lambda *what: tmp_path / name(what))
-    monkeypatch.setattr("divmerge_core.studies.inputs.cell", lambda *what: tmp_path / name(what))
-    monkeypatch.setattr(runs, "cell", lambda *what: tmp_path / name(what))
+def bench(toys, once):
     if "bench" not in once:
         once["bench"] = prepare("toy", size="toy")
     return once["bench"]
-
-
-def name(what: tuple) -> str:
-    return str(abs(hash(repr(what[1:]) + what[0].digest)))
 
 
 @pytest.fixture
@@ -68,38 +73,91 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
-# --- intervals ------------------------------------------------------------------------------------
+def in_columns(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Scores of a study's predictions, with the methods in the columns of a stored table."""
+    return split(compared(table, draws=200), COLUMNS[name])
 
 
-def answers(method: str, right: int) -> dict:
-    """Ten answers, so many of them right; the expert's are all right."""
-    given = "1" * right + "0" * (10 - right)
-    return {"method": method, "seed": 0, "task": "one", "predicted": given, "gold": "1111111100"}
+# --- predictions and intervals --------------------------------------------------------------------
+
+
+def answers(method: str, right: int, seed: int = 0) -> dict:
+    """Ten answers, so many of them right; the gold ones are 1 for eight of ten."""
+    gold = [1] * 8 + [0] * 2
+    given = [g if n < right else 1 - g for n, g in enumerate(gold)]
+    return {"method": method, "seed": seed, "task": "one", "predicted": given, "gold": gold}
 
 
 def test_the_default_differs_from_itself_by_nothing():
-    gold = answers("expert", 8)
-    table = compared([answers(DEFAULT, 6), answers("other", 4), gold]).set_index("method")
+    rows = [answers(DEFAULT, 6), answers("other", 4), answers("expert", 10)]
+    table = compared(packed(rows)).set_index("method")
     assert table.loc[DEFAULT, ["difference", "from_low", "from_high"]].tolist() == [0, 0, 0]
-    assert table.loc[DEFAULT, "anp"] == pytest.approx(0.8)
+    assert math.isnan(table.p[DEFAULT]) and table.loc[DEFAULT, "anp"] == pytest.approx(0.6)
     assert table.loc["other", "difference"] == pytest.approx(-0.2)
     assert table.loc["other", "from_low"] <= -0.2 <= table.loc["other", "from_high"]
+    # the majority class has .8, the expert 1: a margin of .2, of which .6 is less than nothing
+    assert table.loc[DEFAULT, "kept_margin"] == pytest.approx(-1)
+    assert table.loc["other", "kept_difference"] == pytest.approx(-1)
+    assert table.below.tolist() == [1, 1] and table.counted.tolist() == [1, 1]
 
 
 def test_differences_are_paired():
     """Equal answers differ in no draw, however wide their own intervals are."""
-    table = compared([answers(DEFAULT, 5), answers("twin", 5), answers("expert", 8)])
-    twin = table.set_index("method").loc["twin"]
+    rows = [answers(DEFAULT, 5), answers("twin", 5), answers("expert", 10)]
+    twin = compared(packed(rows)).set_index("method").loc["twin"]
     assert twin.high - twin.low > 0.1
-    assert twin.from_low == twin.from_high == 0
+    assert twin.from_low == twin.from_high == 0 and twin.p == twin.holm == 1
+
+
+def test_scores_of_stored_predictions_are_those_of_the_reports(tmp_path):
+    rows = [
+        {**answers(method, right, seed), "grouping": "task", "suite": "", "subset": ""}
+        for seed in (0, 1)
+        for method, right in ((DEFAULT, 9 - seed), ("lr=0.1", 7), ("expert", 10))
+    ]
+    report = Report(pd.DataFrame(rows).assign(suite="suite", subset="all"))
+    save(tmp_path / "one.json", {"changed": packed(rows)}, seeds=[0, 1])
+    stored = load(tmp_path / "one.json")[0]["changed"]
+    pd.testing.assert_frame_equal(report_of(stored).metrics(), report.metrics())
+    table = in_columns(stored, "changed").set_index("setting")
+    assert table.value.to_dict() == {DEFAULT: "", "lr": "0.1"} and set(table.grouping) == {"task"}
+    for score, column in (("anp", "difference"), ("kept_margin", "kept_difference")):
+        found = report.difference("suite", "all", "lr=0.1", DEFAULT, statistic=score, draws=200)
+        names = [column, *(f"{'kept_' * (score != 'anp')}from_{end}" for end in ("low", "high"))]
+        assert table.loc["lr", names].tolist() == pytest.approx(list(found))
+        assert of_score(table, score).difference["lr"] == table[column]["lr"]
+
+
+def test_a_class_is_one_character():
+    assert text([0, 9, 10, 35]) == "09az"
+    with pytest.raises(ValueError, match="up to 36 classes, got class 36"):
+        text([1, 36])
+
+
+@pytest.mark.parametrize(
+    "seeds, words", [([0, 1], NARROW), ([0], "holds no predictions, so no kept margin")]
+)
+def test_a_run_stored_without_predictions_is_drawn_and_marked(seeds, words):
+    table = pd.DataFrame({"setting": ["lr"], "value": ["1"], "low": [0.1], "difference": [0.2]})
+    facts = {"seeds": seeds, **dict.fromkeys(("encoder", "suite", "size", "rows", "device"), "x")}
+    facts |= {"tasks": ["a"], **dict.fromkeys(("machine", "torch", "date"), "x")}
+    old = scored(
+        Measured({"changed": table}, facts, "the stored run", "; asked for was y"), COLUMNS
+    )
+    assert old["changed"] is table and words in old.caption
+    assert "; asked for was y. Th" in old.caption and old.caption.endswith(("them.", "margin."))
+    new = packed([answers(DEFAULT, 6), answers("lr=0.1", 4), answers("expert", 10)])
+    run = scored(Measured({"changed": new, "other": table}, facts, "this run"), COLUMNS)
+    assert "predictions" not in run.caption and run["other"] is table
+    assert run["changed"].setting.tolist() == [DEFAULT, "lr"]
 
 
 # --- settings -------------------------------------------------------------------------------------
 
 
-def test_told_apart_is_an_interval_without_zero():
+def test_significant_is_an_interval_without_zero():
     table = pd.DataFrame({"from_low": [-1.0, 0.1, -2.0], "from_high": [1.0, 0.2, -0.5]})
-    assert told_apart(table).index.tolist() == [1, 2]
+    assert significant(table).index.tolist() == [1, 2]
 
 
 def test_every_setting_is_changed_alone():
@@ -110,23 +168,26 @@ def test_every_setting_is_changed_alone():
 def test_the_ablation_holds_each_change_beside_its_default(benches):
     knobs = {"init": (0.0,), "epochs": (1,)}
     table = ablation(benches, knobs, groupings=("task", "layer"), inputs=8)
+    table = in_columns(table, "changed")
     assert len(table) == 2 * 3
     assert set(table[table.setting == "init"].value) == {"0.0"}
     assert (table[table.setting == DEFAULT].difference == 0).all()
     assert (table.low <= table.high).all() and set(table.tasks) == {2}
     assert (table.set_index("setting").difference[DEFAULT] == 0).all()
-    ax = draw.changes(plt.figure().gca(), table)
+    ax = draw.changes(plt.figure().gca(), table, score="kept_margin")
+    assert ax.get_xlabel() == "kept margin minus the default's, points"
     assert [label.get_text() for label in ax.get_yticklabels()] == ["start 0.0", "epochs 1"]
 
 
 def test_a_layer_is_counted_in_coefficients(benches, bench):
-    table = layers(benches, ("task", "layer"), inputs=8).set_index("grouping")
+    table = layers(benches, ("task", "layer"), inputs=8)
+    table = in_columns(table, "kinds").set_index("grouping")
     assert table.coefficients["task"] == 2
     assert table.coefficients["layer"] == 2 * len(bench.problem.vectors.layout.names)
 
 
 def test_in_total_is_less_per_task(benches):
-    table = readings(benches, ("task", "layer"), published=8)
+    table = in_columns(readings(benches, ("task", "layer"), published=8), "read")
     sizes = table.set_index(["grouping", "reading"]).inputs
     assert sizes.to_dict() == {
         ("task", "per task"): 8,
@@ -158,7 +219,8 @@ def test_all_of_them_is_the_most_there_are(bench):
 
 
 def test_no_inputs_leave_the_average(benches, bench):
-    table = amounts(benches, (0, 8), groupings=("layer",), steps=4).set_index("inputs")
+    table = amounts(benches, (0, 8), groupings=("layer",), steps=4)
+    table = in_columns(table, "needed").set_index("inputs")
     average = METHODS["average"](bench.problem)
     answered = runs.evaluate(bench.problem, average, bench.test)
     right = [
@@ -167,7 +229,7 @@ def test_no_inputs_leave_the_average(benches, bench):
     ]
     experts = [
         sum(a == b for a, b in zip(row["predicted"], row["gold"], strict=True)) / len(row["gold"])
-        for row in runs.experts_answers(bench)
+        for row in experts_answers(bench)
     ]
     expected = sum(r / e for r, e in zip(right, experts, strict=True)) / 2
     assert table.anp[0] == pytest.approx(expected)
@@ -227,11 +289,12 @@ def test_a_share_is_replaced(bench, share, wrong):
 
 def test_wrong_inputs_are_held_beside_right_ones(benches, others):
     options = {"inputs": 8, "shares": (0.5, 1.0), "groupings": ("task",), "steps": 2}
-    table = wrong_inputs(benches, others, **options)
+    table = in_columns(wrong_inputs(benches, others, **options), "wrong")
     assert len(table) == 2 + 2 * len(WRONGS)
     assert table[table.kind == DEFAULT].difference.item() == 0
     ax = draw.by_kind(plt.figure().gca(), table)
     assert len(ax.get_yticklabels()) == 1 + len(WRONGS)
+    assert table[table.kind == DEFAULT].share.item() == 0 and set(table.share) == {0, 0.5, 1}
 
 
 # --- Proposition 3 --------------------------------------------------------------------------------
@@ -283,7 +346,7 @@ def found(bench, toys, once):
 
 
 def test_all_optimisers_start_at_the_same_loss(found):
-    courses, ends = found
+    courses, ends = found["courses"], found["ends"]
     assert set(courses.optimizer) == set(OPTIMIZERS) == set(ends.optimizer)
     first = courses.groupby("optimizer").loss.first()
     assert first.max() - first.min() < 1e-5
@@ -291,7 +354,7 @@ def test_all_optimisers_start_at_the_same_loss(found):
 
 def test_passes_and_inputs_are_counted(found):
     """Two batches of four inputs a task: a step of Adam reads 4 of each, a pass all 8."""
-    courses, _ = found
+    courses = found["courses"]
     adam = courses[courses.optimizer == "adam"]
     assert adam.passes.tolist()[:3] == [0, 1, 2] and adam.read.tolist()[:3] == [0, 4, 8]
     whole = courses[courses.optimizer == "lbfgs"]
@@ -301,10 +364,11 @@ def test_passes_and_inputs_are_counted(found):
 
 
 def test_the_target_is_adams_last_loss(found, tmp_path):
-    courses, ends = found
+    measured = runs.with_scores(Measured(found, {"seeds": [0]}, "this run"))
+    courses, ends = measured["courses"], measured["ends"]
     adam = ends.set_index("optimizer").loc["adam"]
     assert adam.target == courses[courses.optimizer == "adam"].loss.iloc[-1]
-    assert adam.passes <= 8 and adam.difference == 0
+    assert adam.passes <= 8 and adam.difference == adam.kept_difference == 0
     met = ends[ends.reached <= ends.target]
     assert met.passes.notna().all() and ends[ends.reached > ends.target].passes.isna().all()
     save(tmp_path / "ends.json", {"ends": ends}, seeds=[0])  # missing numbers survive it

@@ -14,6 +14,7 @@ from divmerge_core.divergences import DIVERGENCES, facts_of
 from divmerge_core.figures import PALETTE
 from divmerge_core.studies.courses import totals
 from divmerge_core.studies.objectives import named
+from divmerge_core.studies.predictions import WORDS, of_score
 from divmerge_core.studies.stress import STRAINS
 
 Look = tuple[int, str]  # place in the palette, marker
@@ -77,12 +78,13 @@ def directions(ax: Axes, table: pd.DataFrame) -> Axes:
     return ax
 
 
-def forest(ax: Axes, table: pd.DataFrame, *, order: Sequence[str]) -> Axes:
-    """Differences in ANP from js with their intervals, a row per objective, a colour per T.
+def forest(ax: Axes, table: pd.DataFrame, *, order: Sequence[str], score: str = "anp") -> Axes:
+    """Differences of a score from js with their intervals, a row per objective, a colour per T.
 
-    table: of `ablation`, one grouping. Filled markers: the corrected p is below 0.05. What is below
-    `FAR` points stands at the left edge with its value, so that the rest can be told apart.
+    table: of `compared`, one grouping. Filled markers: the corrected p is below 0.05. What is below
+    `FAR` points stands at the left edge with its value, so that the rest can be seen.
     """
+    table = of_score(table, score)
     counts = sorted(table["count"].unique())
     for place, count in enumerate(counts):
         number, marker = COUNTS[place % len(COUNTS)]
@@ -90,7 +92,7 @@ def forest(ax: Axes, table: pd.DataFrame, *, order: Sequence[str]) -> Axes:
         some = table[table["count"] == count].set_index("objective")
         for y, spec in enumerate(order):
             row, at = some.loc[spec], y + 0.26 * (place - (len(counts) - 1) / 2)
-            span = [100 * row.difference_low, 100 * row.difference_high]
+            span = [100 * row.from_low, 100 * row.from_high]
             ax.plot(np.clip(span, FAR, None), [at, at], color=shade, linewidth=1.4)
             face, value = shade if row.holm < SURE else "white", 100 * row.difference
             ax.plot(max(value, FAR), at, marker, color=shade, markerfacecolor=face, ms=5)
@@ -100,34 +102,38 @@ def forest(ax: Axes, table: pd.DataFrame, *, order: Sequence[str]) -> Axes:
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(range(len(order)), [named(spec) for spec in order])
     ax.set_ylim(len(order) - 0.5, -0.5)
-    ax.set_xlabel("ANP minus that of js, points")
+    ax.set_xlabel(f"{WORDS[score]} minus that of js, points")
     return ax
 
 
-def tempered(ax: Axes, table: pd.DataFrame) -> Axes:
-    """ANP over temperature, a line per objective: means over seeds, bars from lowest to highest."""
+def tempered(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
+    """A score over temperature, a line per objective: means over seeds, bars 95 % intervals.
+
+    table: scores of `temperatures`; of one stored by seed, bars are from lowest to highest.
+    """
+    if "seed" in table:
+        groups = table.groupby(["objective", "temperature"], sort=False).anp
+        table = groups.agg(anp="mean", low="min", high="max").reset_index()
+    table = of_score(table, score)
     specs = list(dict.fromkeys(table.objective))
     for place, spec in enumerate(specs):
-        wide = table[table.objective == spec].pivot(
-            index="temperature", columns="seed", values="anp"
-        )
-        middle = wide.mean(axis=1)
-        errors = [100 * (middle - wide.min(axis=1)), 100 * (wide.max(axis=1) - middle)]
-        x = wide.index.to_numpy() * 2 ** (0.06 * (place - (len(specs) - 1) / 2))
-        ax.errorbar(x, 100 * middle, yerr=errors, label=named(spec), ms=5, lw=1.2, **style(spec))
+        own = table[table.objective == spec].sort_values("temperature")
+        errors = [100 * (own.score - own.low), 100 * (own.high - own.score)]
+        x = own.temperature.to_numpy() * 2 ** (0.06 * (place - (len(specs) - 1) / 2))
+        ax.errorbar(x, 100 * own.score, yerr=errors, label=named(spec), ms=5, lw=1.2, **style(spec))
     ax.set_xscale("log", base=2)
     shown = sorted(table.temperature.unique())
     ax.set_xticks(shown, [f"{value:g}" for value in shown])
     ax.minorticks_off()
-    ax.set(xlabel="temperature", ylabel="ANP on test rows, %")
+    ax.set(xlabel="temperature", ylabel=f"{WORDS[score]} on test rows, %")
     ax.legend(fontsize=8)
     return ax
 
 
-def strained(ax: Axes, table: pd.DataFrame) -> Axes:
+def strained(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
     """What one expert costs the others, honest or strained: a row each, a marker per objective.
 
-    table: of `strains`, one grouping. Large markers: means over seeds; small ones: seeds.
+    table: of `costs`, one grouping. Large markers: means over seeds; small ones: seeds.
     """
     kinds = [kind for kind in STRAINS if kind in set(table.kind)]
     specs = list(dict.fromkeys(table.objective))
@@ -135,16 +141,17 @@ def strained(ax: Axes, table: pd.DataFrame) -> Axes:
         for y, kind in enumerate(kinds):
             some = table[(table.kind == kind) & (table.objective == spec)]
             at = y + 0.8 * ((place + 0.5) / len(specs) - 0.5)
+            cost = 100 * some["cost" if score == "anp" else "kept_cost"]
             look = style(spec)
-            ax.plot(100 * some.cost, [at] * len(some), linestyle="none", ms=3, alpha=0.6, **look)
+            ax.plot(cost, [at] * len(cost), linestyle="none", ms=3, alpha=0.6, **look)
             label = named(spec) if y == 0 else None
-            ax.plot(100 * some.cost.mean(), at, ms=7, linestyle="none", label=label, **look)
+            ax.plot(cost.mean(), at, ms=7, linestyle="none", label=label, **look)
     ax.axvline(0, color="black", linewidth=0.8)
     for y in range(1, len(kinds)):
         ax.axhline(y - 0.5, color="0.85", linewidth=0.8)
     ax.set_yticks(range(len(kinds)), [STRAINS.facts[kind]["label"] for kind in kinds])
     ax.set_ylim(len(kinds) - 0.5, -0.5)
-    ax.set_xlabel("the others lose, points of ANP")
+    ax.set_xlabel(f"the others lose, points of {WORDS[score]}")
     return ax
 
 

@@ -14,6 +14,7 @@ from divmerge_core.figures import PALETTE
 from divmerge_core.figures.beyond import Look, percent
 from divmerge_core.fitting import OPTIMIZERS
 from divmerge_core.studies.inputs import WRONGS
+from divmerge_core.studies.predictions import WORDS, of_score
 
 GREY = PALETTE[7]
 LEVELS: Mapping[str, Look] = {"task": (0, "o"), "block": (4, "D"), "layer": (1, "s")}
@@ -27,13 +28,13 @@ FOUND_BY |= {"gauss_newton": "Gauss-Newton"}
 SAID = {"init": "start", "lr": "step size", "epochs": "epochs"}
 
 
-def changes(ax: Axes, table: pd.DataFrame) -> Axes:
-    """What each setting changed alone does to the ANP: paired differences from the default.
+def changes(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
+    """What each setting changed alone does to a score: paired differences from the default.
 
-    table: of `ablation`, for one number of tasks. One row per setting and value, a marker per
-    grouping; the line at 0 is the default.
+    table: scores of `ablation`, for one number of tasks. One row per setting and value, a marker
+    per grouping; the line at 0 is the default.
     """
-    rows = table[table.setting != "default"]
+    rows = of_score(table[table.setting != "default"], score)
     labels = list(dict.fromkeys(zip(rows.setting, rows.value, strict=True)))
     groupings = list(dict.fromkeys(rows.grouping))
     for number, grouping in enumerate(groupings):
@@ -56,34 +57,36 @@ def changes(ax: Axes, table: pd.DataFrame) -> Axes:
     ax.axvline(0, color="black", linewidth=1, linestyle="--")
     ax.set_yticks(range(len(labels)), [f"{SAID.get(s, s)} {v}" for s, v in labels])
     ax.set_ylim(len(labels) - 0.5, -0.5)
-    ax.set_xlabel("ANP minus the default's, percentage points")
+    ax.set_xlabel(f"{WORDS[score]} minus the default's, points")
     percent(ax, "x")
     return ax
 
 
-def needed(ax: Axes, table: pd.DataFrame) -> Axes:
-    """ANP by the number of unlabelled inputs per task; 0 is the start, 1/T.
+def needed(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
+    """A score by the number of unlabelled inputs per task; 0 is the start, 1/T.
 
-    table: of `amounts`. Bands are 95 % intervals.
+    table: scores of `amounts`. Bands are 95 % intervals.
     """
     counts = sorted(table.inputs.unique())
-    for grouping, own in table.groupby("grouping", sort=False):
+    for grouping, own in of_score(table, score).groupby("grouping", sort=False):
         place, marker = LEVELS[grouping]
         own = own.sort_values("inputs")
         at = [counts.index(count) for count in own.inputs]
-        ax.plot(at, own.anp, marker=marker, color=PALETTE[place], label=f"per {grouping}")
+        ax.plot(at, own.score, marker=marker, color=PALETTE[place], label=f"per {grouping}")
         ax.fill_between(at, own.low, own.high, color=PALETTE[place], alpha=0.15, linewidth=0)
     ax.set_xticks(range(len(counts)), [str(count) for count in counts])
-    ax.set(xlabel="unlabelled inputs per task", ylabel="ANP, % of the experts")
+    ax.set(xlabel="unlabelled inputs per task", ylabel=f"{WORDS[score]}, %")
     percent(ax)
     return ax
 
 
-def by_kind(ax: Axes, table: pd.DataFrame) -> Axes:
-    """What wrong inputs cost, by kind and share: ANP minus that on right ones.
+def by_kind(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
+    """What shifted inputs cost, by kind and share: a score minus that on right ones.
 
-    table: of `wrong_inputs`, for one grouping. Open markers are the start, 1/T, without any fit.
+    table: scores of `wrong_inputs`, for one grouping. The row `none` is the start, 1/T, without any
+    fit.
     """
+    table = of_score(table, score)
     shares = sorted(share for share in table.share.unique() if share > 0)
     kinds = ["none", *WRONGS]
     for number, share in enumerate(shares):
@@ -102,7 +105,7 @@ def by_kind(ax: Axes, table: pd.DataFrame) -> Axes:
     names = ["no inputs: 1/T", *(WRONGS.facts[kind]["label"] for kind in WRONGS)]
     ax.set_yticks(range(len(kinds)), names)
     ax.set_ylim(len(kinds) - 0.5, -0.5)
-    ax.set_xlabel("ANP minus that on right inputs, percentage points")
+    ax.set_xlabel(f"{WORDS[score]} minus right inputs', points")
     percent(ax, "x")
     return ax
 

@@ -8,15 +8,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from divmerge_core.bench import SIZES, Bench, prepare
 from divmerge_core.comparison import references
-from divmerge_core.report import Report
-from divmerge_core.statistics import holm
 from divmerge_core.studies.objectives import Rule, answers, learned, objectives
+from divmerge_core.studies.predictions import (
+    BELOW,
+    corrected,
+    estimates,
+    packed,
+    report_of,
+    samples,
+    scored,
+)
+from divmerge_core.tables import Measured
 
 REFERENCE = "js"
 
@@ -132,14 +139,14 @@ def ablation(
     groupings: Sequence[str],
     counts: Sequence[int],
     rule: Rule | None = None,
-    draws: int = 2000,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Every objective x grouping x number of tasks x seed: a table of scores, and one of fits.
+) -> dict[str, pd.DataFrame]:
+    """Every objective x grouping x number of tasks x seed: predictions (`scores`) and `fits`.
 
     benches: by seed, of all tasks; counts: how many of them, from the first on. The step size is
     chosen once for every objective and grouping, at the middle count, over all seeds: few rows of
     one seed would choose by luck, and bad luck of js would be good luck of all others. Scores:
-    `summary`, for the search `searched`, and for `same`, where all take rule.rate, at that count.
+    what `summary` reads, for the search `searched`, and for `same`, where all take rule.rate, at
+    that count.
     Fits: search, count, grouping, objective, seed, rate, validation (ANP), diverged. Raises
     ValueError where js, the reference of all differences, is missing.
     """
@@ -155,12 +162,12 @@ def ablation(
     }
     jobs = [("searched", count, seed) for count in counts for seed in benches]
     jobs += [("same", middle, seed) for seed in benches]
-    scores, fits = {}, []
+    rows, fits = [], []
     for search, count, seed in (bar := tqdm(jobs, "objectives", leave=False)):
         bench = benches[seed].select(tasks[:count])
-        label = {"suite": "suite", "subset": f"{search} {count}", "seed": seed}
-        rows = scores.setdefault((search, count), [])
-        rows += references(bench, label) + start(bench, label)
+        label = {"search": search, "count": count, "seed": seed}
+        rows += [row for row in references(bench, label) if row["method"] == "expert"]
+        rows += start(bench, label)
         for grouping, spec in pairs:
             bar.set_postfix_str(f"{count} tasks, seed {seed}, {spec}, per {grouping}")
             rate = rates[grouping, spec] if search == "searched" else rule.rate
@@ -171,36 +178,32 @@ def ablation(
             what = {"search": search, "count": count, "grouping": grouping, "objective": spec}
             kept = {name: found[name] for name in ("validation", "diverged")}
             fits.append({**what, "seed": seed, "rate": rate, **kept})
-    tables = [
-        summary(Report.of(pd.DataFrame(rows)), draws=draws).assign(search=search, count=count)
-        for (search, count), rows in scores.items()
-    ]
-    table = pd.concat(tables, ignore_index=True)
-    for _, some in table.groupby("search"):
-        table.loc[some.index, "holm"] = holm(some.p.to_numpy())
-    return table, pd.DataFrame(fits)
+    return {"scores": packed(rows), "fits": pd.DataFrame(fits)}
 
 
-def summary(report: Report, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """ANP of every `objective/grouping`, and its difference from js of that grouping.
+def summary(table: pd.DataFrame, *, draws: int = 2000) -> pd.DataFrame:
+    """Both scores of every `objective/grouping`, and differences from js of that grouping.
 
-    Columns: objective, grouping, anp, low, high; difference, difference_low, difference_high, with
-    95 % paired intervals over seeds and test rows; and its two-sided p, NaN for js itself. The
-    merge at 1/T, where all fits start, is the objective `start`, ungrouped.
+    table: predictions, by search and count. Columns: search, count, objective, grouping, and those
+    of `predictions.compared`, with 95 % paired intervals over seeds and test rows; p is two-sided,
+    NaN for js itself, and corrected within a search. The merge at 1/T, where all fits start, is the
+    objective `start`, ungrouped, without differences.
     """
-    (suite, subset), *_ = report.rows[["suite", "subset"]].itertuples(index=False)
-    sampled, found = report.sampled(suite, subset, draws=draws, seed=seed), []
-    for method in sampled.methods:
-        spec, _, grouping = method.partition("/")
-        if spec in ("expert", "base"):
-            continue
-        own = sampled.estimate(method)
-        values = dict(zip(("anp", "low", "high"), (own.value, *own.interval()), strict=True))
-        if grouping:
-            gap = sampled.estimate(method, f"{REFERENCE}/{grouping}")
-            low, high = gap.interval()
-            values |= {"difference": gap.value, "difference_low": low, "difference_high": high}
-            values["p"] = np.nan if spec == REFERENCE else gap.p()
-        row = {name: float(value) for name, value in values.items()}
-        found.append({"objective": spec, "grouping": grouping, **row})
-    return pd.DataFrame(found)
+    found = []
+    for (search, count), some in table.groupby(["search", "count"], sort=False):
+        report = report_of(some)
+        sampled, below = samples(report, draws=draws), report.below_majority().set_index("method")
+        for method in some.method[some.method != "expert"].unique():
+            spec, _, grouping = method.partition("/")
+            row = estimates(sampled, method, f"{REFERENCE}/{grouping}" if grouping else None)
+            label = {"search": search, "count": count, "objective": spec, "grouping": grouping}
+            found.append({**label, **row, **below.loc[method, BELOW]})
+    parts = [part for _, part in pd.DataFrame(found).groupby("search", sort=False)]
+    return pd.concat(map(corrected, parts), ignore_index=True)
+
+
+def compared(measured: Measured) -> Measured:
+    """A run of `ablation` with its scores; those stored without predictions under today's names."""
+    done = scored(measured, {}, summary)
+    old = {f"difference_{end}": f"from_{end}" for end in ("low", "high")}
+    return replace(done, tables={**done.tables, "scores": done["scores"].rename(columns=old)})

@@ -20,7 +20,9 @@ from divmerge_core.kernels.merge import grouped_merge
 from divmerge_core.live import expert_logits
 from divmerge_core.problem import MergeProblem, Pairs
 from divmerge_core.studies.inputs import divergence_sum, few
-from divmerge_core.studies.protocol import compared, experts_answers
+from divmerge_core.studies.predictions import scored
+from divmerge_core.studies.protocol import COLUMNS, with_experts
+from divmerge_core.tables import Measured
 
 ANNEALED_LR = 0.1  # few steps have to go as far
 POINTS = 20  # of Adam's course
@@ -129,17 +131,17 @@ def descents(
     adam: int,
     passes: int,
     seed: int = 0,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Every optimiser on every subset of tasks and grouping: courses, and ends.
+) -> dict[str, pd.DataFrame]:
+    """Every optimiser on every subset of tasks and grouping: courses, ends, and answers.
 
     pool: inputs per task that all fits see. adam: steps of Adam; passes: of the others. Courses:
     tasks (their number), grouping, optimizer, passes, read (inputs per task), seconds, loss (nats,
     on all inputs). Ends: tasks, grouping, optimizer, start, target (Adam's last loss), reached (the
     lowest loss), passes, read and seconds when the target was met (missing where it was not), then
-    (the loss on as many other inputs at that point), unseen (the same at the end), and ANP with
-    intervals and the paired difference from Adam.
+    (the loss on as many other inputs at that point), unseen (the same at the end). Answers:
+    predictions by tasks and grouping, the method is the optimiser, Adam first.
     """
-    courses, ends = [], []
+    courses, ends, answers = [], [], []
     jobs = [(subset, grouping) for subset in subsets for grouping in groupings]
     for subset, grouping in tqdm(jobs, "optimisers", leave=False):
         part = bench.select(subset)
@@ -156,16 +158,16 @@ def descents(
             find = partial(course, part, seen, other, grouping, options, target)
             found[optimizer] = kept(part, find, "descent", grouping, pool, options, adam)
             courses += [{**label, "optimizer": optimizer, **p} for p in found[optimizer]["points"]]
-        ends.append(ended(part, found, seed).assign(**label))
-    return pd.DataFrame(courses), pd.concat(ends, ignore_index=True)
+        ends += [{**row, **label} for row in ended(found)]
+        rows = [{**row, "method": n, "seed": seed} for n in found for row in found[n]["rows"]]
+        answers.append(with_experts(rows, {seed: part}, **label))
+    tables = {"courses": pd.DataFrame(courses), "ends": pd.DataFrame(ends)}
+    return {**tables, "answers": pd.concat(answers, ignore_index=True)}
 
 
-def ended(bench: Bench, found: Mapping[str, dict], seed: int) -> pd.DataFrame:
+def ended(found: Mapping[str, dict]) -> list[dict]:
     """Where the fits of one problem ended, and when each met Adam's last loss."""
     target, rows = found["adam"]["points"][-1]["loss"], []
-    answers = [{**row, "method": name} for name in found for row in found[name]["rows"]]
-    answers += [{**row, "method": "expert"} for row in experts_answers(bench)]
-    table = compared([{**row, "seed": seed} for row in answers], "adam").set_index("method")
     for name, one in found.items():
         met = [point for point in one["points"] if point["loss"] <= target]
         first = {key: met[0][key] if met else None for key in ("passes", "read", "seconds")}
@@ -174,5 +176,14 @@ def ended(bench: Bench, found: Mapping[str, dict], seed: int) -> pd.DataFrame:
         rows.append(
             row | {"reached": lowest, "then": one["then"], "unseen": one["unseen"], **first}
         )
-        rows[-1] |= dict(table.loc[name])
-    return pd.DataFrame(rows)
+    return rows
+
+
+def with_scores(measured: Measured) -> Measured:
+    """The run with the scores of its answers, and differences from Adam's, beside its ends."""
+    done = scored(measured, COLUMNS)
+    if "answers" not in done.tables:
+        return done
+    key = ["tasks", "grouping", "optimizer"]
+    ends = done["ends"].merge(done["answers"].drop(columns="method"), on=key, validate="1:1")
+    return replace(done, tables={**done.tables, "ends": ends})

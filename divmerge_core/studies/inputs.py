@@ -21,7 +21,7 @@ from divmerge_core.live import expert_logits
 from divmerge_core.methods import METHODS
 from divmerge_core.problem import Batch, MergeProblem
 from divmerge_core.registry import Registry
-from divmerge_core.studies.protocol import DEFAULT, answered, compared, num_tasks, with_experts
+from divmerge_core.studies.protocol import DEFAULT, answered, num_tasks, with_experts
 
 WRONGS = Registry("kind of wrong inputs")  # name -> function(bench, others, generator) -> batches
 Batches = Sequence[Sequence[Batch]]  # [task][number]
@@ -142,25 +142,23 @@ def amounts(
     groupings: Sequence[str],
     steps: int,
 ) -> pd.DataFrame:
-    """ANP by the number of inputs per task, all with as many steps; differences from the largest.
+    """Predictions by the number of inputs per task, the method, all with as many steps.
 
-    No inputs leave the start, 1/T. Which inputs are taken is drawn anew by seed. Columns: tasks,
-    grouping, inputs, and those of `compared` but for method.
+    The largest number is the first. No inputs leave the start, 1/T. Which inputs are taken is drawn
+    anew by seed. Labels: tasks (their number) and grouping.
     """
     parts = []
     for grouping in groupings:
         rows: list[dict] = []
-        jobs = [(seed, count) for seed in benches for count in counts]
+        jobs = [(seed, count) for seed in benches for count in sorted(counts, reverse=True)]
         for seed, count in tqdm(jobs, f"number of inputs, per {grouping}", leave=False):
             bench, generator = benches[seed], torch.Generator().manual_seed(seed)
             chosen = few(bench.problem.batches, count, generator)
             options = {"grouping": grouping, "steps": steps, "seed": seed}
             found = fitted(bench, ["few", count], chosen, **options)
             rows += [{**row, "method": str(count), "seed": seed} for row in found]
-        table = compared(with_experts(rows, benches), str(max(counts)))
-        table["inputs"] = table.method.astype(int)
-        parts.append(table.drop(columns="method").assign(grouping=grouping))
-    return pd.concat(parts, ignore_index=True).assign(tasks=num_tasks(benches))
+        parts.append(with_experts(rows, benches, grouping=grouping, tasks=num_tasks(benches)))
+    return pd.concat(parts, ignore_index=True)
 
 
 def wrong_inputs(
@@ -172,10 +170,10 @@ def wrong_inputs(
     groupings: Sequence[str],
     steps: int,
 ) -> pd.DataFrame:
-    """ANP by kind and share of wrong inputs, and differences from right ones.
+    """Predictions by kind and share of wrong inputs, beside those of right ones, `default`.
 
-    others: by seed, inputs of tasks that are not merged. inputs: per task. Columns: tasks,
-    grouping, kind, share, and those of `compared` but for method; kind `none` is the start, 1/T.
+    others: by seed, inputs of tasks that are not merged. inputs: per task. Labels: tasks (their
+    number) and grouping; the method is `kind=share`, and kind `none` is the start, 1/T.
     """
     parts = []
     for grouping in groupings:
@@ -193,11 +191,8 @@ def wrong_inputs(
                 found = fitted(bench, ["wrong", kind, share, inputs], chosen, **options)
                 label = DEFAULT if kind == DEFAULT else f"{kind}={share}"
                 rows += [{**row, "method": label, "seed": seed} for row in found]
-        table = compared(with_experts(rows, benches))
-        table["kind"] = table.method.str.partition("=")[0]
-        table["share"] = [float(name.partition("=")[2] or 0) for name in table.method]
-        parts.append(table.drop(columns="method").assign(grouping=grouping))
-    return pd.concat(parts, ignore_index=True).assign(tasks=num_tasks(benches))
+        parts.append(with_experts(rows, benches, grouping=grouping, tasks=num_tasks(benches)))
+    return pd.concat(parts, ignore_index=True)
 
 
 @torch.no_grad()

@@ -17,10 +17,15 @@ from divmerge_core.cells import kept
 from divmerge_core.coefficients import groups_of
 from divmerge_core.evaluation import evaluate
 from divmerge_core.methods import METHODS
-from divmerge_core.report import Report
+from divmerge_core.studies.predictions import packed
 from divmerge_core.tuning import own_experts
 
 DEFAULT = "default"
+COLUMNS: Mapping[str, tuple[str, ...]] = {  # by stored table: what its methods say
+    **{"changed": ("setting", "value"), "start": ("setting", "value")},
+    **{"kinds": ("grouping", "coefficients"), "read": ("reading", "inputs")},
+    **{"needed": ("inputs",), "wrong": ("kind", "share"), "answers": ("optimizer",)},
+}
 KNOBS: Mapping[str, tuple] = {
     "init": (0.0, 0.5, 1.0),
     "lr": (1e-3, 3e-2, 1e-1),
@@ -133,34 +138,16 @@ def experts_answers(bench: Bench) -> list[dict]:
     return kept(bench, find, "protocol", "experts")
 
 
-def compared(rows: Sequence[Mapping], default: str = DEFAULT, *, draws: int = 2000) -> pd.DataFrame:
-    """ANP of every method with its interval, and the paired difference from the default.
-
-    rows: answers with columns method, seed, task, predicted and gold; the method `expert` is what
-    ANP divides by. Columns: method, anp, low, high, difference, from_low, from_high; intervals are
-    95 %, over seeds and test rows, the same ones for all methods.
-    """
-    table = pd.DataFrame(rows).assign(suite="suite", subset="all")
-    sampled = Report.of(table).sampled("suite", "all", draws=draws)
-    found = []
-    for method in sampled.methods:
-        if method == "expert":
-            continue
-        own, apart = sampled.estimate(method), sampled.estimate(method, default)
-        values = (own.value, *own.interval(), apart.value, *apart.interval())
-        found.append((method, *map(float, values)))
-    columns = ["method", "anp", "low", "high", "difference", "from_low", "from_high"]
-    return pd.DataFrame(found, columns=columns)
-
-
-def with_experts(rows: Sequence[Mapping], benches: Mapping[int, Bench]) -> list[dict]:
-    """The rows, and those of the experts."""
+def with_experts(
+    rows: Sequence[Mapping], benches: Mapping[int, Bench], **labels: object
+) -> pd.DataFrame:
+    """The rows and those of the experts under these labels, as `packed` keeps them."""
     alone = [
         {**row, "method": "expert", "seed": seed}
         for seed, bench in benches.items()
         for row in experts_answers(bench)
     ]
-    return [*map(dict, rows), *alone]
+    return packed({**labels, **row} for row in [*rows, *alone])
 
 
 def with_options(bench: Bench, seed: int, **options: object) -> list[dict]:
@@ -195,8 +182,8 @@ def ablation(
 ) -> pd.DataFrame:
     """DivMerge with one setting changed at a time, against its default at the same grouping.
 
-    benches: by seed, of the same tasks; inputs: per task. Columns: tasks (their number), grouping,
-    setting, value (as text), and those of `compared` but for method.
+    benches: by seed, of the same tasks; inputs: per task. Predictions, see `packed`: by tasks
+    (their number) and grouping, the method is `default` or `setting=value`.
     """
     number, parts = num_tasks(benches), []
     for grouping in groupings:
@@ -207,32 +194,25 @@ def ablation(
             options = {"grouping": grouping, "inputs": inputs, **changes[label]}
             found = with_options(benches[seed], seed, **options)
             rows += [{**row, "method": label, "seed": seed} for row in found]
-        table = compared(with_experts(rows, benches))
-        table[["setting", "value"]] = table.method.str.partition("=")[[0, 2]].to_numpy()
-        parts.append(table.drop(columns="method").assign(grouping=grouping, tasks=number))
+        parts.append(with_experts(rows, benches, grouping=grouping, tasks=number))
     return pd.concat(parts, ignore_index=True)
 
 
-def told_apart(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose paired interval leaves 0 out."""
+def significant(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose paired interval of the ANP leaves 0 out."""
     return table[(table.from_low > 0) | (table.from_high < 0)]
 
 
 def layers(benches: Mapping[int, Bench], groupings: Sequence[str], *, inputs: int) -> pd.DataFrame:
-    """What a layer may be: DivMerge by grouping, and differences from the first one.
-
-    Columns: tasks, grouping, coefficients (their number), and those of `compared` but for method.
-    """
+    """What a layer may be: predictions of DivMerge; the method is `grouping=coefficients`."""
     rows: list[dict] = []
+    layout, number = next(iter(benches.values())).problem.vectors.layout, num_tasks(benches)
     for seed, bench in benches.items():
         for grouping in groupings:
+            method = f"{grouping}={number * len(groups_of(layout, grouping)[0])}"
             found = with_options(bench, seed, grouping=grouping, inputs=inputs)
-            rows += [{**row, "method": grouping, "seed": seed} for row in found]
-    table = compared(with_experts(rows, benches), groupings[0])
-    layout, number = next(iter(benches.values())).problem.vectors.layout, num_tasks(benches)
-    counts = {grouping: number * len(groups_of(layout, grouping)[0]) for grouping in groupings}
-    table["coefficients"] = table.method.map(counts)
-    return table.rename(columns={"method": "grouping"}).assign(tasks=number)
+            rows += [{**row, "method": method, "seed": seed} for row in found]
+    return with_experts(rows, benches, tasks=number)
 
 
 def readings(
@@ -240,8 +220,8 @@ def readings(
 ) -> pd.DataFrame:
     """The paper's data set size read per task, and read in total, each with four epochs.
 
-    published: the size of one coefficient per task; twice as many otherwise. Columns: tasks,
-    grouping, reading, inputs (per task), and those of `compared` but for method.
+    published: the size of one coefficient per task; twice as many otherwise. Predictions by tasks
+    and grouping; the method is `reading=inputs` (per task).
     """
     number, parts = num_tasks(benches), []
     for grouping in groupings:
@@ -251,11 +231,10 @@ def readings(
         jobs = [(seed, reading) for seed in benches for reading in inputs]
         for seed, reading in tqdm(jobs, f"data set size, per {grouping}", leave=False):
             found = with_options(benches[seed], seed, grouping=grouping, inputs=inputs[reading])
-            rows += [{**row, "method": reading, "seed": seed} for row in found]
-        table = compared(with_experts(rows, benches), "per task")
-        table["inputs"] = table.method.map(inputs)
-        parts.append(table.rename(columns={"method": "reading"}).assign(grouping=grouping))
-    return pd.concat(parts, ignore_index=True).assign(tasks=number)
+            method = f"{reading}={inputs[reading]}"
+            rows += [{**row, "method": method, "seed": seed} for row in found]
+        parts.append(with_experts(rows, benches, grouping=grouping, tasks=number))
+    return pd.concat(parts, ignore_index=True)
 
 
 def num_tasks(benches: Mapping[int, Bench]) -> int:

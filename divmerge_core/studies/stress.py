@@ -15,17 +15,18 @@ from tqdm import tqdm
 from divmerge_core.bench import Bench
 from divmerge_core.cells import kept
 from divmerge_core.coefficients import Coefficients
+from divmerge_core.comparison import references
 from divmerge_core.encoders import classifier_forward
+from divmerge_core.evaluation import evaluate
 from divmerge_core.experts import Expert, Recipe, fine_tune
 from divmerge_core.fitting import expert_logits
 from divmerge_core.kernels.stores import dense
 from divmerge_core.problem import Diverged
 from divmerge_core.registry import Registry
 from divmerge_core.splits import Splits
-from divmerge_core.studies.arrivals import accuracies, expert_accuracies
 from divmerge_core.studies.objectives import Posed, Rule, answers, fit, learned, merge, pose
+from divmerge_core.studies.predictions import packed, report_of
 from divmerge_core.tasks import TASKS
-from divmerge_core.tuning import shares
 
 SHARPER = 5.0  # what an over-confident expert's logits are multiplied by
 STRAINS = Registry("strain")  # name -> function(bench, task number, seed) -> Strained
@@ -133,13 +134,11 @@ def strains(
     groupings: Sequence[str],
     rule: Rule | None = None,
 ) -> pd.DataFrame:
-    """Every strain x objective x grouping x seed: what is left of the honest tasks.
+    """Every strain x objective x grouping x seed: predictions on the honest tasks; see `costs`.
 
-    The n-th seed strains the n-th task. Columns: kind, objective, grouping, seed, task (the
-    strained one), honest (mean over the other tasks of merged over expert accuracy, on test rows),
-    cost (honest where the expert is left out, which every fit is also run for, minus this),
-    coefficient (of the strained task, mean over groups), diverged (then scored where the fit
-    starts). An honest expert costs the others too: that is the kind `none`.
+    The n-th seed strains the n-th task. Labels: strained (that task), coefficient (its own, mean
+    over groups), diverged (then the answers are those where the fit starts); the method is
+    `kind/objective/grouping`. Every fit is also run with the expert left out.
     """
     rule, rows = rule or Rule(), []
     every = dict.fromkeys(("left_out", *kinds))
@@ -153,14 +152,45 @@ def strains(
                 bar.set_postfix_str(f"seed {seed}, {kind}, {spec}, per {grouping}")
                 find = partial(strain, bench, strained, number, spec, grouping, rule)
                 found = kept(bench, find, "strain", kind, number, seed, spec, grouping, rule)
-                label = {"kind": kind, "objective": spec, "grouping": grouping, "seed": seed}
-                label["task"] = bench.problem.vectors.tasks[number]
-                rows.append({**label, **found})
-    table, key = pd.DataFrame(rows), ["objective", "grouping", "seed"]
-    without = table[table.kind == "left_out"].set_index(key).honest
-    spared = without.loc[list(table[key].itertuples(index=False))].to_numpy()
-    table = table.assign(cost=spared - table.honest)
-    return table[table.kind.isin(kinds)].reset_index(drop=True)
+                label = {"method": f"{kind}/{spec}/{grouping}", "seed": seed}
+                label["strained"] = bench.problem.vectors.tasks[number]
+                label |= {name: found[name] for name in ("coefficient", "diverged")}
+                rows += [{**label, **row} for row in found["rows"]]
+    return packed([*rows, *experts_of(benches)])
+
+
+def experts_of(benches: Mapping[int, Bench]) -> list[dict]:
+    """Every expert's answers on its own task's test rows, by seed."""
+    label = {"method": "expert"}
+    return [
+        {**row, **label, "seed": seed}
+        for seed, bench in benches.items()
+        for row in references(bench, {})
+        if row["method"] == "expert"
+    ]
+
+
+def costs(table: pd.DataFrame) -> pd.DataFrame:
+    """What every strained expert costs the others, by both scores, a row per merged model.
+
+    table: of `strains`. Columns: kind, objective, grouping, seed, task (the strained one), honest
+    (ANP of the other tasks), kept_margin (theirs), below (how many of them are below the majority
+    class), cost and kept_cost (the score where the expert is left out minus this), coefficient,
+    diverged. An honest expert costs the others too: that is the kind `none`.
+    """
+    each = report_of(table).against_experts()
+    each = each[each.counted].assign(below=lambda some: some.value < some.floor)
+    groups = each.groupby(["method", "seed"], sort=False)
+    means = groups[["ratio", "kept_margin"]].mean().assign(below=groups.below.sum())
+    rows = table[table.method != "expert"].join(means, on=["method", "seed"])
+    rows[["kind", "objective", "grouping"]] = rows.method.str.split("/", expand=True).to_numpy()
+    rows = rows.rename(columns={"strained": "task", "ratio": "honest"})
+    key = ["objective", "grouping", "seed"]
+    without = rows[rows.kind == "left_out"].set_index(key)[["honest", "kept_margin"]]
+    spared = without.loc[list(rows[key].itertuples(index=False))].to_numpy()
+    rows[["cost", "kept_cost"]] = spared - rows[["honest", "kept_margin"]].to_numpy()
+    rows = rows.drop(columns=["method", "answered", "predicted", "gold"])
+    return rows[rows.kind != "left_out"].reset_index(drop=True)
 
 
 def strain(
@@ -171,7 +201,7 @@ def strain(
     grouping: str,
     rule: Rule,
 ) -> dict:
-    """One fit beside the strained expert that `make` gives, scored on the honest tasks."""
+    """One fit beside the strained expert that `make` gives: its answers on the honest tasks."""
     strained = make()
     vectors, failed = strained.bench.problem.vectors, False
     try:
@@ -179,12 +209,11 @@ def strain(
     except Diverged:
         failed = True
         coeffs = Coefficients(vectors.layout, len(vectors.tasks), grouping=grouping)().detach()
-    alone, tasks = expert_accuracies(bench), bench.problem.vectors.tasks
-    honest = [task for n, task in enumerate(tasks) if n != number]
-    found = accuracies(strained.bench, merge(vectors, coeffs, grouping), honest)
-    ratios = [value / alone[task] for value, task in zip(found, honest, strict=True)]
+    tasks, flat = bench.problem.vectors.tasks, merge(vectors, coeffs, grouping)
+    found = evaluate(strained.bench.problem, flat, strained.bench.test)
+    rows = found[found.task != tasks[number]].to_dict("records")
     share = coeffs[number].mean().item() if tasks == vectors.tasks else float("nan")
-    return {"honest": sum(ratios) / len(ratios), "coefficient": share, "diverged": failed}
+    return {"rows": rows, "coefficient": share, "diverged": failed}
 
 
 def temperatures(
@@ -194,17 +223,19 @@ def temperatures(
     values: Sequence[float],
     grouping: str,
     rule: Rule | None = None,
-) -> pd.DataFrame:
-    """Every objective x temperature x seed: objective, temperature, seed, anp (on test rows)."""
-    rule, rows = rule or Rule(), []
+) -> dict[str, pd.DataFrame]:
+    """Every objective x temperature x seed: predictions (`rows`) and whether `fits` diverged.
+
+    The method is `objective=temperature`. Fits: objective, temperature, seed, diverged.
+    """
+    rule, rows, fits = rule or Rule(), [], []
     jobs = [(seed, spec, value) for seed in benches for spec in specs for value in values]
     for seed, spec, value in (bar := tqdm(jobs, "temperatures", leave=False)):
         bar.set_postfix_str(f"seed {seed}, {spec}, {value:g}")
         bench = benches[seed]
         found = learned(bench, spec, grouping, rule.rate, rule, value)
-        done = shares(pd.DataFrame(answers(bench, found["coefficients"], grouping)))
-        alone = expert_accuracies(bench).values()
-        anp = sum(m / e for m, e in zip(done, alone, strict=True)) / len(done)
-        label = {"objective": spec, "temperature": value, "seed": seed}
-        rows.append({**label, "anp": anp, "diverged": found["diverged"]})
-    return pd.DataFrame(rows)
+        label = {"method": f"{spec}={value:g}", "seed": seed}
+        rows += [{**row, **label} for row in answers(bench, found["coefficients"], grouping)]
+        one = {"objective": spec, "temperature": value, "seed": seed}
+        fits.append({**one, "diverged": found["diverged"]})
+    return {"rows": packed([*rows, *experts_of(benches)]), "fits": pd.DataFrame(fits)}
