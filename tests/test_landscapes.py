@@ -12,6 +12,7 @@ from helpers import linear_problem
 from test_arrivals import bench_of, forbid
 from torch.testing import assert_close
 
+from divmerge_core import cells
 from divmerge_core.bench import SIZES, Bench, prepare
 from divmerge_core.divergences import js
 from divmerge_core.evaluation import evaluate
@@ -19,7 +20,6 @@ from divmerge_core.experts import Expert
 from divmerge_core.figures import behaviour as draw
 from divmerge_core.figures import landscapes as draw_plane
 from divmerge_core.interference.behaviour import barrier, disentanglement_error
-from divmerge_core.studies import flips as flipping
 from divmerge_core.studies import landscapes as module
 from divmerge_core.studies.costs import (
     barriers,
@@ -107,7 +107,7 @@ def test_the_disentanglement_error_of_a_plane_is_zero_at_the_base(bench):
 
 def test_a_finished_plane_is_not_worked_out_again(bench, monkeypatch):
     first = planes(bench, [PAIR], side=6, rows=9)
-    monkeypatch.setattr(module, "grid", forbid)
+    monkeypatch.setattr(cells, "dump_json", forbid)
     pd.testing.assert_frame_equal(planes(bench, [PAIR], side=6, rows=9), first)
 
 
@@ -311,7 +311,7 @@ def test_asked_models_answer_as_evaluate_says(own_cache, monkeypatch):
         assert sorted(row.row) == list(range(60))
         assert max(row.sure) <= 1000 and min(row.margin) >= 0
     assert all(abs(value) <= 1 + 1e-6 for value in depths(table).cka)
-    monkeypatch.setattr(flipping, "merged", forbid)
+    monkeypatch.setattr(cells, "dump_json", forbid)
     pd.testing.assert_frame_equal(ask({0: bench}, SIZES["toy"], rows=20), table)
 
 

@@ -249,7 +249,7 @@ def test_free_text_is_written_once_and_graded_beside_words(llama_folder, glue_ro
     assert kept[0] == kept[1] and set(words[words.task == "headline"].gold) == {"rouge1"}
     assert all(len(grades) == 10 and 0 <= min(grades) <= max(grades) <= 1 for grades in kept[0])
     metrics = found.likelihood.metrics()
-    assert set(metrics[metrics.task == "headline"].metric) == {"rouge1", "ratio"}
+    assert set(metrics[metrics.task == "headline"].metric) == {"rouge1", "ratio", "kept_margin"}
 
 
 def test_a_suite_is_prepared_by_what_its_answers_are():

@@ -257,7 +257,8 @@ def test_what_lies_beside_the_weights_does_not_count_as_weights(project, tmp_pat
         save_file({"x": torch.ones(2)}, folder / "optimizer.safetensors")
 
     found = load(check(read(lone(project, tmp_path, "beside", beside))))
-    assert list(found.experts[0].manifest["weights"]) == ["model.safetensors"]
+    files = found.experts[0].manifest["files"]
+    assert [name for name in files if name.endswith(".safetensors")] == ["model.safetensors"]
 
 
 # --- LoRA adapters --------------------------------------------------------------------------------

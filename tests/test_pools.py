@@ -10,6 +10,7 @@ from helpers import linear_problem
 from test_arrivals import bench_of, forbid
 from torch.testing import assert_close
 
+from divmerge_core import cells
 from divmerge_core.bench import Bench
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.paths import Pool as Choices
@@ -246,7 +247,7 @@ def test_searches_are_told_apart_by_rows_and_repeat_nothing(bench, monkeypatch):
     assert expert.validation == expert.test == 1 and expert.gap == 0
     assert expert.bytes == 4 * bench.problem.vectors.base.nbytes
     assert (last.gap == last.validation - last.test).all()
-    monkeypatch.setattr(searching, "searched", forbid)
+    monkeypatch.setattr(cells, "dump_json", forbid)
     pd.testing.assert_frame_equal(searches({(0, 15): bench, (0, 8): small}, calls=5), table)
 
 

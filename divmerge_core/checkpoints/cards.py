@@ -115,9 +115,6 @@ def coefficients_json(record: MergeRecord) -> str:
     return json.dumps(facts, indent=1) + "\n"
 
 
-# --- the card -------------------------------------------------------------------------------------
-
-
 def card(
     record: MergeRecord,
     base: StoredModel,
@@ -230,8 +227,8 @@ def scores_table(record: MergeRecord) -> str:
         return found.get((task, metric), missing)
 
     rows = [(task, *(cell(task, metric) for metric in metrics)) for task in tasks]
-    known = [metric for metric in MEANING if metric in metrics]
-    said = " ".join(["Value, and ends of the 95 % interval.", *map(MEANING.get, known)])
+    said = (text for metric, text in MEANING.items() if metric in metrics)
+    said = " ".join(["Value, and ends of the 95 % interval.", *said])
     return f"{said}\n\n{table(('task', *metrics), rows)}"
 
 
@@ -280,18 +277,13 @@ def loading(base: StoredModel, heads: Mapping[str, Head]) -> str:
         return BARE.format(kind=(base.config.architectures or ["AutoModel"])[0])
     rows = [(task, ", ".join(head.labels)) for task, head in heads.items()]
     first = {head.architecture: task for task, head in reversed(heads.items())}
-    codes = [
-        (MEAN_HEAD if kind == MEAN else OWN_HEAD).format(
-            task=task, kind=kind, count=len(heads[task].labels)
-        )
-        for kind, task in first.items()
-    ]
-    shorter = (
-        "The same with this project's package: "
-        f'`divmerge_core.checkpoints.load_with_head(".", "{rows[0][0]}")`.'
-    )
+    codes = []
+    for kind, task in first.items():
+        text, count = MEAN_HEAD if kind == MEAN else OWN_HEAD, len(heads[task].labels)
+        codes.append(text.format(task=task, kind=kind, count=count))
+    call = f'`divmerge_core.checkpoints.load_with_head(".", "{rows[0][0]}")`'
     labels = "Labels in the order of the logits:\n\n" + table(("task", "labels"), rows)
-    return "\n\n".join([*codes, shorter, labels])
+    return "\n\n".join([*codes, f"The same with this project's package: {call}.", labels])
 
 
 def mergekit_note(reason: str) -> str:

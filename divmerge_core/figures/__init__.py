@@ -13,74 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from divmerge_core.evaluation import graded, main_scores, own_scores, scores
+from divmerge_core.figures.styles import GREEN, PALETTE, TITLES, colour, title
 from divmerge_core.report import MARGIN, Report, caption
 
-PALETTE = [*sns.color_palette("colorblind")]
-PALETTE[6], PALETTE[8] = (0.36, 0.17, 0.53), (0.5, 0.45, 0.0)  # its pink and yellow are pale
-BLUE, GREEN, GREY = (PALETTE[n] for n in (0, 2, 7))
-TITLES = {
-    "expert": "Experts, one per task",
-    "base": "Base model",
-    "majority": "Majority class",
-    "divmerge": "DivMerge",
-    "adamerging": "AdaMerging",
-    "adamerging++": "AdaMerging++",
-    "average": "Average",
-    "task_arithmetic": "Task arithmetic",
-    "ties": "TIES",
-    "dare": "DARE",
-    "lines": "LiNeS",
-    "running_average": "Running average",
-    "sequential_task_arithmetic": "Sequential task arithmetic",
-    "sequential_ties": "Sequential TIES",
-    "opcm": "OPCM",
-    "dp_mixture": "Dirichlet process mixture",
-    "distillation": "Distillation",
-    "surgery": "Representation surgery",
-    "layer_evolution": "Layer evolution",
-    "evolved_coefficients": "Evolved coefficients",
-    "selection_policy": "Selection policy",
-    "prodistill": "ProDistill",
-    "breadcrumbs": "Breadcrumbs",
-    "consensus": "Consensus",
-    "pcb": "PCB-Merging",
-    "emr": "EMR-Merging",
-    "wemoe": "WEMoE",
-    "twin": "Twin-Merging",
-    "logits_fusion": "Logits fusion",
-    "tsv_m": "TSV-M",
-    "iso_c": "Iso-C",
-    "iso_cts": "Iso-CTS",
-    "knots": "KnOTS",
-    "slerp": "Slerp",
-    "multi_slerp": "Multi-slerp",
-    "model_stock": "Model stock",
-    "fisher": "Fisher merging",
-    "regmean": "RegMean",
-    "regmean_plus_plus": "RegMean++",
-    "esm": "ESM",
-    "esm_pp": "ESM++",
-    "doge": "DOGE",
-    "wudi": "WUDI",
-}
-
-
-def title(spec: str) -> str:
-    """`divmerge/layer` -> `DivMerge, per layer`."""
-    name, _, grouping = spec.partition("/")
-    return TITLES.get(name, name) + (f", per {grouping}" if grouping else "")
-
-
-def colour(spec: str):
-    """The colour of a method's family."""
-    name = spec.partition("/")[0]
-    return {"divmerge": GREEN, "adamerging": BLUE}.get(name, GREY)
-
-
-def line(spec: str) -> str:
-    """The line style of a method's grouping."""
-    return {"block": "--", "layer": ":"}.get(spec.partition("/")[2], "-")
-
+__all__ = ["GREEN", "PALETTE", "TITLES", "colour", "title"]  # also of the modules below
 
 FLOOR = -0.25  # a kept margin below it stands at a figure's left edge
 

@@ -8,7 +8,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from divmerge_core.figures import colour, line, short, title
+from divmerge_core.figures import colour, short, title
+from divmerge_core.figures.styles import line
 
 
 def coefficient_map(ax: Axes, fit: Mapping) -> Axes:

@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from divmerge_core.assets import sha256
 from divmerge_core.bench import Bench
 from divmerge_core.checkpoints.shards import pools
+from divmerge_core.checkpoints.writing import input_files
 from divmerge_core.digests import code_digest, key_of
 from divmerge_core.encoders import Base, check_device, load_base, make_batches, pooled, resolve
 from divmerge_core.evaluation import Exam
@@ -177,15 +178,15 @@ def digest_of(plan: Plan, manifests: Sequence[Mapping], device: str) -> str:
         for parts in plan.rows.values()
         for part in parts
     ]
-    base = {path.name: sha256(path) for path in weights_and_words(plan.base.folder)}
+    base = hashes(input_files(plan.base.folder), plan.base.folder)
     length, padding = plan.description.max_length, plan.base.tokenizer.pad_token
     return key_of(code_digest(load), base, manifests, rows, length, padding, device)
 
 
-def weights_and_words(folder: Path) -> list[Path]:
-    """The files of a model's folder that its answers depend on: weights, settings, vocabulary."""
-    kinds = {".safetensors", ".json", ".txt", ".model"}
-    return sorted(path for path in folder.iterdir() if path.suffix in kinds)
+def hashes(weights: Sequence[Path], folder: Path) -> dict[str, str]:
+    """SHA-256 of the weights that are read, and of the folder's settings and vocabulary."""
+    words = (path for path in folder.iterdir() if path.suffix in {".json", ".txt", ".model"})
+    return {path.name: sha256(path) for path in sorted({*weights, *words})}
 
 
 def load(plan: Plan, *, device: str = "cpu", precision: str = "float32") -> Bench:
@@ -248,7 +249,7 @@ def assembled(
             "answers": list(source.labels),
             "kind": source.kind,
             "precision": precision,
-            "files": {path.name: sha256(path) for path in weights_and_words(source.task.expert)},
+            "files": hashes(source.weights, source.task.expert),
         }
         for source in plan.experts
     ]
