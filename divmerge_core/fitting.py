@@ -1,7 +1,7 @@
 """The one optimisation loop behind every method that learns coefficients."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.coefficients import Coefficients
+from divmerge_core.digests import package_digest
 from divmerge_core.kernels.answers import TopAnswers, Undefined
-from divmerge_core.ledger import Entry, Ledger
+from divmerge_core.ledger import Entry, Ledger, code_of, digest
 from divmerge_core.live import GRADIENTS, Answers, Live, expert_logits, schedule
 from divmerge_core.minimizers import lbfgs
 from divmerge_core.problem import Diverged, MergeProblem, Objective
@@ -190,6 +191,43 @@ def full_lbfgs(live: Live, course: Course) -> int:
     return passes
 
 
+@torch.no_grad()
+def identity(
+    problem: MergeProblem,
+    coefficients: Coefficients,
+    objective: Objective,
+    targets: Sequence[Sequence[Answers]],
+    settings: Mapping[str, object],
+) -> dict[str, object]:
+    """All that decides a fit, by name: settings as they are, tensors and code by digests.
+
+    `model`, the forward pass with all that is in it besides the merged parameters (heads,
+    precision), is told by the base's answers to one batch of every task.
+    """
+    vectors = problem.vectors
+    answers = [
+        problem.logits(vectors.base, task, batches[0])
+        for task, batches in enumerate(problem.batches)
+    ]
+    return {
+        **settings,
+        "code": digest(package_digest(), code_of(OPTIMIZERS[settings["optimizer"]])),
+        "torch": str(torch.__version__),
+        "device": str(vectors.base.device),
+        "tasks": list(vectors.tasks),
+        "layout": digest(vectors.layout),
+        "base": digest(vectors.base),
+        "task vectors": digest(vectors.deltas),
+        "grouping": digest(coefficients.segments),
+        "link": code_of(coefficients.link),
+        "start": digest(coefficients.raw),
+        "inputs": digest(list(problem.batches)),
+        "model": digest(answers),
+        "objective": code_of(objective),
+        "targets": digest(list(targets)),
+    }
+
+
 def fit_coefficients(
     problem: MergeProblem,
     coefficients: Coefficients,
@@ -233,12 +271,12 @@ def fit_coefficients(
             "a fit on several devices keeps no checkpoint: leave it out; ranks that were killed "
             "between two writes would go on from different steps"
         )
-    find = OPTIMIZERS[optimizer]
+    find, targets = OPTIMIZERS[optimizer], checked_targets(problem, targets)
     settings = {"optimizer": optimizer, "epochs": epochs, "lr": lr, "seed": seed}
-    settings |= {"tasks": list(problem.vectors.tasks), "inputs": list(map(len, problem.batches))}
-    settings |= {"link": coefficients.link.__name__, "start": coefficients.raw.tolist()}
-    ledger = Ledger.open(checkpoint, settings)
-    live = Live.of(problem, coefficients, objective, checked_targets(problem, targets), gradients)
+    settings |= {"gradients": gradients}
+    known = identity(problem, coefficients, objective, targets, settings) if checkpoint else {}
+    ledger = Ledger.open(checkpoint, known)
+    live = Live.of(problem, coefficients, objective, targets, gradients)
     course = Course(epochs, lr, seed, watch, progress, ledger)
     steps = find(live, course)
     ledger.save()
