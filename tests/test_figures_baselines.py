@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
+from divmerge_core import figures
 from divmerge_core.comparison import every_method
 from divmerge_core.figures import baselines as draw
 from divmerge_core.methods import METHODS
@@ -75,6 +76,30 @@ def test_the_figures_draw_every_method(report):
     assert [ax.get_ylabel().partition(",")[0] for ax in axes[1:]] == ["ANP", "kept margin"]
     fig.canvas.draw()
     plt.close(fig)
+
+
+def test_anp_and_kept_margin_stand_side_by_side(report):
+    """The base gets 4 of 10 rows right: ANP 40 %, and below the majority, which gets 5."""
+    table = figures.side_by_side(report, SUBSET).set_index("method")
+    assert table.value["base"] == pytest.approx(0.4)
+    assert table.kept["base"] == pytest.approx(-0.2) and table.below["base"] == 2
+    shown = figures.score_table(report, SUBSET)
+    assert shown.loc["Base model", "below the majority"] == "2 of 2"
+    assert shown.loc["DivMerge, per task", "kept margin, %"].startswith("40.0 [")
+    fig, ax = plt.subplots()
+    figures.forest(ax, table.reset_index())
+    assert ax.get_yticklabels()[0].get_text() == "Base model (2)"
+    assert "kept margin" in ax.get_xlabel()
+    figures.forest(ax, report.intervals())
+    fig.canvas.draw()
+    plt.close(fig)
+
+
+def test_the_place_says_both_scores_and_who_is_below_the_majority(report):
+    said = figures.place(report)
+    assert "By ANP: DivMerge, per task is number 2 of 5 (70.0 %)." in said
+    assert "By kept margin: DivMerge, per task is number 2 of 5 (40.0 %)." in said
+    assert "No method is below the majority class" in said
 
 
 def test_every_method_has_a_block():

@@ -66,7 +66,7 @@ def forest(ax: Axes, table: pd.DataFrame, *, statistic: str = "ANP") -> Axes:
     return ax
 
 
-def mark(ax: Axes, y: float, found: tuple[float, float, float], **style) -> None:
+def mark(ax: Axes, y: float | int, found: tuple[float, float, float], **style) -> None:
     """A value with its interval at a height, and the number above it."""
     value, low, high = (max(one, FLOOR) for one in found)
     ax.plot([low, high], [y, y], color=style["color"], linewidth=style["markersize"] / 2, alpha=0.4)
