@@ -79,6 +79,8 @@ $(STAMP): requirements.lock pyproject.toml
 	@test ! -e $(VENV)/.installing && $(BIN)/python -m pip --version >/dev/null 2>&1 || \
 	  $(PYTHON) -m venv --clear $(VENV)
 	@touch $(VENV)/.installing
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -r requirements.lock
+	@# pip compiles on one core; a few packages hold templates that are no Python and fail here.
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[triton]'
 	@touch $@ && rm $(VENV)/.installing

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import special
 from tqdm import tqdm
 
-from divmerge_core.report import combine
+from divmerge_core.evaluation import combine
 from divmerge_core.statistics import crossed, row_means
 
 LOGITS = np.array(  # of the accuracies of the expert and two merges, by task

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from divmerge_core.problem import Batch, Merged, MergeProblem
@@ -90,6 +90,29 @@ def grades(predicted: str | Sequence[float | int], gold: str | Sequence[int]) ->
     return (numbers(predicted) == numbers(gold)).astype(float)
 
 
+def listed(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows whose answers, older text or numbers, are lists of numbers; grades stay."""
+    given = list(zip(rows.predicted, rows.gold, strict=True))
+    both = [
+        (predicted, gold)
+        if graded(gold, predicted)
+        else (numbers(predicted).tolist(), numbers(gold).tolist())
+        for predicted, gold in given
+    ]
+    predicted, gold = (
+        pd.Series(part, rows.index, dtype=object) for part in zip(*both, strict=True)
+    )
+    return rows.assign(predicted=predicted, gold=gold)
+
+
+def commonest(predicted: Sequence[float | int], gold: str | Sequence[int]) -> np.ndarray:
+    """What always giving the commonest gold answer gets on every row: 0 or 1; 0 if graded."""
+    if graded(gold, predicted):
+        return np.zeros(len(predicted))
+    answers = numbers(gold)
+    return (answers == np.bincount(answers).argmax()).astype(float)
+
+
 def confusion(predicted: str | Sequence[int], gold: str | Sequence[int]) -> np.ndarray:
     """Counts [gold, predicted]."""
     p, g = numbers(predicted), numbers(gold)
@@ -153,3 +176,24 @@ def own_scores(tidy: pd.DataFrame) -> pd.DataFrame:
     """One row per task: the metric that the task's authors report (OWN), else accuracy or grade."""
     usual = [OWN.get(task, "accuracy") for task in tidy.task]
     return tidy[(tidy.metric == usual) | ~tidy.metric.isin(METRICS)]
+
+
+def combine(
+    right: np.ndarray, floor: np.ndarray, expert: int, statistic: str
+) -> Float[np.ndarray, "D S M"]:
+    """Accuracies [tasks, D, S, M] and majorities [tasks, D] to a statistic [D, S, M].
+
+    The kept margin divides by the experts' mean margin over seeds. What a draw or a seed adds to
+    it is taken to first order about the rows as they are (D = 0), since a denominator near 0
+    would have no variance.
+    """
+    if statistic == "accuracy":
+        return right.mean(0)
+    if statistic == "kept_margin":
+        above = right - floor[:, :, None, None]
+        mean = above[:, :1].mean(2, keepdims=True)  # [tasks, 1, 1, M]: on the rows as they are
+        margin = mean[..., [expert]]
+        kept = mean / margin
+        return (kept + (above - kept * above[..., [expert]]) / margin).mean(0)
+    ratio = right / right[..., [expert]]
+    return ratio.mean(0) if statistic == "anp" else ratio.min(0)

@@ -12,16 +12,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.coefficients import Coefficients
-from divmerge_core.kernels.answers import TopAnswers
+from divmerge_core.kernels.answers import TopAnswers, Undefined
 from divmerge_core.ledger import Entry, Ledger
-from divmerge_core.live import GRADIENTS, Answers, Live, expert_logits, schedule, slope_of
-from divmerge_core.minimizers import gauss_newton, lbfgs
+from divmerge_core.live import GRADIENTS, Answers, Live, expert_logits, schedule
+from divmerge_core.minimizers import lbfgs
 from divmerge_core.problem import Diverged, MergeProblem, Objective
 from divmerge_core.registry import Registry
 
 OPTIMIZERS = Registry("optimizer")  # name -> function(live, course) -> number of steps
 LIMIT = 100.0  # no coefficient of a fit that converges is near it
-METRIC_SHARE, METRIC_LEAST = 8, 4  # batches for a product with the metric: one in 8, at least 4
 
 
 @dataclass(frozen=True)
@@ -87,16 +86,23 @@ class Course:
         return live.merge()
 
     def observe(self, live: Live, number: int, loss: float | None, coeffs: Tensor) -> None:
-        """Tell the watcher. Raises Diverged where the loss or a coefficient ran off."""
-        coeffs = coeffs.detach().clone()
-        if not math.isfinite(loss or 0.0) or not coeffs.abs().max() <= LIMIT:
-            raise Diverged(
-                f"fit_coefficients: the loss is {loss} at step {number}, the largest coefficient "
-                f"{coeffs.abs().max():.3g}; lower lr (now {self.lr}) or check the experts for "
-                "extreme logits"
-            )
+        """Tell the watcher."""
         if self.watch is not None:
-            self.watch(Step(number, loss, coeffs, live.flat))
+            self.watch(Step(number, loss, coeffs.detach().clone(), live.flat))
+
+
+def sound(loss: float | None, coeffs: Float[Tensor, "T G"]) -> bool:
+    """Whether the loss is finite, where there is one, and all coefficients are within LIMIT."""
+    return math.isfinite(loss or 0.0) and bool(coeffs.detach().abs().max() <= LIMIT)
+
+
+def require_sound(number: int, loss: float | None, coeffs: Tensor, advice: str) -> None:
+    """Raise Diverged, saying what to do, where the loss or a coefficient ran off."""
+    if not sound(loss, coeffs):
+        raise Diverged(
+            f"fit_coefficients: the loss is {loss} at step {number}, the largest coefficient "
+            f"{coeffs.detach().abs().max():.3g}; {advice} or check the experts for extreme logits"
+        )
 
 
 # --- how the coefficients are found ---------------------------------------------------------------
@@ -120,87 +126,68 @@ def adam(live: Live, course: Course, *, anneal: bool = False) -> int:
     generator = torch.Generator().manual_seed(course.seed)
     steps = schedule([len(batches) for batches in problem.batches], course.epochs, generator)
     bar = tqdm(steps, "fitting", disable=not course.progress, leave=False)
+    advice = f"lower lr (now {course.lr})"
     for number, chosen in enumerate(bar):
         if anneal:
             optimizer.param_groups[0]["lr"] = course.lr * (1 - number / len(steps))
         coeffs = course.merge(live)
         loss, gradient = course.ledger.next(partial(pulled, live, chosen))
+        require_sound(number, loss, coeffs, advice)
         course.observe(live, number, loss, coeffs)
         optimizer.zero_grad()
         coeffs.backward(gradient.to(coeffs))
         optimizer.step()
+    require_sound(len(steps), None, live.coefficients(), advice)
     return len(steps)
 
 
 OPTIMIZERS.register("annealed_adam", label="Adam, annealed")(partial(adam, anneal=True))
 
 
-def over_all(live: Live, course: Course, minimise: Callable[..., Tensor], **options) -> int:
-    """Let a minimiser look at the loss over all inputs, `course.epochs` times at most."""
-    raw, number = live.coefficients.raw, 0
-
-    def evaluate(point: Tensor) -> tuple[float, Tensor]:
-        nonlocal number
-        raw.data.copy_(point)
-        coeffs = course.merge(live)
-        loss, gradient = course.ledger.next(lambda: (live.backward_all(), live.collect()))
-        course.observe(live, number, loss, coeffs)
-        number += 1
-        bar.update()
-        return loss, torch.autograd.grad(coeffs, raw, gradient.to(coeffs))[0]
-
-    with tqdm(total=course.epochs, desc="fitting", disable=not course.progress, leave=False) as bar:
-        raw.data.copy_(minimise(evaluate, start=raw.detach().clone(), passes=course.epochs))
-    return number
+def pulled_by_all(live: Live) -> Entry:
+    """The loss on all inputs and its gradient; NaN where the merged model gives no distribution."""
+    try:
+        return live.backward_all(), live.collect()
+    except Undefined:
+        return math.nan, torch.full_like(live.collect(), math.nan)
 
 
 @OPTIMIZERS.register("lbfgs", label="L-BFGS")
 def full_lbfgs(live: Live, course: Course) -> int:
-    """L-BFGS on all inputs at once, every pass over them an epoch."""
-    return over_all(live, course, lbfgs)
+    """L-BFGS on all inputs at once, `course.epochs` passes over them at most.
 
+    A point where the loss is not finite or a coefficient beyond LIMIT is one that the line search
+    steps back from. Raises Diverged where the start is such a point, or all but the start are.
+    """
+    raw, passes, kept = live.coefficients.raw, 0, 0
+    nowhere = torch.full_like(raw, math.nan)
 
-def share_of(count: int) -> int:
-    """How many of a task's batches a product with the metric looks at."""
-    return min(count, max(METRIC_LEAST, -(-count // METRIC_SHARE)))
+    def evaluate(point: Tensor) -> tuple[float, Tensor]:
+        nonlocal passes, kept
+        raw.data.copy_(point)
+        coeffs, loss = live.coefficients(), math.nan
+        number, passes = passes, passes + 1
+        bar.update()
+        if sound(None, coeffs):  # beyond LIMIT a model may have no answers to ask for
+            coeffs = course.merge(live)
+            loss, gradient = course.ledger.next(partial(pulled_by_all, live))
+        if number == 0:
+            require_sound(0, loss, coeffs, "start elsewhere (init)")
+        if not (sound(loss, coeffs) and gradient.isfinite().all()):
+            return math.inf, nowhere
+        kept += 1
+        course.observe(live, number, loss, coeffs)
+        return loss, torch.autograd.grad(coeffs, raw, gradient.to(coeffs))[0]
 
-
-def require_divergence(objective: Objective) -> None:
-    """Raise ValueError for an objective that is not 0 where the answers are equal."""
-    logits = torch.linspace(-2, 2, 12, dtype=torch.float64).view(3, 4)
-    if objective(logits, logits).abs().max() > 1e-9:
-        raise ValueError(
-            "gauss_newton needs a divergence, 0 where the answers are equal, which this objective "
-            "is not; choose optimizer='adam' or 'lbfgs'"
+    with tqdm(total=course.epochs, desc="fitting", disable=not course.progress, leave=False) as bar:
+        raw.data.copy_(lbfgs(evaluate, start=raw.detach().clone(), passes=course.epochs))
+    if kept <= 1 < passes:
+        raise Diverged(
+            f"fit_coefficients: none of {passes - 1} steps from the start has a finite loss and "
+            f"coefficients within {LIMIT:g}; start elsewhere (init), choose optimizer='adam' with "
+            "a low lr, or check the experts for extreme logits"
         )
-
-
-@OPTIMIZERS.register("gauss_newton", label="Gauss-Newton")
-def full_gauss_newton(live: Live, course: Course) -> int:
-    """Natural-gradient steps: gradients from all inputs, the metric from a share of them."""
-    require_divergence(live.objective)
-    if live.problem.spread:
-        raise ValueError(
-            "gauss_newton takes derivatives forwards, which a model on several devices has not; "
-            "choose optimizer='adam' or 'lbfgs'"
-        )
-    raw, link = live.coefficients.raw, live.coefficients.link
-    generator = torch.Generator().manual_seed(course.seed)
-    counts = [len(batches) for batches in live.problem.batches]
-    price = 2 * sum(share_of(count) for count in counts) / sum(counts)  # forward mode, backward
-
-    def products(point: Tensor) -> Callable[[Tensor], Tensor]:
-        drawn = [torch.randperm(n, generator=generator)[: share_of(n)].tolist() for n in counts]
-
-        def product(direction: Tensor) -> Tensor:
-            raw.data.copy_(point)
-            coeffs, change = course.merge(live), slope_of(link, point, direction)
-            _, found = course.ledger.next(lambda: (0.0, live.metric_product(change, drawn)))
-            return torch.autograd.grad(coeffs, raw, found.to(coeffs))[0]
-
-        return product
-
-    return over_all(live, course, partial(gauss_newton, products=products, price=price))
+    return passes
 
 
 def fit_coefficients(
@@ -227,17 +214,17 @@ def fit_coefficients(
     targets: logits per task and batch, or TopAnswers, that stand in for the experts' own; None for
     these.
     optimizer: a name in OPTIMIZERS. `adam`, the paper's, sees one batch of every task per step;
-    `annealed_adam` lets its step size fall to 0. `lbfgs` and `gauss_newton` see all inputs per
-    step, find their own step size, and keep the best point: give them few inputs and 20 epochs or
-    more. epochs: passes over the inputs, at least 1. lr: Adam's step size, above 0. gradients:
-    `stream` takes every tensor's gradient as it comes and frees it; `buffer` keeps all N for one
-    pass at the end (a problem on several devices always streams). checkpoint: a file that keeps
-    what every pass through the model gave; a fit that was killed is called again with the same
-    arguments, replays them, and ends at the same coefficients bit for bit. Raises ValueError for a
-    checkpoint of another fit or on several devices, unknown names, values outside these ranges, a
-    task without inputs, targets that do not fit the batches and, with `gauss_newton`, an objective
-    that is not 0 where the answers are equal or a problem on several devices; and Diverged where
-    the loss stops being finite or a coefficient leaves [-LIMIT, LIMIT].
+    `annealed_adam` lets its step size fall to 0. `lbfgs` sees all inputs per step, finds its own
+    step size, and keeps the best point: give it few inputs and 20 epochs or more. epochs: passes
+    over the inputs, at least 1. lr: Adam's step size, above 0. gradients: `stream` takes every
+    tensor's gradient as it comes and frees it; `buffer` keeps all N for one pass at the end (a
+    problem on several devices always streams). checkpoint: a file that keeps what every pass
+    through the model gave; a fit that was killed is called again with the same arguments, replays
+    them, and ends at the same coefficients bit for bit (see `identity` for what tells fits apart).
+    Raises ValueError for a checkpoint of another fit or on several devices, unknown names, values
+    outside these ranges, a task without inputs, and targets that do not fit the batches; and
+    Diverged where the loss stops being finite or a coefficient leaves [-LIMIT, LIMIT], with `lbfgs`
+    at the start or at every other point.
     """
     check_fit(epochs, lr, gradients)
     problem.require_inputs("fit_coefficients")

@@ -132,7 +132,7 @@ def stacked(found: Sequence[tuple[Finished, dict]], facts: Mapping) -> dict:
     frames: dict[str, list[pd.DataFrame]] = {}
     for run, data in found:
         for name, columns in data["tables"].items():
-            frames.setdefault(name, []).append(beside(tables.plain(pd.DataFrame(columns)), run))
+            frames.setdefault(name, []).append(beside(tables.typed(pd.DataFrame(columns)), run))
     whole = {name: pd.concat(parts, ignore_index=True) for name, parts in frames.items()}
     origin = provenance([(run, data["provenance"]) for run, data in found], facts)
     return {"tables": tables.columns(whole), "provenance": origin}

@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 
 import datasets
+import huggingface_hub
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from divmerge_core.splits import Splits, split_rows
 
@@ -71,6 +73,20 @@ def glue_digest(name: str) -> str:
     """A digest of the folder's files, or the hub's name for them with its revision."""
     folder = glue_folder()
     return f"hub:{HUB}@{REVISION}" if folder is None else files_digest(folder / name)
+
+
+@cache
+def hub_revision(name: str) -> str | None:
+    """The commit of a hub data set: its latest, or where the hub is out of reach the one last read.
+
+    None where neither is known: then nothing can be read either.
+    """
+    try:
+        return huggingface_hub.dataset_info(name).sha
+    except Exception:  # the libraries below raise many kinds, none of them a user's
+        folder = f"datasets--{name.replace('/', '--')}"
+        last = Path(HF_HUB_CACHE, folder, "refs", "main")
+        return last.read_text("utf-8").strip() if last.is_file() else None
 
 
 @cache

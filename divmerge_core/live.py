@@ -1,25 +1,21 @@
-"""The merged model in one live buffer: its loss on batches, and derivatives in the coefficients.
+"""The merged model in one live buffer: its loss on batches, and the gradient in the coefficients.
 
 No graph runs through the merge: gradients come back to the buffer, and from there to Lambda by one
 product with the task vectors.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from divmerge_core.coefficients import Coefficients
 from divmerge_core.kernels.answers import TopAnswers
 from divmerge_core.kernels.merge import add_inner, grouped_inner, grouped_merge
 from divmerge_core.kernels.segments import Segments
-from divmerge_core.problem import Batch, MergeProblem, Objective
+from divmerge_core.problem import MergeProblem, Objective
 from divmerge_core.vectors import TaskVectors
 
 Answers = Tensor | TopAnswers  # [A, V]: logits, or what cache_expert made of them
@@ -141,41 +137,10 @@ def step_loss(
     )
 
 
-@contextmanager
-def forward_mode() -> Iterator[None]:
-    """Derivatives along a tangent, and none backwards."""
-    with warnings.catch_warnings(), torch.no_grad():
-        # PyTorch loads its rules for forward mode by a function that it has deprecated itself.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        with dual_level():
-            yield
-
-
-def slope_of(function: Callable[[Tensor], Tensor], at: Tensor, direction: Tensor) -> Tensor:
-    """The derivative of a function of one tensor along a direction."""
-    with forward_mode():
-        return unpack_dual(function(make_dual(at, direction))).tangent
-
-
-def rounds(chosen: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, int]]]:
-    """(task, batch number) of the chosen batches, one of every task that has any left at a time."""
-    for place in range(max(map(len, chosen))):
-        yield [(task, own[place]) for task, own in enumerate(chosen) if place < len(own)]
-
-
-def metric(
-    objective: Objective, logits: Float[Tensor, "A V"], direction: Float[Tensor, "A V"]
-) -> Float[Tensor, "A V"]:
-    """The objective's second derivative where both sides have these logits, times a direction.
-
-    c (diag q - q q^T) for every f-divergence, with c = f''(1): 1 for KL, 1/4 for JS.
-    """
-    expert = logits.double()  # in float64 no fused kernel stands in, which differentiates once only
-    merged = expert.clone().requires_grad_()
-    with torch.enable_grad():
-        (slope,) = torch.autograd.grad(objective(expert, merged).sum(), merged, create_graph=True)
-        (found,) = torch.autograd.grad((slope * direction).sum(), merged)
-    return found.to(logits)
+def rounds(counts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+    """(task, batch number) of all batches, one of every task that has any left at a time."""
+    for number in range(max(counts)):
+        yield [(task, number) for task, count in enumerate(counts) if number < count]
 
 
 @dataclass(frozen=True)
@@ -232,7 +197,7 @@ class Live:
     def backward_all(self) -> float:
         """The loss on all inputs; its gradient is left for `collect`."""
         counts, total = [len(batches) for batches in self.problem.batches], 0.0
-        for pairs in rounds([range(count) for count in counts]):
+        for pairs in rounds(counts):
             read = [(task, self.problem.batches[task][index]) for task, index in pairs]
             logits = self.problem.forward(self.leaves, read)
             loss = sum(
@@ -248,44 +213,3 @@ class Live:
     def total(self, loss: float) -> float:
         """A loss on this device's rows, and on those of all others where there are any."""
         return self.problem.spread.total(loss) if self.problem.spread else loss
-
-    def slopes(
-        self, tangents: Mapping[str, Tensor], pairs: Sequence[tuple[int, Batch]]
-    ) -> list[Tensor]:
-        """Change of the logits when the parameters change along `tangents`, by forward mode."""
-        # Fused attention has no derivative in forward mode; the plain one has.
-        with forward_mode(), sdpa_kernel(SDPBackend.MATH):
-            leaves = {
-                name: make_dual(leaf.detach(), tangents[name]) for name, leaf in self.leaves.items()
-            }
-            found = [unpack_dual(logits) for logits in self.problem.forward(leaves, pairs)]
-        return [
-            torch.zeros_like(one.primal) if one.tangent is None else one.tangent for one in found
-        ]
-
-    def metric_product(
-        self, direction: Float[Tensor, "T G"], chosen: Sequence[Sequence[int]]
-    ) -> Float[Tensor, "T G"]:
-        """J^T H J times a change of the coefficients: the Gauss-Newton matrix, never written down.
-
-        J is the Jacobian of the logits in the coefficients, H the objective's second derivative in
-        the logits where both sides agree, averaged over the chosen batches of every task and summed
-        over tasks. For an f-divergence H is the Fisher metric times a constant.
-        """
-        vectors, segments = self.problem.vectors, self.coefficients.segments
-        still = torch.zeros_like(vectors.base)
-        flat = grouped_merge(still, vectors.deltas, direction, segments, validate=False)
-        tangents = vectors.layout.unflatten(flat)
-        for pairs in rounds(chosen):
-            read = [(task, self.problem.batches[task][index]) for task, index in pairs]
-            along = self.slopes(tangents, read)
-            logits = self.problem.forward(self.leaves, read)
-            torch.autograd.backward(
-                logits,
-                [
-                    metric(self.objective, own.detach(), slope)
-                    * (batch.weight[:, None] / len(chosen[task]))
-                    for (task, batch), own, slope in zip(read, logits, along, strict=True)
-                ],
-            )
-        return self.collect()

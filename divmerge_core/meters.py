@@ -15,6 +15,8 @@ from torch import Tensor
 
 from divmerge_core.problem import Batch, Merged, MergeProblem, Pairs
 
+PROCESS = Path("/proc/self")
+
 
 def settle(device: torch.device) -> None:
     """Wait until the device has done what was asked of it."""
@@ -54,21 +56,32 @@ def peak_bytes(part: Callable[[], object], device: torch.device) -> float:
         part()
         settle(device)
         return float(torch.cuda.max_memory_allocated(device) - before)
-    status = Path("/proc/self/status")
-    if not status.exists():
-        part()
-        return math.nan
-
-    def resident(key: str) -> int:
-        line = next(x for x in status.read_text().splitlines() if x.startswith(key))
-        return 1024 * int(line.split()[1])
-
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
-    give_back(0)  # memory that was freed and kept would hide what the call takes
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
-    before = resident("VmRSS")
+    known = mark_reset()
+    before = resident("VmRSS") if known else math.nan
     part()
-    return float(resident("VmHWM") - before)
+    return resident("VmHWM") - before if known else math.nan
+
+
+def mark_reset() -> bool:
+    """Let the high-water mark of memory start again here; False where the system has none.
+
+    Linux has one, and some sandboxes do not let a process write to it.
+    """
+    try:
+        PROCESS.joinpath("status").read_text("utf-8")
+        give_back = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
+        give_back(0)  # memory that was freed and kept would hide what the call takes
+        PROCESS.joinpath("clear_refs").write_text("5", "utf-8")
+    except OSError:
+        return False
+    return True
+
+
+def resident(key: str) -> float:
+    """Bytes that a line of the process's status tells; NaN where it has no such line."""
+    lines = PROCESS.joinpath("status").read_text("utf-8").splitlines()
+    found = [line for line in lines if line.startswith(f"{key}:")]
+    return 1024.0 * int(found[0].split()[1]) if found else math.nan
 
 
 def places(batch: Batch) -> set[int]:

@@ -4,26 +4,25 @@ Predictions, not scores, are stored: any metric, and intervals over test example
 computed from them later, exactly.
 """
 
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pandas as pd
-import torch
-import transformers
-from jaxtyping import Float
 
-from divmerge_core.encoders import check_device
-from divmerge_core.evaluation import graded, grades, main_scores, numbers, own_scores, scores
+from divmerge_core.evaluation import (
+    combine,
+    commonest,
+    grades,
+    listed,
+    main_scores,
+    own_scores,
+    scores,
+)
+from divmerge_core.provenance import origin
 from divmerge_core.statistics import Estimate, crossed, row_means
 from divmerge_core.storage import fresh_file
 
@@ -266,84 +265,6 @@ class Report:
         """A saved Report, exactly as it was."""
         data = json.loads(Path(path).read_text("utf-8"))
         return cls(pd.DataFrame(data["rows"])[list(COLUMNS)], data["fits"], data["provenance"])
-
-
-def listed(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows whose answers, older text or numbers, are lists of numbers; grades stay."""
-    given = list(zip(rows.predicted, rows.gold, strict=True))
-    both = [
-        (predicted, gold)
-        if graded(gold, predicted)
-        else (numbers(predicted).tolist(), numbers(gold).tolist())
-        for predicted, gold in given
-    ]
-    predicted, gold = (
-        pd.Series(part, rows.index, dtype=object) for part in zip(*both, strict=True)
-    )
-    return rows.assign(predicted=predicted, gold=gold)
-
-
-def commonest(predicted: Sequence[float | int], gold: str | Sequence[int]) -> np.ndarray:
-    """What always giving the commonest gold answer gets on every row: 0 or 1; 0 if graded."""
-    if graded(gold, predicted):
-        return np.zeros(len(predicted))
-    answers = numbers(gold)
-    return (answers == np.bincount(answers).argmax()).astype(float)
-
-
-def combine(
-    right: np.ndarray, floor: np.ndarray, expert: int, statistic: str
-) -> Float[np.ndarray, "D S M"]:
-    """Accuracies [tasks, D, S, M] and majorities [tasks, D] to a statistic [D, S, M].
-
-    The kept margin divides by the experts' mean margin over seeds. What a draw or a seed adds to
-    it is taken to first order about the rows as they are (D = 0), since a denominator near 0
-    would have no variance.
-    """
-    if statistic == "accuracy":
-        return right.mean(0)
-    if statistic == "kept_margin":
-        above = right - floor[:, :, None, None]
-        mean = above[:, :1].mean(2, keepdims=True)  # [tasks, 1, 1, M]: on the rows as they are
-        margin = mean[..., [expert]]
-        kept = mean / margin
-        return (kept + (above - kept * above[..., [expert]]) / margin).mean(0)
-    ratio = right / right[..., [expert]]
-    return ratio.mean(0) if statistic == "anp" else ratio.min(0)
-
-
-def origin(**facts: object) -> dict:
-    """Where numbers come from: versions, machine, date, and the facts given (device: its name)."""
-    device = check_device(str(facts.get("device", "cpu")))
-    return {
-        **facts,
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "datasets": datasets.__version__,
-        "divmerge_core": importlib.metadata.version("divmerge-core"),
-        **checkout(),
-    }
-
-
-@cache
-def checkout() -> dict[str, str]:
-    """The commit of the git checkout that this package lies in, with `-dirty` where files differ.
-
-    Empty where the package is installed elsewhere, or git is missing.
-    """
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return {}
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, timeout=60)
-    except FileNotFoundError:
-        return {}
-    return {"commit": done.stdout.strip()} if done.returncode == 0 else {}
 
 
 def caption(report: Report) -> str:

@@ -46,7 +46,7 @@ class Estimate:
     num_seeds: int
     freedom: int
 
-    def half(self, level: float = 0.95) -> np.ndarray:
+    def half(self, level: float = 0.95) -> np.ndarray | np.floating:
         """Half the width of the interval: the standard error times a t for both parts.
 
         It is the mean of Satterthwaite's t (1946), whose intervals of few seeds are too narrow, and

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from divmerge_core.report import Report, caption, origin
+from divmerge_core.provenance import origin
+from divmerge_core.report import Report, caption
 from divmerge_core.storage import write_json
 
 Tables = Mapping[str, pd.DataFrame]

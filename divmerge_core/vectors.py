@@ -40,6 +40,51 @@ STORAGES.register("streamed")(StreamedDeltas.of)
 STORAGES.register("streamed_bfloat16")(partial(StreamedDeltas.of, dtype=torch.bfloat16))
 
 
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def unmergeable(tensor: Tensor) -> str | None:
+    """Why a tensor cannot be added to others and what to do; None where it can."""
+    if tensor.is_meta:
+        return "is on the device meta and holds no numbers; load the weights before merging"
+    if tensor.layout != torch.strided:
+        return f"is stored as {tensor.layout}; give tensor.to_dense()"
+    if tensor.is_complex():
+        return f"is {tensor.dtype}; give torch.view_as_real(tensor), whose numbers are real"
+    if tensor.dtype in FLOATING:
+        return None
+    if tensor.is_floating_point() or tensor.is_quantized:
+        return f"is {tensor.dtype}, in which nothing is added up; dequantise the model to bfloat16"
+    return f"is {tensor.dtype}: whole numbers are no weights; leave it out of what is merged"
+
+
+def is_count(tensor: Tensor) -> bool:
+    """Whether a tensor holds whole numbers or truth values: counters, positions, masks."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized)
+
+
+def without_counts(
+    state: Mapping[str, Tensor], base: Mapping[str, Tensor], who: str
+) -> dict[str, Tensor]:
+    """The state dict without what holds whole numbers or truth values in the base.
+
+    Raises ValueError, naming them, where these are not the base's own.
+    """
+    counts = {name: tensor for name, tensor in base.items() if is_count(tensor)}
+    own = {name: state[name] for name in counts if name in state}
+    for name, tensor in own.items():
+        if tensor.is_meta:
+            raise ValueError(f"{who}: {name} {unmergeable(tensor)}")
+    other = [n for n, t in own.items() if t.dtype != counts[n].dtype or not t.equal(counts[n])]
+    if other:
+        raise ValueError(
+            f"{who}: {other[:5]} of {counts[other[0]].dtype} differ from the base's, and the mean "
+            "of counters, masks or packed weights means nothing; give the expert the base's, or "
+            "load packed weights dequantised to bfloat16"
+        )
+    return {name: tensor for name, tensor in state.items() if name not in counts}
+
+
 @dataclass(frozen=True)
 class Layout:
     """Names and shapes of P tensors, laid end to end in a vector of N numbers."""
@@ -90,7 +135,7 @@ class Layout:
         }
 
     def check(self, state: Mapping[str, Tensor], who: str = "the state dict") -> None:
-        """Raise ValueError unless `state` has this layout's tensors, all finite."""
+        """Raise ValueError unless `state` has this layout's tensors, all floating and finite."""
         missing, extra = set(self.names) - set(state), set(state) - set(self.names)
         if missing or extra:
             raise ValueError(
@@ -103,6 +148,9 @@ class Layout:
                     f"{who}: {name} has shape {tuple(state[name].shape)}, the base has {shape}; "
                     "merging needs experts of one architecture and vocabulary"
                 )
+            refusal = unmergeable(state[name])
+            if refusal is not None:
+                raise ValueError(f"{who}: {name} {refusal}")
             if not torch.isfinite(state[name]).all():
                 raise ValueError(f"{who}: {name} holds NaN or inf; the checkpoint is damaged")
 
@@ -140,18 +188,22 @@ class TaskVectors:
     ) -> "TaskVectors":
         """Subtract the base's state dict from every expert's (task name -> state dict).
 
-        storage: how task vectors are kept, a name in STORAGES; `streamed` leaves them in the host's
-        memory. Raises ValueError where an expert's tensors differ in name or shape, or are not
-        finite.
+        Whole numbers and truth values (counters, positions, masks) are not in the layout: they stay
+        the base's, which has to be what every expert has too. storage: how task vectors are kept, a
+        name in STORAGES; `streamed` leaves them in the host's memory. Raises ValueError, naming the
+        tensors, where an expert's differ in name or shape, are not finite, or are of a kind that
+        cannot be added up: complex, float8, quantised, sparse, or without numbers.
         """
-        store, layout = STORAGES[storage], Layout.of(base)
+        store, weights = STORAGES[storage], without_counts(base, base, "the base model")
+        layout = Layout.of(weights)
         if not experts:
             raise ValueError("no experts given; merging needs one or more")
-        flat = layout.flatten(base, "the base model")
+        flat = layout.flatten(weights, "the base model")
 
         def rows() -> Iterator[Tensor]:
             for task, state in experts.items():
-                yield layout.flatten(state, f"expert {task!r}").sub_(flat)
+                who = f"expert {task!r}"
+                yield layout.flatten(without_counts(state, base, who), who).sub_(flat)
 
         return cls(layout, tuple(experts), flat, store(rows(), len(experts)))
 
@@ -166,9 +218,11 @@ class TaskVectors:
         """Task vectors of LoRA experts: task -> name of a matrix -> its factors (B, A).
 
         The task vector of a matrix is scale * B @ A (scale is LoRA's alpha / r), and is never
-        multiplied out. Ranks may differ; a task may leave matrices alone. Raises ValueError for a
-        name that is no matrix of the base, and for factors whose product does not have its shape.
+        multiplied out. Ranks may differ; a task may leave matrices alone. Whole numbers of the base
+        are not in the layout. Raises ValueError for a name that is no matrix of the base, for
+        factors whose product does not have its shape, and for tensors that cannot be added up.
         """
+        base = without_counts(base, base, "the base model")
         layout = Layout.of(base)
         layout.check(base, "the base model")
         shapes = dict(zip(layout.names, layout.shapes, strict=True))

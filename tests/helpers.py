@@ -14,7 +14,6 @@ from torch.func import functional_call
 
 from divmerge_core.coefficients import GROUPINGS
 from divmerge_core.experts import Recipe
-from divmerge_core.kernels import merge
 from divmerge_core.methods import METHODS, options_of
 from divmerge_core.problem import Batch, MergeProblem
 from divmerge_core.splits import Row, Splits
@@ -27,7 +26,7 @@ def shared_by(threads: int) -> Iterator[None]:
     """A CPU's merges and gradients shared out to so many threads, however small they are."""
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge, "SHARED", 1)
+        patch.setattr(threads, "SHARED", 1)
         torch.set_num_threads(threads)
         try:
             yield

@@ -43,7 +43,7 @@ def config(kind: str, **changes) -> transformers.PretrainedConfig:
         )
     if kind == "qwen2":
         own = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 64, "pad_token_id": 0}
-        return transformers.Qwen2Config(**SIZES, **own, **changes)
+        return transformers.Qwen2Config(**{**SIZES, "vocab_size": 128}, **own, **changes)
     own = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0}
     own |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "eos_token_id": 3}
     own |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "bos_token_id": 2}
@@ -55,6 +55,15 @@ def tokenizer(kind: str = "bert", *, vocabulary: Sequence[str] = WORDS):
     numbered = {word: number for number, word in enumerate(vocabulary)}
     if kind == "bert":
         return transformers.BertTokenizer(vocab=numbered)
+    if kind == "qwen2":  # transformers reads every tokenizer of this family as pairs of bytes
+        core = tokenizers.Tokenizer(tokenizers.models.BPE())
+        core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        special = {"special_tokens": ["[PAD]"], "show_progress": False}
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=120, **special)
+        core.train_from_iterator([" ".join(vocabulary)] * 5, trainer)
+        found = json.loads(core.to_str())["model"]
+        merges = [tuple(pair) for pair in found["merges"]]
+        return transformers.Qwen2Tokenizer(vocab=found["vocab"], merges=merges, pad_token="[PAD]")
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbered, unk_token="[UNK]"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     core.post_processor = tokenizers.processors.TemplateProcessing(
@@ -98,7 +107,7 @@ def make_expert(folder: Path, base: Path, labels: Sequence[str], *, seed: int = 
         for tensor in model.parameters():
             tensor.add_(scale * torch.randn(tensor.shape, generator=generator))
     model.save_pretrained(folder)
-    tokenizer("bert" if model.config.model_type == "bert" else "other").save_pretrained(folder)
+    tokenizer(model.config.model_type).save_pretrained(folder)
     return model.eval()
 
 

@@ -82,6 +82,19 @@ def test_subsets_are_merged_beside_the_whole(fresh, monkeypatch):
     assert table["place+mood", "average"] == pytest.approx(table["mood+place", "average"])
 
 
+def test_a_subset_that_names_all_tasks_in_order_is_the_whole(fresh):
+    subsets = [["mood", "place"], ["mood", "place"]]
+    report = compare("toy", size="toy", methods=["average"], subsets=subsets)
+    assert list(report.rows.subset.unique()) == ["mood+place"]
+    assert not report.rows.duplicated(["subset", "method", "seed", "task"]).any()
+    assert len(report.intervals(draws=20)) == 3
+
+
+def test_a_device_chosen_by_itself_is_resolved_before_work_starts(fresh):
+    report = compare("toy", size="toy", methods=["average"], device="auto")
+    assert report.provenance["device"] and "auto" not in report.provenance["device"]
+
+
 def test_provenance_says_what_was_compared_on_what(fresh):
     facts = compare("toy", size="toy", methods=["average"]).provenance
     assert facts["suite"] == "toy" and facts["size"] == "toy" and facts["seeds"] == [0]

@@ -323,14 +323,6 @@ def test_a_fit_on_several_devices_watches_the_loss_of_all(problem):
     assert_close(coefficients().detach(), torch.full((3, 1), 1 / 3))  # no gradient came
 
 
-def test_gauss_newton_is_refused_on_several_devices(problem):
-    coefficients = Coefficients(problem.vectors.layout, 3)
-    with pytest.raises(ValueError, match="gauss_newton takes derivatives forwards"):
-        fit_coefficients(
-            replace(problem, spread=Elsewhere()), coefficients, js, optimizer="gauss_newton"
-        )
-
-
 def test_what_torchrun_did_not_start_is_refused(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="is started by torchrun"), ranks():

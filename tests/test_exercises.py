@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from test_structure import NOTEBOOKS, code, names
 
-from divmerge_core import runs
+from divmerge_core import notebooks, runs
 
 # Parameters that only some tables of a chapter depend on; the others stay the stored ones.
 SOME = {"planes", "methods"}
@@ -40,7 +40,7 @@ CALLS = [
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
 def test_an_exercise_names_parameters_as_they_are_given(path):
     """So that each can be copied, and is run below."""
-    allowed = runs.parameters(path)
+    allowed = notebooks.parameters(path)
     assert {name for one in calls(path) for name in one} <= set(allowed)
     quoted = set(re.findall(r"`(\w+)`", exercises(path)))
     assert quoted & set(allowed) == set(), "write `-p NAME VALUE`"

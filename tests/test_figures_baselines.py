@@ -44,6 +44,9 @@ def test_the_summary_holds_scores_and_mean_costs(report):
     assert table.seconds["ties"] == 6.5 and table.tried["ties"] == 6
     assert table.stored["emr"] == 2.5 and table.stored["ties"] == 1
     assert table.worst["emr"] == pytest.approx(0.9)
+    assert table.kept["emr"] == pytest.approx(0.8) and table.kept["average"] == 0
+    assert table.kept_published["ties"] == 0 and table.kept["ties"] == pytest.approx(0.2)
+    assert table.below["base"] == table.counted["base"] == 2 and table.below["average"] == 0
 
 
 def test_the_table_is_grouped_by_what_a_method_looks_at(report):
@@ -51,40 +54,25 @@ def test_the_table_is_grouped_by_what_a_method_looks_at(report):
     assert [*table.index.get_level_values(0)] == ["reference", *["no data"] * 3, draw.INPUTS]
     assert table.loc[("no data", "TIES"), "ANP, %"].startswith("60.0 [")
     assert table.loc[("no data", "TIES"), "published, %"] == "50.0"
+    assert table.loc[("no data", "TIES"), "kept margin, %"].startswith("20.0 [")
+    assert table.loc[("no data", "TIES"), "published kept, %"] == "0.0"
+    assert table.loc[("no data", "TIES"), "below majority"] == "0 of 2"
     page = draw.printed(table, "a toy").to_html()
     assert "a toy" in page and "TIES" in page and "font-size" in page
 
 
-def test_the_verdict_names_those_ahead_and_their_price(report):
-    text = draw.verdict(report, SUBSET, draw.summary(report, SUBSET))
-    assert "DivMerge, per task, number 2 of 4 with 70.0 %" in text
-    assert "EMR-Merging: +20.0 points" in text and "2.50 models stored" in text
-    assert "TIES" not in text
-    ahead = Report(report.rows[report.rows.method != "emr"], report.fits, report.provenance)
-    assert "No other method has a higher ANP." in draw.verdict(
-        ahead, SUBSET, draw.summary(ahead, SUBSET)
-    )
-
-
-def test_a_table_without_divmerge_has_a_verdict_too(report):
-    rows = report.rows[report.rows.method != "divmerge/task"]
-    without = Report(rows[rows.method != "average"], report.fits, report.provenance)
-    table = draw.summary(without, SUBSET)
-    assert "DivMerge is not among" in draw.verdict(without, SUBSET, table)
-
-
 def test_the_figures_draw_every_method(report):
     table = draw.summary(report, SUBSET)
-    fig, axes = plt.subplots(1, 2)
+    fig, axes = plt.subplots(1, 3)
     draw.ranking([axes[0]], {"T = 2": table})
-    assert [label.get_text() for label in axes[0].get_yticklabels()] == [
-        "EMR-Merging",
-        "TIES",
-        "Average",
-        "DivMerge, per task",
-    ]
-    draw.against_cost(axes[1], table)
-    assert axes[1].get_xscale() == "log" and "seconds" in axes[1].get_xlabel()
+    names = ["EMR-Merging", "TIES", "Average", "DivMerge, per task"]
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == names
+    drawn = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes[0].lines]
+    assert (0.6, 1) in drawn  # TIES: the ANP on its row, the kept margin below
+    assert any(abs(x - 0.2) < 1e-9 and y == 1.4 for x, y in drawn)
+    draw.against_cost(axes[1:], table)
+    assert axes[1].get_xscale() == "log" and "seconds" in axes[2].get_xlabel()
+    assert [ax.get_ylabel().partition(",")[0] for ax in axes[1:]] == ["ANP", "kept margin"]
     fig.canvas.draw()
     plt.close(fig)
 

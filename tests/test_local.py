@@ -22,7 +22,7 @@ from local_files import (
     toy_rows,
     write_rows,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from divmerge_core.local import (
     check,
@@ -130,17 +130,19 @@ def test_a_plan_tells_kinds_labels_and_counts(plan):
     assert plan.notes == ()
 
 
-def test_weights_are_not_read_by_the_check(project, tmp_path):
-    """Weights cut off after their header pass the check and stop the load."""
-
+def test_headers_are_read_by_the_check_and_weights_are_not(project, tmp_path):
     def build(folder: Path) -> None:
         make_expert(folder, project.parent / "base", LABELS["mood"])
-        weights = folder / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-1000])
+        tensors = load_file(folder / "model.safetensors")
+        tensors["classifier.bias"].fill_(float("nan"))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     plan = check(read(lone(project, tmp_path, "cut", build)))
-    with pytest.raises(ValueError, match="weights cannot be loaded"):
+    with pytest.raises(ValueError, match="classifier.bias holds NaN"):
         load(plan)
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(plan.description.path, "is no whole safetensors file but damaged")
 
 
 def test_all_missing_paths_are_told_at_once(project):

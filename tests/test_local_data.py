@@ -5,7 +5,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from local_files import LABELS, ROWS, toy_rows, write_rows
+from local_files import LABELS, ROWS, tokenizer, toy_rows, write_rows
 
 from divmerge_core.local.data import load_rows, read_table, shared
 from divmerge_core.local.description import TaskFiles
@@ -20,7 +20,7 @@ def task(path: Path, **fields) -> TaskFiles:
 
 
 def rows_of(path: Path, labels=ANSWERS, split: str = "test", **fields) -> datasets.Dataset:
-    return load_rows(task(path, **fields), split, labels)
+    return load_rows(task(path, **fields), split, labels, tokenizer())
 
 
 def written(folder: Path, text: str, name: str = "rows.csv") -> Path:
@@ -129,6 +129,15 @@ def test_a_wrong_file_is_refused_with_its_place(tmp_path, name, text, words):
         rows_of(path)
     assert str(path) in str(caught.value)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("column", ["text", "pair"])
+def test_a_text_of_which_the_tokenizer_makes_nothing_is_refused_with_its_row(tmp_path, column):
+    rows = [{"text": "a", "pair": "b"} for _ in range(3)]
+    rows[1][column] = rows[2][column] = "\u200b\u200b"  # nothing is seen of it
+    path = write_rows(tmp_path / "rows.csv", [row | {"label": "negative"} for row in rows])
+    with pytest.raises(ValueError, match=f"line 3 .and 1 more.: the tokenizer makes no.*{column}"):
+        rows_of(path, pair="pair")
 
 
 def test_how_many_more_rows_are_wrong_is_told(tmp_path):

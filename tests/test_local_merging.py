@@ -36,6 +36,10 @@ FAMILIES = ("bert", "roberta", "deberta", "distilbert", "gpt2", "qwen2", "bart")
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
 
+# Toy experts move further than fine-tuning does.
+pytestmark = pytest.mark.filterwarnings("ignore:task .* the task vector is:UserWarning")
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     """A description of two random BERT experts; only to be read."""
@@ -173,18 +177,87 @@ def test_an_expert_without_its_head_is_refused(project, tmp_path):
         load(check(read(path)))
 
 
-def test_an_expert_of_another_base_is_noted(project, bench, tmp_path):
-    from divmerge_core.local.load import lengths
-
-    assert lengths(bench.problem.vectors, "base") == []
-
+def test_an_expert_of_another_base_or_none_is_noted(project, tmp_path):
     def far(tensors: dict) -> None:
         for tensor in tensors.values():
             tensor.copy_(torch.randn(tensor.shape))
 
-    vectors = load(check(read(spoiled(project, tmp_path, far)))).problem.vectors
-    (note,) = lengths(vectors, "base")
-    assert "'mood'" in note and "is this the base" in note
+    def near(tensors: dict) -> None:
+        base = load_file(project.parent / "base" / "model.safetensors")
+        tensors |= {f"bert.{name}": tensor for name, tensor in base.items()}
+
+    with pytest.warns(UserWarning, match="'mood': the task vector is .* is this the base that"):
+        load(check(read(spoiled(project, tmp_path / "far", far))))
+    with pytest.warns(UserWarning, match="'mood': the expert's encoder is the base itself"):
+        load(check(read(spoiled(project, tmp_path / "near", near))))
+
+
+# --- bases and folders that are not whole ---------------------------------------------------------
+
+
+def other_base(project: Path, folder: Path, change) -> Path:
+    """The project with the base's stored tensors changed; experts have all theirs."""
+    base = make_base(folder / "base")
+    tensors = load_file(base / "model.safetensors")
+    save_file(change(tensors), base / "model.safetensors", metadata={"format": "pt"})
+    path = project.with_name(f"{folder.name}.yaml")
+    path.write_text(yaml.safe_dump({**yaml.safe_load(project.read_text()), "base": str(base)}))
+    return path
+
+
+@pytest.mark.parametrize("part", [QUERY.removeprefix("bert.") + ".weight", "encoder.layer.1."])
+def test_a_base_that_lacks_tensors_is_refused_by_name(project, tmp_path, part):
+    def cut(tensors: dict) -> dict:
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith(part)}
+
+    plan = check(read(other_base(project, tmp_path, cut)))
+    with pytest.raises(ValueError, match=f"lacks .* tensors of its model.*{part}.*only a pooler"):
+        load(plan)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module."])
+def test_the_wrapper_of_a_saved_model_is_named_before_weights_are_read(project, tmp_path, wrapper):
+    def wrapped(tensors: dict) -> dict:
+        return {f"{wrapper}{name}": tensor for name, tensor in tensors.items()}
+
+    with pytest.raises(ValueError, match=f"all names begin with '{wrapper}', so a wrapper"):
+        check(read(other_base(project, tmp_path, wrapped)))
+
+
+def test_two_sources_of_weights_in_one_folder_are_refused(project, tmp_path):
+    def both(folder: Path) -> None:
+        model = make_expert(folder, project.parent / "base", LABELS["mood"])
+        kept = (folder / "model.safetensors").read_bytes()
+        model.save_pretrained(folder, max_shard_size="20KB")
+        (folder / "model.safetensors").write_bytes(kept)
+
+    def adapter_too(folder: Path) -> None:
+        make_expert(folder, project.parent / "base", LABELS["mood"])
+        (folder / "adapter_config.json").write_text("{}")
+
+    with pytest.raises(ValueError, match="holds both model.safetensors and model.safetensors.ind"):
+        check(read(lone(project, tmp_path, "both", both)))
+    with pytest.raises(ValueError, match="holds an adapter .* and whole weights"):
+        check(read(lone(project, tmp_path, "adapter", adapter_too)))
+
+
+def test_a_pointer_of_git_lfs_is_called_so_before_weights_are_read(project, tmp_path):
+    def pointer(folder: Path) -> None:
+        make_expert(folder, project.parent / "base", LABELS["mood"])
+        text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        (folder / "model.safetensors").write_text(text)
+
+    with pytest.raises(ValueError, match="is no whole safetensors file but a Git-LFS pointer"):
+        check(read(lone(project, tmp_path, "pointer", pointer)))
+
+
+def test_what_lies_beside_the_weights_does_not_count_as_weights(project, tmp_path, bench):
+    def beside(folder: Path) -> None:
+        make_expert(folder, project.parent / "base", LABELS["mood"])
+        save_file({"x": torch.ones(2)}, folder / "optimizer.safetensors")
+
+    found = load(check(read(lone(project, tmp_path, "beside", beside))))
+    assert list(found.experts[0].manifest["weights"]) == ["model.safetensors"]
 
 
 # --- LoRA adapters --------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """What comes of one's own models: scores, closeness, coefficients, and the folder on disk."""
 
+import math
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -18,6 +20,7 @@ from divmerge_core.checkpoints import load_with_head
 from divmerge_core.divergences import js
 from divmerge_core.local import (
     check,
+    closeness,
     load,
     merge_and_score,
     read,
@@ -25,6 +28,11 @@ from divmerge_core.local import (
     write_merged,
 )
 from divmerge_core.local.written import coefficients_of, grouping_of
+from divmerge_core.problem import MergeProblem
+from divmerge_core.report import Report
+
+# Toy experts move further than fine-tuning does.
+pytestmark = pytest.mark.filterwarnings("ignore:task .* the task vector is:UserWarning")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +81,15 @@ def test_closeness_is_the_mean_divergence_and_the_share_of_equal_answers(bench, 
     assert row.rows == "test"
     assert row.divergence == pytest.approx(js(*sides).mean().item(), abs=1e-7)
     assert row.agreement == (sides[0].argmax(-1) == sides[1].argmax(-1)).double().mean().item()
+
+
+def test_closeness_by_kl_is_from_the_expert_to_the_merge(bench, monkeypatch):
+    sides = torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    monkeypatch.setattr(MergeProblem, "logits", lambda *_: sides[0])  # of experts
+    monkeypatch.setattr(MergeProblem, "logits_of", lambda *_: sides[1])  # of merges
+    found = closeness(bench, {"half": bench.problem.vectors.base}, divergence="kl")
+    wanted = 0.9 * math.log(1.8) + 0.1 * math.log(0.2)  # .368; the other way it is .511
+    assert list(found.divergence) == pytest.approx([wanted, wanted])
 
 
 def test_without_labels_there_is_closeness_and_no_report(project, cache):
@@ -152,11 +169,31 @@ def test_only_what_was_merged_can_be_written(plan, bench, found, tmp_path):
 
 def test_scores_of_a_task_have_intervals_around_them(found):
     table = task_scores(found.report, "average").set_index("task")
-    assert (table.low <= table.value).all() and (table.value <= table.high).all()
+    drawn = table[table.low.notna()]
+    assert (drawn.low <= drawn.value).all() and (drawn.value <= drawn.high).all()
     right = found.report.metrics().query("method == 'average' and metric == 'accuracy'")
     assert dict(zip(right.task, right.value, strict=True)) == dict(
         table[table.metric == "accuracy"].value
     )
+
+
+def test_scores_stand_beside_the_expert_and_the_majority_class():
+    gold = [0, 0, 0, 1] * 10  # majority class: .75
+    said = {"expert": gold, "average": [0, 0, 1, 1] * 10, "base": [1] * 40}
+    rows = [
+        {"method": m, "task": task, "predicted": p if task == "a" else gold[::-1], "gold": gold}
+        for m, p in said.items()
+        for task in ("a", "b")  # the expert of b is below the majority: it does not count
+    ]
+    report = Report(pd.DataFrame(rows).assign(suite="local", subset="a+b", seed=0))
+    table = task_scores(report, "average").set_index(["task", "metric"])
+    assert table.value["a", "accuracy"] == table.value["a", "ratio"] == 0.75
+    assert table.value["a", "majority"] == table.value["b", "majority"] == 0.75
+    assert table.value["a", "kept_margin"] == 0 == table.value["all", "kept_margin"]
+    assert table.low["a", "kept_margin"] < 0 < table.high["a", "kept_margin"]
+    assert table.value["b", "ratio"] == 1 and math.isnan(table.low["b", "ratio"])
+    assert math.isnan(table.value["b", "kept_margin"])
+    assert task_scores(report, "base").set_index(["task", "metric"]).value["a", "kept_margin"] == -2
 
 
 # --- the chapter ----------------------------------------------------------------------------------

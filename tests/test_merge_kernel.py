@@ -236,7 +236,8 @@ def test_threads_share_the_work_and_change_nothing():
 
 FORKED = """
 import os, signal, torch
-from divmerge_core.kernels.merge import SHARED, grouped_inner, grouped_merge
+from divmerge_core.kernels.merge import grouped_inner, grouped_merge
+from divmerge_core.kernels.threads import SHARED
 from divmerge_core.kernels.segments import Segments
 torch.set_num_threads(2)
 base, deltas, segments = torch.ones(SHARED), torch.ones(2, SHARED), Segments(((0, SHARED, 0),))

@@ -24,7 +24,7 @@ from divmerge_core.methods.arithmetic import average, task_arithmetic
 from divmerge_core.methods.corrected import Correction, representation, representations, surgery
 from divmerge_core.methods.distilled import check_distance, distillation
 from divmerge_core.methods.divmerge import divmerge, limit
-from divmerge_core.methods.layerwise import prodistill, stages
+from divmerge_core.methods.layerwise import length, prodistill, stages
 from divmerge_core.problem import Batch, Diverged, MergeProblem
 from divmerge_core.vectors import TaskVectors
 
@@ -395,6 +395,11 @@ def test_prodistill_agrees_with_matrix_algebra_in_float64(num_tasks):
     problem = one_batch(num_tasks=num_tasks)
     merged = prodistill(problem, epochs=5, lr=1e-2, progress=False)
     assert_close(merged, naive_prodistill(problem, 0.3, 5, 1e-2), rtol=0, atol=1e-9)
+
+
+def test_lengths_are_those_of_rows_over_all_matrices_together():
+    sides = torch.tensor([[3.0, 0.0], [1.0, 2.0]]), torch.tensor([[4.0], [2.0]])
+    assert length(sides).tolist() == [5.0, 3.0]
 
 
 def test_prodistill_starts_as_task_arithmetic():

@@ -16,10 +16,7 @@ from divmerge_core.experts import Expert
 from divmerge_core.methods import METHODS
 from divmerge_core.statistics import orderings
 from divmerge_core.studies import prediction as module
-from divmerge_core.studies.dyads import (
-    VIEWS,
-    correlate,
-)
+from divmerge_core.studies.dyads import VIEWS, correlate, entries, every_correlation
 from divmerge_core.studies.prediction import (
     AFTER,
     DAMAGES,
@@ -56,7 +53,45 @@ def matrices(count: int = 5, seed: int = 0) -> np.ndarray:
     return values
 
 
+# --- views of a matrix ----------------------------------------------------------------------------
+
+BY_HAND = np.array([[np.nan, 1.0, 5.0], [3.0, np.nan, 4.0], [7.0, 0.0, np.nan]])
+
+
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [
+        ("task", [1, 5, 3, 4, 7, 0]),
+        ("pair", [2, 6, 2, 2, 6, 2]),
+        ("partner", [-2, 2, -0.5, 0.5, 3.5, -3.5]),
+    ],
+)
+def test_views_by_hand(view, expected):
+    assert (7 * entries(BY_HAND, view)).tolist() == pytest.approx(
+        expected
+    )  # in units of the largest
+
+
+def test_a_task_drawn_twice_makes_no_pair_with_itself():
+    found = 7 * entries(BY_HAND, "task", np.array([0, 0, 2]))
+    assert found.tolist() == pytest.approx([5, 5, 7, 7])
+
+
+def test_what_only_the_own_task_decides_says_nothing_about_partners():
+    own = np.repeat(np.array([[1.0], [2.0], [4.0]]), 3, axis=1)
+    assert not entries(own, "partner").any()
+    assert not entries(own - own.T, "pair").any(), "a ratio of two tasks has no mean over a pair"
+
+
 # --- correlations over pairs ----------------------------------------------------------------------
+
+
+def test_rank_correlations_are_those_of_pandas():
+    numbers, damages = generator().normal(size=(2, 3, 12)), generator(1).normal(size=(2, 4, 12))
+    found = every_correlation(numbers, damages)
+    for m, k, n in np.ndindex(found.shape):
+        slow = pd.Series(numbers[m, k]).rank().corr(pd.Series(damages[m, n]).rank())
+        assert found[m, k, n] == pytest.approx(slow)
 
 
 @pytest.mark.parametrize("view", VIEWS)

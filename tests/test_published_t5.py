@@ -295,10 +295,11 @@ def test_an_unknown_column_is_told_which_there_are():
 
 
 def test_without_hub_and_folder_it_is_said(monkeypatch):
-    def unreachable(*args):
+    def unreachable(*args, **options):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(sources, "hub_revision", lambda name: None)
     with pytest.raises(ValueError, match="cannot read the data of 'squad'.*Give a folder"):
         sources.tables("squad", SOURCES["squad"])
 

@@ -368,7 +368,7 @@ def test_an_interrupted_save_leaves_the_old_file_and_no_other(
         raise failure
 
     monkeypatch.setattr(module.os, "replace", fail)
-    with pytest.raises(type(failure)):
+    with pytest.raises((ValueError, KeyboardInterrupt), match="No space left|^$"):
         Report.of(report.rows, fits()).save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -9,7 +9,7 @@ import torch
 from helpers import linear_problem
 from torch.testing import assert_close
 
-from divmerge_core import race, roofline
+from divmerge_core import meters, race, roofline
 from divmerge_core.contestants import (
     CONTESTANTS,
     DIVERGENCE_CONTESTANTS,
@@ -20,8 +20,8 @@ from divmerge_core.contestants import (
 from divmerge_core.divergences import js
 from divmerge_core.figures import costs as cost_figures
 from divmerge_core.kernels.merge import grouped_inner, grouped_merge
+from divmerge_core.provenance import origin
 from divmerge_core.registry import Registry
-from divmerge_core.report import origin
 from divmerge_core.vectors import dense
 
 CPU = torch.device("cpu")
@@ -127,6 +127,20 @@ def test_bytes_are_counted_on_one_thread_and_the_threads_come_back():
         assert seen == [1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("missing", ["status", "clear_refs", "lines"])
+def test_peak_memory_is_nan_where_it_cannot_be_asked(missing, tmp_path, monkeypatch):
+    """Systems without /proc, sandboxes that let nobody write to it, and those that tell less."""
+    told = "" if missing == "lines" else "VmRSS:\t 10 kB\nVmHWM:\t 30 kB\n"
+    if missing != "status":
+        tmp_path.joinpath("status").write_text(told)
+    if missing == "clear_refs":
+        tmp_path.joinpath("clear_refs").mkdir()  # cannot be written to, by root neither
+    monkeypatch.setattr(meters, "PROCESS", tmp_path)
+    called = []
+    assert math.isnan(meters.peak_bytes(lambda: called.append(1), CPU))
+    assert called == [1]
 
 
 def test_peak_memory_sees_what_a_call_holds_and_frees():

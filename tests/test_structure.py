@@ -16,7 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from divmerge_core import runs
+from divmerge_core import notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -30,7 +30,7 @@ ORDER = (
     *("registry", "storage", "digests", "assets", "splits", "glue", "tasks", "kernels", "vectors"),
     *("coefficients", "problem", "live", "minimizers", "ledger", "fitting", "linalg"),
     *("activations", "encoders", "experts", "divergences", "methods", "evaluation"),
-    *("statistics", "report"),
+    *("statistics", "provenance", "report", "coverage"),
     *("tables", "paper", "bench", "cells", "meters", "tuning", "comparison", "contestants"),
     *("roofline", "race", "accelerators", "workloads", "savings", "memory", "forecast"),
     *("interference", "studies", "figures", "findings", "pages", "checkpoints"),
@@ -270,7 +270,7 @@ def test_notebooks_open_with_a_title_parameters_and_the_setup(path):
     assert setup.source == SETUP and check.source == CHECK
     for cell in others:  # the check takes the last cell of such lines for the parameters
         assert not any(isinstance(line, ast.AnnAssign) for line in tree(cell.source).body)
-    declared = runs.parameters(path)
+    declared = notebooks.parameters(path)
     assert [name for name, one in declared.items() if not one.help] == []
     lines = [line for line in parameters.source.splitlines() if not line.startswith("#")]
     assert set(papermill.inspect_notebook(path)) == set(declared), "papermill reads them too"
@@ -285,7 +285,7 @@ def test_what_is_stored_is_drawn_by_one_rule(path):
     assert not read or path.stem in ("04_merge", "14_glue_on_a_gpu")
     if calls := re.findall(r"\bdrawn(?:_report)?\(", sources):
         assert sources.count("given") > 1, f"{len(calls)} calls know nothing of what was asked for"
-        for name, one in runs.parameters(path).items():
+        for name, one in notebooks.parameters(path).items():
             empty = not one.default and one.kind != "bool"
             assert not empty or re.search(r"(empty|0): ", one.help), f"what does no {name} mean?"
 
@@ -295,12 +295,12 @@ def test_what_can_use_a_gpu_asks_colab_for_one(path):
     metadata = nbformat.read(path, as_version=4).metadata
     wanted = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []}}
     asked = {key: metadata[key] for key in wanted if key in metadata}
-    assert asked == (wanted if "device" in runs.parameters(path) else {})
+    assert asked == (wanted if "device" in notebooks.parameters(path) else {})
 
 
 @each_notebook
 def test_notebooks_for_a_gpu_say_what_they_run_on(path):
-    device = runs.parameters(path).get("device")
+    device = notebooks.parameters(path).get("device")
     if device is not None and device.default == "auto":
         assert any("device_line(" in cell.source for cell in code(path))
 

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from divmerge_core import tables
-from divmerge_core.report import Report, origin
+from divmerge_core.provenance import origin
+from divmerge_core.report import Report
 
 FACTS = {
     **{"suite": "toys", "encoder": "tiny", "tasks": ["a", "b"], "size": "full"},
@@ -66,7 +67,7 @@ ASKED = {
 def test_a_stored_table_is_drawn_only_where_every_fact_asked_for_agrees(
     tmp_path, name, monkeypatch
 ):
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr("divmerge_core.provenance.device_name", lambda device: device)
     path = tmp_path / "study.json"
     tables.save(path, {"rows": table([1.0])}, **FACTS)
     changed = {**FACTS, name: ASKED[name]}

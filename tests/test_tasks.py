@@ -189,7 +189,7 @@ def test_another_glue_folder_is_other_data(glue, tmp_path, monkeypatch):
 
 
 def test_without_hub_and_folder_the_error_says_how_to_get_either(cache, monkeypatch):
-    def unreachable(*args):
+    def unreachable(*args, **options):
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.delenv("DIVMERGE_GLUE_DIR", raising=False)

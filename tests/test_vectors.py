@@ -108,6 +108,71 @@ def test_missing_and_extra_tensors_are_named():
         TaskVectors.from_states(state(0), {"one": expert})
 
 
+def test_an_extra_tensor_alone_is_refused():
+    """The base has no place for it: left out, it would be lost without a word."""
+    with pytest.raises(ValueError, match=r"'one' .*missing \[\], extra \['c.weight'\]; load"):
+        TaskVectors.from_states(state(0), {"one": state(1) | {"c.weight": torch.zeros(2)}})
+
+
+COUNTS = {
+    "seen": torch.tensor(2**24 + 1),
+    "mask": torch.tensor([True, False]),
+    "packed": torch.tensor([[17, 255]], dtype=torch.uint8),
+}
+
+
+def test_whole_numbers_stay_the_bases_where_all_agree():
+    """They are in no vector: float32 has no 2^24 + 1, and half a truth value means nothing."""
+    plain = TaskVectors.from_states(state(0), {"one": state(1)})
+    experts = {"one": {**COUNTS, **state(1)}}
+    counted = TaskVectors.from_states({**state(0), **COUNTS}, experts)
+    assert counted.layout == plain.layout
+    assert torch.equal(counted.deltas, plain.deltas)
+    adapters = {"one": {"a.weight": (torch.ones(2, 1), torch.ones(1, 3))}}
+    thin = TaskVectors.from_adapters({**state(0), **COUNTS}, adapters)
+    assert thin.layout == plain.layout
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_whole_numbers_that_differ_are_refused_by_name(name):
+    other = {**state(1), **COUNTS, name: ~COUNTS[name]}
+    message = rf"expert 'one': \['{name}'\] of {COUNTS[name].dtype} differ from the base's"
+    with pytest.raises(ValueError, match=message):
+        TaskVectors.from_states({**state(0), **COUNTS}, {"one": other})
+    with pytest.raises(ValueError, match=message):
+        TaskVectors.from_states(
+            {**state(0), **COUNTS}, {"one": {**other, name: COUNTS[name][None]}}
+        )
+
+
+KINDS = {
+    "complex": (torch.zeros(2, 3, dtype=torch.complex64), "is torch.complex64; give torch.view_as"),
+    "float8": (torch.zeros(2, 3).to(torch.float8_e4m3fn), "is torch.float8_e4m3fn, .*dequantise"),
+    "sparse": (torch.eye(3)[:2].to_sparse(), r"is stored as torch.sparse_coo; give tensor.to_d"),
+    "meta": (torch.zeros(2, 3, device="meta"), "is on the device meta and holds no numbers; load"),
+    "integer": (torch.zeros(2, 3, dtype=torch.int8), "is torch.int8: whole numbers are no weights"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_tensors_that_cannot_be_added_up_are_refused_by_name(kind):
+    tensor, message = KINDS[kind]
+    odd = state(0) | {"a.weight": tensor}
+    with pytest.raises(ValueError, match=f"expert 'one': a.weight {message}"):
+        TaskVectors.from_states(state(0), {"one": odd})
+    if kind != "integer":  # of a base, whole numbers are left out
+        with pytest.raises(ValueError, match=f"the base model: a.weight {message}"):
+            TaskVectors.from_states(odd, {"one": state(1)})
+        with pytest.raises(ValueError, match=f"the base model: a.weight {message}"):
+            TaskVectors.from_adapters(odd, {"one": {}})
+
+
+def test_counts_without_numbers_are_refused_by_name():
+    base = {**state(0), "seen": torch.tensor(1, device="meta")}
+    with pytest.raises(ValueError, match="the base model: seen is on the device meta"):
+        TaskVectors.from_states(base, {"one": state(1)})
+
+
 def test_another_shape_is_named_with_both_shapes():
     expert = state(1) | {"a.weight": torch.zeros(2, 4)}
     with pytest.raises(

@@ -15,10 +15,16 @@ from divmerge_core.checkpoints.heads import MEAN, Head
 from divmerge_core.checkpoints.shards import StoredModel
 from divmerge_core.coefficients import GROUPINGS
 from divmerge_core.methods import METHODS
-from divmerge_core.report import origin
+from divmerge_core.provenance import origin
 
 SCORES = ("task", "metric", "value", "low", "high")
 ABSENT = "not measured"
+MEANING = {  # of metrics whose names do not say it
+    "majority": "`majority`: accuracy of always predicting the majority class of the test rows.",
+    "ratio": "`ratio`: accuracy over the expert's.",
+    "kept_margin": "`kept_margin`: accuracy above the majority over the expert's above it.",
+    "anp": "`anp`: mean ratio of the tasks whose expert beats the majority by two points or more.",
+}
 
 
 @dataclass(frozen=True)
@@ -224,7 +230,9 @@ def scores_table(record: MergeRecord) -> str:
         return found.get((task, metric), missing)
 
     rows = [(task, *(cell(task, metric) for metric in metrics)) for task in tasks]
-    return "Value, and ends of the 95 % interval.\n\n" + table(("task", *metrics), rows)
+    known = [metric for metric in MEANING if metric in metrics]
+    said = " ".join(["Value, and ends of the 95 % interval.", *map(MEANING.get, known)])
+    return f"{said}\n\n{table(('task', *metrics), rows)}"
 
 
 def score_text(row: object) -> str:

@@ -1,55 +1,60 @@
-"""Weights on disk, piece by piece: models in the hub's layout, read and written as streams.
+"""Models in the hub's layout: read lazily, a piece of a tensor at a time; written in shards.
 
-The format is 8 bytes for the length of a JSON header, the header (name -> dtype, shape, offsets),
-then the tensors' bytes end to end; one model may be cut into several such files and an index. A
-library call holds a whole file in memory, or maps it; here no more than PIECE numbers are held.
+safetensors checks every header and maps files into memory, so that only the pages which a piece
+needs are read.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import split_state_dict_into_shards_factory
 from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MODEL_MAPPING
 
-PIECE = 1 << 17  # numbers read, merged and written at a time
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from divmerge_core.assets import sha256
+
+PIECE = 1 << 18  # numbers read and merged at a time
 LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and of data parallel training
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
+@contextmanager
+def opened(file: Path) -> Iterator[safe_open]:
+    """A safetensors file. Raises ValueError where it is none, or not a whole one."""
+    try:
+        with safe_open(file, "pt") as content:
+            yield content
+    except SafetensorError as error:
+        with open(file, "rb") as start:
+            pointer = start.read(24).startswith(b"version https://git-lfs")
+        kind = "a Git-LFS pointer (git lfs pull fetches the file itself)" if pointer else "damaged"
+        raise ValueError(
+            f"{file} is no whole safetensors file but {kind}: {error}; fetch or save it again"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file: what it is, and where its bytes begin."""
+    """One tensor in a file, of which only dtype and shape have been read."""
 
     file: Path
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    begin: int
 
     @property
     def size(self) -> int:
@@ -58,52 +63,33 @@ class Stored:
 
     def piece(self, start: int = 0, stop: int | None = None) -> Shaped[Tensor, " n"]:
         """Its numbers start..stop, laid out in a row, in its own dtype."""
-        count = (self.size if stop is None else stop) - start
-        with open(self.file, "rb") as file:
-            file.seek(self.begin + start * self.dtype.itemsize)
-            content = bytearray(file.read(count * self.dtype.itemsize))
-        return torch.frombuffer(content, dtype=self.dtype) if count else torch.empty(0)
+        with opened(self.file) as content:
+            return content.get_tensor(self.name).reshape(-1)[start:stop].clone()
 
 
 def stored(file: Path) -> dict[str, Stored]:
-    """The tensors of one safetensors file, in the order of their bytes.
+    """The tensors of one safetensors file, by name.
 
-    Raises ValueError for a file that is no safetensors file, is cut short, or holds a dtype that
-    is not in DTYPES.
+    Raises ValueError for a file that is no whole safetensors file.
     """
-    damaged = f"{file} is no whole safetensors file; fetch or save it again"
-    total = file.stat().st_size
-    with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if length + 8 > total:
-            raise ValueError(damaged)
-        try:
-            header = json.loads(opened.read(length))
-        except ValueError as error:
-            raise ValueError(damaged) from error
-    header.pop("__metadata__", None)
-    entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
-    if entries and entries[-1][1]["data_offsets"][1] + length + 8 != total:
-        raise ValueError(damaged)
-    unknown = {entry["dtype"] for _, entry in entries} - set(DTYPES)
-    if unknown:
-        raise ValueError(f"{file} holds {sorted(unknown)}; only {', '.join(DTYPES)} can be read")
-    return {
-        name: Stored(file, DTYPES[e["dtype"]], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
-        for name, e in entries
-    }
+    with opened(file) as content:
+        tensors = {name: content.get_tensor(name) for name in content.keys()}  # none is read yet
+        return {n: Stored(file, n, t.dtype, tuple(t.shape)) for n, t in tensors.items()}
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model: those of its index, or model.safetensors.
 
-    Raises ValueError where there is none, or one that the index names is missing.
+    Raises ValueError where there is none, one that the index names is missing or lies outside the
+    folder, or there are both an index and a model.safetensors that it does not name.
     """
-    if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
-        files = [folder / name for name in sorted(set(index.values()))]
-    else:
-        files = [folder / "model.safetensors"]
+    names = indexed(folder / INDEX) if (folder / INDEX).is_file() else [SINGLE]
+    if SINGLE not in names and (folder / SINGLE).exists():
+        raise ValueError(
+            f"{folder} holds both {SINGLE} and {INDEX}, and programs differ in which they read; "
+            "remove the one that is out of date"
+        )
+    files = [folder / name for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ValueError(
@@ -111,6 +97,18 @@ def weight_files(folder: Path) -> list[Path]:
             "in another format: load them and save_pretrained them once)"
         )
     return files
+
+
+def indexed(path: Path) -> list[str]:
+    """The file names in an index. Raises ValueError for a damaged index and for other folders."""
+    try:
+        names = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is no index of weights ({error!r}); save them again") from error
+    if outside:
+        raise ValueError(f"{path} names {outside[0]!r}; an index names files beside it alone")
+    return names
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,16 @@ class StoredModel:
     @classmethod
     def at(cls, folder: Path) -> "StoredModel":
         """The model in a folder. Raises ValueError where there is none that can be read."""
-        found = {n: tensor for file in weight_files(folder) for n, tensor in stored(file).items()}
+        parts = [stored(file) for file in weight_files(folder)]
+        found = {name: tensor for part in parts for name, tensor in part.items()}
+        if len(found) < sum(map(len, parts)):
+            raise ValueError(f"{folder}: two of its files hold the same tensor; save it again")
+        wrapper = next((w for w in WRAPPERS if all(name.startswith(w) for name in found)), None)
+        if found and wrapper:
+            raise ValueError(
+                f"{folder}: all names begin with {wrapper!r}, so a wrapper of the model was saved; "
+                "load the weights into the model itself and save_pretrained it"
+            )
         tensors = {today(name): tensor for name, tensor in found.items()}
         if not (folder / "config.json").is_file():
             tensors = {name: t for name, t in tensors.items() if not name.startswith("head.")}
@@ -157,6 +164,20 @@ class StoredModel:
     def cores(self) -> dict[str, str]:
         """Names as the bare encoder has them -> names on disk."""
         return {self.core(name): name for name in self.tensors}
+
+    @property
+    def encoder(self) -> set[str]:
+        """The encoder's tensors without its pooler, as the bare encoder has them.
+
+        Where no name has the prefix it is a bare encoder's file, and all are its.
+        """
+        own = [name for name in self.tensors if name.startswith(self.prefix)] or self.tensors
+        return {self.core(name) for name in own if not pools(name)}
+
+
+def pools(name: str) -> bool:
+    """Whether a tensor is a pooler's, which a base may lack."""
+    return "pooler" in name.split(".")
 
 
 def today(name: str) -> str:
@@ -200,18 +221,13 @@ class Planned:
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
-
-def shares(tensors: Sequence[Planned], max_bytes: int) -> list[list[Planned]]:
-    """Tensors in order, cut into shards of at most max_bytes, or of one tensor that is larger."""
-    found: list[list[Planned]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if found[-1] and filled + tensor.nbytes > max_bytes:
-            found.append([])
-            filled = 0
-        found[-1].append(tensor)
-        filled += tensor.nbytes
-    return found
+    def whole(self) -> Tensor:
+        """All its numbers, a piece at a time, in a tensor of its shape on the CPU."""
+        numbers = torch.empty(prod(self.shape), dtype=self.dtype)
+        for start in range(0, len(numbers), PIECE):
+            stop = min(start + PIECE, len(numbers))
+            numbers[start:stop] = self.piece(start, stop)
+        return numbers.view(self.shape)
 
 
 def write_shards(
@@ -221,52 +237,27 @@ def write_shards(
     max_bytes: int,
     wrote: Callable[[int], object] = lambda count: None,
 ) -> dict[str, str]:
-    """Write a model's tensors: file name -> its SHA-256. wrote: told the bytes of every piece.
+    """Write a model's tensors: file name -> its SHA-256. wrote: told the bytes of every tensor.
 
-    One file is model.safetensors; several are named as the hub names them, with an index.
+    A shard has at most max_bytes of tensors, or one larger tensor. One file is model.safetensors;
+    several are named as the hub names them, with an index. One shard is in memory at a time.
     """
-    parts = shares(tensors, max_bytes)
-    if len(parts) == 1:
-        return {"model.safetensors": write_shard(folder / "model.safetensors", parts[0], wrote)}
-    hashes, places = {}, {}
-    for number, part in enumerate(parts, start=1):
-        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        hashes[name] = write_shard(folder / name, part, wrote)
-        places |= {tensor.name: name for tensor in part}
-    total = sum(tensor.nbytes for tensor in tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return hashes
-
-
-def write_shard(path: Path, tensors: Sequence[Planned], wrote: Callable[[int], object]) -> str:
-    """One safetensors file, written front to back; returns its SHA-256."""
-    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # keeps all aligned
-    header: dict[str, Mapping] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in ordered:
-        ends = [offset, offset := offset + tensor.nbytes]
-        header[tensor.name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": ends,
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with open(path, "xb") as file:
-        for block in blocks(len(text).to_bytes(8, "little") + text, ordered):
-            file.write(block)
-            digest.update(block)
-            wrote(len(block))
-    return digest.hexdigest()
-
-
-def blocks(header: bytes, tensors: Sequence[Planned]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, a piece at a time."""
-    yield header
-    for tensor in tensors:
-        size = prod(tensor.shape)
-        for start in range(0, size, PIECE):
-            numbers = tensor.piece(start, min(start + PIECE, size)).to("cpu", tensor.dtype)
-            yield memoryview(numbers.contiguous().view(torch.uint8).numpy())
+    plan = {tensor.name: tensor for tensor in tensors}
+    parts = split_state_dict_into_shards_factory(
+        plan,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_bytes,
+    )
+    for file, names in parts.filename_to_tensors.items():
+        shard = {}
+        for name in names:
+            shard[name] = plan[name].whole()
+            wrote(plan[name].nbytes)
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        del shard
+    if parts.is_sharded:
+        places = dict(sorted(parts.tensor_to_filename.items()))
+        index = {"metadata": parts.metadata, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return {file: sha256(folder / file) for file in parts.filename_to_tensors}

@@ -89,6 +89,12 @@ def to_merge(
         names = [core for core in floating if any(core in theirs for theirs in held)]
     names = [base.core(name) for name in names]
     for task, expert, theirs in zip(record.tasks, experts, held, strict=True):
+        lost = sorted(expert.encoder - set(cores))
+        if lost:
+            raise ValueError(
+                f"{base.folder} lacks {lost[:5]}, which expert {task!r} holds; only a pooler may "
+                "be absent: give a base with all its weights"
+            )
         missing = [name for name in names if name not in cores or name not in theirs]
         if missing or not names:
             raise ValueError(

@@ -16,7 +16,14 @@ from divmerge_core.assets import sha256
 from divmerge_core.checkpoints.cards import MergeRecord, card, coefficients_json, group_numbers
 from divmerge_core.checkpoints.heads import Head, check_head, save_head
 from divmerge_core.checkpoints.recipes import mergekit_recipe
-from divmerge_core.checkpoints.shards import Planned, StoredModel, weight_files, write_shards
+from divmerge_core.checkpoints.shards import (
+    INDEX,
+    SINGLE,
+    Planned,
+    StoredModel,
+    weight_files,
+    write_shards,
+)
 from divmerge_core.checkpoints.sources import Source, deviation, in_memory, planned, streamed
 from divmerge_core.encoders import ENCODERS
 from divmerge_core.storage import fresh_folder
@@ -75,9 +82,9 @@ def write(
     Other tensors of the base (buffers, heads) are copied; tied weights are written once.
 
     dtype: float32, bfloat16 or float16 of all floating tensors; None keeps the base's, tensor by
-    tensor. A shard has at most max_shard_bytes of tensors, or one tensor. Memory is bounded by a
-    piece of a tensor per expert. The folder appears whole or not at all, whenever the process is
-    killed; what a killed write left beside it is swept by the next.
+    tensor. A shard has at most max_shard_bytes of tensors, or one tensor. Memory is bounded by one
+    shard and a piece of a tensor per expert. The folder appears whole or not at all, whenever the
+    process is killed; what a killed write left beside it is swept by the next.
 
     Raises ValueError, before anything is written, for a folder that exists and is not empty
     (overwrite replaces a model, and nothing but a model), parts that do not fit together, an
@@ -195,15 +202,14 @@ def hashes_of(record: MergeRecord) -> dict[str, str]:
 
 
 def input_files(folder: Path) -> list[Path]:
-    """The weights in a folder: a whole model's in either format, or a LoRA adapter's.
+    """The weights that are read from a folder: an adapter's, or a whole model's in either format.
 
     Raises ValueError where there are none.
     """
-    for pattern in ("adapter_model.*", "pytorch_model*.bin"):
-        found = sorted(folder.glob(pattern))
-        if found and not (folder / "model.safetensors").is_file():
-            return found
-    return weight_files(folder)
+    adapter = (folder / "adapter_config.json").is_file()
+    found = sorted(folder.glob("adapter_model.*" if adapter else "pytorch_model*.bin"))
+    whole = any((folder / name).is_file() for name in (SINGLE, INDEX))
+    return found if found and (adapter or not whole) else weight_files(folder)
 
 
 def room(folder: Path, nbytes: int) -> None:

@@ -4,16 +4,15 @@ Colours are seaborn's colour-blind palette: green for DivMerge, blue for methods
 the experts, grey for sums of weights, black for references.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
+from divmerge_core.evaluation import graded, main_scores, own_scores, scores
 from divmerge_core.report import MARGIN, Report, caption
 
 PALETTE = [*sns.color_palette("colorblind")]
@@ -22,6 +21,7 @@ BLUE, GREEN, GREY = (PALETTE[n] for n in (0, 2, 7))
 TITLES = {
     "expert": "Experts, one per task",
     "base": "Base model",
+    "majority": "Majority class",
     "divmerge": "DivMerge",
     "adamerging": "AdaMerging",
     "adamerging++": "AdaMerging++",
@@ -140,12 +140,14 @@ def mark(ax: Axes, y: float, found: tuple[float, float, float], **style) -> None
     ax.annotate(f"{100 * found[0]:.1f}", (value, y), ha="center", fontsize=size, **place)
 
 
-def ratio_map(ax: Axes, metrics: pd.DataFrame) -> Axes:
+def ratio_map(ax: Axes, metrics: pd.DataFrame, metric: str = "ratio") -> Axes:
     """Accuracy relative to the expert's, method by task, averaged over seeds.
 
-    metrics: rows of `Report.metrics` for one suite and subset.
+    metrics: rows of `Report.metrics` for one suite and subset. metric: `ratio`, or `kept_margin`
+    for what is left of the expert's lead over the majority class.
     """
-    ratio = metrics[(metrics.metric == "ratio") & (metrics.method != "expert")]
+    rows = (metrics.metric == metric) & (metrics.method != "expert") & (metrics.task != "all")
+    ratio = metrics[rows]
     table = ratio.pivot_table(index="method", columns="task", values="value", sort=False)
     table.index = [title(method) for method in table.index]
     sns.heatmap(
@@ -154,8 +156,9 @@ def ratio_map(ax: Axes, metrics: pd.DataFrame) -> Axes:
         annot=True,
         fmt=".0f",
         cmap="viridis",
+        vmin=100 * FLOOR if metric == "kept_margin" else None,
         vmax=100,
-        cbar_kws={"label": "accuracy, % of the expert's"},
+        cbar_kws={"label": "% of the expert's"},
     )
     ax.set(xlabel="task", ylabel="")
     ax.tick_params(axis="x", rotation=30)
@@ -167,61 +170,6 @@ def short(group: str) -> str:
     for prefix in ("encoder.layer.", "model.layers."):
         group = group.replace(prefix, "block ")
     return group.removeprefix("model.").replace(".weight", ".w").replace(".bias", ".b")
-
-
-def coefficient_map(ax: Axes, fit: Mapping) -> Axes:
-    """Learned coefficients, group by task; white is 0.
-
-    fit: an entry of `Report.fits`. With many groups every few get a label.
-    """
-    table = pd.DataFrame(
-        np.array(fit["coefficients"]).T,
-        index=[short(group) for group in fit["groups"]],
-        columns=fit["tasks"],
-    )
-    limit = float(np.abs(table.values).max())
-    sns.heatmap(
-        table,
-        ax=ax,
-        cmap="PRGn",
-        vmin=-limit,
-        vmax=limit,
-        annot=table.size <= 80,
-        fmt=".2f",
-        annot_kws={"fontsize": 8},
-        yticklabels=True if len(table) <= 40 else max(1, len(table) // 14),
-        cbar_kws={"label": "coefficient"},
-    )
-    ax.set(title=title(fit["method"]), xlabel="task", ylabel="parameters")
-    ax.tick_params(axis="x", rotation=35)
-    ax.tick_params(axis="y", rotation=0, labelsize=7 if len(table) > 12 else 9)
-    return ax
-
-
-def losses(ax: Axes, fits: list[Mapping], *, window: int = 8) -> Axes:
-    """Objective over steps: each batch faint, the mean of `window` of them strong."""
-    for fit in fits:
-        loss = pd.Series(fit["losses"])
-        shade = colour(fit["method"])
-        ax.plot(loss, color=shade, alpha=0.2, linewidth=0.8)
-        smooth = loss.rolling(window, min_periods=1).mean()
-        ax.plot(smooth, line(fit["method"]), color=shade, label=title(fit["method"]))
-    ax.set(xlabel="step", ylabel="objective, nats, summed over tasks")
-    ax.legend(fontsize=8)
-    return ax
-
-
-def anp_course(ax: Axes, fits: list[Mapping]) -> Axes:
-    """Validation ANP over steps, where the fits recorded it."""
-    for fit in fits:
-        course = pd.DataFrame(fit["course"])
-        shade = colour(fit["method"])
-        style = line(fit["method"])
-        ax.plot(course.step, course.anp, style, marker="o", color=shade, label=title(fit["method"]))
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.set(xlabel="step", ylabel="ANP on validation rows, %")
-    ax.legend(fontsize=8)
-    return ax
 
 
 def largest(rows: pd.DataFrame) -> pd.DataFrame:
@@ -277,6 +225,32 @@ def place(report: Report) -> str:
             f"{100 * MARGIN:.0f} points: {', '.join(left_out)}."
         )
     return f"On {suite}, T = {len(tasks)}. " + " ".join(lines)
+
+
+def task_table(report: Report, subset: str) -> pd.DataFrame:
+    """Accuracy (or mean grade) of every method on every task of a subset, averaged over seeds.
+
+    After the tasks stand the metrics of their own that some have (see `Report.own_metric`); the
+    last row is the majority class, which knows the test rows.
+    """
+    rows = report.rows[report.rows.subset == subset]
+    tidy = scores(pd.concat([rows, constant(rows)], ignore_index=True))
+    own = own_scores(tidy).query("metric in ('matthews', 'f1')")
+    own = own.assign(task=own.task + ", " + own.metric)
+    both = pd.concat([main_scores(tidy), own])
+    return both.pivot_table("value", "method", "task", sort=False).rename(index=title)
+
+
+def constant(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a Report that answer every task with its majority class; free text gets 0."""
+    first = rows.drop_duplicates("task")
+    answers = [
+        [0.0] * len(row.predicted)
+        if graded(row.gold, row.predicted)
+        else [int(pd.Series(row.gold).mode()[0])] * len(row.gold)
+        for row in first.itertuples()
+    ]
+    return first.assign(method="majority", predicted=answers)
 
 
 def score_table(report: Report, subset: str) -> pd.DataFrame:

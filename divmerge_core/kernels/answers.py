@@ -13,14 +13,18 @@ from torch import Tensor
 from divmerge_core.kernels.stores import wide
 
 
+class Undefined(ValueError):
+    """Logits that define no distribution."""
+
+
 def log_softmax(logits: Float[Tensor, "*A V"]) -> Float[Tensor, "*A V"]:
     """Log-probabilities in float32 or wider: half precision is widened before any arithmetic.
 
-    Raises ValueError where a row holds NaN, +inf or nothing but -inf: it has no distribution.
+    Raises Undefined where a row holds NaN, +inf or nothing but -inf: it has no distribution.
     """
     result = torch.log_softmax(logits.to(wide(logits.dtype)), dim=-1)
     if torch.isnan(result).any():
-        raise ValueError(
+        raise Undefined(
             "logits hold NaN, +inf, or a row of -inf only, so they define no distribution; "
             "check the model's weights and masks"
         )

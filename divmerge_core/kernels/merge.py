@@ -9,11 +9,6 @@ base) whatever the dtype of base and deltas. Two backends compute the same: `tor
 definition; and `triton`, one launch for the whole model.
 """
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -22,9 +17,9 @@ from divmerge_core.kernels import stores
 from divmerge_core.kernels.backend import jit, on, resolve, tl
 from divmerge_core.kernels.segments import Segments, block_table
 from divmerge_core.kernels.stores import SCALE_BLOCK, Deltas, Int8Deltas, LowRankDeltas, wide
+from divmerge_core.kernels.threads import in_threads
 
 BLOCK = 4096  # parameters per program on a GPU, read as rows of SCALE_BLOCK
-SHARED = 1 << 18  # from so many parameters on, a CPU's threads share them
 
 
 # --- PyTorch --------------------------------------------------------------------------------------
@@ -81,24 +76,6 @@ def inner_torch(grad, deltas, segments) -> Tensor:
     if isinstance(deltas, LowRankDeltas):
         return share(segments.rows)
     return sum(in_threads(share, segments, grad))
-
-
-def in_threads(function: Callable, segments: Segments, like: Tensor) -> list:
-    """function(rows) on equal shares of the segments, one per thread that PyTorch may use.
-
-    PyTorch leaves products with so few rows to one core, which cannot fill the memory bus.
-    """
-    workers = torch.get_num_threads() if like.is_cpu and len(like) >= SHARED else 1
-    if workers == 1:
-        return [function(segments.rows)]
-    return list(threads(workers, os.getpid()).map(function, segments.shares(workers)))
-
-
-@lru_cache(maxsize=1)
-def threads(workers: int, process: int) -> ThreadPoolExecutor:
-    """Threads of one process: a forked child has none of its parent's."""
-    torch.set_num_threads(workers)  # a child's first call of it must not come from two threads
-    return ThreadPoolExecutor(workers)
 
 
 # --- Triton ---------------------------------------------------------------------------------------

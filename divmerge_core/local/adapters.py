@@ -12,6 +12,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from divmerge_core.checkpoints.shards import stored
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What changes no weight once training is over, and what we compute with.
 SILENT = {
@@ -86,13 +88,7 @@ def read_config(folder: Path) -> dict:
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in a safetensors file; no weight is read."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    except Exception as error:  # safetensors raises its own kind for a damaged header
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+    return {name: tensor.shape for name, tensor in stored(path).items()}
 
 
 def plain_name(key: str) -> str:

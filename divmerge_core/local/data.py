@@ -167,12 +167,20 @@ def refuse(table: Table, wrong: Sequence[int], what: str, cure: str) -> None:
         )
 
 
-def texts(table: Table, column: str) -> list[str]:
-    """A column of non-empty texts. Raises ValueError for the first row that is none."""
+Tokenizer = Callable[..., Mapping[str, Sequence]]
+
+
+def texts(table: Table, column: str, tokenizer: Tokenizer) -> list[str]:
+    """A column of texts of one token or more. Raises ValueError for the first row that is none."""
     values = table.columns[column]
     wrong = [n for n, text in enumerate(values) if not isinstance(text, str) or not text.strip()]
     shown = repr(values[wrong[0]]) if wrong else ""
     refuse(table, wrong, f"column {column!r} holds {shown}, not a text", "mend or remove the row")
+    ids = tokenizer(list(values), add_special_tokens=False)["input_ids"]
+    wrong = [n for n, tokens in enumerate(ids) if not tokens]
+    shown = repr(values[wrong[0]]) if wrong else ""
+    what = f"the tokenizer makes no token of {shown} in column {column!r}"
+    refuse(table, wrong, what, "mend or remove the row")
     return list(values)
 
 
@@ -199,18 +207,20 @@ def answers(table: Table, column: str, labels: Sequence[str]) -> list[int]:
     return [known[value] for value in written]
 
 
-def load_rows(task: TaskFiles, split: str, labels: Sequence[str]) -> datasets.Dataset:
+def load_rows(
+    task: TaskFiles, split: str, labels: Sequence[str], tokenizer: Tokenizer
+) -> datasets.Dataset:
     """Rows of one split: `text`, for pairs `pair`, and, outside the merge split, `label`.
 
-    Raises ValueError, naming file and row, for what cannot be read, an empty text, a label that
-    the expert does not have, and a labelled split that holds one class.
+    Raises ValueError, naming file and row, for what cannot be read, a text that is empty or of
+    which the tokenizer makes nothing, and a label that the expert does not have.
     """
     labelled = split != "merge"
     wanted = [task.text] + ([task.pair] if task.pair else []) + ([task.label] * labelled)
     table = read_table(task.files()[split], wanted)
-    columns: dict[str, list] = {"text": texts(table, task.text)}
+    columns: dict[str, list] = {"text": texts(table, task.text, tokenizer)}
     if task.pair:
-        columns["pair"] = texts(table, task.pair)
+        columns["pair"] = texts(table, task.pair, tokenizer)
     if labelled:
         columns["label"] = answers(table, task.label, labels)
     with quiet():

@@ -17,6 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from divmerge_core.checkpoints import base_folder
+from divmerge_core.checkpoints.shards import INDEX, SINGLE, StoredModel
+from divmerge_core.checkpoints.writing import input_files
 from divmerge_core.local.adapters import (
     CONFIG,
     Adapter,
@@ -82,8 +84,8 @@ class Source:
 
     @property
     def weights(self) -> list[Path]:
-        """The files that hold its weights."""
-        return sorted(self.task.expert.glob("*.safetensors"))
+        """The files that hold its weights. Raises ValueError as `weight_files` does."""
+        return input_files(self.task.expert)
 
 
 def config_of(folder: Path) -> transformers.PretrainedConfig:
@@ -141,6 +143,7 @@ def open_base(name: str, beside: Path) -> BaseFolder:
     local = beside / Path(name).expanduser()
     folder = base_folder(str(local)) if local.is_dir() else fetched(name)
     config, tokenizer = config_of(folder), tokenizer_of(folder)
+    StoredModel.at(folder)  # its headers alone
     if tokenizer is None:
         raise ValueError(f"base {folder} has no tokenizer; save the base's own beside its weights")
     encoder = bare(AutoModel, config)
@@ -152,6 +155,11 @@ def kind_of(folder: Path) -> str:
     """What sort of expert a folder holds. Raises ValueError for a folder that holds none."""
     if not folder.is_dir():
         raise ValueError(f"there is no expert folder {folder}")
+    if (folder / CONFIG).is_file() and any((folder / name).is_file() for name in (SINGLE, INDEX)):
+        raise ValueError(
+            f"{folder} holds an adapter ({CONFIG}) and whole weights ({SINGLE} or its index); "
+            "remove the one that is not the expert"
+        )
     for name, kind in ((CONFIG, "adapter"), ("manifest.json", "package")):
         if (folder / name).is_file():
             return kind
@@ -258,8 +266,8 @@ def open_expert(task: TaskFiles, base: BaseFolder) -> Source:
     kind of head, adapters that are more than plain LoRA, and labels that are not the head's.
     """
     found = KINDS[kind_of(task.expert)](task, base)
-    if not found.weights:
-        raise ValueError(f"expert {task.expert} holds no *.safetensors; save_pretrained it once")
+    if found.adapter is None:
+        StoredModel.at(task.expert)  # its headers alone
     if len(found.labels) < 2 or len(found.labels) > 36:
         raise ValueError(f"task {task.name!r} has {len(found.labels)} labels; it may have 2 to 36")
     return fits(found, base)

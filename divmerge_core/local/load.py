@@ -1,6 +1,7 @@
 """From a checked plan to a bench: weights are read, one expert at a time."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from divmerge_core.assets import sha256
 from divmerge_core.bench import Bench
+from divmerge_core.checkpoints.shards import pools
 from divmerge_core.digests import code_digest, key_of
 from divmerge_core.encoders import Base, check_device, load_base, make_batches, pooled, resolve
 from divmerge_core.evaluation import Exam
@@ -193,13 +195,20 @@ def load(plan: Plan, *, device: str = "cpu", precision: str = "float32") -> Benc
     count once. What an expert has beyond them (classifier, a pooler that the base lacks) is its
     task's head. Experts are read one after the other; their tensors live on as task vectors only,
     so `Expert.state` is empty. Exams of tasks without rows have no batches. precision: of the
-    forward passes, `float32`, `bfloat16` or `auto`.
+    forward passes, `float32`, `bfloat16` or `auto`. Warns where an expert is its base, or lies so
+    far from it that this is hardly the base it was fine-tuned from.
 
     Raises ValueError for weights that are missing, damaged, not finite or not of this base.
     """
     place = check_device(device)
     precision = resolve(precision, place)
     encoder, missing = read_model(AutoModel, plan.base.folder)
+    lost = sorted(name for name in missing if not pools(name))
+    if lost:
+        raise ValueError(
+            f"the base {plan.base.folder} lacks {len(lost)} tensors of its model, such as "
+            f"{lost[:3]}; only a pooler may be absent: save the whole base again"
+        )
     encoder.config.use_cache = False  # decoders keep keys and values for text that never comes
     state = {n: t for n, t in encoder.named_parameters() if n not in missing}
     names = [n for n in state if all(n in source.shapes for source in plan.experts)]
@@ -207,6 +216,8 @@ def load(plan: Plan, *, device: str = "cpu", precision: str = "float32") -> Benc
     if any(source.kind == "package" for source in plan.experts):
         digest = load_base(str(plan.base.folder)).digest
     vectors, heads = stacked(Origin(plan, state, digest), names)
+    for note in lengths(vectors, plan.base.name):
+        warnings.warn(note, stacklevel=2)
     if device != "cpu":
         vectors = TaskVectors(
             vectors.layout, vectors.tasks, vectors.base.to(place), vectors.deltas.to(place)

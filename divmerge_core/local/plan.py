@@ -187,7 +187,9 @@ def check(description: Description) -> Plan:
     check_length(description, base)
     experts = tuple(together(partial(open_expert, task, base) for task in description.tasks))
     jobs = [(s, split) for s in experts for split in s.task.files()]
-    loaded = together(partial(load_rows, s.task, split, s.labels) for s, split in jobs)
+    loaded = together(
+        partial(load_rows, s.task, split, s.labels, base.tokenizer) for s, split in jobs
+    )
     rows = {(s.task.name, split): data for (s, split), data in zip(jobs, loaded, strict=True)}
     by_task = {
         s.task.name: {split: rows[s.task.name, split] for split in s.task.files()} for s in experts

@@ -149,21 +149,36 @@ def scored(
 def task_scores(
     report: Report | None, method: str, *, draws: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
-    """A method's accuracy on every labelled task with its 95 % bootstrap interval over rows.
+    """A method's scores on every labelled task, with 95 % bootstrap intervals over rows.
 
-    Columns task, metric, value, low, high; where tasks count in the ANP (see Report), a last row
-    has task `all` and metric `anp`.
+    Columns task, metric, value, low, high. By task: accuracy; majority, the accuracy of a constant
+    prediction (no interval); ratio and kept_margin (see `Report.against_experts`), with an interval
+    where the task counts in the ANP, and NaN for the margin of an expert that has none. Where tasks
+    count, the last rows are of task `all`: anp and kept_margin.
     """
     columns = ["task", "metric", "value", "low", "high"]
     if report is None:
         return pd.DataFrame(columns=columns)
-    generator, found = np.random.default_rng(seed), []
+    suite, generator, found = report.rows.suite.iloc[0], np.random.default_rng(seed), []
+
+    def interval(part: Report, statistic: str) -> tuple[float, ...]:
+        every = part.intervals(statistic=statistic, draws=draws, seed=seed).set_index("method")
+        return tuple(every.loc[method, ["value", "low", "high"]])
+
+    exact = report.against_experts().query("method == @method").set_index("task")
     for row in report.rows[report.rows.method == method].itertuples():
         right = numbers(row.predicted) == numbers(row.gold)
         drawn = generator.binomial(len(right), right.mean(), draws) / len(right)
         low, high = np.percentile(drawn, [2.5, 97.5])
         found.append((row.task, "accuracy", float(right.mean()), float(low), float(high)))
-    if report.counted(report.rows.suite.iloc[0]):
-        every = report.intervals(draws=draws, seed=seed).set_index("method").loc[method]
-        found.append(("all", "anp", every.value, every.low, every.high))
+        own = exact.loc[row.task]
+        found.append((row.task, "majority", own.floor, np.nan, np.nan))
+        alone = replace(report, rows=report.rows[report.rows.task == row.task])
+        for column, statistic in (("ratio", "anp"), ("kept_margin", "kept_margin")):
+            value = own[column], np.nan, np.nan
+            found.append(
+                (row.task, column, *(interval(alone, statistic) if own.counted else value))
+            )
+    for statistic in ("anp", "kept_margin") if report.counted(suite) else ():
+        found.append(("all", statistic, *interval(report, statistic)))
     return pd.DataFrame(found, columns=columns)

@@ -171,7 +171,7 @@ def projected(
     left, total, right = left[:, :rank], values[:rank].cumsum(0), right[:rank]
     lead = int((total / total[-1] <= share).sum())
     diagonal = ((left.T @ delta) * right).sum(dim=1)  # u_i^T delta v_i
-    rest = delta - (left[:, lead:] * diagonal[lead:]) @ right[lead:]
+    rest = delta - (left * diagonal) @ right
     left, right = left[:, :lead], right[:lead]
     if cross:
         return rest - left @ (left.T @ rest @ right.T) @ right

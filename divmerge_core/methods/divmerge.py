@@ -109,9 +109,8 @@ def divmerge(
     paper's 200, or 400 by layer. optimizer: `adam`, the paper's; `annealed_adam` with `lr` 0.1 gets
     near its loss in a tenth of the steps; `lbfgs` sees all inputs in every step and needs the
     fewest passes for a low loss: give it 32 inputs and 10 to 20 epochs, and more inputs by layer,
-    where it overfits few; `gauss_newton` pays for products with the metric, and seldom gets them
-    back. `epochs` and `lr`: passes over the inputs, and Adam's step size. checkpoint: a file from
-    which a fit that was killed goes on. watch: called with every step.
+    where it overfits few. `epochs` and `lr`: passes over the inputs, and Adam's step size.
+    checkpoint: a file from which a fit that was killed goes on. watch: called with every step.
 
     Pitfalls: It copies the experts, mistakes included, so it needs inputs like those that it will
     be asked. Tasks count alike, whatever their number of classes: one with large divergences leads

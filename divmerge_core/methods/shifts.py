@@ -212,13 +212,8 @@ def wudi_gradient(deltas: Float[Tensor, "T M K"]) -> Callable[[Tensor], Tensor]:
     return lambda shift: 2 * (start + shift @ spread)
 
 
-def linear_parts(
-    problem: MergeProblem, parts: Sequence[tuple[str, slice, tuple[int, ...]]]
-) -> list[tuple[str, slice, tuple[int, ...]]]:
-    """Those of a layout's matrices that are weights of linear layers.
-
-    Raises ValueError where the problem knows no module, or none is.
-    """
+def linear_parts(problem: MergeProblem) -> list[tuple[str, slice, tuple[int, ...]]]:
+    """Weights of linear layers, as `matrices` has them. Raises ValueError where there are none."""
     require_module(problem, "wudi")
     names = linear_layers(problem)
     if not names:
@@ -226,7 +221,7 @@ def linear_parts(
             "wudi with scope='linear' merges the weights of nn.Linear layers, and the problem's "
             "module has none whose weight is merged; take scope='matrices'"
         )
-    return [part for part in parts if part[0] in names]
+    return [part for part in matrices(problem.vectors.layout) if part[0] in names]
 
 
 @METHODS.register(
@@ -286,11 +281,11 @@ def wudi(
     """
     check_fit(units, steps, lr)
     check_choice("scope", scope, ("matrices", "linear"))
-    parts, deltas = list(matrices(problem.vectors.layout)), dense(problem.vectors.deltas)
-    if scope == "matrices":
-        flat = problem.vectors.base + deltas.mean(dim=0)
+    deltas, flat = dense(problem.vectors.deltas), problem.vectors.base.clone()
+    if scope == "linear":
+        parts = linear_parts(problem)
     else:
-        flat, parts = problem.vectors.base.clone(), linear_parts(problem, parts)
+        parts, flat = list(matrices(problem.vectors.layout)), flat + deltas.mean(dim=0)
     longest = RUNAWAY * problem.vectors.norms().max()
     for name, place, shape in tqdm(parts, "wudi", disable=not progress, leave=False):
         own = deltas[:, place].unflatten(1, shape)  # [T, M, K]

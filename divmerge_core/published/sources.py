@@ -4,7 +4,6 @@ The paper names four tasks and says that its experts are public; which ones is n
 defaults are public experts that fit; all identifiers, and the columns of the data, are arguments.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +11,8 @@ from pathlib import Path
 
 import datasets
 
-from divmerge_core.glue import files_digest, quiet
+from divmerge_core.digests import code_digest, key_of
+from divmerge_core.glue import files_digest, hub_revision, quiet
 from divmerge_core.splits import Splits, split_rows
 from divmerge_core.tasks import Task
 
@@ -73,10 +73,12 @@ SOURCES = {
 def tables(name: str, source: Source) -> Mapping[str, datasets.Dataset]:
     """The data set's splits, from a folder in the hub's layout or from the hub."""
     folder = Path(source.data).expanduser()
-    place = str(folder) if folder.is_dir() else source.data
+    place, revision = str(folder), None
+    if not folder.is_dir():
+        place, revision = source.data, hub_revision(source.data)
     try:
         with quiet():
-            return datasets.load_dataset(place, source.config)
+            return datasets.load_dataset(place, source.config, revision=revision)
     except Exception as error:  # the libraries below raise many kinds, none of them a user's
         raise ValueError(
             f"cannot read the data of {name!r} from {source.data!r}: {error}. Give a folder with "
@@ -154,9 +156,8 @@ def task_of(name: str, source: Source) -> Task:
 
     def origin() -> str:
         folder = Path(source.data).expanduser()
-        files = files_digest(folder) if folder.is_dir() else ""
-        code = Path(__file__).read_text("utf-8")
-        return hashlib.sha256(f"{source} {files} {code}".encode()).hexdigest()
+        held = files_digest(folder) if folder.is_dir() else hub_revision(source.data)
+        return key_of(code_digest(splits_of), source, held)
 
     read = partial(splits_of, name, source)
     return Task(name, "generation", (), source.pair is not None, source.data, read, origin)

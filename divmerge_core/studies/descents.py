@@ -83,7 +83,7 @@ def course(
 
     The loss is the mean over all inputs that the fit may see, whatever its steps look at. Passes
     are forward-backward passes: steps of Adam on one batch of every task; passes over all inputs of
-    the others, where a product with the metric counts as two on the share of inputs that it reads.
+    the others.
     """
     vectors, tasks = problem.vectors, len(problem.vectors.tasks)
     targets = expert_logits(problem)

@@ -35,9 +35,6 @@ MERGES = ("average", "task_arithmetic", "divmerge/task", "divmerge/layer")
 MODELS = ("expert", "base", *MERGES)
 
 
-# --- asking ---------------------------------------------------------------------------------------
-
-
 def row_numbers(bench: Bench, task: int) -> list[int]:
     """The place in the test split of every row of a task's test exam, in the exam's order."""
     expert = bench.experts[task]
@@ -110,8 +107,7 @@ def chosen(bench: Bench, size: Size, seed: int) -> dict[str, dict]:
 
 
 def merged(bench: Bench, spec: str, options: Mapping) -> Float[Tensor, " N"]:
-    name, _ = parse(spec)
-    quiet = {"progress": False} if name == "divmerge" else {}
+    quiet = {"progress": False} if (name := parse(spec)[0]) == "divmerge" else {}
     return METHODS[name](bench.problem, **options, **quiet)
 
 
@@ -137,9 +133,6 @@ def ask(benches: Mapping[int, Bench], size: Size, *, rows: int) -> pd.DataFrame:
             part = kept(bench, find, "answers and layers", model, own, rows)
             parts.append(part.assign(seed=seed, model=model))
     return pd.concat(parts, ignore_index=True)
-
-
-# --- what the answers say -------------------------------------------------------------------------
 
 
 def told(table: pd.DataFrame, model: str, name: str) -> list[list[Tensor]]:
@@ -270,12 +263,11 @@ def calibrated(table: pd.DataFrame, *, bins: int = 10, draws: int = 200) -> pd.D
     for number, seed in enumerate(dict.fromkeys(table.seed)):
         for model in dict.fromkeys(table.model):
             sure, right = pooled(table, model, number)
-            row = {"seed": seed, "model": model, "accuracy": right.double().mean().item()}
-            row["confidence"] = sure.mean().item()
-            row["gap"] = row["confidence"] - row["accuracy"]
+            usual, level = sure.mean().item(), right.double().mean().item()
+            row = {"seed": seed, "model": model, "accuracy": level, "confidence": usual}
             own = [told(table, model, name)[number] for name in ("sure", "right")]
             gaps = [abs((s / 1000 - r).double().mean().item()) for s, r in zip(*own, strict=True)]
-            row["uneven"] = sum(gaps) / len(gaps)
+            row |= {"gap": usual - level, "uneven": sum(gaps) / len(gaps)}
             row["ece"] = reliability(sure, right, bins=bins).error
             rows.append({**row, "chance": chance_error(sure, bins=bins, draws=draws)})
     return pd.DataFrame(rows)
@@ -291,9 +283,9 @@ def diagram(table: pd.DataFrame, *, bins: int = 10) -> pd.DataFrame:
         each = [pooled(table, model, n) for n in range(table.seed.nunique())]
         found = reliability(*(torch.cat(part) for part in zip(*each, strict=True)), bins=bins)
         for k in found.count.nonzero().flatten().tolist():
-            row = {"model": model, "bin": k, "count": int(found.count[k])}
-            row["confidence"] = found.confidence[k].item()
-            rows.append({**row, "accuracy": found.accuracy[k].item()})
+            means = {"confidence": found.confidence[k], "accuracy": found.accuracy[k]}
+            means = {name: mean.item() for name, mean in means.items()}
+            rows.append({"model": model, "bin": k, "count": int(found.count[k]), **means})
     return pd.DataFrame(rows)
 
 
