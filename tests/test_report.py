@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from divmerge_core import provenance
 from divmerge_core import report as module
 from divmerge_core.report import COLUMNS, MARGIN, Report, caption
 
@@ -424,8 +425,8 @@ def test_a_report_names_the_package_and_the_commit_of_its_checkout(report, tmp_p
     assert report.provenance["divmerge_core"] == importlib.metadata.version("divmerge-core")
     root = tmp_path / "checkout"
     (root / "package").mkdir(parents=True)
-    monkeypatch.setattr(module, "__file__", str(root / "package" / "report.py"))
-    find = module.checkout.__wrapped__
+    monkeypatch.setattr(provenance, "__file__", str(root / "package" / "report.py"))
+    find = provenance.checkout.__wrapped__
     assert find() == {}  # no checkout
     git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
