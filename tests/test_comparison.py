@@ -268,6 +268,25 @@ def test_the_budget_is_the_number_of_candidates(fresh, ran):
         compare("toy", size="toy", budget=0)
 
 
+def test_only_a_fit_that_diverged_is_a_candidate_without_a_score(fresh, monkeypatch):
+    """A mistake in a method's code, or in a call of it, stops the search."""
+    found, tried = bench.prepare("toy", size="toy"), [{"scale": 0.3}, {"scale": 0.5}]
+
+    def raising(error):
+        def run(bench, spec, options, points=0):
+            raise error
+
+        return run
+
+    monkeypatch.setattr(tuning, "run_method", raising(TypeError("no such option")))
+    with pytest.raises(TypeError, match="no such option"):
+        tuning.search(tuning.Merges(found, "ties"), tried)
+    assert not list(fresh.glob("cells/*/cell.json")), "nothing is kept of it"
+    monkeypatch.setattr(tuning, "run_method", raising(Diverged("ran off")))
+    with pytest.raises(Diverged, match="ties: every candidate diverged; the first: ran off"):
+        tuning.search(tuning.Merges(found, "ties"), tried)
+
+
 def test_the_search_sees_no_test_row(fresh):
     found = bench.prepare("toy", size="toy")
     tried = candidates("ties", replace(SIZES["toy"], candidates=2), 0, {}, PROBLEM)

@@ -674,6 +674,15 @@ def lost_at_most(cached: TopAnswers, merged: Tensor, beta: float) -> Tensor:
     return -torch.xlogy(parts, parts / parts.sum(0)).sum(0)
 
 
+@pytest.mark.parametrize("top", [None, 2])
+def test_cached_answers_need_no_gradient(top):
+    """An expert under training would else be kept alive by what was cached of it."""
+    expert = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    cached = cache_expert(expert, top=top)
+    for part in [cached] if top is None else [cached.log_probs, cached.classes]:
+        assert not part.requires_grad and part.grad_fn is None
+
+
 @pytest.mark.parametrize("top", [1, 3, 16])
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("scale", [0.1, 3.0])
