@@ -212,7 +212,10 @@ def scaling(
                 found.append({**named, "tried": len(tried)})
             labels = {"seed": seed, "method": spec, "subset": JOIN.join(subset)}
             rows += [{**labels, **r} for r in piece(merges, tried[best[key]], experts[seed])]
-    return pd.DataFrame(rows), pd.DataFrame(found)
+    answers = pd.DataFrame(rows)
+    if "coefficient" not in answers:  # no method among these fits any
+        answers["coefficient"] = float("nan")
+    return answers, pd.DataFrame(found)
 
 
 def scaled(
