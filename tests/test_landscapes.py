@@ -105,10 +105,10 @@ def test_the_disentanglement_error_of_a_plane_is_zero_at_the_base(bench):
     assert origin.disagreement.item() == 0 and abs(origin.apart.item()) < 1e-12
 
 
-def test_a_finished_plane_is_not_worked_out_again(bench, monkeypatch):
+def test_a_finished_plane_is_not_worked_out_again(bench):
     first = planes(bench, [PAIR], side=6, rows=9)
-    monkeypatch.setattr(cells, "dump_json", forbid)
-    pd.testing.assert_frame_equal(planes(bench, [PAIR], side=6, rows=9), first)
+    silent = replace(bench, problem=replace(bench.problem, forward=forbid))
+    pd.testing.assert_frame_equal(planes(silent, [PAIR], side=6, rows=9), first)
 
 
 def test_an_expert_scores_as_itself(bench):
