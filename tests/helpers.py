@@ -22,12 +22,12 @@ from divmerge_core.vectors import Layout, TaskVectors
 
 
 @contextmanager
-def shared_by(threads: int) -> Iterator[None]:
+def shared_by(count: int) -> Iterator[None]:
     """A CPU's merges and gradients shared out to so many threads, however small they are."""
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threads, "SHARED", 1)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(count)
         try:
             yield
         finally:
