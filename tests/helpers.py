@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from divmerge_core.coefficients import GROUPINGS
 from divmerge_core.experts import Recipe
+from divmerge_core.kernels import threads
 from divmerge_core.methods import METHODS, options_of
 from divmerge_core.problem import Batch, MergeProblem
 from divmerge_core.splits import Row, Splits
