@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
+import psutil
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook
 
@@ -83,9 +86,15 @@ def command(path: Path, **environment: str) -> subprocess.Popen:
 
 
 def alive(number: int) -> bool:
-    """Whether there is a process of this number."""
+    """Whether a process of this number runs."""
     try:
-        os.kill(number, 0)
-    except ProcessLookupError:
+        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    return True
+
+
+def wait_for_the_end(numbers: Iterable[int]) -> None:
+    """Return when none of these processes runs any more; the test's time limit ends it else."""
+    for number in numbers:
+        while alive(number):
+            time.sleep(0.05)

@@ -16,7 +16,7 @@ from typing import ClassVar
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from small_grids import alive
+from small_grids import wait_for_the_end
 
 from divmerge_core import book, executors, notebooks, runs
 from divmerge_core.storage import LOCK
@@ -340,7 +340,7 @@ def test_a_failure_names_its_cell_and_stops_the_others_whole(tmp_path, no_pages,
     assert re.search(r"error: notebooks/bad: cell \d failed:\nbroken = 1 / 0\n", message)
     assert "ZeroDivisionError: division by zero" in message
     assert kept(tmp_path) == {"notebooks"}
-    assert not any(alive(pid) for pid, _ in executions(tmp_path))
+    wait_for_the_end(pid for pid, _ in executions(tmp_path))
 
 
 @pytest.mark.slow
@@ -364,7 +364,7 @@ def test_an_interrupted_book_leaves_no_kernel_and_nothing_half_written(
         signal.signal(signal.SIGINT, before)
     assert "the same command goes on" in capsys.readouterr().err
     assert kept(tmp_path) == {"notebooks"} and len(executions(tmp_path)) == 2
-    assert not any(alive(pid) for pid, _ in executions(tmp_path))
+    wait_for_the_end(pid for pid, _ in executions(tmp_path))
 
 
 @pytest.mark.slow
