@@ -10,18 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
 import pandas as pd
 from torch import Tensor
 
 from divmerge_core.bench import Bench, Size
 from divmerge_core.cells import cell, kept
 from divmerge_core.coefficients import groups_of
-from divmerge_core.evaluation import AnyExam, evaluate, grades
+from divmerge_core.evaluation import AnyExam, commonest, evaluate, grades
 from divmerge_core.fitting import Step
 from divmerge_core.meters import Meter, peak_bytes, seconds
 from divmerge_core.methods import METHODS, options_of, parse
 from divmerge_core.methods.divmerge import limit
 from divmerge_core.problem import Diverged, Merged, MergeProblem
+from divmerge_core.report import MARGIN
 
 
 @dataclass
@@ -68,10 +70,11 @@ def own_experts(bench: Bench, exams: Sequence[AnyExam], **labels: object) -> pd.
     return pd.concat(parts, ignore_index=True)
 
 
-def validation_anp(bench: Bench, merged: Merged) -> float:
-    """Mean over tasks of merged over expert accuracy, on validation rows.
+def validation_scores(bench: Bench, merged: Merged) -> tuple[float, float]:
+    """ANP and kept margin on validation rows, means over tasks.
 
-    Raises ValueError where an expert gets none of them right.
+    The kept margin is a mean over the tasks whose expert is at least MARGIN above the majority
+    class of these rows, NaN where there is none. Raises ValueError where an expert gets none right.
     """
     experts = kept(
         bench, lambda: shares(own_experts(bench, bench.validation)), "experts on validation"
@@ -81,8 +84,17 @@ def validation_anp(bench: Bench, merged: Merged) -> float:
             f"an expert gets no validation row right: {experts} for {bench.problem.vectors.tasks}; "
             "give it more training rows or leave its task out"
         )
-    found = shares(evaluate(bench.problem, merged, bench.validation))
-    return sum(m / e for m, e in zip(found, experts, strict=True)) / len(found)
+    rows = evaluate(bench.problem, merged, bench.validation)
+    floors = [commonest(row.predicted, row.gold).mean() for row in rows.itertuples()]
+    found, expert, floor = map(np.array, (shares(rows), experts, floors))
+    counted = expert - floor >= MARGIN
+    leads = (found - floor)[counted] / (expert - floor)[counted]
+    return float((found / expert).mean()), float(leads.mean()) if counted.any() else math.nan
+
+
+def validation_anp(bench: Bench, merged: Merged) -> float:
+    """The first of `validation_scores`, which a search maximises."""
+    return validation_scores(bench, merged)[0]
 
 
 def candidates(

@@ -174,7 +174,7 @@ def by_task(ax: Axes, table: pd.DataFrame, column: str, *, ms: float = 4) -> Axe
 
 
 def travelled(ax: Axes, table: pd.DataFrame, column: str) -> Axes:
-    """Loss (in units of the first) or validation ANP over steps, a line per objective.
+    """Loss (in units of the first), ANP or kept margin (%) over steps, a line per objective.
 
     table: of `courses`, without strain. Means over seeds.
     """
@@ -183,7 +183,7 @@ def travelled(ax: Axes, table: pd.DataFrame, column: str) -> Axes:
         first = whole.groupby(["objective", "seed"]).loss.transform("first")
         whole["loss"] = whole.loss / first
     else:
-        whole["anp"] *= 100
+        whole[column] *= 100
     for spec in dict.fromkeys(whole.objective):
         mean = whole[whole.objective == spec].groupby("step")[column].mean()
         shown = spec in LOOKS or spec == ORACLE

@@ -19,7 +19,7 @@ from divmerge_core.problem import Diverged
 from divmerge_core.statistics import spearman
 from divmerge_core.studies.objectives import Posed, Rule, Targets, fit, merge, only_seen
 from divmerge_core.studies.stress import STRAINS, posed_under
-from divmerge_core.tuning import validation_anp
+from divmerge_core.tuning import validation_scores
 
 
 def pulls(
@@ -56,10 +56,10 @@ class Watch:
         targets = self.posed.targets or expert_logits(self.posed.problem)
         found = list(pulls(seen, step.coeffs, self.grouping, targets))
         vectors, whole = self.posed.problem.vectors, sum(pull for _, pull in found)
-        anp = validation_anp(self.bench, merge(vectors, step.coeffs, self.grouping))
+        anp, margin = validation_scores(self.bench, merge(vectors, step.coeffs, self.grouping))
         for task, (loss, pull) in enumerate(found):
             row = {"step": step.number, "task": vectors.tasks[task], "loss": loss, "pull": pull}
-            row |= {"share": pull / whole if whole else np.nan, "anp": anp}
+            row |= {"share": pull / whole if whole else np.nan, "anp": anp, "kept_margin": margin}
             self.rows.append({**row, "coefficient": step.coeffs[task].mean().item()})
 
 
@@ -101,8 +101,8 @@ def courses(
 
     Columns: kind (of STRAINS; the n-th seed strains the n-th task), strained, objective, seed,
     step, task, loss (of the task, on all its inputs), pull (length of that loss's gradient in
-    Lambda), share (of the tasks' pulls), coefficient (mean over groups), anp (of the whole, on
-    validation rows). A fit that diverged ends early.
+    Lambda), share (of the tasks' pulls), coefficient (mean over groups), anp and kept_margin (of
+    the whole, on validation rows). A fit that diverged ends early.
     """
     rule, rows = rule or Rule(), []
     jobs = [(kind, seed, spec) for kind in kinds for seed in benches for spec in specs]
@@ -118,9 +118,10 @@ def courses(
 
 
 def totals(table: pd.DataFrame) -> pd.DataFrame:
-    """The loss summed over tasks, and the ANP, at every noted step of every course."""
+    """The loss summed over tasks, and both scores, at every noted step of every course."""
     key = ["kind", "objective", "seed", "step"]
-    return table.groupby(key, sort=False).agg(loss=("loss", "sum"), anp=("anp", "first"))
+    scores = {name: (name, "first") for name in ("anp", "kept_margin") if name in table}
+    return table.groupby(key, sort=False).agg(loss=("loss", "sum"), **scores)
 
 
 def disagreement(table: pd.DataFrame) -> pd.DataFrame:
@@ -128,7 +129,8 @@ def disagreement(table: pd.DataFrame) -> pd.DataFrame:
 
     Columns: objective, seed; correlation, Spearman's of minus the loss and the ANP over steps, NaN
     where one of them never changes; against, the share of stretches between noted steps over which
-    the loss fell and the ANP fell too; lost, the best ANP on the way minus the last.
+    the loss fell and the ANP fell too; lost, the best ANP on the way minus the last; kept_lost,
+    the same of the kept margin, where it is stored.
     """
     rows = []
     honest = totals(table[table.kind == "none"])
@@ -138,6 +140,8 @@ def disagreement(table: pd.DataFrame) -> pd.DataFrame:
         against = ((loss < 0) & (anp < 0)).mean()
         lost = some.anp.max() - some.anp.iloc[-1]
         row = {"objective": spec, "seed": seed, "correlation": agree, "against": against}
+        if "kept_margin" in some:
+            row["kept_lost"] = some.kept_margin.max() - some.kept_margin.iloc[-1]
         rows.append({**row, "lost": lost})
     return pd.DataFrame(rows)
 
