@@ -19,7 +19,7 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 book: size $(STAMP)  ## run the notebooks and build the HTML book (SIZE=smoke, default or full)
-	$(BIN)/python -m divmerge_core.runs book --size $(SIZE)
+	$(BIN)/python -m divmerge_book book --size $(SIZE)
 
 test: $(STAMP)  ## run the tests, in WORKERS=2 processes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

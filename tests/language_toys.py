@@ -7,10 +7,9 @@ import datasets
 import tokenizers
 import torch
 import transformers
+from divmerge_book.evaluation.language_experiment import LanguageSize
+from divmerge_book.models.language.training import LanguageRecipe
 from tokenizers import decoders, models, pre_tokenizers, trainers
-
-from divmerge_core.language.bench import LanguageSize
-from divmerge_core.language.training import LanguageRecipe
 
 TEXTS = [
     "Is this review positive or negative?\nReview: a good film\nAnswer: positive negative",

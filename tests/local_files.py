@@ -12,10 +12,9 @@ import tokenizers
 import torch
 import transformers
 import yaml
+from divmerge_book.user_models import check, read
 from helpers import MARKERS, WORDS, sentences
 from safetensors.torch import save_file
-
-from divmerge_core.local import check, read
 
 LABELS = {name: list(dict.fromkeys(marks.values())) for name, marks in MARKERS.items()}
 ROWS = {"merge": 12, "validation": 16, "test": 20}

@@ -8,17 +8,23 @@ from pathlib import Path
 
 import torch
 import transformers
+from divmerge_book.models.encoders import pooled
+from divmerge_book.runner.distributed import causal_forward
 from torch import Tensor, nn
 
-from divmerge_core.coefficients import Coefficients
-from divmerge_core.distributed import causal_forward
+from divmerge_core.checkpoints.fsdp import (
+    Shards,
+    Source,
+    from_state,
+    sharded_problem,
+    without_weights,
+)
 from divmerge_core.divergences import js
-from divmerge_core.encoders import pooled
-from divmerge_core.fitting import fit_coefficients
-from divmerge_core.problem import Batch, Forward, MergeProblem
-from divmerge_core.ranks import Ranks, ranks
-from divmerge_core.sharding import Shards, Source, from_state, sharded_problem, without_weights
-from divmerge_core.vectors import TaskVectors
+from divmerge_core.merging.coefficients import Coefficients
+from divmerge_core.merging.fit import fit_coefficients
+from divmerge_core.merging.problem import Batch, Forward, MergeProblem
+from divmerge_core.merging.process_group import Ranks, ranks
+from divmerge_core.merging.task_vectors import TaskVectors
 
 TASKS = ("one", "two", "three")
 # Odd sizes: no axis of these but the heads' is a multiple of two.

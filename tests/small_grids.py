@@ -78,7 +78,7 @@ def command(path: Path, **environment: str) -> subprocess.Popen:
     """The command itself, in a process of its own, its words in `said` beside the grid."""
     with open(path.with_name("said"), "ab") as said:
         return subprocess.Popen(
-            [sys.executable, "-m", "divmerge_core.runs", str(path)],
+            [sys.executable, "-m", "divmerge_book", str(path)],
             env={**os.environ, **environment},
             stdout=said,
             stderr=said,

@@ -7,8 +7,8 @@ write("merged", record, merged=layout.unflatten(flat), heads={"mood": Head(head,
 model = load_with_head("merged", "mood")
 """
 
-from divmerge_core.checkpoints.cards import MergeRecord
 from divmerge_core.checkpoints.heads import Head, load_with_head
-from divmerge_core.checkpoints.writing import base_folder, write
+from divmerge_core.checkpoints.model_card import MergeRecord
+from divmerge_core.checkpoints.save import base_folder, write
 
 __all__ = ["Head", "MergeRecord", "base_folder", "load_with_head", "write"]

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 import transformers
+from divmerge_book.models.encoders import pooled
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from divmerge_core.checkpoints.shards import StoredModel
-from divmerge_core.encoders import pooled
+from divmerge_core.checkpoints.safetensors_io import StoredModel
 
 MEAN = "mean"
 

@@ -18,26 +18,19 @@ from divmerge_core.registry import Registry
 
 DIVERGENCES = Registry("divergence")
 
-from divmerge_core.divergences.kullback import (  # noqa: E402, F401, I001  (in the tables' order)
-    entropy,
-    jeffreys,
-    js,
-    kl,
-    reverse_kl,
-    skew_js,
-)
-from divmerge_core.divergences.powers import (  # noqa: E402, F401
-    alpha,
-    chi_squared,
-    hellinger,
-    renyi,
-    reverse_chi_squared,
-)
-from divmerge_core.divergences.distances import (  # noqa: E402, F401
+from divmerge_core.divergences.distances import (
     cosine,
     logit_mse,
     squared_l2,
     total_variation,
     triangular,
 )
-from divmerge_core.divergences.objectives import facts_of, objective  # noqa: E402, F401
+from divmerge_core.divergences.kl_family import entropy, jeffreys, js, kl, reverse_kl, skew_js
+from divmerge_core.divergences.parse import facts_of, objective  # noqa: E402, F401
+from divmerge_core.divergences.power_family import (
+    alpha,
+    chi_squared,
+    hellinger,
+    renyi,
+    reverse_chi_squared,
+)

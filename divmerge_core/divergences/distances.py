@@ -6,8 +6,8 @@ from torch import Tensor
 
 from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.divergences.logspace import difference, ruled_out
-from divmerge_core.kernels.answers import log_softmax
-from divmerge_core.kernels.stores import wide
+from divmerge_core.kernels.delta_storage import wide
+from divmerge_core.kernels.expert_cache import log_softmax
 
 
 @DIVERGENCES.register(

@@ -27,10 +27,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from divmerge_core.kernels import divergence_kernels
-from divmerge_core.kernels.answers import TopAnswers, log_softmax
+from divmerge_core.kernels import divergence_triton
 from divmerge_core.kernels.backend import resolve
-from divmerge_core.kernels.stores import wide
+from divmerge_core.kernels.delta_storage import wide
+from divmerge_core.kernels.expert_cache import TopAnswers, log_softmax
 
 KINDS = ("js", "kl", "reverse_kl", "jeffreys")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -89,7 +89,7 @@ class Divergence(torch.autograd.Function):
             loss, gradient = definition(expert, merged, kind, beta, differentiate=wanted)
             ctx.save_for_backward(gradient)
         else:
-            loss, state = divergence_kernels.loss_and_state(expert, merged, kind, beta)
+            loss, state = divergence_triton.loss_and_state(expert, merged, kind, beta)
             ctx.save_for_backward(expert, merged, state)
         return loss
 
@@ -105,7 +105,7 @@ class Divergence(torch.autograd.Function):
             result = (gradient * incoming[:, None]).to(ctx.dtype)
         else:
             expert, merged, state = ctx.saved_tensors
-            result = divergence_kernels.gradient(
+            result = divergence_triton.gradient(
                 expert, merged, *ctx.options, state, incoming.contiguous()
             )
         return None, result, None, None, None
@@ -214,5 +214,5 @@ def divergence_and_gradient(
         gradient = gradient if weight is None else gradient * weight[:, None]
         gradient = gradient.to(merged.dtype)
     else:
-        loss, gradient = divergence_kernels.loss_and_gradient(*sides, kind, beta, weight)
+        loss, gradient = divergence_triton.loss_and_gradient(*sides, kind, beta, weight)
     return loss.reshape(merged.shape[:-1]), gradient.reshape(merged.shape)

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from divmerge_core.kernels import stores
+from divmerge_core.kernels import delta_storage
 from divmerge_core.kernels.backend import jit, on, resolve, tl
+from divmerge_core.kernels.delta_storage import SCALE_BLOCK, Deltas, Int8Deltas, LowRankDeltas, wide
 from divmerge_core.kernels.segments import Segments, block_table
-from divmerge_core.kernels.stores import SCALE_BLOCK, Deltas, Int8Deltas, LowRankDeltas, wide
 from divmerge_core.kernels.threads import in_threads
 
 BLOCK = 4096  # parameters per program on a GPU, read as rows of SCALE_BLOCK
@@ -30,7 +30,7 @@ def merge_torch(base, deltas, coeffs, segments, out) -> None:
 
     def share(rows) -> None:
         for start, stop, group in rows:
-            for low, high, matrix in stores.columns(deltas, start, stop, coeffs.dtype):
+            for low, high, matrix in delta_storage.columns(deltas, start, stop, coeffs.dtype):
                 vector, row = base[None, low:high], coeffs[None, :, group]
                 if base.dtype == coeffs.dtype:  # one pass, no temporary
                     torch.addmm(vector, row, matrix, out=out[None, low:high])
@@ -48,7 +48,7 @@ def inner_range(
     if isinstance(deltas, LowRankDeltas):
         return deltas.inner(grad.to(dtype), start, stop)
     total = grad.new_zeros(deltas.shape[0], dtype=dtype)
-    for low, high, matrix in stores.columns(deltas, start, stop, dtype):
+    for low, high, matrix in delta_storage.columns(deltas, start, stop, dtype):
         total += matrix @ grad[low - start : high - start].to(dtype)
     return total
 
@@ -232,7 +232,7 @@ def write(base, deltas, coeffs, segments, out, backend) -> Tensor:
     if isinstance(deltas, LowRankDeltas):
         deltas.merge(base, coeffs, segments, out)
     else:
-        backend = "torch" if isinstance(deltas, stores.StreamedDeltas) else backend
+        backend = "torch" if isinstance(deltas, delta_storage.StreamedDeltas) else backend
         MERGES[backend](base, deltas, coeffs, segments, out)
     return out
 
@@ -274,8 +274,8 @@ def grouped_merge(
     Raises ValueError where shapes, dtypes, devices or memory layouts do not fit together, for a
     backend that cannot run here, and for coefficients that are not finite.
     """
-    stores.check(base, deltas, segments, coeffs)
-    backend = resolve(backend, base, coeffs, stores.sample(deltas))
+    delta_storage.check(base, deltas, segments, coeffs)
+    backend = resolve(backend, base, coeffs, delta_storage.sample(deltas))
     if validate and not torch.isfinite(coeffs).all():
         raise ValueError("coefficients hold NaN or inf; a fit that got there needs a smaller lr")
     if out is None:
@@ -287,7 +287,7 @@ def grouped_merge(
             f"out must be like base, {list(base.shape)} of {base.dtype} on {base.device}, got "
             f"{list(out.shape)} of {out.dtype} on {out.device}"
         )
-    stores.check(out, deltas, segments)
+    delta_storage.check(out, deltas, segments)
     return write(base, deltas, coeffs, segments, out, backend)
 
 
@@ -300,8 +300,8 @@ def grouped_inner(
     In float32, or float64 for a float64 gradient. Sums have a fixed order and no atomics: the
     result is bitwise the same on every run. Raises ValueError as `grouped_merge` does.
     """
-    stores.check(grad, deltas, segments)
-    backend = resolve(backend, grad, stores.sample(deltas))
-    if backend == "triton" and not isinstance(deltas, LowRankDeltas | stores.StreamedDeltas):
+    delta_storage.check(grad, deltas, segments)
+    backend = resolve(backend, grad, delta_storage.sample(deltas))
+    if backend == "triton" and not isinstance(deltas, LowRankDeltas | delta_storage.StreamedDeltas):
         return inner_triton(grad, deltas, segments)
     return inner_torch(grad, deltas, segments)

@@ -21,7 +21,7 @@ from divmerge_core.registry import Registry
 
 METHODS = Registry("method")
 
-from divmerge_core.methods import (  # noqa: E402, F401  (they register)
+from divmerge_core.methods import (
     adaptive,
     arithmetic,
     clustered,
@@ -56,7 +56,7 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
 
     Raises ValueError for a method that is unknown or takes no grouping, and an unknown grouping.
     """
-    from divmerge_core.coefficients import GROUPINGS
+    from divmerge_core.merging.coefficients import GROUPINGS
 
     name, _, grouping = spec.partition("/")
     taken = options_of(name)

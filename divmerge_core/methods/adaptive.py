@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from divmerge_core.divergences import entropy
-from divmerge_core.fitting import Step
-from divmerge_core.linalg import elected
+from divmerge_core.merging.fit import Step
+from divmerge_core.merging.linalg import elected
+from divmerge_core.merging.problem import MergeProblem, Pairs
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.arithmetic import check_keep
 from divmerge_core.methods.divmerge import learn
-from divmerge_core.problem import MergeProblem, Pairs
 
 SEARCH = (
     {},

@@ -4,10 +4,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from divmerge_core.kernels.stores import dense
+from divmerge_core.kernels.delta_storage import dense
+from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.arithmetic import check_choice, moved, require_finite
-from divmerge_core.problem import MergeProblem
 
 
 def unit_range(values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:

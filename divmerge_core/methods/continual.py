@@ -8,12 +8,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from divmerge_core.activations import linear_layers
-from divmerge_core.kernels.stores import dense
-from divmerge_core.linalg import elected, matrices, rank_of
+from divmerge_core.kernels.delta_storage import dense
+from divmerge_core.merging.layer_inputs import linear_layers
+from divmerge_core.merging.linalg import elected, matrices, rank_of
+from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.arithmetic import check_keep, require_finite
-from divmerge_core.problem import MergeProblem
 
 Places = Sequence[tuple[slice, tuple[int, ...]]]  # where matrices lie in the flat vector, shapes
 

@@ -7,12 +7,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from divmerge_core.activations import require_module
-from divmerge_core.fitting import LIMIT
+from divmerge_core.merging.fit import LIMIT
+from divmerge_core.merging.layer_inputs import require_module
+from divmerge_core.merging.problem import Batch, MergeProblem
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.distilled import check_course, check_size, hooked, require_positive
 from divmerge_core.methods.divmerge import limit
-from divmerge_core.problem import Batch, MergeProblem
 
 
 def representation(output: object, batch: Batch) -> Float[Tensor, "B D"]:

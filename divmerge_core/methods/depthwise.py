@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from divmerge_core.kernels.stores import dense
+from divmerge_core.kernels.delta_storage import dense
+from divmerge_core.merging.problem import MergeProblem
+from divmerge_core.merging.task_vectors import Layout
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.arithmetic import moved, require_finite
-from divmerge_core.problem import MergeProblem
-from divmerge_core.vectors import Layout
 
 
 def depths(layout: Layout) -> list[float]:

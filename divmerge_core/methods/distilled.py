@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from divmerge_core.divergences import objective
-from divmerge_core.fitting import LIMIT
-from divmerge_core.kernels.stores import dense
-from divmerge_core.live import expert_logits, schedule
+from divmerge_core.kernels.delta_storage import dense
+from divmerge_core.merging.fit import LIMIT
+from divmerge_core.merging.merged_model import expert_logits, schedule
+from divmerge_core.merging.problem import Diverged, MergeProblem
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.divmerge import limit
-from divmerge_core.problem import Diverged, MergeProblem
 
 
 def require_positive(**options: int | float) -> None:

@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from divmerge_core.coefficients import Coefficients
 from divmerge_core.divergences import objective
-from divmerge_core.fitting import Step, fit_coefficients
+from divmerge_core.divergences.parse import Objective
+from divmerge_core.merging.coefficients import Coefficients
+from divmerge_core.merging.fit import Step, fit_coefficients
+from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.methods import METHODS
-from divmerge_core.problem import MergeProblem, Objective
 
 PAPER_INPUTS = {"task": 200, "block": 200, "layer": 400}  # per task; the paper has no blocks
 

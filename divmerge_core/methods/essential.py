@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
-from divmerge_core.activations import layer_inputs, linear_layers, require_module
-from divmerge_core.linalg import rank_of, truncated
-from divmerge_core.problem import Batch, MergeProblem
+from divmerge_core.merging.layer_inputs import layer_inputs, linear_layers, require_module
+from divmerge_core.merging.linalg import rank_of, truncated
+from divmerge_core.merging.problem import Batch, MergeProblem
 
 ENERGY_POWER = 0.15  # of a direction's weight within its task; a constant in the authors' code
 

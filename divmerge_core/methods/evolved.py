@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from divmerge_core.coefficients import Coefficients
 from divmerge_core.kernels.merge import grouped_merge
+from divmerge_core.merging.coefficients import Coefficients
+from divmerge_core.merging.problem import Merged, MergeProblem, Predictor
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.paths import BASE, Path, Paths, Pool, Population
-from divmerge_core.problem import Merged, MergeProblem, Predictor
 
 Score = Callable[[Merged], float]  # higher is better
 

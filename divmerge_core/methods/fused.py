@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from divmerge_core.divergences import kl
+from divmerge_core.merging.problem import Batch, MergeProblem, Predictor
 from divmerge_core.methods import METHODS
-from divmerge_core.problem import Batch, MergeProblem, Predictor
 
 WEIGHTS = tuple(n / 10 for n in range(21))  # that logits_fusion tries for every answer: 0 to 2
 

@@ -10,19 +10,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from divmerge_core.activations import require_module
-from divmerge_core.coefficients import GROUPINGS
-from divmerge_core.kernels.stores import dense
-from divmerge_core.live import schedule
+from divmerge_core.kernels.delta_storage import dense
+from divmerge_core.merging.coefficients import GROUPINGS
+from divmerge_core.merging.layer_inputs import require_module
+from divmerge_core.merging.merged_model import schedule
+from divmerge_core.merging.problem import Batch, MergeProblem
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.distilled import (
-    check_course,
-    check_distance,
-    hooked,
-    require_positive,
-)
+from divmerge_core.methods.distilled import check_course, check_distance, hooked, require_positive
 from divmerge_core.methods.divmerge import limit
-from divmerge_core.problem import Batch, MergeProblem
 
 
 @dataclass(frozen=True)

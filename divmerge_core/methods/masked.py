@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from divmerge_core.kernels.stores import dense
+from divmerge_core.kernels.delta_storage import dense
+from divmerge_core.merging.problem import Batch, MergeProblem
+from divmerge_core.merging.task_vectors import Layout
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.arithmetic import check_choice, check_keep, moved, require_finite
-from divmerge_core.problem import Batch, MergeProblem
-from divmerge_core.vectors import Layout
 
 # --- two-sided trimming ---------------------------------------------------------------------------
 

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from divmerge_core.activations import linear_layers
-from divmerge_core.coefficients import GROUPINGS
-from divmerge_core.kernels.stores import dense
-from divmerge_core.linalg import matrices, truncated
-from divmerge_core.problem import Batch, MergeProblem
-from divmerge_core.vectors import Layout
+from divmerge_core.kernels.delta_storage import dense
+from divmerge_core.merging.coefficients import GROUPINGS
+from divmerge_core.merging.layer_inputs import linear_layers
+from divmerge_core.merging.linalg import matrices, truncated
+from divmerge_core.merging.problem import Batch, MergeProblem
+from divmerge_core.merging.task_vectors import Layout
 
 ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 

@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from divmerge_core.coefficients import groups_of
 from divmerge_core.kernels.merge import grouped_merge
 from divmerge_core.kernels.segments import Segments
-from divmerge_core.problem import Batch, MergeProblem
+from divmerge_core.merging.coefficients import groups_of
+from divmerge_core.merging.problem import Batch, MergeProblem
 
 AMOUNTS = (0.25, 0.5, 0.75, 1.0)  # of an expert's delta that a gene may put into its group
 RATES = tuple(n / 50 for n in range(5, 16))  # of mutation: 0.1, 0.12, ..., 0.3

@@ -7,12 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from divmerge_core.activations import layer_inputs, linear_layers, require_module
-from divmerge_core.coefficients import groups_of
-from divmerge_core.kernels.stores import dense
+from divmerge_core.kernels.delta_storage import dense
+from divmerge_core.merging.coefficients import groups_of
+from divmerge_core.merging.layer_inputs import layer_inputs, linear_layers, require_module
+from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.divmerge import limit
-from divmerge_core.problem import MergeProblem
 
 SHARES = tuple({"off_diagonal": share} for share in (0.95, 0.9, 0.8, 0.6, 0.3, 0.1))
 RIDGE = 1e-8  # of every column's mean square: enough to decide where the inputs leave a choice

@@ -7,15 +7,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from divmerge_core.activations import require_module
 from divmerge_core.divergences import entropy
-from divmerge_core.fitting import LIMIT
-from divmerge_core.live import schedule
+from divmerge_core.merging.fit import LIMIT
+from divmerge_core.merging.layer_inputs import require_module
+from divmerge_core.merging.merged_model import schedule
+from divmerge_core.merging.problem import MergeProblem, Predictor
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.arithmetic import require_finite
 from divmerge_core.methods.distilled import check_course, check_size
 from divmerge_core.methods.mixture import Router, Twins, compressed, features, mlps, untrained
-from divmerge_core.problem import MergeProblem, Predictor
 
 
 def check_fit(method: str, steps: int, lr: float) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 
+from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.evolved import Score, at_least_one, checked
-from divmerge_core.problem import MergeProblem
 
 
 def drawn(

@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from divmerge_core.activations import linear_layers, require_module
-from divmerge_core.kernels.stores import dense
-from divmerge_core.linalg import cutoff, matrices, rank_of, truncated
+from divmerge_core.kernels.delta_storage import dense
+from divmerge_core.merging.layer_inputs import linear_layers, require_module
+from divmerge_core.merging.linalg import cutoff, matrices, rank_of, truncated
+from divmerge_core.merging.problem import Diverged, MergeProblem
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.arithmetic import check_choice
-from divmerge_core.problem import Diverged, MergeProblem
 
 WORDS = re.compile(r"embed|\b(wte|wpe)\b")  # tables of words and places; GPT-2's are the latter
 RUNAWAY = 100  # times the longest task vector: a fit that gets further from the base has failed

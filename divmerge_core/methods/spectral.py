@@ -6,18 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from divmerge_core.kernels.stores import dense
-from divmerge_core.linalg import isometry, matrices, polar, rank_of, truncated
+from divmerge_core.kernels.delta_storage import dense
+from divmerge_core.merging.linalg import isometry, matrices, polar, rank_of, truncated
+from divmerge_core.merging.problem import MergeProblem
+from divmerge_core.merging.task_vectors import Layout, TaskVectors
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.arithmetic import (
-    check_choice,
-    check_keep,
-    moved,
-    require_finite,
-    ties,
-)
-from divmerge_core.problem import MergeProblem
-from divmerge_core.vectors import Layout, TaskVectors
+from divmerge_core.methods.arithmetic import check_choice, check_keep, moved, require_finite, ties
 
 SCALES = tuple({"scale": scale} for scale in (1.0, 0.4, 0.7, 1.3, 1.6, 2.0))
 

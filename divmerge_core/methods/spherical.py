@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from divmerge_core.kernels.stores import dense
+from divmerge_core.kernels.delta_storage import dense
+from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.arithmetic import check_choice, moved, task_weights
-from divmerge_core.problem import MergeProblem
 
 STRAIGHT = 0.9995  # a cosine beyond which an arc is all but a line
 CANCELLED = 1e-6  # lengths of a mean of unit vectors that may be rounding alone

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from divmerge_core.kernels.stores import dense
+from divmerge_core.kernels.delta_storage import dense
+from divmerge_core.merging.problem import Batch, MergeProblem
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.divmerge import limit
-from divmerge_core.problem import Batch, MergeProblem
 
 
 @METHODS.register(

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from divmerge_core.activations import linear_layers
-from divmerge_core.kernels.stores import dense
+from divmerge_core.kernels.delta_storage import dense
+from divmerge_core.merging.layer_inputs import linear_layers
+from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.essential import (
     RoutedModel,
@@ -17,7 +18,6 @@ from divmerge_core.methods.essential import (
     residual_detours,
 )
 from divmerge_core.methods.spectral import orthogonalised
-from divmerge_core.problem import MergeProblem
 
 SCALINGS = tuple(
     {"scale": scale, "scaling": scaling}

@@ -1,0 +1,54 @@
+"""What chapters and the command line call; the merging itself is in divmerge_core.
+
+from divmerge_book import compare, evaluate, prepare
+from divmerge_core import METHODS
+
+bench = prepare("embedded", ["trec", "movie"])        # base, experts, unlabelled inputs
+vectors = bench.problem.vectors                       # base [N] and task vectors [T, N]
+merged = METHODS["divmerge"](bench.problem)           # coefficients learned; merged model [N]
+rows = evaluate(bench.problem, merged, bench.test)    # its predictions on the test rows
+
+report = compare("embedded", ["trec", "movie"])       # every method, the same inputs and rows
+report.intervals()                                    # ANP with 95 % intervals
+report.save("report.json")                            # predictions, fits and provenance
+"""
+
+from importlib import import_module
+
+# Loaded on first use: `import divmerge_book` alone does not wait for torch and transformers.
+PUBLIC = {
+    "data.tasks": (
+        "SUITES",
+        "TASKS",
+        "Task",
+    ),
+    "evaluation.benchmark": ("compare",),
+    "evaluation.experiment": (
+        "SIZES",
+        "Bench",
+        "make_problem",
+        "prepare",
+    ),
+    "evaluation.language_benchmark": ("compare_language",),
+    "evaluation.language_experiment": ("prepare_language",),
+    "evaluation.metrics": ("evaluate",),
+    "evaluation.report": ("Report",),
+    "models.encoders": ("load_base",),
+    "models.finetuning": (
+        "Recipe",
+        "fine_tune",
+        "load_expert",
+    ),
+}
+__all__ = sorted(name for names in PUBLIC.values() for name in names)  # noqa: PLE0605
+
+
+def __getattr__(name: str):
+    for module, names in PUBLIC.items():
+        if name in names:
+            return getattr(import_module(f"divmerge_book.{module}"), name)
+    raise AttributeError(f"module 'divmerge_book' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

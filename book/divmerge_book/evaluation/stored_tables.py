@@ -1,0 +1,195 @@
+"""Measured tables, stored with their origin, and the choice between a stored one and this run's."""
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from divmerge_book.evaluation.provenance import origin
+from divmerge_book.evaluation.report import Report, caption
+from divmerge_core.storage import write_json
+
+Tables = Mapping[str, pd.DataFrame]
+SIZES = ("smoke", "default", "full")  # in this order
+PLACE = {  # facts that say where a run was made, and not of what
+    *("date", "machine", "python", "torch", "transformers", "datasets"),
+    *("threads", "gigaflops", "absent", "peers"),
+}
+
+
+def save(path: Path, tables: Tables, **facts: object) -> None:
+    """Store tables of measurements with their origin, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"tables": columns(tables), "provenance": origin(**facts)})
+
+
+def columns(tables: Tables) -> dict[str, dict[str, list]]:
+    """Tables as JSON has them: by name, then by column, with null where a value is missing."""
+    return {
+        name: table.astype(object).where(table.notna(), None).to_dict("list")
+        for name, table in tables.items()
+    }
+
+
+def load(path: Path) -> tuple[dict[str, pd.DataFrame], dict]:
+    """What `save` stored: tables by name, and their origin."""
+    data = json.loads(path.read_text("utf-8"))
+    tables = {name: pd.DataFrame(lists) for name, lists in data["tables"].items()}
+    return {name: typed(table) for name, table in tables.items()}, data["provenance"]
+
+
+def typed(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with a type per column, and NumPy's numbers: NaN where one is missing."""
+    table = table.convert_dtypes()
+    kinds = {
+        name: int if table[name].dtype == "Int64" and not table[name].hasnans else float
+        for name in table.select_dtypes("number")
+    }
+    return table.astype(kinds)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Tables by name with their origin; source: `this run` or `the stored run`; note: what differs.
+
+    note: which facts of the stored run are not what this run has or would have.
+    """
+
+    tables: Tables
+    facts: Mapping
+    source: str
+    note: str = ""
+
+    def __getitem__(self, name: str) -> pd.DataFrame:
+        return self.tables[name]
+
+    @property
+    def caption(self) -> str:
+        """One line that says which run this is, what it ran on, and what differs."""
+        return self.said(described(self.facts))
+
+    def said(self, description: str) -> str:
+        """The caption, with a description of one's own."""
+        return f"Drawn from {self.source}: {description}{self.note}."
+
+
+def drawn(
+    path: Path,
+    tables: Tables | Callable[[], Tables],
+    *,
+    asked: Collection[str] | None = None,
+    live: bool = False,
+    publish: bool = False,
+    **facts: object,
+) -> Measured:
+    """What a chapter draws: the tables stored at `path`, or this run's.
+
+    The stored ones are drawn where they are of the same size or a larger one, and every other fact
+    asked for is theirs too: see `differing`. tables: this run's, or a function that measures them.
+    It is called where they are drawn or stored, and at size `smoke`, whose purpose is to run all
+    that a chapter shows. asked: names of the facts that the reader has set; None: all of them. The
+    others follow from the size. live: draw this run's in any case. publish: store this run's, with
+    the facts and the origin. facts: what the tables are measured on; `described` reads suite,
+    encoder, tasks, size, seeds and rows.
+    """
+    made = {name: value for name, value in origin(**facts).items() if name in facts}
+    stored = load(path) if path.is_file() and not publish else None
+    others = differing(stored[1], made, asked) if stored else []
+    keep = stored is not None and not others and not live
+    if not keep or facts.get("size") == "smoke":
+        tables = tables() if callable(tables) else tables
+    if keep:
+        return Measured(*stored, "the stored run", instead_of(stored[1], made))
+    if publish:
+        save(path, tables, **facts)
+        if not live:
+            return Measured(*load(path), "the stored run")
+    return Measured(tables, origin(**facts), "this run", unlike(others))
+
+
+def drawn_report(
+    path: Path,
+    report: Report,
+    *,
+    asked: Collection[str] | None = None,
+    publish: bool = False,
+    **facts: object,
+) -> tuple[Report, str]:
+    """The Report stored at `path`, or this run's, by the rule of `drawn`; and its caption.
+
+    facts: what this run was asked for beside what its provenance and rows say: the tasks of its
+    largest merge, `counts` of tasks of the smaller ones, and methods. With `publish` they are
+    stored in the provenance.
+    """
+    report = Report(report.rows, report.fits, {**report.provenance, **facts})
+    if publish:
+        report.save(path)
+    if not path.is_file():
+        return report, f"Drawn from this run: {caption(report)}."
+    stored = Report.load(path)
+    kept, made = ({**merged(one), **one.provenance} for one in (stored, report))
+    if others := differing(kept, made, asked):
+        return report, f"Drawn from this run: {caption(report)}{unlike(others)}."
+    return stored, f"Drawn from the stored run: {caption(stored)}{instead_of(kept, made)}."
+
+
+def merged(report: Report) -> dict:
+    """What a Report's rows say: tasks of the largest merge, counts of the others, methods."""
+    subsets = sorted((name.split("+") for name in report.rows.subset.unique()), key=len)
+    specs = [spec.partition(":")[0] for spec in report.rows.method.unique()]
+    methods = [spec for spec in dict.fromkeys(specs) if spec not in ("expert", "base")]
+    return {"tasks": subsets[-1], "counts": [len(s) for s in subsets[:-1]], "methods": methods}
+
+
+def differing(stored: Mapping, made: Mapping, asked: Collection[str] | None = None) -> list[str]:
+    """Names of facts asked for (None: all made) that are not so in a stored run.
+
+    A fact that either side lacks differs. A stored size may be larger than the one asked for.
+    """
+    made = plain(made)
+    names = sorted((set(made) - PLACE if asked is None else set(asked)) - {"size"})
+    both = made.keys() & stored.keys()
+    wrong = [name for name in names if name not in both or made[name] != stored[name]]
+    rank = {size: number for number, size in enumerate(SIZES)}
+    smaller = rank.get(stored.get("size"), -1) < rank.get(made.get("size"), -1)
+    return ["size"] * smaller + wrong
+
+
+def unlike(others: Collection[str]) -> str:
+    """The end of a caption: why the stored run is not drawn."""
+    return f"; the stored run has other {', '.join(others)}" if others else ""
+
+
+def instead_of(stored: Mapping, made: Mapping) -> str:
+    """The end of a caption: what this run has, or would have, otherwise than the stored one."""
+    made, both = plain(made), (made.keys() & stored.keys()) - PLACE - {"recipe"}
+    names = [name for name in both if made[name] != stored[name]]
+    size = ["size"] * ("size" in names)
+    said = [f"{n} {listed(made[n])}" for n in dict.fromkeys([*size, *sorted(names)])]
+    return f"; asked for was {', '.join(said)}" if said else ""
+
+
+def listed(value: object) -> str:
+    """A fact's value in a few words."""
+    if isinstance(value, dict):
+        return " ".join(f"{name} {one}" for name, one in value.items())
+    if not isinstance(value, list):
+        return str(value)
+    return " ".join(map(str, value)) if len(value) <= 4 else f"{len(value)} of them"
+
+
+def plain(facts: Mapping) -> dict:
+    """Facts as JSON gives them back."""
+    return json.loads(json.dumps(dict(facts)))
+
+
+def described(facts: Mapping) -> str:
+    """One line of provenance: what was measured, how much of it, where and when."""
+    seeds = len(facts["seeds"])
+    return (
+        f"{facts['encoder']}, {facts['suite']}, {len(facts['tasks'])} tasks, {facts['size']} size, "
+        f"{seeds} seed{'s' * (seeds > 1)} of experts, {facts['rows']} test rows a task, "
+        f"{facts['device']}, {facts['machine']}, torch {facts['torch']}, measured {facts['date']}"
+    )

@@ -1,0 +1,281 @@
+"""What the tables of the chapter on the number of tasks say, in sentences."""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import pandas as pd
+
+from divmerge_book.figures import title
+from divmerge_book.findings import SCORES, bullets, listed, span
+from divmerge_book.studies.additive import FORECASTS
+from divmerge_book.studies.scores import SOURCES, differences
+from divmerge_book.studies.task_attribution import NUMBERS
+
+NEAR = 0.1  # pairs add up where the mean of their sums is this near to the mean loss, in shares
+
+
+def leaders(means: pd.DataFrame, source: str, words: str = "ANP") -> str:
+    """The best method at every T, and how far each falls from the smallest to the largest T.
+
+    means: of `scores.over_subsets`, of the score that `words` name.
+    """
+    wide = 100 * means.pivot(index="method", columns="T", values="value")
+    best = {number: column.idxmax() for number, column in wide.items()}
+    where = [
+        f"{title(method)} at T = {listed([f'{n}' for n, m in best.items() if m == method])}"
+        for method in dict.fromkeys(best.values())
+    ]
+    low, high = wide.columns.min(), wide.columns.max()
+    change = (wide[high] - wide[low]).sort_values()
+    least, most = change.index[-1], change.index[0]
+    return (
+        f"In {source} the method with the highest mean {words} is {'; '.join(where)}. From "
+        f"T = {low} to {high} the mean changes by {change[most]:+.1f} points ({title(most)}) to "
+        f"{change[least]:+.1f} ({title(least)}); it is negative for {(change < 0).sum()} of "
+        f"{len(change)} methods."
+    )
+
+
+def ahead(scores: pd.DataFrame, means: pd.DataFrame, source: str, statistic: str = "anp") -> str:
+    """The best DivMerge (or the best method) against the best of the others, at every T.
+
+    scores: of `scores.by_subset`; means: of `scores.over_subsets`, of the same statistic.
+    """
+    wide = means.pivot(index="method", columns="T", values="value")
+    order = list(wide.mean(axis=1).sort_values(ascending=False).index)
+    ours = ([m for m in order if m.startswith("divmerge")] or order)[0]
+    others = [method for method in order if method != ours]
+    if not others:
+        return f"In {source} there is one method and nothing to compare it with."
+    gaps = differences(scores, ours, others, statistic=statistic).set_index(["T", "other"])
+    lines = []
+    for number in wide.columns:
+        best = wide.loc[others, number].idxmax()
+        row = 100 * gaps.loc[(number, best)]
+        width = f"[{row.low:+.1f}, {row.high:+.1f}], ahead in {row.won:.0f} % of the subsets"
+        width = "one subset" if pd.isna(row.low) else width
+        lines.append(f"$T = {number}$: {row.value:+.1f} points from {title(best)}; {width}")
+    return (
+        f"{title(ours)} and the best of the others by {SCORES[statistic]} in {source}:\n\n"
+        f"{bullets(lines)}"
+    )
+
+
+def sources(spreads: pd.DataFrame, source: str) -> str:
+    """Root mean square over methods of each standard deviation, by T. spreads: of `scores`."""
+    part = spreads.dropna()
+    square = part.assign(square=part.sd**2).groupby(["source", "T"]).square.mean()
+    wide = 100 * square.unstack("source").reindex(columns=list(SOURCES)) ** 0.5
+    lines = [
+        f"$T = {n}$: " + ", ".join(f"{value:.1f} over {name}" for name, value in row.items())
+        for n, row in ((n, row.dropna()) for n, row in wide.iterrows())
+    ]
+    return f"Points of ANP in {source}, over methods:\n\n{bullets(lines)}"
+
+
+def paired(scores: pd.DataFrame, source: str) -> str:
+    """Spread over subsets of a method's ANP, and of the difference of two methods' on the same.
+
+    scores: of `scores.by_subset`. Root mean squares at the smallest T of the first seed.
+    """
+    first = scores[(scores.seed == scores.seed.iloc[0]) & (scores["T"] == scores["T"].min())]
+    wide = 100 * first.pivot(index="subset", columns="method", values="anp")
+    pairs = [wide[a] - wide[b] for a, b in combinations(wide, 2)]
+    if len(wide) < 2 or not pairs:
+        return f"{source[0].upper()}{source[1:]} has too few subsets or methods to compare spreads."
+    own = float((wide.std() ** 2).mean() ** 0.5)
+    both = float(pd.Series([gap.std() ** 2 for gap in pairs]).mean() ** 0.5)
+    word = "less than" if both < own else "no less than"
+    return (
+        f"In {source}, at $T = {first['T'].iloc[0]}$, a method's ANP varies by {own:.1f} points "
+        f"over subsets (standard deviation), and the difference of two methods on the same subset "
+        f"by {both:.1f}, {word} the ANP itself."
+    )
+
+
+def counted_below(table: pd.DataFrame) -> pd.DataFrame:
+    """How many tasks of a merge are below the majority class: method by T, mean over merges.
+
+    table: of `scores.ratios`.
+    """
+    below = (table.kept_margin < 0).groupby([table.method, table["T"], table.seed, table.subset])
+    return below.sum().groupby(["method", "T"]).mean().unstack("T")
+
+
+def below_majority(table: pd.DataFrame, floor: pd.Series, source: str) -> str:
+    """How often a merged model is worse than the majority class, and where by most.
+
+    table: of `scores.ratios`; floor: of `scores.floor`. Below: by two points of the ratio or more.
+    """
+    gap = table.ratio - table.task.map(floor).astype(float)
+    share = 100 * (gap < -0.02).groupby(table["T"]).mean()
+    low = table.loc[(table.ratio / table.task.map(floor)).idxmin()]
+    ends = listed([f"{share[n]:.0f} % at $T = {n}$" for n in sorted({*share.index[[0, -1]]})])
+    text = (
+        f"Of all merges and tasks in {source}, {ends} end two points or more below the majority "
+        f"class's ratio."
+    )
+    if gap.min() >= -0.02:
+        return f"{text} No merge does worse than that."
+    return (
+        f"{text} The furthest below: `{low.task}` in {low.subset.replace('+', ', ')} by "
+        f"{title(low.method)}, {100 * low.ratio:.0f} % of its expert where the majority class has "
+        f"{100 * floor[low.task]:.0f} %. So a merge can do worse than a constant prediction: the "
+        f"task's head receives features that the other task vectors have moved."
+    )
+
+
+def beside(theirs: pd.DataFrame, columns: Mapping[str, str], methods: Sequence[str]) -> str:
+    """How the paper's Table 6 changes from T = 3 to 4, and which of its methods are not here.
+
+    columns: the paper's names to ours; methods: those of this chapter's table.
+    """
+    step, layer = -theirs.diff().loc[4], ["LL KL", "LL JS"]
+    rises = [
+        f"{name} from {count - 1} to {count}"
+        for name in theirs
+        for count in theirs.index[1:]
+        if theirs[name][count] > theirs[name][count - 1]
+    ]
+    absent = [name for name, method in columns.items() if method not in set(methods)]
+    return (
+        f"From $T = 3$ to $4$ the printed values fall by {span(step.drop(layer))} points, those "
+        f"of DivMerge per layer by {step[layer].min():.1f} and {step[layer].max():.1f}. They rise "
+        f"in: {'; '.join(rises)}. Drawn on the right and not on the left: {listed(absent)}."
+    )
+
+
+def steps(merged: pd.DataFrame, source: str) -> str:
+    """How much means over all subsets change from one T to the next, and how single subsets vary.
+
+    merged: of `scores.by_subset`, all subsets of every T of two and more.
+    """
+    lines = []
+    for method, rows in merged.groupby("method", sort=False):
+        mean = 100 * rows.groupby("T").anp.mean()
+        if len(mean) < 2:
+            continue
+        middle = mean.index[len(mean) // 2]
+        single = 100 * rows.anp[rows["T"] == middle]
+        lines.append(
+            f"{title(method)}: from one $T$ to the next the mean changes by "
+            f"{span(mean.diff().dropna(), sign=True)} points; single subsets of {middle} have "
+            f"{span(single, 0)} %"
+        )
+    return f"Fixed coefficients, all subsets, {source}:\n\n{bullets(lines)}"
+
+
+def dilution(grid: pd.DataFrame, source: str, column: str = "anp") -> str:
+    """How much of the average's loss over T a larger shared coefficient saves.
+
+    grid: means of anp and kept_margin by T, scale and `fixed` (False in the average's rows).
+    """
+    level = 100 * grid.groupby("T")[column].max()
+    mean = 100 * grid[~grid.fixed].set_index("T")[column]
+    low, high = min(level.index), max(level.index)
+    drop, saved = mean[low] - mean[high], level[high] - mean[high]
+    text = (
+        f"On the subsets merged for this figure, in {source}, the average loses {drop:.1f} points "
+        f"of {SCORES[column]} from $T = {low}$ to ${high}$. The best coefficient tried at "
+        f"$T = {high}$, the average's own among them, saves {saved:.1f} points; at "
+        f"$T = {low}$ it gains {level[low] - mean[low]:.1f}."
+    )
+    if drop <= 0:
+        return f"{text} There is no drop to explain."
+    return f"{text} So dilution explains {100 * min(saved / drop, 1):.0f} % of the drop."
+
+
+def added_up(
+    forecasts: Mapping[str, pd.DataFrame], source: str, words: str = "accuracy over the expert's"
+) -> str:
+    """For which methods the losses of pairs add up at the largest T, on average over tasks.
+
+    forecasts: of `additive.forecasts`, by method; words: for what is lost.
+    """
+    sums, verdict = [], {True: [], False: []}
+    for method, table in forecasts.items():
+        last = table[table["T"] == table["T"].max()]
+        if last.empty or last.loss.mean() <= 0:
+            continue
+        times = last["sum"].mean() / last.loss.mean()
+        sums.append(f"{title(method)} {times:.1f}")
+        verdict[abs(times - 1) <= NEAR].append(title(method))
+    if not sums:
+        return f"{source[0].upper()}{source[1:]} merged no three tasks whose pairs it merged too."
+    last = max(table["T"].max() for table in forecasts.values())
+    return (
+        f"Losses of {words} in {source}: at $T = {last}$ the mean sum over pairs divided by the "
+        f"mean loss is: "
+        f"{'; '.join(sums)}. Within {100 * NEAR:.0f} %, losses of pairs add up for: "
+        f"{'; '.join(verdict[True]) or 'none'}. They do not for: "
+        f"{'; '.join(verdict[False]) or 'none'}."
+    )
+
+
+def skilled(skills: pd.DataFrame, source: str) -> str:
+    """How much of the losses' variance each forecast explains. skills: of `additive.skill`."""
+    if skills.empty:
+        return "The subsets of this run are too few to fit the rival forecasts."
+    whole = skills[skills["T"] == 0]
+    lines = []
+    for method, rows in whole.groupby("method", sort=False):
+        r2 = rows.set_index("forecast").r2.sort_values(ascending=False)
+        said = [f"{FORECASTS[name]} {value:.2f}" for name, value in r2.items()]
+        lines.append(f"{title(method)}, $R^2$: {'; '.join(said)}")
+    return f"Single losses of single tasks, {source}:\n\n{bullets(lines)}"
+
+
+def strongest(related: pd.DataFrame, source: str) -> str:
+    """The number with the largest rank correlation, by method. related: of `culprits.related`."""
+    rho = related.dropna(subset=["rho"]).reset_index(drop=True)
+    if rho.empty:
+        return f"{source[0].upper()}{source[1:]} has too few subsets of a size for a correlation."
+    rows = rho.loc[rho.groupby("method", sort=False).rho.apply(lambda part: part.abs().idxmax())]
+    said = [f"{title(r.method)}: *{NUMBERS[r.number]}* ({r.rho:+.2f})" for r in rows.itertuples()]
+    return f"The number with the largest correlation in {source}, by method: {'; '.join(said)}."
+
+
+def part(method: str, table: pd.DataFrame) -> str:
+    """Who harms most and who loses most under one method, each with its place in the other order.
+
+    table: of `culprits.parts_played`.
+    """
+    rows = 100 * table.set_index("task")
+    bad, hurt, count = rows.caused.idxmin(), rows.suffered.idxmin(), len(rows)
+    places = rows.rank().astype(int)
+    return (
+        f"{title(method)}: adding `{bad}` changes the others most ({rows.caused[bad]:+.1f} points, "
+        f"the next {rows.caused.nsmallest(2).iloc[-1]:+.1f}) and `{bad}` is number "
+        f"{places.suffered[bad]} of {count} by its own loss; `{hurt}` loses most "
+        f"({-rows.suffered[hurt]:.1f} points) and is number {places.caused[hurt]} by harm"
+    )
+
+
+def parts(played: Mapping[str, pd.DataFrame], source: str, words: str = "ANP") -> str:
+    """`part` of every method, and how far harm and loss go together, by the score of the words."""
+    ties = [t.caused.corr(t.suffered, method="spearman") for t in played.values()]
+    return (
+        f"By {words} in {source}:\n\n{bullets(part(*item) for item in played.items())}\n\nRank "
+        f"correlation of harm done and loss over tasks: {span(ties, 2, sign=True)}."
+    )
+
+
+def summary(
+    means: pd.DataFrame,
+    kept: pd.DataFrame,
+    grid: pd.DataFrame,
+    forecasts: Mapping[str, pd.DataFrame],
+    played: Mapping[str, pd.DataFrame],
+    source: str,
+) -> str:
+    """The chapter's findings, a bullet each; see `leaders`, `dilution`, `added_up` and `part`."""
+    method, table = next(iter(played.items()))
+    return bullets(
+        (
+            leaders(means, source),
+            leaders(kept, source, "kept margin"),
+            dilution(grid, source),
+            added_up(forecasts, source),
+            f"Harm and loss by task in {source}. {part(method, table)}.",
+        )
+    )

@@ -1,0 +1,1 @@
+"""Merge bandwidth and step time of this package and its peers, measured side by side."""

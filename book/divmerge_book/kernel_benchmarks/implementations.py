@@ -1,0 +1,235 @@
+"""Who takes part in the comparison of merging costs: this package, the usual way, and peers.
+
+Peers are optional packages; each is called as its own documentation calls it.
+"""
+
+import importlib.metadata
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from divmerge_core.kernels.divergence import divergence_and_gradient
+from divmerge_core.kernels.merge import grouped_inner, grouped_merge
+from divmerge_core.kernels.segments import Segments
+from divmerge_core.merging.coefficients import groups_of
+from divmerge_core.merging.task_vectors import Layout, TaskVectors
+from divmerge_core.registry import Registry
+
+CONTESTANTS = Registry("contestant")  # name -> function(Case) -> (forward, backward or None)
+Part = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to merge, one coefficient per task and tensor, and a gradient to carry back."""
+
+    vectors: TaskVectors
+    coeffs: Tensor  # [T, G]
+    segments: Segments
+    grad: Tensor  # [N]
+
+    @classmethod
+    def random(
+        cls, layout: Layout, num_tasks: int, *, dtype: torch.dtype = torch.float32, device="cpu"
+    ) -> "Case":
+        """Task vectors of this dtype and everything else in float32, drawn at random."""
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device)
+
+        deltas = torch.stack([normal(layout.size).to(dtype) for _ in range(num_tasks)])
+        tasks = tuple(f"task{n}" for n in range(num_tasks))
+        segments = Segments.of(layout.bounds, groups_of(layout, "layer")[1])
+        coeffs = normal(num_tasks, segments.num_groups)
+        vectors = TaskVectors(layout, tasks, normal(layout.size), deltas)
+        return cls(vectors, coeffs, segments, normal(layout.size))
+
+
+def stack_of_layers(num_parameters: int, num_layers: int = 6) -> Layout:
+    """The tensors of a transformer's layers, with a width that gives about this many parameters."""
+    width = max(8, round((num_parameters / (12 * num_layers)) ** 0.5))
+    square, wide = ("query", "key", "value", "output"), (("up", 4, 1), ("down", 1, 4))
+    shapes = {}
+    for layer in range(num_layers):
+        shapes |= {f"{layer}.{name}.weight": (width, width) for name in square}
+        shapes |= {
+            f"{layer}.{name}.weight": (rows * width, cols * width) for name, rows, cols in wide
+        }
+        shapes |= {f"{layer}.{name}.bias": (width,) for name in (*square, "down", "norm")}
+    return Layout(tuple(shapes), tuple(shapes.values()))
+
+
+# --- contestants ----------------------------------------------------------------------------------
+
+
+@CONTESTANTS.register("ours", label="divmerge_core")
+def ours(case: Case) -> tuple[Part, Part]:
+    """This package, on the backend that `auto` takes."""
+    vectors, live = case.vectors, torch.empty_like(case.vectors.base)
+    rest = {"out": live, "validate": False}
+    return (
+        lambda: grouped_merge(vectors.base, vectors.deltas, case.coeffs, case.segments, **rest),
+        lambda: grouped_inner(case.grad, vectors.deltas, case.segments),
+    )
+
+
+def dictionary_merge(
+    base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]], coeffs: Tensor
+) -> dict[str, Tensor]:
+    """The merge as it is usually written: tensor by tensor, task by task, inside autograd."""
+    merged = {}
+    for group, (name, tensor) in enumerate(base.items()):
+        for row, expert in zip(coeffs, experts, strict=True):
+            tensor = tensor + row[group] * expert[name]
+        merged[name] = tensor
+    return merged
+
+
+def through_autograd(case: Case, leaf: Tensor, merge: Callable, passes: int = 1) -> tuple:
+    """Forward builds a graph from coefficients to tensors; backward goes through it."""
+    grads, held = list(case.vectors.layout.unflatten(case.grad).values()), []
+
+    def forward() -> list[Tensor]:
+        held[:] = merge().values()
+        return held
+
+    def backward() -> Tensor:
+        over = held or forward()
+        for _ in range(passes):
+            (result,) = torch.autograd.grad(over, leaf, grads, retain_graph=True)
+        return result
+
+    return forward, backward
+
+
+def usual(case: Case, merge: Callable) -> tuple[Part, Part]:
+    layout, leaf = case.vectors.layout, case.coeffs.clone().requires_grad_()
+    base, experts = (
+        layout.unflatten(case.vectors.base),
+        [*map(layout.unflatten, case.vectors.deltas)],
+    )
+    return through_autograd(case, leaf, lambda: merge(base, experts, leaf))
+
+
+@CONTESTANTS.register("dictionary", label="dictionary, autograd")
+def dictionary(case: Case) -> tuple[Part, Part]:
+    """The usual merge, and one backward pass through it."""
+    return usual(case, dictionary_merge)
+
+
+@CONTESTANTS.register("compiled", label="dictionary, torch.compile")
+def compiled(case: Case) -> tuple[Part, Part]:
+    """The usual merge as one compiled graph."""
+    return usual(case, torch.compile(dictionary_merge, dynamic=False))
+
+
+class Holder(nn.Module):
+    """Named tensors as the parameters of a module, for peers that take modules."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_parameter(name.replace(".", "_"), nn.Parameter(tensor.clone()))
+
+
+def fusion_bench_model(vectors: TaskVectors, coeffs: Tensor) -> nn.Module:
+    """FusionBench's LayerWiseMergedModel of these experts, its coefficients unclamped."""
+    from fusion_bench.models.wrappers.layer_wise_fusion import LayerWiseMergedModel
+
+    base, *experts = (
+        Holder(vectors.layout.unflatten(flat))
+        for flat in (vectors.base, *map(vectors.expert, vectors.tasks))
+    )
+    return LayerWiseMergedModel(coeffs.clone(), base, experts, clamp_weights=False)
+
+
+@CONTESTANTS.register("fusion_bench", label="FusionBench", package="fusion-bench")
+def fusion_bench(case: Case) -> tuple[Part, Part]:
+    """LayerWiseMergedModel; backward once per task, as its AdaMerging loop does."""
+    model, passes = fusion_bench_model(case.vectors, case.coeffs), len(case.vectors.tasks)
+    return through_autograd(case, model.merge_weight, model.merge_weights, passes)
+
+
+@CONTESTANTS.register("mergekit", label="mergekit, in memory", package="mergekit")
+def mergekit(case: Case) -> tuple[Part, None]:
+    """Task arithmetic with a coefficient per task; it has no gradient."""
+    from mergekit.merge_methods.api import merge_state_dicts
+
+    vectors = case.vectors
+    states = [vectors.layout.unflatten(vectors.base)]
+    states += [vectors.layout.unflatten(vectors.expert(task)) for task in vectors.tasks]
+    weights = case.coeffs[:, 0].tolist()
+    options = {"parameters": {"weight": weights}, "base": 0}
+    return lambda: merge_state_dicts(states, "task_arithmetic", **options), None
+
+
+# --- contestants in the divergence ----------------------------------------------------------------
+
+# name -> function(expert, merged logits) -> a call that gives the gradient in the merged logits
+DIVERGENCE_CONTESTANTS = Registry("divergence contestant")
+
+
+@DIVERGENCE_CONTESTANTS.register("ours", label="divmerge_core, fused")
+def fused_js(expert: Tensor, merged: Tensor) -> Part:
+    """Loss and gradient in one call."""
+    return lambda: divergence_and_gradient(expert, merged, "js")[1]
+
+
+@DIVERGENCE_CONTESTANTS.register("plain", label="definition, autograd")
+def plain_js(expert: Tensor, merged: Tensor) -> Part:
+    """The formula as it stands in a book, differentiated by autograd."""
+
+    def loss(x: Tensor) -> Tensor:
+        log_p, log_q = torch.log_softmax(expert, -1), torch.log_softmax(x, -1)
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        return (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1) / 2
+
+    return lambda: gradient_of(loss, merged)
+
+
+@DIVERGENCE_CONTESTANTS.register("liger", label="Liger", package="liger-kernel", gpu=True)
+def liger_js(expert: Tensor, merged: Tensor) -> Part:
+    """LigerJSD, which takes log-probabilities."""
+    from liger_kernel.transformers import LigerJSD
+
+    module = LigerJSD()
+
+    def loss(x: Tensor) -> Tensor:
+        return module(torch.log_softmax(x, -1), torch.log_softmax(expert, -1)) * len(x)
+
+    return lambda: gradient_of(loss, merged)
+
+
+def gradient_of(loss: Callable[[Tensor], Tensor], merged: Tensor) -> Tensor:
+    leaf = merged.detach().requires_grad_()
+    loss(leaf).sum().backward()
+    return leaf.grad
+
+
+def missing(registry: Registry, name: str, device: str = "cpu") -> str | None:
+    """Why a contestant of a registry cannot take part on a device; None if it can."""
+    facts = registry.facts[name]
+    try:
+        if "package" in facts:
+            importlib.metadata.version(facts["package"])
+    except importlib.metadata.PackageNotFoundError:
+        return f"the package {facts['package']} is not installed"
+    return "its kernels need a GPU" if facts.get("gpu") and device == "cpu" else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of the peers that are installed, and of Triton."""
+    known = [
+        f.get("package") for r in (CONTESTANTS, DIVERGENCE_CONTESTANTS) for f in r.facts.values()
+    ]
+    found = {}
+    for package in (*filter(None, known), "triton"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,1 @@
+"""Encoders and language models as base models, and their fine-tuning into experts."""

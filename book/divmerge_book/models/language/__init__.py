@@ -1,0 +1,25 @@
+"""Language models: a task is a prompt, an answer is text, and divergence sees all words.
+
+from divmerge_book import evaluate, prepare_language
+from divmerge_core import METHODS
+
+bench = prepare_language("embedded_lm", ["trec", "movie"], size="smoke")
+merged = METHODS["divmerge"](bench.problem, grouping="block")
+evaluate(bench.problem, merged, bench.test)     # by likelihood of the words; else by ROUGE-1
+evaluate(bench.problem, merged, bench.written)  # by what it writes
+"""
+
+from divmerge_book.models.language.finetuning import language_expert, load_language_expert
+from divmerge_book.models.language.models import Language, load_language
+from divmerge_book.models.language.prompts import PROMPTS, Prompt
+from divmerge_book.models.language.training import LanguageRecipe
+
+__all__ = [
+    "PROMPTS",
+    "Language",
+    "LanguageRecipe",
+    "Prompt",
+    "language_expert",
+    "load_language",
+    "load_language_expert",
+]

@@ -1,0 +1,179 @@
+"""What an expert writes to its own prompts, and its distributions while it does: computed once.
+
+Both are kept on disk, part by part, so that a run that was killed goes on with the next part.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import datasets
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from divmerge_book.data.code_digest import code_digest, key_of, versions
+from divmerge_book.models.language.forward import Parts, language_forward
+from divmerge_book.models.language.models import Language
+from divmerge_book.models.language.prompts import Prompt
+from divmerge_book.models.language.reading import ask, by_length, collate
+from divmerge_book.models.language.seq2seq import encodes, greedy_answers
+from divmerge_core.kernels.expert_cache import TopAnswers, cache_expert
+from divmerge_core.merging.problem import Batch, Forward
+from divmerge_core.storage import cache_dir, dump_json, once
+
+TOGETHER = 16  # prompts that are completed at a time: one part on disk
+
+
+@torch.no_grad()
+def greedy(
+    base: Language,
+    parameters: Mapping[str, Tensor],
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new: int,
+    precision: str = "float32",
+) -> list[tuple[int, ...]]:
+    """The likeliest next token, again and again: up to EOS, which is part of the answer.
+
+    An answer of `max_new` tokens that has not ended is returned as far as it goes. Prompts are
+    filled up from the left, so that all answers begin at once.
+    """
+    if encodes(base.model):
+        return greedy_answers(base, parameters, prompts, max_new=max_new, precision=precision)
+    parts, stop, half = Parts.of(base.model), base.stop, precision == "bfloat16"
+    low = parts.lowered(parameters) if half else parameters
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), base.pad)
+    mask = torch.zeros_like(ids)
+    for number, prompt in enumerate(prompts):
+        ids[number, width - len(prompt) :] = torch.tensor(prompt)
+        mask[number, width - len(prompt) :] = 1
+    ids, mask, memory = ids.to(base.device), mask.to(base.device), DynamicCache()
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=base.device)
+    written = []
+    for _ in range(max_new):
+        position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
+        with torch.autocast(base.device.type, torch.bfloat16, enabled=half):
+            found = parts.hidden(low, inputs, past_key_values=memory, use_cache=True)
+        token = parts.words(parameters, found.last_hidden_state[:, -1]).argmax(-1)
+        written.append(token.masked_fill(ended, stop))
+        ended = ended | (token == stop)
+        if ended.all():
+            break
+        ids, mask = written[-1][:, None], torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    rows = torch.stack(written, dim=1).tolist()
+    return [tuple(row[: row.index(stop) + 1] if stop in row else row) for row in rows]
+
+
+def written(base: Language, answer: Sequence[int]) -> str:
+    """An answer as text, without the token that ends it."""
+    return base.tokenizer.decode(list(answer), skip_special_tokens=True)
+
+
+@dataclass(frozen=True)
+class Completions:
+    """An expert's answers to its own prompts: as tokens, as batches that hold its distributions.
+
+    counts: prompts; those that were shortened to fit; answers that had not ended at `max_new`
+    tokens (they are kept as far as they go, without EOS); empty answers (only EOS: what is learned
+    there is to say nothing); and the A answer positions of all.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    answers: Sequence[Sequence[int]]
+    batches: Sequence[Batch]
+    counts: Mapping[str, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the cached distributions take."""
+        kept = [batch.expert for batch in self.batches]
+        return sum(
+            one.classes.nbytes + one.log_probs.nbytes if isinstance(one, TopAnswers) else one.nbytes
+            for one in kept
+        )
+
+
+def completions(
+    base: Language,
+    expert: Mapping[str, Tensor],
+    prompt: Prompt,
+    rows: datasets.Dataset | Sequence[Mapping[str, object]],
+    *,
+    key: Sequence[object],
+    max_length: int,
+    max_new: int,
+    batch_size: int = 4,
+    precision: str = "float32",
+    top: int | None = None,
+    progress: bool = True,
+) -> Completions:
+    """The expert's greedy answers to unlabelled rows, and its distributions where it gave them.
+
+    expert: parameters by name. key: what tells this expert from others, for the cache. top: keep
+    its likeliest classes only (see TopAnswers, which says what that loses); None keeps all V in
+    bfloat16. Finished parts are read from the cache.
+    """
+    asked = ask(base, prompt, rows, max_length)
+    code, place = code_digest(completions), base.device.type
+    what = [*key, base.digest, asked.prompts, max_new, batch_size, precision, top]
+    name = key_of(code, versions(), place, what)
+    folder = cache_dir() / "completions" / f"{prompt.task}-{name}"
+    parts = [asked.prompts[n : n + TOGETHER] for n in range(0, len(asked.prompts), TOGETHER)]
+    answers = []
+    for number, few in enumerate(tqdm(parts, "completing", disable=not progress, leave=False)):
+        found = partial(greedy, base, expert, few, max_new=max_new, precision=precision)
+        make = partial(write_answers, found)
+        path = once(folder / f"answers-{number}.json", make, folder=False)
+        answers += map(tuple, json.loads(path.read_text("utf-8")))
+    pairs = list(zip(asked.prompts, answers, strict=True))
+    forward = language_forward(base.model, precision=precision)
+    groups = list(by_length([len(prompt) + len(answer) for prompt, answer in pairs], batch_size))
+    batches = []
+    for number, group in enumerate(tqdm(groups, "asking", disable=not progress, leave=False)):
+        batch, _ = collate(base, [pairs[row] for row in group])
+        make = partial(write_distributions, forward, expert, batch, top)
+        path = once(folder / f"distributions-{number}.safetensors", make, folder=False)
+        batches.append(replace(batch, expert=recall(path, base.device)))
+    return Completions(asked.prompts, answers, batches, counted(base, asked.shortened, answers))
+
+
+def counted(base: Language, shortened: int, answers: Sequence[Sequence[int]]) -> dict[str, int]:
+    """What happened to prompts and answers, as numbers."""
+    return {
+        "prompts": len(answers),
+        "shortened": shortened,
+        "unfinished": sum(answer[-1] != base.stop for answer in answers),
+        "empty": sum(not written(base, answer).strip() for answer in answers),
+        "positions": sum(map(len, answers)),
+    }
+
+
+def write_answers(find: Callable[[], list[tuple[int, ...]]], path: Path) -> None:
+    dump_json(path, find())
+
+
+@torch.no_grad()
+def write_distributions(
+    forward: Forward, expert: Mapping[str, Tensor], batch: Batch, top: int | None, path: Path
+) -> None:
+    """Write what an expert says at the answer positions of a batch."""
+    keep(path, cache_expert(forward(expert, [(0, batch)])[0], top=top))
+
+
+def keep(path: Path, answers: Tensor | TopAnswers) -> None:
+    """Write an expert's answers."""
+    tensors = vars(answers) if isinstance(answers, TopAnswers) else {"log_probs": answers}
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def recall(path: Path, device: torch.device) -> Tensor | TopAnswers:
+    """The inverse of `keep`."""
+    tensors = load_file(path, device=str(device))
+    return TopAnswers(**tensors) if "classes" in tensors else tensors["log_probs"]

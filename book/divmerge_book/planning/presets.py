@@ -1,0 +1,94 @@
+"""What a machine is asked to do: the suite and the size that fit the device, and why."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+
+from divmerge_book.data.tasks import SUITES
+from divmerge_book.evaluation.language_experiment import LanguageSize, size_of
+from divmerge_book.models.encoders import check_device, resolve
+
+ENOUGH = 20e9  # bytes of a GPU on which the sizes of `glue` run as they are
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A suite, a size and a device; `why` and `label` are for the reader.
+
+    size: the name that was asked for, or a smaller size.
+    """
+
+    suite: str
+    size: LanguageSize | str
+    label: str
+    device: str
+    why: str
+
+
+def preset(suite: str = "auto", size: str = "default", device: str = "auto") -> Preset:
+    """What fits: `glue` where there is a GPU and the hub, else `embedded_lm`; smaller on a T4.
+
+    suite: `auto`, `glue` or `embedded_lm`. size: a name in LANGUAGE_SIZES for the suite. device:
+    `auto`, `cpu` or `cuda`. Raises ValueError for other names.
+    """
+    place, base = check_device(device), SUITES["glue"].base
+    why = []
+    if suite == "auto":
+        if place.type == "cpu":
+            suite, reason = "embedded_lm", "no GPU"
+        elif not reachable(base):
+            suite, reason = "embedded_lm", f"{base} is neither cached nor to be had from the hub"
+        else:
+            suite, reason = "glue", f"a GPU, and {base} can be had"
+        why.append(f"suite {suite}: {reason}")
+    label, wanted = size, size_of(suite, size)
+    if suite == "glue" and (small := lacks(place)):
+        label, size = f"{label}, smaller", smaller(wanted)
+        why.append(f"a smaller preset: {small}")
+    return Preset(suite, size, label, str(place), "; ".join(why) or "as asked for")
+
+
+def reachable(name: str) -> bool:
+    """Whether the hub's cache here has a model, or the hub answers for it; no token is sent."""
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return True
+    try:
+        HfApi(token=False).model_info(name, timeout=10)
+    except Exception:  # no network, no such model, an account needed: all the same here
+        return False
+    return True
+
+
+def lacks(place: torch.device) -> str:
+    """Why this device takes a smaller preset; empty where it takes what it is asked."""
+    if place.type == "cpu":
+        return "a CPU"
+    memory = torch.cuda.get_device_properties(place).total_memory
+    return too_small(memory, resolve("auto", place) == "bfloat16")
+
+
+def too_small(memory: float | int, bfloat16: bool) -> str:
+    """Why a GPU cannot take the sizes of `glue` as they are; empty where it can."""
+    if memory < ENOUGH:
+        return f"{memory / 1e9:.0f} GB"
+    return "" if bfloat16 else "no bfloat16"
+
+
+def smaller(size: LanguageSize) -> LanguageSize:
+    """The same for a GPU like the T4: fewer rows, int8 task vectors, no emulated bfloat16."""
+    rows = size.recipe.rows
+    recipe = replace(
+        size.recipe,
+        rows=min(rows or 1000, 1000),
+        epochs=1,
+        micro=4,
+        precision="auto",
+    )
+    fewer = {
+        name: min(getattr(size, name) or most, most)
+        for name, most in {"merge_rows": 32, "validation_rows": 32, "test_rows": 100}.items()
+    }
+    return replace(
+        size, recipe=recipe, **fewer, batch_size=2, storage="int8", precision="auto", seeds=(0,)
+    )

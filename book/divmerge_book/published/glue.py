@@ -1,0 +1,146 @@
+"""The suite `gpt2_glue`: FusionBench's seven GPT-2 experts, described as one's own models are.
+
+What `describe` writes goes through `divmerge_book.user_models` like any other description: every
+expert's head stays with its task, options are chosen on validation rows, scores are of test rows.
+Source: Tang et al. 2024; their printed table is `paper.frame("methods", "fusionbench")`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+import yaml
+from tqdm import tqdm
+
+from divmerge_book.data.tasks import TASKS
+from divmerge_book.user_models.folders import UNNAMED, config_of, fetched
+from divmerge_core.storage import fresh_folder
+
+SUITE = "gpt2_glue"
+BASE = "openai-community/gpt2"
+EXPERT = "tanganke/gpt2_{task}"
+PAD = "<|endoftext|>"  # GPT-2 has no padding token; its experts pad with the end of the text
+PRINTED = {"cola": "CoLA", "mnli": "MNLI", "mrpc": "MRPC", "qnli": "QNLI", "qqp": "QQP"}
+PRINTED |= {"rte": "RTE", "sst2": "SST-2"}  # our tasks and FusionBench's columns
+WORDS = {"mrpc": ("not_equivalent", "equivalent"), "qqp": ("not_duplicate", "duplicate")}
+SPLITS = ("merge", "validation", "test")
+
+
+def identifiers(tasks: Sequence[str], expert: str | Mapping[str, str] = EXPERT) -> dict[str, str]:
+    """Task -> its expert's hub name or folder; `{task}` in a single text stands for the task.
+
+    Raises ValueError for fewer than two tasks, unknown or repeated ones, and a task without expert.
+    """
+    wrong = [task for task in tasks if task not in PRINTED]
+    if wrong or len(tasks) < 2 or len(set(tasks)) < len(tasks):
+        raise ValueError(
+            f"{SUITE} merges two or more distinct tasks of {', '.join(PRINTED)}; got {list(tasks)}"
+        )
+    if isinstance(expert, str) and "{task}" not in expert:
+        raise ValueError(f"expert {expert!r} names one model for all tasks; write {EXPERT!r}")
+    named = expert if isinstance(expert, Mapping) else {t: expert.format(task=t) for t in tasks}
+    if lacking := [task for task in tasks if task not in named]:
+        raise ValueError(f"no expert for {', '.join(lacking)}; there are {', '.join(named)}")
+    return {task: named[task] for task in tasks}
+
+
+def found(name: str) -> Path:
+    """The folder of a model: itself, or fetched from the hub. Raises ValueError where there is
+    none."""
+    folder = Path(name).expanduser()
+    return folder.resolve() if folder.is_dir() else fetched(name)
+
+
+def plain(label: str) -> str:
+    """A label's name without case, `_` and `-`."""
+    return re.sub(r"[\s_-]+", " ", label).strip().lower()
+
+
+def order_of(task: str, outputs: Sequence[str]) -> list[int]:
+    """Which of the task's answers every output of a head stands for.
+
+    outputs: their names in the expert's config.json. `LABEL_0` and the like say nothing: these are
+    in GLUE's own order, as transformers numbers them in training. Raises ValueError for another
+    number of outputs, and for names that are not GLUE's.
+    """
+    answers = TASKS[task].answers
+    if len(outputs) != len(answers):
+        raise ValueError(
+            f"the head for {task} has {len(outputs)} outputs, the task {len(answers)} answers: "
+            f"{', '.join(answers)}; give an expert that was trained on it"
+        )
+    if all(UNNAMED.fullmatch(name) or name.isdecimal() for name in outputs):
+        return list(range(len(answers)))
+    known = {plain(word): number for number, word in enumerate(WORDS.get(task, ()))}
+    known |= {plain(answer): number for number, answer in enumerate(answers)}
+    numbers = [known.get(plain(name), -1) for name in outputs]
+    if sorted(numbers) != list(range(len(answers))):
+        raise ValueError(
+            f"the head for {task} names its outputs {list(outputs)}, GLUE's are "
+            f"{', '.join(answers)}; correct id2label in the expert's config.json"
+        )
+    return numbers
+
+
+def words_of(task: str, folder: Path) -> tuple[tuple[str, ...], bool]:
+    """What a head calls the task's answers, in the task's order, and whether it names them itself.
+
+    Where it does not, they have the task's own words.
+    """
+    config = config_of(folder)
+    outputs = [config.id2label[number] for number in range(config.num_labels)]
+    order = order_of(task, outputs)
+    if all(UNNAMED.fullmatch(name) for name in outputs):
+        return TASKS[task].answers, False
+    return tuple(outputs[order.index(number)] for number in range(len(order))), True
+
+
+def write_rows(path: Path, task: str, split: str, words: Sequence[str], count: int | None) -> None:
+    """The first rows of a split, as parquet; words: what its answers are called."""
+    rows = TASKS[task].load(split)
+    table: pd.DataFrame = rows.select(range(min(count or len(rows), len(rows)))).to_pandas()
+    if "label" in table:
+        table["label"] = [words[number] for number in table.label]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(path, index=False)
+
+
+def describe(
+    folder: Path,
+    tasks: Sequence[str] = tuple(PRINTED),
+    *,
+    base: str = BASE,
+    expert: str | Mapping[str, str] = EXPERT,
+    max_length: int = 512,
+    pad_token: str | None = PAD,
+    rows: Mapping[str, int] | None = None,
+    progress: bool = True,
+) -> Path:
+    """Fetch base and experts, write GLUE's rows and the description of it all; returns its path.
+
+    base, expert: hub names or folders (see `identifiers`). Rows come from the hub's nyu-mll/glue,
+    or from DIVMERGE_GLUE_DIR: merge and validation rows from GLUE's train, test rows from its
+    validation split, 500 at most, so that no option is chosen on a scored row. rows: at most so
+    many of a split, for a quick look. max_length: FusionBench's 512 tokens. Raises ValueError for
+    what is unknown, cannot be fetched, or has a head that is not the task's.
+    """
+    sources = {task: found(name) for task, name in identifiers(tasks, expert).items()}
+    whole = {"base": str(found(base)), "max_length": max_length, "pad_token": pad_token}
+    entries, limits = [], rows or {}
+    with fresh_folder(folder) as new:
+        for task, source in (bar := tqdm(sources.items(), SUITE, disable=not progress)):
+            bar.set_postfix_str(task)
+            words, named = words_of(task, source)
+            entry: dict[str, object] = {"name": task, "expert": str(source)}
+            for split in SPLITS:
+                entry[split] = f"data/{task}/{split}.parquet"
+                write_rows(new / entry[split], task, split, words, limits.get(split))
+            if TASKS[task].pair:
+                entry["columns"] = {"pair": "pair"}
+            if not named:
+                entry["labels"] = list(words)
+            entries.append(entry)
+        path = new / f"{SUITE}.yaml"
+        path.write_text(yaml.safe_dump({**whole, "tasks": entries}, sort_keys=False), "utf-8")
+    return folder / path.name

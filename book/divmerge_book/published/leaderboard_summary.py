@@ -1,0 +1,84 @@
+"""What a table of accuracies says beyond its mean: normalised scores, the worst task, the base.
+
+Works on printed tables (`paper.frame("methods", "fusionbench")`) and on measured ones alike.
+"""
+
+import pandas as pd
+
+from divmerge_book.evaluation.report import Report
+from divmerge_book.published import paper
+
+EXPERT = "Fine-tuned (STL)"
+SCALED = {"Task Arithmetic": ("task arithmetic", 0.5), "Ties-Merging": ("ties", 0.6)}
+# FusionBench's names of methods, and those here. Our RegMean averages GPT-2's Conv1D matrices.
+METHODS_HERE = {
+    EXPERT: "expert",
+    "Simple Average": "average",
+    "Fisher Merging": "fisher",
+    "RegMean": "regmean",
+    "Task Arithmetic": "task_arithmetic",
+    "Ties-Merging": "ties",
+}
+
+
+def published() -> pd.DataFrame:
+    """FusionBench's table of GPT-2 on GLUE as shares: methods by task, `expert` and `base` first.
+
+    The base row is its task arithmetic at scale 0: the unmerged base with the experts' heads.
+    """
+    printed = paper.frame("methods", "fusionbench") / 100
+    base = paper.frame("task arithmetic", "fusionbench").loc[[0.0]].set_axis(["base"])
+    table = pd.concat([printed.loc[[EXPERT]], base, printed.drop(EXPERT)])
+    return table.rename(index=METHODS_HERE).rename_axis("method")
+
+
+def standing(accuracies: pd.DataFrame) -> pd.DataFrame:
+    """Per method what stands behind its mean.
+
+    Columns: mean; normalised, the mean of accuracy over the expert's; worst, the smallest of these
+    ratios, and worst_task; below_base, the tasks on which the unmerged base with the task's head
+    answers better. accuracies: methods by task, shares, with rows `expert` and `base`.
+    """
+    expert, base = accuracies.loc["expert"], accuracies.loc["base"]
+    merged = accuracies.drop(index=["expert", "base"])
+    ratio = merged / expert
+    return pd.DataFrame(
+        {
+            "mean": merged.mean(axis=1),
+            "normalised": ratio.mean(axis=1),
+            "worst": ratio.min(axis=1),
+            "worst_task": ratio.idxmin(axis=1),
+            "below_base": (merged < base).apply(lambda row: ", ".join(row.index[row]), axis=1),
+        }
+    )
+
+
+def margins(accuracies: pd.DataFrame, rows: pd.Series, *, width: float = 1.96) -> pd.DataFrame:
+    """Half the width of a 95 % interval that test rows alone give: per task, and of the `mean`.
+
+    rows: how many were scored, by task. Source: the normal approximation of a binomial share.
+    """
+    variance = accuracies * (1 - accuracies) / rows[accuracies.columns]
+    mean = variance.sum(axis=1) / len(accuracies.columns) ** 2
+    return width * variance.assign(mean=mean) ** 0.5
+
+
+def scored_rows() -> pd.Series:
+    """How many rows FusionBench scored, by task."""
+    return paper.frame("rows", "fusionbench").loc["validation"]
+
+
+def sweep() -> pd.DataFrame:
+    """FusionBench's accuracies by scaling factor, long: method, scale, task, accuracy."""
+    parts = []
+    for name in SCALED.values():
+        table = paper.frame(name[0], "fusionbench").reset_index()
+        parts.append(table.melt("scale", var_name="task", value_name="accuracy"))
+    names = [METHODS_HERE[name] for name in SCALED]
+    return pd.concat(parts, keys=names, names=["method", None]).reset_index("method")
+
+
+def measured(report: Report) -> pd.DataFrame:
+    """Accuracies (or ROUGE-1) of a Report, methods by task, with rows `expert` and `base`."""
+    exact = report.metrics().query("metric in ('accuracy', 'rouge1')")
+    return exact.pivot_table("value", "method", "task", sort=False)

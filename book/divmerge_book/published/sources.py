@@ -1,0 +1,163 @@
+"""T5's experts and their data: hub names or folders, and how a row becomes prompt and answer.
+
+The paper names four tasks and says that its experts are public; which ones is not known. The
+defaults are public experts that fit; all identifiers, and the columns of the data, are arguments.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import datasets
+
+from divmerge_book.data.code_digest import code_digest, key_of
+from divmerge_book.data.glue import files_digest, hub_revision, quiet
+from divmerge_book.data.splits import Splits, split_rows
+from divmerge_book.data.tasks import Task
+
+QUESTION = "question: {text}  context: {pair}"
+MOST = 5000  # rows of a file that are looked at: more than the splits can take
+
+
+@dataclass(frozen=True)
+class Source:
+    """A task's expert and data, by hub names or folders, and how a row becomes prompt and answer.
+
+    text, pair and answer are formats over the data set's columns: names of classes stand for their
+    numbers, lists of words are joined, and `choice` is the text of the choice that `answerKey`
+    names. template: what the expert was trained to read, over {text} and {pair}. says: what it was
+    trained to write in place of an answer. config: of a data set that has several.
+    """
+
+    expert: str
+    data: str
+    text: str
+    answer: str
+    pair: str | None = None
+    template: str = "{text}"
+    says: Mapping[str, str] = field(default_factory=dict)
+    config: str | None = None
+
+
+SOURCES = {
+    "imdb": Source(
+        "mrm8488/t5-base-finetuned-imdb-sentiment",
+        "stanfordnlp/imdb",
+        "{text}",
+        "{label}",
+        says={"neg": "negative", "pos": "positive"},
+    ),
+    "qasc": Source(
+        "mrm8488/t5-base-finetuned-qasc",
+        "allenai/qasc",
+        "{formatted_question}",
+        "{choice}",
+        pair="{fact1} {fact2}",
+        template=QUESTION,
+    ),
+    "squad": Source(
+        "mrm8488/t5-base-finetuned-squadv2",
+        "rajpurkar/squad",
+        "{question}",
+        "{answers[text][0]}",
+        pair="{context}",
+        template=QUESTION,
+    ),
+    "common_gen": Source(
+        "mrm8488/t5-base-finetuned-common_gen", "allenai/common_gen", "{concepts}", "{target}"
+    ),
+}
+
+
+def tables(name: str, source: Source) -> Mapping[str, datasets.Dataset]:
+    """The data set's splits, from a folder in the hub's layout or from the hub."""
+    folder = Path(source.data).expanduser()
+    place, revision = str(folder), None
+    if not folder.is_dir():
+        place, revision = source.data, hub_revision(source.data)
+    try:
+        with quiet():
+            return datasets.load_dataset(place, source.config, revision=revision)
+    except Exception as error:  # the libraries below raise many kinds, none of them a user's
+        raise ValueError(
+            f"cannot read the data of {name!r} from {source.data!r}: {error}. Give a folder with "
+            "train-*.parquet and validation-*.parquet (or test-*.parquet), or run where "
+            "huggingface.co can be reached"
+        ) from error
+
+
+def plain(row: Mapping[str, object], features: datasets.Features) -> dict[str, object]:
+    """A row whose columns can stand in a text."""
+    found = dict(row)
+    for name, value in row.items():
+        if isinstance(features[name], datasets.ClassLabel) and value is not None and value >= 0:
+            found[name] = features[name].int2str(value)
+        elif isinstance(value, list) and all(isinstance(word, str) for word in value):
+            found[name] = " ".join(value)
+    choices, key = row.get("choices"), row.get("answerKey")
+    if choices and key in choices["label"]:
+        found["choice"] = choices["text"][choices["label"].index(key)]
+    return found
+
+
+def rows_of(name: str, source: Source, table: datasets.Dataset) -> list[tuple]:
+    """(text, second text or None, answer) of the rows that have an answer, each text once.
+
+    Of several answers to one text (CommonGen's) the first is kept. Raises ValueError for formats
+    that name columns which the data set does not have.
+    """
+    few = table.shuffle(seed=0).select(range(min(MOST, len(table))))
+    found: dict[tuple, tuple] = {}
+    for row in few:
+        columns = plain(row, table.features)
+        try:
+            text = source.text.format(**columns).strip()
+            pair = None if source.pair is None else source.pair.format(**columns).strip()
+        except (KeyError, IndexError) as error:
+            raise ValueError(
+                f"the data of {name!r} has no column {error} for {source.text!r} and "
+                f"{source.pair!r}; it has {', '.join(table.column_names)}"
+            ) from error
+        answer = answer_in(name, source, columns, table)
+        answer = source.says.get(answer, answer)
+        if text and answer:
+            found.setdefault((text, pair), (text, pair, answer))
+    return list(found.values())
+
+
+def answer_in(
+    name: str, source: Source, columns: Mapping[str, object], table: datasets.Dataset
+) -> str:
+    """A row's answer, empty where it has none. Raises ValueError for an unknown column."""
+    try:
+        return source.answer.format(**columns).strip()
+    except IndexError:  # an empty list of answers
+        return ""
+    except KeyError as error:
+        if error.args[0] == "choice" and "choices" in table.column_names:
+            return ""  # a test row, whose key is hidden
+        raise ValueError(
+            f"the data of {name!r} has no column {error} for {source.answer!r}; it has "
+            f"{', '.join(table.column_names)}"
+        ) from error
+
+
+def splits_of(name: str, source: Source) -> Splits:
+    """Our splits: test from the validation file (from a test file with answers where there is
+    none), the others from train."""
+    found = {split: rows_of(name, source, table) for split, table in tables(name, source).items()}
+    held = next((found[split] for split in ("validation", "test") if found.get(split)), [])
+    return split_rows(found.get("train", []), held)
+
+
+def task_of(name: str, source: Source) -> Task:
+    """A free-form task; its splits are cached by what they are made from."""
+
+    def origin() -> str:
+        folder = Path(source.data).expanduser()
+        held = files_digest(folder) if folder.is_dir() else hub_revision(source.data)
+        return key_of(code_digest(splits_of), source, held)
+
+    read = partial(splits_of, name, source)
+    return Task(name, "generation", (), source.pair is not None, source.data, read, origin)

@@ -1,0 +1,154 @@
+"""The suite `t5_generation`: T5 experts that write, on IMDB, QASC, SQuAD and CommonGen.
+
+Every expert answers unlabelled prompts of its task once, greedily; merging compares distributions
+over the vocabulary at these answers' positions in the decoder. What a merge writes is scored by
+ROUGE-1, as in the paper (DivMerge, section 4).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import datasets
+from tqdm import tqdm
+
+from divmerge_book.data.code_digest import code_digest, key_of
+from divmerge_book.data.tasks import Task
+from divmerge_book.evaluation.language_experiment import LanguageBench, States
+from divmerge_book.evaluation.language_scoring import WrittenExam, written_exam
+from divmerge_book.models.encoders import check_device, resolve
+from divmerge_book.models.finetuning import Expert, data_digest
+from divmerge_book.models.language.completions import Completions, completions
+from divmerge_book.models.language.forward import language_forward
+from divmerge_book.models.language.models import Language, load_language
+from divmerge_book.models.language.prompts import Prompt
+from divmerge_book.published.sources import SOURCES, Source, task_of
+from divmerge_book.user_models.plan import tokenizer_gap
+from divmerge_core.merging.problem import MergeProblem
+from divmerge_core.merging.task_vectors import TaskVectors
+from divmerge_core.storage import cache_dir
+
+SUITE = "t5_generation"
+BASE = "google-t5/t5-base"
+
+
+def read_expert(base: Language, name: str, source: Source, texts: Sequence[str]) -> Expert:
+    """A task's expert, held to the base.
+
+    Raises ValueError where its tensors have other names or shapes, or its tokenizer has another
+    vocabulary, other special tokens, or cuts up these texts in another way: the same number would
+    mean another token.
+    """
+    other = load_language(source.expert, device=str(base.device))
+    if gap := tokenizer_gap(base.tokenizer, other.tokenizer, texts):
+        raise ValueError(
+            f"expert {source.expert}: {gap}; merging needs experts that read and write the tokens "
+            "of the base"
+        )
+    shapes, own = ({n: t.shape for n, t in one.state.items()} for one in (base, other))
+    if wrong := sorted(n for n in shapes | own if shapes.get(n) != own.get(n)):
+        raise ValueError(
+            f"expert {source.expert} differs from the base {base.name!r} in {wrong[:3]}; merging "
+            "needs experts of one base and one vocabulary"
+        )
+    manifest = {"task": name, "encoder": base.name, "base": base.digest, "from": source.expert}
+    manifest |= {"answers": [], "precision": "float32", "model.safetensors": other.digest}
+    return Expert(name, other.state, {}, manifest)
+
+
+def checked(tasks: Sequence[str], sources: Mapping[str, Source]) -> list[str]:
+    """The tasks. Raises ValueError for fewer than two, unknown ones, and repeated ones."""
+    if len(tasks) < 2 or len(set(tasks)) < len(tasks) or not set(tasks) <= set(sources):
+        raise ValueError(
+            f"{SUITE} merges two or more distinct tasks of {', '.join(sources)}; got {list(tasks)}"
+        )
+    return list(tasks)
+
+
+def prepare_t5(
+    tasks: Sequence[str] = tuple(SOURCES),
+    *,
+    base: str = BASE,
+    sources: Mapping[str, Source] = SOURCES,
+    rows: Mapping[str, int] | None = None,
+    max_length: int = 512,
+    max_new: int = 64,
+    device: str = "cpu",
+    precision: str = "float32",
+    top: int | None = None,
+    progress: bool = True,
+) -> LanguageBench:
+    """Base, experts, their greedy answers to unlabelled rows (kept on disk), and exams by ROUGE-1.
+
+    rows: at most so many of `merge`, `validation` and `test`. max_length: tokens of a prompt; the
+    longer of its texts loses its end. max_new: tokens of an answer; one that has not ended by then
+    is used as far as it goes. top: keep an expert's likeliest answers only (see TopAnswers).
+    Raises ValueError for what is unknown, cannot be read or does not belong together.
+    """
+    names, precision = checked(tasks, sources), resolve(precision, check_device(device))
+    language = load_language(base, device=device)
+    settings = {"max_length": max_length, "max_new": max_new, "precision": precision}
+    ready = []
+    for name in (bar := tqdm(names, SUITE, disable=not progress, leave=False)):
+        bar.set_postfix_str(name)
+        ready.append(asked(language, name, sources[name], rows or {}, top, progress, settings))
+
+    def load(name: str) -> Expert:  # again, so that one expert is in memory at a time
+        return read_expert(language, name, sources[name], ())
+
+    vectors = TaskVectors.from_states(language.state, States(names, load))
+    forward = language_forward(language.model, precision=precision)
+    batches = [one.completions.batches for one in ready]
+    problem = MergeProblem(vectors, batches, forward, language.model)
+    weights = [one.expert.manifest["model.safetensors"] for one in ready]
+    rows_seen = [one.rows for one in ready]
+    what = (names, weights, rows_seen, language.digest, settings, top, language.device.type)
+    return LanguageBench(
+        language,
+        [one.expert for one in ready],
+        problem,
+        [one.validation for one in ready],
+        [one.test for one in ready],
+        key_of(code_digest(prepare_t5), what),
+        cache_dir() / "unfinished",
+        [one.test for one in ready],
+        [one.completions for one in ready],
+    )
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A task's part of the bench: the expert without its weights; rows: digests of its splits."""
+
+    expert: Expert
+    completions: Completions
+    validation: WrittenExam
+    test: WrittenExam
+    rows: Sequence[str]
+
+
+def asked(
+    base: Language,
+    name: str,
+    source: Source,
+    limits: Mapping[str, int],
+    top: int | None,
+    progress: bool,
+    settings: Mapping[str, object],
+) -> Ready:
+    """A task's expert, what it writes to unlabelled prompts, and both exams."""
+    task, prompt = task_of(name, source), Prompt(name, source.template)
+    parts = {split: first(task, split, limits) for split in ("merge", "validation", "test")}
+    few = {split: part.to_list() for split, part in parts.items()}
+    expert = read_expert(base, name, source, [prompt.ask(row) for row in few["merge"]])
+    key = [SUITE, expert.manifest["model.safetensors"]]
+    extra = {"key": key, "top": top, "progress": progress}
+    answers = completions(base, expert.state, prompt, few["merge"], **extra, **settings)
+    exams = [written_exam(base, prompt, few[split], **settings) for split in ("validation", "test")]
+    digests = [data_digest(part) for part in parts.values()]
+    return Ready(replace(expert, state={}), answers, *exams, digests)
+
+
+def first(task: Task, split: str, limits: Mapping[str, int]) -> datasets.Dataset:
+    """The first rows of a split, which are in random order."""
+    rows = task.load(split)
+    return rows.select(range(min(limits.get(split, len(rows)), len(rows))))

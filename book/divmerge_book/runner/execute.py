@@ -1,0 +1,94 @@
+"""One notebook: its parameters, checked strictly before anything runs, and its execution."""
+
+import ast
+import io
+import json
+import sys
+import tokenize
+from collections.abc import Mapping
+from pathlib import Path
+
+import nbformat
+import papermill
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+
+from divmerge_book.runner.parameters import Parameter, check, declarations, parse, unknown
+from divmerge_core.storage import fresh_file
+
+
+def parameters(notebook: str | Path) -> dict[str, Parameter]:
+    """What a notebook may be given, read from its parameters cell without running it."""
+    if not Path(notebook).is_file():
+        raise ValueError(f"there is no notebook {notebook}; the book's own are in notebooks/")
+    cells = nbformat.read(notebook, as_version=4).cells
+    tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    if len(tagged) != 1:
+        raise ValueError(f"{notebook} has {len(tagged)} cells tagged 'parameters', it needs one")
+    source = tagged[0].source
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
+    found = {}
+    for name, kind, line in declarations(source, str(notebook)):
+        text = comments.get(line.end_lineno, "")[1:].strip()
+        found[name] = Parameter(name, kind, ast.literal_eval(line.value), text)
+        check(found[name], found[name].default)
+    return found
+
+
+def describe(notebook: str | Path) -> str:
+    """The table of a notebook's parameters: name, type, default, help."""
+    found = parameters(notebook).values()
+    rows = [(p.name, p.kind, json.dumps(p.default), p.help) for p in found]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:3] if rows else []
+    lines = ["  ".join(["", *map(str.ljust, row, widths), row[3]]).rstrip() for row in rows]
+    return "\n".join([f"parameters of {notebook}:", *(lines or ["  (none)"])])
+
+
+def checked(notebook: str | Path, given: Mapping[str, object], *, text: bool) -> dict[str, object]:
+    """The given parameters in the notebook's types, parsed first where they are `text`."""
+    allowed = parameters(notebook)
+    for name in given:
+        if name not in allowed:
+            raise ValueError(f"{unknown(name, allowed)}\n{describe(notebook)}")
+    if text:
+        given = {name: parse(allowed[name], value) for name, value in given.items()}
+    return {name: check(allowed[name], value) for name, value in given.items()}
+
+
+class OwnKernel(AsyncKernelManager):
+    """A kernel of this very interpreter, whatever kernels the user has installed."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        env = {
+            "OMP_WAIT_POLICY": "PASSIVE",  # idle threads yield: a busy machine is four times faster
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONWARNINGS": "ignore:IProgress not found",  # bars are text here
+        }
+        flags = "-m ipykernel_launcher --log-level=50 -f {connection_file}"
+        return KernelSpec(argv=[sys.executable, *flags.split()], env=env, language="python")
+
+
+def execute(
+    page: nbformat.NotebookNode, output: Path, values: Mapping, *, cwd: Path, clean: bool
+) -> None:
+    """Run a notebook in the folder `cwd`; `output` appears whole, or not at all.
+
+    `clean`, for pages, leaves out what cells write to stderr: progress bars are for the terminal.
+    """
+    with fresh_file(output) as new:
+        executed = papermill.execute_notebook(
+            page,
+            None,
+            parameters=dict(values),
+            kernel_name="python3",
+            kernel_manager_class=OwnKernel,
+            cwd=cwd,
+            progress_bar=not clean,
+            stderr_file=sys.stderr,
+        )
+        for cell in executed.cells if clean else []:
+            if cell.cell_type == "code":
+                cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+        nbformat.write(executed, new)

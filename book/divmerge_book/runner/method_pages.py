@@ -1,0 +1,164 @@
+"""The book's pages on merging methods, written from what METHODS says of each and its docstring."""
+
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from divmerge_book.figures import title
+from divmerge_core.methods import METHODS, options_of
+
+NOTEBOOK = "notebooks/06_baselines.ipynb"  # the chapter that takes any method by name
+BLOCKS = {  # how the fact `needs` begins -> the heading of the methods that need it
+    "nothing": "No data",
+    "validation labels": "No data, and validation labels for one number",
+    "unlabelled inputs": "Unlabelled inputs",
+    "a validation score": "A validation score",
+}
+INTRO = """\
+(methods)=
+# Methods
+
+Every merging method of the package, with a page for each: what it computes and why, where it goes
+wrong, where public tools differ from its paper, and what it can be given. Where validation labels
+are needed for one number, such as a scale, the merge itself looks at no data; a validation score is
+asked for again and again. A method's cost grows with the *weights* (one pass over them), with
+*inputs* (forward passes), with *gradients*, or with *training*. Most methods return one vector of
+parameters; a *predictor* answers without one, and its answer may depend on the task or on the
+input. The last two columns say whether the tasks may come in any order, and how many experts a
+method takes.
+"""
+
+
+def slug(name: str) -> str:
+    """A method's name as part of an address: `adamerging++` -> `adamerging_plus_plus`."""
+    return name.replace("+", "_plus")
+
+
+def sources(name: str) -> list[str]:
+    """Keys of what a method cites, its own paper first."""
+    return [key.strip() for key in METHODS.facts[name]["cite"].split(",")]
+
+
+def block(name: str) -> str:
+    """The heading that a method stands under; raises ValueError for a need that has none."""
+    needs = METHODS.facts[name]["needs"]
+    for start, heading in BLOCKS.items():
+        if needs.startswith(start):
+            return heading
+    raise ValueError(f"{name}: needs must begin with {', '.join(BLOCKS)}; got {needs!r}")
+
+
+def table(rows: Iterable[Sequence[str]], *, heads: str, widths: str) -> str:
+    """A MyST table; heads: `header-rows` or `stub-columns`; widths: of the columns, in percent."""
+    lines = ["```{list-table}", f":{heads}: 1", f":widths: {widths}", ""]
+    for row in rows:
+        lines += [f"{'  -' if n else '* -'} {cell}" for n, cell in enumerate(row)]
+    return "\n".join([*lines, "```"])
+
+
+def assigned(options: dict[str, object]) -> str:
+    """`{"keep": 0.2, "trim": "global"}` as it stands in a call."""
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def call(name: str) -> str:
+    """How a method is called in Python, with the first options that a search would try."""
+    given = assigned((*METHODS.facts[name]["search"], {})[0])
+    own = [f"{option}={option}" for option in ("score", "large") if option in options_of(name)]
+    return f'METHODS["{name}"]({", ".join(filter(None, ("problem", given, *own)))})'
+
+
+def command(name: str) -> str:
+    """How a method is run on the suites; one for a second, larger base has none to run on."""
+    if METHODS.facts[name].get("optional") == "large":
+        return "It is made for a second, larger base, which the suites of this book do not have.\n"
+    line = f".venv/bin/python -m divmerge_book run \\\n  {NOTEBOOK} out.ipynb"
+    return f"On the suites of this book:\n\n```bash\n{line} -p methods {name}\n```\n"
+
+
+def option_rows(name: str) -> list[tuple[str, str, str]]:
+    """Name, default and type of every option, as they stand in the signature."""
+    rows = []
+    for option in list(inspect.signature(METHODS[name]).parameters.values())[1:]:
+        default = option.default
+        if isinstance(default, float):
+            default = float(f"{default:.4g}")  # 1/6 in print
+        kind = re.sub(r"\b(?:[A-Za-z_]\w*\.)+", "", inspect.formatannotation(option.annotation))
+        rows.append((f"`{option.name}`", f"`{default!r}`", f"`{kind}`"))
+    return rows
+
+
+def prose(name: str, text: str) -> str:
+    """What follows a docstring's first line, as a page sets it."""
+    # Equations that stand side by side get a line each, else they are wider than a page.
+    rows = r"$$\n\\begin{gathered}\n\1\n\\end{gathered}\n$$"
+    text = re.sub(r"(?s)\$\$\n([^$]*?\\qquad[^$]*?)\n\$\$", rows, text)
+    text = re.sub(r"\s*\\qquad\s+", r" \\\\[1ex]\n", text)
+    # An option that a sentence starts with is set as code.
+    names = "|".join(options_of(name)) or "(?!)"
+    text = re.sub(rf"(^|[.;]\s)({names}): ", r"\1`\2`: ", text, flags=re.M)
+    others = "|".join(map(re.escape, METHODS.keys() - {name, *options_of(name)}))
+    text = re.sub(f"`({others})`", lambda m: f"[{m[0]}](#method-{slug(m[1])})", text)
+    cited = rf"\1 {{cite:p}}`{','.join(sources(name))}`"
+    text = re.sub(r"(?ms)^(Source: .*?)(?=\n\n|\Z)", cited, text)
+    return re.sub(r"^(Idea|Pitfalls|Peers|Source): ", r"**\1.** ", text, flags=re.M)
+
+
+def page(name: str) -> str:
+    """One method's page."""
+    facts, method = METHODS.facts[name], METHODS[name]
+    lead, _, body = inspect.getdoc(method).partition("\n\n")
+    note = "".join(facts["source"].partition(",")[1:])
+    returns = {"vector": "one vector of parameters", "predictor": "a predictor"}
+    tried = "; ".join(f"`{assigned(one)}`" if one else "its defaults" for one in facts["search"])
+    rows = [
+        ("source", f"{{cite:t}}`{sources(name)[0]}`{note}"),
+        ("needs", facts["needs"]),
+        ("cost grows with", facts["cost"]),
+        ("returns", returns[facts.get("returns", "vector")]),
+        ("order of tasks", "immaterial" if facts["symmetric"] else "matters"),
+        ("experts", f"exactly {facts['exactly']}" if "exactly" in facts else "any number"),
+        ("a search tries", tried or "its defaults alone"),
+        ("code", f"`{method.__module__.replace('.', '/')}.py`"),
+    ]
+    options, head = option_rows(name), ("option", "default", "type")
+    return "\n".join(
+        [
+            f"(method-{slug(name)})=\n# {title(name)}\n\n{lead}\n",
+            table(rows, heads="stub-columns", widths="22 78"),
+            f"\n{prose(name, body)}\n\n## Options\n",
+            table([head, *options], heads="header-rows", widths="25 25 50") if options else "None.",
+            "\n## How to call it\n",
+            f"```python\nfrom divmerge_core import METHODS\n\nmerged = {call(name)}\n```\n",
+            command(name),
+        ]
+    )
+
+
+def index() -> str:
+    """The page that lists all methods, in blocks by the data they need."""
+    head = ("method", "source", "needs", "cost", "returns", "any order", "experts")
+    parts = [INTRO]
+    for heading in BLOCKS.values():
+        rows = [
+            (
+                f"[{title(name)}](#method-{slug(name)})",
+                f"{{cite:t}}`{sources(name)[0]}`",
+                *(facts["needs"], facts["cost"], facts.get("returns", "vector")),
+                *("yes" if facts["symmetric"] else "no", str(facts.get("exactly", "any"))),
+            )
+            for name, facts in METHODS.facts.items()
+            if block(name) == heading
+        ]
+        widths = "17 22 22 11 11 8 9"
+        parts += [f"## {heading}\n", table([head, *rows], heads="header-rows", widths=widths), ""]
+    return "\n".join(parts)
+
+
+def write(folder: Path) -> None:
+    """Write `index.md` and one page per method into a folder of the book's source."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "index.md").write_text(index(), "utf-8")
+    for name in METHODS:
+        (folder / f"{slug(name)}.md").write_text(page(name), "utf-8")

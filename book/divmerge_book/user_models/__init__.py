@@ -1,0 +1,45 @@
+"""Your own experts and your own texts: described in one file, checked, merged, written to disk.
+
+    from divmerge_book.user_models import check, load, merge_and_score, read, write_merged
+
+    plan = check(read("my_models.yaml"))    # everything but the weights; errors name file and line
+    bench = load(plan)                      # base, task vectors, unlabelled inputs, labelled rows
+    found = merge_and_score(bench, ["average", "divmerge/layer"])
+    write_merged(plan, bench, found, "divmerge/layer", "merged/")
+
+The description (YAML or JSON; relative paths start at its own folder):
+
+    base: models/bert              # folder, hub name, or a packaged encoder such as bert_tiny
+    max_length: 128                # tokens; longer inputs are cut
+    pad_token: <|endoftext|>       # only where neither base nor experts name one, as with GPT-2
+    tasks:
+      - name: questions
+        expert: models/questions   # transformers checkpoint, PEFT LoRA folder, or our own expert
+        merge: data/questions.csv  # unlabelled; .csv, .tsv, .jsonl, .parquet, datasets folder
+        validation: data/qv.csv    # labelled; without it methods keep their published options
+        test: data/qt.csv          # labelled; without it there is no accuracy
+        columns: {text: question, pair: context, label: kind}
+        labels: [person, place]    # in the order of the model's outputs; else from its config
+"""
+
+from divmerge_book.user_models.description import Description, TaskFiles, locate, read
+from divmerge_book.user_models.load import load
+from divmerge_book.user_models.plan import Plan, check
+from divmerge_book.user_models.result import Found, closeness, merge_and_score, task_scores
+from divmerge_book.user_models.save import target, write_merged
+
+__all__ = [
+    "Description",
+    "Found",
+    "Plan",
+    "TaskFiles",
+    "check",
+    "closeness",
+    "load",
+    "locate",
+    "merge_and_score",
+    "read",
+    "target",
+    "task_scores",
+    "write_merged",
+]

@@ -1,0 +1,171 @@
+"""LoRA experts in PEFT's folders, read without PEFT: W + scale B A, and the modules saved whole."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from divmerge_core.checkpoints.safetensors_io import stored
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What changes no weight once training is over, and what we compute with.
+SILENT = {
+    *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type"),
+    *("peft_version", "lora_dropout", "target_modules", "exclude_modules", "layers_pattern"),
+    *("layers_to_transform", "megatron_core", "qalora_group_size", "runtime_config"),
+    *("eva_config", "ensure_weight_tying", "fan_in_fan_out", "modules_to_save"),
+    *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+}
+PLAIN = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # these leave the base as is
+
+
+@dataclass(frozen=True)
+class Factors:
+    """B A for one tensor of the model: keys in the file, scale, and whether (B A) is transposed."""
+
+    left: str
+    right: str
+    scale: float
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter's file does to a model: tensors with factors, and tensors it replaces."""
+
+    path: Path
+    factors: Mapping[str, Factors]
+    saved: Mapping[str, str]
+
+    def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict with W + scale B A, and with the saved tensors in place of others."""
+        result = dict(state)
+        with safe_open(self.path, "pt") as file:
+            for name, pair in self.factors.items():
+                product = file.get_tensor(pair.left).float() @ file.get_tensor(pair.right).float()
+                product = product.T if pair.transposed else product
+                result[name] = state[name] + pair.scale * product.to(state[name].device)
+            for name, key in self.saved.items():
+                result[name] = file.get_tensor(key).float()
+        return result
+
+
+def read_config(folder: Path) -> dict:
+    """An adapter's configuration. Raises ValueError for all that is not plain LoRA, by name."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(
+            f"{path}: peft_type is {kind!r}, only LORA can be merged here; merge the adapter into "
+            "its base with PEFT and give the checkpoint"
+        )
+    bias, start = config.get("bias", "none"), config.get("init_lora_weights", True)
+    special = {k: v for k, v in config.items() if k not in SILENT and v}
+    special = {k: v for k, v in special.items() if k not in ("bias", "init_lora_weights")}
+    special |= {} if bias == "none" else {"bias": bias}
+    special |= {} if start in PLAIN else {"init_lora_weights": start}  # others change the base
+    if special:
+        named = ", ".join(f"{key}={value!r}" for key, value in special.items())
+        raise ValueError(
+            f"{path}: {named} is more than plain LoRA; merge the adapter into its base with PEFT "
+            "(merge_and_unload) and give the checkpoint"
+        )
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(f"{folder} has no {WEIGHTS}; save the adapter with safetensors")
+    return config
+
+
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a safetensors file; no weight is read."""
+    return {name: tensor.shape for name, tensor in stored(path).items()}
+
+
+def plain_name(key: str) -> str:
+    """A key of the adapter's file as the model names it."""
+    name = key.removeprefix("base_model.model.")
+    return name.replace(".modules_to_save.default", "").replace(".modules_to_save", "")
+
+
+def pattern(
+    patterns: Mapping[str, float | int] | None, module: str, default: float | int
+) -> float | int:
+    """The value of the pattern that ends a module's name, as PEFT matches them; else default."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def adapter_of(folder: Path, model: nn.Module) -> Adapter:
+    """How an adapter changes a model (which may be on the meta device: only shapes are looked at).
+
+    The scale is alpha / r, or alpha / sqrt(r) with rsLoRA, with PEFT's patterns per module; r is
+    the factors' own. Source: PEFT's LoRA, Hu et al. 2022. Raises ValueError for tensors that the
+    model lacks and for shapes that do not fit.
+    """
+    config, path = read_config(folder), folder / WEIGHTS
+    found, modules = shapes_in(path), dict(model.named_modules())
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    factors, saved = {}, {}
+    for key, shape in found.items():
+        name, marked = re.subn(
+            r"\.lora_(embedding_)?B(\.default)?(\.weight)?$", "", plain_name(key)
+        )
+        if not marked:
+            if not re.search(r"\.lora_(embedding_)?A", key):
+                saved[plain_name(key)] = key
+            continue
+        other = re.sub(r"\.lora_(embedding_)?B", r".lora_\1A", key)
+        tensor = f"{name}.weight"
+        transposed = isinstance(modules.get(name), (Conv1D, nn.Embedding))
+        alpha = pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+        product = (shape[0], *found.get(other, ())[1:])
+        if transposed:
+            product = product[::-1]
+        if len(shape) != 2 or shapes.get(tensor) != product or found[other][0] != shape[1]:
+            raise ValueError(
+                f"{path}: factors {list(shape)} and {list(found.get(other, ()))} for {tensor}, "
+                f"which has shape {list(shapes.get(tensor, ()))} in this base; the adapter was "
+                "trained on another model"
+            )
+        root = math.sqrt(shape[1]) if config.get("use_rslora") else shape[1]
+        factors[tensor] = Factors(key, other, alpha / root, transposed)
+    for name, key in saved.items():
+        if shapes.get(name) != found[key]:
+            raise ValueError(
+                f"{path}: holds {key} {list(found[key])}, the model's {name} has shape "
+                f"{list(shapes.get(name, ()))}; give labels that fit, and the adapter's own base"
+            )
+    if not factors:
+        raise ValueError(f"{path} holds no LoRA factors (keys with lora_A and lora_B)")
+    return Adapter(path, factors, saved)
+
+
+def num_labels(folder: Path, model: nn.Module, marker: int) -> int:
+    """How many labels an adapter's own head has: where `model` was built with `marker` labels."""
+    found = {plain_name(key): shape for key, shape in shapes_in(folder / WEIGHTS).items()}
+    for name, tensor in model.named_parameters():
+        if tensor.shape[0] == marker and name in found:
+            return found[name][0]
+    raise ValueError(
+        f"{folder / WEIGHTS} holds no classification head; train the adapter with task_type "
+        "SEQ_CLS, or name the head in modules_to_save"
+    )
+
+
+def finite(tensors: Mapping[str, Tensor], who: str) -> None:
+    """Raise ValueError where a tensor holds NaN or inf."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{who}: {name} holds NaN or inf; the checkpoint is damaged")

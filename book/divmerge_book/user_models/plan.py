@@ -1,0 +1,205 @@
+"""All that can be checked before weights are loaded: folders, tokenizers, rows and labels."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import datasets
+import pandas as pd
+import transformers
+
+from divmerge_book.user_models.data import load_rows, shared
+from divmerge_book.user_models.description import SPLITS, Description, TaskFiles, together
+from divmerge_book.user_models.folders import (
+    BaseFolder,
+    Source,
+    open_base,
+    open_expert,
+    tokenizer_of,
+)
+
+COMPARED = 50  # texts of every task that both tokenizers must cut up alike
+ROLES = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A description that holds: experts that fit the base, and rows that fit the experts.
+
+    rows: split -> per task its rows, None where it has none. notes: what is worth knowing and no
+    reason to stop.
+    """
+
+    description: Description
+    base: BaseFolder
+    experts: tuple[Source, ...]
+    rows: Mapping[str, tuple[datasets.Dataset | None, ...]]
+    notes: tuple[str, ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(source.task.name for source in self.experts)
+
+    def complete(self, split: str) -> bool:
+        """Whether every task has rows of a split."""
+        return all(rows is not None for rows in self.rows[split])
+
+    def table(self) -> pd.DataFrame:
+        """One row per task: its expert's kind, its labels, and how many rows every split has."""
+        found = [
+            {"task": source.task.name, "expert": source.kind, "labels": ", ".join(source.labels)}
+            | {split: len(self.rows[split][n] or ()) for split in SPLITS}
+            for n, source in enumerate(self.experts)
+        ]
+        return pd.DataFrame(found).set_index("task")
+
+
+def files_exist(task: TaskFiles) -> None:
+    """Raise ValueError for the first path of a task that is not there."""
+    for field, path in {"expert": task.expert, **task.files()}.items():
+        if not path.exists():
+            raise ValueError(
+                f"task {task.name!r}: {field} names {path}, which does not exist; relative paths "
+                "start at the description's own folder"
+            )
+
+
+def special(tokenizer: transformers.PreTrainedTokenizerBase) -> dict[str, str]:
+    """Role -> token, for the roles that a tokenizer fills."""
+    found = {role: getattr(tokenizer, f"{role}_token", None) for role in ROLES}
+    return {role: str(token) for role, token in found.items() if token is not None}
+
+
+def tokenizer_gap(
+    base: transformers.PreTrainedTokenizerBase,
+    own: transformers.PreTrainedTokenizerBase,
+    texts: Sequence[str],
+) -> str | None:
+    """How an expert's tokenizer differs from the base's; None where it does not.
+
+    Compared are vocabularies, special tokens that both have, and how these texts are cut up.
+    """
+    ours, theirs = base.get_vocab(), own.get_vocab()
+    if ours != theirs:
+        moved = sorted(t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t))
+        return f"its vocabulary differs from the base's in {len(moved)} tokens, such as {moved[:3]}"
+    wanted, found = special(base), special(own)
+    for role in wanted:
+        if role in found and found[role] != wanted[role]:
+            return f"its {role} token is {found[role]!r}, the base's {wanted[role]!r}"
+    for text in texts[:COMPARED]:
+        if base(text).input_ids != own(text).input_ids:
+            return (
+                f"its tokenizer cuts up {text[:60]!r} in another way than the base's (lower case? "
+                "special tokens?)"
+            )
+    return None
+
+
+def same_tokenizer(source: Source, base: BaseFolder, rows: datasets.Dataset) -> str | None:
+    """The expert's padding token, where its folder has a tokenizer with one.
+
+    Raises ValueError where the expert's vocabulary, special tokens or way of cutting up this
+    task's own texts differ from the base's. A token that the base lacks may be added.
+    """
+    own, folder = tokenizer_of(source.task.expert), source.task.expert
+    if own is None:
+        return None
+    texts = list(rows["text"][:COMPARED])
+    if gap := tokenizer_gap(base.tokenizer, own, texts):
+        raise ValueError(
+            f"expert {folder}: {gap}; merging needs experts that read texts as the base does"
+        )
+    return special(own).get("pad")
+
+
+def settle_inputs(
+    base: BaseFolder,
+    experts: tuple[Source, ...],
+    pads: list[str | None],
+    given: str | None = None,
+) -> list[str]:
+    """Let the base's tokenizer give what all models take, padded with the one token in use.
+
+    given: the description's. Returns a note where the base itself names no padding token. Raises
+    ValueError where nobody does, two differ, or the vocabulary lacks the one given.
+    """
+    tokenizer = base.tokenizer
+    if given is not None and given not in tokenizer.get_vocab():
+        raise ValueError(
+            f"pad_token {given!r} is no token of the base {base.name!r}; give one of its own, such "
+            f"as {tokenizer.eos_token or tokenizer.unk_token!r}"
+        )
+    used = {pad for pad in (tokenizer.pad_token, *pads, given) if pad is not None}
+    for source in experts:
+        number = getattr(getattr(source.model, "config", None), "pad_token_id", None)
+        used |= {tokenizer.convert_ids_to_tokens(number)} if number is not None else set()
+    if len(used) != 1:
+        raise ValueError(
+            f"base and experts pad with {sorted(used) or 'nothing'}; one padding token is needed: "
+            "name pad_token in the description, or set it in the base's tokenizer, and "
+            "pad_token_id in every expert's config.json"
+        )
+    tokenizer.pad_token = used.pop()
+    tokenizer.padding_side = "right"
+    for source in experts:
+        if source.model is not None:
+            source.model.config.pad_token_id = tokenizer.pad_token_id
+            taken = inspect.signature(source.model.forward).parameters
+            tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n in taken]
+    if base.config.pad_token_id is None:
+        return [
+            f"the base {base.name!r} names no pad_token_id in its config.json, so the merged model "
+            f"will name none: set it to {tokenizer.pad_token_id} before it reads batches"
+        ]
+    return []
+
+
+def check_length(description: Description, base: BaseFolder) -> None:
+    """Raise ValueError where inputs would be longer than the model has positions."""
+    places = getattr(base.config, "max_position_embeddings", None)
+    limit = min(places or base.tokenizer.model_max_length, base.tokenizer.model_max_length)
+    if description.max_length > limit:
+        raise ValueError(
+            f"{description.path}: max_length is {description.max_length}, the base {base.name!r} "
+            f"reads {limit} tokens at most; set max_length to {limit} or less"
+        )
+
+
+def one_class(source: Source, split: str, rows: datasets.Dataset) -> list[str]:
+    """A note where labelled rows do not hold all labels."""
+    held = set(rows["label"]) if split != "merge" else set()
+    missing = [label for n, label in enumerate(source.labels) if n not in held]
+    if split == "merge" or not missing:
+        return []
+    return [f"task {source.task.name!r}: no {split} row has the label {', '.join(missing)}"]
+
+
+def check(description: Description) -> Plan:
+    """Everything about a description that can be checked without loading weights.
+
+    Raises ValueError with all problems of the first stage that has any: paths; the base; experts'
+    architectures, labels and adapters; rows; splits that share inputs; tokenizers.
+    """
+    together(partial(files_exist, task) for task in description.tasks)
+    base = open_base(description.base, description.path.parent)
+    check_length(description, base)
+    experts = tuple(together(partial(open_expert, task, base) for task in description.tasks))
+    jobs = [(s, split) for s in experts for split in s.task.files()]
+    loaded = together(
+        partial(load_rows, s.task, split, s.labels, base.tokenizer) for s, split in jobs
+    )
+    rows = {(s.task.name, split): data for (s, split), data in zip(jobs, loaded, strict=True)}
+    by_task = {
+        s.task.name: {split: rows[s.task.name, split] for split in s.task.files()} for s in experts
+    }
+    notes = sum(together(partial(shared, name, splits) for name, splits in by_task.items()), [])
+    pads = together(
+        partial(same_tokenizer, s, base, by_task[s.task.name]["merge"]) for s in experts
+    )
+    notes += settle_inputs(base, experts, pads, description.pad_token)
+    for (source, split), data in zip(jobs, loaded, strict=True):
+        notes += one_class(source, split, data)
+    splits = {split: tuple(by_task[s.task.name].get(split) for s in experts) for split in SPLITS}
+    return Plan(description, base, experts, splits, tuple(notes))

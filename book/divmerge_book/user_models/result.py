@@ -1,0 +1,190 @@
+"""Merge one's own experts by several methods, score what has labels, and write one to disk."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from divmerge_book.evaluation.benchmark import check_fit_for, check_request
+from divmerge_book.evaluation.experiment import SIZES, Bench
+from divmerge_book.evaluation.hyperparameter_search import (
+    Made,
+    Merges,
+    candidates,
+    own_experts,
+    search,
+)
+from divmerge_book.evaluation.metrics import evaluate, numbers
+from divmerge_book.evaluation.report import Report
+from divmerge_core.divergences import objective
+from divmerge_core.merging.problem import Batch, Merged
+from divmerge_core.methods import METHODS, options_of, parse
+
+SUITE = "local"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What merging gave: merges and options by method, a Report where there are labels.
+
+    closeness: method, task, rows (the split asked), divergence (mean, in nats, from the expert) and
+    agreement (share of inputs answered as the expert does): these need no labels.
+    """
+
+    made: Mapping[str, Made]
+    options: Mapping[str, Mapping]
+    closeness: pd.DataFrame
+    report: Report | None
+
+
+def labelled(bench: Bench) -> list[str]:
+    """The tasks that have test rows."""
+    tasks = bench.problem.vectors.tasks
+    return [task for task, exam in zip(tasks, bench.test, strict=True) if exam.rows]
+
+
+def check_methods(bench: Bench, specs: Sequence[str], overrides: Mapping) -> bool:
+    """Whether methods may search with validation rows, which all tasks must have.
+
+    Raises ValueError for what is unknown, for methods that return no single model, and for those
+    that cannot do without a validation score where there is none.
+    """
+    check_request(specs, [0], overrides)
+    check_fit_for(specs, [bench.problem.vectors.tasks])
+    searching = all(exam.rows for exam in bench.validation)
+    for spec in specs:
+        name, _ = parse(spec)
+        if METHODS.facts[name].get("returns") == "predictor":
+            raise ValueError(
+                f"{spec} returns no single merged model, so none can be written; choose one that "
+                "does, such as divmerge/layer"
+            )
+        if "score" in options_of(name) and not searching:
+            raise ValueError(
+                f"{spec} searches with a validation score: give every task a validation split, or "
+                "leave it out"
+            )
+    return searching
+
+
+@torch.no_grad()
+def closeness(
+    bench: Bench, merged: Mapping[str, Merged], *, divergence: str = "js"
+) -> pd.DataFrame:
+    """How near merges answer to every expert, on its test inputs, or else its merge inputs.
+
+    Columns method, task, rows, divergence (mean over inputs, nats) and agreement (share of inputs
+    with the expert's answer).
+    """
+    problem, distance, found = bench.problem, objective(divergence), []
+    for number, task in enumerate(problem.vectors.tasks):
+        tested = getattr(bench.test[number], "batches", ())  # what is written has none
+        batches: Sequence[Batch] = tested or problem.batches[number]
+        expert = problem.vectors.expert(task)
+        wanted = torch.cat([problem.logits(expert, number, batch) for batch in batches])
+        for method, flat in merged.items():
+            given = torch.cat([problem.logits_of(flat, number, batch) for batch in batches])
+            same = (given.argmax(-1) == wanted.argmax(-1)).double().mean().item()
+            mean = distance(wanted, given).mean().item()
+            found.append((method, task, "test" if tested else "merge", mean, same))
+    return pd.DataFrame(found, columns=["method", "task", "rows", "divergence", "agreement"])
+
+
+def merge_and_score(
+    bench: Bench,
+    specs: Sequence[str],
+    *,
+    budget: int | None = None,
+    seed: int = 0,
+    suite: str = SUITE,
+    progress: bool = True,
+    **overrides: object,
+) -> Found:
+    """Every method on the reader's experts, scored where there are labelled test rows.
+
+    budget: candidates of each method's search on validation rows, None for all that it registers;
+    without validation rows each takes its published options. overrides: options of the fits
+    (`epochs`, `lr`, `init`, `inputs`, `divergence`). suite: its name in the report, whose methods
+    `expert` and `base` are the references.
+
+    Raises ValueError as `check_methods` says, and Diverged where a merge runs off.
+    """
+    searching = check_methods(bench, specs, {k: v for k, v in overrides.items() if k != "inputs"})
+    size = replace(SIZES["full"], candidates=budget if searching else 1)
+    made, options = {}, {}
+    for spec in (bar := tqdm(specs, "merging", disable=not progress, leave=False)):
+        bar.set_postfix_str(spec)
+        merges = Merges(bench, spec)
+        given = {"inputs": None, **overrides}
+        tried = candidates(spec, replace(size, inputs=None), seed, given, bench.problem)
+        best = search(merges, tried).best
+        made[spec], options[spec] = merges(tried[best]), tried[best]
+    flats = {spec: one.merged for spec, one in made.items()}
+    near = closeness(bench, {"base": bench.problem.vectors.base, **flats})
+    return Found(made, options, near, scored(bench, flats, seed, suite))
+
+
+def scored(
+    bench: Bench, merged: Mapping[str, Merged], seed: int, suite: str = SUITE
+) -> Report | None:
+    """Answers of experts, base and merges to the labelled test rows; None without any."""
+    tasks = labelled(bench)
+    if not tasks:
+        return None
+    part = bench.select(tasks)
+    labels = {"suite": suite, "subset": "+".join(tasks), "seed": seed}
+    parts = [own_experts(part, part.test, **labels, method="expert")]
+    for method, flat in {"base": part.problem.vectors.base, **merged}.items():
+        parts.append(evaluate(part.problem, flat, part.test, **labels, method=method))
+    counts = sorted({exam.rows for exam in part.test})
+    rows = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return Report.of(
+        pd.concat(parts, ignore_index=True),
+        suite=suite,
+        encoder=bench.base.name,
+        size="own",
+        device=str(bench.problem.vectors.base.device),
+        precision=bench.experts[0].manifest["precision"],
+        rows_per_task={"test": rows},
+    )
+
+
+def task_scores(
+    report: Report | None, method: str, *, draws: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """A method's scores on every labelled task, with 95 % bootstrap intervals over rows.
+
+    Columns task, metric, value, low, high. By task: accuracy; majority, the accuracy of a constant
+    prediction (no interval); ratio and kept_margin (see `Report.against_experts`), with an interval
+    where the task counts in the ANP, and NaN for the margin of an expert that has none. Where tasks
+    count, the last rows are of task `all`: anp and kept_margin.
+    """
+    columns = ["task", "metric", "value", "low", "high"]
+    if report is None:
+        return pd.DataFrame(columns=columns)
+    suite, generator, found = report.rows.suite.iloc[0], np.random.default_rng(seed), []
+
+    def interval(part: Report, statistic: str) -> tuple[float, ...]:
+        every = part.intervals(statistic=statistic, draws=draws, seed=seed).set_index("method")
+        return tuple(every.loc[method, ["value", "low", "high"]])
+
+    exact = report.against_experts().query("method == @method").set_index("task")
+    for row in report.rows[report.rows.method == method].itertuples():
+        right = numbers(row.predicted) == numbers(row.gold)
+        drawn = generator.binomial(len(right), right.mean(), draws) / len(right)
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        found.append((row.task, "accuracy", float(right.mean()), float(low), float(high)))
+        own = exact.loc[row.task]
+        found.append((row.task, "majority", own.floor, np.nan, np.nan))
+        alone = replace(report, rows=report.rows[report.rows.task == row.task])
+        for column, statistic in (("ratio", "anp"), ("kept_margin", "kept_margin")):
+            value = own[column], np.nan, np.nan
+            found.append(
+                (row.task, column, *(interval(alone, statistic) if own.counted else value))
+            )
+    for statistic in ("anp", "kept_margin") if report.counted(suite) else ():
+        found.append(("all", statistic, *interval(report, statistic)))
+    return pd.DataFrame(found, columns=columns)

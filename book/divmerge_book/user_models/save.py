@@ -1,0 +1,142 @@
+"""One of the merges on disk, with its coefficients, the tasks' heads and what is known of it."""
+
+import inspect
+import os
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.models.finetuning import data_digest
+from divmerge_book.user_models.description import Description
+from divmerge_book.user_models.plan import Plan
+from divmerge_book.user_models.result import Found, task_scores
+from divmerge_core.checkpoints import Head, MergeRecord, write
+from divmerge_core.merging.coefficients import groups_of
+from divmerge_core.merging.task_vectors import TaskVectors
+from divmerge_core.methods import METHODS, parse
+
+
+@torch.no_grad()
+def coefficients_of(
+    vectors: TaskVectors,
+    flat: Float[Tensor, " N"],
+    grouping: str,
+    near: Float[Tensor, "T G"] | None = None,
+) -> Float[Tensor, "T G"] | None:
+    """Lambda of a merge of the form theta_0 + sum_t Lambda[t, g] tau_t; None for another form.
+
+    Least squares in every group, in float64; where task vectors leave Lambda open (a group that an
+    expert did not change), it is the one nearest to `near`, or to 0. A merge has the form where it
+    is met within a thousandth of its change, or the rounding of its float32.
+    """
+    names, groups = groups_of(vectors.layout, grouping)
+    count, size = len(vectors.tasks), len(names)
+    gram = torch.zeros(size, count, count, dtype=torch.float64)
+    along = torch.zeros(size, count, dtype=torch.float64)
+    pieces = list(zip(vectors.layout.bounds, groups, strict=True))
+    for (begin, stop), group in pieces:
+        deltas = vectors.deltas[:, begin:stop].double().cpu()  # [T, n]
+        change = (flat[begin:stop].double() - vectors.base[begin:stop].double()).cpu()
+        gram[group] += deltas @ deltas.T
+        along[group] += deltas @ change
+    start = torch.zeros(count, size) if near is None else near
+    start = start.double().T[..., None]  # [G, T, 1]
+    moved_by = torch.linalg.pinv(gram, hermitian=True) @ (along[..., None] - gram @ start)
+    coeffs = (start + moved_by)[..., 0].T
+    rest = moved = 0.0
+    for (begin, stop), group in pieces:
+        change = (flat[begin:stop].double() - vectors.base[begin:stop].double()).cpu()
+        made = coeffs[:, group] @ vectors.deltas[:, begin:stop].double().cpu()
+        rest, moved = rest + (change - made).square().sum(), moved + change.square().sum()
+    limit = 1e-3 * moved.sqrt() + 1e-6 * vectors.base.double().norm().cpu()
+    return coeffs.float() if rest.sqrt() <= limit else None
+
+
+def grouping_of(spec: str) -> str:
+    """The grouping that a method was asked for, or its own; `task` where it has none."""
+    name, fixed = parse(spec)
+    option = inspect.signature(METHODS[name]).parameters.get("grouping")
+    return fixed.get("grouping", option.default if option else "task")
+
+
+def heads_of(plan: Plan, bench: Bench) -> dict[str, Head]:
+    """Every task's head as it is written beside the merged model."""
+    found = {}
+    for source, expert in zip(plan.experts, bench.experts, strict=True):
+        tensors, kind = dict(expert.head), "mean"
+        if source.model is None:
+            tensors = {name: tensors[f"head.{name}"] for name in ("weight", "bias")}
+        else:
+            kind = type(source.model).__name__
+        found[source.task.name] = Head(tensors, source.labels, kind)
+    return found
+
+
+def target(description: Description, output: str | os.PathLike, *, overwrite: bool = False) -> Path:
+    """Where the merged model goes; relative paths start at the description's own folder.
+
+    Raises ValueError now, and not after the merge, for a folder that holds something already.
+    """
+    folder = (description.path.parent / Path(output).expanduser()).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+        raise ValueError(
+            f"output {folder} exists and is not empty; name a new folder, or set overwrite to "
+            "replace the model in it"
+        )
+    return folder
+
+
+def write_merged(
+    plan: Plan,
+    bench: Bench,
+    found: Found,
+    spec: str,
+    folder: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    **options: object,
+) -> Path:
+    """Put one of the merges on disk with heads, card, coefficients and recipe; see checkpoints.
+
+    options: of `checkpoints.write`, such as dtype or max_shard_bytes. Raises ValueError for a
+    method that was not run.
+    """
+    if spec not in found.made:
+        raise ValueError(f"{spec!r} was not merged; there are {', '.join(found.made)}")
+    vectors, flat = bench.problem.vectors, found.made[spec].merged
+    grouping = grouping_of(spec)
+    fit = found.made[spec].fit
+    near = torch.tensor(fit["coefficients"]) if fit else None
+    data = {
+        source.task.name: {
+            "rows": {split: len(plan.rows[split][n] or ()) for split in plan.rows},
+            "digest": data_digest(plan.rows["merge"][n])[:16],
+            "labels": ", ".join(source.labels),
+            "expert": source.kind,
+        }
+        for n, source in enumerate(plan.experts)
+    }
+    record = MergeRecord(
+        method=spec,
+        tasks=vectors.tasks,
+        base=plan.base.folder,
+        experts={source.task.name: source.task.expert for source in plan.experts},
+        options={k: v for k, v in found.options[spec].items() if k != "grouping"},
+        coeffs=coefficients_of(vectors, flat, grouping, near),
+        groups=groups_of(vectors.layout, grouping)[0],
+        grouping=grouping,
+        base_name=plan.base.name,
+        data=data,
+        scores=task_scores(found.report, spec),
+    )
+    return write(
+        folder,
+        record,
+        merged=vectors.layout.unflatten(flat),
+        heads=heads_of(plan, bench),
+        overwrite=overwrite,
+        **options,
+    )

@@ -1,0 +1,296 @@
+"""What is told about a merged model: its record, its coefficients as JSON, and its card."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+import yaml
+from divmerge_book.evaluation.provenance import origin
+from jaxtyping import Float
+from torch import Tensor
+
+from divmerge_core.checkpoints.heads import MEAN, Head
+from divmerge_core.checkpoints.safetensors_io import StoredModel
+from divmerge_core.merging.coefficients import GROUPINGS
+from divmerge_core.methods import METHODS
+
+SCORES = ("task", "metric", "value", "low", "high")
+ABSENT = "not measured"
+MEANING = {  # of metrics whose names do not say it
+    "majority": "`majority`: accuracy of always predicting the majority class of the test rows.",
+    "ratio": "`ratio`: accuracy over the expert's.",
+    "kept_margin": "`kept_margin`: accuracy above the majority over the expert's above it.",
+    "anp": "`anp`: mean ratio of the tasks whose expert beats the majority by two points or more.",
+}
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """How a merged model was made: all that its card, its coefficients and its recipe say.
+
+    method and options: as in METHODS. base: folder of the base in the hub's layout (config.json,
+    safetensors, tokenizer). experts: task -> folder of its expert with model.safetensors (or
+    shards and their index); may be empty where the merged tensors are in memory, and then no hash
+    of them and no mergekit recipe is written. coeffs [T, G]: of theta_0 + sum_t Lambda[t, g] tau_t,
+    rows in the order of tasks; None where the merge is not of this form. groups: names of the G
+    groups; grouping: a name in GROUPINGS. base_name: what the card calls the base (a hub name);
+    the folder's name where it is empty.
+
+    data: task -> facts such as {"rows": {"merge": 40, "test": 200}, "digest": "ab12..."}; values
+    are numbers, texts or mappings of these. scores: one row per task and metric with the columns
+    task, metric, value, low, high (low and high: ends of the 95 % interval; NaN where there is
+    none); None or a task without a row is told as "not measured".
+
+    Raises ValueError where the parts do not fit together, or options are no JSON.
+    """
+
+    method: str
+    tasks: tuple[str, ...]
+    base: Path
+    experts: Mapping[str, Path] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
+    coeffs: Float[Tensor, "T G"] | None = None
+    groups: tuple[str, ...] = ("model",)
+    grouping: str = "task"
+    base_name: str = ""
+    data: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    scores: pd.DataFrame | None = None
+
+    def __post_init__(self):
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks must be one or more distinct names, got {list(self.tasks)}")
+        strange = sorted({*self.experts, *self.data} - set(self.tasks))
+        if strange:
+            raise ValueError(
+                f"experts or data are given for {', '.join(strange)}; the tasks are "
+                f"{', '.join(self.tasks)}"
+            )
+        shape = (len(self.tasks), len(self.groups))
+        if self.coeffs is not None and (
+            tuple(self.coeffs.shape) != shape or not torch.isfinite(self.coeffs).all()
+        ):
+            raise ValueError(
+                f"{shape[0]} tasks and {shape[1]} groups need finite coefficients {list(shape)}, "
+                f"got {list(self.coeffs.shape)}"
+            )
+        if self.scores is not None and not set(SCORES) <= set(self.scores.columns):
+            raise ValueError(
+                f"scores need the columns {', '.join(SCORES)}, got {', '.join(self.scores.columns)}"
+            )
+        try:
+            json.dumps(dict(self.options))
+        except TypeError as error:
+            raise ValueError(f"options must be plain values that JSON can hold: {error}") from error
+
+
+def group_numbers(record: MergeRecord, names: Sequence[str]) -> list[int]:
+    """Each tensor's column of the coefficients. Raises ValueError for tensors of no group."""
+    label = GROUPINGS[record.grouping]
+    columns = {group: number for number, group in enumerate(record.groups)}
+    outside = [name for name in names if label(name) not in columns]
+    if outside:
+        raise ValueError(
+            f"grouping {record.grouping!r} puts {outside[:3]} in groups that have no coefficient; "
+            f"there are {', '.join(record.groups[:5])} (names= says which tensors are merged)"
+        )
+    return [columns[label(name)] for name in names]
+
+
+def coefficients_json(record: MergeRecord) -> str:
+    """Tasks, groups and coefficients [T, G] (null where there are none), method and options.
+
+    Numbers are written in full: reading them gives back the same float32 or float64.
+    """
+    facts = {
+        "method": record.method,
+        "options": dict(record.options),
+        "tasks": list(record.tasks),
+        "grouping": record.grouping,
+        "groups": list(record.groups),
+        "values": None if record.coeffs is None else record.coeffs.tolist(),
+    }
+    return json.dumps(facts, indent=1) + "\n"
+
+
+def card(
+    record: MergeRecord,
+    base: StoredModel,
+    heads: Mapping[str, Head],
+    hashes: Mapping[str, str],
+    inputs: Mapping[str, str],
+    *,
+    reason: str,
+) -> str:
+    """The model card: Markdown behind a head of YAML, made without a network.
+
+    hashes and inputs: file -> SHA-256, of what was written and of what went in. reason: why there
+    is no mergekit recipe; empty where there is one.
+    """
+    parts = (
+        front(record),
+        f"# {', '.join(record.tasks)}: one merged model",
+        made(record),
+        "## Coefficients\n\n" + coefficients_table(record),
+        "## Data\n\n" + data_table(record),
+        "## Scores\n\n" + scores_table(record),
+        "## Loading\n\nIn this folder:\n\n" + loading(base, heads),
+        "## mergekit\n\n" + mergekit_note(reason),
+        "## SHA-256\n\n" + table(("written file", "SHA-256"), hashes.items()),
+        table(("input file", "SHA-256"), inputs.items()),
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def front(record: MergeRecord) -> str:
+    """The front matter that model hubs read."""
+    facts = {
+        "base_model": record.base_name or record.base.name,
+        "library_name": "transformers",
+        "tags": ["merge", "model-merging", record.method.partition("/")[0]],
+    }
+    return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---"
+
+
+def made(record: MergeRecord) -> str:
+    """From what, by which method, with which options, when and with which versions."""
+    name = record.method.partition("/")[0]
+    source = f" ({METHODS.facts[name]['source']})" if name in METHODS else ""
+    options = json.dumps(dict(record.options)) if record.options else "those of the method"
+    facts = origin()
+    versions = ", ".join(f"{key} {facts[key]}" for key in ("python", "torch", "transformers"))
+    return (
+        f"Experts for {len(record.tasks)} tasks, merged into one model of their base, "
+        f"{record.base_name or record.base.name}.\n\n"
+        f"- method: {record.method}{source}\n"
+        f"- options: {options}\n"
+        f"- made: {facts['date']}, with {versions}"
+    )
+
+
+def coefficients_table(record: MergeRecord) -> str:
+    """The coefficients, or their mean and range over groups."""
+    if record.coeffs is None:
+        return "This method does not merge by coefficients of task vectors."
+    rows = list(zip(record.tasks, record.coeffs.double(), strict=True))
+    if len(record.groups) == 1:
+        return table(("task", "coefficient"), [(task, f"{row[0]:.4g}") for task, row in rows])
+    summary = [(t, *(f"{x:.4g}" for x in (r.mean(), r.min(), r.max()))) for t, r in rows]
+    return (
+        f"By {record.grouping}, {len(record.groups)} groups of tensors; all of them are in "
+        "`coefficients.json`.\n\n"
+        + table(("task", "mean over groups", "smallest", "largest"), summary)
+    )
+
+
+def flat(facts: Mapping[str, object], before: str = "") -> dict[str, object]:
+    """Nested facts under joined names: {"rows": {"test": 9}} -> {"rows test": 9}."""
+    found = {}
+    for key, value in facts.items():
+        name = f"{before} {key}".strip()
+        found |= flat(value, name) if isinstance(value, Mapping) else {name: value}
+    return found
+
+
+def data_table(record: MergeRecord) -> str:
+    """Which rows were used for what: one line per task."""
+    facts = {task: flat(record.data.get(task, {})) for task in record.tasks}
+    columns = list(dict.fromkeys(name for row in facts.values() for name in row))
+    if not columns:
+        return "Not stated."
+    rows = [
+        (task, *(row.get(name, "not stated") for name in columns)) for task, row in facts.items()
+    ]
+    return table(("task", *columns), rows)
+
+
+def scores_table(record: MergeRecord) -> str:
+    """Every score with its interval; what was not measured is called so."""
+    if record.scores is None or record.scores.empty:
+        return f"{ABSENT.capitalize()}."
+    metrics = list(dict.fromkeys(record.scores.metric))
+    tasks = list(dict.fromkeys([*record.tasks, *record.scores.task]))
+    found = {(row.task, row.metric): score_text(row) for row in record.scores.itertuples()}
+    by_task = {metric for task, metric in found if task in record.tasks}
+
+    def cell(task: str, metric: str) -> str:
+        missing = ABSENT if task in record.tasks and metric in by_task else ""
+        return found.get((task, metric), missing)
+
+    rows = [(task, *(cell(task, metric) for metric in metrics)) for task in tasks]
+    said = (text for metric, text in MEANING.items() if metric in metrics)
+    said = " ".join(["Value, and ends of the 95 % interval.", *said])
+    return f"{said}\n\n{table(('task', *metrics), rows)}"
+
+
+def score_text(row: object) -> str:
+    """`0.912 [0.880, 0.941]`, without the interval where there is none."""
+    if pd.isna(row.value):
+        return ABSENT
+    ends = "" if pd.isna(row.low) or pd.isna(row.high) else f" [{row.low:.3f}, {row.high:.3f}]"
+    return f"{row.value:.3f}{ends}"
+
+
+MEAN_HEAD = """\
+```python
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+encoder = AutoModel.from_pretrained(".").float().eval()
+head = load_file("heads/{task}.safetensors")
+inputs = tokenizer(["a text"], return_tensors="pt", padding=True)
+mask = inputs["attention_mask"][..., None]
+hidden = encoder(**inputs).last_hidden_state
+logits = (hidden * mask).sum(1) / mask.sum(1) @ head["weight"].T + head["bias"]
+```"""
+OWN_HEAD = """\
+```python
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, {kind}
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = {kind}.from_pretrained(".", num_labels={count}, ignore_mismatched_sizes=True).eval()
+model.load_state_dict(load_file("heads/{task}.safetensors"), strict=False)
+logits = model(**tokenizer(["a text"], return_tensors="pt", padding=True)).logits
+```"""
+BARE = """\
+```python
+from transformers import {kind}
+
+model = {kind}.from_pretrained(".")
+```"""
+
+
+def loading(base: StoredModel, heads: Mapping[str, Head]) -> str:
+    """Lines of Python that load the model, with transformers alone."""
+    if not heads:
+        return BARE.format(kind=(base.config.architectures or ["AutoModel"])[0])
+    rows = [(task, ", ".join(head.labels)) for task, head in heads.items()]
+    first = {head.architecture: task for task, head in reversed(heads.items())}
+    codes = []
+    for kind, task in first.items():
+        text, count = MEAN_HEAD if kind == MEAN else OWN_HEAD, len(heads[task].labels)
+        codes.append(text.format(task=task, kind=kind, count=count))
+    call = f'`divmerge_core.checkpoints.load_with_head(".", "{rows[0][0]}")`'
+    labels = "Labels in the order of the logits:\n\n" + table(("task", "labels"), rows)
+    return "\n\n".join([*codes, f"The same with this project's package: {call}.", labels])
+
+
+def mergekit_note(reason: str) -> str:
+    """How to merge again with mergekit, or why that cannot be."""
+    if reason:
+        return f"There is no mergekit configuration for this merge: {reason}."
+    return (
+        "`mergekit-yaml mergekit_config.yml OUTPUT --no-write-model-card` merges the same folders "
+        "with the same coefficients (written for mergekit 0.1.5). It writes no heads."
+    )

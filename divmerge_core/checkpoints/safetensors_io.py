@@ -1,0 +1,263 @@
+"""Models in the hub's layout: read lazily, a piece of a tensor at a time; written in shards.
+
+safetensors checks every header and maps files into memory, so that only the pages which a piece
+needs are read.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import split_state_dict_into_shards_factory
+from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import MODEL_MAPPING
+
+from divmerge_core.storage import sha256
+
+PIECE = 1 << 18  # numbers read and merged at a time
+LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and of data parallel training
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[safe_open]:
+    """A safetensors file. Raises ValueError where it is none, or not a whole one."""
+    try:
+        with safe_open(file, "pt") as content:
+            yield content
+    except SafetensorError as error:
+        with open(file, "rb") as start:
+            pointer = start.read(24).startswith(b"version https://git-lfs")
+        kind = "a Git-LFS pointer (git lfs pull fetches the file itself)" if pointer else "damaged"
+        raise ValueError(
+            f"{file} is no whole safetensors file but {kind}: {error}; fetch or save it again"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file, of which only dtype and shape have been read."""
+
+    file: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return prod(self.shape)
+
+    def piece(self, start: int = 0, stop: int | None = None) -> Shaped[Tensor, " n"]:
+        """Its numbers start..stop, laid out in a row, in its own dtype."""
+        with opened(self.file) as content:
+            return content.get_tensor(self.name).reshape(-1)[start:stop].clone()
+
+
+def stored(file: Path) -> dict[str, Stored]:
+    """The tensors of one safetensors file, by name.
+
+    Raises ValueError for a file that is no whole safetensors file.
+    """
+    with opened(file) as content:
+        tensors = {name: content.get_tensor(name) for name in content.keys()}  # none is read yet
+        return {n: Stored(file, n, t.dtype, tuple(t.shape)) for n, t in tensors.items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model: those of its index, or model.safetensors.
+
+    Raises ValueError where there is none, one that the index names is missing or lies outside the
+    folder, or there are both an index and a model.safetensors that it does not name.
+    """
+    names = indexed(folder / INDEX) if (folder / INDEX).is_file() else [SINGLE]
+    if SINGLE not in names and (folder / SINGLE).exists():
+        raise ValueError(
+            f"{folder} holds both {SINGLE} and {INDEX}, and programs differ in which they read; "
+            "remove the one that is out of date"
+        )
+    files = [folder / name for name in names]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {', '.join(missing[:3])}; give a folder in the hub's layout (weights "
+            "in another format: load them and save_pretrained them once)"
+        )
+    return files
+
+
+def indexed(path: Path) -> list[str]:
+    """The file names in an index. Raises ValueError for a damaged index and for other folders."""
+    try:
+        names = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is no index of weights ({error!r}); save them again") from error
+    if outside:
+        raise ValueError(f"{path} names {outside[0]!r}; an index names files beside it alone")
+    return names
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model on disk in the hub's layout, of which only the headers have been read.
+
+    tensors: by name, without those that are tied to another one. config: None for an expert that
+    this package has trained, whose encoder and head lie in one file without it. prefix: what its
+    names have in front of those of the bare encoder, as AutoModel has them (`bert.`), or nothing.
+    early: whether some names on disk are spelled otherwise than today.
+    """
+
+    folder: Path
+    tensors: Mapping[str, Stored]
+    config: transformers.PretrainedConfig | None
+    prefix: str
+    early: bool = False
+
+    @classmethod
+    def at(cls, folder: Path) -> "StoredModel":
+        """The model in a folder. Raises ValueError where there is none that can be read."""
+        parts = [stored(file) for file in weight_files(folder)]
+        found = {name: tensor for part in parts for name, tensor in part.items()}
+        if len(found) < sum(map(len, parts)):
+            raise ValueError(f"{folder}: two of its files hold the same tensor; save it again")
+        wrapper = next((w for w in WRAPPERS if all(name.startswith(w) for name in found)), None)
+        if found and wrapper:
+            raise ValueError(
+                f"{folder}: all names begin with {wrapper!r}, so a wrapper of the model was saved; "
+                "load the weights into the model itself and save_pretrained it"
+            )
+        tensors = {today(name): tensor for name, tensor in found.items()}
+        if not (folder / "config.json").is_file():
+            tensors = {name: t for name, t in tensors.items() if not name.startswith("head.")}
+            return cls(folder, tensors, None, "encoder.")
+        config = read_config(folder)
+        ties = tied(config)
+        kept = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if not any(re.fullmatch(tie, name) and of in tensors for tie, of in ties.items())
+        }
+        encoder = MODEL_MAPPING.get(type(config), None)
+        prefix = getattr(encoder, "base_model_prefix", "")
+        early = tensors.keys() != found.keys()
+        return cls(folder, kept, config, f"{prefix}." if prefix else "", early)
+
+    def core(self, name: str) -> str:
+        """A tensor's name as the bare encoder has it."""
+        return name.removeprefix(self.prefix)
+
+    @property
+    def cores(self) -> dict[str, str]:
+        """Names as the bare encoder has them -> names on disk."""
+        return {self.core(name): name for name in self.tensors}
+
+    @property
+    def encoder(self) -> set[str]:
+        """The encoder's tensors without its pooler, as the bare encoder has them.
+
+        Where no name has the prefix it is a bare encoder's file, and all are its.
+        """
+        own = [name for name in self.tensors if name.startswith(self.prefix)] or self.tensors
+        return {self.core(name) for name in own if not pools(name)}
+
+
+def pools(name: str) -> bool:
+    """Whether a tensor is a pooler's, which a base may lack."""
+    return "pooler" in name.split(".")
+
+
+def today(name: str) -> str:
+    """A name as it is spelled today: early BERT checkpoints have LayerNorm.gamma and .beta."""
+    for old, new in LEGACY.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def read_config(folder: Path) -> transformers.PretrainedConfig:
+    """A folder's config.json. Raises ValueError where transformers cannot read it."""
+    try:
+        return transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} is not of a model that transformers knows: {error}"
+        ) from error
+
+
+def tied(config: transformers.PretrainedConfig) -> dict[str, str]:
+    """Tensors (as patterns) that are another tensor under a second name -> that tensor."""
+    name = (config.architectures or [""])[0]
+    ties = getattr(getattr(transformers, name, None), "_tied_weights_keys", None)
+    return dict(ties or {}) if getattr(config, "tie_word_embeddings", False) else {}
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor to be written: its dtype and shape, and its numbers start..stop when asked."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    piece: Callable[[int, int], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def whole(self) -> Tensor:
+        """All its numbers, a piece at a time, in a tensor of its shape on the CPU."""
+        numbers = torch.empty(prod(self.shape), dtype=self.dtype)
+        for start in range(0, len(numbers), PIECE):
+            stop = min(start + PIECE, len(numbers))
+            numbers[start:stop] = self.piece(start, stop)
+        return numbers.view(self.shape)
+
+
+def write_shards(
+    folder: Path,
+    tensors: Sequence[Planned],
+    *,
+    max_bytes: int,
+    wrote: Callable[[int], object] = lambda count: None,
+) -> dict[str, str]:
+    """Write a model's tensors: file name -> its SHA-256. wrote: told the bytes of every tensor.
+
+    A shard has at most max_bytes of tensors, or one larger tensor. One file is model.safetensors;
+    several are named as the hub names them, with an index. One shard is in memory at a time.
+    """
+    plan = {tensor.name: tensor for tensor in tensors}
+    parts = split_state_dict_into_shards_factory(
+        plan,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_bytes,
+    )
+    for file, names in parts.filename_to_tensors.items():
+        shard = {}
+        for name in names:
+            shard[name] = plan[name].whole()
+            wrote(plan[name].nbytes)
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        del shard
+    if parts.is_sharded:
+        places = dict(sorted(parts.tensor_to_filename.items()))
+        index = {"metadata": parts.metadata, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return {file: sha256(folder / file) for file in parts.filename_to_tensors}

@@ -1,0 +1,216 @@
+"""The merged model in one live buffer: its loss on batches, and the gradient in the coefficients.
+
+No graph runs through the merge: gradients come back to the buffer, and from there to Lambda by one
+product with the task vectors.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from divmerge_core.divergences.parse import Objective
+from divmerge_core.kernels.expert_cache import TopAnswers
+from divmerge_core.kernels.merge import add_inner, grouped_inner, grouped_merge
+from divmerge_core.kernels.segments import Segments
+from divmerge_core.merging.coefficients import Coefficients
+from divmerge_core.merging.problem import MergeProblem
+from divmerge_core.merging.task_vectors import TaskVectors
+
+Answers = Tensor | TopAnswers  # [A, V]: logits, or what cache_expert made of them
+
+
+@torch.no_grad()
+def expert_logits(problem: MergeProblem) -> list[list[Answers]]:
+    """Every expert's answers on its own inputs, computed once: `[task][batch] -> [A, V]`.
+
+    Those that a batch holds already are taken as they are.
+    """
+
+    def answers(number: int) -> list[Answers]:  # one expert's N parameters at a time
+        batches = problem.batches[number]
+        if all(batch.expert is not None for batch in batches):
+            return [batch.expert for batch in batches]
+        expert = problem.vectors.expert(problem.vectors.tasks[number])
+        return [problem.logits(expert, number, batch) for batch in batches]
+
+    return [answers(number) for number in range(len(problem.vectors.tasks))]
+
+
+def schedule(counts: Sequence[int], epochs: int, generator: torch.Generator) -> list[list[int]]:
+    """Which batch of each task every step takes: `[step][task]`, each epoch in a fresh order.
+
+    All tasks share one order, so that batches of like length meet in a step where batches are
+    sorted by length. An epoch lasts as long as the task with the most batches; others start over.
+    """
+    steps = []
+    for _ in range(epochs):
+        order = torch.randperm(max(counts), generator=generator).tolist()
+        steps += [[number % count for count in counts] for number in order]
+    return steps
+
+
+def moved_tensors(vectors: TaskVectors) -> list[bool]:
+    """Which tensors any expert has changed; all, where that is not to be seen or none has.
+
+    The others' gradients would be multiplied by zeros: a backward pass can end above them.
+    """
+    if not isinstance(vectors.deltas, Tensor):
+        return [True] * len(vectors.layout.names)
+    found = [bool(vectors.deltas[:, a:b].any()) for a, b in vectors.layout.bounds]
+    return found if any(found) else [True] * len(found)
+
+
+def gather_in_buffer(
+    leaves: Mapping[str, Tensor], vectors: TaskVectors, segments: Segments
+) -> Callable[[], Tensor]:
+    """Let gradients add up in one buffer [N]; one pass over it gives dL/dLambda.
+
+    Takes any number of backward passes per step, and a single launch on a GPU.
+    """
+    buffer = torch.zeros_like(vectors.base)
+    for leaf, view in zip(leaves.values(), vectors.layout.unflatten(buffer).values(), strict=True):
+        if leaf.requires_grad:
+            leaf.grad = view
+
+    def collect() -> Float[Tensor, "T G"]:
+        result = grouped_inner(buffer, vectors.deltas, segments)
+        buffer.zero_()
+        return result
+
+    return collect
+
+
+def gather_as_they_come(
+    leaves: Mapping[str, Tensor], vectors: TaskVectors, segments: Segments
+) -> Callable[[], Tensor]:
+    """Take each tensor's gradient when it is ready, multiply, and free it: no buffer [N].
+
+    The largest tensor's gradient is the most that is held at once.
+    """
+    result = vectors.base.new_zeros(len(vectors.tasks), segments.num_groups)
+
+    def consume(start: int, stop: int) -> Callable[[Tensor], None]:
+        rows = segments.within(start, stop)
+
+        def hook(leaf: Tensor) -> None:
+            add_inner(result, leaf.grad.flatten(), vectors.deltas, rows, start)
+            leaf.grad = None
+
+        return hook
+
+    for leaf, (start, stop) in zip(leaves.values(), vectors.layout.bounds, strict=True):
+        if leaf.requires_grad:
+            leaf.register_post_accumulate_grad_hook(consume(start, stop))
+
+    def collect() -> Float[Tensor, "T G"]:
+        gathered = result.clone()
+        result.zero_()
+        return gathered
+
+    return collect
+
+
+GRADIENTS = {"stream": gather_as_they_come, "buffer": gather_in_buffer}
+
+
+def held_to(expert: Answers, logits: Float[Tensor, "A V"], objective: Objective) -> Tensor:
+    """The objective per position; where an expert keeps its top answers only, on these [A]."""
+    if isinstance(expert, TopAnswers):
+        return objective(expert.log_probs, expert.coarsen(logits))
+    return objective(expert, logits)
+
+
+def step_loss(
+    problem: MergeProblem,
+    leaves: Mapping[str, Tensor],
+    experts: Sequence[Sequence[Answers]],
+    chosen: Sequence[int],
+    objective: Objective,
+) -> Float[Tensor, ""]:
+    """Sum over tasks of the objective's mean on one batch each: the chosen ones."""
+    pairs = [(task, problem.batches[task][index]) for task, index in enumerate(chosen)]
+    return sum(
+        batch.weight @ held_to(experts[task][chosen[task]], logits, objective)
+        for (task, batch), logits in zip(pairs, problem.forward(leaves, pairs), strict=True)
+    )
+
+
+def rounds(counts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+    """(task, batch number) of all batches, one of every task that has any left at a time."""
+    for number in range(max(counts)):
+        yield [(task, number) for task, count in enumerate(counts) if number < count]
+
+
+@dataclass(frozen=True)
+class Live:
+    """The merged model in one live buffer [N], whose views are the leaves that the model reads.
+
+    targets: the logits that the merged model's are held to, `[task][batch] -> [A, V]`. collect:
+    of GRADIENTS, what the backward passes since its last call add up to, as dL/dLambda [T, G].
+    """
+
+    problem: MergeProblem
+    coefficients: Coefficients
+    objective: Objective
+    targets: Sequence[Sequence[Answers]]
+    flat: Float[Tensor, " N"]
+    leaves: Mapping[str, Tensor]
+    collect: Callable[[], Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        problem: MergeProblem,
+        coefficients: Coefficients,
+        objective: Objective,
+        targets: Sequence[Sequence[Answers]],
+        gradients: str,
+    ) -> "Live":
+        """A live buffer with nothing merged into it yet."""
+        vectors = problem.vectors
+        flat = torch.empty_like(vectors.base)
+        leaves = vectors.layout.unflatten(flat)
+        moved = [True] * len(leaves) if problem.spread else moved_tensors(vectors)
+        for leaf, needed in zip(leaves.values(), moved, strict=True):
+            leaf.requires_grad_(needed)
+        if problem.spread:  # gradients come to the module's own shares, not to these leaves
+            collect = problem.spread.gather(vectors, coefficients.segments)
+        else:
+            collect = GRADIENTS[gradients](leaves, vectors, coefficients.segments)
+        return cls(problem, coefficients, objective, targets, flat, leaves, collect)
+
+    def merge(self) -> Float[Tensor, "T G"]:
+        """Merge into the buffer; returns the coefficients, with the graph of their link."""
+        vectors, coeffs = self.problem.vectors, self.coefficients()
+        segments, out = self.coefficients.segments, self.flat
+        grouped_merge(
+            vectors.base, vectors.deltas, coeffs.detach(), segments, out=out, validate=False
+        )
+        return coeffs
+
+    def loss(self, chosen: Sequence[int]) -> Float[Tensor, ""]:
+        """The loss on one batch of every task: the chosen ones."""
+        return step_loss(self.problem, self.leaves, self.targets, chosen, self.objective)
+
+    def backward_all(self) -> float:
+        """The loss on all inputs; its gradient is left for `collect`."""
+        counts, total = [len(batches) for batches in self.problem.batches], 0.0
+        for pairs in rounds(counts):
+            read = [(task, self.problem.batches[task][index]) for task, index in pairs]
+            logits = self.problem.forward(self.leaves, read)
+            loss = sum(
+                batch.weight
+                @ held_to(self.targets[task][index], own, self.objective)
+                / counts[task]
+                for (task, index), (_, batch), own in zip(pairs, read, logits, strict=True)
+            )
+            loss.backward()
+            total += loss.item()
+        return self.total(total)
+
+    def total(self, loss: float) -> float:
+        """A loss on this device's rows, and on those of all others where there are any."""
+        return self.problem.spread.total(loss) if self.problem.spread else loss

@@ -1,0 +1,100 @@
+"""Benches: experts that fit together become one problem, with labelled rows kept apart."""
+
+from dataclasses import replace
+
+import pytest
+from divmerge_book.data.tasks import SUITES
+from divmerge_book.evaluation.experiment import SIZES, make_problem, prepare, task_names
+from divmerge_book.evaluation.metrics import predict
+from helpers import COUNTS
+from torch.testing import assert_close
+
+
+def accuracy(bench, flat, task: int) -> float:
+    exam = bench.test[task]
+    return (predict(bench.problem, flat, task, exam) == exam.gold).double().mean().item()
+
+
+@pytest.fixture
+def bench(toys):
+    return prepare("toy", size="toy")
+
+
+# --- a suite made ready ---------------------------------------------------------------------------
+
+
+def test_a_bench_holds_base_experts_problem_and_exams(bench, toys):
+    assert [expert.task for expert in bench.experts] == list(toys)
+    assert bench.problem.vectors.tasks == toys
+    for split, exams in (("validation", bench.validation), ("test", bench.test)):
+        assert [len(exam.gold) for exam in exams] == [COUNTS[split]] * 2
+    sizes = [sum(b.weight.shape[0] for b in batches) for batches in bench.problem.batches]
+    assert sizes == [COUNTS["merge"]] * 2
+
+
+def test_the_merge_at_coefficient_1_answers_as_the_expert(bench, experts):
+    """Base plus task vector through the merge's forward pass, against the expert's own weights."""
+    vectors = bench.problem.vectors
+    for number, expert in enumerate(experts):
+        merged = vectors.base + vectors.deltas[number]
+        own = vectors.layout.flatten(expert.state)
+        assert_close(merged, own, rtol=0, atol=1e-6)
+        assert accuracy(bench, merged, number) == accuracy(bench, own, number) > 0.8
+
+
+def test_experts_are_better_than_the_base_on_their_own_task(bench):
+    vectors = bench.problem.vectors
+    for number, task in enumerate(vectors.tasks):
+        assert accuracy(bench, vectors.expert(task), number) > accuracy(bench, vectors.base, number)
+
+
+def test_row_counts_are_limits(toys):
+    size = replace(SIZES["toy"], merge_rows=10, validation_rows=7, test_rows=1000)
+    bench = prepare("toy", size=size)
+    assert [sum(b.weight.shape[0] for b in every) for every in bench.problem.batches] == [10, 10]
+    assert [len(exam.gold) for exam in bench.validation] == [7, 7]
+    assert [len(exam.gold) for exam in bench.test] == [COUNTS["test"]] * 2
+    assert bench.digest != prepare("toy", size="toy").digest
+
+
+def test_the_same_suite_has_the_same_digest_and_other_experts_another(bench):
+    assert prepare("toy", size="toy").digest == bench.digest
+    assert prepare("toy", size="toy", seed=1).digest != bench.digest
+
+
+def test_a_part_of_a_bench_answers_as_the_whole(bench):
+    part = bench.select(["place"])
+    flat = bench.problem.vectors.expert("place")
+    assert accuracy(part, flat, 0) == accuracy(bench, flat, 1)
+    assert [expert.task for expert in part.experts] == ["place"]
+    assert part.digest != bench.digest
+
+
+def test_one_expert_alone_is_a_problem(tiny, experts, toys):
+    problem = make_problem(tiny, experts[:1], max_length=12)
+    assert problem.vectors.deltas.shape[0] == 1
+
+
+def test_tasks_are_merged_in_the_order_asked_for(toys):
+    assert task_names("toy", ["place", "mood"]) == ["place", "mood"]
+    assert task_names("toy", None) == list(toys)
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+def test_the_sizes_are_three_and_full_measures_three_seeds():
+    assert list(SIZES) == ["smoke", "default", "full"]
+    assert len(SIZES["full"].seeds) >= 3
+    assert SIZES["smoke"].encoder == "bert_tiny"
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_has_a_recipe_at_every_size(suite):
+    for size in SIZES.values():
+        assert all(size.recipe_for(suite, task).epochs >= 1 for task in SUITES[suite].tasks)
+
+
+def test_glues_small_tasks_are_trained_for_twice_as_many_epochs():
+    epochs = [SIZES["full"].recipe_for("glue_encoder", task).epochs for task in ("rte", "mnli")]
+    assert epochs == [6, 3]

@@ -1,0 +1,287 @@
+"""Encoders: how they are loaded, how text becomes batches, and that padding changes nothing."""
+
+import json
+import shutil
+
+import datasets
+import pytest
+import torch
+import transformers
+from divmerge_book.evaluation.metrics import Exam
+from divmerge_book.models.encoders import (
+    ENCODERS,
+    check_device,
+    classifier_forward,
+    join,
+    load_base,
+    make_batches,
+    pooled,
+    resolve,
+)
+from helpers import WORDS, sentences
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from divmerge_core.merging.problem import Batch
+
+
+@pytest.fixture
+def rows() -> datasets.Dataset:
+    chosen = sentences("mood", 20)
+    return datasets.Dataset.from_dict({"text": [text for text, *_ in chosen]})
+
+
+def unpadded(batch: Batch, row: int) -> Batch:
+    """One row of a batch without its padding."""
+    length = int(batch.inputs["attention_mask"][row].sum())
+    inputs = {key: tensor[row : row + 1, :length] for key, tensor in batch.inputs.items()}
+    return Batch(inputs, torch.ones(1))
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+def test_an_encoder_is_loaded_from_a_folder_as_the_hub_keeps_it(tiny, tiny_folder):
+    assert tiny.name == str(tiny_folder)
+    assert not tiny.encoder.training
+    assert {tensor.dtype for tensor in tiny.state.values()} == {torch.float32}
+    assert not any(name.startswith("pooler") for name in tiny.state)
+    stored = load_file(tiny_folder / "model.safetensors")
+    for name, tensor in tiny.state.items():
+        assert_close(tensor, stored[name], rtol=0, atol=0)
+
+
+def test_the_same_files_have_the_same_digest(tiny, tiny_folder):
+    assert load_base(str(tiny_folder)).digest == tiny.digest
+
+
+def test_a_changed_weight_or_word_changes_the_digest(tiny, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "weight")
+    weights = load_file(tmp_path / "weight" / "model.safetensors")
+    weights["embeddings.LayerNorm.bias"][0] += 1e-3
+    save_file(weights, tmp_path / "weight" / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(tiny_folder, tmp_path / "word")
+    file = tmp_path / "word" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["film"], vocabulary["song"] = vocabulary["song"], vocabulary["film"]
+    file.write_text(json.dumps(tokenizer))
+    digests = {load_base(str(tmp_path / changed)).digest for changed in ("weight", "word")}
+    assert len(digests | {tiny.digest}) == 3
+
+
+def test_a_missing_encoder_is_answered_with_the_choices(tmp_path):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)cannot load encoder '.*nowhere'.*choose one of minilm, bert_tiny, or",
+    ):
+        load_base(str(tmp_path / "nowhere"))
+
+
+SHAPE = {
+    **{"vocab_size": len(WORDS), "max_position_embeddings": 32, "pad_token_id": 0},
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2},
+    **{"embedding_size": 16, "d_model": 32, "d_ff": 48, "d_kv": 16, "num_layers": 2},
+}
+
+
+def saved(folder, kind: str) -> str:
+    """A tiny random model of some kind, with a tokenizer of BERT's that fills up on the left."""
+    standard = transformers.AutoConfig.for_model(kind)
+    config = type(standard)(**{k: v for k, v in SHAPE.items() if hasattr(standard, k)})
+    transformers.AutoModel.from_config(config).save_pretrained(folder)
+    words = {word: number for number, word in enumerate(WORDS)}
+    transformers.BertTokenizer(vocab=words, padding_side="left").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("distilbert", "roberta", "electra", "albert", "deberta-v2", "mpnet", "modernbert"),
+        *("xlm", "eurobert", "layoutlm"),
+    ],
+)
+def test_every_kind_of_encoder_is_loaded_and_padding_changes_nothing(kind, tmp_path, rows):
+    base = load_base(saved(tmp_path, kind))
+    (batch, *_), _ = make_batches(rows, base, batch_size=len(rows))
+    together = pooled(base.encoder, base.state, batch.inputs)
+    for number in range(len(rows)):
+        alone = pooled(base.encoder, base.state, unpadded(batch, number).inputs)[0]
+        assert_close(together[number], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("t5", "is a T5Model, which gives no hidden states for texts alone"),
+        ("convbert", "is a ConvBertModel, whose features of a text change with its padding"),
+        ("fnet", "is a FNetModel, which gives no hidden states for texts alone"),
+    ],
+)
+def test_a_model_that_encodes_no_texts_is_refused_by_name(kind, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_base(saved(tmp_path, kind))
+
+
+def test_an_encoder_that_does_not_mask_padding_is_refused_by_name(tiny_folder, monkeypatch):
+    plain = transformers.BertModel.forward
+
+    def unmasked(self, input_ids, token_type_ids, attention_mask=None):
+        return plain(self, input_ids=input_ids, token_type_ids=token_type_ids)
+
+    monkeypatch.setattr(transformers.BertModel, "forward", unmasked)
+    with pytest.raises(ValueError, match="is a BertModel, whose features .* change with its padd"):
+        load_base(str(tiny_folder))
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "partial")
+    file = tmp_path / "partial" / "model.safetensors"
+    weights = load_file(file)
+    del weights["encoder.layer.1.output.dense.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"lacks weights for \['encoder.layer.1.output.dense.weight'"
+    ):
+        load_base(str(tmp_path / "partial"))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "tpu:0"])
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(device, tiny_folder):
+    with pytest.raises(ValueError, match=f"no device '{device}' here; this machine has cpu"):
+        check_device(device)
+    with pytest.raises(ValueError, match="this machine has cpu"):
+        load_base(str(tiny_folder), device)
+
+
+def test_auto_is_a_gpu_where_there_is_one(monkeypatch):
+    assert check_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert check_device("auto") == torch.device("cpu")
+
+
+def test_an_unknown_precision_is_answered_with_the_choices():
+    with pytest.raises(ValueError, match="must be auto, float32 or bfloat16, got 'float16'"):
+        resolve("float16", torch.device("cpu"))
+
+
+def test_precision_is_resolved_to_what_the_hardware_has():
+    assert resolve("auto", torch.device("cpu")) in ("float32", "bfloat16")
+    assert resolve("float32", torch.device("cpu")) == "float32"
+
+
+def test_bfloat16_that_a_gpu_only_emulates_is_not_taken(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    assert resolve("auto", torch.device("cuda")) == "float32"
+
+
+def test_the_packaged_encoders_are_those_the_book_uses():
+    assert list(ENCODERS) == ["minilm", "bert_tiny"]
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def test_batches_hold_every_row_once_shortest_first(tiny, rows):
+    batches, order = make_batches(rows, tiny, batch_size=6)
+    assert sorted(order.tolist()) == list(range(20))
+    assert [batch.weight.shape[0] for batch in batches] == [6, 6, 6, 2]
+    decoded = [
+        text
+        for batch in batches
+        for text in tiny.tokenizer.batch_decode(batch.inputs["input_ids"], skip_special_tokens=True)
+    ]
+    assert decoded == [rows["text"][number] for number in order.tolist()]
+    lengths = [n for batch in batches for n in batch.inputs["attention_mask"].sum(1).tolist()]
+    assert lengths == sorted(lengths)
+
+
+def test_weights_of_a_batch_are_a_mean(tiny, rows):
+    for batch in make_batches(rows, tiny, batch_size=6)[0]:
+        assert batch.weight.sum().item() == pytest.approx(1)
+        assert batch.weight.unique().numel() == 1
+
+
+def test_long_texts_are_cut(tiny, rows):
+    batches, _ = make_batches(rows, tiny, batch_size=20, max_length=5)
+    assert batches[0].inputs["input_ids"].shape == (20, 5)
+
+
+def test_pairs_are_told_apart_by_their_token_types(tiny):
+    rows = datasets.Dataset.from_dict({"text": ["the film"], "pair": ["a song"]})
+    batch = make_batches(rows, tiny, batch_size=1)[0][0]
+    words = tiny.tokenizer.convert_ids_to_tokens(batch.inputs["input_ids"][0].tolist())
+    assert words == ["[CLS]", "the", "film", "[SEP]", "a", "song", "[SEP]"]
+    assert batch.inputs["token_type_ids"][0].tolist() == [0, 0, 0, 0, 1, 1, 1]
+
+
+# --- the forward pass -----------------------------------------------------------------------------
+
+
+def test_padding_does_not_change_logits(toy_problem):
+    flat, batch = toy_problem.vectors.base, toy_problem.batches[0][-1]
+    padded = join([batch], {}) | {}
+    wide = Batch(
+        {key: torch.nn.functional.pad(value, (0, 9)) for key, value in padded.items()}, batch.weight
+    )
+    assert_close(
+        toy_problem.logits(flat, 0, wide), toy_problem.logits(flat, 0, batch), rtol=0, atol=1e-5
+    )
+
+
+def test_a_row_among_others_is_answered_as_alone(toy_problem):
+    flat = toy_problem.vectors.expert("place")
+    for batch in toy_problem.batches[1]:
+        together = toy_problem.logits(flat, 1, batch)
+        alone = [toy_problem.logits(flat, 1, unpadded(batch, row)) for row in range(len(together))]
+        assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_several_batches_at_once_are_answered_as_one_by_one(toy_problem, count):
+    flat = toy_problem.vectors.base + toy_problem.vectors.deltas.mean(0)
+    every = [(t, b) for t, batches in enumerate(toy_problem.batches) for b in batches]
+    pairs = [every[(3 * n) % len(every)] for n in range(count)]  # tasks and lengths mixed
+    joint = toy_problem.forward(toy_problem.vectors.layout.unflatten(flat), pairs)
+    for logits, (task, batch) in zip(joint, pairs, strict=True):
+        assert_close(logits, toy_problem.logits(flat, task, batch), rtol=0, atol=1e-5)
+
+
+def test_the_forward_pass_is_pure(tiny, experts, toy_problem):
+    """It uses the parameters that it is given, and leaves the encoder's own alone."""
+    before = {name: tensor.clone() for name, tensor in tiny.state.items()}
+    batch = toy_problem.batches[0][0]
+    answers = [
+        toy_problem.logits(flat, 0, batch)
+        for flat in (toy_problem.vectors.base, toy_problem.vectors.expert("mood"))
+    ]
+    assert (answers[0] - answers[1]).abs().max() > 0.1
+    assert_close(toy_problem.logits(toy_problem.vectors.base, 0, batch), answers[0], rtol=0, atol=0)
+    assert_close(tiny.state, before, rtol=0, atol=0)
+
+
+def test_half_precision_changes_answers_little_and_gives_float32(tiny, experts, toy_problem):
+    forward = classifier_forward(tiny, [e.head for e in experts], precision="bfloat16")
+    parameters = toy_problem.vectors.layout.unflatten(toy_problem.vectors.expert("mood"))
+    pairs = [(0, toy_problem.batches[0][0])]
+    coarse, fine = forward(parameters, pairs)[0], toy_problem.forward(parameters, pairs)[0]
+    assert coarse.dtype == torch.float32
+    assert_close(coarse, fine, rtol=0.05, atol=0.1)
+
+
+def test_an_exam_keeps_labels_in_the_order_of_its_batches(tiny):
+    chosen = sentences("mood", 30)
+    labels = [int(answer == "positive") for *_, answer in chosen]
+    rows = datasets.Dataset.from_dict({"text": [text for text, *_ in chosen]})
+    batches, order = make_batches(rows, tiny, batch_size=8)
+    exam = Exam(batches, torch.tensor(labels)[order])
+    decoded = [
+        text
+        for batch in exam.batches
+        for text in tiny.tokenizer.batch_decode(batch.inputs["input_ids"], skip_special_tokens=True)
+    ]
+    assert [int("good" in text) for text in decoded] == exam.gold.tolist()

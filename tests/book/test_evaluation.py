@@ -1,0 +1,182 @@
+"""Evaluation: a merged model's answers, and metrics worked out by hand."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from divmerge_book.evaluation.metrics import (
+    Exam,
+    accuracy,
+    confusion,
+    evaluate,
+    f1,
+    macro_f1,
+    matthews,
+    numbers,
+    own_scores,
+    predict,
+    scores,
+)
+from helpers import linear_problem
+
+
+def exams_of(problem, seed: int = 0) -> list[Exam]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Exam(batches, torch.randint(4, (sum(len(b.weight) for b in batches),), generator=generator))
+        for batches in problem.batches
+    ]
+
+
+# --- metrics --------------------------------------------------------------------------------------
+
+BINARY = np.array([[5, 1], [2, 4]])  # [gold, predicted]
+THREE = np.array([[3, 1, 0], [0, 4, 2], [1, 0, 5]])
+
+
+def test_a_confusion_matrix_counts_gold_by_predicted():
+    assert confusion("001120", "011220").tolist() == [[2, 0, 0], [1, 1, 0], [0, 1, 1]]
+
+
+def test_accuracy_is_the_share_of_right_answers():
+    assert accuracy(BINARY) == 9 / 12
+    assert accuracy(THREE) == 12 / 16
+
+
+def test_macro_f1_is_the_mean_of_the_classes_own():
+    first = 2 * 5 / (2 * 5 + 2 + 1)  # 2 TP / (2 TP + FP + FN)
+    second = 2 * 4 / (2 * 4 + 1 + 2)
+    assert macro_f1(BINARY) == pytest.approx((first + second) / 2)
+    precision, recall = (3 / 4, 4 / 5, 5 / 7), (3 / 4, 4 / 6, 5 / 6)
+    each = [2 * p * r / (p + r) for p, r in zip(precision, recall, strict=True)]
+    assert macro_f1(THREE) == pytest.approx(sum(each) / 3)
+
+
+def test_a_class_that_never_occurs_does_not_count_in_macro_f1():
+    assert macro_f1(np.array([[4, 0, 0], [0, 0, 0], [0, 0, 2]])) == 1
+    # A class that is predicted and never right counts, with 0.
+    assert macro_f1(np.array([[4, 1], [0, 0]])) == pytest.approx((8 / 9) / 2)
+
+
+def test_matthews_is_the_correlation_of_two_binary_variables():
+    tn, fp, fn, tp = 5, 1, 2, 4
+    expected = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert matthews(BINARY) == pytest.approx(expected)
+    gold = np.repeat([0, 0, 1, 1], [5, 1, 2, 4])
+    predicted = np.repeat([0, 1, 0, 1], [5, 1, 2, 4])
+    assert matthews(BINARY) == pytest.approx(np.corrcoef(gold, predicted)[0, 1])
+
+
+def test_matthews_of_three_classes_is_gorodkins():
+    """R_K from covariances of one-hot rows, summed over classes."""
+    gold, predicted = (np.repeat(side, THREE.ravel()) for side in np.indices((3, 3)).reshape(2, 9))
+    x, y = np.eye(3)[gold], np.eye(3)[predicted]
+    cov = lambda a, b: ((a - a.mean(0)) * (b - b.mean(0))).sum()  # noqa: E731
+    assert matthews(THREE) == pytest.approx(cov(x, y) / math.sqrt(cov(x, x) * cov(y, y)))
+
+
+def test_perfect_inverted_and_constant_answers_have_the_known_scores():
+    perfect, inverted, constant = "0101", "1010", "0000"
+    assert [f(confusion(perfect, "0101")) for f in (accuracy, macro_f1, matthews)] == [1, 1, 1]
+    assert [f(confusion(inverted, "0101")) for f in (accuracy, macro_f1, matthews)] == [0, 0, -1]
+    assert matthews(confusion(constant, "0101")) == 0
+    assert macro_f1(confusion(constant, "0101")) == pytest.approx((2 / 3) / 2)
+
+
+def test_f1_is_of_answer_1_against_all_others():
+    tp, fp, fn = 4, 1, 2
+    assert f1(BINARY) == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    assert f1(confusion("0000", "0000")) == 0  # nobody gives a 1
+    assert f1(confusion("0110", "0110")) == 1
+    third = np.array([[5, 1, 0], [1, 4, 1], [0, 0, 0]])  # one answer is neither
+    assert f1(third) == pytest.approx(2 * tp / (2 * tp + fp + fn))
+
+
+def table(task: str, predicted: list[int], gold: list[int]) -> pd.DataFrame:
+    labels = {"suite": "s", "subset": task, "method": "m", "seed": 0, "task": task}
+    return pd.DataFrame([{**labels, "predicted": predicted, "gold": gold}])
+
+
+def test_only_two_gold_answers_have_an_f1():
+    assert set(scores(table("t", [0, 1, 2], [0, 1, 1])).metric) == {
+        *("accuracy", "macro_f1", "matthews", "f1")
+    }
+    assert "f1" not in set(scores(table("t", [0, 1, 1], [0, 1, 2])).metric)
+
+
+@pytest.mark.parametrize(
+    ("task", "metric"),
+    [("cola", "matthews"), ("mrpc", "f1"), ("qqp", "f1"), ("rte", "accuracy"), ("x", "accuracy")],
+)
+def test_every_glue_task_has_its_own_metric(task, metric):
+    own = own_scores(scores(table(task, [0, 1, 1, 1], [0, 1, 0, 1])))
+    assert own.metric.tolist() == [metric]
+    by_hand = {"matthews": 1 / math.sqrt(3), "f1": 4 / 5, "accuracy": 3 / 4}
+    assert own.value.item() == pytest.approx(by_hand[metric])
+
+
+# --- answers as numbers ---------------------------------------------------------------------------
+
+
+def test_older_text_is_read_as_numbers():
+    assert numbers("0129abz").tolist() == [0, 1, 2, 9, 10, 11, 35]
+    assert numbers([0, 76]).tolist() == [0, 76]
+
+
+def test_more_than_36_answers_are_scored():
+    """Banking has 77."""
+    answers = list(range(77))
+    tidy = scores(table("banking", answers, [*answers[:-1], 3])).set_index("metric").value
+    assert tidy["accuracy"] == pytest.approx(76 / 77)
+
+
+# --- a merged model -------------------------------------------------------------------------------
+
+
+def test_answers_are_the_largest_logits_in_order(problem):
+    exams, flat = exams_of(problem), problem.vectors.base
+    for task, exam in enumerate(exams):
+        expected = [
+            int(row.argmax()) for batch in exam.batches for row in problem.logits(flat, task, batch)
+        ]
+        assert predict(problem, flat, task, exam).tolist() == expected
+
+
+def test_one_row_per_task_holds_answers_gold_and_labels(problem):
+    exams = exams_of(problem)
+    rows = evaluate(problem, problem.vectors.base, exams, method="base", seed=3)
+    assert rows.task.tolist() == list(problem.vectors.tasks)
+    assert rows.method.tolist() == ["base"] * 3 and rows.seed.tolist() == [3] * 3
+    for row, exam in zip(rows.itertuples(), exams, strict=True):
+        assert numbers(row.gold).tolist() == exam.gold.tolist()
+        assert len(row.predicted) == len(row.gold) == 15
+
+
+def test_a_model_asked_its_own_answers_is_always_right():
+    problem = linear_problem(num_tasks=1)
+    flat = problem.vectors.expert("task0")
+    own = predict(problem, flat, 0, Exam(problem.batches[0], torch.zeros(15, dtype=torch.long)))
+    rows = evaluate(problem, flat, [Exam(problem.batches[0], own)])
+    assert rows.predicted[0] == rows.gold[0]
+
+
+def test_every_row_of_answers_gets_every_metric(problem):
+    labels = {"suite": "s", "subset": "all", "method": "base", "seed": 0}
+    rows = evaluate(problem, problem.vectors.base, exams_of(problem), **labels)
+    tidy = scores(rows)
+    assert len(tidy) == 9 and set(tidy.metric) == {"accuracy", "macro_f1", "matthews"}  # 4 answers
+    first = tidy[(tidy.task == "task0") & (tidy.metric == "accuracy")].value.item()
+    right = [p == g for p, g in zip(rows.predicted[0], rows.gold[0], strict=True)]
+    assert first == pytest.approx(sum(right) / 15)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_merged_model_that_is_no_number_is_refused(problem, value):
+    flat = problem.vectors.base.clone()
+    flat[3] = value
+    with pytest.raises(
+        ValueError, match="merged parameters hold NaN or inf; nothing can be scored"
+    ):
+        evaluate(problem, flat, exams_of(problem))

@@ -1,0 +1,627 @@
+"""Everything that decides a result is in its key, and nothing else is."""
+
+import copy
+import shutil
+import sys
+import threading
+from dataclasses import fields, replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import language_toys
+import local_files
+import pytest
+import torch
+from divmerge_book.data import code_digest as digests
+from divmerge_book.data import glue
+from divmerge_book.data.code_digest import (
+    DRIVERS,
+    KEEPERS,
+    ROOT,
+    VALUES,
+    code_digest,
+    key_of,
+    module,
+)
+from divmerge_book.data.tasks import TASKS
+from divmerge_book.evaluation import experiment as preparing
+from divmerge_book.evaluation import hyperparameter_search
+from divmerge_book.evaluation.cache import cell, kept
+from divmerge_book.evaluation.experiment import SIZES, Size, prepare
+from divmerge_book.evaluation.hyperparameter_search import Merges
+from divmerge_book.evaluation.language_experiment import LanguageSize, prepare_language
+from divmerge_book.models.encoders import load_base
+from divmerge_book.models.finetuning import Recipe, described, folder_of
+from divmerge_book.models.language import completions as completing
+from divmerge_book.models.language.completions import completions
+from divmerge_book.models.language.prompts import PROMPTS
+from divmerge_book.published import sources
+from divmerge_book.studies import (
+    corrupted_experts,
+    landscapes,
+    mergeability,
+    prediction_churn,
+    robustness,
+)
+from divmerge_book.user_models import check, load, read
+from helpers import TINY_RECIPE, merge, toy, toy_splits, toy_task
+
+from divmerge_core import methods
+from divmerge_core.methods import METHODS, parse
+
+# --- the code that a result reaches ---------------------------------------------------------------
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """A copy of the package in which a piece of a module is written otherwise."""
+    copied = tuple(tmp_path / folder.name for folder in ROOT)
+    for folder, copy_of_it in zip(ROOT, copied, strict=True):
+        shutil.copytree(folder, copy_of_it, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def edit(name: str, old: str, new: str) -> tuple[Path, ...]:
+        path = tmp_path / f"{name}.py"
+        text = path.read_text("utf-8")
+        assert text.count(old) == 1, f"{name} holds {old!r} {text.count(old)} times"
+        path.write_text(text.replace(old, new), "utf-8")
+        return copied
+
+    return edit
+
+
+SHARPENED = partial(
+    robustness.strain, None, partial(robustness.STRAINS["overconfident"], None, 0, 0)
+)
+REACHED = {
+    "orthogonal": (
+        METHODS["iso_cts"],
+        "divmerge_core/merging/linalg",
+        "return left @ right",
+        "return -left @ right",
+    ),
+    "sign": (
+        METHODS["ties"],
+        "divmerge_core/methods/arithmetic",
+        "trimmed).sign()) > 0",
+        "trimmed).sign()) < 0",
+    ),
+    "noise": (
+        corrupted_experts.found_in,
+        "divmerge_book/studies/corrupted_experts",
+        "NOISE = 2.0",
+        "NOISE = 9.0",
+    ),
+    "sharper": (SHARPENED, "divmerge_book/studies/robustness", "SHARPER = 5.0", "SHARPER = 50.0"),
+    "search": (
+        hyperparameter_search.search,
+        "divmerge_book/evaluation/hyperparameter_search",
+        "best = max(range",
+        "best = min(range",
+    ),
+    "inputs": (
+        METHODS["regmean"],
+        "divmerge_core/merging/layer_inputs",
+        "gram += x.T @ x",
+        "gram += x.T @ x / 2",
+    ),
+    "bench": (prepare, "divmerge_book/evaluation/experiment", "batch_size=64", "batch_size=32"),
+    "spectra": (
+        mergeability.merged_pair,
+        "divmerge_book/interference/spectra",
+        "residual**2",
+        "residual**3",
+    ),
+    "weights": (
+        mergeability.weight_numbers,
+        "divmerge_book/interference/weights",
+        "= deltas @ d",
+        "= -deltas @ d",
+    ),
+    "answers": (
+        landscapes.grid,
+        "divmerge_book/interference/behaviour",
+        "p.argmax(-1) !=",
+        "p.argmax(-1) ==",
+    ),
+    "training": (
+        "divmerge_book.models.finetuning.train",
+        "divmerge_book/models/finetuning",
+        "adam.zero_grad()",
+        "pass",
+    ),
+    "pooled": (
+        "divmerge_book.models.finetuning.train",
+        "divmerge_book/models/encoders",
+        "(hidden * mask)",
+        "(hidden)",
+    ),
+    "live": (
+        METHODS["divmerge"],
+        "divmerge_core/merging/merged_model",
+        "number % count",
+        "number // count",
+    ),
+    "kernel": (METHODS["divmerge"], "divmerge_core/kernels/merge", "BLOCK = 4096", "BLOCK = 2048"),
+    "entry": (
+        METHODS["divmerge"],
+        "divmerge_core/merging/coefficients",
+        "(torch.sigmoid)",
+        "(torch.tanh)",
+    ),
+    "lazy import": (
+        methods.parse,
+        "divmerge_core/merging/coefficients",
+        "def block(",
+        "def blocks(",
+    ),
+    "prompt": (
+        prepare_language,
+        "divmerge_book/models/language/prompts",
+        "wanted or spam?",
+        "wanted or not?",
+    ),
+    "reading": (completions, "divmerge_book/models/language/reading", "def less(", "def less_("),
+    "other methods": (
+        hyperparameter_search.outcome,
+        "divmerge_core/methods/arithmetic",
+        "* (voice @ trimmed)",
+        "+ (voice @ trimmed)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REACHED)
+def test_code_that_a_result_reaches_is_in_its_digest(edited, case):
+    thing, *edit = REACHED[case]
+    assert code_digest(thing, root=edited(*edit)) != code_digest(thing)
+
+
+UNREACHED = {
+    "figures": (
+        hyperparameter_search.outcome,
+        "divmerge_book/figures/baselines",
+        "hue = shade(",
+        "hue = 1 * shade(",
+    ),
+    "intervals": (
+        hyperparameter_search.outcome,
+        "divmerge_book/evaluation/report",
+        "MARGIN = 0.02",
+        "MARGIN = 0.03",
+    ),
+    "pages": (
+        hyperparameter_search.outcome,
+        "divmerge_book/runner/method_pages",
+        "def index(",
+        "def contents(",
+    ),
+    "docstring": (
+        METHODS["ties"],
+        "divmerge_core/methods/arithmetic",
+        "Trim, elect sign",
+        "Cut, elect sign",
+    ),
+    "comment": (
+        METHODS["ties"],
+        "divmerge_core/methods/arithmetic",
+        "# one task at a time",
+        "# one by one",
+    ),
+    "error": (
+        "divmerge_book.models.finetuning.train",
+        "divmerge_book/models/encoders",
+        "choose one of {', '.join",
+        "one of {', '.join",
+    ),
+    "another method": (METHODS["ties"], "divmerge_core/methods/arithmetic", '"dare"', '"dares"'),
+    "the cache": (
+        hyperparameter_search.outcome,
+        "divmerge_core/storage",
+        "PATIENCE = 5",
+        "PATIENCE = 50",
+    ),
+    "another task": (
+        prepare,
+        "divmerge_book/data/tasks",
+        'ABBR": "abbreviation"',
+        'ABBR": "short form"',
+    ),
+    "another size": (prepare, "divmerge_book/evaluation/experiment", "calls=60", "calls=70"),
+}
+
+
+@pytest.mark.parametrize("case", UNREACHED)
+def test_code_that_a_result_does_not_reach_is_not(edited, case):
+    thing, *edit = UNREACHED[case]
+    assert code_digest(thing, root=edited(*edit)) == code_digest(thing)
+
+
+def test_a_move_changes_no_digest(edited):
+    """`linalg` moves into `methods`, and its first function into a module of its own."""
+    linalg = "divmerge_core/merging/linalg"
+    root = edited(linalg, "import torch\n", "import torch\n\n# moved\n")
+    merging, methods_ = root[0] / "merging", root[0] / "methods"
+    text = (merging / "linalg.py").read_text("utf-8")
+    start, stop = text.index("def polar"), text.index("def truncated")
+    (methods_ / "polar.py").write_text(f"import torch\n\n\n{text[start:stop]}", "utf-8")
+    rest = f"from divmerge_core.methods.polar import polar\n{text[:start]}{text[stop:]}"
+    (methods_ / "linear.py").write_text(rest, "utf-8")
+    (merging / "linalg.py").unlink()
+    for path in (path for folder in root for path in folder.rglob("*.py")):
+        moved = path.read_text("utf-8").replace("core.merging.linalg", "core.methods.linear")
+        path.write_text(moved, "utf-8")
+    assert code_digest(METHODS["iso_cts"], root=root) == code_digest(METHODS["iso_cts"])
+
+
+def test_one_method_counts_where_only_one_is_called(edited):
+    """What TIES found does not change with another method, what calls any method does."""
+    root = edited("divmerge_core/methods/spectral", "def tsv_m(", "def tsv_n(")
+    assert code_digest(hyperparameter_search.outcome, root=root) != code_digest(
+        hyperparameter_search.outcome
+    )
+    apart = partial(code_digest, hyperparameter_search.outcome, apart="METHODS")
+    assert apart(root=root) == apart()
+
+
+def test_a_notebooks_own_function_counts_by_its_text(monkeypatch):
+    def mine(problem):
+        return problem
+
+    def other(problem):
+        return problem + 1
+
+    for function in (mine, other):
+        monkeypatch.setattr(function, "__module__", "__main__")
+    assert code_digest(mine) != code_digest(other)
+
+
+def test_what_a_function_was_closed_over_counts():
+    def closed(over):
+        return lambda: over()
+
+    found = {
+        code_digest(closed(over))
+        for over in (corrupted_experts.found_in, prediction_churn.merged, Recipe)
+    }
+    assert len(found) == 3
+    assert code_digest(partial(max, corrupted_experts.found_in)) == code_digest(
+        corrupted_experts.found_in
+    )
+
+
+def test_what_is_left_out_by_name_is_there():
+    assert {*DRIVERS, *KEEPERS} <= digests.modules(ROOT)
+    bound = {name for one in digests.modules(ROOT) for name in module(ROOT, one).bound}
+    assert bound >= VALUES
+
+
+def executed(call) -> set[tuple[str, str]]:
+    """The package's functions and classes that run in a call: module, and top-level name."""
+    codes, own = set(), tuple(f"{folder}/" for folder in ROOT)
+
+    def watch(frame, event, argument):
+        if event == "call" and frame.f_code.co_filename.startswith(own):
+            codes.add(frame.f_code)
+
+    threading.setprofile(watch)
+    sys.setprofile(watch)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    found = set()
+    for code in codes:
+        folder = next(one for one in ROOT if code.co_filename.startswith(f"{one}/"))
+        parts = Path(code.co_filename).relative_to(folder.parent).with_suffix("").parts
+        name = ".".join(part for part in parts if part != "__init__")
+        found.add((name, code.co_qualname.split(".")[0]))
+    return {(name, what) for name, what in found if name not in KEEPERS and what[0] != "<"}
+
+
+def unreached(ran: set[tuple[str, str]], *things: object, apart: str | None = None) -> list:
+    """What ran and is not reached from these."""
+    places = [place for one in digests.leaves(things) for place in digests.start(one, ROOT)]
+    reached = digests.reached(places, apart, ROOT)
+    return sorted((m, n) for m, n in ran if not reached & set(module(ROOT, m).find(n)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_that_runs_in_a_method_is_reached_from_it(name):
+    problem = toy(name)
+    ran = executed(lambda: merge(problem, name))
+    assert unreached(ran, METHODS[name], methods.parse, type(problem)) == []
+
+
+def test_all_that_runs_in_a_preparation_or_an_outcome_is_reached(toys, cache, monkeypatch):
+    assert unreached(executed(lambda: prepare("toy", size="toy")), prepare) == []
+    bench, makes = prepare("toy", size="toy"), []
+
+    def noted(bench, make, *what, method=None):
+        makes.append(make)
+        return kept(bench, make, *what, method=method)
+
+    monkeypatch.setattr(hyperparameter_search, "kept", noted)
+    for spec in ("divmerge/block", "ties", "regmean"):
+        options = hyperparameter_search.candidates(
+            spec, replace(SIZES["toy"], epochs=1), 0, {}, bench.problem
+        )[0]
+        ran = executed(partial(hyperparameter_search.outcome, Merges(bench, spec), options))
+        reached = (prepare, METHODS[parse(spec)[0]], kept)
+        assert unreached(ran, makes[-1], *reached, apart="METHODS") == [], spec
+
+
+def test_all_that_runs_in_a_language_preparation_is_reached(llama_folder, glue_rows, cache):
+    size = replace(language_toys.SIZE, base=str(llama_folder))
+    ran = executed(lambda: prepare_language("glue", ["sst2", "cola"], size=size, progress=False))
+    assert unreached(ran, prepare_language) == []
+
+
+# --- every input of a result ----------------------------------------------------------------------
+
+RECIPES = {
+    **{"rows": 20, "epochs": 1, "lr": 2e-2, "batch_size": 8, "max_length": 10, "warmup": 0.2},
+    **{"weight_decay": 0.1, "precision": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Recipe)])
+def test_every_field_of_a_recipe_is_in_an_experts_key(tiny, cache, field):
+    task = toy_task("mood")
+    recipes = TINY_RECIPE, replace(TINY_RECIPE, **{field: RECIPES[field]})
+    one, other = (folder_of(described(tiny, task, recipe, seed=0)[0]) for recipe in recipes)
+    assert one != other
+
+
+def test_all_else_that_decides_an_expert_is_in_its_key(tiny, cache, monkeypatch):
+    def key(base=tiny, seed=0, **changes) -> Path:
+        task = replace(toy_task("mood"), **changes)
+        return folder_of(described(base, task, TINY_RECIPE, seed=seed)[0])
+
+    relabelled = toy_splits("mood")
+    text, pair, answer = relabelled["train"][0]
+    other = {"negative": "positive", "positive": "negative"}[answer]
+    relabelled["train"][0] = (text, pair, other)
+    elsewhere = replace(tiny, encoder=copy.deepcopy(tiny.encoder).to("meta"))
+    found = [
+        key(),
+        key(seed=1),
+        key(read=lambda: relabelled, origin=lambda: "relabelled"),
+        key(answers=("positive", "negative"), origin=lambda: "turned"),
+        key(base=replace(tiny, digest="other")),
+        key(base=elsewhere),
+    ]
+    version = metadata.version
+    for library in ("torch", "transformers", "tokenizers"):
+        with monkeypatch.context() as patch:
+            patch.setattr(metadata, "version", lambda n, own=library: version(n) + "+" * (n == own))
+            found.append(key())
+    monkeypatch.setattr("divmerge_book.models.finetuning.code_digest", lambda name: "other code")
+    found.append(key())
+    assert len(set(found)) == len(found)
+
+
+SIZE_FIELDS = {
+    **{"merge_rows": 8, "validation_rows": 8, "test_rows": 8, "precision": "bfloat16"},
+    "recipe": replace(TINY_RECIPE, epochs=1),
+}
+# Options of methods and of the search: in the key of each result by their values.
+OPTIONS = {"seeds": (1,), "inputs": 4, "epochs": 1, "candidates": 2, "calls": 9, "steps": 9}
+OPTIONS["glue_recipe"] = replace(TINY_RECIPE, epochs=1)  # of another suite
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Size)])
+def test_every_field_of_a_size_that_decides_a_bench_is_in_its_digest(toys, tmp_path, field):
+    size = SIZES["toy"]
+    if field == "encoder":
+        folder = Path(shutil.copytree(size.encoder, tmp_path / "other"))
+        weights = load_base(str(folder)).encoder
+        with torch.no_grad():
+            next(weights.parameters())[0, 0] += 0.01
+        weights.save_pretrained(folder)
+        values = {"encoder": str(folder)}
+    else:
+        values = {field: {**SIZE_FIELDS, **OPTIONS}[field]}
+    one, other = (prepare("toy", size=some).digest for some in (size, replace(size, **values)))
+    assert (one != other) == (field not in OPTIONS)
+
+
+def test_all_else_that_decides_a_bench_is_in_its_digest(toys, monkeypatch):
+    def with_rows(split: str):
+        rows = toy_splits("mood")
+        text, *rest = rows[split][0]
+        return {**rows, split: [(f"{text} book", *rest), *rows[split][1:]]}
+
+    found = [prepare("toy", size="toy", seed=seed).digest for seed in (0, 1)]
+    found += [prepare("toy", ["place", "mood"], size="toy").digest]
+    for split in ("merge", "validation", "test"):
+        task = replace(toy_task("mood"), read=partial(with_rows, split), origin=partial(str, split))
+        with monkeypatch.context() as patch:
+            patch.setitem(TASKS, "mood", task)
+            found.append(prepare("toy", size="toy").digest)
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "check_device", lambda device: torch.device("meta"))
+        found.append(prepare("toy", size="toy").digest)
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "code_digest", lambda thing: "other code")
+        found.append(prepare("toy", size="toy").digest)
+    assert len(set(found)) == len(found)
+    bench = prepare("toy", size="toy")
+    assert bench.select(["place"]).digest not in {bench.digest, bench.select(["mood"]).digest}
+
+
+def test_all_that_decides_a_result_is_in_its_key(toys, monkeypatch):
+    bench = prepare("toy", size="toy")
+    options = {"grouping": "block", "epochs": 1, "lr": 0.1, "seed": 0}
+    monkeypatch.setattr(
+        hyperparameter_search, "kept", lambda *what, **how: {"place": cell(*what, **how)}
+    )
+
+    def key(bench=bench, spec="divmerge/block", points=0, **changes) -> Path:
+        return hyperparameter_search.outcome(Merges(bench, spec, points), {**options, **changes})[
+            "place"
+        ]
+
+    found = [
+        key(),
+        key(bench=replace(bench, digest="other")),
+        key(spec="divmerge/task"),
+        key(points=3),
+        *(key(**{name: value}) for name, value in {"epochs": 2, "lr": 0.2, "seed": 1}.items()),
+        key(grouping="layer"),
+        key(inputs=4),
+    ]
+    for library in digests.LIBRARIES:
+        versions = {**digests.versions(), library: "other"}
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "divmerge_book.evaluation.cache.versions", lambda versions=versions: versions
+            )
+            found.append(key())
+    monkeypatch.setattr(
+        "divmerge_book.evaluation.cache.code_digest", lambda *things, **options: "other code"
+    )
+    found.append(key())
+    assert len(set(found)) == len(found)
+
+
+def test_a_key_takes_values_and_nothing_that_only_looks_like_one():
+    assert key_of(Recipe()) != key_of(Recipe(epochs=4))
+    assert key_of([1, 2]) == key_of((1, 2)) and key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1})
+    for thing in (torch.zeros(2000), toy_task("mood").read, Path("here")):  # their text hides much
+        with pytest.raises(TypeError):
+            key_of(thing)
+
+
+COMPLETED = {"max_length": 40, "max_new": 5, "batch_size": 3, "precision": "bfloat16", "top": 4}
+
+
+def test_all_that_decides_completions_is_in_their_key(llama, qwen, glue_rows, monkeypatch):
+    class Asked(Exception):
+        """Says where the first part would be kept."""
+
+    def once(target, make, *, folder):
+        raise Asked(target)
+
+    monkeypatch.setattr(completing, "once", once)
+    texts = [{"text": f"film {n} " * 30} for n in range(3)]
+
+    def key(base=llama, task="sst2", rows=texts, **changes) -> str:
+        settings = {"key": ["one"], "max_length": 60, "max_new": 4, "progress": False, **changes}
+        with pytest.raises(Asked) as caught:
+            completions(base, base.state, PROMPTS[task], rows, **settings)
+        return caught.value.args[0].parent.name
+
+    found = [key(), key(key=["other"]), key(base=qwen), key(task="cola"), key(rows=texts[:2])]
+    found += [key(**{name: value}) for name, value in COMPLETED.items()]
+    monkeypatch.setattr(completing, "code_digest", lambda thing: "other code")
+    found.append(key())
+    assert len(set(found)) == len(found)
+
+
+LANGUAGE_FIELDS = {
+    **{"recipe": replace(language_toys.RECIPE, lr=1e-3), "blocks": 1, "merge_rows": 4},
+    **{"validation_rows": 6, "test_rows": 8, "batch_size": 3, "top": 5, "storage": "bfloat16"},
+    **{"precision": "bfloat16", "checkpointing": True},
+}
+LANGUAGE_OPTIONS = {"seeds": (1,), "epochs": 1, "candidates": 2}
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(LanguageSize)])
+def test_every_field_of_a_language_size_is_in_its_benchs_digest(
+    llama_folder, qwen, glue_rows, field
+):
+    size = replace(language_toys.SIZE, base=str(llama_folder))
+    values = {**LANGUAGE_FIELDS, **LANGUAGE_OPTIONS, "base": qwen.name}
+    both = (size, replace(size, **{field: values[field]}))
+    one, other = (
+        prepare_language("glue", ["sst2", "cola"], size=some, progress=False).digest
+        for some in both
+    )
+    assert (one != other) == (field not in LANGUAGE_OPTIONS)
+
+
+# --- one's own models, and GLUE -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["merge", "validation", "test"])
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_every_row_of_a_users_own_is_in_the_digest(tmp_path, split, column):
+    path = local_files.make_project(tmp_path)
+    before = load(check(read(path))).digest
+    rows = local_files.toy_rows("mood")[split]
+    labels = {row["label"] for row in rows}
+    first = {**rows[0], "text": f"{rows[0]['text']} book"}
+    if column == "label":
+        first = {**rows[0], "label": (labels - {rows[0]["label"]}).pop()}
+    local_files.write_rows(tmp_path / "data" / f"mood-{split}.csv", [first, *rows[1:]])
+    changed = load(check(read(path))).digest != before
+    assert changed == ((split, column) != ("merge", "label"))  # a merge sees no labels
+
+
+@pytest.mark.parametrize("change", ["length", "precision", "vocabulary", "settings", "weights"])
+def test_all_else_that_decides_a_users_merge_is_in_the_digest(tmp_path, change):
+    path, options = local_files.make_project(tmp_path), {}
+    before = load(check(read(path))).digest
+    if change == "length":
+        path.write_text(path.read_text().replace("max_length: 16", "max_length: 15"))
+    elif change == "precision":
+        options["precision"] = "bfloat16"
+    elif change == "weights":
+        local_files.make_expert(
+            tmp_path / "experts" / "mood", tmp_path / "base", local_files.LABELS["mood"], seed=9
+        )
+    else:
+        name = {"vocabulary": "base/tokenizer_config.json", "settings": "experts/mood/config.json"}
+        file = tmp_path / name[change]
+        file.write_text(file.read_text().rstrip()[:-1] + ', "note": 1}')
+    assert load(check(read(path)), **options).digest != before
+
+
+def test_the_hubs_glue_is_known_by_its_revision(monkeypatch):
+    monkeypatch.delenv("DIVMERGE_GLUE_DIR", raising=False)
+    asked = []
+
+    def load_dataset(*names, **options):
+        asked.append((*names, options))
+        return {}
+
+    monkeypatch.setattr(glue.datasets, "load_dataset", load_dataset)
+    before = glue.glue_digest("rte")
+    glue.glue_rows("rte")
+    assert asked == [("nyu-mll/glue", "rte", {"revision": glue.REVISION})]
+    monkeypatch.setattr(glue, "REVISION", "0" * 40)
+    assert glue.glue_digest("rte") != before
+
+
+def test_a_hub_data_sets_revision_is_asked_or_the_one_last_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(glue, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(glue.huggingface_hub, "dataset_info", lambda name: SimpleNamespace(sha="a"))
+    revision = glue.hub_revision.__wrapped__
+    assert revision("stanfordnlp/imdb") == "a"
+
+    def unreachable(name):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(glue.huggingface_hub, "dataset_info", unreachable)
+    assert revision("stanfordnlp/imdb") is None
+    kept = tmp_path / "datasets--stanfordnlp--imdb" / "refs" / "main"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("b\n")
+    assert revision("stanfordnlp/imdb") == "b"
+
+
+def test_a_hub_data_sets_revision_is_read_and_keyed(monkeypatch, tmp_path):
+    asked, source = [], sources.SOURCES["imdb"]
+    task = sources.task_of("imdb", source)
+    monkeypatch.setattr(
+        sources.datasets, "load_dataset", lambda *names, **options: asked.append(options) or {}
+    )
+    found = []
+    for sha in ("a", "b"):
+        monkeypatch.setattr(sources, "hub_revision", lambda name, sha=sha: sha)
+        sources.tables("imdb", source)
+        found.append(task.origin())
+    assert asked == [{"revision": "a"}, {"revision": "b"}] and len(set(found)) == 2

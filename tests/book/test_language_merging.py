@@ -1,0 +1,266 @@
+"""Completions, and merging over a vocabulary: identities, kept parts, and fits that are killed."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from divmerge_book import evaluate, prepare
+from divmerge_book.data.splits import SPLITS
+from divmerge_book.data.tasks import TASKS
+from divmerge_book.evaluation.language_benchmark import compare_language
+from divmerge_book.evaluation.language_experiment import prepare_language
+from divmerge_book.evaluation.report import Report
+from divmerge_book.models.language import PROMPTS
+from divmerge_book.models.language import completions as module
+from divmerge_book.models.language.completions import completions, counted, greedy, written
+from divmerge_book.models.language.reading import collate
+from language_toys import SIZE
+
+from divmerge_core import METHODS
+from divmerge_core.divergences import DIVERGENCES
+from divmerge_core.kernels.expert_cache import TopAnswers, cache_expert
+from divmerge_core.merging.merged_model import expert_logits, held_to
+
+PROMPT_TOKENS = [(5, 6, 7, 8, 9), (4,), (9, 8)]
+
+
+def quiet_merge(bench, name: str, **options) -> torch.Tensor:
+    return METHODS[name](bench.problem, progress=False, **options)
+
+
+# --- completions ----------------------------------------------------------------------------------
+
+
+def slow_answer(base, prompt, max_new: int) -> tuple[int, ...]:
+    """One prompt, without padding and without memory."""
+    ids = list(prompt)
+    for _ in range(max_new):
+        with torch.no_grad():
+            ids.append(int(base.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == base.stop:
+            break
+    return tuple(ids[len(prompt) :])
+
+
+def test_answers_are_those_of_one_prompt_at_a_time(llama):
+    found = greedy(llama, llama.state, PROMPT_TOKENS, max_new=5)
+    assert found == [slow_answer(llama, prompt, 5) for prompt in PROMPT_TOKENS]
+
+
+def ending_at_once(base, favourite: int) -> dict[str, torch.Tensor]:
+    """Parameters under which one token is always likeliest."""
+    state = {name: tensor.clone() for name, tensor in base.state.items()}
+    state["model.norm.weight"].zero_()
+    state["lm_head.weight"][:] = 0  # all logits equal: the first token, EOS, is taken
+    if favourite != base.stop:
+        raise AssertionError("the first token ends an answer here")
+    return state
+
+
+def test_an_empty_completion_is_an_answer_of_eos_alone(qwen):
+    state = ending_at_once(qwen, 0)
+    found = greedy(qwen, state, PROMPT_TOKENS, max_new=5)
+    assert found == [(qwen.stop,)] * 3
+    counts = counted(qwen, 0, found)
+    assert counts == {**counts, "prompts": 3, "empty": 3, "unfinished": 0, "positions": 3}
+    batch, _ = collate(qwen, list(zip(PROMPT_TOKENS, found, strict=True)))
+    assert batch.answer.sum() == 3  # one position each: there the expert ends
+
+
+def test_an_answer_that_never_ends_is_kept_as_far_as_it_goes(llama):
+    found = greedy(llama, llama.state, PROMPT_TOKENS, max_new=2)
+    assert counted(llama, 1, found)["unfinished"] == sum(0 not in answer for answer in found) > 0
+    assert max(map(len, found)) == 2
+    assert llama.tokenizer.eos_token not in written(llama, (5, llama.stop))
+
+
+def ask_for(llama, **options):
+    rows = [{"text": f"film {n}"} for n in range(20)]
+    settings = {"key": ["expert"], "max_length": 48, "max_new": 4, "progress": False, **options}
+    return completions(llama, llama.state, PROMPTS["sst2"], rows, **settings)
+
+
+def test_the_kept_distributions_are_the_experts_at_its_own_answers(llama, cache):
+    found = ask_for(llama)
+    assert sum(len(batch.weight) for batch in found.batches) == found.counts["positions"]
+    assert sum(len(batch.inputs["input_ids"]) for batch in found.batches) == 20
+    for batch in found.batches:
+        logits = llama.model(**batch.inputs).logits[batch.answer]
+        assert batch.expert.dtype == torch.bfloat16
+        torch.testing.assert_close(batch.expert, cache_expert(logits))
+        torch.testing.assert_close(batch.weight.sum(), torch.tensor(1.0))
+
+
+def test_finished_parts_are_not_made_again(llama, cache, monkeypatch):
+    """A run that is stopped after its first part goes on with the second."""
+    calls = []
+
+    def stopping(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return greedy(*arguments, **options)
+
+    monkeypatch.setattr(module, "greedy", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        ask_for(llama)
+    found = ask_for(llama)
+    assert len(calls) == 3  # two parts; the second was asked for twice
+    assert [path for path in cache.rglob(".*") if path.is_file()] == []
+    again = ask_for(llama)
+    assert len(calls) == 3 and again.answers == found.answers
+
+
+def test_fewer_words_are_less_memory_and_never_more_divergence(llama, qwen, cache):
+    whole, few = ask_for(llama), ask_for(llama, top=8)
+    assert few.nbytes < whole.nbytes / 5
+    for batch, own in zip(whole.batches, few.batches, strict=True):
+        assert isinstance(own.expert, TopAnswers)
+        logits = qwen.model(**batch.inputs).logits[batch.answer].detach()
+        for name in ("js", "kl"):
+            exact = held_to(batch.expert, logits, DIVERGENCES[name])
+            assert (held_to(own.expert, logits, DIVERGENCES[name]) <= exact + 1e-2).all()
+
+
+# --- merging --------------------------------------------------------------------------------------
+
+
+def test_one_expert_at_coefficient_one_diverges_from_nobody(language_bench):
+    problem, base = language_bench.problem, language_bench.base
+    for number, name in enumerate(problem.vectors.tasks):
+        expert = problem.vectors.expert(name)
+        for batch in problem.batches[number]:
+            with torch.no_grad():
+                logits = problem.logits(expert, number, batch)
+            # the cache is rounded to bfloat16: js is off by 1.1 L / 256 at most
+            largest = batch.expert.float().abs().max().item()
+            assert DIVERGENCES["js"](batch.expert, logits).max() <= 1.1 * largest / 256
+            assert DIVERGENCES["js"](logits, logits).abs().max() < 1e-6
+        known = language_bench.completions[number]
+        state = problem.vectors.layout.unflatten(expert)
+        assert greedy(base, state, known.prompts, max_new=6) == list(known.answers)
+
+
+def test_kept_answers_are_the_targets(language_bench):
+    kept = expert_logits(language_bench.problem)
+    assert kept[1][0] is language_bench.problem.batches[1][0].expert
+
+
+@pytest.mark.parametrize("name", ["average", "task_arithmetic", "ties"])
+def test_methods_of_weights_merge_language_models(language_bench, name):
+    merged = METHODS[name](language_bench.problem)
+    rows = evaluate(language_bench.problem, merged, language_bench.test)
+    assert list(rows.task) == ["sst2", "cola"] and all(map(len, rows.predicted))
+
+
+@pytest.mark.parametrize("grouping", ["task", "block", "layer"])
+def test_divmerge_lowers_the_divergence_over_the_vocabulary(language_bench, grouping):
+    losses = []
+
+    def watch(step):
+        losses.append(step.loss)
+
+    quiet_merge(language_bench, "divmerge", grouping=grouping, epochs=5, lr=5e-2, watch=watch)
+    assert sum(losses[-4:-1]) < sum(losses[:3])
+
+
+def test_divmerge_takes_its_options_here_too(language_bench):
+    seen = []
+    options = {"divergence": "kl", "temperature": 2.0, "optimizer": "lbfgs", "link": "sigmoid"}
+    quiet_merge(language_bench, "divmerge", inputs=2, epochs=2, watch=seen.append, **options)
+    assert 0 < seen[-1].coeffs.min() and seen[-1].coeffs.max() < 1
+    quiet_merge(language_bench, "adamerging", grouping="task", inputs=2, epochs=1)
+
+
+def test_top_answers_are_merged_towards_as_well(llama_folder, glue_rows):
+    size = replace(SIZE, base=str(llama_folder), top=16)
+    bench = prepare_language("glue", ["sst2", "cola"], size=size, progress=False)
+    seen = []
+    quiet_merge(bench, "divmerge", epochs=1, watch=seen.append)
+    assert all(step.loss >= 0 for step in seen[:-1])
+
+
+FIT = """
+import os, signal, sys
+from dataclasses import replace
+from language_toys import SIZE
+from divmerge_core import METHODS
+from divmerge_book.models.language import prepare_language
+from divmerge_core.merging.fit_checkpoint import Ledger
+
+def save_and_die(self, save=Ledger.save):
+    save(self)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Ledger.save = save_and_die
+bench = prepare_language("glue", ["sst2", "cola"], size=replace(SIZE, base=sys.argv[1]))
+METHODS["divmerge"](bench.problem, grouping="layer", checkpoint=sys.argv[2])
+"""
+
+
+def test_a_killed_fit_goes_on_to_the_same_model(language_bench, llama_folder, tmp_path):
+    path = tmp_path / "fit.pt"
+    command = [sys.executable, "-c", FIT, str(llama_folder), str(path)]
+    where = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=where, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(torch.load(path)["entries"]) == 5
+    resumed = quiet_merge(language_bench, "divmerge", grouping="layer", checkpoint=path)
+    assert torch.equal(resumed, quiet_merge(language_bench, "divmerge", grouping="layer"))
+
+
+# --- whole suites ---------------------------------------------------------------------------------
+
+
+def test_a_comparison_scores_words_and_writing(llama_folder, glue_rows, shared_cache):
+    recipe = replace(SIZE.recipe, max_length=160)
+    size = replace(SIZE, base=str(llama_folder), epochs=1, recipe=recipe)
+    methods = ["average", "divmerge/task"]
+    found = compare_language("glue", ["sst2", "mnli"], methods=methods, size=size)
+    assert list(found.counts.task) == ["sst2", "mnli"] and (found.counts.prompts == 6).all()
+    for report in (found.likelihood, found.written):
+        assert isinstance(report, Report)
+        assert set(report.rows.method) == {"expert", "base", *methods}
+        assert {len(gold) for gold in report.rows.gold} == {10}
+    assert not list((shared_cache / "unfinished").glob("*"))
+
+
+def toy_rows(name: str):
+    """A packaged task with made-up rows in its place."""
+    answers = TASKS[name].answers
+    splits = {
+        split: [
+            (f"{split} text {n}", None, answers[n % 2] if answers else f"{split} number {n}")
+            for n in range(24)
+        ]
+        for split in SPLITS
+    }
+    return replace(TASKS[name], read=lambda: splits, origin=lambda: "toy")
+
+
+def test_free_text_is_written_once_and_graded_beside_words(llama_folder, glue_rows, monkeypatch):
+    for name in ("movie", "headline"):
+        monkeypatch.setitem(TASKS, name, toy_rows(name))
+    size = replace(SIZE, base=str(llama_folder))
+    found = compare_language("embedded_lm", ["movie", "headline"], methods=["ties"], size=size)
+    words, texts = found.likelihood.rows, found.written.rows
+    kept = [rows[rows.task == "headline"].predicted.tolist() for rows in (words, texts)]
+    assert kept[0] == kept[1] and set(words[words.task == "headline"].gold) == {"rouge1"}
+    assert all(len(grades) == 10 and 0 <= min(grades) <= max(grades) <= 1 for grades in kept[0])
+    metrics = found.likelihood.metrics()
+    assert set(metrics[metrics.task == "headline"].metric) == {"rouge1", "ratio", "kept_margin"}
+
+
+def test_a_suite_is_prepared_by_what_its_answers_are():
+    with pytest.raises(ValueError, match="answered in words: use .*prepare_language"):
+        prepare("glue")
+    with pytest.raises(ValueError, match="answered in classes: use divmerge_core.prepare"):
+        prepare_language("embedded")
+    with pytest.raises(ValueError, match="unknown size of a language suite 'glue/huge'"):
+        prepare_language("glue", size="huge")
+    with pytest.raises(ValueError, match="merges two or more distinct tasks"):
+        prepare_language("glue", ["sst2"], size="smoke")

@@ -1,0 +1,158 @@
+"""Causal models, and their forward pass: only answer positions, tied weights once."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from divmerge_book.models.language import load_language, load_language_expert
+from divmerge_book.models.language.forward import Parts, language_forward
+from divmerge_book.models.language.models import MODELS, vocabulary_digest
+from divmerge_book.models.language.reading import collate
+from divmerge_book.models.language.training import trained
+from language_toys import save_model, tokenizer
+
+from divmerge_core.merging.coefficients import groups_of
+from divmerge_core.merging.task_vectors import Layout
+
+ROWS = [((5, 6, 7), (8, 9)), ((4,), (0,)), ((9, 8, 7, 6), (5, 4, 3))]
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+def test_tied_weights_are_one_tensor_and_others_two(llama, qwen):
+    assert "lm_head.weight" not in llama.state and "model.embed_tokens.weight" in llama.state
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(qwen.state)
+    assert Parts.of(llama.model).names == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert Parts.of(qwen.model).names == {"lm_head.weight": "lm_head.weight"}
+
+
+def test_the_digest_follows_weights_and_the_vocabularys_does_not(llama, llama_folder, tmp_path):
+    other = load_language(str(save_model(tmp_path, seed=1)))
+    assert load_language(str(llama_folder)).digest == llama.digest != other.digest
+    assert other.vocabulary == llama.vocabulary
+
+
+def test_other_tokens_or_another_end_are_another_vocabulary():
+    own, other = tokenizer(), tokenizer("entirely other words")
+    assert vocabulary_digest(own) == vocabulary_digest(tokenizer()) != vocabulary_digest(other)
+    before = vocabulary_digest(own)
+    own("text", truncation=True, max_length=2)  # its state, not its words
+    assert vocabulary_digest(own) == before
+    own.eos_token = "a"
+    assert vocabulary_digest(own) != before
+
+
+def test_a_model_that_cannot_be_loaded_is_answered_with_the_packaged_ones(tmp_path):
+    with pytest.raises(ValueError, match="cannot load language model .*smollm2.*folder or a hub"):
+        load_language(str(tmp_path / "nothing"))
+    assert "smollm2" in MODELS
+
+
+def test_a_tokenizer_that_ends_no_answer_is_refused(llama_folder, tmp_path):
+    shutil.copytree(llama_folder, tmp_path / "endless")
+    path = tmp_path / "endless" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in settings.items() if k != "eos_token"}))
+    with pytest.raises(ValueError, match="no EOS token"):
+        load_language(str(tmp_path / "endless"))
+
+
+def test_the_first_blocks_alone_are_a_smaller_model(llama_folder, llama):
+    small = load_language(str(llama_folder), blocks=1)
+    assert set(small.state) < set(llama.state) and small.digest != llama.digest
+    with pytest.raises(ValueError, match=r"blocks must be 1\.\.2, got 3"):
+        load_language(str(llama_folder), blocks=3)
+
+
+def test_blocks_and_layers_are_groups(llama):
+    groups, numbers = groups_of(Layout.of(llama.state), "block")
+    assert groups == ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm")
+    assert len(groups_of(Layout.of(llama.state), "layer")[0]) == len(llama.state) == len(numbers)
+
+
+def test_the_upper_blocks_are_what_they_say(llama, qwen):
+    top = trained(llama.model, "top:1")
+    assert {name.rsplit(".layers.", 1)[-1][0] for name in top if ".layers." in name} == {"1"}
+    assert "model.norm.weight" in top and "model.embed_tokens.weight" not in top
+    assert "lm_head.weight" in trained(qwen.model, "top:1")
+    assert trained(llama.model, "all") == list(llama.state)
+    with pytest.raises(ValueError, match=r"all or top:1 \.\. top:2, got 'top:3'"):
+        trained(llama.model, "top:3")
+
+
+# --- experts that do not fit ----------------------------------------------------------------------
+
+
+def test_an_expert_from_a_folder_has_its_own_weights(llama, tmp_path):
+    found = load_language_expert(llama, save_model(tmp_path, seed=1), "sst2")
+    assert found.task == "sst2" and set(found.state) == set(llama.state)
+
+
+def test_an_expert_with_another_tokenizer_is_refused(llama, tmp_path):
+    save_model(tmp_path, seed=1)
+    tokenizer("entirely other words").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="another tokenizer or vocabulary"):
+        load_language_expert(llama, tmp_path, "sst2")
+
+
+def test_an_expert_with_other_tensors_is_refused(llama, tmp_path):
+    with pytest.raises(ValueError, match=r"differs from .* in \['lm_head.weight'"):
+        load_language_expert(llama, save_model(tmp_path, tied=False), "sst2")
+
+
+# --- the forward pass -----------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["llama", "qwen"])
+def base(request):
+    return request.getfixturevalue(request.param)
+
+
+def leaves(base):
+    return {name: tensor.clone().requires_grad_() for name, tensor in base.state.items()}
+
+
+def test_logits_at_answer_positions_are_those_of_the_whole_model(base):
+    batch, _ = collate(base, ROWS)
+    with torch.no_grad():
+        found = language_forward(base.model)(base.state, [(0, batch)])[0]
+        whole = base.model(**batch.inputs).logits  # [B, S, V]
+    torch.testing.assert_close(found, whole[batch.answer])
+
+
+def test_gradients_are_autograds_on_the_plain_model_tied_or_not(base):
+    batch, tokens = collate(base, ROWS)
+
+    def loss(logits):
+        return torch.nn.functional.cross_entropy(logits, tokens)
+
+    own = leaves(base)
+    loss(language_forward(base.model)(own, [(0, batch)])[0]).backward()
+    base.model.requires_grad_(True).zero_grad()
+    loss(base.model(**batch.inputs).logits[batch.answer]).backward()
+    for name, tensor in base.model.named_parameters():
+        torch.testing.assert_close(own[name].grad, tensor.grad, msg=name)
+    base.model.zero_grad()
+
+
+def test_recomputed_activations_give_the_same_gradients(llama):
+    batch, tokens = collate(llama, ROWS)
+    found = []
+    for checkpointing in (False, True):
+        own = leaves(llama)
+        forward = language_forward(llama.model, checkpointing=checkpointing)
+        logits = forward(own, [(0, batch), (1, batch)])
+        sum(torch.nn.functional.cross_entropy(one, tokens) for one in logits).backward()
+        found.append([leaf.grad for leaf in own.values()])
+    torch.testing.assert_close(*found)
+
+
+def test_bfloat16_products_leave_logits_and_gradients_in_float32(llama):
+    batch, _ = collate(llama, ROWS)
+    own = leaves(llama)
+    logits = language_forward(llama.model, precision="bfloat16")(own, [(0, batch)])[0]
+    logits.sum().backward()
+    assert logits.dtype == torch.float32
+    assert {leaf.grad.dtype for leaf in own.values()} == {torch.float32}

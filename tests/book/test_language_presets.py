@@ -1,0 +1,144 @@
+"""Which suite and size a machine gets, and how long that takes at the least."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from divmerge_book.evaluation.language_experiment import LANGUAGE_SIZES
+from divmerge_book.models.encoders import device_line
+from divmerge_book.planning import presets
+from divmerge_book.planning.gpu_specs import ACCELERATORS
+from divmerge_book.planning.language_plans import (
+    memory_plans,
+    memory_table,
+    qwen,
+    size_on,
+    suite_forecast,
+    training_seconds,
+)
+from divmerge_book.planning.presets import preset, smaller
+
+
+class Card:
+    """What PyTorch says of a GPU."""
+
+    def __init__(self, name: str, memory: float):
+        self.name, self.total_memory = name, memory
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Makes presets believe in a GPU with so much memory, with or without bfloat16."""
+
+    def pretend(memory: float, bfloat16: bool = True, hub: bool = True):
+        place = torch.device("cuda")
+        for module in ("encoders.check_device", "language.presets.check_device"):
+            monkeypatch.setattr(f"divmerge_core.{module}", lambda device: place)
+        monkeypatch.setattr(presets, "reachable", lambda name: hub)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda place: Card("a card", memory)
+        )
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: bfloat16
+        )
+
+    return pretend
+
+
+def test_without_a_gpu_the_packaged_model_stands_in_and_says_so():
+    chosen = preset("auto", "smoke", "cpu")
+    assert (chosen.suite, chosen.device) == ("embedded_lm", "cpu")
+    assert chosen.size == chosen.label == "smoke"
+    assert "suite embedded_lm: no GPU" in chosen.why
+
+
+def test_a_large_gpu_takes_glue_as_it_is(gpu):
+    gpu(40e9)
+    chosen = preset("auto", "full", "auto")
+    assert (chosen.suite, chosen.label, chosen.device) == ("glue", "full", "cuda")
+    assert chosen.size == "full"
+    assert device_line("auto") == "cuda, a card, 40 GB, matrix products in bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("memory", "bfloat16", "reason"), [(16e9, False, "16 GB"), (32e9, False, "no bfloat16")]
+)
+def test_a_small_or_old_gpu_takes_a_smaller_preset_and_says_so(gpu, memory, bfloat16, reason):
+    gpu(memory, bfloat16)
+    chosen = preset("auto", "default", "auto")
+    assert chosen.size == smaller(LANGUAGE_SIZES["glue/default"])
+    assert chosen.label == "default, smaller" and f"a smaller preset: {reason}" in chosen.why
+
+
+def test_without_the_hub_a_gpu_takes_the_packaged_model(gpu):
+    gpu(80e9, hub=False)
+    chosen = preset("auto", "default", "auto")
+    assert chosen.suite == "embedded_lm" and "nor to be had from the hub" in chosen.why
+
+
+def test_smaller_never_grows_and_names_no_precision():
+    for name in ("smoke", "default", "full"):
+        size = LANGUAGE_SIZES[f"glue/{name}"]
+        less = smaller(size)
+        assert less.recipe.rows <= (size.recipe.rows or less.recipe.rows)
+        assert less.merge_rows <= size.merge_rows and less.recipe.epochs <= size.recipe.epochs
+        assert (less.precision, less.recipe.precision, less.storage) == ("auto", "auto", "int8")
+
+
+def test_unknown_suites_and_sizes_are_answered_with_the_choices():
+    with pytest.raises(KeyError, match="glue/default"):
+        preset("glue", "enormous", "cpu")
+    with pytest.raises(ValueError, match="answered in classes"):
+        preset("embedded", "smoke", "cpu")
+
+
+def test_a_cached_model_is_there_without_a_network_and_an_unknown_one_is_not(monkeypatch):
+    monkeypatch.setattr(presets, "try_to_load_from_cache", lambda name, file: "/somewhere/it")
+    assert presets.reachable("some/model")
+    monkeypatch.setattr(presets, "try_to_load_from_cache", lambda name, file: None)
+    monkeypatch.setattr(presets.HfApi, "model_info", lambda *_, **__: 1 / 0)
+    assert not presets.reachable("some/model")
+
+
+# --- what a suite needs of each GPU --------------------------------------------------------------
+
+SHAPE = {"num_tasks": 7, "tokens": 64, "answers": 3}
+DEFAULT = LANGUAGE_SIZES["glue/default"]
+
+
+def test_the_papers_model_is_known_without_its_weights():
+    model = qwen()
+    assert model.parameters == 494_032_768 and model.vocabulary == 151_936 and model.tied
+
+
+def test_plans_follow_the_preset_of_the_gpu():
+    table = suite_forecast(DEFAULT, ["t4", "a100_40"], rows=6000, **SHAPE)
+    assert table.preset.tolist() == ["smaller", "as it is"]
+    assert table.precision.tolist() == ["float32", "bfloat16"]
+    assert size_on(DEFAULT, ACCELERATORS["t4"]).storage == "int8"
+
+
+def test_the_table_of_memory_adds_up_to_the_plans():
+    shape = {**SHAPE, "model": qwen()}
+    table = memory_table(DEFAULT, ["t4", "h100"], **shape)
+    for key in ("t4", "h100"):
+        plans = memory_plans(DEFAULT, key, **shape)
+        totals = [table.loc[ACCELERATORS[key].name, part].sum() for part in ("fine-tuning", "fit")]
+        assert totals == pytest.approx([plan.total / 1e9 for plan in plans])
+    assert all("loaded base" in str(plan) for plan in plans)
+
+
+def test_a_better_gpu_is_never_slower_and_needs_no_more_memory():
+    table = suite_forecast(DEFAULT, ["a100_40", "h100"], rows=6000, **SHAPE)
+    slow, fast = table["experts and fit, s"]
+    assert fast < slow and table["fit, GB"].nunique() == 1
+
+
+def test_fine_tuning_takes_as_long_as_its_steps():
+    model, gpu = qwen(), ACCELERATORS["h100"]
+    once = replace(DEFAULT, recipe=replace(DEFAULT.recipe, rows=320, epochs=1, batch_size=32))
+    thrice = replace(once, recipe=replace(once.recipe, epochs=3))
+    one = training_seconds(model, once, gpu, 64, 3, 9999)
+    assert training_seconds(model, thrice, gpu, 64, 3, 9999) == pytest.approx(3 * one)
+    least = 10 * 28 * model.parameters / gpu.bandwidth  # AdamW's traffic alone, in ten steps
+    assert one > least

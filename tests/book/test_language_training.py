@@ -1,0 +1,135 @@
+"""Fine-tuning: on answers alone, in any number of parts, and from where it was killed."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from divmerge_book.data.tasks import TASKS
+from divmerge_book.models.language import language_expert, load_language
+from divmerge_book.models.language import training as module
+from divmerge_book.models.language.finetuning import load_language_expert
+from divmerge_book.models.language.forward import Parts
+from divmerge_book.models.language.reading import collate
+from divmerge_book.models.language.training import fine_tuned, losses, rate
+from language_toys import RECIPE, save_model
+
+PAIRS = [((5, 6, 7 + n), (8, 9, 0)) if n % 2 else ((4, n), (n, 0)) for n in range(1, 13)]
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from language_toys import RECIPE
+from test_language_training import PAIRS
+from divmerge_book.models.language import load_language, training
+
+def save_and_die(*arguments, save=training.save):
+    save(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+training.save = save_and_die
+base = load_language(sys.argv[1])
+training.fine_tuned(base, PAIRS, RECIPE, checkpoint=Path(sys.argv[2]), progress=False)
+"""
+
+
+def equal(one, other) -> bool:
+    return list(one) == list(other) and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(llama, llama_folder, tmp_path, monkeypatch):
+    path = tmp_path / "training.pt"
+    command = [sys.executable, "-c", KILLED, str(llama_folder), str(path)]
+    where = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=where, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert path.is_file()
+
+    steps = []
+    monkeypatch.setattr(module, "rate", lambda *given: steps.append(given[0]) or rate(*given))
+    resumed = fine_tuned(llama, PAIRS, RECIPE, checkpoint=path, progress=False)
+    assert steps == [2]  # of three: the first two are not taken again
+    assert not path.exists()
+    assert equal(resumed, fine_tuned(llama, PAIRS, RECIPE, progress=False))
+
+
+def test_a_checkpoint_of_another_training_is_refused(llama, tmp_path):
+    other = replace(RECIPE, trains="top:1")
+    path = tmp_path / "training.pt"
+    weights = {name: torch.zeros(2) for name in ("a", "b")}
+    module.save(path, weights, torch.optim.AdamW(weights.values()), 1)
+    with pytest.raises(ValueError, match="another training; delete it"):
+        fine_tuned(llama, PAIRS, other, checkpoint=path, progress=False)
+
+
+def test_the_loss_is_on_answers_alone(llama):
+    """As transformers works it out with the labels of all other positions left out."""
+    pairs = [pair for pair in PAIRS if len(pair[1]) == 3]  # answers of one length: no weights
+    batch, _ = collate(llama, pairs)
+    whole, _ = collate(llama, [(prompt, (*answer, 0)) for prompt, answer in pairs])
+    ids = whole.inputs["input_ids"]
+    labels = torch.full_like(ids, -100)
+    labels[:, 1:] = torch.where(batch.answer, ids[:, 1:], -100)
+    with torch.no_grad():
+        slow = llama.model(**whole.inputs, labels=labels).loss
+        (fast,) = losses(llama, llama.model, Parts.of(llama.model), pairs, RECIPE)
+    torch.testing.assert_close(fast, slow)
+
+
+def test_parts_of_a_batch_add_up_to_it(llama):
+    parts = Parts.of(llama.model)
+    with torch.no_grad():
+        (whole,) = losses(llama, llama.model, parts, PAIRS[:7], RECIPE)
+        few = list(losses(llama, llama.model, parts, PAIRS[:7], replace(RECIPE, micro=3)))
+    assert len(few) == 3
+    torch.testing.assert_close(sum(few), whole)
+
+
+def test_recomputed_activations_train_the_same(llama):
+    plain = fine_tuned(llama, PAIRS, RECIPE, progress=False)
+    again = fine_tuned(llama, PAIRS, replace(RECIPE, checkpointing=True), progress=False)
+    torch.testing.assert_close(plain, again)
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone(llama):
+    before = {name: tensor.clone() for name, tensor in llama.state.items()}
+    tuned = fine_tuned(llama, PAIRS, replace(RECIPE, epochs=4), progress=False)
+    assert equal(before, llama.state)
+    parts, found = Parts.of(llama.model), []
+    for state in (before, tuned):
+        batch, tokens = collate(llama, PAIRS)
+        hidden = module.answer_states(parts, state, batch)
+        found.append(torch.nn.functional.cross_entropy(parts.words(state, hidden), tokens).item())
+    assert found[1] < found[0]
+
+
+def test_the_upper_blocks_alone_are_trained_and_kept(llama, glue_rows):
+    expert = language_expert(llama, TASKS["sst2"], replace(RECIPE, trains="top:1"), progress=False)
+    moved = [name for name in llama.state if not torch.equal(expert.state[name], llama.state[name])]
+    assert moved and all(name.startswith(("model.layers.1.", "model.norm")) for name in moved)
+    assert set(expert.state) == set(llama.state)
+
+
+def test_experts_are_kept_by_content(llama, glue_rows, monkeypatch):
+    first = language_expert(llama, TASKS["sst2"], RECIPE, progress=False)
+    monkeypatch.setattr("divmerge_book.models.language.finetuning.fine_tuned", None)
+    assert equal(language_expert(llama, TASKS["sst2"], RECIPE, progress=False).state, first.state)
+    with pytest.raises(TypeError):  # another recipe is another expert: it would be trained
+        language_expert(llama, TASKS["sst2"], replace(RECIPE, lr=1e-5), progress=False)
+
+
+def test_an_expert_of_another_base_is_refused(llama, glue_rows, shared_cache, tmp_path):
+    language_expert(llama, TASKS["sst2"], RECIPE, progress=False)
+    folder = next((shared_cache / "experts").glob("lm-sst2-*"))
+    other = load_language(str(save_model(tmp_path, seed=1)))
+    with pytest.raises(ValueError, match="with other weights than"):
+        load_language_expert(other, folder)
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"lr": 0.0}, {"micro": -1}, {"rows": -3}])
+def test_recipes_out_of_range_are_refused(llama, wrong):
+    with pytest.raises(ValueError, match="1 or more and lr above 0"):
+        replace(RECIPE, **wrong).on(llama)

@@ -1,0 +1,279 @@
+"""One's own models are described in a file and checked before weights are read."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from divmerge_book.user_models import check, load, locate, read
+from helpers import MARKERS, WORDS
+from local_files import (
+    LABELS,
+    ROWS,
+    changed,
+    config,
+    describe,
+    lone,
+    make_base,
+    make_expert,
+    make_project,
+    refused,
+    tokenizer,
+    toy_rows,
+    write_rows,
+)
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A description of two random BERT experts; only to be read."""
+    return make_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def plan(project):
+    return check(read(project))
+
+
+def text_file(folder: Path, text: str, name: str = "models.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+# --- the description ------------------------------------------------------------------------------
+
+
+def test_yaml_and_json_say_the_same(project):
+    whole = yaml.safe_load(project.read_text())
+    path = project.with_name("models.json")
+    path.write_text(json.dumps(whole, indent="\t"))
+    one, other = read(project), read(path)
+    assert one.tasks == other.tasks and one.base == other.base and one.max_length == 16
+
+
+def test_labels_are_words_as_they_are_written(tmp_path):
+    task = "{name: %s, expert: e, merge: m.csv, labels: [no, yes, 1]}"
+    path = text_file(tmp_path, f"base: b\ntasks:\n- {task % 'a'}\n- {task % 'b'}\n")
+    assert read(path).tasks[0].labels == ("no", "yes", "1")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("base: b\nbases: c\n", ["line 2", "unknown field 'bases'", "did you mean 'base'"]),
+        ("base: b\nbase: c\ntasks: []\n", ["line 2", "twice"]),
+        ("base: b\n", ["line 1", "lacks tasks"]),
+        ("base: b\ntasks: [{name: a, expert: e, merge: m}]\n", ["line 2", "two tasks or more"]),
+        ("base: b\ntasks:\n- {name: a}\n- {name: b}\n", ["line 3", "lacks expert, merge"]),
+        ("base: [b]\ntasks:\n- 1\n- 2\n", ["line 3", "task 1 must be fields"]),
+        ("base: b\nmax_length: long\ntasks:\n- {}\n- {}\n", ["lacks name"]),
+        ("base: b\n  tasks: 1\n", ["line 2"]),
+        ("", ["empty", "base, max_length, tasks"]),
+    ],
+)
+def test_a_wrong_description_is_refused_with_its_line(tmp_path, text, words):
+    refused(text_file(tmp_path, text), "models.yaml", *words)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"name": "a b"}, ["'a b'", "no spaces"]),
+        ({"name": "PLACE"}, ["two tasks have the name"]),
+        ({"labels": ["one"]}, ["two or more distinct"]),
+        ({"labels": "one"}, ["must be a list"]),
+        ({"columns": {"txt": "t"}}, ["unknown field 'txt'", "text, pair, label"]),
+        ({"test": ["a", "b"]}, ["one non-empty text"]),
+    ],
+)
+def test_a_wrong_field_of_a_task_is_refused(project, fields, words):
+    refused(changed(project, 0, **fields), *words)
+
+
+def test_broken_json_and_other_endings_are_refused(tmp_path):
+    refused(text_file(tmp_path, '{"base": \n', "a.json"), "a.json, line 2")
+    refused(text_file(tmp_path, "base: b", "a.toml"), ".yaml, .yml, .json")
+    refused(tmp_path / "none.yaml", "there is no description")
+
+
+def test_a_description_is_found_from_the_notebooks_folder_and_from_the_shells(
+    tmp_path, monkeypatch
+):
+    for folder in ("here/notebooks", "shell"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here/notebooks")
+    monkeypatch.setenv("PWD", str(tmp_path / "shell"))
+    for place in ("here/one.yaml", "shell/two.yaml", "here/notebooks/three.yaml"):
+        (tmp_path / place).write_text("base: b")
+        assert locate(Path(place).name) == (tmp_path / place).resolve()
+    with pytest.raises(ValueError, match="looked at .*notebooks/four.yaml"):
+        locate("four.yaml")
+
+
+# --- what is checked before weights are read ------------------------------------------------------
+
+
+def test_a_plan_tells_kinds_labels_and_counts(plan):
+    table = plan.table()
+    assert list(table.index) == list(MARKERS) and set(table.expert) == {"transformers"}
+    assert list(table.labels) == [", ".join(LABELS[name]) for name in MARKERS]
+    assert [list(table[split]) for split in ROWS] == [[n] * 2 for n in ROWS.values()]
+    assert plan.notes == ()
+
+
+def test_headers_are_read_by_the_check_and_weights_are_not(project, tmp_path):
+    def build(folder: Path) -> None:
+        make_expert(folder, project.parent / "base", LABELS["mood"])
+        tensors = load_file(folder / "model.safetensors")
+        tensors["classifier.bias"].fill_(float("nan"))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    plan = check(read(lone(project, tmp_path, "cut", build)))
+    with pytest.raises(ValueError, match="classifier.bias holds NaN"):
+        load(plan)
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(plan.description.path, "is no whole safetensors file but damaged")
+
+
+def test_all_missing_paths_are_told_at_once(project):
+    path = changed(changed(project, 0, merge="no.csv"), 1, expert="nowhere")
+    refused(path, "2 problems", "no.csv", "nowhere", "description's own folder")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"hidden_size": 48}, ["hidden_size = 48", "has 32"]),
+        ({"num_hidden_layers": 3}, ["num_hidden_layers = 3"]),
+        ({"num_attention_heads": 4}, ["num_attention_heads = 4"]),
+        ({"hidden_act": "relu"}, ["hidden_act = 'relu'"]),
+    ],
+)
+def test_another_architecture_is_refused(project, tmp_path, changes, words):
+    def build(folder: Path) -> None:
+        config("bert", **changes).save_pretrained(folder)
+        save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
+
+    path = lone(project, tmp_path, "other", build)
+    refused(changed(path, 0, labels=None), *words, "this very base")
+
+
+def test_another_family_is_refused(project, tmp_path):
+    def build(folder: Path) -> None:
+        make_expert(folder, make_base(tmp_path / "roberta", "roberta"), LABELS["mood"])
+
+    refused(lone(project, tmp_path, "other", build), "model_type = 'roberta'")
+
+
+@pytest.mark.parametrize(
+    "labels, words",
+    [
+        (["positive", "negative"], ["in another order", "id2label in config.json"]),
+        (["negative", "neutral", "positive"], ["2 outputs", "negative", "positive"]),
+        (["good", "bad"], ["['good', 'bad']", "['negative', 'positive']"]),
+    ],
+)
+def test_labels_that_are_not_the_heads_are_refused(project, labels, words):
+    refused(changed(project, 0, labels=labels), *words)
+
+
+def test_a_head_without_names_takes_the_descriptions_labels_or_numbers(project, tmp_path):
+    def build(folder: Path) -> None:
+        make_expert(folder, project.parent / "base", ["LABEL_0", "LABEL_1"])
+
+    path = lone(project, tmp_path, "plain", build)
+    refused(path, "label 'negative'", "none of 0, 1", "more")
+    named = changed(path, 0, labels=["negative", "positive"])
+    assert check(read(named)).experts[0].labels == ("negative", "positive")
+
+
+def test_an_expert_that_is_no_classifier_is_refused(project, tmp_path):
+    def build(folder: Path) -> None:
+        config("bert", architectures=["BertForMaskedLM"]).save_pretrained(folder)
+
+    refused(lone(project, tmp_path, "masked", build), "BertForMaskedLM", "sequence classification")
+    refused(changed(project, 0, expert=str(tmp_path)), "holds no expert", "adapter_config.json")
+
+
+def test_other_vocabularies_special_tokens_and_ways_of_cutting_up_are_refused(project, tmp_path):
+    def with_tokenizer(made):
+        def build(folder: Path) -> None:
+            make_expert(folder, project.parent / "base", LABELS["mood"])
+            for left in folder.glob("*token*"):
+                left.unlink()
+            made.save_pretrained(folder)
+
+        return build
+
+    swapped = [*WORDS[:5], WORDS[6], WORDS[5], *WORDS[7:]]
+    other = with_tokenizer(tokenizer(vocabulary=swapped))
+    refused(lone(project, tmp_path, "order", other), "differs from the base's in 2 tokens")
+    mask = tokenizer()
+    mask.mask_token = "[UNK]"
+    refused(lone(project, tmp_path, "mask", with_tokenizer(mask)), "mask token is '[UNK]'")
+    cut = with_tokenizer(tokenizer("plain"))
+    refused(lone(project, tmp_path, "cut", cut), "cuts up", "another way")
+
+
+def test_an_expert_without_a_tokenizer_reads_as_the_base(project, tmp_path):
+    def build(folder: Path) -> None:
+        make_expert(folder, project.parent / "base", LABELS["mood"])
+        for left in folder.glob("*token*"):
+            left.unlink()
+
+    assert check(read(lone(project, tmp_path, "bare", build))).tasks == tuple(MARKERS)
+
+
+def test_inputs_longer_than_the_models_positions_are_refused(project):
+    whole = yaml.safe_load(project.read_text())
+    path = describe(project.with_name("long.yaml"), whole["tasks"], max_length=64)
+    refused(path, "max_length is 64", "32 tokens at most")
+
+
+def test_a_padding_token_that_only_experts_name_is_used_and_noted(tmp_path):
+    project = make_project(tmp_path, "gpt2")
+    for folder in ("base", "experts/mood", "experts/place"):
+        path = tmp_path / folder / "config.json"
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps(told | {"pad_token_id": None}))
+    plan = check(read(project))
+    assert "names no pad_token_id" in plan.notes[0]
+    assert [source.model.config.pad_token_id for source in plan.experts] == [0, 0]
+    path = tmp_path / "experts/mood/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": 1}))
+    refused(project, "pad with ['[PAD]', '[UNK]']", "one padding token")
+
+
+def test_a_family_that_takes_fewer_inputs_gets_fewer(tmp_path):
+    """DistilBERT takes no token types, though BERT's tokenizer would give them."""
+    project = make_project(tmp_path, "distilbert")
+    for folder in ("base", "experts/mood", "experts/place"):
+        tokenizer().save_pretrained(tmp_path / folder)
+    batch = load(check(read(project))).test[0].batches[0]
+    assert set(batch.inputs) == {"input_ids", "attention_mask"}
+
+
+def test_validation_rows_in_the_test_split_are_refused(project):
+    path = changed(project, 0, validation="data/mood-test.csv")
+    refused(path, "stand in validation and in test")
+
+
+def test_seen_inputs_and_missing_classes_are_noted(project):
+    rows = [row for row in toy_rows("mood")["merge"] if row["label"] == "positive"]
+    write_rows(project.parent / "data" / "seen.csv", rows)
+    notes = check(read(changed(project, 0, test="data/seen.csv"))).notes
+    assert "merge inputs too" in notes[0] and "no test row has the label negative" in notes[1]
+
+
+def test_a_base_that_is_nowhere_is_refused(project, monkeypatch):
+    def offline(*arguments, **options):
+        raise OSError("no network here")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    whole = yaml.safe_load(project.read_text())
+    path = describe(project.with_name("nowhere.yaml"), whole["tasks"], base="no/such")
+    refused(path, "'no/such'", "no network here")

@@ -1,0 +1,410 @@
+"""One's own experts merged: the identity of every family, heads, adapters, damaged weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from divmerge_book.models.finetuning import load_expert
+from divmerge_book.user_models import check, load, merge_and_score, read
+from helpers import MARKERS, WORDS
+from local_files import (
+    LABELS,
+    changed,
+    describe,
+    lone,
+    make_adapter,
+    make_base,
+    make_expert,
+    make_project,
+    refused,
+    toy_rows,
+    write_rows,
+)
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from divmerge_core import METHODS
+
+FAMILIES = ("bert", "roberta", "deberta", "distilbert", "gpt2", "qwen2", "bart")
+QUERY = "bert.encoder.layer.0.attention.self.query"
+
+
+# Toy experts move further than fine-tuning does.
+pytestmark = pytest.mark.filterwarnings("ignore:task .* the task vector is:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A description of two random BERT experts; only to be read."""
+    return make_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def plan(project):
+    return check(read(project))
+
+
+@pytest.fixture(scope="module")
+def bench(plan):
+    return load(plan)
+
+
+# --- merging is merging ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_an_expert_at_coefficient_1_is_its_own_pipeline(tmp_path, kind):
+    project = make_project(tmp_path, kind)
+    bench = load(check(read(project)))
+    texts = [row["text"] for row in toy_rows("place")["test"]]
+    own = transformers.pipeline(
+        "text-classification", model=str(tmp_path / "experts/place"), top_k=None
+    )
+    wanted = [{one["label"]: one["score"] for one in found} for found in own(texts)]
+    logits = [
+        bench.problem.logits(bench.problem.vectors.expert("place"), 1, batch).softmax(-1)
+        for batch in bench.test[1].batches
+    ]
+    scores, order = torch.cat(logits), torch.argsort(lengths_of(bench, texts), stable=True)
+    for row, number in zip(scores, order.tolist(), strict=True):
+        expected = torch.tensor([wanted[number][label] for label in LABELS["place"]])
+        assert_close(row, expected, rtol=0, atol=1e-5)
+
+
+def lengths_of(bench, texts: list[str]) -> torch.Tensor:
+    return torch.tensor([len(ids) for ids in bench.base.tokenizer(texts).input_ids])
+
+
+def test_what_the_base_has_is_merged_and_the_rest_is_the_head(bench, project):
+    base = load_file(project.parent / "base/model.safetensors")
+    assert set(bench.problem.vectors.layout.names) == set(base)
+    for expert in bench.experts:
+        assert set(expert.head) == {
+            *("bert.pooler.dense.weight", "bert.pooler.dense.bias"),
+            *("classifier.weight", "classifier.bias"),
+        }
+
+
+def test_a_pooler_that_the_base_has_is_merged(tmp_path):
+    project = make_project(tmp_path)
+    whole = transformers.AutoModel.from_pretrained(tmp_path / "base")
+    whole.save_pretrained(tmp_path / "base")
+    bench = load(check(read(project)))
+    assert "pooler.dense.weight" in bench.problem.vectors.layout.names
+    assert set(bench.experts[0].head) == {"classifier.weight", "classifier.bias"}
+
+
+def test_the_average_is_the_mean_of_the_checkpoints(bench, project):
+    merged = bench.problem.vectors.layout.unflatten(METHODS["average"](bench.problem))
+    states = [load_file(project.parent / f"experts/{n}/model.safetensors") for n in MARKERS]
+    for name, tensor in merged.items():
+        mean = sum(state[f"bert.{name}"] for state in states) / len(states)
+        assert_close(tensor, mean, rtol=0, atol=1e-6)
+
+
+def test_tied_weights_are_merged_once_and_used_twice(tmp_path):
+    """BART's encoder and decoder read one embedding; a change of it reaches both."""
+    bench = load(check(read(make_project(tmp_path, "bart"))))
+    names = bench.problem.vectors.layout.names
+    assert [name for name in names if "embed_tokens" in name or "shared" in name] == [
+        "shared.weight"
+    ]
+    model = bench.problem.module
+    assert model.encoder.embed_tokens.weight is model.decoder.embed_tokens.weight
+
+
+def test_gradients_reach_every_merged_tensor(bench):
+    vectors = bench.problem.vectors
+    flat = vectors.expert("mood").requires_grad_()
+    batch = bench.problem.batches[0][0]
+    bench.problem.logits(flat, 0, batch).square().sum().backward()
+    reached = vectors.layout.unflatten(flat.grad)
+    assert [name for name, part in reached.items() if not part.abs().sum() > 0] == []
+
+
+def test_two_loads_of_one_plan_answer_alike(plan, bench):
+    other = load(plan)
+    assert other.digest == bench.digest
+    flat, batch = bench.problem.vectors.base, bench.test[0].batches[0]
+    assert torch.equal(bench.problem.logits(flat, 0, batch), other.problem.logits(flat, 0, batch))
+
+
+def test_bfloat16_answers_nearly_as_float32(plan, bench):
+    half, batch = load(plan, precision="bfloat16"), bench.test[0].batches[0]
+    flat = bench.problem.vectors.expert("mood")
+    one, other = bench.problem.logits(flat, 0, batch), half.problem.logits(flat, 0, batch)
+    assert other.dtype == torch.float32 and half.digest != bench.digest
+    assert_close(one, other, rtol=0.05, atol=0.05)
+
+
+def test_methods_that_look_inside_find_the_layers(bench):
+    flat = METHODS["regmean"](bench.problem)
+    assert torch.isfinite(flat).all() and not torch.equal(flat, METHODS["average"](bench.problem))
+
+
+# --- weights that cannot be merged ----------------------------------------------------------------
+
+
+def spoiled(project: Path, folder: Path, change) -> Path:
+    """The project with the first expert's stored tensors changed."""
+
+    def build(target: Path) -> None:
+        make_expert(target, project.parent / "base", LABELS["mood"])
+        tensors = load_file(target / "model.safetensors")
+        change(tensors)
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+
+    return lone(project, folder, "spoiled", build)
+
+
+@pytest.mark.parametrize("name", ["classifier.bias", f"{QUERY}.weight"])
+def test_weights_that_are_not_finite_are_refused(project, tmp_path, name):
+    path = spoiled(project, tmp_path, lambda tensors: tensors[name].view(-1)[0].fill_(float("nan")))
+    with pytest.raises(ValueError, match=f"{name.removeprefix('bert.')} holds NaN"):
+        load(check(read(path)))
+
+
+def test_an_expert_without_its_head_is_refused(project, tmp_path):
+    path = spoiled(project, tmp_path, lambda tensors: tensors.pop("classifier.weight"))
+    with pytest.raises(ValueError, match="lacks .*classifier.weight.*with its head"):
+        load(check(read(path)))
+
+
+def test_an_expert_of_another_base_or_none_is_noted(project, tmp_path):
+    def far(tensors: dict) -> None:
+        for tensor in tensors.values():
+            tensor.copy_(torch.randn(tensor.shape))
+
+    def near(tensors: dict) -> None:
+        base = load_file(project.parent / "base" / "model.safetensors")
+        tensors |= {f"bert.{name}": tensor for name, tensor in base.items()}
+
+    with pytest.warns(UserWarning, match="'mood': the task vector is .* is this the base that"):
+        load(check(read(spoiled(project, tmp_path / "far", far))))
+    with pytest.warns(UserWarning, match="'mood': the expert's encoder is the base itself"):
+        load(check(read(spoiled(project, tmp_path / "near", near))))
+
+
+# --- bases and folders that are not whole ---------------------------------------------------------
+
+
+def other_base(project: Path, folder: Path, change) -> Path:
+    """The project with the base's stored tensors changed; experts have all theirs."""
+    base = make_base(folder / "base")
+    tensors = load_file(base / "model.safetensors")
+    save_file(change(tensors), base / "model.safetensors", metadata={"format": "pt"})
+    path = project.with_name(f"{folder.name}.yaml")
+    path.write_text(yaml.safe_dump({**yaml.safe_load(project.read_text()), "base": str(base)}))
+    return path
+
+
+@pytest.mark.parametrize("part", [QUERY.removeprefix("bert.") + ".weight", "encoder.layer.1."])
+def test_a_base_that_lacks_tensors_is_refused_by_name(project, tmp_path, part):
+    def cut(tensors: dict) -> dict:
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith(part)}
+
+    plan = check(read(other_base(project, tmp_path, cut)))
+    with pytest.raises(ValueError, match=f"lacks .* tensors of its model.*{part}.*only a pooler"):
+        load(plan)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module."])
+def test_the_wrapper_of_a_saved_model_is_named_before_weights_are_read(project, tmp_path, wrapper):
+    def wrapped(tensors: dict) -> dict:
+        return {f"{wrapper}{name}": tensor for name, tensor in tensors.items()}
+
+    with pytest.raises(ValueError, match=f"all names begin with '{wrapper}', so a wrapper"):
+        check(read(other_base(project, tmp_path, wrapped)))
+
+
+def test_two_sources_of_weights_in_one_folder_are_refused(project, tmp_path):
+    def both(folder: Path) -> None:
+        model = make_expert(folder, project.parent / "base", LABELS["mood"])
+        kept = (folder / "model.safetensors").read_bytes()
+        model.save_pretrained(folder, max_shard_size="20KB")
+        (folder / "model.safetensors").write_bytes(kept)
+
+    def adapter_too(folder: Path) -> None:
+        make_expert(folder, project.parent / "base", LABELS["mood"])
+        (folder / "adapter_config.json").write_text("{}")
+
+    with pytest.raises(ValueError, match="holds both model.safetensors and model.safetensors.ind"):
+        check(read(lone(project, tmp_path, "both", both)))
+    with pytest.raises(ValueError, match="holds an adapter .* and whole weights"):
+        check(read(lone(project, tmp_path, "adapter", adapter_too)))
+
+
+def test_a_pointer_of_git_lfs_is_called_so_before_weights_are_read(project, tmp_path):
+    def pointer(folder: Path) -> None:
+        make_expert(folder, project.parent / "base", LABELS["mood"])
+        text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        (folder / "model.safetensors").write_text(text)
+
+    with pytest.raises(ValueError, match="is no whole safetensors file but a Git-LFS pointer"):
+        check(read(lone(project, tmp_path, "pointer", pointer)))
+
+
+def test_what_lies_beside_the_weights_does_not_count_as_weights(project, tmp_path, bench):
+    def beside(folder: Path) -> None:
+        make_expert(folder, project.parent / "base", LABELS["mood"])
+        save_file({"x": torch.ones(2)}, folder / "optimizer.safetensors")
+
+    found = load(check(read(lone(project, tmp_path, "beside", beside))))
+    files = found.experts[0].manifest["files"]
+    assert [name for name in files if name.endswith(".safetensors")] == ["model.safetensors"]
+
+
+# --- LoRA adapters --------------------------------------------------------------------------------
+
+
+def pooler_and_head(outputs: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    sizes = {"bert.pooler.dense.weight": (32, 32), "bert.pooler.dense.bias": (32,)}
+    sizes |= {"classifier.weight": (outputs, 32), "classifier.bias": (outputs,)}
+    return {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+
+
+def with_adapter(project: Path, folder: Path, shapes=None, saved=None, **settings):
+    """The project with an adapter as the first expert; its description and factors."""
+    saved = pooler_and_head(2) if saved is None else saved
+    factors = make_adapter(folder / "lora", shapes or {QUERY: (32, 32)}, saved=saved, **settings)
+    return changed(project, 0, expert=str(folder / "lora"), labels=LABELS["mood"]), factors
+
+
+@pytest.mark.parametrize(
+    "settings, scale",
+    [
+        ({}, 6 / 3),
+        ({"use_rslora": True}, 6 / 3**0.5),
+        ({"alpha_pattern": {"self.query": 9}}, 9 / 3),
+        ({"alpha_pattern": {"uery": 9}}, 6 / 3),
+        ({"r": 99, "rank_pattern": {"query": 3}}, 6 / 3),
+    ],
+)
+def test_an_adapter_is_w_plus_scale_b_a(project, tmp_path, settings, scale):
+    path, factors = with_adapter(project, tmp_path, **settings)
+    bench = load(check(read(path)))
+    vectors = bench.problem.vectors
+    deltas = vectors.layout.unflatten(vectors.deltas[0])
+    left, right = factors[QUERY]
+    name = f"{QUERY.removeprefix('bert.')}.weight"
+    assert_close(deltas[name], scale * left @ right, rtol=1e-5, atol=1e-6)
+    assert [key for key, part in deltas.items() if part.abs().sum() > 0] == [name]
+    for key, tensor in pooler_and_head(2).items():
+        assert torch.equal(bench.experts[0].head[key], tensor)
+
+
+def test_an_adapter_answers_as_the_model_with_its_weights_put_in(project, tmp_path):
+    path, factors = with_adapter(project, tmp_path)
+    bench = load(check(read(path)))
+    model = transformers.BertForSequenceClassification.from_pretrained(
+        project.parent / "base"
+    ).eval()
+    left, right = factors[QUERY]
+    with torch.no_grad():
+        model.get_parameter(f"{QUERY}.weight").add_(2 * left @ right)
+        for name, tensor in pooler_and_head(2).items():
+            model.get_parameter(name).copy_(tensor)
+        batch = bench.test[0].batches[0]
+        wanted = model(**batch.inputs).logits
+        given = bench.problem.logits(bench.problem.vectors.expert("mood"), 0, batch)
+    assert_close(given, wanted, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_of_gpt2_is_transposed(tmp_path):
+    """GPT-2's matrices are [in, out]; embeddings have factors of their own names."""
+    project = make_project(tmp_path, "gpt2")
+    matrix = "transformer.h.0.attn.c_attn"
+    head = {"score.weight": torch.randn(2, 32)}
+    path, factors = with_adapter(project, tmp_path, {matrix: (96, 32)}, head, fan_in_fan_out=True)
+    weights = load_file(tmp_path / "lora/adapter_model.safetensors")
+    place = torch.randn(3, len(WORDS)), torch.randn(32, 3)
+    weights |= {"base_model.model.transformer.wte.lora_embedding_A": place[0]}
+    weights |= {"base_model.model.transformer.wte.lora_embedding_B": place[1]}
+    save_file(weights, tmp_path / "lora/adapter_model.safetensors")
+    vectors = load(check(read(path))).problem.vectors
+    deltas = vectors.layout.unflatten(vectors.deltas[0])
+    left, right = factors[matrix]
+    assert_close(deltas["h.0.attn.c_attn.weight"], 2 * (left @ right).T, rtol=1e-5, atol=1e-5)
+    assert_close(deltas["wte.weight"], 2 * (place[1] @ place[0]).T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"use_dora": True}, ["use_dora=True", "merge_and_unload"]),
+        ({"peft_type": "IA3"}, ["'IA3'", "LORA"]),
+        ({"bias": "all"}, ["bias='all'"]),
+        ({"init_lora_weights": "pissa"}, ["init_lora_weights='pissa'"]),
+        ({"use_novelty": True}, ["use_novelty=True"]),
+        ({"saved": {}}, ["no classification head", "SEQ_CLS"]),
+        ({"shapes": {QUERY: (32, 16)}}, ["[32, 32]", "another model"]),
+        ({"shapes": {"bert.encoder.layer.9.x": (32, 32)}}, ["layer.9", "another model"]),
+    ],
+)
+def test_what_is_more_than_plain_lora_is_refused_by_name(project, tmp_path, settings, words):
+    path, _ = with_adapter(project, tmp_path, **settings)
+    refused(path, *words)
+
+
+def test_an_adapter_whose_labels_are_not_its_heads_is_refused(project, tmp_path):
+    path, _ = with_adapter(project, tmp_path, saved=pooler_and_head(3))
+    refused(path, "3 outputs", "the shape of its saved head")
+
+
+def test_a_random_pooler_that_was_not_saved_is_refused(project, tmp_path):
+    head = {name: t for name, t in pooler_and_head(2).items() if name.startswith("classifier")}
+    path, _ = with_adapter(project, tmp_path, saved=head)
+    with pytest.raises(ValueError, match="both lack .*bert.pooler.*modules_to_save"):
+        load(check(read(path)))
+
+
+# --- this package's own experts -------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tiny_folder, shared_cache, experts, tmp_path) -> Path:
+    """The toy experts that this package trained, described from their folders."""
+    entries = []
+    for expert in experts:
+        kept = (shared_cache / "experts").glob(f"{expert.task}-*")
+        (folder,) = (path for path in kept if load_expert(path).manifest == expert.manifest)
+        entry = {"name": expert.task, "expert": str(folder)}
+        for split, rows in toy_rows(expert.task).items():
+            path = write_rows(tmp_path / f"{expert.task}-{split}.csv", rows)
+            entry[split] = str(path)
+        entries.append(entry)
+    return describe(tmp_path / "own.yaml", entries, base=str(tiny_folder))
+
+
+def test_this_packages_own_experts_answer_as_ever(own, experts, tiny):
+    from divmerge_book.evaluation.experiment import classifier_forward
+
+    bench = load(check(read(own)))
+    forward = classifier_forward(tiny, [expert.head for expert in experts])
+    for number, expert in enumerate(experts):
+        batch = bench.test[number].batches[0]
+        wanted = forward(expert.state, [(number, batch)])[0]
+        flat = bench.problem.vectors.expert(expert.task)
+        assert_close(bench.problem.logits(flat, number, batch), wanted, rtol=0, atol=1e-5)
+
+
+def test_kinds_of_experts_mix(own, tiny_folder, tmp_path):
+    make_expert(tmp_path / "mood", tiny_folder, LABELS["mood"])
+    bench = load(check(read(changed(own, 0, expert="mood"))))
+    assert [expert.manifest["kind"] for expert in bench.experts] == ["transformers", "package"]
+    found = merge_and_score(bench, ["average"], budget=1, progress=False)
+    assert set(found.report.rows.task) == set(MARKERS)
+
+
+def test_this_packages_expert_of_another_base_is_refused(own, tmp_path):
+    make_base(tmp_path / "base")
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    tensors["embeddings.word_embeddings.weight"] += 1
+    save_file(tensors, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    path = tmp_path / "other.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(own.read_text()), "base": "base"}))
+    with pytest.raises(ValueError, match="other weights or vocabulary"):
+        load(check(read(path)))

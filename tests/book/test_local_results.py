@@ -1,0 +1,215 @@
+"""What comes of one's own models: scores, closeness, coefficients, and the folder on disk."""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import transformers
+from divmerge_book import __main__
+from divmerge_book.evaluation.report import Report
+from divmerge_book.user_models import (
+    check,
+    closeness,
+    load,
+    merge_and_score,
+    read,
+    task_scores,
+    write_merged,
+)
+from divmerge_book.user_models.save import coefficients_of, grouping_of
+from local_files import (
+    LABELS,
+    ROWS,
+    changed,
+    make_project,
+)
+from torch.testing import assert_close
+
+from divmerge_core import METHODS
+from divmerge_core.checkpoints import load_with_head
+from divmerge_core.divergences import js
+from divmerge_core.merging.problem import MergeProblem
+
+# Toy experts move further than fine-tuning does.
+pytestmark = pytest.mark.filterwarnings("ignore:task .* the task vector is:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A description of two random BERT experts; only to be read."""
+    return make_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def plan(project):
+    return check(read(project))
+
+
+@pytest.fixture(scope="module")
+def bench(plan):
+    return load(plan)
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found(bench, tmp_path_factory):
+    """Three merges of the two experts; only to be read."""
+    specs = ["average", "ties", "divmerge/layer"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIVMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return merge_and_score(bench, specs, budget=1, epochs=1, inputs=8, progress=False)
+
+
+def test_every_method_is_scored_beside_experts_and_base(found):
+    methods = ["expert", "base", "average", "ties", "divmerge/layer"]
+    assert list(found.report.rows.method.unique()) == methods
+    assert all(len(row.gold) == ROWS["test"] for row in found.report.rows.itertuples())
+    assert found.report.provenance["suite"] == "local"
+
+
+def test_closeness_is_the_mean_divergence_and_the_share_of_equal_answers(bench, found):
+    problem, exam = bench.problem, bench.test[1]
+    row = found.closeness.query("method == 'average' and task == 'place'").iloc[0]
+    with torch.no_grad():
+        sides = [
+            torch.cat([problem.logits(flat, 1, batch) for batch in exam.batches])
+            for flat in (problem.vectors.expert("place"), found.made["average"].merged)
+        ]
+    assert row.rows == "test"
+    assert row.divergence == pytest.approx(js(*sides).mean().item(), abs=1e-7)
+    assert row.agreement == (sides[0].argmax(-1) == sides[1].argmax(-1)).double().mean().item()
+
+
+def test_closeness_by_kl_is_from_the_expert_to_the_merge(bench, monkeypatch):
+    sides = torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.5, 0.5]]).log()
+    monkeypatch.setattr(MergeProblem, "logits", lambda *_: sides[0])  # of experts
+    monkeypatch.setattr(MergeProblem, "logits_of", lambda *_: sides[1])  # of merges
+    found = closeness(bench, {"half": bench.problem.vectors.base}, divergence="kl")
+    wanted = 0.9 * math.log(1.8) + 0.1 * math.log(0.2)  # .368; the other way it is .511
+    assert list(found.divergence) == pytest.approx([wanted, wanted])
+
+
+def test_without_labels_there_is_closeness_and_no_report(project, cache):
+    path = project
+    for number in range(2):
+        path = changed(path, number, validation=None, test=None)
+    bench = load(check(read(path)))
+    found = merge_and_score(bench, ["task_arithmetic"], progress=False)
+    assert found.report is None and set(found.closeness.rows) == {"merge"}
+    published = METHODS.facts["task_arithmetic"]["search"][0]  # no rows to choose a scale on
+    assert found.options["task_arithmetic"] == published
+    assert task_scores(found.report, "task_arithmetic").empty
+    with pytest.raises(ValueError, match="validation split"):
+        merge_and_score(bench, ["evolved_coefficients"], progress=False)
+
+
+def test_only_labelled_tasks_are_scored(project, cache):
+    bench = load(check(read(changed(project, 0, validation=None, test=None))))
+    found = merge_and_score(bench, ["average"], progress=False)
+    assert set(found.report.rows.task) == {"place"}
+    assert dict(found.closeness.groupby("task").rows.first()) == {"mood": "merge", "place": "test"}
+
+
+def test_a_method_without_a_single_model_is_refused(bench):
+    with pytest.raises(ValueError, match="no single merged model"):
+        merge_and_score(bench, ["twin"], progress=False)
+
+
+def test_coefficients_are_found_again_from_the_merge(bench, found):
+    vectors = bench.problem.vectors
+    fit = found.made["divmerge/layer"].fit
+    near = torch.tensor(fit["coefficients"])
+    again = coefficients_of(vectors, found.made["divmerge/layer"].merged, "layer", near)
+    assert_close(again, near, rtol=0, atol=1e-4)
+    average = coefficients_of(vectors, found.made["average"].merged, "task")
+    assert_close(average, torch.full((2, 1), 0.5), rtol=0, atol=1e-5)
+    assert coefficients_of(vectors, found.made["ties"].merged, "task") is None
+
+
+def test_where_task_vectors_leave_coefficients_open_they_are_the_given_ones(bench):
+    vectors = bench.problem.vectors
+    near = torch.tensor([[0.25], [0.75]])
+    still = vectors.map(torch.zeros_like)
+    assert_close(coefficients_of(still, vectors.base, "task", near), near)
+    assert_close(coefficients_of(still, vectors.base, "task"), torch.zeros(2, 1))
+
+
+def test_the_grouping_is_the_one_asked_for_or_the_methods_own():
+    assert grouping_of("divmerge/layer") == "layer" and grouping_of("divmerge") == "task"
+    assert grouping_of("ties") == "task"
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_what_is_written_answers_as_what_was_merged(tmp_path, cache, kind):
+    plan = check(read(make_project(tmp_path, kind)))
+    bench = load(plan)
+    found = merge_and_score(bench, ["average"], budget=1, progress=False)
+    folder = write_merged(plan, bench, found, "average", tmp_path / "merged", progress=False)
+    encoder = transformers.AutoModel.from_pretrained(folder)
+    merged = bench.problem.vectors.layout.unflatten(found.made["average"].merged)
+    for name, tensor in merged.items():
+        assert torch.equal(encoder.get_parameter(name), tensor)
+    for number, task in enumerate(plan.tasks):
+        model, batch = load_with_head(folder, task), bench.test[number].batches[0]
+        with torch.no_grad():
+            wanted = bench.problem.logits(found.made["average"].merged, number, batch)
+            assert_close(model(**batch.inputs).logits, wanted, rtol=0, atol=1e-5)
+        assert list(model.config.id2label.values()) == LABELS[task]
+    card = (folder / "README.md").read_text()
+    assert "average" in card and "negative" in card and str(ROWS["merge"]) in card
+
+
+def test_only_what_was_merged_can_be_written(plan, bench, found, tmp_path):
+    with pytest.raises(ValueError, match="was not merged; there are average"):
+        write_merged(plan, bench, found, "fisher", tmp_path / "x")
+
+
+def test_scores_of_a_task_have_intervals_around_them(found):
+    table = task_scores(found.report, "average").set_index("task")
+    drawn = table[table.low.notna()]
+    assert (drawn.low <= drawn.value).all() and (drawn.value <= drawn.high).all()
+    right = found.report.metrics().query("method == 'average' and metric == 'accuracy'")
+    assert dict(zip(right.task, right.value, strict=True)) == dict(
+        table[table.metric == "accuracy"].value
+    )
+
+
+def test_scores_stand_beside_the_expert_and_the_majority_class():
+    gold = [0, 0, 0, 1] * 10  # majority class: .75
+    said = {"expert": gold, "average": [0, 0, 1, 1] * 10, "base": [1] * 40}
+    rows = [
+        {"method": m, "task": task, "predicted": p if task == "a" else gold[::-1], "gold": gold}
+        for m, p in said.items()
+        for task in ("a", "b")  # the expert of b is below the majority: it does not count
+    ]
+    report = Report(pd.DataFrame(rows).assign(suite="local", subset="a+b", seed=0))
+    table = task_scores(report, "average").set_index(["task", "metric"])
+    assert table.value["a", "accuracy"] == table.value["a", "ratio"] == 0.75
+    assert table.value["a", "majority"] == table.value["b", "majority"] == 0.75
+    assert table.value["a", "kept_margin"] == 0 == table.value["all", "kept_margin"]
+    assert table.low["a", "kept_margin"] < 0 < table.high["a", "kept_margin"]
+    assert table.value["b", "ratio"] == 1 and math.isnan(table.low["b", "ratio"])
+    assert math.isnan(table.value["b", "kept_margin"])
+    assert task_scores(report, "base").set_index(["task", "metric"]).value["a", "kept_margin"] == -2
+
+
+# --- the chapter ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_chapter_merges_what_a_file_describes(project, tmp_path, cache):
+    notebook = Path(__file__).resolve().parents[2] / "notebooks/13_your_own_models.ipynb"
+    __main__.run(
+        notebook,
+        tmp_path / "out.ipynb",
+        suite="local",
+        description=str(project),
+        output=str(tmp_path / "merged"),
+        method="divmerge/layer",
+        budget=1,
+    )
+    assert load_with_head(tmp_path / "merged", "mood").config.num_labels == 2

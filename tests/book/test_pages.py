@@ -1,0 +1,204 @@
+"""Every registered method has a page that says what it is; the pages build without a warning."""
+
+import inspect
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from divmerge_book.evaluation.benchmark import every_method as every_spec
+from divmerge_book.figures import TITLES
+from divmerge_book.runner import book, execute, method_pages
+from test_structure import FETCHED
+
+from divmerge_core.methods import METHODS, options_of
+
+ROOT = Path(__file__).resolve().parents[2]
+BOOK = ROOT / "book"
+REFERENCES = set(
+    re.findall(r"^@\w+\{([^,\s]+),", (BOOK / "references.bib").read_text("utf-8"), re.M)
+)
+
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def paragraphs(name: str) -> list[str]:
+    return inspect.getdoc(METHODS[name]).split("\n\n")
+
+
+# --- what every method says of itself -------------------------------------------------------------
+
+
+@every_method
+def test_the_docstring_opens_with_one_sentence(name):
+    lead = paragraphs(name)[0]
+    ends = re.findall(r"(?<!\bEq)(?<!\bal)[.!?](?=\s|$)", lead)
+    assert ends == ["."] and lead.endswith(".")
+    assert "\n" not in lead
+
+
+@every_method
+def test_the_docstring_has_a_formula_that_is_drawn_without_another_host(name):
+    text = inspect.getdoc(METHODS[name])
+    assert re.search(r"^\$\$\n[^$]+\n\$\$$", text, re.M)
+    assert text.count("$$") % 2 == 0 and text.replace("$$", "").count("$") % 2 == 0
+    assert [match[0] for match in FETCHED.finditer(text)] == []
+
+
+@every_method
+@pytest.mark.parametrize("lead", ["Idea", "Pitfalls", "Source"])
+def test_the_docstring_says_why_it_works_where_it_does_not_and_who_says_so(name, lead):
+    (found,) = [part for part in paragraphs(name) if part.startswith(f"{lead}: ")]
+    assert found.endswith(".")
+
+
+@every_method
+def test_what_it_cites_is_in_the_references(name):
+    keys = method_pages.sources(name)
+    assert len(set(keys)) == len(keys)
+    assert set(keys) <= REFERENCES
+
+
+@every_method
+def test_a_search_has_six_candidates_that_differ_or_none(name):
+    search, parameters = METHODS.facts[name]["search"], inspect.signature(METHODS[name]).parameters
+    assert len(search) in (0, 6)
+    assert {option for candidate in search for option in candidate} <= set(options_of(name))
+    defaults = {option: parameters[option].default for option in options_of(name)}
+    given = [{**defaults, **candidate} for candidate in search]
+    assert [one for n, one in enumerate(given) if one in given[:n]] == []
+
+
+@every_method
+def test_every_method_has_a_title_of_its_own(name):
+    assert [other for other, title in TITLES.items() if title == TITLES[name]] == [name]
+
+
+# --- the pages ------------------------------------------------------------------------------------
+
+
+def test_every_method_has_one_page_and_one_row(tmp_path):
+    method_pages.write(tmp_path)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"index.md", *(f"{method_pages.slug(name)}.md" for name in METHODS)}
+    assert len(written) == 1 + len(METHODS)
+    assert all(re.fullmatch(r"\w+\.md", file) for file in written)
+    index = (tmp_path / "index.md").read_text("utf-8")
+    rows = re.findall(r"^\* - \[(.*)\]\(#method-(\w+)\)$", index, re.M)
+    assert sorted(rows) == sorted((TITLES[name], method_pages.slug(name)) for name in METHODS)
+
+
+def test_a_new_method_appears_by_itself(tmp_path, monkeypatch):
+    def halfway(problem, *, share: float = 1 / 3, far: list[int] | None = None):
+        """Stop on the way.
+
+        $$
+        \\theta = \\tau, \\qquad
+        [\\tau] = 1
+        $$
+
+        Idea: less is more than `halfway+` or `adamerging++`.
+
+        share: of the way. far: tasks.
+
+        Source: in a book,
+        but where?
+        """
+
+    facts = {"source": "Nobody 2000, in a dream", "cite": "nobody2000, else2001"}
+    facts |= {"needs": "nothing", "cost": "weights", "symmetric": False, "exactly": 3}
+    facts["search"] = ({"share": 0.5},)
+    monkeypatch.setitem(METHODS, "halfway+", halfway)
+    monkeypatch.setitem(METHODS.facts, "halfway+", facts)
+    method_pages.write(tmp_path)
+    index = (tmp_path / "index.md").read_text("utf-8")
+    row = "* - [halfway+](#method-halfway_plus)\n  - {cite:t}`nobody2000`\n  - nothing\n"
+    assert row + "  - weights\n  - vector\n  - no\n  - 3\n" in index
+    assert index.index("## No data\n") < index.index(row) < index.index("## Unlabelled inputs")
+    page = (tmp_path / "halfway_plus.md").read_text("utf-8")
+    assert page.startswith("(method-halfway_plus)=\n# halfway+\n\nStop on the way.\n")
+    rows = r"\theta = \tau, \\[1ex]" + "\n" + r"[\tau] = 1"
+    assert f"$$\n\\begin{{gathered}}\n{rows}\n\\end{{gathered}}\n$$\n" in page
+    link = "[`adamerging++`](#method-adamerging_plus_plus)"
+    assert f"**Idea.** less is more than `halfway+` or {link}.\n\n" in page
+    assert "\n\n`share`: of the way. `far`: tasks.\n\n" in page
+    assert "**Source.** in a book,\nbut where? {cite:p}`nobody2000,else2001`\n\n## Options" in page
+    assert "- {cite:t}`nobody2000`, in a dream\n" in page
+    assert "- exactly 3\n" in page and "- matters\n" in page and "- `share=0.5`\n" in page
+    assert "* - `share`\n  - `0.3333`\n  - `float`\n* - `far`\n  - `None`\n" in page
+    assert 'METHODS["halfway+"](problem, share=0.5)' in page
+    assert "-p methods halfway+\n" in page
+
+
+def test_a_need_that_no_block_holds_is_refused(monkeypatch):
+    facts = {**METHODS.facts["ties"], "needs": "luck"}
+    monkeypatch.setitem(METHODS.facts, "ties", facts)
+    with pytest.raises(ValueError, match="ties: needs must begin with nothing, .*got 'luck'"):
+        method_pages.index()
+
+
+@every_method
+def test_the_call_on_the_page_is_one_that_the_method_takes(name):
+    def bound(problem, **options):
+        inspect.signature(METHODS[name]).bind(problem, **options)
+        return options
+
+    own = {"score": max, "large": "a problem"}
+    options = eval(method_pages.call(name), {"METHODS": {name: bound}, "problem": None, **own})
+    first = (*METHODS.facts[name]["search"], {})[0]
+    assert options == {**first, **{key: own[key] for key in own if key in options_of(name)}}
+
+
+@every_method
+def test_the_table_of_options_is_the_signature(name):
+    assert [row[0] for row in method_pages.option_rows(name)] == [
+        f"`{one}`" for one in options_of(name)
+    ]
+
+
+def test_the_command_on_the_page_names_a_notebook_that_takes_methods():
+    assert execute.parameters(ROOT / method_pages.NOTEBOOK)["methods"].kind == "list[str]"
+    runnable = {spec.partition("/")[0] for spec in every_spec()}
+    assert {
+        name for name in METHODS if f"-p methods {name}\n" in method_pages.page(name)
+    } == runnable
+
+
+def test_the_table_of_contents_takes_every_page_in():
+    toc = yaml.safe_load((BOOK / "_toc.yml").read_text("utf-8"))
+    (entry,) = [chapter for chapter in toc["chapters"] if chapter["file"] == "methods/index"]
+    assert entry["sections"] == [{"glob": "methods/*"}]
+
+
+def printing(text: str) -> nbformat.NotebookNode:
+    """A notebook with a cell that has printed Markdown."""
+    shown = nbformat.v4.new_output("display_data", {"text/markdown": text})
+    code = nbformat.v4.new_code_cell("show()", outputs=[shown])
+    cells = [nbformat.v4.new_markdown_cell("# Page"), code]
+    return nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
+
+
+@pytest.mark.slow
+def test_the_pages_build_without_a_warning_in_the_books_own_settings(tmp_path):
+    source = tmp_path / "src"
+    shutil.copytree(BOOK, source)
+    method_pages.write(source / "methods")
+    (source / "index.md").write_text("# Home\n\n[Methods](methods/index.md)\n")
+    toc = yaml.safe_load((BOOK / "_toc.yml").read_text("utf-8"))
+    kept = [one for one in toc["chapters"] if one["file"] in ("methods/index", "references")]
+    kept.append({"file": "printed"})
+    nbformat.write(printing("| a | $b$ |\n|---|---|\n| `c` | $d$ |"), source / "printed.ipynb")
+    (source / "_toc.yml").write_text(yaml.safe_dump({**toc, "chapters": kept}))
+    built = book.write_pages(tmp_path, source).parent  # warnings are errors
+
+    def article(page: str) -> str:
+        found = re.search("<article.*</article>", (built / f"{page}.html").read_text(), re.S)
+        return re.sub("<[^>]*>", "", found[0])
+
+    assert "show()" in article("printed") and not re.search(r"[|$]", article("printed"))
+    for name in METHODS:
+        text = article(f"methods/{method_pages.slug(name)}")
+        assert TITLES[name] in text and "Options" in text
+        assert re.findall(r"\$\$|\*\*|\{cite|\(method-|^```", text, re.M) == []

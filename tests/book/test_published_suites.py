@@ -1,0 +1,84 @@
+"""Both suites by name: identifiers, stand-ins made here, benches, and the figures of them."""
+
+import os
+
+import matplotlib
+import pytest
+from divmerge_book.data import downloads
+from divmerge_book.figures.published import by_task, over_scales
+from divmerge_book.published import glue, t5, toy_models, toy_t5
+from divmerge_book.published.leaderboard_summary import measured, published, standing, sweep
+from divmerge_book.published.suites import TASKS, glue_from, memory, prepare_published, stand_ins
+from divmerge_book.published.suites import published as places_of
+from divmerge_book.user_models import merge_and_score
+from matplotlib.figure import Figure
+
+matplotlib.use("agg")
+FEW = {"merge": 8, "validation": 10, "test": 20}
+
+
+@pytest.mark.parametrize("suite", TASKS)
+def test_a_suite_runs_from_its_name_to_a_table(suite, cache, tmp_path, monkeypatch):
+    for amounts in (toy_models.AMOUNTS, toy_t5.AMOUNTS):
+        monkeypatch.setitem(amounts, "test", toy_models.Amount(tasks=2, steps=40))
+    places = stand_ins(suite, tmp_path / "made", size="test")
+    bench = prepare_published(places, tmp_path / "suite", rows=FEW, progress=False)
+    assert bench.problem.vectors.tasks == tuple(places.experts)
+    found = merge_and_score(bench, ["average"], budget=1, suite=suite, progress=False)
+    assert set(found.report.rows.suite) == {suite}
+    table = measured(found.report)
+    assert table.shape == (3, 2) and table.notna().all(axis=None)
+    assert "DIVMERGE_GLUE_DIR" not in os.environ
+    downloads.verify.cache_clear()
+
+
+def test_published_identifiers_are_the_defaults_and_others_may_stand_in_their_place():
+    own = places_of(glue.SUITE)
+    assert own.base == "openai-community/gpt2" and own.experts["rte"] == "tanganke/gpt2_rte"
+    assert list(own.experts) == list(TASKS[glue.SUITE]) and own.glue is None
+    other = places_of(
+        t5.SUITE, ["imdb", "squad"], base="b", experts=["e1", "e2"], data=["d1", "d2"]
+    )
+    assert (other.base, other.sources["squad"].expert) == ("b", "e2")
+    assert other.table().loc["squad", "data"] == "d2"
+    assert other.table().loc["squad", "reads"] == "question: {question}  context: {context}"
+
+
+def test_unknown_suites_tasks_and_lists_of_another_length_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="suite must be one of gpt2_glue, t5_generation"):
+        places_of("clip")
+    with pytest.raises(ValueError, match="suite must be one of"):
+        stand_ins("clip", tmp_path / "made")
+    with pytest.raises(ValueError, match="experts must be 2 for"):
+        places_of(t5.SUITE, ["imdb", "squad"], experts=["one"])
+    with pytest.raises(ValueError, match="data must be 1 for"):
+        places_of(glue.SUITE, ["cola", "rte"], data=["a", "b"])
+    with pytest.raises(ValueError, match="two or more distinct tasks"):
+        places_of(glue.SUITE, ["imdb", "squad"])
+
+
+def test_glue_is_read_from_a_folder_for_a_while(monkeypatch):
+    monkeypatch.setenv("DIVMERGE_GLUE_DIR", "mine")
+    with glue_from("theirs"):
+        assert os.environ["DIVMERGE_GLUE_DIR"] == "theirs"
+    assert os.environ["DIVMERGE_GLUE_DIR"] == "mine"
+    with glue_from(None):
+        assert os.environ["DIVMERGE_GLUE_DIR"] == "mine"
+
+
+def test_memory_is_that_of_all_copies():
+    found = memory()
+    sizes = found["parameters"] * (found["experts"] + 3) * 4 / 1e9
+    assert (sizes == found["GB in float32"]).all()
+    assert 124e6 < found.loc[glue.SUITE, "parameters"] < 125e6  # GPT-2's name is 124M
+    assert 222e6 < found.loc[t5.SUITE, "parameters"] < 223e6  # and T5-base's 220M
+
+
+def test_figures_draw_published_and_measured_tables_alike():
+    axes = Figure().subplots(1, 2)
+    one = by_task(axes[0], published())
+    assert [text.get_text() for text in one.get_yticklabels()] == list(published().columns)
+    assert len(one.lines) == len(published()) and "accuracy" in one.get_xlabel()
+    two = over_scales(axes[1], sweep(), "RTE")
+    assert len(two.lines) == 4 and two.get_title() and two.get_xlabel() and two.get_ylabel()
+    assert len(standing(published())) == len(published()) - 2

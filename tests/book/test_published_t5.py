@@ -1,0 +1,369 @@
+"""Encoder-decoder experts that write: tiny T5s and data sets in the hub's own layout."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+import transformers
+from divmerge_book.data import downloads
+from divmerge_book.data.splits import SPLITS
+from divmerge_book.evaluation.metrics import evaluate
+from divmerge_book.models.language.completions import greedy, written
+from divmerge_book.models.language.models import Language, load_language
+from divmerge_book.models.language.reading import collate
+from divmerge_book.models.language.seq2seq import encodes
+from divmerge_book.published import sources, t5, toy_models, toy_t5
+from divmerge_book.published.sources import SOURCES, Source
+from divmerge_book.user_models import merge_and_score
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from divmerge_core.divergences import objective
+from divmerge_core.merging.coefficients import Coefficients
+from divmerge_core.merging.fit import fit_coefficients
+from divmerge_core.merging.merged_model import expert_logits
+from divmerge_core.methods import METHODS, options_of
+from divmerge_core.methods.statistical import examples
+
+NAMES = ("imdb", "squad")
+ROWS = {"merge": 8, "validation": 8, "test": 12}
+FEW = {"rows": ROWS, "max_length": 24, "max_new": 4, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Tiny experts and their data; only to be read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(toy_t5.AMOUNTS, "test", toy_models.Amount(tasks=2, steps=80))
+        yield toy_t5.make_t5(tmp_path_factory.mktemp("hub") / "tiny", size="test", tasks=NAMES)
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIVMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        downloads.verify.cache_clear()
+        yield
+    downloads.verify.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def bench(made, cached):
+    base, own = made
+    return t5.prepare_t5(NAMES, base=base, sources=own, **FEW)
+
+
+@pytest.fixture(scope="module")
+def base(made) -> Language:
+    return load_language(made[0])
+
+
+def model_of(folder: str) -> torch.nn.Module:
+    return transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
+
+
+# --- the forward pass -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(len(NAMES)))
+def test_an_expert_at_coefficient_1_answers_as_transformers_does_one_row_at_a_time(
+    bench, made, number
+):
+    """Teacher-forced on its own answers: padding on either side changes nothing."""
+    name, problem = NAMES[number], bench.problem
+    model = model_of(made[1][name].expert)
+    for batch in problem.batches[number]:
+        found = problem.logits(problem.vectors.expert(name), number, batch)
+        counts = batch.answer.sum(1)
+        rows = zip(*batch.inputs.values(), found.split(counts.tolist()), strict=True)
+        for ids, mask, read, seen, logits in rows:
+            with torch.no_grad():
+                alone = model(
+                    input_ids=ids[None, mask.bool()], decoder_input_ids=read[None, seen.bool()]
+                )
+            assert_close(logits, alone.logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_position_n_of_the_decoder_predicts_token_n_of_the_answer(base):
+    pairs = [((5, 6, 1), (7, 8, 1)), ((9, 1), (1,))]
+    batch, targets = collate(base, pairs)
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 1], [9, 1, 0]]
+    assert batch.inputs["decoder_input_ids"].tolist() == [[0, 7, 8], [0, 0, 0]]
+    assert batch.answer.tolist() == [[True, True, True], [True, False, False]]
+    assert targets.tolist() == [7, 8, 1, 1]
+    assert batch.weight.tolist() == pytest.approx([1 / 6, 1 / 6, 1 / 6, 1 / 2])
+
+
+def test_the_cached_answers_are_what_the_expert_says_there(bench):
+    found = expert_logits(bench.problem)
+    for number, (kept, name) in enumerate(zip(found, NAMES, strict=True)):
+        for own, batch in zip(kept, bench.problem.batches[number], strict=True):
+            logits = bench.problem.logits(bench.problem.vectors.expert(name), number, batch)
+            assert_close(own.float(), logits.log_softmax(-1), rtol=1e-2, atol=1e-2)  # bfloat16
+
+
+def test_tied_embeddings_are_merged_once_and_read_three_times(bench, made):
+    """Encoder, decoder and head: a gradient of the one leaf adds up all three uses."""
+    problem = bench.problem
+    names = problem.vectors.layout.names
+    assert [n for n in names if "embed" in n or "shared" in n or "lm_head" in n] == [
+        "shared.weight"
+    ]
+    leaves = problem.vectors.layout.unflatten(problem.vectors.expert("imdb").clone())
+    leaf = leaves["shared.weight"].requires_grad_()
+    batch = problem.batches[0][0]
+    problem.forward(leaves, [(0, batch)])[0].square().sum().backward()
+    model = model_of(made[1]["imdb"].expert)
+    assert model.lm_head.weight is model.shared.weight is model.encoder.embed_tokens.weight
+    model(**batch.inputs).logits[batch.answer].square().sum().backward()
+    assert_close(leaf.grad, model.shared.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def test_greedy_answers_are_those_of_generate(made):
+    expert = load_language(made[1]["imdb"].expert)
+    prompts = [expert.tokenizer(text)["input_ids"] for text in ("the film", "a good long song of")]
+    found = greedy(expert, expert.state, prompts, max_new=5)
+    for prompt, answer in zip(prompts, found, strict=True):
+        own = expert.model.generate(
+            torch.tensor([prompt]), max_new_tokens=5, do_sample=False, num_beams=1
+        )
+        assert list(answer) == own[0, 1 : 1 + len(answer)].tolist()
+
+
+class Script(torch.nn.Module):
+    """A model that writes given tokens, row by row, whatever it is asked."""
+
+    def __init__(self, rows: list[list[int]]):
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+        self.rows, self.step = torch.tensor(rows), 0
+        self.config = SimpleNamespace(is_encoder_decoder=True, decoder_start_token_id=0)
+
+    def forward(self, input_ids=None, encoder_outputs=None, **more) -> SimpleNamespace:
+        assert (encoder_outputs is None) == (self.step == 0)  # the encoder runs once
+        logits = torch.nn.functional.one_hot(self.rows[:, self.step], 12).float()[:, None]
+        self.step += 1
+        hidden = torch.zeros(len(self.rows), 2, 3)
+        return SimpleNamespace(logits=logits, encoder_last_hidden_state=hidden)
+
+
+def test_answers_end_at_eos_or_are_cut_and_an_empty_one_is_eos_alone(base):
+    script = Script([[7, 1, 9, 9], [1, 9, 9, 9], [7, 8, 9, 7]])
+    actor = replace(base, model=script)
+    found = greedy(actor, {"anchor": script.anchor}, [(5, 1)] * 3, max_new=4)
+    assert found == [(7, 1), (1,), (7, 8, 9, 7)]
+    assert written(base, found[1]) == ""
+    batch, targets = collate(base, [((5, 1), answer) for answer in found])
+    assert targets.tolist() == [7, 1, 1, 7, 8, 9, 7]  # an unfinished answer has no EOS to learn
+    assert batch.weight.sum().item() == pytest.approx(1)
+
+
+def test_writing_stops_when_all_rows_have_ended(base):
+    script = Script([[1, 9], [1, 9]])
+    greedy(replace(base, model=script), {"anchor": script.anchor}, [(5, 1)] * 2, max_new=2)
+    assert script.step == 1
+
+
+def test_what_was_cut_or_empty_is_counted(bench):
+    for name, found in zip(NAMES, bench.completions, strict=True):
+        stop = bench.base.stop
+        assert found.counts["prompts"] == ROWS["merge"] == len(found.answers), name
+        assert found.counts["unfinished"] == sum(answer[-1] != stop for answer in found.answers)
+        assert found.counts["positions"] == sum(map(len, found.answers))
+
+
+def test_a_prompt_that_is_too_long_keeps_its_question_and_its_eos(made, cached):
+    bench = t5.prepare_t5(NAMES, base=made[0], sources=made[1], **{**FEW, "max_length": 10})
+    known = bench.completions[1]
+    assert known.counts["shortened"] > 0
+    words = [bench.base.tokenizer.convert_ids_to_tokens(list(p)) for p in known.prompts]
+    assert all(len(row) <= 10 and row[-1] == toy_t5.END for row in words)
+    assert all(row[0] == "question:" and "context:" in row for row in words)
+
+
+# --- merging --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["average", "task_arithmetic", "ties", "regmean", "adamerging", "divmerge"]
+)
+def test_methods_merge_writers_and_what_they_write_is_scored_by_rouge(bench, name):
+    quick = {"epochs": 1, "progress": False}
+    taken = {key: value for key, value in quick.items() if key in options_of(name)}
+    merged = METHODS[name](bench.problem, **taken)
+    assert merged.shape == bench.problem.vectors.base.shape and torch.isfinite(merged).all()
+    labels = {"suite": t5.SUITE, "subset": "x", "method": name, "seed": 0}
+    rows = evaluate(bench.problem, merged, bench.test, **labels)
+    assert list(rows.gold) == ["rouge1"] * len(NAMES)
+    for grades in rows.predicted:
+        assert len(grades) == ROWS["test"] and all(0 <= grade <= 1 for grade in grades)
+
+
+def test_a_fit_that_is_killed_half_way_ends_at_the_same_coefficients(bench, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill(step) -> None:
+        if step.number == 3:
+            raise Killed
+
+    def fit(**options) -> torch.Tensor:
+        layout = bench.problem.vectors.layout
+        coefficients = Coefficients(layout, len(NAMES), grouping="block")
+        settings = {"epochs": 4, "progress": False, **options}
+        fit_coefficients(bench.problem, coefficients, objective("js"), **settings)
+        return coefficients().detach()
+
+    with pytest.raises(Killed):
+        fit(checkpoint=tmp_path / "fit.pt", watch=kill)
+    resumed = fit(checkpoint=tmp_path / "fit.pt")
+    assert torch.equal(resumed, fit())
+
+
+def test_a_batch_of_writers_falls_apart_into_rows_with_all_their_positions(bench):
+    """What Fisher merging asks one by one."""
+    problem = bench.problem
+    for number, batches in enumerate(problem.batches):
+        rows = list(examples(batches))
+        assert sum(float(row.weight.sum()) for row in rows) == pytest.approx(1)
+        flat = problem.vectors.base
+        alone = torch.cat([problem.logits(flat, number, row) for row in rows])
+        together = torch.cat([problem.logits(flat, number, batch) for batch in batches])
+        assert_close(alone, together, rtol=1e-4, atol=1e-5)
+
+
+def test_options_are_searched_and_merges_scored_like_those_of_classifiers(bench):
+    found = merge_and_score(
+        bench, ["average", "task_arithmetic"], budget=2, suite=t5.SUITE, progress=False
+    )
+    assert set(found.report.rows.method) == {"expert", "base", "average", "task_arithmetic"}
+    assert set(found.closeness["rows"]) == {"merge"}
+    scores = found.report.metrics()
+    assert set(scores[scores.metric == "rouge1"].task) == set(NAMES)
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", toy_t5.MAKERS)
+def test_the_default_columns_read_the_hubs_rows(name, cached, tmp_path):
+    folder = tmp_path / name
+    folder.mkdir()
+    toy_t5.save_data(folder, name)
+    source = replace(SOURCES[name], data=str(folder))
+    task = sources.task_of(name, source)
+    rows = {split: task.load(split) for split in SPLITS}
+    assert "answer" not in rows["merge"].column_names
+    second = "pair" if task.pair else "text"
+    asked = [set(zip(part["text"], part[second], strict=True)) for part in rows.values()]
+    assert sum(map(len, asked)) == len(set.union(*asked)), "splits are disjoint"
+    answers = set(rows["test"]["answer"])
+    if name == "imdb":
+        assert answers == {"negative", "positive"}
+    if name == "squad":
+        assert answers <= set(toy_t5.PLACES)
+    if name == "qasc":
+        assert answers <= set(toy_t5.THINGS)
+
+
+def test_rows_without_an_answer_and_second_answers_are_left_out():
+    table = datasets.Dataset.from_list(
+        [
+            {"question": "a", "context": "c", "answers": {"text": ["x"]}},
+            {"question": "a", "context": "c", "answers": {"text": ["y"]}},
+            {"question": "b", "context": "c", "answers": {"text": []}},
+        ]
+    )
+    ((text, pair, answer),) = sources.rows_of("squad", SOURCES["squad"], table)
+    assert (text, pair) == ("a", "c") and answer in ("x", "y")
+
+
+def test_an_unknown_column_is_told_which_there_are():
+    table = datasets.Dataset.from_list([{"review": "good", "label": 1}])
+    with pytest.raises(ValueError, match="no column 'text'.*it has review, label"):
+        sources.rows_of("imdb", SOURCES["imdb"], table)
+    with pytest.raises(ValueError, match="no column 'target'"):
+        sources.rows_of("own", Source("e", "d", "{review}", "{target}"), table)
+
+
+def test_without_hub_and_folder_it_is_said(monkeypatch):
+    def unreachable(*args, **options):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(sources, "hub_revision", lambda name: None)
+    with pytest.raises(ValueError, match="cannot read the data of 'squad'.*Give a folder"):
+        sources.tables("squad", SOURCES["squad"])
+
+
+# --- what does not belong together ----------------------------------------------------------------
+
+
+def refused(made, folder: Path, change, words: str) -> None:
+    """An expert that was changed on disk is refused with these words, before it writes anything."""
+    base, own = made
+    shutil.copytree(own["squad"].expert, folder)
+    change(folder)
+    changed = {**own, "squad": replace(own["squad"], expert=str(folder))}
+    with pytest.raises(ValueError, match=words):
+        t5.read_expert(load_language(base), "squad", changed["squad"], ["the film"])
+
+
+def test_another_vocabulary_is_refused(made, tmp_path):
+    def swap(folder: Path) -> None:
+        words = toy_t5.t5_words()
+        words[5], words[6] = words[6], words[5]
+        toy_t5.t5_tokenizer(words).save_pretrained(folder)
+
+    refused(made, tmp_path / "swapped", swap, "vocabulary differs from the base's in 2 tokens")
+
+
+def test_a_tokenizer_that_ends_no_text_is_refused(made, tmp_path):
+    def bare(folder: Path) -> None:
+        words = {"pad_token": toy_t5.PAD, "eos_token": toy_t5.END, "unk_token": toy_t5.UNKNOWN}
+        toy_models.word_tokenizer(toy_t5.t5_words(), **words).save_pretrained(folder)
+
+    refused(made, tmp_path / "bare", bare, "cuts up 'the film' in another way")
+
+
+def test_another_architecture_is_refused(made, tmp_path):
+    def shrink(folder: Path) -> None:
+        config = toy_t5.t5_config(len(toy_t5.t5_words()))
+        config.num_layers = 1
+        transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+
+    refused(made, tmp_path / "small", shrink, "differs from the base .* in .'encoder.block.1")
+
+
+def test_a_model_without_a_start_token_is_refused(made, tmp_path):
+    folder = tmp_path / "startless"
+    shutil.copytree(made[0], folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["decoder_start_token_id"] = None
+    path.write_text(json.dumps(config))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="names no decoder_start_token_id"):
+        collate(load_language(str(folder)), [((5, 1), (1,))])
+
+
+def test_tasks_are_two_or_more_that_have_sources():
+    for tasks in (["imdb"], ["imdb", "imdb"], ["imdb", "wmt"]):
+        with pytest.raises(ValueError, match="two or more distinct tasks of imdb, qasc"):
+            t5.checked(tasks, SOURCES)
+
+
+def test_a_causal_model_is_none_and_t5_is_one(base, bench, made):
+    assert encodes(base.model)
+    small = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=5, n_positions=4)
+    assert not encodes(transformers.GPT2LMHeadModel(small))
+    state = load_file(Path(made[0]) / "model.safetensors")
+    assert set(state) == set(base.state)  # on disk, too, tied weights stand once

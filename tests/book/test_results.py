@@ -1,0 +1,150 @@
+"""The published results carry their origin, and what the book promises of them holds."""
+
+import math
+from pathlib import Path
+
+import pytest
+from divmerge_book import figures
+from divmerge_book.evaluation import stored_tables as measured
+from divmerge_book.evaluation.benchmark import ALL_METHODS
+from divmerge_book.evaluation.report import Report, caption
+from divmerge_book.kernel_benchmarks import merge_bandwidth
+from divmerge_book.kernel_benchmarks.implementations import CONTESTANTS
+from divmerge_book.kernel_benchmarks.step_time import STEPS
+
+from divmerge_core.methods import METHODS, parse
+
+RESULTS = Path(__file__).resolve().parents[2] / "book" / "results"
+STORED = sorted(RESULTS.glob("*.json"))
+
+
+@pytest.fixture(scope="module", params=STORED, ids=lambda path: path.stem)
+def stored(request) -> Report:
+    return Report.load(request.param)
+
+
+def test_every_published_report_has_three_seeds_of_every_method_on_the_same_tasks(stored):
+    cells = stored.rows.groupby(["method", "seed"]).task.agg(tuple)
+    assert stored.rows.seed.nunique() >= 3
+    assert set(stored.rows.method) == {"expert", "base", *ALL_METHODS}
+    assert len(cells) == stored.rows.seed.nunique() * (len(ALL_METHODS) + 2)
+    assert cells.nunique() == 1
+
+
+def test_every_published_report_carries_its_origin(stored):
+    assert stored.provenance["size"] == "full"
+    for fact in ("encoder", "seeds", "date", "device", "precision", "torch", "rows_per_task"):
+        assert stored.provenance[fact]
+    assert stored.provenance["date"] in caption(stored)
+
+
+def test_no_published_text_can_be_read_from_a_report(stored):
+    answers = [*stored.rows.predicted, *stored.rows.gold]
+    assert all(isinstance(number, int) for row in answers for number in row)
+
+
+def test_every_embedded_expert_beats_the_majority_by_ten_points():
+    report = Report.load(RESULTS / "embedded.json")
+    scores = report.metrics().query("metric == 'accuracy' and method == 'expert'")
+    margin = scores.groupby("task").value.mean() - report.majority()["embedded"]
+    assert margin.min() >= 0.10
+
+
+def test_the_landing_text_is_made_of_the_stored_numbers(tmp_path):
+    for path in STORED:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    figures.landing(tmp_path)
+    assert (tmp_path / "landing.png").stat().st_size > 10_000
+    written = (RESULTS / "landing.md").read_text("utf-8")
+    assert (tmp_path / "landing.md").read_text("utf-8") == written
+
+
+# --- all baselines --------------------------------------------------------------------------------
+
+TABLES = sorted((RESULTS / "baselines").glob("*.json"))
+
+
+@pytest.fixture(scope="module", params=TABLES, ids=lambda path: path.stem)
+def table(request) -> Report:
+    return Report.load(request.param)
+
+
+def test_every_table_has_three_seeds_and_two_four_and_all_tasks(table):
+    assert table.rows.seed.nunique() >= 3
+    sizes = [subset.count("+") + 1 for subset in table.rows.subset.unique()]
+    assert sizes[:2] == [2, 4] and sizes[2] == table.rows.task.nunique()
+    counts = table.rows.groupby(["subset", "method"]).seed.nunique()
+    assert (counts == table.rows.seed.nunique()).all()
+
+
+def test_every_search_scored_as_many_candidates_and_its_best_is_used(table):
+    searches = [fit for fit in table.fits if "search" in fit]
+    methods = {name for name in table.rows.method if not name.endswith(":published")}
+    assert {fit["method"] for fit in searches} == methods - {"expert", "base"}
+    for fit in searches:
+        facts, records = METHODS.facts[parse(fit["method"])[0]], fit["search"]
+        alone = not facts["search"] or facts["needs"] == "a validation score"
+        assert len(records) == (1 if alone else table.provenance["budget"]), fit["method"]
+        scores = {str(record["options"]): record.get("score", 0) for record in records}
+        assert scores[str(fit["options"])] == max(scores.values()), fit["method"]
+
+
+def test_every_cost_is_a_number(table):
+    for fit in table.fits:
+        assert all(math.isfinite(value) and value >= 0 for value in fit["cost"].values())
+
+
+# --- what merging costs ---------------------------------------------------------------------------
+
+COSTS = sorted((RESULTS / "kernel").glob("*.json"))
+
+
+@pytest.fixture(scope="module", params=COSTS, ids=lambda path: path.stem)
+def costs(request):
+    return measured.load(request.param)
+
+
+def test_published_costs_were_measured_with_every_peer_in_one_run(costs):
+    tables, facts = costs
+    counts = tables["rows"].groupby(["tasks", "parameters", "contestant", "part"]).size()
+    assert set(tables["rows"].contestant) == {"copy", *CONTESTANTS}
+    assert set(counts) == {facts["repeats"]} and facts["repeats"] >= 10
+    assert set(tables["steps"].contestant) == set(STEPS)
+    for fact in ("model", "dtype", "device", "machine", "threads", "torch", "date", "peers"):
+        assert facts[fact], fact
+    assert facts["date"] in merge_bandwidth.caption(facts)
+
+
+def test_published_costs_count_the_bytes_that_the_formulas_say(costs):
+    tables, _ = costs
+    table = merge_bandwidth.summary(tables["rows"]).set_index(
+        ["tasks", "parameters", "contestant", "part"]
+    )
+    for (tasks, _, name, part), row in table.iterrows():
+        floor = {"forward": tasks + 2, "backward": tasks + 1}[part]
+        usual = {"forward": 5 * tasks, "backward": 4 * tasks}[part]
+        expected = {"copy": 2, "ours": floor, "dictionary": usual}.get(name)
+        if name == "fusion_bench":
+            expected = usual * (tasks if part == "backward" else 1)
+        if expected is not None:
+            assert row.moved == pytest.approx(expected, rel=0.05), (tasks, name, part)
+
+
+# --- the analysis ---------------------------------------------------------------------------------
+
+TOPICS = ("choice", "protocol", "scaling", "evidence", "interference")
+ANALYSES = sorted(path for topic in TOPICS for path in (RESULTS / topic).glob("*.json"))
+FEWER = {"planes": 1, "optimisers": 1, "courses": 2}  # seeds, as their chapters say
+
+
+@pytest.mark.parametrize("path", ANALYSES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_table_of_the_analysis_is_of_size_full_and_carries_its_origin(path):
+    tables, facts = measured.load(path)
+    assert tables and all(len(table) for table in tables.values())
+    assert facts["size"] == "full"
+    assert len(facts["seeds"]) >= FEWER.get(path.stem, 3)
+    for table in tables.values():
+        assert "seed" not in table or set(table.seed) == set(facts["seeds"])
+    for fact in ("encoder", "suite", "tasks", "device", "machine", "torch", "date"):
+        assert facts[fact], fact
+    assert facts["date"] in measured.described(facts)

@@ -1,0 +1,261 @@
+"""The comparison of costs: contestants compute the same, and what is measured is what is said."""
+
+import math
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+import torch
+from divmerge_book.evaluation import profiling
+from divmerge_book.evaluation.provenance import origin
+from divmerge_book.figures import costs as cost_figures
+from divmerge_book.kernel_benchmarks import merge_bandwidth, step_time
+from divmerge_book.kernel_benchmarks.implementations import (
+    CONTESTANTS,
+    DIVERGENCE_CONTESTANTS,
+    Case,
+    missing,
+    stack_of_layers,
+)
+from helpers import linear_problem
+from torch.testing import assert_close
+
+from divmerge_core.divergences import js
+from divmerge_core.kernels.merge import grouped_inner, grouped_merge
+from divmerge_core.merging.task_vectors import dense
+from divmerge_core.registry import Registry
+
+CPU = torch.device("cpu")
+
+
+def case(num_tasks=3, dtype=torch.float32):
+    return Case.random(stack_of_layers(5_000, 2), num_tasks, dtype=dtype)
+
+
+def here(registry, names):
+    """Contestants as parameters; those that cannot take part are skipped with the reason."""
+    return [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(bool(missing(registry, name)), reason=f"{name} is absent"),
+        )
+        for name in names
+    ]
+
+
+def flat(merged):
+    """A merge as one vector, whatever a contestant returns it as."""
+    if isinstance(merged, torch.Tensor):
+        return merged
+    tensors = merged.values() if hasattr(merged, "values") else merged
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+# --- contestants ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", here(CONTESTANTS, [n for n in CONTESTANTS if n != "compiled"]))
+def test_contestants_compute_the_same_merge_and_gradient(name):
+    one = case()
+    if name == "mergekit":  # one coefficient per task
+        one.coeffs[:] = one.coeffs[:, :1]
+    forward, backward = CONTESTANTS[name](one)
+    vectors = one.vectors
+    merged = grouped_merge(vectors.base, vectors.deltas, one.coeffs, one.segments)
+    assert_close(flat(forward()), merged, rtol=1e-5, atol=1e-5)
+    if backward is not None:
+        inner = grouped_inner(one.grad, vectors.deltas, one.segments)
+        assert_close(backward(), inner, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e5, 1e6, 2e7])
+def test_stacks_of_layers_have_about_the_size_asked_for(size):
+    assert stack_of_layers(int(size)).size == pytest.approx(size, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_task_vectors_have_the_dtype_asked_for(dtype):
+    one = case(dtype=dtype)
+    assert one.vectors.deltas.dtype == dtype and one.vectors.base.dtype == torch.float32
+    assert_close(dense(one.vectors.deltas), dense(case().vectors.deltas), rtol=2**-8, atol=0)
+
+
+def test_a_contestant_that_is_not_installed_says_so():
+    registry = Registry("contestant")
+    registry.register("nobody", package="no-such-package")(lambda case: None)
+    registry.register("torch", package="torch")(lambda case: None)
+    registry.register("kernel", gpu=True)(lambda case: None)
+    assert missing(registry, "kernel") == "its kernels need a GPU"
+    assert missing(registry, "kernel", "cuda") is None
+    assert missing(registry, "nobody") == "the package no-such-package is not installed"
+    assert missing(registry, "torch") is None
+
+
+@pytest.mark.parametrize("name", ["ours", "plain"])
+def test_contestants_compute_the_same_gradient_of_the_divergence(name):
+    generator = torch.Generator().manual_seed(0)
+    expert, merged = (torch.randn(5, 11, generator=generator) for _ in range(2))
+    leaf = merged.clone().requires_grad_()
+    js(expert, leaf).sum().backward()
+    found = DIVERGENCE_CONTESTANTS[name](expert, merged)()
+    assert_close(found, leaf.grad, rtol=1e-5, atol=1e-7)
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def test_the_bytes_of_the_usual_merge_are_five_t_n_and_four_t_n():
+    one = Case.random(stack_of_layers(200_000, 2), 4)
+    forward, backward = CONTESTANTS["dictionary"](one)
+    unit = 4 * one.vectors.layout.size
+    assert merge_bandwidth.bytes_moved(forward) / unit == pytest.approx(5 * 4, rel=0.02)
+    assert merge_bandwidth.bytes_moved(backward) / unit == pytest.approx(4 * 4, rel=0.02)
+
+
+def test_the_bytes_of_ours_are_the_floor():
+    one = case(4)
+    forward, backward = CONTESTANTS["ours"](one)
+    unit = 4 * one.vectors.layout.size
+    assert merge_bandwidth.bytes_moved(forward) / unit == pytest.approx(4 + 2, rel=0.05)
+    assert merge_bandwidth.bytes_moved(backward) / unit == pytest.approx(4 + 1, rel=0.05)
+
+
+def test_bytes_are_counted_on_one_thread_and_the_threads_come_back():
+    torch.set_num_threads(2)
+    try:
+        seen = []
+        merge_bandwidth.bytes_moved(lambda: seen.append(torch.get_num_threads()))
+        assert seen == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("missing", ["status", "clear_refs", "lines"])
+def test_peak_memory_is_nan_where_it_cannot_be_asked(missing, tmp_path, monkeypatch):
+    """Systems without /proc, sandboxes that let nobody write to it, and those that tell less."""
+    told = "" if missing == "lines" else "VmRSS:\t 10 kB\nVmHWM:\t 30 kB\n"
+    if missing != "status":
+        tmp_path.joinpath("status").write_text(told)
+    if missing == "clear_refs":
+        tmp_path.joinpath("clear_refs").mkdir()  # cannot be written to, by root neither
+    monkeypatch.setattr(profiling, "PROCESS", tmp_path)
+    called = []
+    assert math.isnan(profiling.peak_bytes(lambda: called.append(1), CPU))
+    assert called == [1]
+
+
+def test_peak_memory_sees_what_a_call_holds_and_frees():
+    peak = merge_bandwidth.peak_bytes(lambda: torch.ones(20_000_000).sum(), CPU)
+    assert math.isnan(peak) or 70e6 < peak < 120e6
+
+
+def test_every_round_measures_every_contestant_once():
+    rows = merge_bandwidth.compete(case(), ["ours", "dictionary"], repeats=3)
+    counts = rows.groupby(["contestant", "part"]).size()
+    assert set(counts) == {3} and len(counts) == 5
+    assert (rows.seconds > 0).all() and set(rows.tasks) == {3}
+
+
+def rows_by_hand():
+    """Two rounds of a model of 100 numbers and 2 tasks; a copy moves 200 numbers in 2 s."""
+    times = {
+        ("copy", "forward"): (2, 2),
+        ("ours", "forward"): (5, 5),  # 4 N numbers, floor 4 s
+        ("ours", "backward"): (3, 6),
+        ("dictionary", "forward"): (10, 20),
+    }
+    return pd.DataFrame(
+        [
+            (name, part, 2, 100, number, float(took), 800, 400.0)
+            for (name, part), both in times.items()
+            for number, took in enumerate(both)
+        ],
+        columns=["contestant", "part", "tasks", "parameters", "round", "seconds", "bytes", "peak"],
+    )
+
+
+def test_the_summary_by_hand():
+    table = merge_bandwidth.summary(rows_by_hand()).set_index(["contestant", "part"])
+    assert table.loc[("copy", "forward"), "floor"] == 1
+    assert table.loc[("ours", "forward"), "floor"] == pytest.approx(4 / 5)
+    assert table.loc[("ours", "backward"), "milliseconds"] == 4500
+    assert table.loc[("ours", "backward"), "floor"] == pytest.approx(3 / 4.5)
+    assert table.loc[("dictionary", "forward"), "ratio"] == 3  # the median of 2 and 4
+    assert table.loc[("dictionary", "forward"), "moved"] == 2
+    assert table.loc[("dictionary", "forward"), "peak"] == 1
+
+
+def test_the_caption_says_where_it_was_measured():
+    facts = {"model": "toy", "dtype": "float32", "repeats": 2, "device": "cpu", "threads": 1}
+    said = merge_bandwidth.caption(origin(**facts))
+    for words in (
+        "toy, task vectors in float32, 2 rounds, cpu,",
+        "1 threads, torch",
+        "measured 20",
+    ):
+        assert words in said
+
+
+def test_the_rate_of_a_matrix_product_is_positive():
+    assert merge_bandwidth.matrix_rate(CPU, 64) > 0
+
+
+# --- whole steps ----------------------------------------------------------------------------------
+
+
+def test_all_steps_see_the_same_number_of_batches():
+    problem = single(linear_problem())
+    table = step_time.race(problem, ["ours", "ours_buffer", "dictionary"], rounds=2)
+    counts = table.groupby(["contestant", "round"]).size()
+    assert len(set(counts)) == 1 and len(counts) == 6
+    assert (table.seconds > 0).all()
+
+
+def single(problem):
+    """The toy problem in float32."""
+    vectors = problem.vectors
+    vectors = vectors.__class__(
+        vectors.layout, vectors.tasks, vectors.base.float(), vectors.deltas.float()
+    )
+    batches = [
+        [b.__class__({k: v.float() for k, v in b.inputs.items()}, b.weight.float()) for b in own]
+        for own in problem.batches
+    ]
+    return problem.__class__(vectors, batches, problem.forward)
+
+
+@pytest.mark.parametrize("name", here(step_time.STEPS, ["fusion_bench"]))
+def test_peers_take_a_step(name):
+    table = step_time.race(single(linear_problem()), [name], rounds=1)
+    assert (table.seconds > 0).all()
+
+
+def test_a_step_is_split_into_its_parts():
+    parts = step_time.split(single(linear_problem()))
+    names = ["merge", "forward pass", "backward pass", "gradient of the merge"]
+    assert list(parts) == names and (parts > 0).all().all()
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def axes():
+    """Makes empty Axes, and closes them."""
+    yield lambda: plt.figure().gca()
+    plt.close("all")
+
+
+def test_figures_draw_what_they_are_given(axes):
+    table = merge_bandwidth.summary(rows_by_hand())
+    ax = cost_figures.against(axes(), table, "forward", "tasks")
+    assert "ms" in ax.get_ylabel() or "milliseconds" in ax.get_ylabel()
+    assert len(ax.containers) == 2  # ours and the dictionary
+    (floor,) = [line for line in ax.lines if line.get_label() == "floor: copy bandwidth"]
+    assert floor.get_ydata() == pytest.approx([4000])
+    ax = cost_figures.bars(axes(), table, "moved", {"floor": 7})
+    assert [text.get_text().strip() for text in ax.texts] == ["4.0", "2.0"]
+    ax = cost_figures.roof(axes(), table, gigabytes=20, gigaflops=100)
+    assert "operations per byte" in ax.get_xlabel()
+    ax = cost_figures.shares(axes(), {"merge": 1.0, "forward pass": 3.0})
+    assert [text.get_text() for text in ax.texts] == ["merge\n25 %", "forward pass\n75 %"]

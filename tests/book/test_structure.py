@@ -1,0 +1,407 @@
+"""What the repository says about itself is true, and its parts agree."""
+
+import ast
+import hashlib
+import importlib.metadata
+import re
+import sys
+import tomllib
+from itertools import pairwise
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import yaml
+from divmerge_book.runner import execute
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REPOSITORY = PROJECT["urls"]["Repository"]
+SLUG = REPOSITORY.removeprefix("https://github.com/")
+CONFIG = yaml.safe_load((ROOT / "book" / "_config.yml").read_text())
+TOC = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
+
+# Rooms, from the ground up: a room imports only what stands before it.
+ROOMS = (
+    *(f"divmerge_core.{room}" for room in ("registry", "storage", "kernels", "divergences")),
+    *(f"divmerge_core.{room}" for room in ("merging", "methods", "checkpoints")),
+    *(f"divmerge_book.{room}" for room in ("data", "models", "evaluation", "interference")),
+    *(f"divmerge_book.{room}" for room in ("studies", "planning", "kernel_benchmarks")),
+    *(f"divmerge_book.{room}" for room in ("user_models", "published", "figures", "findings")),
+    *("divmerge_book.runner", "divmerge_book.__main__"),
+)
+PACKAGES = (ROOT / "divmerge_core", ROOT / "book" / "divmerge_book")
+MODULES = sorted(path for package in PACKAGES for path in package.rglob("*.py"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+SETUP = f"""\
+# On Colab this installs the package; elsewhere nothing happens.
+import importlib.util
+
+if importlib.util.find_spec("divmerge_core") is None:
+    %pip install -q git+{REPOSITORY}"""
+CHECK = """\
+from divmerge_book.runner.parameters import check_parameters
+
+given = check_parameters(globals())  # names of those that are set"""
+
+MATHJAX = "d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882"
+# Macros that MathJax would fetch from elsewhere when a formula uses them.
+FETCHED = re.compile(
+    r"\\(boldsymbol|color|textcolor|colorbox|definecolor|cancel|bcancel|xcancel|cancelto|bbox|enclose"
+    r"|bra|ket|braket|set|Bra|Ket|Set|href|class|style|cssId|ce|pu|unicode|verb|require|toggle"
+    r"|mathtip|texttip|xmapsto|xlongequal|begin\{(CD|prooftree)\})(?![A-Za-z])"
+)
+# Written with a gap, so that this file passes its own check.
+GAPPED = ("/wo~rk/", "../sha~red", "py~pi.org", "pythonhos~ted.org", "registry.np~mjs")
+FORBIDDEN = [word.replace("~", "") for word in GAPPED]
+
+
+def documents() -> list[Path]:
+    """Every text file that belongs to the repository."""
+    built = {".venv", ".git", "_build", "build", ".pytest_cache", ".ruff_cache", ".hypothesis"}
+    files = [
+        path
+        for folder in (".ci", "divmerge_core", "notebooks", "book", "tests")
+        for path in (ROOT / folder).rglob("*")
+    ]
+    files += ROOT.iterdir()
+    noise = {*built, "__pycache__", ".ipynb_checkpoints"}
+    return [
+        path
+        for path in sorted(files)
+        if path.is_file()
+        and path.suffix != ".png"
+        and not noise & set(path.relative_to(ROOT).parts)
+    ]
+
+
+def names(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+# --- the address ---------------------------------------------------------------------------------
+
+
+def test_the_book_links_to_the_repository():
+    assert CONFIG["repository"]["url"] == REPOSITORY
+    assert CONFIG["launch_buttons"]["colab_url"] == "https://colab.research.google.com"
+
+
+@pytest.mark.parametrize("path", documents(), ids=names)
+def test_every_mention_of_the_address_is_the_same(path):
+    text = path.read_text()
+    installs = re.findall(r"git\+(https://[\w./-]+)", text)
+    assert set(installs) <= {REPOSITORY}
+    slugs = re.findall(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)", text)
+    if path.parent == ROOT and path.suffix == ".md":  # these pages link to no other repository
+        slugs += re.findall(r"github\.com/([\w.-]+/[\w.-]+)", text)
+    assert {slug.removesuffix(".git") for slug in slugs} <= {SLUG}
+
+
+@pytest.mark.parametrize("path", documents(), ids=names)
+def test_the_repository_speaks_of_itself_alone(path):
+    text = path.read_text()
+    assert [word for word in FORBIDDEN if word in text] == []
+
+
+# --- the environment -----------------------------------------------------------------------------
+
+
+def locked() -> dict[str, str]:
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    pins = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pins}
+
+
+def declared() -> list[Requirement]:
+    """What the lock pins: not Triton, which PyTorch's CUDA builds bring, and not the peers."""
+    extras = [PROJECT["optional-dependencies"][name] for name in ("torch", "book", "test")]
+    return [Requirement(line) for group in (PROJECT["dependencies"], *extras) for line in group]
+
+
+def test_the_lock_satisfies_the_declared_ranges():
+    pins = locked()
+    for requirement in declared():
+        assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+
+
+def test_the_lock_names_public_versions():
+    assert [pin for pin in locked().values() if "+" in pin] == []
+
+
+def test_the_ranges_admit_colab():
+    lines = (ROOT / "tests" / "colab.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    colab = {canonicalize_name(pin.name): str(pin.specifier)[2:] for pin in pins}
+    for requirement in declared():
+        version = colab.get(canonicalize_name(requirement.name))
+        assert version is None or version in requirement.specifier, requirement
+    core = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    missing = {"cma", "gguf", "jaxtyping", "papermill", "rouge-score"}
+    assert core - set(colab) == missing, "what the set-up cell adds"
+    assert not core & {"torch", "transformers"}  # Colab keeps its own CUDA builds
+
+
+def test_conda_users_get_the_same_environment():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *packages, pip = environment["dependencies"]
+    assert packages == ["python=3.11", "pip"]
+    extras = ",".join(e for e in PROJECT["optional-dependencies"] if e not in ("peers", "cluster"))
+    assert pip == {"pip": ["-r requirements.lock", f"-e .[{extras}]"]}
+
+
+in_the_locked_environment = pytest.mark.skipif(
+    not Path(sys.prefix, ".complete").is_file(), reason="not in the environment that make built"
+)
+
+
+@in_the_locked_environment
+def test_what_runs_is_what_is_locked():
+    for name, version in locked().items():
+        assert importlib.metadata.version(name).split("+")[0] == version, name
+
+
+@in_the_locked_environment
+def test_the_lock_is_complete():
+    pins = locked()
+    for name in pins:
+        for line in importlib.metadata.requires(name) or []:
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                assert canonicalize_name(requirement.name) in pins, f"{name} needs {requirement}"
+
+
+def test_make_knows_the_sizes_and_ci_runs_the_commands():
+    from divmerge_book.evaluation import stored_tables
+    from divmerge_book.evaluation.experiment import SIZES
+
+    assert list(stored_tables.SIZES) == list(SIZES)
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"^SIZES := (.*)$", makefile, re.M)[1].split() == list(SIZES)
+    assert re.search(r"^export OMP_WAIT_POLICY = PASSIVE$", makefile, re.M)
+    steps = (ROOT / ".ci" / "run").read_text()
+    assert steps.index("make test") < steps.index("make book")
+
+
+# --- the package ---------------------------------------------------------------------------------
+
+
+def room_of(module: str) -> str:
+    """The room that a module of full name `divmerge_core.kernels.merge` lies in."""
+    return ".".join(module.split(".")[:2])
+
+
+def imported(path: Path) -> set[str]:
+    """The rooms that a module imports from, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: write imports in full"
+            whole = "." not in node.module
+            found |= {f"{node.module}.{a.name}" for a in node.names} if whole else {node.module}
+    return {room_of(name) for name in found if name.startswith("divmerge_") and "." in name}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names)
+def test_a_room_imports_what_stands_before_it(path):
+    package = next(folder for folder in PACKAGES if path.is_relative_to(folder))
+    module = ".".join(path.relative_to(package.parent).with_suffix("").parts)
+    if module.endswith("__init__") and module.count(".") == 1:
+        return
+    room = room_of(module)
+    assert room in ROOMS, f"{room} has no place in the list"
+    allowed = ROOMS[: ROOMS.index(room) + 1]
+    assert imported(path) <= set(allowed), f"only {', '.join(allowed)} may be imported here"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names)
+def test_modules_are_short_and_annotated_for_the_shape_checks(path):
+    text = path.read_text()
+    assert sum(bool(line.strip()) for line in text.splitlines()) <= 250
+    assert "from __future__ import annotations" not in text
+    assert ast.get_docstring(ast.parse(text)), "a module opens with what it holds"
+
+
+# --- the notebooks -------------------------------------------------------------------------------
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
+
+
+def code(path: Path) -> list[nbformat.NotebookNode]:
+    cells = nbformat.read(path, as_version=4).cells
+    return [cell for cell in cells if cell.cell_type == "code"]
+
+
+def tree(source: str) -> ast.Module:
+    """A cell's syntax tree; magics count as `pass`."""
+    return ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.M))
+
+
+@pytest.mark.skipif(not NOTEBOOKS, reason="no notebook yet")
+def test_the_table_of_contents_lists_every_notebook():
+    chapters = [chapter["file"] for chapter in TOC["chapters"]]
+    listed = [name for name in chapters if name.startswith("notebooks/")]
+    assert listed == [f"notebooks/{path.stem}" for path in NOTEBOOKS]
+
+
+@each_notebook
+def test_notebooks_are_valid_and_stripped(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert "papermill" not in notebook.metadata
+    ids = [cell.get("id") for cell in notebook.cells]
+    assert None not in ids and len(set(ids)) == len(ids)
+    for cell in code(path):
+        assert cell.outputs == [] and cell.execution_count is None
+        assert not {"papermill", "execution"} & set(cell.metadata)
+
+
+@each_notebook
+def test_notebooks_open_with_a_title_parameters_and_the_setup(path):
+    first = nbformat.read(path, as_version=4).cells[0]
+    assert first.cell_type == "markdown"
+    assert re.match(r"(\([\w-]+\)=\n)?# ", first.source), "a label may stand before the title"
+    parameters, setup, check, *others = code(path)
+    assert "parameters" in parameters.metadata.get("tags", [])
+    assert setup.source == SETUP and check.source == CHECK
+    for cell in others:  # the check takes the last cell of such lines for the parameters
+        assert not any(isinstance(line, ast.AnnAssign) for line in tree(cell.source).body)
+    declared = execute.parameters(path)
+    assert [name for name, one in declared.items() if not one.help] == []
+    lines = [line for line in parameters.source.splitlines() if not line.startswith("#")]
+    assert set(papermill.inspect_notebook(path)) == set(declared), "papermill reads them too"
+    assert len(lines) == len(declared), "papermill reads one parameter a line"
+
+
+@each_notebook
+def test_what_is_stored_is_drawn_by_one_rule(path):
+    """Two chapters show stored Reports beside their own, each under a caption of its own."""
+    sources = "\n".join(cell.source for cell in code(path))
+    read = re.findall(r"\b(?:Report|tables)\.load\(|(?<![.\w])load\(folder", sources)
+    assert not read or path.stem in ("04_merge", "14_glue_on_a_gpu")
+    if calls := re.findall(r"\bdrawn(?:_report)?\(", sources):
+        assert sources.count("given") > 1, f"{len(calls)} calls know nothing of what was asked for"
+        for name, one in execute.parameters(path).items():
+            empty = not one.default and one.kind != "bool"
+            assert not empty or re.search(r"(empty|0): ", one.help), f"what does no {name} mean?"
+
+
+@each_notebook
+def test_what_can_use_a_gpu_asks_colab_for_one(path):
+    metadata = nbformat.read(path, as_version=4).metadata
+    wanted = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []}}
+    asked = {key: metadata[key] for key in wanted if key in metadata}
+    assert asked == (wanted if "device" in execute.parameters(path) else {})
+
+
+@each_notebook
+def test_notebooks_for_a_gpu_say_what_they_run_on(path):
+    device = execute.parameters(path).get("device")
+    if device is not None and device.default == "auto":
+        assert any("device_line(" in cell.source for cell in code(path))
+
+
+@each_notebook
+def test_nothing_asks_for_a_token(path):
+    asking = re.compile(r"getpass|\blogin\(|userdata|HF_TOKEN|\binput\(")
+    assert [cell.source for cell in code(path) if asking.search(cell.source)] == []
+
+
+def test_every_label_stands_once():
+    """Else a reference would lead to another chapter, and the pages would not build."""
+    labels = []
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, as_version=4).cells:
+            labels += re.findall(
+                r"^(?:\(([\w-]+)\)=|:(?:label|name): ([\w-]+))$", cell.source, re.M
+            )
+            labels.append(cell.metadata.get("mystnb", {}).get("figure", {}).get("name"))
+    labels = ["".join(label) for label in labels if label]
+    assert sorted({label for label in labels if labels.count(label) > 1}) == []
+
+
+@each_notebook
+def test_cells_fit_a_page(path):
+    for cell in code(path):
+        lines = cell.source.splitlines()
+        assert len(lines) <= 15, cell.source
+        assert [line for line in lines if len(line) > 80] == []
+
+
+@each_notebook
+def test_definitions_are_derivations_and_are_compared_with_the_package(path):
+    for cell, following in pairwise([*code(path), nbformat.v4.new_code_cell("")]):
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        if any(isinstance(node, kinds) for node in ast.walk(tree(cell.source))):
+            assert "derivation" in cell.metadata.get("tags", []), cell.source
+        if "derivation" in cell.metadata.get("tags", []):
+            assert "assert" in following.source, f"compare this with the package:\n{cell.source}"
+
+
+# --- the pages -----------------------------------------------------------------------------------
+
+
+def test_mathjax_is_the_vendored_one_with_its_licence():
+    static = ROOT / "book" / "_static"
+    assert CONFIG["sphinx"]["config"]["mathjax_path"] == "tex-svg.js"
+    assert hashlib.sha256((static / "tex-svg.js").read_bytes()).hexdigest() == MATHJAX
+    assert "Apache License" in (static / "tex-svg.LICENSE").read_text()
+
+
+@pytest.mark.parametrize("path", [*sorted((ROOT / "book").glob("*.md")), *NOTEBOOKS], ids=names)
+def test_formulas_need_nothing_from_elsewhere(path):
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        cells = nbformat.reads(text, as_version=4).cells
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert [match[0] for match in FETCHED.finditer(text)] == []
+
+
+def test_the_licence_is_the_declared_one():
+    assert PROJECT["license"] == "Apache-2.0"
+    assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text()
+
+
+def listed_in_the_readme() -> list[str]:
+    """The paths in the README's tree: the first word of each line, in the folder it stands in."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    (drawn,) = [block for block in blocks if re.search(r"^[^\w\n]*divmerge_core/", block, re.M)]
+    paths, folders = [], {}
+    for line in re.sub("[│├└─]", " ", drawn).splitlines():
+        if word := line.split("#")[0].split()[:1]:
+            indent = len(line) - len(line.lstrip())
+            folders = {depth: name for depth, name in folders.items() if depth < indent}
+            paths.append("".join(folders.values()) + word[0])
+            if word[0].endswith("/"):
+                folders[indent] = word[0]
+    return paths
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="no README yet")
+def test_the_readme_lists_what_exists():
+    listed = listed_in_the_readme()
+    assert [name for name in listed if not list(ROOT.glob(name.rstrip("/")))] == []
+    wanted = {names(path) for path in [*MODULES, *NOTEBOOKS] if path.name != "__init__.py"}
+    assert sorted(wanted - set(listed)) == []
+
+
+# --- the data page -------------------------------------------------------------------------------
+
+
+def test_the_data_page_lists_every_asset_and_every_task():
+    from divmerge_book.data.downloads import ASSETS
+    from divmerge_book.data.tasks import TASKS
+
+    page = " ".join((ROOT / "book" / "data.md").read_text(encoding="utf-8").split())
+    for asset in ASSETS.values():
+        assert f"`{asset.package}` {asset.version}" in page
+        assert asset.licence in page and asset.sha256[:16] in page
+    for name, task in TASKS.items():
+        assert f"`{name}`" in page and task.kind in page and ", ".join(task.answers) in page

@@ -1,0 +1,245 @@
+"""Tasks: what they declare, how rows become splits on disk, and GLUE read from a folder."""
+
+import datasets
+import pytest
+from divmerge_book.data.downloads import ASSETS
+from divmerge_book.data.splits import SPLITS, normal
+from divmerge_book.data.tasks import SUITES, TASKS, swap_half
+from helpers import task_of, toy_splits, toy_task
+
+every_task = pytest.mark.parametrize("name", TASKS)
+
+
+@every_task
+def test_a_task_declares_what_is_asked_and_where_it_comes_from(name):
+    task = TASKS[name]
+    assert task.name == name
+    assert task.kind and task.source
+    assert len(set(task.answers)) == len(task.answers) != 1  # none where any text may be one
+
+
+def test_every_task_is_in_a_suite_and_every_suite_names_tasks():
+    assert {task for suite in SUITES.values() for task in suite.tasks} == set(TASKS)
+
+
+def test_the_embedded_suite_is_as_varied_as_the_book_says():
+    chosen = [TASKS[name] for name in SUITES["embedded"].tasks]
+    assert len(chosen) == 8
+    assert sum(task.pair for task in chosen) >= 2
+    assert len({task.kind for task in chosen}) >= 6
+    sources = {f"{asset.package} {asset.version}" for asset in ASSETS.values()}
+    assert {task.source for task in chosen} <= sources
+
+
+def test_the_second_suite_is_glue():
+    chosen = [TASKS[name] for name in SUITES["glue_encoder"].tasks]
+    assert {task.source for task in chosen} == {"GLUE"}
+    assert [task.name for task in chosen if not task.pair] == ["cola", "sst2"]
+    assert [task.name for task in chosen if task.pair] == ["qqp", "qnli", "mnli", "rte", "mrpc"]
+
+
+# --- splits on disk -------------------------------------------------------------------------------
+
+
+def test_rows_come_back_as_they_were_read(cache):
+    task = toy_task("place")
+    rows = toy_splits("place")["test"]
+    found = task.load("test")
+    assert isinstance(found, datasets.Dataset)
+    assert found.column_names == ["text", "label"]
+    assert [(row["text"], task.answers[row["label"]]) for row in found] == [
+        (text, answer) for text, _, answer in rows
+    ]
+
+
+def test_the_merge_split_holds_no_labels(cache):
+    assert toy_task("mood").load("merge").column_names == ["text"]
+
+
+def test_a_pair_task_has_both_texts(cache):
+    rows = [("question", "passage", "yes"), ("question", "other", "no")]
+    task = task_of(dict.fromkeys(SPLITS, rows), pair=True)
+    assert task.load("train").column_names == ["text", "pair", "label"]
+    assert list(task.load("merge")["pair"]) == ["passage", "other"]
+
+
+def test_rows_are_read_once(cache, monkeypatch):
+    first = toy_task("mood").load("train")
+    broken = toy_task("mood")
+    object.__setattr__(broken, "read", lambda: pytest.fail("read again"))
+    assert list(broken.load("train")) == list(first)
+
+
+def test_other_data_is_split_anew(cache):
+    assert toy_task("mood", seed=0).folder() != toy_task("mood", seed=1).folder()
+
+
+def test_interrupted_splitting_leaves_nothing(cache, monkeypatch):
+    def interrupted(self, path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.Dataset, "save_to_disk", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            toy_task("mood").load("train")
+    assert list((cache / "tasks").iterdir()) == []
+    assert len(toy_task("mood").load("train")) == 160
+
+
+def test_half_of_the_questions_get_a_passage_of_another():
+    rows = [(f"question {n}", f"passage {n} of {n % 7}", "yes") for n in range(200)]
+    own = {question: passage for question, passage, _ in rows}
+    found = swap_half(rows)
+    assert found == swap_half(rows)
+    assert [question for question, *_ in found] == [question for question, *_ in rows]
+    assert all(
+        (passage == own[question]) == (answer == "yes") for question, passage, answer in found
+    )
+    assert 70 < sum(answer == "no" for *_, answer in found) < 130
+    assert {passage for _, passage, _ in found} <= set(own.values())  # splits stay disjoint
+
+
+# --- GLUE -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def glue(tmp_path, cache, monkeypatch):
+    """A folder in the layout of nyu-mll/glue, with a few rows."""
+    folder = tmp_path / "glue"
+    monkeypatch.setenv("DIVMERGE_GLUE_DIR", str(folder))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+    def write(name: str, split: str, rows: list[dict]) -> None:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        path = folder / name / f"{split}-00000-of-00001.parquet"
+        datasets.Dataset.from_list(rows).to_parquet(path)
+
+    for split, count in (("train", 900), ("validation", 40)):
+        write("cola", split, [cola_row(split, n) for n in range(count)])
+    write("cola", "test", [cola_row("test", n) | {"label": -1} for n in range(5)])
+    for split, count in (("train", 900), ("validation", 40)):
+        write("rte", split, [rte_row(split, n) for n in range(count)])
+    return write
+
+
+def cola_row(split: str, n: int) -> dict:
+    return {"sentence": f"{split} sentence {n}", "label": n % 2, "idx": n}
+
+
+def rte_row(split: str, n: int) -> dict:
+    """Two hypotheses for every premise, so that rows share texts."""
+    texts = {"sentence1": f"{split} premise {n // 2}", "sentence2": f"{split} hypothesis {n}"}
+    return {**texts, "label": n % 2, "idx": n}
+
+
+def test_glue_is_read_from_a_folder_in_the_hubs_layout(glue):
+    task = TASKS["cola"]
+    assert {split: len(task.load(split)) for split in SPLITS} == {
+        **{"train": 200, "validation": 300, "merge": 400, "test": 40}
+    }
+    test = task.load("test")
+    assert all(text.startswith("validation sentence") for text in test["text"])
+    labels = {text: label for text, label in zip(test["text"], test["label"], strict=True)}
+    assert labels["validation sentence 3"] == 1
+    assert task.answers[1] == "acceptable"
+
+
+def test_glues_pairs_share_no_text_across_splits(glue):
+    places: dict[str, set[str]] = {}
+    for split in SPLITS:
+        for row in TASKS["rte"].load(split):
+            places.setdefault(normal(row["text"]), set()).add(split)
+            places.setdefault(normal(row["pair"]), set()).add(split)
+    assert all(len(found) == 1 for found in places.values())
+    assert all(text.startswith("validation") for text in TASKS["rte"].load("test")["text"])
+
+
+def test_glues_hidden_test_labels_are_left_alone(glue):
+    texts = {text for split in SPLITS for text in TASKS["cola"].load(split)["text"]}
+    assert not any(text.startswith("test") for text in texts)
+
+
+def test_a_labelled_test_split_stands_in_for_a_validation_split_that_is_missing(glue):
+    for split, count in (("train", 900), ("test", 30)):
+        rows = [{"sentence": f"{split} review {n}", "label": n % 2, "idx": n} for n in range(count)]
+        glue("sst2", split, rows)
+    assert all(text.startswith("test review") for text in TASKS["sst2"].load("test")["text"])
+
+
+def test_one_split_alone_is_split_in_four(glue):
+    rows = [
+        {"question": f"question {n}", "sentence": f"sentence {n}", "label": n % 2, "idx": n}
+        for n in range(1300)
+    ]
+    glue("qnli", "validation", rows)
+    counts = {split: len(TASKS["qnli"].load(split)) for split in SPLITS}
+    assert counts == {"train": 100, "validation": 300, "merge": 400, "test": 500}
+
+
+def test_another_glue_folder_is_other_data(glue, tmp_path, monkeypatch):
+    first = TASKS["cola"].folder()
+    monkeypatch.setenv("DIVMERGE_GLUE_DIR", str(tmp_path / "other"))
+    glue_row = [cola_row("train", n) for n in range(1300)]
+    (tmp_path / "other" / "cola").mkdir(parents=True)
+    datasets.Dataset.from_list(glue_row).to_parquet(
+        tmp_path / "other" / "cola" / "train-00000-of-00001.parquet"
+    )
+    assert TASKS["cola"].folder() != first
+
+
+def test_without_hub_and_folder_the_error_says_how_to_get_either(cache, monkeypatch):
+    def unreachable(*args, **options):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.delenv("DIVMERGE_GLUE_DIR", raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)cannot read GLUE task 'rte' from the hub's nyu-mll/glue: Couldn't reach.*"
+        r"Set DIVMERGE_GLUE_DIR to a folder with rte/train-\*\.parquet.*huggingface\.co",
+    ):
+        TASKS["rte"].load("train")
+    assert not any(cache.rglob("*.arrow"))
+
+
+def test_a_glue_folder_without_the_task_is_named_in_the_error(glue):
+    with pytest.raises(ValueError, match=r"GLUE task 'mrpc' from .*glue/mrpc: .*DIVMERGE_GLUE_DIR"):
+        TASKS["mrpc"].load("train")
+
+
+# --- what cannot be a task ------------------------------------------------------------------------
+
+
+def test_an_unknown_split_is_answered_with_the_choices(cache):
+    with pytest.raises(ValueError, match="unknown split 'dev'; choose one of: train, validation"):
+        toy_task("mood").load("dev")
+
+
+def test_an_answer_that_the_task_does_not_allow_is_named(cache):
+    task = task_of(dict.fromkeys(SPLITS, [("a", None, "yes"), ("b", None, "maybe")]))
+    with pytest.raises(ValueError, match=r"given: answers \['maybe'\] not in \('no', 'yes'\)"):
+        task.load("train")
+    assert not any(cache.rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_an_empty_split_is_refused(cache, split):
+    rows = [("a", None, "yes"), ("b", None, "no")]
+    task = task_of(dict.fromkeys(SPLITS, rows) | {split: []})
+    with pytest.raises(ValueError, match=f"its {split} split of 0 rows is empty .* more rows"):
+        task.load("train")
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_split_of_one_class_is_refused_where_labels_count(cache, split):
+    rows = [("a", None, "yes"), ("b", None, "no")]
+    task = task_of(dict.fromkeys(SPLITS, rows) | {split: [("c", None, "yes")]})
+    with pytest.raises(ValueError, match=f"{split} split of 1 rows is empty or holds one class"):
+        task.load("train")
+
+
+def test_unlabelled_rows_may_be_of_one_class(cache):
+    rows = [("a", None, "yes"), ("b", None, "no")]
+    task = task_of(dict.fromkeys(SPLITS, rows) | {"merge": [("c", None, "yes")]})
+    assert len(task.load("merge")) == 1

@@ -1,0 +1,445 @@
+"""Fisher and RegMean: closed forms, slower definitions, and cases that they solve exactly."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import layout_of, linear_problem
+from torch import nn
+from torch.func import functional_call, jacrev
+from torch.testing import assert_close
+
+from divmerge_core.divergences import js
+from divmerge_core.merging.layer_inputs import watch_inputs
+from divmerge_core.merging.problem import Batch, MergeProblem
+from divmerge_core.merging.task_vectors import TaskVectors
+from divmerge_core.methods import statistical
+from divmerge_core.methods.arithmetic import average
+from divmerge_core.methods.regression import regmean, regmean_plus_plus
+from divmerge_core.methods.statistical import examples, fisher, fisher_diagonal
+
+QUIET = {"progress": False}
+FIRST = "embeddings.weight"
+
+
+def near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-9) -> None:
+    assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def numbers(values: list) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def batch_of(x: torch.Tensor) -> Batch:
+    return Batch({"x": x}, torch.full((len(x),), 1 / len(x), dtype=x.dtype))
+
+
+def inputs_of(problem: MergeProblem, task: int) -> torch.Tensor:
+    return torch.cat([batch.inputs["x"] for batch in problem.batches[task]])
+
+
+# --- Fisher information ---------------------------------------------------------------------------
+
+
+def switch(*inputs: list[float], slopes: tuple[float, ...]) -> MergeProblem:
+    """One parameter w, and two answers with logits (w x, 0), so that p = sigmoid(w x)."""
+
+    def forward(parameters, pairs):
+        scores = [batch.inputs["x"] @ parameters["weight"] for _, batch in pairs]
+        return [torch.stack([score, torch.zeros_like(score)], dim=1) for score in scores]
+
+    rows = torch.tensor(slopes, dtype=torch.float64)[:, None]
+    names = tuple(f"task{n}" for n in range(len(slopes)))
+    vectors = TaskVectors(layout_of(weight=(1,)), names, numbers([0]), rows)
+    batches = [[batch_of(numbers(x)[:, None])] for x in inputs]
+    return MergeProblem(vectors, batches, forward)
+
+
+def test_the_information_of_a_logistic_slope_is_x_squared_times_p_times_1_minus_p():
+    problem = switch([1.0, -2.0, 0.5], slopes=(0.7,))
+    expected = sum(x**2 * math.exp(0.7 * x) / (1 + math.exp(0.7 * x)) ** 2 for x in (1, -2, 0.5))
+    found = fisher_diagonal(problem, problem.vectors.expert("task0"), 0)
+    near(found, numbers([expected / 3]))
+
+
+def test_an_undecided_input_counts_in_full():
+    """p = 1/2: x^2 / 4, where code that sums over answers before it squares finds nothing."""
+    problem = switch([3.0], slopes=(0.0,))
+    near(fisher_diagonal(problem, numbers([0]), 0), numbers([9 / 4]))
+
+
+def test_the_information_is_the_spread_of_the_logits_slopes_under_the_models_own_answers():
+    """diag of J^T (diag p - p p^T) J, mean over inputs, with J from forward definitions at once."""
+    problem = linear_problem(num_tasks=2)
+    layout, flat = problem.vectors.layout, problem.vectors.expert("task1")
+    total = torch.zeros_like(flat)
+    for batch in problem.batches[1]:
+
+        def logits(vector, batch=batch):
+            return problem.forward(layout.unflatten(vector), [(1, batch)])[0]
+
+        p = logits(flat).softmax(-1)  # [B, V]
+        slopes = jacrev(logits)(flat)  # [B, V, N]
+        spread = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        total += torch.einsum("bvn,bvw,bwn->n", slopes, spread, slopes)
+    near(fisher_diagonal(problem, flat, 1), total / 15)
+
+
+def test_how_inputs_are_batched_does_not_matter():
+    problem = linear_problem(num_tasks=1)
+    x, flat = inputs_of(problem, 0), problem.vectors.expert("task0")
+    expected = fisher_diagonal(problem, flat, 0)
+    for sizes in ([15], [1] * 15, [2, 13], [7, 4, 4]):
+        other = replace(problem, batches=[[batch_of(part) for part in x.split(sizes)]])
+        near(fisher_diagonal(other, flat, 0), expected)
+
+
+def test_positions_of_an_answer_share_the_weight_of_their_input():
+    """A language model's rows: each position is asked by itself, rows count alike."""
+    answer = torch.tensor([[False, True, True], [True, False, False]])
+    tokens = numbers([[9.0, 1.0, 2.0], [3.0, 9.0, 9.0]])
+
+    def forward(parameters, pairs):
+        scores = [parameters["weight"] * batch.inputs["x"][batch.answer] for _, batch in pairs]
+        return [torch.stack([score, 0 * score], dim=1) for score in scores]
+
+    weight = numbers([0.25, 0.25, 0.5])
+    problem = replace(
+        switch([0.0], slopes=(0.0,)),
+        batches=[[Batch({"x": tokens}, weight, answer)]],
+        forward=forward,
+    )
+    rows = list(examples(problem.batches[0]))
+    assert [row.weight.tolist() for row in rows] == [[0.25, 0.25], [0.5]]
+    assert [int(row.answer.sum()) for row in rows] == [2, 1]
+    found = fisher_diagonal(problem, numbers([0]), 0)
+    near(found, numbers([(0.25 * 1 + 0.25 * 4 + 0.5 * 9) / 4]))
+
+
+def test_parameters_that_the_answers_do_not_depend_on_have_no_information():
+    problem = switch([1.0], slopes=(0.7,))
+    vectors = TaskVectors(layout_of(idle=(2,), weight=(1,)), ("a",), normal(3), normal(1, 3))
+    problem = replace(problem, vectors=vectors)
+    found = fisher_diagonal(problem, vectors.expert("a"), 0)
+    assert found[:2].tolist() == [0, 0] and found[2] > 0
+
+
+# --- Fisher merging -------------------------------------------------------------------------------
+
+
+def with_information(monkeypatch, *rows: list[float]) -> None:
+    """Let the experts' Fisher information be these numbers."""
+    monkeypatch.setattr(
+        statistical,
+        "fisher_diagonal",
+        lambda problem, flat, task: numbers(rows[task]),
+    )
+
+
+def corners() -> MergeProblem:
+    """Two experts, (1, 0) and (0, 1), around a base at (5, 5)."""
+    base = numbers([5.0, 5.0])
+    rows = torch.eye(2, dtype=torch.float64) - base
+    vectors = TaskVectors(layout_of(weight=(2,)), ("a", "b"), base, rows)
+    return replace(switch([1.0], [1.0], slopes=(0.0, 0.0)), vectors=vectors)
+
+
+def test_experts_are_weighed_parameter_by_parameter(monkeypatch):
+    with_information(monkeypatch, [3, 1], [1, 1])
+    found = fisher(corners(), normalise=False, **QUIET)
+    near(found, numbers([3 / 4, 1 / 2]))
+
+
+def test_normalising_divides_by_the_length_of_the_information(monkeypatch):
+    """(3, 4) / 5 against (0, 2) / 2; the zero is raised to the floor."""
+    with_information(monkeypatch, [3, 4], [0, 2])
+    found = fisher(corners(), floor=1e-12, **QUIET)
+    near(found, numbers([1.0, 1 / 1.8]))
+
+
+def test_below_the_floor_a_weight_is_the_floor_over_the_length(monkeypatch):
+    """(3, 4) / 5 against (0.5, 2) / 2: the zero is raised before it is divided."""
+    with_information(monkeypatch, [3, 4], [0, 2])
+    found = fisher(corners(), floor=0.5, **QUIET)
+    near(found, numbers([0.6 / (0.6 + 0.25), 1 / 1.8]))
+
+
+def test_a_normalised_merge_ignores_how_sure_an_expert_is(monkeypatch):
+    merged = []
+    for size in (1.0, 1000.0):
+        with_information(monkeypatch, [3 * size, 4 * size], [1, 2])
+        merged.append(fisher(corners(), floor=1e-12, **QUIET))
+    near(merged[0], merged[1])
+
+
+def test_below_the_floor_all_experts_weigh_the_same(monkeypatch):
+    with_information(monkeypatch, [1e-9, 3e-9], [2e-8, 0])
+    found = fisher(corners(), normalise=False, **QUIET)
+    near(found, numbers([0.5, 0.5]))
+
+
+def test_no_information_at_all_gives_the_average(monkeypatch):
+    with_information(monkeypatch, [0, 0], [0, 0])
+    near(fisher(corners(), **QUIET), numbers([0.5, 0.5]))
+
+
+def test_a_high_floor_gives_the_average(problem):
+    near(fisher(problem, floor=1e9, normalise=False, **QUIET), average(problem))
+
+
+def test_the_fisher_merge_is_the_weighted_mean_of_what_its_parts_say(problem):
+    layers = [problem.vectors.expert(task) for task in problem.vectors.tasks]
+    weights = []
+    for task, flat in enumerate(layers):
+        information = fisher_diagonal(problem, flat, task)
+        weights.append(information.clamp(min=1e-6) / information.norm())
+    expected = sum(w * flat for w, flat in zip(weights, layers, strict=True)) / sum(weights)
+    near(fisher(problem, **QUIET), expected)
+
+
+def test_every_parameter_stays_between_the_experts(problem):
+    experts = torch.stack([problem.vectors.expert(task) for task in problem.vectors.tasks])
+    found = fisher(problem, **QUIET)
+    assert (found >= experts.min(dim=0).values - 1e-9).all()
+    assert (found <= experts.max(dim=0).values + 1e-9).all()
+
+
+@pytest.mark.parametrize("method", [fisher, regmean, regmean_plus_plus])
+def test_one_expert_alone_is_that_expert(method):
+    problem = linear_problem(num_tasks=1)
+    near(method(problem, **QUIET), problem.vectors.expert("task0"), 1e-7)
+
+
+@pytest.mark.parametrize("method", [fisher, regmean, regmean_plus_plus])
+def test_no_more_inputs_are_read_than_asked_for(method):
+    problem = linear_problem(batches=4)
+    fewer = replace(problem, batches=[[every[0], every[3]] for every in problem.batches])
+    near(method(problem, inputs=10, **QUIET), method(fewer, **QUIET), 0)
+
+
+# --- RegMean --------------------------------------------------------------------------------------
+
+
+def layer(*deltas: torch.Tensor, inputs: list[torch.Tensor]) -> MergeProblem:
+    """One linear layer without bias, experts that differ by `deltas`, and each task's inputs."""
+    width, features = deltas[0].shape
+    model = nn.Sequential(nn.Linear(features, width, bias=False)).double().requires_grad_(False)
+
+    def forward(parameters, pairs):
+        return [functional_call(model, dict(parameters), batch.inputs["x"]) for _, batch in pairs]
+
+    base = {"0.weight": normal(width, features, seed=50)}
+    experts = {f"task{n}": {"0.weight": base["0.weight"] + d} for n, d in enumerate(deltas)}
+    batches = [[batch_of(part) for part in x.split(4)] for x in inputs]
+    return MergeProblem(TaskVectors.from_states(base, experts), batches, forward, model)
+
+
+def weights(problem: MergeProblem, flat: torch.Tensor) -> torch.Tensor:
+    return problem.vectors.layout.unflatten(flat)["0.weight"]
+
+
+def experts_of(problem: MergeProblem) -> list[torch.Tensor]:
+    return [weights(problem, problem.vectors.expert(task)) for task in problem.vectors.tasks]
+
+
+def test_regmean_is_the_least_squares_fit_of_the_experts_outputs():
+    """All tasks' rows in one system, each task's divided by the root of its number of rows."""
+    xs = [normal(count, 5, seed=count) for count in (8, 20)]
+    problem = layer(normal(3, 5, seed=1), normal(3, 5, seed=2), inputs=xs)
+    rows = torch.cat([x / len(x) ** 0.5 for x in xs])
+    pairs = zip(xs, experts_of(problem), strict=True)
+    targets = torch.cat([x @ w.T / len(x) ** 0.5 for x, w in pairs])
+    expected = torch.linalg.lstsq(rows, targets).solution.T
+    near(weights(problem, regmean(problem, off_diagonal=1.0, **QUIET)), expected, 1e-6)
+
+
+def test_regmean_loses_nothing_where_tasks_read_different_directions():
+    """Few inputs, plain least squares: the merged layer answers as every expert on its own task."""
+    basis = torch.linalg.qr(normal(6, 6)).Q
+    xs = [normal(4, 2, seed=n) @ basis[2 * n : 2 * n + 2] for n in range(2)]
+    problem = layer(normal(3, 6, seed=1), normal(3, 6, seed=2), inputs=xs)
+    found = weights(problem, regmean(problem, off_diagonal=1.0, **QUIET))
+    for x, expert in zip(xs, experts_of(problem), strict=True):
+        near(x @ found.T, x @ expert.T, 1e-6)
+
+
+def test_regmean_of_the_diagonal_weighs_columns_by_their_mean_squares():
+    """Column 0: 1 against 9. Column 1: 4 against 0."""
+    xs = [numbers([[1.0, 2.0], [-1.0, 2.0]]), numbers([[3.0, 0.0]])]
+    problem = layer(torch.zeros(1, 2).double(), torch.ones(1, 2).double(), inputs=xs)
+    found = regmean(problem, off_diagonal=0.0, **QUIET) - problem.vectors.base
+    near(found, numbers([0.9, 0.0]), 1e-7)
+
+
+def test_regmean_of_correlated_columns_as_worked_out_by_hand():
+    """G_1 = [[1, a], [a, 1]] from x = (1, 1) and G_2 = I; with D_1 = (1, 0) and D_2 = 0
+    the change is (1, a) (G_1 + I)^-1 = (2 - a^2, a) / (4 - a^2).
+    """
+    xs = [torch.ones(1, 2).double(), 2**0.5 * torch.eye(2, dtype=torch.float64)]
+    deltas = numbers([[1.0, 0.0]]), torch.zeros(1, 2).double()
+    problem, a = layer(*deltas, inputs=xs), 0.5
+    found = regmean(problem, off_diagonal=a, **QUIET) - problem.vectors.base
+    near(found, numbers([2 - a**2, a]) / (4 - a**2), 1e-7)
+
+
+@pytest.mark.parametrize("off_diagonal", [0.0, 0.95, 1.0])
+def test_regmean_averages_what_reads_the_same_inputs_in_all_tasks(off_diagonal):
+    xs = [normal(9, 4)] * 2
+    problem = layer(normal(3, 4, seed=1), normal(3, 4, seed=2), inputs=xs)
+    near(regmean(problem, off_diagonal=off_diagonal, **QUIET), average(problem), 1e-7)
+
+
+@pytest.mark.parametrize("off_diagonal", [0.0, 0.95, 1.0])
+def test_columns_that_read_nothing_are_averaged(off_diagonal):
+    xs = [normal(9, 4, seed=n) * torch.tensor([1.0, 1.0, 0.0, 1.0]) for n in range(2)]
+    problem = layer(normal(3, 4, seed=1), normal(3, 4, seed=2), inputs=xs)
+    found = weights(problem, regmean(problem, off_diagonal=off_diagonal, **QUIET))
+    near(found[:, 2], weights(problem, average(problem))[:, 2], 1e-7)
+    assert (found - weights(problem, average(problem))).abs().max() > 0.01
+
+
+def test_where_the_inputs_leave_a_choice_weights_are_those_nearest_to_the_average():
+    """Features 0 and 1 are always equal, so that only the sum of their weights shows."""
+    xs = [normal(9, 4, seed=n)[:, [0, 0, 1, 2]] for n in range(2)]
+    problem = layer(normal(3, 4, seed=1), normal(3, 4, seed=2), inputs=xs)
+    found = weights(problem, regmean(problem, off_diagonal=1.0, **QUIET))
+    mean = weights(problem, average(problem))
+    near(found[:, 0] - found[:, 1], mean[:, 0] - mean[:, 1], 1e-6)
+    assert (found[:, 0] - mean[:, 0]).abs().max() > 0.01
+
+
+def test_a_layer_that_reads_nothing_at_all_is_averaged():
+    xs = [torch.zeros(3, 4).double()] * 2
+    problem = layer(normal(3, 4, seed=1), normal(3, 4, seed=2), inputs=xs)
+    near(regmean(problem, **QUIET), average(problem))
+
+
+@pytest.mark.parametrize("method", [regmean, regmean_plus_plus])
+def test_biases_are_averaged(method, problem):
+    found = problem.vectors.layout.unflatten(method(problem, **QUIET))
+    expected = problem.vectors.layout.unflatten(average(problem))
+    for name in found:
+        if name.endswith("bias"):
+            near(found[name], expected[name])
+        else:
+            assert (found[name] - expected[name]).abs().max() > 1e-3
+
+
+def test_a_layer_reads_what_the_expert_itself_puts_before_it(problem):
+    """The last layer by loops over tokens, in every expert's own activations."""
+    name, sums = "encoder.layer.1.dense.weight", [0, 0]
+    for task, expert in enumerate(problem.vectors.tasks):
+        flat, seen = problem.vectors.expert(expert), []
+        watch_inputs(problem, flat, task, lambda n, x, seen=seen: seen.append((n, x)))
+        tokens = torch.cat([x for n, x in seen if n == name])
+        gram = sum(torch.outer(token, token) for token in tokens) / len(tokens)
+        gram = torch.where(torch.eye(6).bool(), gram, 0.95 * gram)
+        weight = problem.vectors.layout.unflatten(flat)[name]
+        sums = [sums[0] + gram, sums[1] + weight @ gram]
+    expected = sums[1] @ torch.linalg.inv(sums[0])
+    found = problem.vectors.layout.unflatten(regmean(problem, **QUIET))[name]
+    near(found, expected, 1e-6)
+
+
+# --- RegMean++ ------------------------------------------------------------------------------------
+
+
+def test_regmean_plus_plus_in_one_block_is_regmean(problem):
+    near(regmean_plus_plus(problem, grouping="task", **QUIET), regmean(problem, **QUIET), 0)
+
+
+def test_the_first_block_is_that_of_regmean_and_the_last_is_not(problem):
+    unflatten = problem.vectors.layout.unflatten
+    one, other = (
+        unflatten(regmean(problem, **QUIET)),
+        unflatten(regmean_plus_plus(problem, **QUIET)),
+    )
+    near(one[FIRST], other[FIRST], 0)
+    last = "encoder.layer.1.dense.weight"
+    assert (one[last] - other[last]).abs().max() > 1e-3
+
+
+def test_regmean_plus_plus_reads_what_the_merged_blocks_put_out():
+    """Block by block, with the linear model's own arithmetic in place of hooks."""
+    problem = linear_problem(num_tasks=2)
+    unflatten, task_names = problem.vectors.layout.unflatten, problem.vectors.tasks
+    experts = [unflatten(problem.vectors.expert(task)) for task in task_names]
+    xs, expected = [inputs_of(problem, task) for task in range(2)], []
+    for name in (FIRST, "encoder.layer.0.dense.weight", "encoder.layer.1.dense.weight"):
+        grams = [x.T @ x / len(x) for x in xs]
+        grams = [0.95 * gram + 0.05 * torch.diag(gram.diagonal()) for gram in grams]
+        moment = sum(e[name] @ gram for e, gram in zip(experts, grams, strict=True))
+        expected.append(torch.linalg.solve(sum(grams), moment.T).T)
+        shift = name.replace("weight", "bias")
+        bias = (experts[0][shift] + experts[1][shift]) / 2 if shift in experts[0] else 0
+        xs = [x @ expected[-1].T + bias for x in xs]
+    found = unflatten(regmean_plus_plus(problem, **QUIET))
+    for weight, name in zip(expected, (n for n in found if n.endswith("weight")), strict=True):
+        near(found[name], weight, 1e-6)
+
+
+# --- on a transformer -----------------------------------------------------------------------------
+
+
+def distance(problem: MergeProblem, flat: torch.Tensor) -> float:
+    """Mean divergence from the experts' answers, in nats."""
+    rows = []
+    with torch.no_grad():
+        for task, name in enumerate(problem.vectors.tasks):
+            expert = problem.vectors.expert(name)
+            for batch in problem.batches[task]:
+                answers = (problem.logits(model, task, batch) for model in (expert, flat))
+                rows.append(batch.weight @ js(*answers))
+    return torch.stack(rows).mean().item()
+
+
+@pytest.mark.parametrize("method", [fisher, regmean, regmean_plus_plus])
+def test_merged_transformers_answer_more_like_their_experts_than_the_average(toy_problem, method):
+    found = distance(toy_problem, method(toy_problem, **QUIET))
+    assert found < distance(toy_problem, average(toy_problem))
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("floor", [0.0, -1.0, math.nan, math.inf])
+def test_fisher_refuses_a_floor_that_is_none(problem, floor):
+    with pytest.raises(ValueError, match=f"floor must be above 0 and finite, got {floor}; 1e-6 is"):
+        fisher(problem, floor=floor, **QUIET)
+
+
+@pytest.mark.parametrize("method", [regmean, regmean_plus_plus])
+@pytest.mark.parametrize("off_diagonal", [-0.1, 1.1, math.nan])
+def test_regmean_refuses_a_share_that_is_none(problem, method, off_diagonal):
+    with pytest.raises(ValueError, match=rf"off_diagonal must be in \[0, 1\], got {off_diagonal};"):
+        method(problem, off_diagonal=off_diagonal, **QUIET)
+
+
+@pytest.mark.parametrize("method", [fisher, regmean, regmean_plus_plus])
+def test_reading_no_inputs_is_refused(problem, method):
+    with pytest.raises(ValueError, match="inputs must be 1 or more per task, got 0"):
+        method(problem, inputs=0, **QUIET)
+
+
+@pytest.mark.parametrize("method", [regmean, regmean_plus_plus])
+def test_a_problem_without_its_module_is_refused(problem, method):
+    with pytest.raises(ValueError, match="give MergeProblem its `module`"):
+        method(replace(problem, module=None), **QUIET)
+
+
+def test_a_grouping_that_does_not_exist_is_refused(problem):
+    with pytest.raises(ValueError, match="unknown grouping 'blok'; choose one of: task, block"):
+        regmean_plus_plus(problem, grouping="blok", **QUIET)
+
+
+def test_logits_that_are_not_finite_are_refused_with_task_and_input(problem):
+    second = problem.batches[1][1]
+    second.inputs["x"][2] = math.inf  # the eighth input of the second task
+    with pytest.raises(ValueError, match="the expert of 'task1' gives logits .* at input 7; check"):
+        fisher(problem, **QUIET)

@@ -1,0 +1,740 @@
+"""Methods in subspaces: identities, cases by hand, slow twins, and what they refuse."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import fewer, layout_of, linear_problem
+from torch.func import functional_call
+from torch.testing import assert_close
+
+import divmerge_core.methods.essential
+from divmerge_core.merging.layer_inputs import layer_inputs
+from divmerge_core.merging.problem import Diverged, MergeProblem
+from divmerge_core.merging.task_vectors import TaskVectors
+from divmerge_core.methods.arithmetic import task_arithmetic
+from divmerge_core.methods.essential import (
+    Detour,
+    drawn,
+    essential,
+    essential_factors,
+    fused,
+    levelled,
+    polarised_layers,
+)
+from divmerge_core.methods.shifts import doge, doge_gradient, shared_basis, wudi, wudi_gradient
+from divmerge_core.methods.spectral import orthogonalised
+from divmerge_core.methods.subspace import esm, esm_pp
+
+QUIET = {"progress": False}
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def of_matrices(deltas: torch.Tensor, **others: torch.Tensor) -> MergeProblem:
+    """A problem of one matrix per task [T, M, K] and further tensors, around a base of ones."""
+    tensors = {"weight": deltas, **others}
+    layout = layout_of(**{name: tuple(every.shape[1:]) for name, every in tensors.items()})
+    rows = torch.cat([every.flatten(1) for every in tensors.values()], dim=1)
+    names = tuple(f"task{t}" for t in range(len(deltas)))
+    base = torch.ones(layout.size, dtype=rows.dtype)
+    vectors = TaskVectors(layout, names, base, rows)
+    return MergeProblem(vectors, [[] for _ in names], lambda parameters, pairs: [])
+
+
+def moved(problem: MergeProblem, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a merge added to every tensor of the base."""
+    return problem.vectors.layout.unflatten(flat - problem.vectors.base)
+
+
+def part(parameters: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The parameters below a prefix, by the rest of their names."""
+    below = f"{prefix}."
+    return {n.removeprefix(below): p for n, p in parameters.items() if n.startswith(below)}
+
+
+def by_task(problem: MergeProblem, name: str) -> torch.Tensor:
+    """One tensor's deltas of all tasks."""
+    layout = problem.vectors.layout
+    return torch.stack([layout.unflatten(row)[name] for row in problem.vectors.deltas])
+
+
+def frozen(problem: MergeProblem, task: int, tensor: int) -> MergeProblem:
+    """The same problem with one expert that left one tensor as it was."""
+    start, stop = problem.vectors.layout.bounds[tensor]
+
+    def freeze(deltas):
+        deltas = deltas.clone()
+        deltas[task, start:stop] = 0
+        return deltas
+
+    return replace(problem, vectors=problem.vectors.map(freeze))
+
+
+# --- essential directions -------------------------------------------------------------------------
+
+
+def test_all_essential_directions_together_give_the_delta_back():
+    delta, x = normal(5, 7), normal(20, 7, seed=1)
+    basis, _ = essential(delta, x.T @ x)
+    assert_close(basis.T @ basis, torch.eye(5, dtype=torch.float64))
+    assert_close(basis @ (basis.T @ delta), delta)
+
+
+@pytest.mark.parametrize("rank", range(6))
+def test_what_truncation_loses_is_the_energy_of_the_directions_left_out(rank):
+    delta, x = normal(5, 7), normal(20, 7, seed=1)
+    basis, energy = essential(delta, x.T @ x)
+    kept = basis[:, :rank] @ basis[:, :rank].T @ delta
+    assert_close((x @ (delta - kept).T).square().sum(), energy[rank:].sum())
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_essential_directions_lose_no_more_of_the_outputs_than_singular_vectors(rank):
+    x = normal(20, 7, seed=1) * torch.logspace(-1, 1, 7, dtype=torch.float64)
+    delta = normal(5, 7)
+    left, values, right = torch.linalg.svd(delta, full_matrices=False)
+    cut = left[:, :rank] * values[:rank] @ right[:rank]
+    basis = essential(delta, x.T @ x)[0][:, :rank]
+    lost = [(x @ (delta - near).T).norm() for near in (basis @ basis.T @ delta, cut)]
+    assert lost[0] < lost[1]
+
+
+def test_inputs_of_equal_strength_make_them_the_left_singular_vectors():
+    delta = torch.tensor([[0.0, 2.0, 0.0], [3.0, 0.0, 0.0]], dtype=torch.float64)
+    basis, energy = essential(delta, torch.eye(3, dtype=torch.float64))
+    assert_close(energy, torch.tensor([9.0, 4.0], dtype=torch.float64))
+    assert_close(basis.abs(), torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64))
+
+
+def test_directions_that_no_input_excites_have_no_energy_at_all():
+    delta, x = normal(5, 7), normal(2, 7, seed=1)
+    _, energy = essential(delta, x.T @ x)
+    assert (energy[:2] > 0).all() and (energy[2:] == 0).all()
+
+
+def test_all_directions_of_one_task_weighed_alike_give_the_delta_back(monkeypatch):
+    """T = 1 and M directions, without levelling: P A is D_1 itself."""
+    monkeypatch.setattr(divmerge_core.methods.essential, "ENERGY_POWER", 0.0)
+    delta, x = normal(5, 7), normal(20, 7, seed=1)
+    left, right = essential_factors(delta, x.T @ x, 5)
+    assert_close(left @ right, delta)
+
+
+def test_a_direction_that_is_excited_alone_is_weighed_by_one():
+    """One token: of two directions one has energy, u along D x, and D's row along it is kept."""
+    delta, x = normal(4, 5), normal(1, 5, seed=1)
+    towards = (x @ delta.T / (x @ delta.T).norm()).T  # [M, 1]
+    left, right = essential_factors(delta, x.T @ x, 2)
+    assert_close(left @ right, towards @ towards.T @ delta)
+    merged = fused([(left, right)], delta.norm()[None], power=0.0)
+    assert_close(merged, towards @ towards.T @ delta)
+
+
+def test_levelling_takes_the_mean_of_the_singular_values_that_are_not_zero():
+    given = torch.diag(torch.tensor([3.0, 1.0, 0.0]))
+    assert_close(levelled(given), torch.diag(torch.tensor([2.0, 2.0, 0.0])))
+    assert_close(levelled(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+def test_layers_are_polarised_against_the_mean_of_their_kind():
+    """Norms 1 and 3 have the mean 2: squared shares 1/4 and 9/4. The head is alone of its kind."""
+    layers = {"block.0.up": 1.0, "block.1.up": 3.0, "head": 7.0}
+    given = {name: torch.full((1, 1), size) for name, size in layers.items()}
+    found = polarised_layers(given, 2.0)
+    assert [m.item() for m in found.values()] == pytest.approx([0.25, 6.75, 7.0])
+    assert [m.item() for m in polarised_layers(given, 0.0).values()] == [1.0, 3.0, 7.0]
+
+
+# --- esm ------------------------------------------------------------------------------------------
+
+
+def slow_layer(deltas, inputs, power: float) -> np.ndarray:
+    """ESM of one layer, from singular vectors of the outputs themselves."""
+    lefts, rights, norms = [], [], [np.linalg.norm(delta) for delta in deltas]
+    for delta, x in zip(deltas, inputs, strict=True):
+        _, sizes, rows = np.linalg.svd(x @ delta.T, full_matrices=False)
+        rank = max(1, len(delta) // len(deltas))
+        directions, energy = rows[:rank].T, sizes[:rank] ** 2 / (len(x) - 1)
+        weight = (energy / energy.mean()) ** 0.15
+        weight /= weight.mean()
+        lefts.append(directions @ np.diag(weight))
+        strength = (np.linalg.norm(delta) / np.mean(norms)) ** power
+        rights.append(strength * np.diag(weight) @ directions.T @ delta)
+    left, right = np.hstack(lefts), np.vstack(rights)
+    columns = np.sqrt((right**2).sum(axis=0))
+    right = right @ np.diag((columns / columns.mean()) ** power)
+    return slow_level(left) @ slow_level(right)
+
+
+def slow_level(matrix: np.ndarray) -> np.ndarray:
+    """mean(s) M (M^T M)^(-1/2), or its transposed form where M is wide: no singular vectors."""
+    if matrix.shape[0] < matrix.shape[1]:
+        return slow_level(matrix.T).T
+    squares, axes = np.linalg.eigh(matrix.T @ matrix)
+    return np.sqrt(squares).mean() * matrix @ axes @ np.diag(squares**-0.5) @ axes.T
+
+
+@pytest.mark.parametrize("scaling", ["all", "layer"])
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("num_tasks", [1, 2, 3])
+def test_esm_is_the_slow_one(num_tasks, power, scaling):
+    problem = linear_problem(num_tasks=num_tasks)
+    found = moved(problem, esm(problem, scale=1.5, power=power, scaling=scaling, **QUIET))
+    names = [name for name in found if name.endswith("weight")]
+    x = {
+        task: [torch.cat([b.inputs["x"] for b in problem.batches[task]])]
+        for task in range(num_tasks)
+    }
+    for task, streams in x.items():
+        expert = problem.vectors.layout.unflatten(problem.vectors.expert(f"task{task}"))
+        first, second, shift, *_ = expert.values()
+        streams.append(streams[0] @ first.T)
+        streams.append(streams[1] @ second.T + shift)
+    expected = {}
+    for number, name in enumerate(names):
+        deltas = list(by_task(problem, name).numpy())
+        inputs = [x[task][number].numpy() for task in range(num_tasks)]
+        expected[name] = slow_layer(deltas, inputs, power if scaling == "all" else 0.0)
+    kind = [np.linalg.norm(expected[name]) for name in names[1:]]
+    for name, norm in zip(names[1:], kind, strict=True):
+        expected[name] = expected[name] * (norm / np.mean(kind)) ** power
+    for name in names:
+        assert_close(found[name], 1.5 * torch.from_numpy(expected[name]), rtol=1e-7, atol=1e-9)
+    for name in set(found) - set(names):
+        assert_close(found[name], by_task(problem, name).mean(0))
+
+
+def test_one_experts_layers_come_back_with_equal_singular_values():
+    problem = linear_problem(num_tasks=1)
+    for matrix in moved(problem, esm(problem, power=0.0, **QUIET)).values():
+        if matrix.ndim == 2:
+            values = torch.linalg.svdvals(matrix)
+            assert_close(values, torch.full_like(values, float(values.mean())))
+
+
+def test_seeds_change_the_draw_of_inputs_alone():
+    problem = linear_problem(num_tasks=2, batches=8, rows=5)
+    every = [esm(problem, inputs=40, seed=seed, **QUIET) for seed in (0, 1)]
+    assert_close(*every)
+    assert not torch.allclose(*(esm(problem, inputs=10, seed=s, **QUIET) for s in (0, 1)))
+
+
+@pytest.mark.parametrize(("inputs", "batches"), [(1, 1), (5, 1), (6, 2), (40, 8), (1000, 8)])
+def test_whole_batches_are_drawn_until_they_hold_enough_inputs(inputs, batches):
+    problem = linear_problem(num_tasks=2, batches=8, rows=5)
+    few = drawn(problem, inputs, seed=3)
+    assert [len(every) for every in few.batches] == [batches] * 2
+    for every, source in zip(few.batches, problem.batches, strict=True):
+        assert len({id(b) for b in every} & {id(b) for b in source}) == batches
+
+
+def test_esm_scales_linear_layers_alone():
+    problem = linear_problem()
+    once, twice = (moved(problem, esm(problem, scale=s, **QUIET)) for s in (1.0, 2.0))
+    for name, delta in once.items():
+        assert_close(twice[name], delta * (2 if delta.ndim == 2 else 1))
+
+
+@pytest.mark.parametrize("scaling", ["all", "layer"])
+def test_esm_grows_with_the_experts(scaling):
+    """Delta ten times as large at the same inputs: of one layer alone, as inputs else change."""
+    problem = linear_problem(num_tasks=2)
+    start, stop = problem.vectors.layout.bounds[-2]
+
+    def last(factor):
+        def only(deltas):
+            kept = torch.zeros_like(deltas)
+            kept[:, start:stop] = factor * deltas[:, start:stop]
+            return kept
+
+        scaled = replace(problem, vectors=problem.vectors.map(only))
+        return esm(scaled, scaling=scaling, **QUIET) - problem.vectors.base
+
+    assert_close(last(10.0), 10 * last(1.0))
+
+
+@pytest.mark.parametrize("scaling", ["all", "layer"])
+def test_fewer_tokens_than_directions_leave_a_finite_merge_without_order(scaling):
+    problem = linear_problem(num_tasks=2, batches=1, rows=1)
+    merged = esm(problem, scaling=scaling, **QUIET)
+    assert torch.isfinite(merged).all()
+    turned = problem.select(["task1", "task0"])
+    assert_close(esm(turned, scaling=scaling, **QUIET), merged)
+    name = "encoder.layer.0.dense.weight"  # two tasks with one direction each
+    assert torch.linalg.matrix_rank(moved(problem, merged)[name]) == 2
+
+
+def test_an_expert_that_left_a_layer_as_it_was_takes_no_part_in_it():
+    problem = frozen(linear_problem(num_tasks=2), task=1, tensor=1)
+    name = problem.vectors.layout.names[1]
+    merged = esm(problem, power=0.0, **QUIET)
+    assert torch.isfinite(merged).all()
+    assert torch.linalg.matrix_rank(moved(problem, merged)[name]) == 3  # of 6: its half of T = 2
+
+
+def test_inputs_that_do_not_reach_what_changed_leave_the_layer_at_the_base():
+    problem = linear_problem(num_tasks=2)
+    still = [[replace(b, inputs={"x": 0 * b.inputs["x"]}) for b in bs] for bs in problem.batches]
+    found = moved(problem, esm(replace(problem, batches=still), **QUIET))
+    assert not found["embeddings.weight"].any() and found["encoder.layer.1.dense.weight"].any()
+
+
+def test_matrices_that_are_no_linear_layers_are_merged_as_by_tsv_m(toy_problem):
+    found = moved(toy_problem, esm(toy_problem, **QUIET))
+    for name, delta in found.items():
+        every = by_task(toy_problem, name)
+        if "embeddings" in name and delta.ndim == 2:
+            assert_close(delta, orthogonalised(every), rtol=1e-4, atol=1e-5)
+        elif delta.ndim == 1:
+            assert_close(delta, every.mean(0), rtol=1e-4, atol=1e-5)
+        else:
+            assert delta.any()
+
+
+@pytest.mark.parametrize("method", [esm, esm_pp])
+def test_esm_asks_for_inputs_by_its_name_and_for_a_module(problem, method):
+    with pytest.raises(ValueError, match=f"{method.__name__} needs unlabelled inputs"):
+        method(fewer(problem, 0), **QUIET)
+    with pytest.raises(ValueError, match="give MergeProblem its `module`"):
+        method(replace(problem, module=None), **QUIET)
+
+
+# --- esm_pp ---------------------------------------------------------------------------------------
+
+
+def test_one_expert_alone_is_that_expert_where_the_detour_has_full_rank():
+    problem = linear_problem(num_tasks=1)
+    routed = esm_pp(problem, rank=6, **QUIET)
+    for batch in problem.batches[0]:
+        expected = problem.logits(problem.vectors.expert("task0"), 0, batch)
+        assert_close(routed.logits(0, batch), expected)
+
+
+@pytest.mark.parametrize(("rank", "num_tasks"), [(1, 2), (2, 3), (32, 3)])
+def test_routing_is_input_by_input_and_layer_by_layer(rank, num_tasks):
+    """Against a loop over inputs through the three maps of the linear model."""
+    problem = linear_problem(num_tasks=num_tasks)
+    routed = esm_pp(problem, rank=rank, **QUIET)
+    merged = list(problem.vectors.layout.unflatten(routed.flat).values())
+    steps = [(merged[0], None), (merged[1], merged[2]), (merged[3], merged[4])]
+    names = [name for name in problem.vectors.layout.names if name.endswith("weight")]
+    experts = [problem.vectors.expert(task) for task in problem.vectors.tasks]
+    seen = [layer_inputs(problem, expert, task) for task, expert in enumerate(experts)]
+    taken = set()
+    for task, batches in enumerate(problem.batches):
+        for row, found in zip(batches[0].inputs["x"], routed.logits(task, batches[0]), strict=True):
+            for name, (weight, bias) in zip(names, steps, strict=True):
+                cosines = [row @ s[name].total / s[name].total.norm() for s in seen]
+                nearest = int(np.argmax(cosines))
+                gap = by_task(problem, name)[nearest] - moved(problem, routed.flat)[name]
+                directions = essential(gap, seen[nearest][name].gram)[0][:, :rank]
+                row = (weight + directions @ directions.T @ gap) @ row
+                row = row if bias is None else row + bias
+                taken.add(nearest)
+            assert_close(found, row)
+    assert len(taken) > 1
+
+
+def test_the_task_number_is_not_looked_at(problem):
+    routed = esm_pp(problem, **QUIET)
+    batch = problem.batches[0][0]
+    assert_close(routed.logits(2, batch), routed.logits(0, batch), rtol=0, atol=0)
+
+
+def test_a_detour_goes_by_the_mean_over_tokens_without_padding():
+    """The second token points elsewhere and is padding in the second input alone."""
+    eye = torch.eye(2)
+    detour = Detour(eye, torch.ones(2, 1, 1), torch.tensor([[[1.0, 0.0]], [[0.0, 10.0]]]))
+    x = torch.tensor([[[1.0, 1.0], [0.0, 5.0]], [[3.0, 1.0], [0.0, 5.0]]])
+    mask = torch.tensor([[1, 1], [1, 0]])
+    assert detour(x, mask).flatten().tolist() == [10.0, 50.0, 3.0, 0.0]
+    assert detour(x, None).flatten().tolist() == [10.0, 50.0, 10.0, 50.0]
+
+
+def test_padding_changes_no_answer(toy_problem):
+    routed, batch = esm_pp(toy_problem, **QUIET), toy_problem.batches[0][0]
+    wider = {k: torch.nn.functional.pad(v, (0, 3)) for k, v in batch.inputs.items()}
+    found = routed.logits(0, replace(batch, inputs=wider))
+    assert_close(found, routed.logits(0, batch), rtol=1e-4, atol=1e-5)
+
+
+def test_a_detour_has_no_direction_that_no_input_excited():
+    routed = esm_pp(linear_problem(num_tasks=2, batches=1, rows=1), **QUIET)
+    for detour in routed.detours.values():
+        assert torch.linalg.matrix_rank(detour.left).tolist() == [1, 1]
+
+
+def test_only_the_layers_asked_for_get_a_detour(problem):
+    routed = esm_pp(problem, layers=r"layer\.1", **QUIET)
+    assert list(routed.detours) == ["encoder.layer.1.dense.weight"]
+    assert list(esm_pp(problem, **QUIET).detours) == [
+        name for name in problem.vectors.layout.names if name.endswith("weight")
+    ]
+
+
+def test_the_routed_model_stores_one_model_and_each_layers_factors_and_prototypes():
+    """float64: N = 36 + 42 + 28 parameters; two tasks, ways of rank 2, six features everywhere."""
+    problem = linear_problem(num_tasks=2)
+    ways = [2 * (6 + 2 * (width + 6)) for width in (6, 6, 4)]
+    assert esm_pp(problem, rank=2, **QUIET).nbytes == 8 * (36 + 42 + 28 + sum(ways))
+    one = esm_pp(problem, rank=2, layers=r"layer\.1", **QUIET)
+    assert one.nbytes == 8 * (36 + 42 + 28 + ways[-1])
+
+
+def test_a_layer_that_no_input_passes_has_no_detour_and_is_merged_as_by_tsv_m():
+    problem = linear_problem(num_tasks=2)
+    names = [name for name in problem.vectors.layout.names if "layer.1" in name]
+    layer = problem.module.encoder.layer
+
+    def forward(parameters, pairs):
+        """Without the last layer."""
+        first, second = part(parameters, "embeddings"), part(parameters, "encoder.layer.0.dense")
+        xs = [functional_call(problem.module.embeddings, first, b.inputs["x"]) for _, b in pairs]
+        return [functional_call(layer[0]["dense"], second, x) for x in xs]
+
+    idle = replace(problem, forward=forward)
+    routed = esm_pp(idle, **QUIET)
+    assert names[0] not in routed.detours and len(routed.detours) == 2
+    expected = orthogonalised(by_task(problem, names[0]))
+    assert_close(moved(problem, routed.flat)[names[0]], expected)
+    assert torch.isfinite(routed.logits(0, idle.batches[0][0])).all()
+
+
+def test_no_hook_stays_behind_where_the_model_fails(problem):
+    routed = esm_pp(problem, **QUIET)
+    with pytest.raises(RuntimeError):
+        routed.logits(0, replace(problem.batches[0][0], inputs={"x": torch.ones(2, 3)}))
+    assert not any(layer._forward_hooks for layer in problem.module.modules())
+
+
+# --- doge -----------------------------------------------------------------------------------------
+
+
+def doge_loss(deltas, coeffs, shift) -> torch.Tensor:
+    """Written out: a loop over experts and rows."""
+    merged = sum(c * (delta + shift) for c, delta in zip(coeffs, deltas, strict=True))
+    return sum(
+        (row @ (row - near)) ** 2
+        for delta in deltas
+        for row, near in zip(delta, merged, strict=True)
+    )
+
+
+def adam(start, gradient, steps: int, lr: float):
+    """Kingma and Ba's Algorithm 1."""
+    place, first, second = start.clone(), 0, 0
+    for step in range(1, steps + 1):
+        slope = gradient(place)
+        first = 0.9 * first + 0.1 * slope
+        second = 0.999 * second + 0.001 * slope**2
+        bent = first / (1 - 0.9**step), second / (1 - 0.999**step)
+        place = place - lr * bent[0] / (bent[1].sqrt() + 1e-8)
+    return place
+
+
+def autograd_of(loss):
+    return lambda at: torch.autograd.grad(loss(at.requires_grad_()), at)[0]
+
+
+def test_doges_gradient_is_autograds_and_that_of_finite_differences():
+    deltas, shift, coeffs = normal(3, 4, 5), normal(4, 5, seed=1), normal(3, seed=2).abs()
+
+    def loss(at):
+        return doge_loss(deltas, coeffs, at)
+
+    found = doge_gradient(deltas, coeffs, deltas.new_zeros(4, 0))(shift)
+    assert_close(found, autograd_of(loss)(shift.clone()))
+    nudge = torch.zeros_like(shift)
+    nudge[2, 3] = 1e-5
+    assert_close(found[2, 3], (loss(shift + nudge) - loss(shift - nudge)) / 2e-5)
+
+
+def test_doges_gradient_has_no_part_in_the_shared_directions():
+    deltas = normal(3, 12, 18)
+    shared = shared_basis(deltas, 6)
+    assert shared.shape == (12, 2)
+    assert_close(shared.T @ shared, torch.eye(2, dtype=torch.float64))
+    found = doge_gradient(deltas, torch.ones(3, dtype=torch.float64), shared)(normal(12, 18))
+    assert found.norm() > 1 and (shared.T @ found).abs().max() < 1e-12 * found.norm()
+
+
+def test_shared_directions_are_those_that_two_experts_have_in_common():
+    """Both change outputs 0, each one more of its own: with two singular vectors each, 0 leads."""
+    deltas = torch.zeros(2, 4, 4, dtype=torch.float64)
+    deltas[0, 0, 0], deltas[0, 1, 1], deltas[1, 0, 2], deltas[1, 2, 3] = 3, 2, 2, 3
+    found = shared_basis(deltas, 4)
+    assert_close(found.abs(), torch.eye(4, dtype=torch.float64)[:, :1])
+
+
+@pytest.mark.parametrize("num_tasks", [7, 9])
+def test_where_experts_outnumber_directions_none_is_shared(num_tasks):
+    assert shared_basis(normal(num_tasks, 6, 8), 6).shape == (6, 0)
+    merged = doge(of_matrices(normal(num_tasks, 6, 8)), steps=3, **QUIET)
+    assert torch.isfinite(merged).all()
+
+
+def test_an_unfitted_doge_is_masked_task_arithmetic_of_equal_norms():
+    deltas = normal(2, 4, 5) * torch.tensor([1.0, 3.0])[:, None, None]
+    problem = of_matrices(deltas)
+    merged = moved(problem, doge(problem, eta=0.07, units="absolute", steps=0, keep=0.3, **QUIET))
+    expected = torch.zeros(4, 5, dtype=torch.float64)
+    for delta in deltas:
+        for at in delta.flatten().abs().argsort()[-6:]:  # 0.3 of 20
+            place = divmod(int(at), 5)
+            expected[place] += 0.07 * delta[place] / delta.norm()
+    assert_close(merged["weight"], expected)
+
+
+def test_equal_norms_unfitted_and_unmasked_are_task_arithmetic():
+    deltas = normal(3, 4, 5)
+    problem = of_matrices(deltas / deltas.flatten(1).norm(dim=1)[:, None, None])
+    merged = doge(problem, eta=0.4, steps=0, keep=1.0, **QUIET)
+    assert_close(merged, task_arithmetic(problem, scale=0.4))
+
+
+@pytest.mark.parametrize("units", ["relative", "absolute"])
+def test_doge_is_the_slow_one(units):
+    deltas = 0.1 * normal(2, 12, 13)
+    problem = of_matrices(deltas)
+    merged = moved(problem, doge(problem, eta=0.5, lr=0.02, units=units, steps=20, **QUIET))
+    unit = deltas.square().mean().sqrt() if units == "relative" else torch.tensor(1.0)
+    norms = torch.stack([delta.norm() for delta in deltas])
+    coeffs = 0.5 * (norms.mean() if units == "relative" else 1.0) / norms
+    left = torch.cat([torch.linalg.svd(delta)[0][:, :6] for delta in deltas], dim=1)
+    shared = torch.linalg.svd(left)[0][:, :2]
+    off = torch.eye(12, dtype=torch.float64) - shared @ shared.T
+    slope = autograd_of(lambda at: doge_loss(deltas / unit, coeffs, at))
+    shift = unit * adam(torch.zeros(12, 13).double(), lambda at: off @ slope(at), 20, 0.02)
+    cuts = [delta.abs().flatten().sort(descending=True).values[46] for delta in deltas]
+    expected = sum(
+        c * (d + shift.detach()) * (d.abs() >= cut)
+        for c, d, cut in zip(coeffs, deltas, cuts, strict=True)
+    )
+    assert_close(merged["weight"], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_doges_loss_falls():
+    deltas = normal(3, 12, 13)
+    problem = of_matrices(deltas)
+    norms = deltas.flatten(1).norm(dim=1)
+    coeffs = 0.3 * norms.mean() / norms
+    losses = []
+    for steps in (0, 5, 50):
+        merged = moved(problem, doge(problem, steps=steps, lr=0.02, keep=1.0, **QUIET))["weight"]
+        shift = (merged - torch.einsum("t,tmk->mk", coeffs, deltas)) / coeffs.sum()
+        losses.append(doge_loss(deltas, coeffs, shift).item())
+    assert losses[0] > losses[1] > losses[2]
+
+
+@pytest.mark.parametrize("method", [doge, lambda p, **o: wudi(p, lr=0.03, units="relative", **o)])
+def test_in_relative_units_the_merge_grows_with_the_experts(method):
+    deltas = normal(3, 6, 7)
+    once, tiny = (method(of_matrices(d), steps=50, **QUIET) - 1 for d in (deltas, 1e-4 * deltas))
+    assert_close(tiny, 1e-4 * once, rtol=1e-5, atol=1e-9)
+
+
+def test_doge_leaves_embeddings_and_biases_at_the_base():
+    extra = {"token_embeddings": normal(2, 4, 3), "wte.weight": normal(2, 4, 3)}
+    problem = of_matrices(normal(2, 4, 5), **extra, bias=normal(2, 6, seed=1))
+    found = moved(problem, doge(problem, steps=2, **QUIET))
+    assert found.pop("weight").any()
+    assert not any(tensor.any() for tensor in found.values())
+
+
+def test_the_largest_entries_are_counted_over_all_matrices():
+    """One matrix holds all of the largest half, so the other stays."""
+    problem = of_matrices(100 * normal(2, 4, 5), other=normal(2, 4, 5))
+    found = moved(problem, doge(problem, keep=0.2, steps=2, **QUIET))
+    assert found["weight"].any() and not found["other"].any()
+
+
+def test_an_expert_without_a_delta_adds_nothing():
+    deltas = normal(2, 6, 7)
+    deltas[1] = 0
+    found = doge(of_matrices(deltas), steps=0, **QUIET) - 1
+    shared = doge(of_matrices(deltas[:1]), eta=0.15, steps=0, **QUIET) - 1  # half the mean norm
+    assert_close(found, shared)
+    assert torch.isfinite(doge(of_matrices(deltas), steps=5, **QUIET)).all()
+
+
+def test_doge_refuses_a_model_without_matrices():
+    with pytest.raises(ValueError, match="doge merges matrices that are no embeddings; .* none"):
+        doge(of_matrices(normal(2, 3)), **QUIET)
+
+
+# --- wudi -----------------------------------------------------------------------------------------
+
+
+def wudi_loss(deltas, merged) -> torch.Tensor:
+    return sum(((merged - d) @ d.T).square().sum() / d.square().sum() for d in deltas)
+
+
+def test_wudis_gradient_is_autograds():
+    deltas, shift = normal(3, 4, 5), normal(4, 5, seed=1)
+    expected = autograd_of(lambda at: wudi_loss(deltas, deltas.sum(0) + at))(shift.clone())
+    assert_close(wudi_gradient(deltas)(shift), expected)
+
+
+def test_wudis_gradient_vanishes_at_the_least_squares_solution():
+    """sum_t D_t G_t times the inverse of sum_t G_t, with G_t = D_t^T D_t / |D_t|^2."""
+    deltas = normal(3, 4, 5)
+    grams = [d.T @ d / d.square().sum() for d in deltas]
+    best = sum(d @ g for d, g in zip(deltas, grams, strict=True)) @ torch.linalg.inv(sum(grams))
+    assert wudi_gradient(deltas)(best - deltas.sum(0)).abs().max() < 1e-10
+    problem = of_matrices(deltas)
+    merged = wudi(problem, lr=0.01, units="relative", steps=2000, **QUIET)
+    assert_close(moved(problem, merged)["weight"], best, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("units", ["relative", "absolute"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wudi_of_one_expert_is_that_expert(units, dtype):
+    problem = linear_problem(num_tasks=1, dtype=dtype)
+    merged = wudi(problem, lr=0.1, units=units, **QUIET)
+    assert_close(merged, problem.vectors.expert("task0"))
+
+
+def test_experts_that_read_different_inputs_are_added_up():
+    deltas = torch.zeros(2, 3, 8, dtype=torch.float64)
+    deltas[0, :, :4], deltas[1, :, 4:] = normal(3, 4), normal(3, 4, seed=1)
+    problem = of_matrices(deltas)
+    merged = wudi(problem, lr=0.1, units="relative", **QUIET)
+    assert_close(merged, task_arithmetic(problem, scale=1.0))
+
+
+@pytest.mark.parametrize("units", ["relative", "absolute"])
+def test_wudi_is_the_slow_one(units):
+    deltas = 0.1 * normal(3, 4, 5)
+    problem = of_matrices(deltas)
+    merged = moved(problem, wudi(problem, lr=0.02, units=units, steps=20, **QUIET))["weight"]
+    unit = deltas.square().mean().sqrt() if units == "relative" else torch.tensor(1.0)
+    slope = autograd_of(lambda at: wudi_loss(deltas / unit, at))
+    expected = unit * adam(deltas.sum(0) / unit, slope, 20, 0.02).detach()
+    assert_close(merged, expected, rtol=1e-6, atol=1e-9)
+    assert wudi_loss(deltas, merged) < wudi_loss(deltas, deltas.sum(0))
+
+
+def test_wudi_starts_at_the_sum_of_matrices_and_takes_the_mean_of_the_rest():
+    extra = {"embeddings": normal(2, 4, 3), "bias": normal(2, 6), "kernel": normal(2, 2, 2, 2)}
+    problem = of_matrices(normal(2, 4, 5), **extra)
+    found = moved(problem, wudi(problem, steps=0, **QUIET))
+    for name, delta in found.items():
+        every = by_task(problem, name)
+        assert_close(delta, every.sum(0) if delta.ndim == 2 else every.mean(0))
+
+
+def test_wudi_of_linear_layers_leaves_all_else_at_the_base(toy_problem):
+    options = {"units": "relative", "lr": 0.02, "steps": 5, **QUIET}
+    found = moved(toy_problem, wudi(toy_problem, scope="linear", **options))
+    everything = moved(toy_problem, wudi(toy_problem, **options))
+    linear = [n for n, d in found.items() if d.ndim == 2 and "embeddings" not in n]
+    assert 0 < len(linear) < sum(delta.ndim == 2 for delta in found.values())
+    for name, delta in found.items():
+        expected = everything[name] if name in linear else torch.zeros_like(delta)
+        assert_close(delta, expected, rtol=0, atol=0)
+        assert everything[name].any()
+
+
+def test_wudi_of_linear_layers_needs_a_module_that_has_some(problem):
+    with pytest.raises(ValueError, match="wudi looks inside the model: give MergeProblem its"):
+        wudi(replace(problem, module=None), scope="linear", **QUIET)
+    with pytest.raises(ValueError, match="wudi with scope='linear' .*take scope='matrices'"):
+        wudi(replace(problem, module=torch.nn.ReLU()), scope="linear", **QUIET)
+
+
+def test_an_expert_that_left_a_matrix_as_it_was_does_not_count_there():
+    deltas = normal(3, 4, 5)
+    deltas[1] = 0
+    found = wudi(of_matrices(deltas), steps=20, **QUIET)
+    assert_close(found, wudi(of_matrices(deltas[[0, 2]]), steps=20, **QUIET))
+
+
+# --- fits -----------------------------------------------------------------------------------------
+
+
+ESSENTIAL_REFUSALS = [
+    ({"scaling": "task"}, "scaling must be 'all' or 'layer', got 'task'"),
+    ({"power": -1.0}, "power 0 or more, got 2.0 and -1.0; the authors take power 2"),
+    ({"power": float("nan")}, "power 0 or more, got 2.0 and nan"),
+    ({"scale": float("inf")}, "scale must be finite and power 0 or more, got inf and 2.0"),
+    ({"inputs": 0}, "inputs must be 1 or more per task, got 0; the paper uses 32"),
+]
+FIT_REFUSALS = [
+    ({"units": "clip"}, "units must be 'relative' or 'absolute', got 'clip'"),
+    ({"steps": -1}, "steps must be 0 or more and lr above 0 and finite, got -1 and "),
+    ({"lr": 0.0}, "lr above 0 and finite, got 400 and 0.0; 400 steps are usual"),
+    ({"lr": float("nan")}, "lr above 0 and finite, got 400 and nan"),
+]
+REFUSALS = {
+    esm: ESSENTIAL_REFUSALS,
+    esm_pp: [
+        *ESSENTIAL_REFUSALS,
+        ({"rank": 0}, "rank must be 1 or more, got 0; the paper uses 32"),
+        ({"layers": "query"}, "layers='query' matches none of embeddings.weight, .*'' takes all"),
+    ],
+    doge: [
+        *FIT_REFUSALS,
+        ({"keep": 0.0}, r"keep must be in \(0, 1\], .* got 0.0, 6 and 0.3"),
+        ({"keep": 1.1}, r"keep must be in \(0, 1\], .* got 1.1, 6 and 0.3"),
+        ({"fraction": 0}, "fraction 1 or more and eta 0 or more, got 0.3, 0 and 0.3"),
+        ({"eta": -1.0}, "eta 0 or more, got 0.3, 6 and -1.0"),
+    ],
+    wudi: [*FIT_REFUSALS, ({"scope": "all"}, "scope must be one of matrices, linear; got 'all'")],
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [(method, *case) for method, cases in REFUSALS.items() for case in cases],
+)
+def test_options_out_of_range_are_refused(problem, method, options, message):
+    with pytest.raises(ValueError, match=message):
+        method(problem, **QUIET, **options)
+
+
+@pytest.mark.parametrize("method", [doge, wudi])
+@pytest.mark.parametrize("units", ["relative", "absolute"])
+def test_a_fit_that_stops_being_finite_says_where(method, units):
+    problem, name = of_matrices(normal(2, 4, 5)), method.__name__
+    with pytest.raises(Diverged, match=f"{name}: the fit left all bounds behind at step 0 in we"):
+        method(problem, lr=1e300, units=units, steps=20, **QUIET)
+
+
+@pytest.mark.parametrize("method", [doge, wudi])
+@pytest.mark.parametrize("units", ["relative", "absolute"])
+def test_a_fit_that_runs_away_says_where(method, units):
+    """Adam's first step moves every entry by lr, here a thousand times a task vector's length."""
+    deltas = normal(2, 4, 5)
+    lr = 1000 * deltas.flatten(1).norm(dim=1).max().item()
+    expected = f"{method.__name__}: the fit left 100 times the longest task vector behind at step"
+    with pytest.raises(Diverged, match=rf"{expected} 0 in weight; lower lr \(now {lr}\)"):
+        method(of_matrices(deltas), lr=lr, units=units, steps=400, **QUIET)
+
+
+@pytest.mark.parametrize("method", [doge, wudi])
+def test_a_fit_may_change_a_matrix_more_than_any_expert_did(method):
+    """Bounds are those of the whole model: a matrix that experts hardly touched may move.
+
+    Alone in its model the same matrix may not: there a hundred of its lengths are the bound.
+    """
+    small = 1e-3 * normal(2, 4, 5, seed=1)
+    problem = of_matrices(normal(2, 4, 5), other=small)
+    options = {"lr": 1.0, "units": "absolute", "steps": 20, **QUIET}
+    options |= {"eta": 3e-3, "keep": 1.0} if method is doge else {}  # eta: what an expert adds
+    found = moved(problem, method(problem, **options))["other"]
+    assert found.norm() > 100 * small.flatten(1).norm(dim=1).max()
+    with pytest.raises(Diverged, match=f"{method.__name__}: the fit left 100 times"):
+        method(of_matrices(small), **options)
+
+
+@pytest.mark.parametrize("method", [doge, wudi])
+def test_experts_of_low_rank_are_merged_without_their_null_directions(method):
+    low = normal(2, 12, 1) @ normal(2, 1, 13, seed=1)
+    assert shared_basis(low, 3).shape == (12, 2)
+    assert torch.isfinite(method(of_matrices(low), steps=5, **QUIET)).all()

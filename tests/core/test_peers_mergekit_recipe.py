@@ -1,0 +1,143 @@
+"""mergekit, given the configuration beside a merged model, makes the same weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from divmerge_core.checkpoints import MergeRecord, write
+from divmerge_core.checkpoints.safetensors_io import StoredModel
+from divmerge_core.merging.coefficients import groups_of
+from divmerge_core.merging.task_vectors import Layout
+
+pytest.importorskip("mergekit")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # its own
+
+TASKS = ("mood", "place")
+SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24}
+DEEP = {"num_hidden_layers": 12, "num_attention_heads": 2}  # layer.1 and layer.11
+KINDS = {
+    "bert": (transformers.BertForMaskedLM, transformers.BertConfig(**SMALL, **DEEP)),
+    "gpt2": (
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=12, n_head=2, n_positions=16),
+    ),
+    "llama": (
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig(**SMALL, **DEEP, num_key_value_heads=2),
+    ),
+    "qwen2": (
+        transformers.Qwen2ForCausalLM,
+        transformers.Qwen2Config(**SMALL, **DEEP, num_key_value_heads=2, tie_word_embeddings=True),
+    ),
+}
+
+
+def save(kind, config, folder: Path, seed: int, *, near=None):
+    """A random model, or noise on another, as transformers saves it."""
+    torch.manual_seed(seed)
+    model = kind(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if near is not None:
+                origin = near.get(name, parameter)
+                parameter.copy_(origin + 0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def record_of(folder: Path, grouping: str) -> MergeRecord:
+    """Random coefficients, one of them negative, for the models in a folder."""
+    base = StoredModel.at(folder / "base")
+    layout = Layout(
+        tuple(base.core(name) for name in base.tensors),
+        tuple(tensor.shape for tensor in base.tensors.values()),
+    )
+    groups, _ = groups_of(layout, grouping)
+    coeffs = torch.rand(2, len(groups), generator=torch.Generator().manual_seed(3))
+    coeffs[1, 0] = -0.3
+    experts = {task: folder / task for task in TASKS}
+    method = f"divmerge/{grouping}"
+    return MergeRecord(method, TASKS, folder / "base", experts, {}, coeffs, groups, grouping)
+
+
+def run(recipe: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors that mergekit writes."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    config = MergeConfiguration.model_validate(yaml.safe_load(recipe.read_text()))
+    options = MergeOptions(write_model_card=False, copy_tokenizer=False, quiet=True)
+    run_merge(config, str(folder), options)
+    files = list(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def same(folder: Path, found: dict[str, torch.Tensor], names=None) -> int:
+    """Compare all tensors of our folder (or those named) with mergekit's; how many there are."""
+    ours = StoredModel.at(folder)
+    theirs = {ours.core(name): tensor for name, tensor in found.items()}
+    compared = [name for name in ours.tensors if names is None or ours.core(name) in names]
+    for name in compared:
+        tensor = ours.tensors[name]
+        assert_close(
+            theirs[ours.core(name)].flatten(), tensor.piece(), rtol=1e-5, atol=1e-5, msg=name
+        )
+    return len(compared)
+
+
+@pytest.mark.parametrize("grouping", ["task", "block", "layer"])
+@pytest.mark.parametrize("name", KINDS)
+def test_mergekit_makes_the_same_weights(tmp_path, name, grouping):
+    kind, config = KINDS[name]
+    base = save(kind, config, tmp_path / "base", 0)
+    for number, task in enumerate(TASKS, start=1):
+        save(kind, config, tmp_path / task, number, near=base)
+    folder = write(tmp_path / "ours", record_of(tmp_path, grouping), progress=False)
+    found = run(folder / "mergekit_config.yml", tmp_path / "theirs")
+    assert same(folder, found) == len(StoredModel.at(tmp_path / "base").tensors) > 20
+
+
+@pytest.mark.parametrize("grouping", ["task", "block", "layer"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_heads_of_different_sizes_are_left_out(tmp_path, name, grouping):
+    kind, config = KINDS[name]
+    near = save(kind, config, tmp_path / "base", 0)
+    classifier = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    for number, task in enumerate(TASKS, start=2):
+        own = type(config)(
+            **{
+                **config.to_dict(),
+                "num_labels": number,
+                "id2label": None,
+                "label2id": None,
+                "architectures": None,
+            }
+        )
+        save(classifier, own, tmp_path / task, number, near=near)
+    base = StoredModel.at(tmp_path / "base")
+    names = [base.core(name) for name in base.tensors if name.startswith(base.prefix)]
+    folder = write(tmp_path / "ours", record_of(tmp_path, grouping), names=names, progress=False)
+    found = run(folder / "mergekit_config.yml", tmp_path / "theirs")
+    assert same(folder, found) == len(base.tensors) > len(names)
+    assert not [name for name in found if "classifier" in name or "score" in name]
+
+
+def test_bfloat16_is_written_by_both(tmp_path):
+    kind, config = KINDS["llama"]
+    base = save(kind, config, tmp_path / "base", 0)
+    for number, task in enumerate(TASKS, start=1):
+        save(kind, config, tmp_path / task, number, near=base)
+    folder = write(
+        tmp_path / "ours", record_of(tmp_path, "block"), dtype="bfloat16", progress=False
+    )
+    found = run(folder / "mergekit_config.yml", tmp_path / "theirs")
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    for name, tensor in StoredModel.at(folder).tensors.items():
+        # the sums are rounded in another order: by one step of bfloat16 at most
+        assert_close(found[name].flatten(), tensor.piece(), rtol=2**-7, atol=1e-5)
