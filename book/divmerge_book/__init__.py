@@ -25,7 +25,7 @@ PUBLIC = {
     "evaluation.benchmark": ("compare",),
     "evaluation.experiment": (
         "SIZES",
-        "Bench",
+        "Experiment",
         "make_problem",
         "prepare",
     ),

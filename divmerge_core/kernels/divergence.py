@@ -30,7 +30,7 @@ from torch import Tensor
 from divmerge_core.kernels import divergence_triton
 from divmerge_core.kernels.backend import resolve
 from divmerge_core.kernels.delta_storage import wide
-from divmerge_core.kernels.expert_cache import TopAnswers, log_softmax
+from divmerge_core.kernels.expert_cache import TopKLogProbs, log_softmax
 
 KINDS = ("js", "kl", "reverse_kl", "jeffreys")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -142,7 +142,7 @@ def matrices(*sides: Float[Tensor, "*A V"]) -> list[Float[Tensor, "A V"]]:
 
 
 def fused_divergence(
-    expert: Float[Tensor, "*A V"] | TopAnswers,
+    expert: Float[Tensor, "*A V"] | TopKLogProbs,
     merged: Float[Tensor, "*A V"],
     kind: str = "js",
     *,
@@ -164,7 +164,7 @@ def fused_divergence(
 
     Raises ValueError for logits, kinds, betas and backends that do not fit.
     """
-    if isinstance(expert, TopAnswers):
+    if isinstance(expert, TopKLogProbs):
         expert, merged = expert.log_probs, expert.coarsen(merged)
     check(expert, merged, kind, beta)
     backend = resolve(backend, expert, merged)

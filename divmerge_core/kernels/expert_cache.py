@@ -32,7 +32,7 @@ def log_softmax(logits: Float[Tensor, "*A V"]) -> Float[Tensor, "*A V"]:
 
 
 @dataclass(frozen=True)
-class TopAnswers:
+class TopKLogProbs:
     """The k most probable classes of an expert and, as one more class, all the others together.
 
     Joining classes never adds information: every kind of divergence is at most as large on these
@@ -68,7 +68,7 @@ def joined(logits: Float[Tensor, "*A V"], classes: Int[Tensor, "*A k"]) -> Float
 
 def cache_expert(
     expert: Float[Tensor, "*A V"], *, top: int | None = None
-) -> BFloat16[Tensor, "*A V"] | TopAnswers:
+) -> BFloat16[Tensor, "*A V"] | TopKLogProbs:
     """An expert's answers in less memory, for `fused_divergence` in place of its logits.
 
     Without `top`: log-probabilities rounded to bfloat16, which are logits again. Each is off by at
@@ -76,7 +76,7 @@ def cache_expert(
     2 (1 - beta) (1/e - log(1 - beta)) L / 256, for beta = 1/2 by 1.1 L / 256 nats: its derivative
     in log p_v is (1 - beta) p_v (log p_v / m_v - mean), and sum_v p_v |log p_v / m_v| is at most
     1/e - log(1 - beta). The others have no such bound. With `top`: that many classes in float32;
-    `TopAnswers` says what this misses.
+    `TopKLogProbs` says what this misses.
 
     The expert gets no gradient. Raises ValueError for a `top` outside of 1..V and for a row without
     a distribution.
@@ -90,4 +90,4 @@ def cache_expert(
             "leave it out to keep all in bfloat16"
         )
     classes = log_p.topk(top).indices
-    return TopAnswers(classes, joined(log_p, classes))
+    return TopKLogProbs(classes, joined(log_p, classes))

@@ -12,10 +12,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.divergences.parse import Objective
-from divmerge_core.kernels.expert_cache import TopAnswers, Undefined
+from divmerge_core.kernels.expert_cache import TopKLogProbs, Undefined
 from divmerge_core.merging.coefficients import Coefficients
-from divmerge_core.merging.fit_checkpoint import Entry, Ledger, code_of, digest, package_digest
-from divmerge_core.merging.merged_model import GRADIENTS, Answers, Live, expert_logits, schedule
+from divmerge_core.merging.fit_checkpoint import (
+    Entry,
+    FitCheckpoint,
+    code_of,
+    digest,
+    package_digest,
+)
+from divmerge_core.merging.merged_model import (
+    GRADIENTS,
+    Answers,
+    MergedModel,
+    expert_logits,
+    schedule,
+)
 from divmerge_core.merging.optimizers import lbfgs
 from divmerge_core.merging.problem import Diverged, MergeProblem
 from divmerge_core.registry import Registry
@@ -48,7 +60,7 @@ def checked_targets(
         return expert_logits(problem)
     wanted = [[len(batch.weight) for batch in batches] for batches in problem.batches]
     given = [
-        [len(one.log_probs if isinstance(one, TopAnswers) else one) for one in every]
+        [len(one.log_probs if isinstance(one, TopKLogProbs) else one) for one in every]
         for every in targets
     ]
     if given != wanted:
@@ -78,15 +90,15 @@ class Course:
     seed: int
     watch: Callable[[Step], None] | None
     progress: bool
-    ledger: Ledger
+    ledger: FitCheckpoint
 
-    def merge(self, live: Live) -> Float[Tensor, "T G"]:
+    def merge(self, live: MergedModel) -> Float[Tensor, "T G"]:
         """Merge, unless what is wanted of the model is known already and nobody watches."""
         if self.ledger.replaying and self.watch is None:
             return live.coefficients()
         return live.merge()
 
-    def observe(self, live: Live, number: int, loss: float | None, coeffs: Tensor) -> None:
+    def observe(self, live: MergedModel, number: int, loss: float | None, coeffs: Tensor) -> None:
         """Tell the watcher."""
         if self.watch is not None:
             self.watch(Step(number, loss, coeffs.detach().clone(), live.flat))
@@ -109,7 +121,7 @@ def require_sound(number: int, loss: float | None, coeffs: Tensor, advice: str) 
 # --- how the coefficients are found ---------------------------------------------------------------
 
 
-def pulled(live: Live, chosen: Sequence[int]) -> Entry:
+def pulled(live: MergedModel, chosen: Sequence[int]) -> Entry:
     """The loss on the chosen batches, and its gradient in the coefficients."""
     loss = live.loss(chosen)
     loss.backward()
@@ -117,7 +129,7 @@ def pulled(live: Live, chosen: Sequence[int]) -> Entry:
 
 
 @OPTIMIZERS.register("adam", label="Adam")
-def adam(live: Live, course: Course, *, anneal: bool = False) -> int:
+def adam(live: MergedModel, course: Course, *, anneal: bool = False) -> int:
     """A step of Adam on one batch of every task at a time; returns the number of steps.
 
     anneal: the step size falls evenly, to nothing after the last step.
@@ -145,7 +157,7 @@ def adam(live: Live, course: Course, *, anneal: bool = False) -> int:
 OPTIMIZERS.register("annealed_adam", label="Adam, annealed")(partial(adam, anneal=True))
 
 
-def pulled_by_all(live: Live) -> Entry:
+def pulled_by_all(live: MergedModel) -> Entry:
     """The loss on all inputs and its gradient; NaN where the merged model gives no distribution."""
     try:
         return live.backward_all(), live.collect()
@@ -154,7 +166,7 @@ def pulled_by_all(live: Live) -> Entry:
 
 
 @OPTIMIZERS.register("lbfgs", label="L-BFGS")
-def full_lbfgs(live: Live, course: Course) -> int:
+def full_lbfgs(live: MergedModel, course: Course) -> int:
     """L-BFGS on all inputs at once, `course.epochs` passes over them at most.
 
     A point where the loss is not finite or a coefficient beyond LIMIT is one that the line search
@@ -249,7 +261,7 @@ def fit_coefficients(
     the merged parameters are written into one live buffer whose views are the model's leaves; no
     graph runs through the merge. `coefficients` is trained in place; returns the merged parameters.
 
-    targets: logits per task and batch, or TopAnswers, that stand in for the experts' own; None for
+    targets: logits per task and batch, or TopKLogProbs, that replace the experts' own; None for
     these.
     optimizer: a name in OPTIMIZERS. `adam`, the paper's, sees one batch of every task per step;
     `annealed_adam` lets its step size fall to 0. `lbfgs` sees all inputs per step, finds its own
@@ -275,8 +287,8 @@ def fit_coefficients(
     settings = {"optimizer": optimizer, "epochs": epochs, "lr": lr, "seed": seed}
     settings |= {"gradients": gradients}
     known = identity(problem, coefficients, objective, targets, settings) if checkpoint else {}
-    ledger = Ledger.open(checkpoint, known)
-    live = Live.of(problem, coefficients, objective, targets, gradients)
+    ledger = FitCheckpoint.open(checkpoint, known)
+    live = MergedModel.of(problem, coefficients, objective, targets, gradients)
     course = Course(epochs, lr, seed, watch, progress, ledger)
     steps = find(live, course)
     ledger.save()

@@ -137,7 +137,7 @@ def code_of(function: Callable) -> str:
 
 
 @dataclass
-class Ledger:
+class FitCheckpoint:
     """The results of all passes through the model, in their order.
 
     All else in a fit (its optimiser's state, what it draws) follows from them, so replaying them
@@ -152,7 +152,7 @@ class Ledger:
     place: int = 0
 
     @classmethod
-    def open(cls, path: Path | str | None, fit: Mapping, every: int = 5) -> "Ledger":
+    def open(cls, path: Path | str | None, fit: Mapping, every: int = 5) -> "FitCheckpoint":
         """An empty ledger, or the one kept at `path`.
 
         Raises ValueError where another fit's is, naming what differs, or a file of another kind.

@@ -12,14 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from divmerge_core.divergences.parse import Objective
-from divmerge_core.kernels.expert_cache import TopAnswers
+from divmerge_core.kernels.expert_cache import TopKLogProbs
 from divmerge_core.kernels.merge import add_inner, grouped_inner, grouped_merge
 from divmerge_core.kernels.segments import Segments
 from divmerge_core.merging.coefficients import Coefficients
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.merging.task_vectors import TaskVectors
 
-Answers = Tensor | TopAnswers  # [A, V]: logits, or what cache_expert made of them
+Answers = Tensor | TopKLogProbs  # [A, V]: logits, or what cache_expert made of them
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def gather_in_buffer(
     return collect
 
 
-def gather_as_they_come(
+def accumulate_with_hooks(
     leaves: Mapping[str, Tensor], vectors: TaskVectors, segments: Segments
 ) -> Callable[[], Tensor]:
     """Take each tensor's gradient when it is ready, multiply, and free it: no buffer [N].
@@ -113,12 +113,14 @@ def gather_as_they_come(
     return collect
 
 
-GRADIENTS = {"stream": gather_as_they_come, "buffer": gather_in_buffer}
+GRADIENTS = {"stream": accumulate_with_hooks, "buffer": gather_in_buffer}
 
 
-def held_to(expert: Answers, logits: Float[Tensor, "A V"], objective: Objective) -> Tensor:
+def objective_against(
+    expert: Answers, logits: Float[Tensor, "A V"], objective: Objective
+) -> Tensor:
     """The objective per position; where an expert keeps its top answers only, on these [A]."""
-    if isinstance(expert, TopAnswers):
+    if isinstance(expert, TopKLogProbs):
         return objective(expert.log_probs, expert.coarsen(logits))
     return objective(expert, logits)
 
@@ -133,7 +135,7 @@ def step_loss(
     """Sum over tasks of the objective's mean on one batch each: the chosen ones."""
     pairs = [(task, problem.batches[task][index]) for task, index in enumerate(chosen)]
     return sum(
-        batch.weight @ held_to(experts[task][chosen[task]], logits, objective)
+        batch.weight @ objective_against(experts[task][chosen[task]], logits, objective)
         for (task, batch), logits in zip(pairs, problem.forward(leaves, pairs), strict=True)
     )
 
@@ -145,7 +147,7 @@ def rounds(counts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
 
 
 @dataclass(frozen=True)
-class Live:
+class MergedModel:
     """The merged model in one live buffer [N], whose views are the leaves that the model reads.
 
     targets: the logits that the merged model's are held to, `[task][batch] -> [A, V]`. collect:
@@ -168,7 +170,7 @@ class Live:
         objective: Objective,
         targets: Sequence[Sequence[Answers]],
         gradients: str,
-    ) -> "Live":
+    ) -> "MergedModel":
         """A live buffer with nothing merged into it yet."""
         vectors = problem.vectors
         flat = torch.empty_like(vectors.base)
@@ -203,7 +205,7 @@ class Live:
             logits = self.problem.forward(self.leaves, read)
             loss = sum(
                 batch.weight
-                @ held_to(self.targets[task][index], own, self.objective)
+                @ objective_against(self.targets[task][index], own, self.objective)
                 / counts[task]
                 for (task, index), (_, batch), own in zip(pairs, read, logits, strict=True)
             )

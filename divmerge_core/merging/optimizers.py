@@ -10,7 +10,7 @@ from torch import Tensor
 Evaluate = Callable[[Tensor], tuple[float, Tensor]]  # point -> value, gradient
 
 
-class Spent(Exception):
+class BudgetExhausted(Exception):
     """All passes are made."""
 
 
@@ -36,7 +36,7 @@ def lbfgs(evaluate: Evaluate, start: Tensor, passes: int, *, history: int = 20) 
     def closure() -> Tensor:
         nonlocal best, lowest, made
         if made == passes:
-            raise Spent
+            raise BudgetExhausted
         made += 1
         tried = point.detach().clone().to(start)
         value, slope = evaluate(tried)
@@ -48,6 +48,6 @@ def lbfgs(evaluate: Evaluate, start: Tensor, passes: int, *, history: int = 20) 
             lowest, best = value, tried
         return torch.tensor(value, dtype=torch.float64)
 
-    with suppress(Spent):
+    with suppress(BudgetExhausted):
         optimizer.step(closure)
     return best

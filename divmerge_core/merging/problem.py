@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from divmerge_core.kernels.expert_cache import TopAnswers
+from divmerge_core.kernels.expert_cache import TopKLogProbs
 from divmerge_core.kernels.segments import Segments
 from divmerge_core.merging.task_vectors import TaskVectors
 
@@ -29,7 +29,7 @@ class Batch:
     inputs: Mapping[str, Int[Tensor, "B _"] | Float[Tensor, "B D"]]
     weight: Float[Tensor, " A"]
     answer: Bool[Tensor, "B _"] | None = None
-    expert: Float[Tensor, "A V"] | TopAnswers | None = None
+    expert: Float[Tensor, "A V"] | TopKLogProbs | None = None
 
 
 @runtime_checkable
@@ -51,7 +51,7 @@ Forward = Callable[[Mapping[str, Tensor], Pairs], list[Tensor]]
 
 
 @runtime_checkable
-class Spread(Protocol):
+class GradientReducer(Protocol):
     """How a fit's parts on several devices become one: see `sharding.Shards`."""
 
     def gather(self, vectors: TaskVectors, segments: Segments) -> Callable[[], Tensor]:
@@ -77,7 +77,7 @@ class MergeProblem:
     batches: Sequence[Sequence[Batch]]
     forward: Forward = field(repr=False)
     module: nn.Module | None = field(default=None, repr=False)
-    spread: Spread | None = field(default=None, repr=False)
+    spread: GradientReducer | None = field(default=None, repr=False)
 
     def __post_init__(self):
         if len(self.batches) != len(self.vectors.tasks):

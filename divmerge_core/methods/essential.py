@@ -21,7 +21,7 @@ from divmerge_core.merging.problem import Batch, MergeProblem
 ENERGY_POWER = 0.15  # of a direction's weight within its task; a constant in the authors' code
 
 
-def drawn(problem: MergeProblem, inputs: int, seed: int) -> MergeProblem:
+def subsampled(problem: MergeProblem, inputs: int, seed: int) -> MergeProblem:
     """The problem with whole batches of every task, drawn until they hold `inputs` inputs."""
 
     def some(batches: Sequence[Batch]) -> list[Batch]:

@@ -83,7 +83,7 @@ class Pool:
         return sum((stop - start) / users[g] for start, stop, g in rows) / self.segments.size
 
 
-def drawn(count: int, generator: torch.Generator) -> int:
+def random_index(count: int, generator: torch.Generator) -> int:
     """A number from 0 to count - 1."""
     return int(torch.randint(count, (1,), generator=generator))
 
@@ -100,9 +100,9 @@ def mutant(parent: Path, choices: Sequence[Gene], generator: torch.Generator) ->
         place = RATES.index(rate) + (1 if happens(0.5, generator) else -1)
         rate = RATES[min(max(place, 0), len(RATES) - 1)]
     changed = [g for g in range(len(genes)) if happens(parent.rate, generator)]
-    for group in changed or [drawn(len(genes), generator)]:
+    for group in changed or [random_index(len(genes), generator)]:
         others = [gene for gene in choices if gene != genes[group]]
-        genes[group] = others[drawn(len(others), generator)]
+        genes[group] = others[random_index(len(others), generator)]
     return Path(tuple(genes), rate)
 
 
@@ -125,7 +125,7 @@ class Population:
         for path in ranked:
             if happens(0.5 ** self.children.get(path, 0), generator):
                 return path
-        return ranked[drawn(len(ranked), generator)]
+        return ranked[random_index(len(ranked), generator)]
 
     def breed(
         self,

@@ -14,7 +14,7 @@ from divmerge_core.methods import METHODS
 from divmerge_core.methods.evolved import Score, at_least_one, checked
 
 
-def drawn(
+def sample_masks(
     raw: Float[Tensor, " T"], draw: int | None, generator: torch.Generator
 ) -> Bool[Tensor, " T"]:
     """Which experts a policy takes: each by itself at sigmoid(w), or `draw` by softmax(w)."""
@@ -49,7 +49,7 @@ def learned_policy(
     raw = torch.zeros(len(tasks), dtype=torch.float64, requires_grad=True)
     adam, usual = torch.optim.Adam([raw], lr=lr), None
     for _ in tqdm(range(steps), "policy", disable=not progress, leave=False):
-        taken = drawn(raw.detach(), draw, generator)
+        taken = sample_masks(raw.detach(), draw, generator)
         names = [task for task, chosen in zip(tasks, taken.tolist(), strict=True) if chosen]
         reward = score(rule(problem.select(names)))
         usual = reward if usual is None else usual

@@ -13,9 +13,9 @@ from divmerge_core.methods import METHODS
 from divmerge_core.methods.essential import (
     RoutedModel,
     check_essential,
-    drawn,
     essential_matrices,
     residual_detours,
+    subsampled,
 )
 from divmerge_core.methods.spectral import orthogonalised
 
@@ -84,7 +84,7 @@ def esm(
     check_essential("esm", problem, scale, scaling, power, inputs)
     layout = problem.vectors.layout
     deltas = [layout.unflatten(row) for row in dense(problem.vectors.deltas)]
-    few = drawn(problem, inputs, seed)
+    few = subsampled(problem, inputs, seed)
     merged = essential_matrices(few, deltas, scaling, power, progress)
     flat = problem.vectors.base.clone()
     for name, leaf in layout.unflatten(flat).items():
@@ -157,5 +157,5 @@ def esm_pp(
         raise ValueError(f"layers={layers!r} matches none of {known}; '' takes all")
     same = {"scaling": scaling, "power": power, "inputs": inputs, "seed": seed}
     flat = esm(problem, scale=scale, progress=progress, **same)
-    few = drawn(problem, inputs, seed)
+    few = subsampled(problem, inputs, seed)
     return RoutedModel(problem, flat, residual_detours(few, flat, names, rank))

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from divmerge_book.evaluation.experiment import Bench
-from divmerge_book.evaluation.metrics import Exam
+from divmerge_book.evaluation.experiment import Experiment
+from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.studies import continual_merging as module
 from divmerge_book.studies.clustering import (
     Groups,
@@ -37,18 +37,18 @@ from divmerge_core.methods.clustered import dp_mixture
 SUMS = [name for name in BATCH if METHODS.facts[name]["symmetric"]]
 
 
-def bench_of(problem: MergeProblem, base, digest: str = "linear") -> Bench:
+def bench_of(problem: MergeProblem, base, digest: str = "linear") -> Experiment:
     """A bench whose right answers are those of every task's expert."""
     exams = []
     for number, task in enumerate(problem.vectors.tasks):
         expert = problem.vectors.expert(task)
         gold = [problem.logits(expert, number, b).argmax(-1) for b in problem.batches[number]]
-        exams.append(Exam(problem.batches[number], torch.cat(gold)))
-    return Bench(base, [], problem, exams, exams, digest)
+        exams.append(LabelledSplit(problem.batches[number], torch.cat(gold)))
+    return Experiment(base, [], problem, exams, exams, digest)
 
 
 @pytest.fixture
-def bench(tiny, cache) -> Bench:
+def bench(tiny, cache) -> Experiment:
     return bench_of(linear_problem(num_tasks=4, scale=0.8), tiny)
 
 

@@ -7,7 +7,7 @@ from itertools import permutations
 import pytest
 import torch
 from divmerge_book.evaluation.experiment import prepare
-from divmerge_book.evaluation.metrics import Exam
+from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.interference.behaviour import (
     answers,
     barrier,
@@ -39,10 +39,10 @@ def draws(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def exams_of(problem: MergeProblem) -> list[Exam]:
+def exams_of(problem: MergeProblem) -> list[LabelledSplit]:
     """The merge inputs as exams; which answers are right does not count here."""
     return [
-        Exam(batches, torch.zeros(sum(len(b.weight) for b in batches), dtype=torch.long))
+        LabelledSplit(batches, torch.zeros(sum(len(b.weight) for b in batches), dtype=torch.long))
         for batches in problem.batches
     ]
 

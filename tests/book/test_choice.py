@@ -15,7 +15,7 @@ from divmerge_book.studies import objective_fits as posing
 from divmerge_book.studies.choice import ablation, summary
 from divmerge_book.studies.objective_fits import (
     BESIDE,
-    Posed,
+    FitSpec,
     Rule,
     fit,
     gold_answers,
@@ -134,7 +134,7 @@ def test_every_fit_lowers_its_own_objective(bench, spec):
     whole = replace(posed.problem, batches=[some[:1] for some in posed.problem.batches])
     targets = posed.targets and [some[:1] for some in posed.targets]
     fit(
-        Posed(whole, posed.loss, targets),
+        FitSpec(whole, posed.loss, targets),
         "layer",
         0.03,
         rule,
@@ -292,7 +292,7 @@ def test_pulls_are_the_lengths_of_autograds_gradients(grouping):
     names, groups = groups_of(problem.vectors.layout, grouping)
     coeffs = torch.rand(3, len(names), generator=torch.manual_seed(0), dtype=torch.float64)
     targets = expert_logits(problem)
-    found = list(pulls(Posed(problem, kl), coeffs, grouping, targets))
+    found = list(pulls(FitSpec(problem, kl), coeffs, grouping, targets))
     for task, (loss, pull) in enumerate(found):
         free = coeffs.clone().requires_grad_()
         logits = problem.forward(

@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 import transformers
-from divmerge_book.evaluation.metrics import Exam
+from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.models.encoders import (
     ENCODERS,
     check_device,
@@ -278,7 +278,7 @@ def test_an_exam_keeps_labels_in_the_order_of_its_batches(tiny):
     labels = [int(answer == "positive") for *_, answer in chosen]
     rows = datasets.Dataset.from_dict({"text": [text for text, *_ in chosen]})
     batches, order = make_batches(rows, tiny, batch_size=8)
-    exam = Exam(batches, torch.tensor(labels)[order])
+    exam = LabelledSplit(batches, torch.tensor(labels)[order])
     decoded = [
         text
         for batch in exam.batches

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from divmerge_book.evaluation.metrics import (
-    Exam,
+    LabelledSplit,
     accuracy,
     confusion,
     evaluate,
@@ -22,10 +22,12 @@ from divmerge_book.evaluation.metrics import (
 from helpers import linear_problem
 
 
-def exams_of(problem, seed: int = 0) -> list[Exam]:
+def exams_of(problem, seed: int = 0) -> list[LabelledSplit]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        Exam(batches, torch.randint(4, (sum(len(b.weight) for b in batches),), generator=generator))
+        LabelledSplit(
+            batches, torch.randint(4, (sum(len(b.weight) for b in batches),), generator=generator)
+        )
         for batches in problem.batches
     ]
 
@@ -157,8 +159,10 @@ def test_one_row_per_task_holds_answers_gold_and_labels(problem):
 def test_a_model_asked_its_own_answers_is_always_right():
     problem = linear_problem(num_tasks=1)
     flat = problem.vectors.expert("task0")
-    own = predict(problem, flat, 0, Exam(problem.batches[0], torch.zeros(15, dtype=torch.long)))
-    rows = evaluate(problem, flat, [Exam(problem.batches[0], own)])
+    own = predict(
+        problem, flat, 0, LabelledSplit(problem.batches[0], torch.zeros(15, dtype=torch.long))
+    )
+    rows = evaluate(problem, flat, [LabelledSplit(problem.batches[0], own)])
     assert rows.predicted[0] == rows.gold[0]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.statistics import CORRELATIONS
 from divmerge_book.figures import evidence as draw
 from divmerge_book.models.finetuning import Expert
@@ -165,7 +165,7 @@ def test_steps_add_up_to_the_whole_change():
 
 
 @pytest.fixture
-def bench(tiny, cache) -> Bench:
+def bench(tiny, cache) -> Experiment:
     some = bench_of(linear_problem(num_tasks=3, scale=0.8, rows=8), tiny)
     nobody = Expert("linear", {}, {}, {})  # a pair of tasks selects from these
     return replace(some, experts=[nobody] * 3)

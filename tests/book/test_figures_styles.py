@@ -41,7 +41,7 @@ def ax():
     plt.close(fig)
 
 
-def drawn(ax) -> dict[str, tuple]:
+def artists(ax) -> dict[str, tuple]:
     """Colour and marker of every labelled line, without what its label says beside the method."""
     return {
         line.get_label().split(" (")[0]: (to_rgb(line.get_color()), line.get_marker())
@@ -74,7 +74,7 @@ def against_t(ax):
 def test_a_method_looks_the_same_in_every_figure(ax, draw):
     draw(ax)
     expected = {title(s): (to_rgb(style(s)["color"]), style(s)["marker"]) for s in LOOKS}
-    found = drawn(ax)
+    found = artists(ax)
     assert len(found) >= 4
     assert found == {name: expected[name] for name in found}
 

@@ -188,8 +188,8 @@ UNREACHED = {
     "intervals": (
         hyperparameter_search.outcome,
         "divmerge_book/evaluation/report",
-        "MARGIN = 0.02",
-        "MARGIN = 0.03",
+        'STATISTICS = ("anp"',
+        'STATISTICS = ("ratio"',
     ),
     "pages": (
         hyperparameter_search.outcome,
@@ -499,18 +499,18 @@ COMPLETED = {"max_length": 40, "max_new": 5, "batch_size": 3, "precision": "bflo
 
 
 def test_all_that_decides_completions_is_in_their_key(llama, qwen, glue_rows, monkeypatch):
-    class Asked(Exception):
+    class EncodedPrompts(Exception):
         """Says where the first part would be kept."""
 
     def once(target, make, *, folder):
-        raise Asked(target)
+        raise EncodedPrompts(target)
 
     monkeypatch.setattr(completing, "once", once)
     texts = [{"text": f"film {n} " * 30} for n in range(3)]
 
     def key(base=llama, task="sst2", rows=texts, **changes) -> str:
         settings = {"key": ["one"], "max_length": 60, "max_new": 4, "progress": False, **changes}
-        with pytest.raises(Asked) as caught:
+        with pytest.raises(EncodedPrompts) as caught:
             completions(base, base.state, PROMPTS[task], rows, **settings)
         return caught.value.args[0].parent.name
 

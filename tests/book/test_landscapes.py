@@ -10,7 +10,7 @@ import pytest
 import torch
 from divmerge_book.data.tasks import TASKS
 from divmerge_book.evaluation import cache
-from divmerge_book.evaluation.experiment import SIZES, Bench, prepare
+from divmerge_book.evaluation.experiment import SIZES, Experiment, prepare
 from divmerge_book.evaluation.hyperparameter_search import shares
 from divmerge_book.evaluation.metrics import evaluate
 from divmerge_book.figures import behaviour as draw
@@ -50,7 +50,7 @@ PAIR = "task0+task1"
 
 
 @pytest.fixture
-def bench(tiny, cache) -> Bench:
+def bench(tiny, cache) -> Experiment:
     found = bench_of(linear_problem(num_tasks=3, scale=0.8), tiny)
     return replace(found, experts=[Expert(t, {}, {}, {}) for t in found.problem.vectors.tasks])
 

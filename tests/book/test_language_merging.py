@@ -22,8 +22,8 @@ from language_toys import SIZE
 
 from divmerge_core import METHODS
 from divmerge_core.divergences import DIVERGENCES
-from divmerge_core.kernels.expert_cache import TopAnswers, cache_expert
-from divmerge_core.merging.merged_model import expert_logits, held_to
+from divmerge_core.kernels.expert_cache import TopKLogProbs, cache_expert
+from divmerge_core.merging.merged_model import expert_logits, objective_against
 
 PROMPT_TOKENS = [(5, 6, 7, 8, 9), (4,), (9, 8)]
 
@@ -119,11 +119,11 @@ def test_fewer_words_are_less_memory_and_never_more_divergence(llama, qwen, cach
     whole, few = ask_for(llama), ask_for(llama, top=8)
     assert few.nbytes < whole.nbytes / 5
     for batch, own in zip(whole.batches, few.batches, strict=True):
-        assert isinstance(own.expert, TopAnswers)
+        assert isinstance(own.expert, TopKLogProbs)
         logits = qwen.model(**batch.inputs).logits[batch.answer].detach()
         for name in ("js", "kl"):
-            exact = held_to(batch.expert, logits, DIVERGENCES[name])
-            assert (held_to(own.expert, logits, DIVERGENCES[name]) <= exact + 1e-2).all()
+            exact = objective_against(batch.expert, logits, DIVERGENCES[name])
+            assert (objective_against(own.expert, logits, DIVERGENCES[name]) <= exact + 1e-2).all()
 
 
 # --- merging --------------------------------------------------------------------------------------
@@ -190,13 +190,13 @@ from dataclasses import replace
 from language_toys import SIZE
 from divmerge_core import METHODS
 from divmerge_book.models.language import prepare_language
-from divmerge_core.merging.fit_checkpoint import Ledger
+from divmerge_core.merging.fit_checkpoint import FitCheckpoint
 
-def save_and_die(self, save=Ledger.save):
+def save_and_die(self, save=FitCheckpoint.save):
     save(self)
     os.kill(os.getpid(), signal.SIGKILL)
 
-Ledger.save = save_and_die
+FitCheckpoint.save = save_and_die
 bench = prepare_language("glue", ["sst2", "cola"], size=replace(SIZE, base=sys.argv[1]))
 METHODS["divmerge"](bench.problem, grouping="layer", checkpoint=sys.argv[2])
 """

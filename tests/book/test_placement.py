@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.interference.spectra import mean_alignment
 from divmerge_book.interference.weights import norms_by_group, places, sign_conflict, touched
 from divmerge_book.models.finetuning import Expert
@@ -40,7 +40,7 @@ EFFORT = Effort((2, 4), ("block", "layer"), inputs=5, epochs=1, seeds=(0,), draw
 
 
 @pytest.fixture
-def bench(tiny, cache) -> Bench:
+def bench(tiny, cache) -> Experiment:
     made = bench_of(linear_problem(num_tasks=4, scale=0.8), tiny)
     return replace(made, experts=[Expert(task, {}, {}, {}) for task in made.problem.vectors.tasks])
 

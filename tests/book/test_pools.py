@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from divmerge_book.evaluation import cache
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.studies import corrupted_experts as module
 from divmerge_book.studies import searches as searching
 from divmerge_book.studies.corrupted_experts import (
@@ -34,7 +34,7 @@ from divmerge_core.methods.paths import Pool as Choices
 
 
 @pytest.fixture
-def bench(tiny, cache) -> Bench:
+def bench(tiny, cache) -> Experiment:
     return bench_of(linear_problem(num_tasks=4, scale=0.8), tiny)
 
 

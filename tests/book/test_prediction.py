@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.statistics import orderings
 from divmerge_book.models.finetuning import Expert
 from divmerge_book.studies import mergeability as module
@@ -37,7 +37,7 @@ EFFORT = Effort((0,), ("average", "sum", "divmerge"), rows=1, inputs=5, epochs=1
 
 
 @pytest.fixture
-def bench(tiny, cache) -> Bench:
+def bench(tiny, cache) -> Experiment:
     made = bench_of(linear_problem(num_tasks=4, scale=0.8), tiny)
     return replace(made, experts=[Expert(task, {}, {}, {}) for task in made.problem.vectors.tasks])
 

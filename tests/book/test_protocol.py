@@ -9,7 +9,7 @@ import pytest
 import torch
 from divmerge_book.evaluation.experiment import prepare
 from divmerge_book.evaluation.report import Report
-from divmerge_book.evaluation.stored_tables import Measured, load, save
+from divmerge_book.evaluation.stored_tables import ResultTable, load, save
 from divmerge_book.figures import protocol as draw
 from divmerge_book.studies import convergence as runs
 from divmerge_book.studies.learning_curve import (
@@ -142,12 +142,12 @@ def test_a_run_stored_without_predictions_is_drawn_and_marked(seeds, words):
     facts = {"seeds": seeds, **dict.fromkeys(("encoder", "suite", "size", "rows", "device"), "x")}
     facts |= {"tasks": ["a"], **dict.fromkeys(("machine", "torch", "date"), "x")}
     old = scored(
-        Measured({"changed": table}, facts, "the stored run", "; asked for was y"), COLUMNS
+        ResultTable({"changed": table}, facts, "the stored run", "; asked for was y"), COLUMNS
     )
     assert old["changed"] is table and words in old.caption
     assert "; asked for was y. Th" in old.caption and old.caption.endswith(("them.", "margin."))
     new = packed([answers(DEFAULT, 6), answers("lr=0.1", 4), answers("expert", 10)])
-    run = scored(Measured({"changed": new, "other": table}, facts, "this run"), COLUMNS)
+    run = scored(ResultTable({"changed": new, "other": table}, facts, "this run"), COLUMNS)
     assert "predictions" not in run.caption and run["other"] is table
     assert run["changed"].setting.tolist() == [DEFAULT, "lr"]
 
@@ -364,7 +364,7 @@ def test_passes_and_inputs_are_counted(found):
 
 
 def test_the_target_is_adams_last_loss(found, tmp_path):
-    measured = runs.with_scores(Measured(found, {"seeds": [0]}, "this run"))
+    measured = runs.with_scores(ResultTable(found, {"seeds": [0]}, "this run"))
     courses, ends = measured["courses"], measured["ends"]
     adam = ends.set_index("optimizer").loc["adam"]
     assert adam.target == courses[courses.optimizer == "adam"].loss.iloc[-1]

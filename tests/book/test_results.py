@@ -9,7 +9,7 @@ from divmerge_book.evaluation import stored_tables as measured
 from divmerge_book.evaluation.benchmark import ALL_METHODS
 from divmerge_book.evaluation.report import Report, caption
 from divmerge_book.kernel_benchmarks import merge_bandwidth
-from divmerge_book.kernel_benchmarks.implementations import CONTESTANTS
+from divmerge_book.kernel_benchmarks.implementations import IMPLEMENTATIONS
 from divmerge_book.kernel_benchmarks.step_time import STEPS
 
 from divmerge_core.methods import METHODS, parse
@@ -107,7 +107,7 @@ def costs(request):
 def test_published_costs_were_measured_with_every_peer_in_one_run(costs):
     tables, facts = costs
     counts = tables["rows"].groupby(["tasks", "parameters", "contestant", "part"]).size()
-    assert set(tables["rows"].contestant) == {"copy", *CONTESTANTS}
+    assert set(tables["rows"].contestant) == {"copy", *IMPLEMENTATIONS}
     assert set(counts) == {facts["repeats"]} and facts["repeats"] >= 10
     assert set(tables["steps"].contestant) == set(STEPS)
     for fact in ("model", "dtype", "device", "machine", "threads", "torch", "date", "peers"):

@@ -11,8 +11,8 @@ from divmerge_book.evaluation.provenance import origin
 from divmerge_book.figures import costs as cost_figures
 from divmerge_book.kernel_benchmarks import merge_bandwidth, step_time
 from divmerge_book.kernel_benchmarks.implementations import (
-    CONTESTANTS,
-    DIVERGENCE_CONTESTANTS,
+    DIVERGENCE_IMPLEMENTATIONS,
+    IMPLEMENTATIONS,
     Case,
     missing,
     stack_of_layers,
@@ -54,12 +54,14 @@ def flat(merged):
 # --- contestants ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", here(CONTESTANTS, [n for n in CONTESTANTS if n != "compiled"]))
+@pytest.mark.parametrize(
+    "name", here(IMPLEMENTATIONS, [n for n in IMPLEMENTATIONS if n != "compiled"])
+)
 def test_contestants_compute_the_same_merge_and_gradient(name):
     one = case()
     if name == "mergekit":  # one coefficient per task
         one.coeffs[:] = one.coeffs[:, :1]
-    forward, backward = CONTESTANTS[name](one)
+    forward, backward = IMPLEMENTATIONS[name](one)
     vectors = one.vectors
     merged = grouped_merge(vectors.base, vectors.deltas, one.coeffs, one.segments)
     assert_close(flat(forward()), merged, rtol=1e-5, atol=1e-5)
@@ -97,7 +99,7 @@ def test_contestants_compute_the_same_gradient_of_the_divergence(name):
     expert, merged = (torch.randn(5, 11, generator=generator) for _ in range(2))
     leaf = merged.clone().requires_grad_()
     js(expert, leaf).sum().backward()
-    found = DIVERGENCE_CONTESTANTS[name](expert, merged)()
+    found = DIVERGENCE_IMPLEMENTATIONS[name](expert, merged)()
     assert_close(found, leaf.grad, rtol=1e-5, atol=1e-7)
 
 
@@ -106,7 +108,7 @@ def test_contestants_compute_the_same_gradient_of_the_divergence(name):
 
 def test_the_bytes_of_the_usual_merge_are_five_t_n_and_four_t_n():
     one = Case.random(stack_of_layers(200_000, 2), 4)
-    forward, backward = CONTESTANTS["dictionary"](one)
+    forward, backward = IMPLEMENTATIONS["dictionary"](one)
     unit = 4 * one.vectors.layout.size
     assert merge_bandwidth.bytes_moved(forward) / unit == pytest.approx(5 * 4, rel=0.02)
     assert merge_bandwidth.bytes_moved(backward) / unit == pytest.approx(4 * 4, rel=0.02)
@@ -114,7 +116,7 @@ def test_the_bytes_of_the_usual_merge_are_five_t_n_and_four_t_n():
 
 def test_the_bytes_of_ours_are_the_floor():
     one = case(4)
-    forward, backward = CONTESTANTS["ours"](one)
+    forward, backward = IMPLEMENTATIONS["ours"](one)
     unit = 4 * one.vectors.layout.size
     assert merge_bandwidth.bytes_moved(forward) / unit == pytest.approx(4 + 2, rel=0.05)
     assert merge_bandwidth.bytes_moved(backward) / unit == pytest.approx(4 + 1, rel=0.05)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from divmerge_book.evaluation.experiment import SIZES, Bench, Size
+from divmerge_book.evaluation.experiment import SIZES, Experiment, Size
 from divmerge_book.evaluation.report import Report
 from divmerge_book.evaluation.stored_tables import load, save
 from divmerge_book.figures import scaling as draw
@@ -53,14 +53,14 @@ TASKS = list("abcdef")
 SMALL = Size("none", (0,), epochs=1, candidates=2)
 
 
-def bench_with(base, digest: str = "linear", seed: int = 0) -> Bench:
+def bench_with(base, digest: str = "linear", seed: int = 0) -> Experiment:
     """A bench of four linear tasks that can be cut."""
     bench = bench_of(linear_problem(num_tasks=4, scale=0.8, seed=seed), base, digest)
     return replace(bench, experts=[Expert(t, {}, {}, {}) for t in bench.problem.vectors.tasks])
 
 
 @pytest.fixture
-def bench(tiny, cache) -> Bench:
+def bench(tiny, cache) -> Experiment:
     return bench_with(tiny)
 
 

@@ -24,7 +24,7 @@ from divmerge_core.kernels.divergence import (
     divergence_and_gradient,
     fused_divergence,
 )
-from divmerge_core.kernels.expert_cache import TopAnswers, cache_expert, log_softmax
+from divmerge_core.kernels.expert_cache import TopKLogProbs, cache_expert, log_softmax
 
 INF, NAN, LOG_2 = float("inf"), float("nan"), math.log(2)
 GPU = torch.cuda.is_available()
@@ -84,7 +84,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Loss, and gradient in `merged` for the incoming one (default: 1); Triton on a GPU if any."""
     device = "cuda" if GPU and backend == "triton" else "cpu"
-    if isinstance(expert, TopAnswers):
+    if isinstance(expert, TopKLogProbs):
         expert = replace(expert, **{k: v.to(device) for k, v in vars(expert).items()})
     else:
         expert = expert.to(device)
@@ -667,7 +667,7 @@ def test_a_bfloat16_expert_keeps_its_masks():
     assert torch.isfinite(fused_divergence(cache_expert(expert), merged)).all()
 
 
-def lost_at_most(cached: TopAnswers, merged: Tensor, beta: float) -> Tensor:
+def lost_at_most(cached: TopKLogProbs, merged: Tensor, beta: float) -> Tensor:
     """M h(beta Q / M): the entropy of the side, given that the class is one of the others."""
     outside_p, outside_q = cached.log_probs[:, -1].exp(), cached.coarsen(merged).softmax(-1)[:, -1]
     parts = torch.stack([(1 - beta) * outside_p, beta * outside_q])

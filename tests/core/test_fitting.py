@@ -25,7 +25,7 @@ from divmerge_core.merging.fit import OPTIMIZERS, fit_coefficients
 from divmerge_core.merging.fit_checkpoint import code_of, digest
 from divmerge_core.merging.merged_model import (
     GRADIENTS,
-    Live,
+    MergedModel,
     expert_logits,
     moved_tensors,
     schedule,
@@ -286,7 +286,7 @@ def test_the_loss_on_all_inputs_is_each_tasks_mean_over_its_batches(problem, gra
             each = batch.weight @ js(targets[task][number], logits)
             expected = expected + each / len(batches)
     (slope,) = torch.autograd.grad(expected, coeffs)
-    live = Live.of(some, coefficients, js, targets, gradients)
+    live = MergedModel.of(some, coefficients, js, targets, gradients)
     live.merge()
     for _ in range(2):
         assert live.backward_all() == pytest.approx(expected.item(), rel=1e-6)
@@ -307,7 +307,7 @@ def test_lbfgs_ends_lower_than_adam(problem, grouping):
         coefficients = coefficients_of(problem, grouping=grouping)
         options = {"optimizer": name, "epochs": epochs, "progress": False}
         fit_coefficients(problem, coefficients, js, **options)
-        live = Live.of(problem, coefficients, js, expert_logits(problem), "stream")
+        live = MergedModel.of(problem, coefficients, js, expert_logits(problem), "stream")
         live.merge()
         ends.append(live.backward_all())
     assert ends[1] < ends[0]

@@ -17,12 +17,12 @@ from divmerge_core.merging.task_vectors import TaskVectors
 from divmerge_core.methods.arithmetic import task_arithmetic
 from divmerge_core.methods.essential import (
     Detour,
-    drawn,
     essential,
     essential_factors,
     fused,
     levelled,
     polarised_layers,
+    subsampled,
 )
 from divmerge_core.methods.shifts import doge, doge_gradient, shared_basis, wudi, wudi_gradient
 from divmerge_core.methods.spectral import orthogonalised
@@ -228,7 +228,7 @@ def test_seeds_change_the_draw_of_inputs_alone():
 @pytest.mark.parametrize(("inputs", "batches"), [(1, 1), (5, 1), (6, 2), (40, 8), (1000, 8)])
 def test_whole_batches_are_drawn_until_they_hold_enough_inputs(inputs, batches):
     problem = linear_problem(num_tasks=2, batches=8, rows=5)
-    few = drawn(problem, inputs, seed=3)
+    few = subsampled(problem, inputs, seed=3)
     assert [len(every) for every in few.batches] == [batches] * 2
     for every, source in zip(few.batches, problem.batches, strict=True):
         assert len({id(b) for b in every} & {id(b) for b in source}) == batches

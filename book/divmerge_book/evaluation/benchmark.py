@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from divmerge_book.data.splits import ROWS
 from divmerge_book.evaluation.cache import kept
-from divmerge_book.evaluation.experiment import SIZES, Bench, Size, prepare, task_names
+from divmerge_book.evaluation.experiment import SIZES, Experiment, Size, prepare, task_names
 from divmerge_book.evaluation.hyperparameter_search import (
     Merges,
     Search,
@@ -175,7 +175,7 @@ def compare(
     return Report.of(pd.DataFrame(rows), fits, device=device, **facts)
 
 
-def conditions(size: Size, bench: Bench, device: str) -> dict:
+def conditions(size: Size, bench: Experiment, device: str) -> dict:
     """What a Report's numbers depend on beside the methods: training, rows, precision, budget."""
     splits = ("merge", "validation", "test")
     return {
@@ -221,7 +221,7 @@ def outcomes(
     return rows, fits
 
 
-def references(bench: Bench, labels: Mapping) -> list[dict]:
+def references(bench: Experiment, labels: Mapping) -> list[dict]:
     """Rows of the methods `expert` (each on its own task) and `base` (with the experts' heads)."""
 
     def find() -> list[dict]:

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from divmerge_book.data.code_digest import code_digest, key_of, versions
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_core.methods import METHODS, parse
 from divmerge_core.storage import cache_dir, dump_json, once
 
 
-def cell(bench: Bench, make: Callable, *what: object, method: str | None = None) -> Path:
+def cell(bench: Experiment, make: Callable, *what: object, method: str | None = None) -> Path:
     """Where a result on this bench is kept: under its code, library versions, bench and options.
 
     make: the function that makes it; the code that it reaches counts. what: all else that decides
@@ -23,7 +23,7 @@ def cell(bench: Bench, make: Callable, *what: object, method: str | None = None)
 
 
 def kept(
-    bench: Bench, make: Callable[[], object], *what: object, method: str | None = None
+    bench: Experiment, make: Callable[[], object], *what: object, method: str | None = None
 ) -> object:
     """What `make()` gives, as JSON has it: made once, by one process; see `cell`."""
     path = cell(bench, make, *what, method=method)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from divmerge_book.data.code_digest import code_digest, key_of
 from divmerge_book.data.tasks import SUITES, TASKS
-from divmerge_book.evaluation.metrics import AnyExam, Exam
+from divmerge_book.evaluation.metrics import AnySplit, LabelledSplit
 from divmerge_book.models.encoders import (
     Base,
     check_device,
@@ -95,7 +95,7 @@ SIZES.register("full")(Size(encoder="minilm", seeds=(0, 1, 2), inputs=100))
 
 
 @dataclass(frozen=True)
-class Bench:
+class Experiment:
     """A merge problem with the labelled splits that it must not see.
 
     unfinished: a folder that keeps fits which are killed, where a pass takes seconds; else None.
@@ -104,12 +104,12 @@ class Bench:
     base: Base
     experts: Sequence[Expert]
     problem: MergeProblem
-    validation: Sequence[AnyExam]
-    test: Sequence[AnyExam]
+    validation: Sequence[AnySplit]
+    test: Sequence[AnySplit]
     digest: str
     unfinished: Path | None = None
 
-    def select(self, tasks: Sequence[str]) -> "Bench":
+    def select(self, tasks: Sequence[str]) -> "Experiment":
         """The same bench for some of its tasks."""
         digest, every = f"{self.digest} {tuple(tasks)}", self.problem.vectors.tasks
         if tuple(tasks) == every:  # spares a copy of the task vectors
@@ -143,13 +143,13 @@ def task_names(suite: str, tasks: Sequence[str] | None) -> list[str]:
     return chosen
 
 
-def exam(task: str, split: str, rows: int | None, base: Base, max_length: int) -> Exam:
+def exam(task: str, split: str, rows: int | None, base: Base, max_length: int) -> LabelledSplit:
     """The first `rows` rows of a labelled split (rows are in random order already)."""
     data = TASKS[task].load(split)
     data = data.select(range(min(rows or len(data), len(data))))
     batches, order = make_batches(data, base, batch_size=64, max_length=max_length)
     labels = torch.tensor(data["label"], device=batches[0].weight.device)
-    return Exam(batches, labels[order])
+    return LabelledSplit(batches, labels[order])
 
 
 def make_problem(
@@ -193,7 +193,7 @@ def prepare(
     seed: int = 0,
     device: str = "cpu",
     encoder: str | None = None,
-) -> Bench:
+) -> Experiment:
     """Base, experts (from the cache, or trained now), problem and exams of a suite.
 
     Raises ValueError for an unknown suite, task, size, encoder or device before anything is
@@ -230,4 +230,4 @@ def prepare(
     counts = (size.merge_rows, size.validation_rows, size.test_rows, length)
     place = (check_device(device).type, precision)
     digest = key_of(code_digest(prepare), names, base.digest, weights, seen, counts, place)
-    return Bench(base, experts, problem, validation, test, digest)
+    return Experiment(base, experts, problem, validation, test, digest)

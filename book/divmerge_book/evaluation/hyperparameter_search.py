@@ -15,8 +15,8 @@ import pandas as pd
 from torch import Tensor
 
 from divmerge_book.evaluation.cache import cell, kept
-from divmerge_book.evaluation.experiment import Bench, Size
-from divmerge_book.evaluation.metrics import AnyExam, commonest, evaluate, grades
+from divmerge_book.evaluation.experiment import Experiment, Size
+from divmerge_book.evaluation.metrics import AnySplit, commonest, evaluate, grades
 from divmerge_book.evaluation.profiling import Meter, peak_bytes, seconds
 from divmerge_book.evaluation.report import MARGIN
 from divmerge_core.merging.coefficients import groups_of
@@ -30,7 +30,7 @@ from divmerge_core.methods.divmerge import limit
 class Recorder:
     """A fit's course: its loss at every step, and coefficients and validation ANP now and then."""
 
-    bench: Bench
+    bench: Experiment
     points: int
     losses: list[float] = field(default_factory=list)
     course: list[dict] = field(default_factory=list)
@@ -61,7 +61,7 @@ def shares(rows: pd.DataFrame) -> list[float]:
     return [float(grades(row.predicted, row.gold).mean()) for row in rows.itertuples()]
 
 
-def own_experts(bench: Bench, exams: Sequence[AnyExam], **labels: object) -> pd.DataFrame:
+def own_experts(bench: Experiment, exams: Sequence[AnySplit], **labels: object) -> pd.DataFrame:
     """Every expert's answers on its own task."""
     parts = []
     for number, task in enumerate(bench.problem.vectors.tasks):
@@ -70,7 +70,7 @@ def own_experts(bench: Bench, exams: Sequence[AnyExam], **labels: object) -> pd.
     return pd.concat(parts, ignore_index=True)
 
 
-def validation_scores(bench: Bench, merged: Merged) -> tuple[float, float]:
+def validation_scores(bench: Experiment, merged: Merged) -> tuple[float, float]:
     """ANP and kept margin on validation rows, means over tasks.
 
     The kept margin is a mean over the tasks whose expert is at least MARGIN above the majority
@@ -92,7 +92,7 @@ def validation_scores(bench: Bench, merged: Merged) -> tuple[float, float]:
     return float((found / expert).mean()), float(leads.mean()) if counted.any() else math.nan
 
 
-def validation_anp(bench: Bench, merged: Merged) -> float:
+def validation_anp(bench: Experiment, merged: Merged) -> float:
     """The first of `validation_scores`, which a search maximises."""
     return validation_scores(bench, merged)[0]
 
@@ -120,7 +120,7 @@ def candidates(
     return [option for n, option in enumerate(found) if option not in found[:n]]
 
 
-def watched(bench: Bench, name: str, options: Mapping, points: int) -> tuple[Recorder, str]:
+def watched(bench: Experiment, name: str, options: Mapping, points: int) -> tuple[Recorder, str]:
     """A recorder for a fit of coefficients, and the fit's grouping."""
     default = inspect.signature(METHODS[name]).parameters["grouping"].default
     grouping = options.get("grouping", default)
@@ -138,7 +138,7 @@ def told(recorder: Recorder, grouping: str) -> dict:
     return fit | {"losses": recorder.losses, "course": recorder.course}
 
 
-def run_method(bench: Bench, spec: str, options: Mapping, points: int = 0) -> Made:
+def run_method(bench: Experiment, spec: str, options: Mapping, points: int = 0) -> Made:
     """Merge, with the cost noted.
 
     The cost: seconds; peak_bytes on top of the problem; stored_bytes of what comes out; inputs,
@@ -186,7 +186,7 @@ class Merges:
     a second scale takes no second merge.
     """
 
-    bench: Bench
+    bench: Experiment
     spec: str
     points: int = 0
     made: list[tuple[dict, Made]] = field(default_factory=list)

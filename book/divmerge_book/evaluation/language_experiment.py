@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from divmerge_book.data.code_digest import code_digest, key_of
 from divmerge_book.data.tasks import SUITES, TASKS
-from divmerge_book.evaluation.experiment import Bench, task_names
+from divmerge_book.evaluation.experiment import Experiment, task_names
 from divmerge_book.evaluation.language_scoring import WrittenExam, likelihood_exam, written_exam
-from divmerge_book.evaluation.metrics import Exam
+from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.models.encoders import check_device, resolve
 from divmerge_book.models.finetuning import Expert, data_digest
 from divmerge_book.models.language.agreement import check_forward
@@ -100,7 +100,7 @@ for name, size in {
 
 
 @dataclass(frozen=True)
-class LanguageBench(Bench):
+class LanguageBench(Experiment):
     """A merge problem over a vocabulary, with the labelled splits that it must not see.
 
     validation and test: by likelihood of a task's words, by ROUGE-1 where it is free-form.
@@ -230,7 +230,7 @@ def exam(
     size: LanguageSize,
     *,
     write: bool = False,
-) -> Exam | WrittenExam:
+) -> LabelledSplit | WrittenExam:
     """A task's labelled rows as an exam: by likelihood; written where asked, or free-form."""
     data, longest = first(task, split, rows), size.recipe.max_length
     if TASKS[task].answers and not write:

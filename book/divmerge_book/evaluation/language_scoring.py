@@ -12,7 +12,7 @@ from jaxtyping import Int
 from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 
-from divmerge_book.evaluation.metrics import Exam
+from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.models.language.completions import greedy, written
 from divmerge_book.models.language.models import Language
 from divmerge_book.models.language.prompts import Prompt
@@ -27,14 +27,14 @@ def likelihood_exam(
     *,
     max_length: int,
     batch_size: int = 16,
-) -> Exam:
+) -> LabelledSplit:
     """Labelled rows, answered by the class whose word is most likely after the prompt."""
     asked = ask(base, prompt, rows, max_length).prompts
     groups = list(by_length(list(map(len, asked)), batch_size))
     batches = [choices(base, [asked[n] for n in group], prompt.words) for group in groups]
     order = [number for group in groups for number in group]
     gold = torch.tensor([rows[number]["label"] for number in order], device=base.device)
-    return Exam(batches, gold)
+    return LabelledSplit(batches, gold)
 
 
 @dataclass(frozen=True)

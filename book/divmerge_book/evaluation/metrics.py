@@ -17,7 +17,7 @@ OWN = {"cola": "matthews", "mrpc": "f1", "qqp": "f1"}  # GLUE's own metrics; els
 
 
 @runtime_checkable
-class AnyExam(Protocol):
+class AnySplit(Protocol):
     """A labelled split that can be scored: how many rows it has, and a model's marks on it."""
 
     @property
@@ -27,7 +27,7 @@ class AnyExam(Protocol):
 
 
 @dataclass(frozen=True)
-class Exam:
+class LabelledSplit:
     """A labelled split, ready to be scored: batches, and the gold answer of every row in order."""
 
     batches: Sequence[Batch]
@@ -44,7 +44,9 @@ class Exam:
         return {"predicted": answers.tolist(), "gold": self.gold.tolist()}
 
 
-def predict(problem: MergeProblem, merged: Merged, task: int, exam: Exam) -> Int[Tensor, " B"]:
+def predict(
+    problem: MergeProblem, merged: Merged, task: int, exam: LabelledSplit
+) -> Int[Tensor, " B"]:
     """The merged model's answers on one task's exam."""
     with torch.no_grad():
         return torch.cat([problem.logits_of(merged, task, b).argmax(-1) for b in exam.batches])
@@ -53,7 +55,7 @@ def predict(problem: MergeProblem, merged: Merged, task: int, exam: Exam) -> Int
 def evaluate(
     problem: MergeProblem,
     merged: Merged,
-    exams: Sequence[AnyExam],
+    exams: Sequence[AnySplit],
     **labels: object,
 ) -> pd.DataFrame:
     """Rows of a Report: the merged model's answers on every task, beside the right ones.

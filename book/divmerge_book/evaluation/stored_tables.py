@@ -1,4 +1,4 @@
-"""Measured tables, stored with their origin, and the choice between a stored one and this run's."""
+"""Result tables stored with their provenance; a chapter draws the stored one or measures."""
 
 import json
 from collections.abc import Callable, Collection, Mapping
@@ -51,7 +51,7 @@ def typed(table: pd.DataFrame) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ResultTable:
     """Tables by name with their origin; source: `this run` or `the stored run`; note: what differs.
 
     note: which facts of the stored run are not what this run has or would have.
@@ -75,7 +75,7 @@ class Measured:
         return f"Drawn from {self.source}: {description}{self.note}."
 
 
-def drawn(
+def stored_or_measure(
     path: Path,
     tables: Tables | Callable[[], Tables],
     *,
@@ -83,7 +83,7 @@ def drawn(
     live: bool = False,
     publish: bool = False,
     **facts: object,
-) -> Measured:
+) -> ResultTable:
     """What a chapter draws: the tables stored at `path`, or this run's.
 
     The stored ones are drawn where they are of the same size or a larger one, and every other fact
@@ -101,15 +101,15 @@ def drawn(
     if not keep or facts.get("size") == "smoke":
         tables = tables() if callable(tables) else tables
     if keep:
-        return Measured(*stored, "the stored run", instead_of(stored[1], made))
+        return ResultTable(*stored, "the stored run", instead_of(stored[1], made))
     if publish:
         save(path, tables, **facts)
         if not live:
-            return Measured(*load(path), "the stored run")
-    return Measured(tables, origin(**facts), "this run", unlike(others))
+            return ResultTable(*load(path), "the stored run")
+    return ResultTable(tables, origin(**facts), "this run", unlike(others))
 
 
-def drawn_report(
+def stored_or_report(
     path: Path,
     report: Report,
     *,

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from divmerge_book.figures import PALETTE
-from divmerge_book.kernel_benchmarks.implementations import CONTESTANTS
+from divmerge_book.kernel_benchmarks.implementations import IMPLEMENTATIONS
 
 COLOURS = {"ours": 2, "ours_buffer": 2, "dictionary": 7, "compiled": 4, "fusion_bench": 0}
 COLOURS |= {"mergekit": 1, "liger": 1}
@@ -21,7 +21,7 @@ NUMBERS = {"forward": lambda tasks: tasks + 2, "backward": lambda tasks: tasks +
 
 def label(name: str) -> str:
     """A contestant's name as a reader knows it."""
-    return LABELS.get(name) or CONTESTANTS.facts[name]["label"]
+    return LABELS.get(name) or IMPLEMENTATIONS.facts[name]["label"]
 
 
 def against(ax: Axes, table: pd.DataFrame, part: str, along: str) -> Axes:

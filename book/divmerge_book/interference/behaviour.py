@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from divmerge_book.evaluation.metrics import Exam
+from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_core.divergences import js
 from divmerge_core.merging.problem import MergeProblem
 
@@ -28,7 +28,7 @@ DISTANCES: Mapping[str, Distance] = {"disagreement": disagreement, "js": js}
 
 @torch.no_grad()
 def answers(
-    problem: MergeProblem, flat: Float[Tensor, " N"], task: int, exam: Exam
+    problem: MergeProblem, flat: Float[Tensor, " N"], task: int, exam: LabelledSplit
 ) -> Float[Tensor, "B V"]:
     """Logits of the model with parameters `flat` on every row of a task's exam, in its order."""
     return torch.cat([problem.logits(flat, task, batch) for batch in exam.batches])
@@ -39,7 +39,7 @@ def answers(
 
 def disentanglement_error(
     problem: MergeProblem,
-    exams: Sequence[Exam],
+    exams: Sequence[LabelledSplit],
     coefficients: Sequence[float | int],
     *,
     distance: str = "disagreement",

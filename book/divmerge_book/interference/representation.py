@@ -5,13 +5,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.func import functional_call
 
-from divmerge_book.evaluation.metrics import Exam
+from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_core.merging.problem import MergeProblem
 
 
 @torch.no_grad()
 def hidden_states(
-    problem: MergeProblem, flat: Float[Tensor, " N"], exam: Exam
+    problem: MergeProblem, flat: Float[Tensor, " N"], exam: LabelledSplit
 ) -> Float[Tensor, "L B H"]:
     """What the embeddings and every layer give, mean over tokens that are not padding.
 

@@ -18,7 +18,7 @@ from divmerge_core.merging.coefficients import groups_of
 from divmerge_core.merging.task_vectors import Layout, TaskVectors
 from divmerge_core.registry import Registry
 
-CONTESTANTS = Registry("contestant")  # name -> function(Case) -> (forward, backward or None)
+IMPLEMENTATIONS = Registry("contestant")  # name -> function(Case) -> (forward, backward or None)
 Part = Callable[[], object]
 
 
@@ -66,7 +66,7 @@ def stack_of_layers(num_parameters: int, num_layers: int = 6) -> Layout:
 # --- contestants ----------------------------------------------------------------------------------
 
 
-@CONTESTANTS.register("ours", label="divmerge_core")
+@IMPLEMENTATIONS.register("ours", label="divmerge_core")
 def ours(case: Case) -> tuple[Part, Part]:
     """This package, on the backend that `auto` takes."""
     vectors, live = case.vectors, torch.empty_like(case.vectors.base)
@@ -115,13 +115,13 @@ def usual(case: Case, merge: Callable) -> tuple[Part, Part]:
     return through_autograd(case, leaf, lambda: merge(base, experts, leaf))
 
 
-@CONTESTANTS.register("dictionary", label="dictionary, autograd")
+@IMPLEMENTATIONS.register("dictionary", label="dictionary, autograd")
 def dictionary(case: Case) -> tuple[Part, Part]:
     """The usual merge, and one backward pass through it."""
     return usual(case, dictionary_merge)
 
 
-@CONTESTANTS.register("compiled", label="dictionary, torch.compile")
+@IMPLEMENTATIONS.register("compiled", label="dictionary, torch.compile")
 def compiled(case: Case) -> tuple[Part, Part]:
     """The usual merge as one compiled graph."""
     return usual(case, torch.compile(dictionary_merge, dynamic=False))
@@ -147,14 +147,14 @@ def fusion_bench_model(vectors: TaskVectors, coeffs: Tensor) -> nn.Module:
     return LayerWiseMergedModel(coeffs.clone(), base, experts, clamp_weights=False)
 
 
-@CONTESTANTS.register("fusion_bench", label="FusionBench", package="fusion-bench")
+@IMPLEMENTATIONS.register("fusion_bench", label="FusionBench", package="fusion-bench")
 def fusion_bench(case: Case) -> tuple[Part, Part]:
     """LayerWiseMergedModel; backward once per task, as its AdaMerging loop does."""
     model, passes = fusion_bench_model(case.vectors, case.coeffs), len(case.vectors.tasks)
     return through_autograd(case, model.merge_weight, model.merge_weights, passes)
 
 
-@CONTESTANTS.register("mergekit", label="mergekit, in memory", package="mergekit")
+@IMPLEMENTATIONS.register("mergekit", label="mergekit, in memory", package="mergekit")
 def mergekit(case: Case) -> tuple[Part, None]:
     """Task arithmetic with a coefficient per task; it has no gradient."""
     from mergekit.merge_methods.api import merge_state_dicts
@@ -170,16 +170,16 @@ def mergekit(case: Case) -> tuple[Part, None]:
 # --- contestants in the divergence ----------------------------------------------------------------
 
 # name -> function(expert, merged logits) -> a call that gives the gradient in the merged logits
-DIVERGENCE_CONTESTANTS = Registry("divergence contestant")
+DIVERGENCE_IMPLEMENTATIONS = Registry("divergence contestant")
 
 
-@DIVERGENCE_CONTESTANTS.register("ours", label="divmerge_core, fused")
+@DIVERGENCE_IMPLEMENTATIONS.register("ours", label="divmerge_core, fused")
 def fused_js(expert: Tensor, merged: Tensor) -> Part:
     """Loss and gradient in one call."""
     return lambda: divergence_and_gradient(expert, merged, "js")[1]
 
 
-@DIVERGENCE_CONTESTANTS.register("plain", label="definition, autograd")
+@DIVERGENCE_IMPLEMENTATIONS.register("plain", label="definition, autograd")
 def plain_js(expert: Tensor, merged: Tensor) -> Part:
     """The formula as it stands in a book, differentiated by autograd."""
 
@@ -191,7 +191,7 @@ def plain_js(expert: Tensor, merged: Tensor) -> Part:
     return lambda: gradient_of(loss, merged)
 
 
-@DIVERGENCE_CONTESTANTS.register("liger", label="Liger", package="liger-kernel", gpu=True)
+@DIVERGENCE_IMPLEMENTATIONS.register("liger", label="Liger", package="liger-kernel", gpu=True)
 def liger_js(expert: Tensor, merged: Tensor) -> Part:
     """LigerJSD, which takes log-probabilities."""
     from liger_kernel.transformers import LigerJSD
@@ -224,7 +224,9 @@ def missing(registry: Registry, name: str, device: str = "cpu") -> str | None:
 def versions() -> dict[str, str]:
     """Versions of the peers that are installed, and of Triton."""
     known = [
-        f.get("package") for r in (CONTESTANTS, DIVERGENCE_CONTESTANTS) for f in r.facts.values()
+        f.get("package")
+        for r in (IMPLEMENTATIONS, DIVERGENCE_IMPLEMENTATIONS)
+        for f in r.facts.values()
     ]
     found = {}
     for package in (*filter(None, known), "triton"):

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from divmerge_book.evaluation.profiling import peak_bytes, seconds
 from divmerge_book.kernel_benchmarks.implementations import (
-    CONTESTANTS,
-    DIVERGENCE_CONTESTANTS,
+    DIVERGENCE_IMPLEMENTATIONS,
+    IMPLEMENTATIONS,
     Case,
     Part,
 )
@@ -78,7 +78,7 @@ def compete(case: Case, names: Sequence[str], *, repeats: int = 5) -> pd.DataFra
     """Forward and backward of every contestant and a copy, with the model's T and N beside."""
     calls = {("copy", "forward"): copy(case)}
     for name in names:
-        forward, backward = CONTESTANTS[name](case)
+        forward, backward = IMPLEMENTATIONS[name](case)
         calls |= {(name, "forward"): forward} | ({(name, "backward"): backward} if backward else {})
     num_tasks, size = case.vectors.deltas.shape
     rows = side_by_side(calls, case.vectors.base.device, repeats)
@@ -91,7 +91,7 @@ def compare_divergences(
     """Loss and gradient of JS between random logits of this shape [A, V], by every contestant."""
     generator = torch.Generator(device).manual_seed(0)
     expert, merged = (3 * torch.randn(shape, generator=generator, device=device) for _ in range(2))
-    calls = {(name, "both"): DIVERGENCE_CONTESTANTS[name](expert, merged) for name in names}
+    calls = {(name, "both"): DIVERGENCE_IMPLEMENTATIONS[name](expert, merged) for name in names}
     return side_by_side(calls, device, repeats)
 
 
@@ -106,7 +106,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     for (tasks, size), here in rows.groupby(["tasks", "parameters"], sort=False):
         wide = here.pivot_table(index="round", columns=["contestant", "part"], values="seconds")
         a_number = wide["copy", "forward"].median() / (2 * size)  # seconds to read or write one
-        order = ["copy", *CONTESTANTS]
+        order = ["copy", *IMPLEMENTATIONS]
         for name, part in sorted(wide, key=lambda key: (order.index(key[0]), key[1] == "backward")):
             some = here[(here.contestant == name) & (here.part == part)]
             numbers = {"forward": tasks + 2, "backward": tasks + 1}[part] if name != "copy" else 2

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 import transformers
 
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.published import glue, t5, toy_models, toy_t5
 from divmerge_book.published.sources import SOURCES, Source
 from divmerge_book.user_models import check, load, read
@@ -114,7 +114,7 @@ def prepare_published(
     device: str = "cpu",
     precision: str = "float32",
     progress: bool = True,
-) -> Bench:
+) -> Experiment:
     """A suite as a bench: everything checked, experts read, unlabelled inputs and exams ready.
 
     folder: for the description that gpt2_glue is checked by. rows: at most so many of `merge`,

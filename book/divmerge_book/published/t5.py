@@ -81,7 +81,7 @@ def prepare_t5(
 
     rows: at most so many of `merge`, `validation` and `test`. max_length: tokens of a prompt; the
     longer of its texts loses its end. max_new: tokens of an answer; one that has not ended by then
-    is used as far as it goes. top: keep an expert's likeliest answers only (see TopAnswers).
+    is used as far as it goes. top: keep an expert's likeliest answers only (see TopKLogProbs).
     Raises ValueError for what is unknown, cannot be read or does not belong together.
     """
     names, precision = checked(tasks, sources), resolve(precision, check_device(device))

@@ -12,8 +12,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from divmerge_book.evaluation.benchmark import references
-from divmerge_book.evaluation.experiment import SIZES, Bench, prepare
-from divmerge_book.evaluation.stored_tables import Measured
+from divmerge_book.evaluation.experiment import SIZES, Experiment, prepare
+from divmerge_book.evaluation.stored_tables import ResultTable
 from divmerge_book.studies.objective_fits import Rule, answers, learned, objectives
 from divmerge_book.studies.predictions import (
     BELOW,
@@ -62,7 +62,7 @@ class Effort:
 
     def prepared(
         self, size: str, suite: str, tasks: Sequence[str], seeds: Sequence[int], **options: str
-    ) -> dict[int, Bench]:
+    ) -> dict[int, Experiment]:
         """The suite's benches by seed, with as many rows as this effort asks for."""
         rows = {"merge_rows": self.inputs, "validation_rows": self.validation}
         own = replace(SIZES[size], **rows, test_rows=self.test, precision="float32")
@@ -115,7 +115,7 @@ EFFORTS = {
 }
 
 
-def chosen_rate(benches: Sequence[Bench], spec: str, grouping: str, rule: Rule) -> float:
+def chosen_rate(benches: Sequence[Experiment], spec: str, grouping: str, rule: Rule) -> float:
     """The step size with the highest validation ANP, mean over benches; of equal ones the first."""
 
     def score(rate: float) -> float:
@@ -125,7 +125,7 @@ def chosen_rate(benches: Sequence[Bench], spec: str, grouping: str, rule: Rule) 
     return max(rule.rates, key=score)
 
 
-def start(bench: Bench, label: Mapping) -> list[dict]:
+def start(bench: Experiment, label: Mapping) -> list[dict]:
     """Rows of the method `start`: the merge at 1/T, where every fit begins."""
     share = [1 / len(bench.experts)] * len(bench.experts)
     rows = answers(bench, [[value] for value in share], "task")
@@ -133,7 +133,7 @@ def start(bench: Bench, label: Mapping) -> list[dict]:
 
 
 def ablation(
-    benches: Mapping[int, Bench],
+    benches: Mapping[int, Experiment],
     *,
     specs: Sequence[str],
     groupings: Sequence[str],
@@ -202,7 +202,7 @@ def summary(table: pd.DataFrame, *, draws: int = 2000) -> pd.DataFrame:
     return pd.concat(map(corrected, parts), ignore_index=True)
 
 
-def compared(measured: Measured) -> Measured:
+def compared(measured: ResultTable) -> ResultTable:
     """A run of `ablation` with its scores; those stored without predictions under today's names."""
     done = scored(measured, {}, summary)
     old = {f"difference_{end}": f"from_{end}" for end in ("low", "high")}

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_book.evaluation.cache import kept
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.studies.continual_merging import SHARE, accuracies, by_task, expert_accuracies
 from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.methods.clustered import evidence, misfits
@@ -29,7 +29,7 @@ class Groups:
     A group's accuracy and its misfits with a newcomer are kept in the cache.
     """
 
-    def __init__(self, bench: Bench, start: float = 0.5, recent: int = 12):
+    def __init__(self, bench: Experiment, start: float = 0.5, recent: int = 12):
         self.bench, self.start = bench, start
         self.places = linear_places(bench.problem)
         self.merging = lru_cache(maxsize=recent)(self._merging)
@@ -132,7 +132,7 @@ def random_labels(num_tasks: int, count: int, seed: int) -> list[int]:
 
 
 def mixture(
-    bench: Bench,
+    bench: Experiment,
     *,
     zetas: Sequence[float],
     sigmas: Sequence[float] = (0.25,),

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from divmerge_book.evaluation.cache import kept
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.hyperparameter_search import run_method
 from divmerge_book.evaluation.statistics import largest_of, middle, orderings, ranks, standard
 from divmerge_book.interference.weights import (
@@ -49,7 +49,7 @@ EFFORTS = {
 }
 
 
-def fitted(bench: Bench, grouping: str, effort: Effort, seed: int) -> dict:
+def fitted(bench: Experiment, grouping: str, effort: Effort, seed: int) -> dict:
     """DivMerge's coefficients by group and task on a bench, from the cache or fitted now."""
     options = {"inputs": effort.inputs, "epochs": effort.epochs, "seed": seed, "progress": False}
     spec = f"divmerge/{grouping}"
@@ -75,7 +75,7 @@ def average_js(problem: MergeProblem) -> list[float]:
     return found
 
 
-def coefficient_table(benches: Mapping[int, Bench], effort: Effort) -> pd.DataFrame:
+def coefficient_table(benches: Mapping[int, Experiment], effort: Effort) -> pd.DataFrame:
     """Coefficients, and what stands beside them in each group, for growing numbers of tasks.
 
     benches: by seed of the experts. Columns: seed, count (T, the first of the bench's tasks),

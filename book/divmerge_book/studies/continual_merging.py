@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_book.evaluation.cache import kept
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.hyperparameter_search import own_experts, shares
 from divmerge_book.evaluation.metrics import predict
 from divmerge_core.kernels.delta_storage import dense
@@ -43,7 +43,7 @@ STEPS: Mapping[str, Callable[[Offset, Offset, int], Offset]] = {
 SHARE = 0.5  # of OPCM: the published one
 
 
-def accuracies(bench: Bench, merged: Merged, tasks: Sequence[str]) -> list[float]:
+def accuracies(bench: Experiment, merged: Merged, tasks: Sequence[str]) -> list[float]:
     """Share of right answers on the test rows of these tasks."""
     found = []
     for task in tasks:
@@ -54,13 +54,13 @@ def accuracies(bench: Bench, merged: Merged, tasks: Sequence[str]) -> list[float
     return found
 
 
-def expert_accuracies(bench: Bench) -> dict[str, float]:
+def expert_accuracies(bench: Experiment) -> dict[str, float]:
     """Every expert's share of right answers on its own task's test rows."""
     found = kept(bench, lambda: shares(own_experts(bench, bench.test)), "experts on test")
     return dict(zip(bench.problem.vectors.tasks, found, strict=True))
 
 
-def by_task(bench: Bench, found: Sequence[float]) -> dict[str, list[float]]:
+def by_task(bench: Experiment, found: Sequence[float]) -> dict[str, list[float]]:
     """accuracies (those found), experts and majorities on the test rows: a number per task."""
     common = [exam.gold.bincount().max().item() / len(exam.gold) for exam in bench.test]
     experts = list(expert_accuracies(bench).values())
@@ -78,7 +78,9 @@ def orders(tasks: Sequence[str], count: int, seed: int = 0) -> list[tuple[str, .
     return list(found)
 
 
-def continual(bench: Bench, method: str, order: Sequence[str]) -> Iterator[Float[Tensor, " N"]]:
+def continual(
+    bench: Experiment, method: str, order: Sequence[str]
+) -> Iterator[Float[Tensor, " N"]]:
     """The merged model after every arrival: METHODS[method] of the first experts of the order.
 
     Nothing is carried on but what the method itself would remember, so t arrivals cost t steps and
@@ -97,7 +99,7 @@ def continual(bench: Bench, method: str, order: Sequence[str]) -> Iterator[Float
         yield problem.vectors.base + offset
 
 
-def course(bench: Bench, method: str, order: Sequence[str]) -> list[dict]:
+def course(bench: Experiment, method: str, order: Sequence[str]) -> list[dict]:
     """Accuracy on all tasks seen so far, after every arrival: method, arrived, task, accuracy."""
     states, made, rows = continual(bench, method, order), [], []
     for count in range(1, len(order) + 1):
@@ -120,12 +122,12 @@ def course(bench: Bench, method: str, order: Sequence[str]) -> list[dict]:
     return rows
 
 
-def at_once(bench: Bench, method: str) -> list[float]:
+def at_once(bench: Experiment, method: str) -> list[float]:
     """Test accuracies where all experts are there from the start, in the tasks' order."""
     return accuracies(bench, METHODS[method](bench.problem), bench.problem.vectors.tasks)
 
 
-def arrivals(bench: Bench, *, count: int = 10, seed: int = 0) -> pd.DataFrame:
+def arrivals(bench: Experiment, *, count: int = 10, seed: int = 0) -> pd.DataFrame:
     """Every continual method over random orders, with references.
 
     Columns: method, order (its number), arrived (how many experts so far), task, accuracy (on test

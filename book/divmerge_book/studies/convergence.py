@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_book.evaluation.cache import kept
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.metrics import evaluate
-from divmerge_book.evaluation.stored_tables import Measured
+from divmerge_book.evaluation.stored_tables import ResultTable
 from divmerge_book.studies.learning_curve import divergence_sum, few
 from divmerge_book.studies.predictions import scored
 from divmerge_book.studies.protocol import COLUMNS, with_experts
@@ -71,7 +71,7 @@ def plan(optimizer: str, adam: int, passes: int, batches: int) -> dict:
 
 
 def course(
-    bench: Bench,
+    bench: Experiment,
     problem: MergeProblem,
     unseen: MergeProblem,
     grouping: str,
@@ -123,7 +123,7 @@ def course(
 
 
 def descents(
-    bench: Bench,
+    bench: Experiment,
     subsets: Sequence[Sequence[str]],
     *,
     groupings: Sequence[str],
@@ -179,7 +179,7 @@ def ended(found: Mapping[str, dict]) -> list[dict]:
     return rows
 
 
-def with_scores(measured: Measured) -> Measured:
+def with_scores(measured: ResultTable) -> ResultTable:
     """The run with the scores of its answers, and differences from Adam's, beside its ends."""
     done = scored(measured, COLUMNS)
     if "answers" not in done.tables:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_book.evaluation.cache import kept
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.hyperparameter_search import validation_anp
 from divmerge_book.studies.continual_merging import accuracies, by_task, expert_accuracies
 from divmerge_core.kernels.delta_storage import dense
@@ -56,13 +56,13 @@ def label(deltas: Tensor, strangers: Tensor, task: int, generator: torch.Generat
 class Pool:
     """Honest and corrupted experts of one bench; `bad` marks the corrupted ones."""
 
-    bench: Bench
+    bench: Experiment
     problem: MergeProblem
     bad: Bool[Tensor, " M"]
 
 
 def poisoned(
-    bench: Bench, kind: str, share: float, *, strangers: TaskVectors, seed: int = 0
+    bench: Experiment, kind: str, share: float, *, strangers: TaskVectors, seed: int = 0
 ) -> Pool:
     """The bench's experts and as many corrupted ones as bring their part of the pool near `share`.
 
@@ -254,7 +254,7 @@ def compared(pool: Pool, *, steps: int, controls: int = 3, seed: int = 0) -> lis
 
 
 def found_in(
-    bench: Bench, strangers: Bench, kind: str, share: float, *, steps: int, seed: int
+    bench: Experiment, strangers: Experiment, kind: str, share: float, *, steps: int, seed: int
 ) -> list[dict]:
     """What every way to choose members finds in one corrupted pool; see `compared`."""
     chosen = kind if share else next(iter(CORRUPTIONS))
@@ -264,7 +264,7 @@ def found_in(
 
 
 def pools(
-    benches: Mapping[int, tuple[Bench, Bench]],
+    benches: Mapping[int, tuple[Experiment, Experiment]],
     *,
     kinds: Sequence[str] = tuple(CORRUPTIONS),
     shares: Sequence[float] = (0.0, 0.2, 0.4, 0.6),

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from divmerge_book.evaluation.cache import kept
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.metrics import predict
 from divmerge_book.evaluation.profiling import seconds
 from divmerge_book.studies.continual_merging import accuracies, by_task, expert_accuracies
@@ -28,7 +28,7 @@ SERVED = (
 )
 
 
-def some_rows(bench: Bench, rows: int, tasks: int = 4) -> list[tuple[int, Batch]]:
+def some_rows(bench: Experiment, rows: int, tasks: int = 4) -> list[tuple[int, Batch]]:
     """A batch of test inputs of middling length of each of the first tasks."""
     found = []
     for number, exam in enumerate(bench.test[:tasks]):
@@ -76,7 +76,7 @@ def the_experts(problem: MergeProblem) -> Paths:
     return Paths(problem, [pool.model(path) for path in paths], paths, pool.segments)
 
 
-def made(bench: Bench, spec: str, options: Mapping) -> Merged:
+def made(bench: Experiment, spec: str, options: Mapping) -> Merged:
     """What a method returns on a bench, `expert` for the experts themselves.
 
     layer_evolution is scored by the accuracy of the task whose turn it is, on validation rows.
@@ -93,7 +93,7 @@ def made(bench: Bench, spec: str, options: Mapping) -> Merged:
 
 
 def storage(
-    bench: Bench,
+    bench: Experiment,
     *,
     methods: Sequence[str] = SERVED,
     options: Mapping[str, Mapping] | None = None,
@@ -132,7 +132,7 @@ def storage(
 # --- a large model steered by small ones ----------------------------------------------------------
 
 
-def check_pair(small: Bench, large: Bench) -> None:
+def check_pair(small: Experiment, large: Experiment) -> None:
     """Raise ValueError unless two benches read the same test rows as the same tokens."""
     if small.base.tokenizer.get_vocab() != large.base.tokenizer.get_vocab():
         raise ValueError(
@@ -148,7 +148,9 @@ def check_pair(small: Bench, large: Bench) -> None:
             raise ValueError("prepare both benches at one size: their test rows differ")
 
 
-def rivals(small: Bench, large: Bench, number: int) -> dict[str, tuple[MergeProblem, Merged, int]]:
+def rivals(
+    small: Experiment, large: Experiment, number: int
+) -> dict[str, tuple[MergeProblem, Merged, int]]:
     """Models that answer a task's rows: (problem, model, the task's number in it) by name.
 
     `own` ones know the task and use its small expert alone; `all` ones use every small expert.
@@ -168,7 +170,9 @@ def rivals(small: Bench, large: Bench, number: int) -> dict[str, tuple[MergeProb
     }
 
 
-def fusion(small: Bench, large: Bench, *, repeats: int = 5, rows: int = 8) -> pd.DataFrame:
+def fusion(
+    small: Experiment, large: Experiment, *, repeats: int = 5, rows: int = 8
+) -> pd.DataFrame:
     """Small experts steering a large base, per task: task, model, accuracy, milliseconds per row.
 
     The large base answers with the heads that its own experts trained: these saw the task's labels,

@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_book.evaluation import cache
-from divmerge_book.evaluation.experiment import SIZES, Bench, Size
+from divmerge_book.evaluation.experiment import SIZES, Experiment, Size
 from divmerge_book.evaluation.hyperparameter_search import Merges, candidates, search
-from divmerge_book.evaluation.metrics import Exam
+from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.interference.behaviour import DISTANCES, answers
 from divmerge_core.divergences import js
 from divmerge_core.merging.problem import Batch
@@ -41,7 +41,7 @@ def settings_of(size: str) -> Size:
     return replace(own, merge_rows=count, inputs=count, candidates=tried)
 
 
-def some(exam: Exam, rows: int) -> Exam:
+def some(exam: LabelledSplit, rows: int) -> LabelledSplit:
     """`rows` rows of an exam, taken evenly from its order, short texts to long; all if fewer."""
     total = len(exam.gold)
     if rows >= total:
@@ -56,16 +56,16 @@ def some(exam: Exam, rows: int) -> Exam:
             weight = torch.full_like(batch.weight[: len(inside)], 1 / len(inside))
             batches.append(Batch(inputs, weight))
         start = stop
-    return Exam(batches, exam.gold[chosen])
+    return LabelledSplit(batches, exam.gold[chosen])
 
 
-def fewer(bench: Bench, rows: int) -> Bench:
+def fewer(bench: Experiment, rows: int) -> Experiment:
     """The same bench with `rows` test rows per task."""
     digest = f"{bench.digest} {rows} test rows"
     return replace(bench, test=[some(exam, rows) for exam in bench.test], digest=digest)
 
 
-def kept(bench: Bench, find: Callable[[], list[dict]], *what: object) -> pd.DataFrame:
+def kept(bench: Experiment, find: Callable[[], list[dict]], *what: object) -> pd.DataFrame:
     """The rows that `find` gives, from the cache or found now."""
     return pd.DataFrame(cache.kept(bench, find, *what))
 
@@ -73,7 +73,7 @@ def kept(bench: Bench, find: Callable[[], list[dict]], *what: object) -> pd.Data
 class Judge:
     """Answers of merged models on a bench's test rows, beside the experts'."""
 
-    def __init__(self, bench: Bench):
+    def __init__(self, bench: Experiment):
         self.bench, self.experts = bench, {}
 
     def expert(self, task: int) -> Float[Tensor, "B V"]:
@@ -139,7 +139,7 @@ def axis(side: int) -> list[float]:
     return [round(LOW + (HIGH - LOW) * n / (side - 1), 6) for n in range(side)]
 
 
-def grid(bench: Bench, side: int) -> list[dict]:
+def grid(bench: Experiment, side: int) -> list[dict]:
     """The points of the plane of a bench's two tasks: l1, l2, and `Judge.worth`.
 
     disagreement and apart are the disentanglement error there, by answers and by js. What is said
@@ -165,7 +165,7 @@ def grid(bench: Bench, side: int) -> list[dict]:
     return points
 
 
-def planes(bench: Bench, pairs: Sequence[str], *, side: int, rows: int) -> pd.DataFrame:
+def planes(bench: Experiment, pairs: Sequence[str], *, side: int, rows: int) -> pd.DataFrame:
     """`grid` of every pair of tasks, written `a+b`. Columns: pair, and those of `grid`."""
     parts = []
     for pair in tqdm(pairs, "planes", leave=False):
@@ -175,7 +175,7 @@ def planes(bench: Bench, pairs: Sequence[str], *, side: int, rows: int) -> pd.Da
     return pd.concat(parts, ignore_index=True)
 
 
-def path_of(bench: Bench, spec: str, size: Size, seed: int) -> list[dict]:
+def path_of(bench: Experiment, spec: str, size: Size, seed: int) -> list[dict]:
     """The coefficients of two tasks that a method passes through: a row per step."""
     wanted = replace(size, candidates=None) if spec == "task_arithmetic" else size
     tried = candidates(spec, wanted, seed, {}, bench.problem)
@@ -192,7 +192,7 @@ def path_of(bench: Bench, spec: str, size: Size, seed: int) -> list[dict]:
     return steps
 
 
-def solutions(bench: Bench, size: Size, seed: int = 0) -> list[dict]:
+def solutions(bench: Experiment, size: Size, seed: int = 0) -> list[dict]:
     """Where the methods end on a bench's plane, and the way there: method, step, l1, l2.
 
     The last row of a method has `Judge.total` too. Options are chosen on validation rows, out of
@@ -209,7 +209,7 @@ def solutions(bench: Bench, size: Size, seed: int = 0) -> list[dict]:
 
 
 def marks(
-    bench: Bench, pairs: Sequence[str], size: Size, *, rows: int, seed: int = 0
+    bench: Experiment, pairs: Sequence[str], size: Size, *, rows: int, seed: int = 0
 ) -> pd.DataFrame:
     """`solutions` of every pair of tasks. Columns: pair, and those of `solutions`."""
     parts = []

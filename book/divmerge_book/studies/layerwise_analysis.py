@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from tqdm import tqdm
 
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.interference.spectra import (
     alignment_between,
     chance_alignment,
@@ -42,7 +42,7 @@ COUNTED = ("all", "touched", "largest fifth")  # which parameters a sign conflic
 RESIDUALS = (0.05, 0.1, 0.2, 0.3, 0.5)
 
 
-def survey(benches: Mapping[int, Bench], size: str) -> dict[str, pd.DataFrame]:
+def survey(benches: Mapping[int, Experiment], size: str) -> dict[str, pd.DataFrame]:
     """All tables of this module but the spectra's shares, the experts' seed in front of every row.
 
     benches: by seed of the experts. Names: pairs, idle, places, lengths, overlap, ranks, alignment.

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_book.evaluation.cache import kept
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.studies.protocol import DEFAULT, answered, num_tasks, with_experts
 from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.merging.merged_model import expert_logits
@@ -31,14 +31,14 @@ Batches = Sequence[Sequence[Batch]]  # [task][number]
 
 
 @WRONGS.register("other_task", label="another merged task's")
-def other_task(bench: Bench, others: Batches, generator: torch.Generator) -> Batches:
+def other_task(bench: Experiment, others: Batches, generator: torch.Generator) -> Batches:
     """Every task gets the inputs of the next one."""
     own = bench.problem.batches
     return [*own[1:], own[0]]
 
 
 @WRONGS.register("outside", label="another domain's")
-def outside(bench: Bench, others: Batches, generator: torch.Generator) -> Batches:
+def outside(bench: Experiment, others: Batches, generator: torch.Generator) -> Batches:
     """Inputs of tasks that are not merged, the same task's again where there are fewer."""
     number = len(bench.problem.batches)
     if not others:
@@ -48,13 +48,13 @@ def outside(bench: Bench, others: Batches, generator: torch.Generator) -> Batche
 
 
 @WRONGS.register("shuffled", label="own, words shuffled")
-def shuffled(bench: Bench, others: Batches, generator: torch.Generator) -> Batches:
+def shuffled(bench: Experiment, others: Batches, generator: torch.Generator) -> Batches:
     """The task's own tokens in a random order."""
     return changed_tokens(bench, lambda ids: ids[torch.randperm(len(ids), generator=generator)])
 
 
 @WRONGS.register("random", label="random tokens")
-def random_tokens(bench: Bench, others: Batches, generator: torch.Generator) -> Batches:
+def random_tokens(bench: Experiment, others: Batches, generator: torch.Generator) -> Batches:
     """As many tokens, drawn evenly from the vocabulary without its special ones."""
     special = set(bench.base.tokenizer.all_special_ids)
     allowed = [n for n in range(len(bench.base.tokenizer)) if n not in special]
@@ -66,7 +66,7 @@ def random_tokens(bench: Bench, others: Batches, generator: torch.Generator) -> 
     return changed_tokens(bench, drawn)
 
 
-def changed_tokens(bench: Bench, change: Callable[[Tensor], Tensor]) -> Batches:
+def changed_tokens(bench: Experiment, change: Callable[[Tensor], Tensor]) -> Batches:
     """The inputs with every row's ordinary tokens changed; special ones and padding stay."""
     special = torch.tensor(sorted(bench.base.tokenizer.all_special_ids))
 
@@ -117,7 +117,7 @@ def first_rows(batch: Batch, count: int) -> Batch:
 
 
 def fitted(
-    bench: Bench, what: Sequence, batches: Batches, *, grouping: str, steps: int, seed: int
+    bench: Experiment, what: Sequence, batches: Batches, *, grouping: str, steps: int, seed: int
 ) -> list[dict]:
     """Test answers after so many steps of Adam on these inputs; none: the average."""
     problem = replace(bench.problem, batches=batches)
@@ -136,7 +136,7 @@ def fitted(
 
 
 def amounts(
-    benches: Mapping[int, Bench],
+    benches: Mapping[int, Experiment],
     counts: Sequence[int],
     *,
     groupings: Sequence[str],
@@ -162,7 +162,7 @@ def amounts(
 
 
 def wrong_inputs(
-    benches: Mapping[int, Bench],
+    benches: Mapping[int, Experiment],
     others: Mapping[int, Batches],
     *,
     inputs: int,
@@ -215,7 +215,7 @@ def divergence_sum(
 
 
 def shifts(
-    benches: Mapping[int, Bench], others: Mapping[int, Batches], *, inputs: int, steps: int
+    benches: Mapping[int, Experiment], others: Mapping[int, Batches], *, inputs: int, steps: int
 ) -> pd.DataFrame:
     """Both sides of Proposition 3, for the average and for a fit on the right inputs.
 
@@ -232,7 +232,7 @@ def shifts(
     return pd.DataFrame(rows)
 
 
-def sides(bench: Bench, others: Batches, inputs: int, steps: int, seed: int) -> list[dict]:
+def sides(bench: Experiment, others: Batches, inputs: int, steps: int, seed: int) -> list[dict]:
     """Proposition 3 on one bench: a row per kind and model."""
     right = few(bench.problem.batches, inputs, torch.Generator().manual_seed(seed))
     problem, number = replace(bench.problem, batches=right), len(right)

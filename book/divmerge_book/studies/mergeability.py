@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_book.evaluation.cache import kept
-from divmerge_book.evaluation.experiment import SIZES, Bench, prepare
-from divmerge_book.evaluation.metrics import Exam
+from divmerge_book.evaluation.experiment import SIZES, Experiment, prepare
+from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.interference.spectra import alignment_between, mean_alignment
 from divmerge_book.interference.weights import cosine, magnitude_overlap, sign_conflict, touched
 from divmerge_book.studies.continual_merging import expert_accuracies
@@ -74,7 +74,7 @@ def benches(
     seeds: Sequence[int] = (),
     rows: int | None = None,
     inputs: int | None = None,
-) -> dict[int, Bench]:
+) -> dict[int, Experiment]:
     """Benches by seed of the experts, with test rows and unlabelled inputs of a size's effort.
 
     seeds, rows, inputs: the effort's where they are not given. Raises ValueError as `prepare`.
@@ -181,7 +181,9 @@ Answers = Mapping[str, Sequence[Tensor]]  # logits by batch, on `test` rows and 
 
 
 @torch.no_grad()
-def answers(problem: MergeProblem, flat: Float[Tensor, " N"], task: int, exam: Exam) -> Answers:
+def answers(
+    problem: MergeProblem, flat: Float[Tensor, " N"], task: int, exam: LabelledSplit
+) -> Answers:
     """What parameters answer on a task's test rows, and on its unlabelled inputs."""
     asked = {"test": exam.batches, "inputs": problem.batches[task]}
     return {
@@ -197,7 +199,7 @@ def js(expert: Sequence[Tensor], merged: Sequence[Tensor]) -> float:
 
 
 def merged_pair(
-    bench: Bench, name: str, options: Mapping, experts: Callable[[str], Answers]
+    bench: Experiment, name: str, options: Mapping, experts: Callable[[str], Answers]
 ) -> list[dict]:
     """One merge of a bench's two tasks, from the cache or made now: a record per task.
 
@@ -231,7 +233,7 @@ def options_for(name: str, effort: Effort, seed: int) -> dict:
     return {**MERGES[name], **(own if name == "divmerge" else {})}
 
 
-def pairs(benches: Mapping[int, Bench], effort: Effort) -> pd.DataFrame:
+def pairs(benches: Mapping[int, Experiment], effort: Effort) -> pd.DataFrame:
     """Every ordered pair of tasks, for every seed and method of merging.
 
     benches: by seed of the experts, with the same tasks. Columns: seed, method, task, partner;
@@ -259,7 +261,7 @@ def pairs(benches: Mapping[int, Bench], effort: Effort) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def expert_answers(bench: Bench, task: str) -> Answers:
+def expert_answers(bench: Experiment, task: str) -> Answers:
     """A task's own expert's answers."""
     number = bench.problem.vectors.tasks.index(task)
     expert = bench.problem.vectors.expert(task)

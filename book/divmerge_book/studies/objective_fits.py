@@ -9,7 +9,7 @@ from torch import Tensor
 
 from divmerge_book.data.tasks import TASKS
 from divmerge_book.evaluation.cache import kept
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.hyperparameter_search import validation_anp
 from divmerge_book.evaluation.metrics import evaluate
 from divmerge_book.models.encoders import classifier_forward, make_batches
@@ -23,7 +23,7 @@ from divmerge_core.merging.problem import Diverged, MergeProblem
 from divmerge_core.merging.task_vectors import Layout, TaskVectors
 from divmerge_core.registry import Registry
 
-BESIDE = Registry("objective")  # name -> function(bench) -> Posed: no divergence of answers
+BESIDE = Registry("objective")  # name -> function(bench) -> FitSpec: no divergence of answers
 WORDS = "embeddings.word_embeddings.weight"
 Targets = Sequence[Sequence[Tensor]]
 
@@ -39,7 +39,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Posed:
+class FitSpec:
     """What a fit minimises, and on what. targets: None for the experts' own logits."""
 
     problem: MergeProblem
@@ -48,23 +48,23 @@ class Posed:
 
 
 @BESIDE.register("hidden_cosine", label="hidden states, cosine")
-def hidden_cosine(bench: Bench) -> Posed:
+def hidden_cosine(bench: Experiment) -> FitSpec:
     """The angle between the pooled hidden states, which the heads read, of expert and merge."""
     width = bench.base.encoder.config.hidden_size
     place = bench.problem.vectors.base.device
     alike = {"weight": torch.eye(width, device=place), "bias": torch.zeros(width, device=place)}
     forward = classifier_forward(bench.base, [alike] * len(bench.experts))
-    return Posed(replace(bench.problem, forward=forward), cosine)
+    return FitSpec(replace(bench.problem, forward=forward), cosine)
 
 
 @BESIDE.register("entropy", label="entropy (AdaMerging)")
-def entropy_alone(bench: Bench) -> Posed:
+def entropy_alone(bench: Experiment) -> FitSpec:
     """The merged model's own uncertainty: no expert is asked."""
-    return Posed(bench.problem, lambda expert, merged: entropy(merged))
+    return FitSpec(bench.problem, lambda expert, merged: entropy(merged))
 
 
 @BESIDE.register("labels", label="labels (oracle, cheats)")
-def labels(bench: Bench) -> Posed:
+def labels(bench: Experiment) -> FitSpec:
     """Cross-entropy on gold answers of the merge inputs, which no method may see: an oracle."""
     targets = [
         [
@@ -73,10 +73,10 @@ def labels(bench: Bench) -> Posed:
         ]
         for task, parts in zip(bench.problem.vectors.tasks, gold_answers(bench), strict=True)
     ]
-    return Posed(bench.problem, kl, targets)
+    return FitSpec(bench.problem, kl, targets)
 
 
-def gold_answers(bench: Bench) -> list[list[Int[Tensor, " A"]]]:
+def gold_answers(bench: Experiment) -> list[list[Int[Tensor, " A"]]]:
     """Gold answers of the merge inputs, `[task][batch] -> [A]`: only the oracle may ask."""
     found = []
     for number, task in enumerate(bench.problem.vectors.tasks):
@@ -91,13 +91,13 @@ def gold_answers(bench: Bench) -> list[list[Int[Tensor, " A"]]]:
     return found
 
 
-def pose(bench: Bench, spec: str, temperature: float = 1.0) -> Posed:
+def pose(bench: Experiment, spec: str, temperature: float = 1.0) -> FitSpec:
     """The fit that an objective asks for: a name in BESIDE, or a divergence's spec.
 
     Raises ValueError for unknown ones, and a temperature where there are no two answers.
     """
     if spec not in BESIDE:
-        return Posed(bench.problem, objective(spec, temperature))
+        return FitSpec(bench.problem, objective(spec, temperature))
     if temperature != 1:
         raise ValueError(f"{spec!r} has no temperature, got {temperature}; leave it out")
     return BESIDE[spec](bench)
@@ -150,7 +150,7 @@ def only_seen(problem: MergeProblem) -> MergeProblem:
 
 
 def fit(
-    posed: Posed,
+    posed: FitSpec,
     grouping: str,
     rate: float,
     rule: Rule,
@@ -181,7 +181,7 @@ def merge(vectors: TaskVectors, coeffs: Float[Tensor, "T G"], grouping: str) -> 
 
 
 def learned(
-    bench: Bench, spec: str, grouping: str, rate: float, rule: Rule, temperature: float = 1.0
+    bench: Experiment, spec: str, grouping: str, rate: float, rule: Rule, temperature: float = 1.0
 ) -> dict:
     """A fit's coefficients [T][G], its validation ANP, and whether it diverged; kept in the cache.
 
@@ -202,7 +202,7 @@ def learned(
     return kept(bench, find, *what)
 
 
-def answers(bench: Bench, coeffs: Sequence[Sequence[float]], grouping: str) -> list[dict]:
+def answers(bench: Experiment, coeffs: Sequence[Sequence[float]], grouping: str) -> list[dict]:
     """Test answers of the model merged with these coefficients; kept in the cache."""
 
     def find() -> list[dict]:

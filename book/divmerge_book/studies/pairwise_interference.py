@@ -1,6 +1,6 @@
 """What every expert costs every other, and what lies on the way between two of them.
 
-Measured on test rows; every finished piece is kept in the cache.
+ResultTable on test rows; every finished piece is kept in the cache.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.interference.behaviour import barrier
 from divmerge_book.studies.landscapes import Judge, fewer, kept
 from divmerge_core.kernels.delta_storage import dense
@@ -49,7 +49,7 @@ RULES.register("averaged", label=r"$\theta_0 + (\tau_i + \tau_j) / 2$")(
 RULES.register("halved", label=r"$\theta_0 + \tau_i / 2$")(lambda i, j, noise: i / 2)
 
 
-def costs_of(bench: Bench, other: str, seed: int) -> list[dict]:
+def costs_of(bench: Experiment, other: str, seed: int) -> list[dict]:
     """What task `other` costs every other one under every rule: rule, task, accuracy, js."""
     judge, vectors, rows = Judge(bench), bench.problem.vectors, []
     deltas = dense(vectors.deltas)
@@ -67,7 +67,7 @@ def costs_of(bench: Bench, other: str, seed: int) -> list[dict]:
     return rows
 
 
-def costs(benches: Mapping[int, Bench], *, rows: int) -> pd.DataFrame:
+def costs(benches: Mapping[int, Experiment], *, rows: int) -> pd.DataFrame:
     """What expert j costs task i under every rule of RULES, for all ordered pairs.
 
     added: expert i with all of vector j. shuffled: the same with vector j shuffled. averaged: the
@@ -111,7 +111,7 @@ def by_cost(table: pd.DataFrame, count: int, *, column: str = "js") -> list[str]
 # --- the segment between two experts --------------------------------------------------------------
 
 
-def segment(bench: Bench, points: int) -> list[dict]:
+def segment(bench: Experiment, points: int) -> list[dict]:
     """Along the way from one of two experts to the other: at, task, accuracy, js, nll."""
     judge, vectors, rows = Judge(bench), bench.problem.vectors, []
     for at in torch.linspace(0, 1, points, dtype=torch.float64).tolist():
@@ -124,7 +124,7 @@ def segment(bench: Bench, points: int) -> list[dict]:
 
 
 def segments(
-    benches: Mapping[int, Bench], pairs: Sequence[str], *, points: int, rows: int
+    benches: Mapping[int, Experiment], pairs: Sequence[str], *, points: int, rows: int
 ) -> pd.DataFrame:
     """`segment` of every pair `a+b`, each task with its own head; at 0 is expert a, at 1 b.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
-from divmerge_book.evaluation.experiment import SIZES, Bench, Size, prepare, task_names
+from divmerge_book.evaluation.experiment import SIZES, Experiment, Size, prepare, task_names
 from divmerge_book.studies.clustering import mixture
 from divmerge_book.studies.continual_merging import arrivals
 from divmerge_book.studies.corrupted_experts import pools
@@ -52,7 +52,7 @@ class Plan:
     repeats: int = 7
     options: Mapping[str, Mapping] = field(default_factory=dict)
 
-    def bench(self, seed: int, *, small: bool = False, **rows: int) -> Bench:
+    def bench(self, seed: int, *, small: bool = False, **rows: int) -> Experiment:
         """A bench of this plan; small: of the small encoder. rows: per task, as in Size."""
         size: Size = SIZES[self.size]
         if small and self.size != "full":  # its experts are those of size smoke

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_book.data.tasks import TASKS
-from divmerge_book.evaluation.experiment import Bench, Size
+from divmerge_book.evaluation.experiment import Experiment, Size
 from divmerge_book.evaluation.hyperparameter_search import Merges, candidates, search
 from divmerge_book.evaluation.statistics import crossed, row_means
 from divmerge_book.interference.behaviour import (
@@ -35,7 +35,7 @@ MERGES = ("average", "task_arithmetic", "divmerge/task", "divmerge/layer")
 MODELS = ("expert", "base", *MERGES)
 
 
-def row_numbers(bench: Bench, task: int) -> list[int]:
+def row_numbers(bench: Experiment, task: int) -> list[int]:
     """The place in the test split of every row of a task's test exam, in the exam's order."""
     expert = bench.experts[task]
     data = TASKS[expert.task].load("test").select(range(len(bench.test[task].gold)))
@@ -57,7 +57,7 @@ class Witness:
     rows: of every task's test exam, on which layers are compared; answers are those of all.
     """
 
-    bench: Bench
+    bench: Experiment
     rows: int
     known: dict[int, Tensor] = field(default_factory=dict)
 
@@ -96,7 +96,7 @@ class Witness:
         return found
 
 
-def chosen(bench: Bench, size: Size, seed: int) -> dict[str, dict]:
+def chosen(bench: Experiment, size: Size, seed: int) -> dict[str, dict]:
     """The options of every merge, chosen on validation rows; task arithmetic tries all scales."""
     found = {}
     for spec in MERGES:
@@ -106,12 +106,12 @@ def chosen(bench: Bench, size: Size, seed: int) -> dict[str, dict]:
     return found
 
 
-def merged(bench: Bench, spec: str, options: Mapping) -> Float[Tensor, " N"]:
+def merged(bench: Experiment, spec: str, options: Mapping) -> Float[Tensor, " N"]:
     quiet = {"progress": False} if (name := parse(spec)[0]) == "divmerge" else {}
     return METHODS[name](bench.problem, **options, **quiet)
 
 
-def ask(benches: Mapping[int, Bench], size: Size, *, rows: int) -> pd.DataFrame:
+def ask(benches: Mapping[int, Experiment], size: Size, *, rows: int) -> pd.DataFrame:
     """Every model of MODELS asked on every bench: a row per seed, model and task.
 
     benches: by seed of experts. rows: test rows per task on which layers are compared. Columns:

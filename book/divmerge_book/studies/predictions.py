@@ -8,7 +8,7 @@ import pandas as pd
 
 from divmerge_book.evaluation.report import Report, Sampled
 from divmerge_book.evaluation.statistics import holm
-from divmerge_book.evaluation.stored_tables import Measured
+from divmerge_book.evaluation.stored_tables import ResultTable
 
 PREDICTED = ("method", "seed", "answered", "predicted", "gold")  # the rest are labels
 SCORES: Mapping[str, tuple[str, ...]] = {  # a score, its interval; difference, interval, p, Holm
@@ -140,10 +140,10 @@ def split(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
 
 def scored(
-    measured: Measured,
+    measured: ResultTable,
     columns: Mapping[str, Sequence[str]],
     score: Callable[[pd.DataFrame], pd.DataFrame] = compared,
-) -> Measured:
+) -> ResultTable:
     """A run with its predictions made into scores; one that was stored without any is marked.
 
     columns: by table, what its methods are `split` into.

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_book.evaluation.cache import kept
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.hyperparameter_search import own_experts
 from divmerge_book.evaluation.metrics import evaluate
 from divmerge_book.studies.predictions import packed
@@ -117,7 +117,9 @@ EFFORTS: Mapping[str, Effort] = {
 }
 
 
-def answered(bench: Bench, what: Sequence, fit: Callable[[], Float[Tensor, " N"]]) -> list[dict]:
+def answered(
+    bench: Experiment, what: Sequence, fit: Callable[[], Float[Tensor, " N"]]
+) -> list[dict]:
     """A merged model's answers on the test rows, from the cache or found now.
 
     what: all that decides the fit, beside the bench and the code.
@@ -129,7 +131,7 @@ def answered(bench: Bench, what: Sequence, fit: Callable[[], Float[Tensor, " N"]
     return kept(bench, find, "protocol", *what)
 
 
-def experts_answers(bench: Bench) -> list[dict]:
+def experts_answers(bench: Experiment) -> list[dict]:
     """Every expert's answers on its own task's test rows."""
 
     def find() -> list[dict]:
@@ -139,7 +141,7 @@ def experts_answers(bench: Bench) -> list[dict]:
 
 
 def with_experts(
-    rows: Sequence[Mapping], benches: Mapping[int, Bench], **labels: object
+    rows: Sequence[Mapping], benches: Mapping[int, Experiment], **labels: object
 ) -> pd.DataFrame:
     """The rows and those of the experts under these labels, as `packed` keeps them."""
     alone = [
@@ -150,7 +152,7 @@ def with_experts(
     return packed({**labels, **row} for row in [*rows, *alone])
 
 
-def with_options(bench: Bench, seed: int, **options: object) -> list[dict]:
+def with_options(bench: Experiment, seed: int, **options: object) -> list[dict]:
     """The answers of DivMerge with these options."""
     options = {"seed": seed, **options}
     return answered(
@@ -174,7 +176,7 @@ def variants(knobs: Mapping[str, Sequence], num_tasks: int) -> dict[str, dict]:
 
 
 def ablation(
-    benches: Mapping[int, Bench],
+    benches: Mapping[int, Experiment],
     knobs: Mapping[str, Sequence],
     *,
     groupings: Sequence[str],
@@ -203,7 +205,9 @@ def significant(table: pd.DataFrame) -> pd.DataFrame:
     return table[(table.from_low > 0) | (table.from_high < 0)]
 
 
-def layers(benches: Mapping[int, Bench], groupings: Sequence[str], *, inputs: int) -> pd.DataFrame:
+def layers(
+    benches: Mapping[int, Experiment], groupings: Sequence[str], *, inputs: int
+) -> pd.DataFrame:
     """What a layer may be: predictions of DivMerge; the method is `grouping=coefficients`."""
     rows: list[dict] = []
     layout, number = next(iter(benches.values())).problem.vectors.layout, num_tasks(benches)
@@ -216,7 +220,7 @@ def layers(benches: Mapping[int, Bench], groupings: Sequence[str], *, inputs: in
 
 
 def readings(
-    benches: Mapping[int, Bench], groupings: Sequence[str], *, published: int
+    benches: Mapping[int, Experiment], groupings: Sequence[str], *, published: int
 ) -> pd.DataFrame:
     """The paper's data set size read per task, and read in total, each with four epochs.
 
@@ -237,6 +241,6 @@ def readings(
     return pd.concat(parts, ignore_index=True)
 
 
-def num_tasks(benches: Mapping[int, Bench]) -> int:
+def num_tasks(benches: Mapping[int, Experiment]) -> int:
     """The number of tasks that every bench merges."""
     return len(next(iter(benches.values())).problem.vectors.tasks)

@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_book.evaluation.cache import kept
-from divmerge_book.evaluation.experiment import Bench
-from divmerge_book.evaluation.metrics import Exam
+from divmerge_book.evaluation.experiment import Experiment
+from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_core.divergences import DIVERGENCES, entropy
 from divmerge_core.kernels.merge import grouped_merge
 from divmerge_core.kernels.segments import Segments
@@ -110,7 +110,7 @@ def random_coefficients(
 
 
 def random_merge(
-    bench: Bench, kind: str, number: int, seed: int = 0, centre: int | None = None
+    bench: Experiment, kind: str, number: int, seed: int = 0, centre: int | None = None
 ) -> Float[Tensor, " N"]:
     """The merged model with this number (see `random_coefficients`)."""
     vectors = bench.problem.vectors
@@ -126,20 +126,20 @@ def random_merge(
 
 @torch.no_grad()
 def answers(
-    bench: Bench, flat: Float[Tensor, " N"], task: int, batches: Sequence[Batch]
+    bench: Experiment, flat: Float[Tensor, " N"], task: int, batches: Sequence[Batch]
 ) -> Float[Tensor, "A V"]:
     """Logits of one model on all these batches, through one task's head."""
     named = bench.problem.vectors.layout.unflatten(flat)
     return torch.cat(bench.problem.forward(named, [(task, batch) for batch in batches]))
 
 
-def right(bench: Bench, flat: Float[Tensor, " N"], task: int, exam: Exam) -> float:
+def right(bench: Experiment, flat: Float[Tensor, " N"], task: int, exam: LabelledSplit) -> float:
     """Share of right answers, 0 to 1."""
     found = answers(bench, flat, task, exam.batches).argmax(-1)
     return (found == exam.gold).double().mean().item()
 
 
-def own_answers(bench: Bench) -> list[Float[Tensor, "A V"]]:
+def own_answers(bench: Experiment) -> list[Float[Tensor, "A V"]]:
     """Every expert's logits on its own merge rows."""
     problem = bench.problem
     return [
@@ -149,7 +149,7 @@ def own_answers(bench: Bench) -> list[Float[Tensor, "A V"]]:
 
 
 def asked(
-    bench: Bench, flat: Float[Tensor, " N"], task: int, expert: Float[Tensor, "A V"]
+    bench: Experiment, flat: Float[Tensor, " N"], task: int, expert: Float[Tensor, "A V"]
 ) -> dict[str, float]:
     """One model on one task: MEASURES in nats (means over merge rows), validation, accuracy."""
     merged = answers(bench, flat, task, bench.problem.batches[task])
@@ -160,7 +160,7 @@ def asked(
     return {name: round(value, 5) for name, value in means.items()}
 
 
-def crossed(bench: Bench) -> pd.DataFrame:
+def crossed(bench: Experiment) -> pd.DataFrame:
     """Every expert asked about every task, through the task's head: the paper's Figure 5, ours.
 
     Columns: task (whose rows, head and reference expert), model (the expert asked), MEASURES,
@@ -181,7 +181,7 @@ def crossed(bench: Bench) -> pd.DataFrame:
 
 
 def drawn_models(
-    bench: Bench, kind: str, count: int, *, seed: int = 0, centre: int | None = None
+    bench: Experiment, kind: str, count: int, *, seed: int = 0, centre: int | None = None
 ) -> pd.DataFrame:
     """Models number 0 to count - 1 of a kind in DRAWS, a row per model and task.
 
@@ -228,7 +228,7 @@ def rings(tasks: Sequence[str]) -> list[tuple[str, str]]:
     return pairs[: 1 if len(tasks) == 2 else None]
 
 
-def of_seed(bench: Bench, effort: Effort, seed: int) -> pd.DataFrame:
+def of_seed(bench: Experiment, effort: Effort, seed: int) -> pd.DataFrame:
     """All models of an effort on one bench; the column `experts` is `all`, or a pair's names."""
     tasks = bench.problem.vectors.tasks
     whole = [drawn_models(bench, "task", effort.tasks, seed=seed)]
@@ -244,7 +244,7 @@ def of_seed(bench: Bench, effort: Effort, seed: int) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True).assign(seed=seed)
 
 
-def evidence(benches: Mapping[int, Bench], effort: Effort) -> dict[str, pd.DataFrame]:
+def evidence(benches: Mapping[int, Experiment], effort: Effort) -> dict[str, pd.DataFrame]:
     """All models of an effort on every bench (by seed of experts).
 
     Returns `models` (rows of `drawn_models`, with columns experts and seed) and `cross` (of

@@ -16,11 +16,11 @@ from divmerge_book.data.splits import Splits
 from divmerge_book.data.tasks import TASKS
 from divmerge_book.evaluation.benchmark import references
 from divmerge_book.evaluation.cache import kept
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.metrics import evaluate
 from divmerge_book.models.encoders import classifier_forward
 from divmerge_book.models.finetuning import Expert, Recipe, fine_tune
-from divmerge_book.studies.objective_fits import Posed, Rule, answers, fit, learned, merge, pose
+from divmerge_book.studies.objective_fits import FitSpec, Rule, answers, fit, learned, merge, pose
 from divmerge_book.studies.predictions import packed, report_of
 from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.merging.coefficients import Coefficients
@@ -36,25 +36,25 @@ STRAINS = Registry("strain")  # name -> function(bench, task number, seed) -> St
 class Strained:
     """A bench with one expert changed. retarget: what becomes of that expert's logits, or None."""
 
-    bench: Bench
+    bench: Experiment
     retarget: Callable[[Tensor], Tensor] | None = None
 
 
 @STRAINS.register("left_out", label="left out")
-def left_out(bench: Bench, number: int, seed: int) -> Strained:
+def left_out(bench: Experiment, number: int, seed: int) -> Strained:
     """The expert is not merged at all: what its presence is compared with."""
     tasks = bench.problem.vectors.tasks
     return Strained(bench.select([task for n, task in enumerate(tasks) if n != number]))
 
 
 @STRAINS.register("none", label="as it is")
-def none(bench: Bench, number: int, seed: int) -> Strained:
+def none(bench: Experiment, number: int, seed: int) -> Strained:
     """Every expert as it is: what an honest expert costs the others."""
     return Strained(bench)
 
 
 @STRAINS.register("noise", label="noise for weights")
-def noise(bench: Bench, number: int, seed: int) -> Strained:
+def noise(bench: Experiment, number: int, seed: int) -> Strained:
     """Every tensor of the task vector replaced by Gaussian noise of the same length."""
     vectors = bench.problem.vectors
     generator, deltas = torch.Generator().manual_seed(seed), dense(vectors.deltas).clone()
@@ -75,7 +75,7 @@ def permuted(splits: Splits, seed: int) -> Splits:
 
 
 @STRAINS.register("permuted", label="trained on permuted labels")
-def permuted_labels(bench: Bench, number: int, seed: int) -> Strained:
+def permuted_labels(bench: Experiment, number: int, seed: int) -> Strained:
     """An expert that was fine-tuned as the others, on labels shuffled among the train rows."""
     task, old = TASKS[bench.problem.vectors.tasks[number]], bench.experts[number]
     twisted = replace(
@@ -87,7 +87,7 @@ def permuted_labels(bench: Bench, number: int, seed: int) -> Strained:
     return Strained(with_expert(bench, number, expert))
 
 
-def with_expert(bench: Bench, number: int, expert: Expert) -> Bench:
+def with_expert(bench: Experiment, number: int, expert: Expert) -> Experiment:
     """The bench with another expert, and its head, in one task's place."""
     vectors, experts = bench.problem.vectors, [*bench.experts]
     experts[number] = expert
@@ -102,18 +102,18 @@ def with_expert(bench: Bench, number: int, expert: Expert) -> Bench:
 
 
 @STRAINS.register("wrong", label="surely wrong answers")
-def wrong(bench: Bench, number: int, seed: int) -> Strained:
+def wrong(bench: Experiment, number: int, seed: int) -> Strained:
     """The expert's weights as they are; its answers moved on to the next class, as sure as ever."""
     return Strained(bench, lambda logits: logits.roll(1, dims=-1))
 
 
 @STRAINS.register("overconfident", label="over-confident answers")
-def overconfident(bench: Bench, number: int, seed: int) -> Strained:
+def overconfident(bench: Experiment, number: int, seed: int) -> Strained:
     """The expert's weights as they are; its logits SHARPER times as large."""
     return Strained(bench, lambda logits: SHARPER * logits)
 
 
-def posed_under(strained: Strained, spec: str, number: int) -> Posed:
+def posed_under(strained: Strained, spec: str, number: int) -> FitSpec:
     """The fit of an objective, with the changed expert's answers for targets."""
     posed = pose(strained.bench, spec)
     if strained.retarget is None:
@@ -127,7 +127,7 @@ def posed_under(strained: Strained, spec: str, number: int) -> Posed:
 
 
 def strains(
-    benches: Mapping[int, Bench],
+    benches: Mapping[int, Experiment],
     *,
     specs: Sequence[str],
     kinds: Sequence[str],
@@ -159,7 +159,7 @@ def strains(
     return packed([*rows, *experts_of(benches)])
 
 
-def experts_of(benches: Mapping[int, Bench]) -> list[dict]:
+def experts_of(benches: Mapping[int, Experiment]) -> list[dict]:
     """Every expert's answers on its own task's test rows, by seed."""
     label = {"method": "expert"}
     return [
@@ -194,7 +194,7 @@ def costs(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def strain(
-    bench: Bench,
+    bench: Experiment,
     make: Callable[[], Strained],
     number: int,
     spec: str,
@@ -217,7 +217,7 @@ def strain(
 
 
 def temperatures(
-    benches: Mapping[int, Bench],
+    benches: Mapping[int, Experiment],
     *,
     specs: Sequence[str],
     values: Sequence[float],

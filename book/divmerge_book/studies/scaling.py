@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_book.evaluation.cache import kept
-from divmerge_book.evaluation.experiment import SIZES, Bench, Size
+from divmerge_book.evaluation.experiment import SIZES, Experiment, Size
 from divmerge_book.evaluation.hyperparameter_search import Made, Merges, candidates, search
 from divmerge_book.interference.weights import cosine, sign_conflict
 from divmerge_core.divergences import DIVERGENCES
@@ -123,7 +123,7 @@ def unpacked(text: str) -> list[bool]:
 
 
 @torch.no_grad()
-def references(bench: Bench) -> References:
+def references(bench: Experiment) -> References:
     """Every expert's logits on its own test rows."""
     found, problem = {}, bench.problem
     for number, task in enumerate(problem.vectors.tasks):
@@ -133,7 +133,7 @@ def references(bench: Bench) -> References:
 
 
 @torch.no_grad()
-def judged(bench: Bench, merged: Merged, experts: References) -> list[dict]:
+def judged(bench: Experiment, merged: Merged, experts: References) -> list[dict]:
     """A row per task: `right`, packed, and `js` to the expert, nats, mean over test rows."""
     rows = []
     for number, task in enumerate(bench.problem.vectors.tasks):
@@ -146,7 +146,7 @@ def judged(bench: Bench, merged: Merged, experts: References) -> list[dict]:
     return rows
 
 
-def own_rows(bench: Bench, experts: References) -> list[dict]:
+def own_rows(bench: Experiment, experts: References) -> list[dict]:
     """Every expert on its own task, and what always giving the commonest test answer gets right."""
     rows = []
     for task, exam in zip(bench.problem.vectors.tasks, bench.test, strict=True):
@@ -176,7 +176,7 @@ def piece(merges: Merges, options: dict, experts: References) -> list[dict]:
 
 
 def scaling(
-    benches: Mapping[int, Bench],
+    benches: Mapping[int, Experiment],
     subsets: Sequence[Subset],
     *,
     methods: Sequence[str],
@@ -219,7 +219,7 @@ def scaling(
 
 
 def scaled(
-    chosen: Callable[[], Bench], scale: float | None, experts: References
+    chosen: Callable[[], Experiment], scale: float | None, experts: References
 ) -> list[dict[str, object]]:
     """What a sum of task vectors with one coefficient answers; see `fixed`."""
     bench = chosen()
@@ -228,7 +228,9 @@ def scaled(
     return [{**row, "scale": share} for row in judged(bench, merged, experts)]
 
 
-def fixed(bench: Bench, subsets: Sequence[Subset], scales: Sequence[float | None]) -> pd.DataFrame:
+def fixed(
+    bench: Experiment, subsets: Sequence[Subset], scales: Sequence[float | None]
+) -> pd.DataFrame:
     """Sums of task vectors with the same coefficient for every subset, whatever its size.
 
     None among the scales is 1/T: the average. Columns: subset, task, scale (the coefficient), fixed
@@ -246,7 +248,7 @@ def fixed(bench: Bench, subsets: Sequence[Subset], scales: Sequence[float | None
     return pd.DataFrame(rows)
 
 
-def geometry(bench: Bench) -> pd.DataFrame:
+def geometry(bench: Experiment) -> pd.DataFrame:
     """How every two task vectors stand to each other: task, other, inner, cosine, conflict.
 
     inner: product, in squared parameter units; on the diagonal the squared length. conflict: share

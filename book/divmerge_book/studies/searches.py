@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_book.evaluation.cache import kept
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.studies.continual_merging import accuracies, expert_accuracies
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.paths import Path, Paths, Pool
@@ -32,7 +32,7 @@ GROUPING = "block"
 class Marks:
     """Validation accuracy of a task's model, asked `calls` times per task; answers are noted."""
 
-    bench: Bench
+    bench: Experiment
     calls: int
     given: list[float] = field(default_factory=list)
 
@@ -55,7 +55,7 @@ class Marks:
         return [sum(column) / len(column) for column in zip(*highest, strict=True)]
 
 
-def evolution(bench: Bench, marks: Marks, seed: int, *, size_base: float = 1.0) -> Paths:
+def evolution(bench: Experiment, marks: Marks, seed: int, *, size_base: float = 1.0) -> Paths:
     """`layer_evolution`, where a task is scored by its own accuracy alone, as published."""
     return METHODS["layer_evolution"](
         bench.problem,
@@ -75,7 +75,7 @@ SEARCHES.register("evolution_small", label="evolution, size base 0.9")(
 )
 
 
-def put_together(bench: Bench, find: Callable[[Pool, Path, int], Path]) -> Paths:
+def put_together(bench: Experiment, find: Callable[[Pool, Path, int], Path]) -> Paths:
     """What `find(pool, the task's own expert, task)` gives for every task."""
     pool, paths = Pool.of(bench.problem, GROUPING), []
     for task in range(len(bench.problem.vectors.tasks)):
@@ -85,7 +85,7 @@ def put_together(bench: Bench, find: Callable[[Pool, Path, int], Path]) -> Paths
 
 
 @SEARCHES.register("random", label="random search")
-def random_search(bench: Bench, marks: Marks, seed: int) -> Paths:
+def random_search(bench: Experiment, marks: Marks, seed: int) -> Paths:
     """The best of the expert and of paths with every gene drawn evenly."""
     generator = random.Random(seed)
 
@@ -102,7 +102,7 @@ def random_search(bench: Bench, marks: Marks, seed: int) -> Paths:
 
 
 @SEARCHES.register("greedy", label="greedy, group by group")
-def greedy_search(bench: Bench, marks: Marks, seed: int) -> Paths:
+def greedy_search(bench: Experiment, marks: Marks, seed: int) -> Paths:
     """Group after group, again and again: every other gene is tried, the best is taken if better.
 
     The last group may be left half tried, when the calls are spent.
@@ -123,7 +123,7 @@ def greedy_search(bench: Bench, marks: Marks, seed: int) -> Paths:
     return put_together(bench, find)
 
 
-def searched(bench: Bench, name: str, calls: int, seed: int) -> dict:
+def searched(bench: Experiment, name: str, calls: int, seed: int) -> dict:
     """One search: best validation accuracy up to every call, test accuracy, bytes.
 
     Means over tasks; bytes of all distinct parameters that the paths need.
@@ -135,7 +135,7 @@ def searched(bench: Bench, name: str, calls: int, seed: int) -> dict:
     return {"validation": marks.best(), "test": test, "bytes": paths.nbytes}
 
 
-def searches(benches: Mapping[tuple[int, int], Bench], *, calls: int = 129) -> pd.DataFrame:
+def searches(benches: Mapping[tuple[int, int], Experiment], *, calls: int = 129) -> pd.DataFrame:
     """Every search on every bench: a row per seed, validation rows, search and call.
 
     benches: by seed and number of validation rows per task. Columns: seed, rows, search, call,
@@ -162,7 +162,7 @@ def searches(benches: Mapping[tuple[int, int], Bench], *, calls: int = 129) -> p
     return pd.DataFrame(rows)
 
 
-def reference(bench: Bench, label: Mapping, validation: float) -> dict:
+def reference(bench: Experiment, label: Mapping, validation: float) -> dict:
     """The experts' own row."""
     alone, base = list(expert_accuracies(bench).values()), bench.problem.vectors.base
     test = sum(alone) / len(alone)

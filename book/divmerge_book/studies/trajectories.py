@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_book.evaluation.cache import kept
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.hyperparameter_search import validation_scores
 from divmerge_book.evaluation.statistics import spearman
-from divmerge_book.studies.objective_fits import Posed, Rule, Targets, fit, merge, only_seen
+from divmerge_book.studies.objective_fits import FitSpec, Rule, Targets, fit, merge, only_seen
 from divmerge_book.studies.robustness import STRAINS, posed_under
 from divmerge_core.kernels.merge import grouped_inner, grouped_merge
 from divmerge_core.merging.coefficients import Coefficients
@@ -23,7 +23,7 @@ from divmerge_core.merging.problem import Diverged
 
 
 def pulls(
-    posed: Posed, coeffs: Float[Tensor, "T G"], grouping: str, targets: Targets
+    posed: FitSpec, coeffs: Float[Tensor, "T G"], grouping: str, targets: Targets
 ) -> Iterator[tuple[float, float]]:
     """Per task: its loss on all its inputs, and the length of that loss's gradient in Lambda."""
     vectors = posed.problem.vectors
@@ -42,8 +42,8 @@ def pulls(
 class Watch:
     """Notes every task's loss, pull, coefficient and the validation ANP, every few steps."""
 
-    bench: Bench
-    posed: Posed
+    bench: Experiment
+    posed: FitSpec
     grouping: str
     every: int
     last: int
@@ -64,7 +64,7 @@ class Watch:
 
 
 def course(
-    bench: Bench,
+    bench: Experiment,
     kind: str,
     number: int,
     seed: int,
@@ -89,7 +89,7 @@ def course(
 
 
 def courses(
-    benches: Mapping[int, Bench],
+    benches: Mapping[int, Experiment],
     *,
     specs: Sequence[str],
     grouping: str,

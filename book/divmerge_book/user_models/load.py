@@ -14,8 +14,8 @@ from torch.func import functional_call
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from divmerge_book.data.code_digest import code_digest, key_of
-from divmerge_book.evaluation.experiment import Bench
-from divmerge_book.evaluation.metrics import Exam
+from divmerge_book.evaluation.experiment import Experiment
+from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.models.encoders import (
     Base,
     check_device,
@@ -154,13 +154,13 @@ def answering(
     return answer
 
 
-def exam_of(rows: datasets.Dataset | None, base: Base, max_length: int) -> Exam:
+def exam_of(rows: datasets.Dataset | None, base: Base, max_length: int) -> LabelledSplit:
     """Labelled rows ready to be scored; an exam without batches where there are none."""
     device = next(base.encoder.parameters()).device
     if rows is None:
-        return Exam([], torch.zeros(0, dtype=torch.long, device=device))
+        return LabelledSplit([], torch.zeros(0, dtype=torch.long, device=device))
     batches, order = make_batches(rows, base, batch_size=32, max_length=max_length)
-    return Exam(batches, torch.tensor(rows["label"], device=device)[order])
+    return LabelledSplit(batches, torch.tensor(rows["label"], device=device)[order])
 
 
 def lengths(vectors: TaskVectors, base: str) -> list[str]:
@@ -196,7 +196,7 @@ def hashes(weights: Sequence[Path], folder: Path) -> dict[str, str]:
     return {path.name: sha256(path) for path in sorted({*weights, *words})}
 
 
-def load(plan: Plan, *, device: str = "cpu", precision: str = "float32") -> Bench:
+def load(plan: Plan, *, device: str = "cpu", precision: str = "float32") -> Experiment:
     """The plan as a bench: base, task vectors, heads, unlabelled inputs, labelled rows.
 
     Parameters that base and all experts have are merged, by the encoder's own names; tied ones
@@ -240,7 +240,7 @@ def assembled(
     vectors: TaskVectors,
     heads: Mapping[str, Mapping[str, Tensor]],
     precision: str,
-) -> Bench:
+) -> Experiment:
     """The bench of weights that are loaded."""
     place, half = vectors.base.device, precision == "bfloat16"
     ways = [answering(s, encoder, heads[s.task.name], place) for s in plan.experts]
@@ -270,4 +270,4 @@ def assembled(
     }
     experts = [Expert(m["task"], {}, heads[m["task"]], m) for m in manifests]
     problem = MergeProblem(vectors, merge, forward, encoder)
-    return Bench(base, experts, problem, exams["validation"], exams["test"], digest)
+    return Experiment(base, experts, problem, exams["validation"], exams["test"], digest)

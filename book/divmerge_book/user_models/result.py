@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from divmerge_book.evaluation.benchmark import check_fit_for, check_request
-from divmerge_book.evaluation.experiment import SIZES, Bench
+from divmerge_book.evaluation.experiment import SIZES, Experiment
 from divmerge_book.evaluation.hyperparameter_search import (
     Made,
     Merges,
@@ -40,13 +40,13 @@ class Found:
     report: Report | None
 
 
-def labelled(bench: Bench) -> list[str]:
+def labelled(bench: Experiment) -> list[str]:
     """The tasks that have test rows."""
     tasks = bench.problem.vectors.tasks
     return [task for task, exam in zip(tasks, bench.test, strict=True) if exam.rows]
 
 
-def check_methods(bench: Bench, specs: Sequence[str], overrides: Mapping) -> bool:
+def check_methods(bench: Experiment, specs: Sequence[str], overrides: Mapping) -> bool:
     """Whether methods may search with validation rows, which all tasks must have.
 
     Raises ValueError for what is unknown, for methods that return no single model, and for those
@@ -72,7 +72,7 @@ def check_methods(bench: Bench, specs: Sequence[str], overrides: Mapping) -> boo
 
 @torch.no_grad()
 def closeness(
-    bench: Bench, merged: Mapping[str, Merged], *, divergence: str = "js"
+    bench: Experiment, merged: Mapping[str, Merged], *, divergence: str = "js"
 ) -> pd.DataFrame:
     """How near merges answer to every expert, on its test inputs, or else its merge inputs.
 
@@ -94,7 +94,7 @@ def closeness(
 
 
 def merge_and_score(
-    bench: Bench,
+    bench: Experiment,
     specs: Sequence[str],
     *,
     budget: int | None = None,
@@ -128,7 +128,7 @@ def merge_and_score(
 
 
 def scored(
-    bench: Bench, merged: Mapping[str, Merged], seed: int, suite: str = SUITE
+    bench: Experiment, merged: Mapping[str, Merged], seed: int, suite: str = SUITE
 ) -> Report | None:
     """Answers of experts, base and merges to the labelled test rows; None without any."""
     tasks = labelled(bench)

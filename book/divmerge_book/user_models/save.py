@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from divmerge_book.evaluation.experiment import Bench
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.models.finetuning import data_digest
 from divmerge_book.user_models.description import Description
 from divmerge_book.user_models.plan import Plan
@@ -62,7 +62,7 @@ def grouping_of(spec: str) -> str:
     return fixed.get("grouping", option.default if option else "task")
 
 
-def heads_of(plan: Plan, bench: Bench) -> dict[str, Head]:
+def heads_of(plan: Plan, bench: Experiment) -> dict[str, Head]:
     """Every task's head as it is written beside the merged model."""
     found = {}
     for source, expert in zip(plan.experts, bench.experts, strict=True):
@@ -91,7 +91,7 @@ def target(description: Description, output: str | os.PathLike, *, overwrite: bo
 
 def write_merged(
     plan: Plan,
-    bench: Bench,
+    bench: Experiment,
     found: Found,
     spec: str,
     folder: str | os.PathLike,

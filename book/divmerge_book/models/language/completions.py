@@ -22,7 +22,7 @@ from divmerge_book.models.language.models import Language
 from divmerge_book.models.language.prompts import Prompt
 from divmerge_book.models.language.reading import ask, by_length, collate
 from divmerge_book.models.language.seq2seq import encodes, greedy_answers
-from divmerge_core.kernels.expert_cache import TopAnswers, cache_expert
+from divmerge_core.kernels.expert_cache import TopKLogProbs, cache_expert
 from divmerge_core.merging.problem import Batch, Forward
 from divmerge_core.storage import cache_dir, dump_json, once
 
@@ -95,7 +95,9 @@ class Completions:
         """Memory that the cached distributions take."""
         kept = [batch.expert for batch in self.batches]
         return sum(
-            one.classes.nbytes + one.log_probs.nbytes if isinstance(one, TopAnswers) else one.nbytes
+            one.classes.nbytes + one.log_probs.nbytes
+            if isinstance(one, TopKLogProbs)
+            else one.nbytes
             for one in kept
         )
 
@@ -117,7 +119,7 @@ def completions(
     """The expert's greedy answers to unlabelled rows, and its distributions where it gave them.
 
     expert: parameters by name. key: what tells this expert from others, for the cache. top: keep
-    its likeliest classes only (see TopAnswers, which says what that loses); None keeps all V in
+    its likeliest classes only (see TopKLogProbs, which says what that loses); None keeps all V in
     bfloat16. Finished parts are read from the cache.
     """
     asked = ask(base, prompt, rows, max_length)
@@ -167,13 +169,13 @@ def write_distributions(
     keep(path, cache_expert(forward(expert, [(0, batch)])[0], top=top))
 
 
-def keep(path: Path, answers: Tensor | TopAnswers) -> None:
+def keep(path: Path, answers: Tensor | TopKLogProbs) -> None:
     """Write an expert's answers."""
-    tensors = vars(answers) if isinstance(answers, TopAnswers) else {"log_probs": answers}
+    tensors = vars(answers) if isinstance(answers, TopKLogProbs) else {"log_probs": answers}
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
-def recall(path: Path, device: torch.device) -> Tensor | TopAnswers:
+def recall(path: Path, device: torch.device) -> Tensor | TopKLogProbs:
     """The inverse of `keep`."""
     tensors = load_file(path, device=str(device))
-    return TopAnswers(**tensors) if "classes" in tensors else tensors["log_probs"]
+    return TopKLogProbs(**tensors) if "classes" in tensors else tensors["log_probs"]

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput
 
 from divmerge_book.models.encoders import resolve
-from divmerge_book.models.language.reading import Choices
+from divmerge_book.models.language.reading import MultipleChoiceBatch
 from divmerge_book.models.language.seq2seq import encodes, seq2seq_forward
 from divmerge_core.merging.problem import Batch, Forward, Pairs
 
@@ -129,10 +129,9 @@ def language_forward(
 ) -> Forward:
     """A MergeProblem's `forward` for one causal language model, or one encoder-decoder.
 
-    Gives logits [A, V] for a batch, and for Choices the likelihood of every choice. precision: of
-    the body's matrix products, `float32`, `bfloat16` or `auto`; the head, for which rounding would
-    cost most and which sees few rows, stays in the parameters' own. checkpointing: keep no
-    activations of a task's batch until its turn in the backward pass, where they are computed
+    Gives logits [A, V] for a batch, and for MultipleChoiceBatch the likelihood of every choice.
+    precision: of the body's matrix products, `float32`, `bfloat16` or `auto`; the head, for which
+    rounding costs most, stays in the parameters' own. checkpointing: keep no activations of a task's batch until its turn in the backward pass, where they are computed
     again: no more than one task's are held, at a third more work.
     """
     if encodes(model):
@@ -160,7 +159,7 @@ def chosen(forward: Forward) -> Forward:
 
     def likely(parameters: Mapping[str, Tensor], pairs: Pairs) -> list[Tensor]:
         return [
-            batch.likelihood(own) if isinstance(batch, Choices) else own
+            batch.likelihood(own) if isinstance(batch, MultipleChoiceBatch) else own
             for (_, batch), own in zip(pairs, forward(parameters, pairs), strict=True)
         ]
 

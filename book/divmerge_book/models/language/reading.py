@@ -16,7 +16,7 @@ from divmerge_core.merging.problem import Batch
 
 
 @dataclass(frozen=True)
-class Asked:
+class EncodedPrompts:
     """Prompts as token numbers; shortened: how many had to lose part of their text to fit."""
 
     prompts: tuple[tuple[int, ...], ...]
@@ -28,7 +28,7 @@ def ask(
     prompt: Prompt,
     rows: datasets.Dataset | Sequence[Mapping[str, object]],
     max_length: int,
-) -> Asked:
+) -> EncodedPrompts:
     """Every row's prompt in at most `max_length` tokens.
 
     Of a prompt that is too long, the longer of its texts loses its end, never the question itself.
@@ -42,7 +42,7 @@ def ask(
             row = less(base, prompt, row, len(tokens) - max_length)
             tokens = base.tokenizer(prompt.ask(row))["input_ids"]
         found.append(tuple(tokens))
-    return Asked(tuple(found), shortened)
+    return EncodedPrompts(tuple(found), shortened)
 
 
 def less(base: Language, prompt: Prompt, row: Mapping[str, object], excess: int) -> dict:
@@ -103,7 +103,7 @@ def collate(base: Language, pairs: Sequence[Pair]) -> tuple[Batch, Int[Tensor, "
 
 
 @dataclass(frozen=True)
-class Choices(Batch):
+class MultipleChoiceBatch(Batch):
     """Prompts that are answered by how likely each of C words is after them: logits [B, C].
 
     A row of the inputs is a prompt with the beginning that some words share, so that words of one
@@ -122,7 +122,9 @@ class Choices(Batch):
         return total.view(len(self.weight), -1)
 
 
-def choices(base: Language, prompts: Sequence[Sequence[int]], words: Sequence[str]) -> Choices:
+def choices(
+    base: Language, prompts: Sequence[Sequence[int]], words: Sequence[str]
+) -> MultipleChoiceBatch:
     """A batch that asks how likely each word is after each prompt; EOS is not part of a word."""
     answers = [answer_tokens(base, " " + word)[:-1] for word in words]
     begun = list(dict.fromkeys(answer[:-1] for answer in answers))
@@ -136,7 +138,7 @@ def choices(base: Language, prompts: Sequence[Sequence[int]], words: Sequence[st
             places += [(start + n, token, slot) for n, token in enumerate(answer)]
     columns = torch.tensor(places, device=base.device).T
     weight = torch.full((len(prompts),), 1 / len(prompts), device=base.device)
-    return Choices(batch.inputs, weight, batch.answer, None, *columns)
+    return MultipleChoiceBatch(batch.inputs, weight, batch.answer, None, *columns)
 
 
 def by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
