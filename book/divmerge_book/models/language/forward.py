@@ -132,8 +132,8 @@ def language_forward(
     Gives logits [A, V] for a batch, and for MultipleChoiceBatch the likelihood of every choice.
     precision: of the body's matrix products, `float32`, `bfloat16` or `auto`; the head, for which
     rounding costs most, stays in the parameters' own. checkpointing: keep no activations of a
-    task's batch until its turn in the backward pass, where they are computed again: no more than one task's are held, at a third more work.
-    """
+    task's batch until its turn in the backward pass, where they are computed again: no more than
+    one task's are held, at a third more work. """
     if encodes(model):
         return chosen(seq2seq_forward(model, precision=precision, checkpointing=checkpointing))
     parts = Parts.of(model)
