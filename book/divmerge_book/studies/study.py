@@ -1,0 +1,54 @@
+"""A study: one measurement, repeated over experiments and jobs, each result kept in the cache."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+
+import pandas as pd
+from tqdm import tqdm
+
+from divmerge_book.evaluation.cache import kept
+from divmerge_book.evaluation.experiment import Experiment
+
+Rows = Iterable[Mapping] | pd.DataFrame
+
+
+def study(
+    measure: Callable[..., Rows],
+    experiments: Mapping[int, Experiment],
+    jobs: Sequence[Mapping],
+    *,
+    keys: object = (),
+    method: str | None = None,
+    **fixed: object,
+) -> pd.DataFrame:
+    """The rows of `measure(experiment, seed=seed, **job, **fixed)` for every experiment and job.
+
+    measure: returns rows that JSON can hold. experiments: by seed. jobs: labels, JSON values or
+    dataclasses, which are also the measurement's options. A row has the job's labels, the seed and
+    its own columns, which win where names agree. Every result is cached on its own, so an
+    interrupted study continues where it stopped. Its key is the code that `measure` reaches, the
+    experiment, seed, job, fixed options and `keys`. Objects that JSON cannot hold are bound to
+    `measure` by functools.partial; `keys` then says what decides them. method: the only
+    merging method that a job calls, or the label that has it: code of the others does not count.
+    """
+    rows, pairs = [], [(seed, dict(job)) for seed in experiments for job in jobs]
+    for seed, job in (bar := tqdm(pairs, name_of(measure), leave=False)):
+        bar.set_postfix_str(", ".join(map(str, [f"seed {seed}", *job.values()])), refresh=False)
+        make = partial(records, measure, experiments[seed], seed=seed, **job, **fixed)
+        what = (name_of(measure), seed, job, fixed, keys)
+        found = kept(experiments[seed], make, *what, method=job.get(method, method))
+        rows += [{**job, "seed": seed, **row} for row in found]
+    return pd.DataFrame(rows)
+
+
+def name_of(measure: Callable) -> str:
+    """The measurement's name: its function's, also under functools.partial."""
+    while isinstance(measure, partial):
+        measure = measure.func
+    return measure.__name__.replace("_", " ")
+
+
+def records(measure: Callable[..., Rows], *args: object, **options: object) -> list[dict]:
+    """What a measurement returns, as a list of rows."""
+    rows = measure(*args, **options)
+    return rows.to_dict("records") if isinstance(rows, pd.DataFrame) else [*map(dict, rows)]
