@@ -144,7 +144,12 @@ def adam(live: MergedModel, course: Course, *, anneal: bool = False) -> int:
         if anneal:
             optimizer.param_groups[0]["lr"] = course.lr * (1 - number / len(steps))
         coeffs = course.merge(live)
-        loss, gradient = course.ledger.next(partial(pulled, live, chosen))
+        try:
+            loss, gradient = course.ledger.next(partial(pulled, live, chosen))
+        except Undefined as error:
+            if number == 0:  # the start itself is undefined: nothing has diverged
+                raise
+            raise Diverged(f"fit_coefficients: at step {number} {error}; or {advice}") from error
         require_sound(number, loss, coeffs, advice)
         course.observe(live, number, loss, coeffs)
         optimizer.zero_grad()

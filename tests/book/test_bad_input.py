@@ -19,7 +19,7 @@ from helpers import TINY_RECIPE, linear_problem, refuse, task_of, toy_splits, to
 from divmerge_core import storage
 from divmerge_core.kernels.merge import grouped_inner, grouped_merge
 from divmerge_core.merging.coefficients import Coefficients
-from divmerge_core.merging.problem import Batch, MergeProblem
+from divmerge_core.merging.problem import Batch, Diverged, MergeProblem
 
 
 def forbid(*args, **options):
@@ -202,6 +202,14 @@ def test_extreme_weights_that_give_no_distribution_are_reported():
     broken = MergeProblem(problem.vectors, problem.batches, forward)
     with pytest.raises(ValueError, match="define no distribution; check the model's weights"):
         benchmark.METHODS["divmerge"](broken, progress=False)
+
+
+def test_a_step_onto_undefined_logits_is_a_divergence():
+    """A step of 1e30 overflows: the merged model's logits are NaN."""
+    with pytest.raises(Diverged, match="at step 1 logits hold NaN.*; or lower lr"):
+        benchmark.METHODS["divmerge"](
+            linear_problem(num_tasks=2, dtype=torch.float32), lr=1e30, progress=False
+        )
 
 
 def test_inputs_for_another_number_of_tasks_are_refused():

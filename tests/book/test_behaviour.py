@@ -1,6 +1,5 @@
 """What merging does to answers, confidence and layers: by hand, by identity, by slow reference."""
 
-import math
 from dataclasses import replace
 from itertools import permutations
 
@@ -11,14 +10,11 @@ from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.interference.behaviour import (
     answers,
     barrier,
-    chance_error,
     confidence,
     disagreement,
     disentanglement_error,
-    expected_calibration_error,
     flips,
     margin,
-    reliability,
 )
 from divmerge_book.interference.representation import (
     cka,
@@ -165,51 +161,6 @@ def test_margin_and_confidence_by_hand():
     logits = torch.tensor([[0.5, 0.3, 0.2], [1 / 3, 1 / 3, 1 / 3]]).log()
     assert_close(margin(logits), torch.tensor([0.2, 0.0]))
     assert_close(confidence(logits), torch.tensor([0.5, 1 / 3]))
-
-
-# --- calibration ----------------------------------------------------------------------------------
-
-
-def test_a_perfectly_calibrated_toy_has_no_calibration_error():
-    sure = torch.tensor([0.75] * 4 + [0.5] * 2, dtype=torch.float64)
-    right = torch.tensor([1, 1, 1, 0, 1, 0]).bool()
-    assert expected_calibration_error(sure, right) == 0
-
-
-def test_the_calibration_error_by_hand():
-    sure = torch.tensor([0.95, 0.95, 0.65, 0.65], dtype=torch.float64)
-    right = torch.tensor([1, 0, 1, 1]).bool()
-    assert_close(expected_calibration_error(sure, right), (0.45 + 0.35) / 2)
-    assert_close(expected_calibration_error(sure, right, bins=1), 0.05)  # 0.8 against 0.75
-
-
-def test_bins_hold_their_upper_edge_and_empty_ones_have_no_mean():
-    found = reliability(torch.tensor([0.5, 0.51, 1.0, 0.0]), torch.ones(4).bool(), bins=2)
-    assert found.count.tolist() == [2, 2]
-    empty = reliability(torch.tensor([0.9]), torch.ones(1).bool(), bins=2)
-    assert empty.count.tolist() == [0, 1] and math.isnan(empty.accuracy[0])
-    assert_close(empty.error, 0.1, rtol=1e-6, atol=0)
-
-
-def test_the_error_of_one_calibrated_answer_by_chance_is_known():
-    # with 0.75: off by 0.25 three times in four, by 0.75 once
-    sure = torch.tensor([0.75], dtype=torch.float64)
-    assert abs(chance_error(sure, draws=4000) - 0.375) < 4 * 0.217 / math.sqrt(4000)
-
-
-def test_the_error_by_chance_falls_with_more_rows():
-    sure = torch.rand(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    few, many = chance_error(sure[:40], draws=50), chance_error(sure, draws=50)
-    assert few > 3 * many
-
-
-def test_calibration_asks_for_rows_bins_and_probabilities():
-    right = torch.ones(1).bool()
-    for wrong, bins in ((torch.zeros(0), 10), (torch.tensor([1.5]), 10), (torch.tensor([0.5]), 0)):
-        with pytest.raises(ValueError, match="one row or more"):
-            reliability(wrong, right[: len(wrong)], bins=bins)
-    with pytest.raises(ValueError, match="draws"):
-        chance_error(torch.tensor([0.5]), draws=0)
 
 
 # --- layers ---------------------------------------------------------------------------------------

@@ -91,8 +91,10 @@ def test_rte_is_below_the_unmerged_base_for_both_best_published_merges():
 
 def test_margins_are_those_of_a_binomial_share():
     table = pd.DataFrame({"a": [0.5], "b": [0.9]}, index=["one"])
-    found = margins(table, pd.Series({"a": 100, "b": 400}), width=2.0)
-    assert found.loc["one"].tolist() == pytest.approx([0.1, 0.03, (0.05**2 + 0.015**2) ** 0.5])
+    found = margins(table, pd.Series({"a": 100, "b": 400})) / 1.959964
+    assert found.loc["one"].tolist() == pytest.approx(
+        [0.05, 0.015, (0.025**2 + 0.0075**2) ** 0.5], rel=1e-5
+    )
 
 
 def test_the_sweep_holds_every_scale_of_both_methods():

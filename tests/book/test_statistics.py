@@ -6,13 +6,17 @@ from itertools import permutations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from divmerge_book.evaluation.coverage import EFFECTS, STATISTICS, accuracies, simulated, truth
 from divmerge_book.evaluation.statistics import (
     CORRELATIONS,
     Estimate,
+    chance_error,
     crossed,
     exact_p,
+    expected_calibration_error,
     fisher_interval,
+    format_correlation,
     holm,
     largest_of,
     mean_interval,
@@ -21,11 +25,14 @@ from divmerge_book.evaluation.statistics import (
     pearson,
     ranks,
     reached,
+    reliability,
     row_means,
+    share_half_width,
     spearman,
     standard,
 )
 from scipy import stats
+from torch.testing import assert_close
 
 
 def generator(seed: int = 0) -> np.random.Generator:
@@ -232,3 +239,60 @@ def test_holm_by_hand():
     given = np.array([0.01, np.nan, 0.04, 0.03])
     np.testing.assert_allclose(holm(given), [0.03, np.nan, 0.06, 0.06])
     assert holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0]
+
+
+# --- calibration ----------------------------------------------------------------------------------
+
+
+def test_a_perfectly_calibrated_toy_has_no_calibration_error():
+    sure = torch.tensor([0.75] * 4 + [0.5] * 2, dtype=torch.float64)
+    right = torch.tensor([1, 1, 1, 0, 1, 0]).bool()
+    assert expected_calibration_error(sure, right) == 0
+
+
+def test_the_calibration_error_by_hand():
+    sure = torch.tensor([0.95, 0.95, 0.65, 0.65], dtype=torch.float64)
+    right = torch.tensor([1, 0, 1, 1]).bool()
+    assert_close(expected_calibration_error(sure, right), (0.45 + 0.35) / 2)
+    assert_close(expected_calibration_error(sure, right, bins=1), 0.05)  # 0.8 against 0.75
+
+
+def test_bins_hold_their_upper_edge_and_empty_ones_have_no_mean():
+    found = reliability(torch.tensor([0.5, 0.51, 1.0, 0.0]), torch.ones(4).bool(), bins=2)
+    assert found.count.tolist() == [2, 2]
+    empty = reliability(torch.tensor([0.9]), torch.ones(1).bool(), bins=2)
+    assert empty.count.tolist() == [0, 1] and math.isnan(empty.accuracy[0])
+    assert_close(empty.error, 0.1, rtol=1e-6, atol=0)
+
+
+def test_the_error_of_one_calibrated_answer_by_chance_is_known():
+    # with 0.75: off by 0.25 three times in four, by 0.75 once
+    sure = torch.tensor([0.75], dtype=torch.float64)
+    assert abs(chance_error(sure, draws=4000) - 0.375) < 4 * 0.217 / math.sqrt(4000)
+
+
+def test_the_error_by_chance_falls_with_more_rows():
+    sure = torch.rand(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    few, many = chance_error(sure[:40], draws=50), chance_error(sure, draws=50)
+    assert few > 3 * many
+
+
+def test_calibration_asks_for_rows_bins_and_probabilities():
+    right = torch.ones(1).bool()
+    for wrong, bins in ((torch.zeros(0), 10), (torch.tensor([1.5]), 10), (torch.tensor([0.5]), 0)):
+        with pytest.raises(ValueError, match="one row or more"):
+            reliability(wrong, right[: len(wrong)], bins=bins)
+    with pytest.raises(ValueError, match="draws"):
+        chance_error(torch.tensor([0.5]), draws=0)
+
+
+# --- text and shares ------------------------------------------------------------------------------
+
+
+def test_an_undefined_correlation_is_printed_as_undefined():
+    assert [format_correlation(r) for r in (0.254, -1.0, np.nan)] == ["+0.25", "-1.00", "undefined"]
+
+
+def test_the_half_width_of_a_share_is_the_normal_approximation():
+    found = share_half_width(np.array([0.5, 0.9]), np.array([100, 400]))
+    assert found == pytest.approx([0.0979982, 0.0293995], rel=1e-5)

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
-from jaxtyping import Float
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
 from scipy import optimize, stats
+from torch import Tensor
 
 # --- scores of the same rows by several seeds -----------------------------------------------------
 
@@ -119,6 +122,13 @@ def middle(drawn: Float[np.ndarray, " D *A"], level: float = 0.95) -> np.ndarray
     return np.where(none, np.nan, np.nanquantile(np.where(none, 0.0, drawn), points, axis=0))
 
 
+def share_half_width(
+    share: np.ndarray | pd.DataFrame, count: np.ndarray | pd.Series, level: float = 0.95
+) -> np.ndarray | pd.DataFrame:
+    """Half the width of the interval of a share of `count` rows: the normal approximation."""
+    return stats.norm.ppf((1 + level) / 2) * np.sqrt(share * (1 - share) / count)
+
+
 # --- correlations ---------------------------------------------------------------------------------
 
 
@@ -153,6 +163,15 @@ def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 Correlation = Callable[[np.ndarray, np.ndarray], np.ndarray]
 CORRELATIONS: Mapping[str, Correlation] = {"pearson": pearson, "spearman": spearman}
+
+
+def format_correlation(value: float, digits: int = 2) -> str:
+    """A correlation as text: signed, or `undefined` where it is NaN.
+
+    >>> format_correlation(0.254), format_correlation(float("nan"))
+    ('+0.25', 'undefined')
+    """
+    return "undefined" if math.isnan(value) else f"{value:+.{digits}f}"
 
 
 def fisher_interval(value: float, count: int, how: str) -> tuple[float, float]:
@@ -236,3 +255,73 @@ def holm(p: Float[np.ndarray, " M"]) -> Float[np.ndarray, " M"]:
     steps = p[order] * np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps))
     return adjusted
+
+
+# --- calibration ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Rows by confidence, in K bins of equal width; means are NaN where a bin is empty."""
+
+    count: Int[Tensor, " K"]
+    confidence: Float[Tensor, " K"]
+    accuracy: Float[Tensor, " K"]
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: see `expected_calibration_error`."""
+        gap = (self.accuracy - self.confidence).abs().nan_to_num(nan=0.0)
+        return (self.count.double() @ gap / self.count.sum()).item()
+
+
+def reliability(
+    confidence: Float[Tensor, " n"], right: Bool[Tensor, " n"], *, bins: int = 10
+) -> Reliability:
+    """Accuracy and mean confidence per bin of confidence (Guo et al. 2017, §2).
+
+    Bin k contains confidences above k / bins up to and including (k + 1) / bins. Raises ValueError
+    without rows, for bins below 1, and for confidences outside 0 to 1.
+    """
+    if not len(confidence) or bins < 1 or not ((confidence >= 0) & (confidence <= 1)).all():
+        raise ValueError(
+            f"give one row or more, confidences from 0 to 1 and one bin or more; got "
+            f"{len(confidence)} rows and {bins} bins"
+        )
+    sure = confidence.double()
+    edges = torch.arange(1, bins, dtype=torch.float64, device=sure.device) / bins
+    place = torch.bucketize(sure, edges)  # [n]: edges[k - 1] < confidence <= edges[k]
+    count = torch.bincount(place, minlength=bins)
+    mean = torch.bincount(place, weights=sure, minlength=bins) / count  # 0 / 0 is NaN
+    hits = torch.bincount(place, weights=right.double(), minlength=bins) / count
+    return Reliability(count, mean, hits)
+
+
+def expected_calibration_error(
+    confidence: Float[Tensor, " n"], right: Bool[Tensor, " n"], *, bins: int = 10
+) -> float:
+    """Mean distance between confidence and accuracy over bins, weighted by their rows; 0 to 1.
+
+    Few rows bias it upwards, as accuracies of small bins scatter: compare it with `chance_error`.
+    Few bins bias it downwards, as errors of opposite sign in a bin cancel.
+    Source: Naeini et al. 2015; Guo et al. 2017 (arXiv 1706.04599), Eq. 3.
+    """
+    return reliability(confidence, right, bins=bins).error
+
+
+def chance_error(
+    confidence: Float[Tensor, " n"], *, bins: int = 10, draws: int = 200, seed: int = 0
+) -> float:
+    """The calibration error that a perfectly calibrated model would show on as many rows.
+
+    Mean over `draws` in which every answer is right with the probability of its confidence. Source:
+    Brocker and Smith 2007, for reliability diagrams. Raises ValueError for draws below 1.
+    """
+    if draws < 1:
+        raise ValueError(f"draws must be 1 or more, got {draws}")
+    generator = torch.Generator().manual_seed(seed)
+    sure, found = confidence.double().cpu(), []
+    for _ in range(draws):
+        right = torch.rand(len(sure), generator=generator, dtype=torch.float64) < sure
+        found.append(expected_calibration_error(sure, right, bins=bins))
+    return sum(found) / draws

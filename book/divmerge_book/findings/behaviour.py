@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from divmerge_book.evaluation.statistics import format_correlation
 from divmerge_book.figures import title
 from divmerge_book.figures.conflict import CLUES
 from divmerge_book.findings import listed, span
@@ -41,7 +42,7 @@ def layers_and_losses(depth: pd.DataFrame, turns: pd.DataFrame, source: str) -> 
     tied = []
     for column in ("cka", "shift", "common"):
         each = stay.groupby(["seed", "model"])[[column, "net"]].corr("spearman")
-        tied.append(f"{column} {each.xs('net', level=2)[column].mean():+.2f}")
+        tied.append(f"{column} {format_correlation(each.xs('net', level=2)[column].mean())}")
     count = stay.task.nunique()
     return (
         "Rank correlation over tasks of the last layer's number with the change in accuracy, mean "

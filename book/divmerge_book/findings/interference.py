@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from divmerge_book.evaluation.statistics import format_correlation
 from divmerge_book.figures import title
 from divmerge_book.figures.conflict import place
 from divmerge_book.findings import listed, missing, scores, span
@@ -173,7 +174,8 @@ def disentangled(grid: pd.DataFrame, source: str) -> str:
     """Rank correlation of the disentanglement error with the ANP for coefficients in [0, 1]."""
     box = grid[grid.l1.between(0, 1) & grid.l2.between(0, 1)]
     tied = box.groupby("pair", sort=False)[["disagreement", "anp"]]
-    said = [f"{part.corr('spearman').iloc[0, 1]:+.2f} for {pair}" for pair, part in tied]
+    rho = {pair: format_correlation(part.corr("spearman").iloc[0, 1]) for pair, part in tied}
+    said = [f"{value} for {pair}" for pair, value in rho.items()]
     return (
         f"In {source}, within the square from 0 to 1, the rank correlation of $\\xi$ with the ANP "
         f"is {listed(said)}. $\\xi$ is no measure of quality: it is zero at the base."

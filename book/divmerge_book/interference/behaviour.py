@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from divmerge_book.evaluation.metrics import LabelledSplit
@@ -131,74 +131,3 @@ def margin(logits: Float[Tensor, "*A V"]) -> Float[Tensor, "*A"]:
     """Probability of the likeliest answer minus that of the next: 0 is a tie, 1 is certainty."""
     first, second = logits.softmax(-1).topk(2, dim=-1).values.unbind(-1)
     return first - second
-
-
-# --- calibration ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """Rows by confidence, in K bins of equal width; means are NaN where a bin is empty."""
-
-    count: Int[Tensor, " K"]
-    confidence: Float[Tensor, " K"]
-    accuracy: Float[Tensor, " K"]
-
-    @property
-    def error(self) -> float:
-        """Expected calibration error: see `expected_calibration_error`."""
-        gap = (self.accuracy - self.confidence).abs().nan_to_num(nan=0.0)
-        return (self.count.double() @ gap / self.count.sum()).item()
-
-
-def reliability(
-    confidence: Float[Tensor, " n"], right: Bool[Tensor, " n"], *, bins: int = 10
-) -> Reliability:
-    """How often answers given with a confidence are right, bin by bin (Guo et al. 2017, §2).
-
-    Bin k holds confidences above k / bins up to and including (k + 1) / bins. Raises ValueError
-    without rows, for bins below 1, and for confidences outside 0 to 1.
-    """
-    if not len(confidence) or bins < 1 or not ((confidence >= 0) & (confidence <= 1)).all():
-        raise ValueError(
-            f"give one row or more, confidences from 0 to 1 and one bin or more; got "
-            f"{len(confidence)} rows and {bins} bins"
-        )
-    sure = confidence.double()
-    edges = torch.arange(1, bins, dtype=torch.float64, device=sure.device) / bins
-    place = torch.bucketize(sure, edges)  # [n]: edges[k - 1] < confidence <= edges[k]
-    count = torch.bincount(place, minlength=bins)
-    mean = torch.bincount(place, weights=sure, minlength=bins) / count  # 0 / 0 is NaN
-    hits = torch.bincount(place, weights=right.double(), minlength=bins) / count
-    return Reliability(count, mean, hits)
-
-
-def expected_calibration_error(
-    confidence: Float[Tensor, " n"], right: Bool[Tensor, " n"], *, bins: int = 10
-) -> float:
-    """Mean distance between confidence and accuracy over bins, weighted by their rows; 0 to 1.
-
-    With few rows it lies above the truth, as accuracies of small bins scatter: compare it with
-    `chance_error`. With few bins it lies below, as errors of opposite sign in a bin cancel.
-    Source: Naeini et al. 2015; Guo et al. 2017 (arXiv 1706.04599), Eq. 3.
-    """
-    return reliability(confidence, right, bins=bins).error
-
-
-def chance_error(
-    confidence: Float[Tensor, " n"], *, bins: int = 10, draws: int = 200, seed: int = 0
-) -> float:
-    """The calibration error that a perfectly calibrated model would show on as many rows.
-
-    Mean over `draws` in which every answer is right with exactly its confidence's probability. An
-    error near this one says nothing against the model. Source: Brocker and Smith 2007, for
-    reliability diagrams. Raises ValueError for draws below 1.
-    """
-    if draws < 1:
-        raise ValueError(f"draws must be 1 or more, got {draws}")
-    generator = torch.Generator().manual_seed(seed)
-    sure, found = confidence.double().cpu(), []
-    for _ in range(draws):
-        right = torch.rand(len(sure), generator=generator, dtype=torch.float64) < sure
-        found.append(expected_calibration_error(sure, right, bins=bins))
-    return sum(found) / draws

@@ -6,6 +6,7 @@ Works on printed tables (`paper.frame("methods", "fusionbench")`) and on measure
 import pandas as pd
 
 from divmerge_book.evaluation.report import Report
+from divmerge_book.evaluation.statistics import share_half_width
 from divmerge_book.published import paper
 
 EXPERT = "Fine-tuned (STL)"
@@ -53,14 +54,13 @@ def standing(accuracies: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def margins(accuracies: pd.DataFrame, rows: pd.Series, *, width: float = 1.96) -> pd.DataFrame:
+def margins(accuracies: pd.DataFrame, rows: pd.Series) -> pd.DataFrame:
     """Half the width of a 95 % interval that test rows alone give: per task, and of the `mean`.
 
-    rows: how many were scored, by task. Source: the normal approximation of a binomial share.
+    rows: how many were scored, by task. Source: `statistics.share_half_width`.
     """
-    variance = accuracies * (1 - accuracies) / rows[accuracies.columns]
-    mean = variance.sum(axis=1) / len(accuracies.columns) ** 2
-    return width * variance.assign(mean=mean) ** 0.5
+    half = share_half_width(accuracies, rows[accuracies.columns])
+    return half.assign(mean=(half**2).sum(axis=1) ** 0.5 / len(accuracies.columns))
 
 
 def scored_rows() -> pd.Series:

@@ -16,14 +16,12 @@ from tqdm import tqdm
 from divmerge_book.data.tasks import TASKS
 from divmerge_book.evaluation.experiment import Experiment, Size
 from divmerge_book.evaluation.hyperparameter_search import Merges, candidates, search
-from divmerge_book.evaluation.statistics import crossed, row_means
+from divmerge_book.evaluation.statistics import chance_error, crossed, reliability, row_means
 from divmerge_book.interference.behaviour import (
     answers,
-    chance_error,
     confidence,
     flips,
     margin,
-    reliability,
 )
 from divmerge_book.interference.representation import cka, common_share, hidden_states, shift
 from divmerge_book.models.encoders import make_batches

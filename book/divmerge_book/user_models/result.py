@@ -19,6 +19,7 @@ from divmerge_book.evaluation.hyperparameter_search import (
 )
 from divmerge_book.evaluation.metrics import evaluate, numbers
 from divmerge_book.evaluation.report import Report
+from divmerge_book.evaluation.statistics import middle
 from divmerge_core.divergences import objective
 from divmerge_core.merging.problem import Batch, Merged
 from divmerge_core.methods import METHODS, options_of, parse
@@ -175,7 +176,7 @@ def task_scores(
     for row in report.rows[report.rows.method == method].itertuples():
         right = numbers(row.predicted) == numbers(row.gold)
         drawn = generator.binomial(len(right), right.mean(), draws) / len(right)
-        low, high = np.percentile(drawn, [2.5, 97.5])
+        low, high = middle(drawn)
         found.append((row.task, "accuracy", float(right.mean()), float(low), float(high)))
         own = exact.loc[row.task]
         found.append((row.task, "majority", own.floor, np.nan, np.nan))
