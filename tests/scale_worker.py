@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 from divmerge_book.models.encoders import pooled
-from divmerge_book.runner.distributed import causal_forward
+from divmerge_book.runner.distributed import causal_forward, without_weights
 from torch import Tensor, nn
 
 from divmerge_core.checkpoints.fsdp import (
@@ -17,7 +17,6 @@ from divmerge_core.checkpoints.fsdp import (
     Source,
     from_state,
     sharded_problem,
-    without_weights,
 )
 from divmerge_core.divergences import js
 from divmerge_core.merging.coefficients import Coefficients
@@ -116,8 +115,7 @@ def compared(case: str, group: Ranks) -> dict:
         problem, alone, js, watch=lambda step: losses.append(step.loss), **options
     )
 
-    with without_weights():
-        empty = made(name)
+    empty = without_weights(made, name)
     held = sum(p.numel() for p in empty.parameters() if not p.is_meta)
     read: list[int] = []
     shards = Shards.of(empty, group)

@@ -6,8 +6,7 @@ and its gradient work on that vector as they do on a whole model's, and no rank 
 the [T, N] numbers. Only while a block computes is its merged weight gathered from all ranks.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -55,9 +54,9 @@ def from_state(name: str, state: Mapping[str, Tensor]) -> Source:
     return Source(name, {key: tuple(tensor.shape) for key, tensor in state.items()}, piece)
 
 
-def from_folder(folder: str | Path) -> Source:
-    """Numbers of a model on disk in the hub's layout, read when they are asked for."""
-    stored = StoredModel.at(Path(folder))
+def from_folder(folder: str | Path, prefix: str | None = None) -> Source:
+    """Weights of a model on disk in the hub's layout, read on demand; prefix: as in StoredModel."""
+    stored = StoredModel.at(Path(folder), prefix)
     tensors = {core: stored.tensors[name] for core, name in stored.cores.items()}
 
     def piece(key: str, start: int, stop: int) -> Tensor:
@@ -79,23 +78,6 @@ def require_shapes(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> Non
 
 
 # --- a model cut into shares ----------------------------------------------------------------------
-
-
-@contextmanager
-def without_weights() -> Iterator[None]:
-    """Modules made in here know their shapes and hold no weights; their buffers are real."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # a tied one comes a second time
-            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:

@@ -1,14 +1,17 @@
-"""What is told about a merged model: its record, its coefficients as JSON, and its card."""
+"""How a merged model was made: its record, its coefficients as JSON, and its model card."""
 
 import json
+import math
+import platform
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import pandas as pd
 import torch
-import yaml
-from divmerge_book.evaluation.provenance import origin
+from huggingface_hub import ModelCardData
 from jaxtyping import Float
 from torch import Tensor
 
@@ -32,17 +35,13 @@ class MergeRecord:
     """How a merged model was made: all that its card, its coefficients and its recipe say.
 
     method and options: as in METHODS. base: folder of the base in the hub's layout (config.json,
-    safetensors, tokenizer). experts: task -> folder of its expert with model.safetensors (or
-    shards and their index); may be empty where the merged tensors are in memory, and then no hash
-    of them and no mergekit recipe is written. coeffs [T, G]: of theta_0 + sum_t Lambda[t, g] tau_t,
-    rows in the order of tasks; None where the merge is not of this form. groups: names of the G
-    groups; grouping: a name in GROUPINGS. base_name: what the card calls the base (a hub name);
-    the folder's name where it is empty.
-
+    safetensors, tokenizer). experts: task -> folder of its expert; may be empty where the merged
+    tensors are in memory. coeffs [T, G]: of theta_0 + sum_t Lambda[t, g] tau_t, None where the
+    merge is not of this form. groups: names of the G groups; grouping: a name in GROUPINGS.
+    base_name: the base's hub name, for the card; its folder's name where empty.
     data: task -> facts such as {"rows": {"merge": 40, "test": 200}, "digest": "ab12..."}; values
-    are numbers, texts or mappings of these. scores: one row per task and metric with the columns
-    task, metric, value, low, high (low and high: ends of the 95 % interval; NaN where there is
-    none); None or a task without a row is told as "not measured".
+    are numbers, texts or mappings of these. scores: mappings with the keys task, metric, value, low
+    and high (ends of the 95 % interval; None or NaN where there is none).
 
     Raises ValueError where the parts do not fit together, or options are no JSON.
     """
@@ -57,7 +56,7 @@ class MergeRecord:
     grouping: str = "task"
     base_name: str = ""
     data: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    scores: pd.DataFrame | None = None
+    scores: Sequence[Mapping[str, object]] = ()
 
     def __post_init__(self):
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
@@ -76,10 +75,9 @@ class MergeRecord:
                 f"{shape[0]} tasks and {shape[1]} groups need finite coefficients {list(shape)}, "
                 f"got {list(self.coeffs.shape)}"
             )
-        if self.scores is not None and not set(SCORES) <= set(self.scores.columns):
-            raise ValueError(
-                f"scores need the columns {', '.join(SCORES)}, got {', '.join(self.scores.columns)}"
-            )
+        for row in self.scores:
+            if not set(SCORES) <= set(row):
+                raise ValueError(f"scores need {', '.join(SCORES)}, got {', '.join(row)}")
         try:
             json.dumps(dict(self.options))
         except TypeError as error:
@@ -124,10 +122,10 @@ def card(
     *,
     reason: str,
 ) -> str:
-    """The model card: Markdown behind a head of YAML, made without a network.
+    """The model card in Markdown with YAML front matter; needs no network.
 
-    hashes and inputs: file -> SHA-256, of what was written and of what went in. reason: why there
-    is no mergekit recipe; empty where there is one.
+    hashes, inputs: file -> SHA-256 of the files written and read. reason: why there is no mergekit
+    configuration; empty where there is one.
     """
     parts = (
         front(record),
@@ -152,28 +150,35 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def front(record: MergeRecord) -> str:
-    """The front matter that model hubs read."""
-    facts = {
-        "base_model": record.base_name or record.base.name,
-        "library_name": "transformers",
-        "tags": ["merge", "model-merging", record.method.partition("/")[0]],
-    }
-    return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---"
+    """The YAML front matter that model hubs read."""
+    facts = ModelCardData(
+        base_model=record.base_name or record.base.name,
+        library_name="transformers",
+        tags=["merge", "model-merging", record.method.partition("/")[0]],
+    )
+    return f"---\n{facts.to_yaml()}\n---"
+
+
+def versions() -> str:
+    """Versions of Python and of what is installed of torch and transformers."""
+    found = [f"python {platform.python_version()}"]
+    for package in ("torch", "transformers"):
+        with suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return ", ".join(found)
 
 
 def made(record: MergeRecord) -> str:
-    """From what, by which method, with which options, when and with which versions."""
+    """Base, method, options, date and versions."""
     name = record.method.partition("/")[0]
     source = f" ({METHODS.facts[name]['source']})" if name in METHODS else ""
     options = json.dumps(dict(record.options)) if record.options else "those of the method"
-    facts = origin()
-    versions = ", ".join(f"{key} {facts[key]}" for key in ("python", "torch", "transformers"))
     return (
-        f"Experts for {len(record.tasks)} tasks, merged into one model of their base, "
-        f"{record.base_name or record.base.name}.\n\n"
+        f"{len(record.tasks)} experts of {record.base_name or record.base.name}, merged into one "
+        "model.\n\n"
         f"- method: {record.method}{source}\n"
         f"- options: {options}\n"
-        f"- made: {facts['date']}, with {versions}"
+        f"- made: {date.today()}, with {versions()}"
     )
 
 
@@ -207,37 +212,32 @@ def data_table(record: MergeRecord) -> str:
     columns = list(dict.fromkeys(name for row in facts.values() for name in row))
     if not columns:
         return "Not stated."
-    rows = [
-        (task, *(row.get(name, "not stated") for name in columns)) for task, row in facts.items()
-    ]
+    rows = [(t, *(row.get(name, "not stated") for name in columns)) for t, row in facts.items()]
     return table(("task", *columns), rows)
 
 
 def scores_table(record: MergeRecord) -> str:
-    """Every score with its interval; what was not measured is called so."""
-    if record.scores is None or record.scores.empty:
+    """Every score with its interval, and "not measured" where there is none."""
+    if not record.scores:
         return f"{ABSENT.capitalize()}."
-    metrics = list(dict.fromkeys(record.scores.metric))
-    tasks = list(dict.fromkeys([*record.tasks, *record.scores.task]))
-    found = {(row.task, row.metric): score_text(row) for row in record.scores.itertuples()}
-    by_task = {metric for task, metric in found if task in record.tasks}
-
-    def cell(task: str, metric: str) -> str:
-        missing = ABSENT if task in record.tasks and metric in by_task else ""
-        return found.get((task, metric), missing)
-
-    rows = [(task, *(cell(task, metric) for metric in metrics)) for task in tasks]
-    said = (text for metric, text in MEANING.items() if metric in metrics)
-    said = " ".join(["Value, and ends of the 95 % interval.", *said])
-    return f"{said}\n\n{table(('task', *metrics), rows)}"
+    found = {(row["task"], row["metric"]): score_text(row) for row in record.scores}
+    metrics = list(dict.fromkeys(metric for _, metric in found))
+    missing = {(t, m): ABSENT for t in record.tasks for s, m in found if s in record.tasks}
+    tasks = dict.fromkeys([*record.tasks, *(task for task, _ in found)])
+    found = missing | found
+    rows = [(task, *(found.get((task, metric), "") for metric in metrics)) for task in tasks]
+    notes = (text for metric, text in MEANING.items() if metric in metrics)
+    note = " ".join(["Value, and ends of the 95 % interval.", *notes])
+    return f"{note}\n\n{table(('task', *metrics), rows)}"
 
 
-def score_text(row: object) -> str:
+def score_text(row: Mapping[str, object]) -> str:
     """`0.912 [0.880, 0.941]`, without the interval where there is none."""
-    if pd.isna(row.value):
+    value, low, high = (math.nan if row[key] is None else row[key] for key in SCORES[2:])
+    if math.isnan(value):
         return ABSENT
-    ends = "" if pd.isna(row.low) or pd.isna(row.high) else f" [{row.low:.3f}, {row.high:.3f}]"
-    return f"{row.value:.3f}{ends}"
+    ends = "" if math.isnan(low) or math.isnan(high) else f" [{low:.3f}, {high:.3f}]"
+    return f"{value:.3f}{ends}"
 
 
 MEAN_HEAD = """\
@@ -274,14 +274,16 @@ model = {kind}.from_pretrained(".")
 def loading(base: StoredModel, heads: Mapping[str, Head]) -> str:
     """Lines of Python that load the model, with transformers alone."""
     if not heads:
-        return BARE.format(kind=(base.config.architectures or ["AutoModel"])[0])
+        return BARE.format(kind=(base.config.get("architectures") or ["AutoModel"])[0])
     rows = [(task, ", ".join(head.labels)) for task, head in heads.items()]
     first = {head.architecture: task for task, head in reversed(heads.items())}
-    codes = []
-    for kind, task in first.items():
-        text, count = MEAN_HEAD if kind == MEAN else OWN_HEAD, len(heads[task].labels)
-        codes.append(text.format(task=task, kind=kind, count=count))
-    call = f'`divmerge_core.checkpoints.load_with_head(".", "{rows[0][0]}")`'
+    codes = [
+        (MEAN_HEAD if kind == MEAN else OWN_HEAD).format(
+            task=task, kind=kind, count=len(heads[task].labels)
+        )
+        for kind, task in first.items()
+    ]
+    call = f'`divmerge_book.models.merged.load_with_head(".", "{rows[0][0]}")`'
     labels = "Labels in the order of the logits:\n\n" + table(("task", "labels"), rows)
     return "\n\n".join([*codes, f"The same with this project's package: {call}.", labels])
 

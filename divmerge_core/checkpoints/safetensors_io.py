@@ -6,26 +6,25 @@ needs are read.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
-import transformers
 from huggingface_hub import split_state_dict_into_shards_factory
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import MODEL_MAPPING
 
 from divmerge_core.storage import sha256
 
 PIECE = 1 << 18  # numbers read and merged at a time
 LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING = re.compile(r"embed|wte|shared")
 WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and of data parallel training
 
 
@@ -115,21 +114,24 @@ def indexed(path: Path) -> list[str]:
 class StoredModel:
     """A model on disk in the hub's layout, of which only the headers have been read.
 
-    tensors: by name, without those that are tied to another one. config: None for an expert that
-    this package has trained, whose encoder and head lie in one file without it. prefix: what its
+    tensors: by name, without those that are tied to another one. config: config.json; None for an
+    expert of this project, whose encoder and head lie in one file without it. prefix: what its
     names have in front of those of the bare encoder, as AutoModel has them (`bert.`), or nothing.
     early: whether some names on disk are spelled otherwise than today.
     """
 
     folder: Path
     tensors: Mapping[str, Stored]
-    config: transformers.PretrainedConfig | None
+    config: Mapping[str, object] | None
     prefix: str
     early: bool = False
 
     @classmethod
-    def at(cls, folder: Path) -> "StoredModel":
-        """The model in a folder. Raises ValueError where there is none that can be read."""
+    def at(cls, folder: Path, prefix: str | None = None) -> "StoredModel":
+        """The model in a folder; prefix: None to derive it from the names.
+
+        Raises ValueError where there is no model that can be read.
+        """
         parts = [stored(file) for file in weight_files(folder)]
         found = {name: tensor for part in parts for name, tensor in part.items()}
         if len(found) < sum(map(len, parts)):
@@ -145,16 +147,10 @@ class StoredModel:
             tensors = {name: t for name, t in tensors.items() if not name.startswith("head.")}
             return cls(folder, tensors, None, "encoder.")
         config = read_config(folder)
-        ties = tied(config)
-        kept = {
-            name: tensor
-            for name, tensor in tensors.items()
-            if not any(re.fullmatch(tie, name) and of in tensors for tie, of in ties.items())
-        }
-        encoder = MODEL_MAPPING.get(type(config), None)
-        prefix = getattr(encoder, "base_model_prefix", "")
+        aliases = tied(config, tensors)
+        kept = {name: tensor for name, tensor in tensors.items() if name not in aliases}
         early = tensors.keys() != found.keys()
-        return cls(folder, kept, config, f"{prefix}." if prefix else "", early)
+        return cls(folder, kept, config, prefix_of(kept) if prefix is None else prefix, early)
 
     def core(self, name: str) -> str:
         """A tensor's name as the bare encoder has it."""
@@ -188,21 +184,45 @@ def today(name: str) -> str:
     return name
 
 
-def read_config(folder: Path) -> transformers.PretrainedConfig:
-    """A folder's config.json. Raises ValueError where transformers cannot read it."""
+def read_config(folder: Path) -> dict[str, object]:
+    """A folder's config.json. Raises ValueError where it is no JSON object."""
+    path = folder / "config.json"
     try:
-        return transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{folder / 'config.json'} is not of a model that transformers knows: {error}"
-        ) from error
+        return dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no JSON object ({error}); save the model again") from error
 
 
-def tied(config: transformers.PretrainedConfig) -> dict[str, str]:
-    """Tensors (as patterns) that are another tensor under a second name -> that tensor."""
-    name = (config.architectures or [""])[0]
-    ties = getattr(getattr(transformers, name, None), "_tied_weights_keys", None)
-    return dict(ties or {}) if getattr(config, "tie_word_embeddings", False) else {}
+def prefix_of(names: Iterable[str]) -> str:
+    """The first component of names with a head (`bert.`), or nothing for a bare encoder's names.
+
+    It is common to the token embeddings and to the numbered blocks.
+    """
+    numbered = {name.partition(".")[0] for name in names if re.search(r"\.\d+\.", name)}
+    embedding = {name.partition(".")[0] for name in names if EMBEDDING.search(name)}
+    common = numbered & embedding
+    return f"{common.pop()}." if len(common) == 1 else ""
+
+
+def tied(config: Mapping[str, object], tensors: Mapping[str, Stored]) -> set[str]:
+    """Names of tensors that repeat the token embeddings (or another one's bias).
+
+    Candidates are tensors of vocab_size rows; unless the config says tie_word_embeddings: false,
+    those that equal the first of their shape, embeddings before heads, are tied to it.
+    """
+    rows = config.get("vocab_size")
+    if rows is None or not config.get("tie_word_embeddings", True):
+        return set()
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for name in sorted(tensors, key=lambda n: ("shared" not in n, not EMBEDDING.search(n), len(n))):
+        if tensors[name].shape[:1] == (rows,):
+            by_shape.setdefault(tensors[name].shape, []).append(name)
+    return {
+        name
+        for first, *others in by_shape.values()
+        for name in others
+        if tensors[name].piece().equal(tensors[first].piece())
+    }
 
 
 # --- writing --------------------------------------------------------------------------------------

@@ -1,32 +1,29 @@
-"""A merged model put on disk, all or nothing, with all that tells how it was made."""
+"""Write a merged model with its heads, coefficients and card: a whole folder or none."""
 
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-import transformers
-from divmerge_book.models.encoders import ENCODERS
 from torch import Tensor
 from tqdm import tqdm
 
-from divmerge_core.checkpoints.heads import Head, check_head, save_head
-from divmerge_core.checkpoints.mergekit_export import mergekit_recipe
+from divmerge_core.checkpoints.heads import Head, save_head, validate_head
 from divmerge_core.checkpoints.model_card import MergeRecord, card, coefficients_json, group_numbers
 from divmerge_core.checkpoints.safetensors_io import (
     INDEX,
     SINGLE,
-    Planned,
     StoredModel,
     weight_files,
     write_shards,
 )
-from divmerge_core.checkpoints.tensor_sources import Source, deviation, in_memory, planned, streamed
+from divmerge_core.checkpoints.tensor_sources import Source, in_memory, planned, streamed
 from divmerge_core.storage import fresh_folder, sha256
 
+# (record, merged tensors, dtype) -> text of mergekit_config.yml and "", or "" and why there is none
+Recipe = Callable[[MergeRecord, Source, torch.dtype | None], tuple[str, str]]
 SHARD_BYTES = 10**9
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BESIDE = (  # what a base's folder has besides its weights and its config
@@ -34,30 +31,6 @@ BESIDE = (  # what a base's folder has besides its weights and its config
     *("*.model", "*.jinja", "generation_config.json", "preprocessor_config.json", "*.py"),
     *("LICENSE*", "NOTICE*"),
 )
-EXACT = 1e-5  # of a merge in memory from what its record says, next to the largest weight
-
-
-def base_folder(name: str) -> Path:
-    """The folder of an encoder by the name that load_base takes: packaged, local, or hub (cached).
-
-    Raises ValueError where it holds no config.json or no safetensors.
-    """
-    if name in ENCODERS:
-        return ENCODERS[name]()
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        try:
-            found = transformers.utils.cached_file(name, "config.json", local_files_only=True)
-        except OSError as error:
-            raise ValueError(
-                f"{name!r} is no folder, no packaged encoder ({', '.join(ENCODERS)}) and no hub "
-                "model in the cache; load it once with load_base"
-            ) from error
-        folder = Path(found).parent
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json; give a folder in the hub's layout")
-    weight_files(folder)
-    return folder
 
 
 def write(
@@ -70,9 +43,10 @@ def write(
     dtype: torch.dtype | str | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
+    recipe: Recipe | None = None,
     progress: bool = True,
 ) -> Path:
-    """Put a merged model on disk, in the hub's layout and all or nothing; returns its folder.
+    """Write a merged model in the hub's layout, the whole folder or nothing; returns the folder.
 
     merged: the merged tensors by name, such as `layout.unflatten(flat)`, with or without the prefix
     that the base has on disk (`bert.`). None: they are computed from record.base, record.experts
@@ -82,8 +56,8 @@ def write(
 
     dtype: float32, bfloat16 or float16 of all floating tensors; None keeps the base's, tensor by
     tensor. A shard has at most max_shard_bytes of tensors, or one tensor. Memory is bounded by one
-    shard and a piece of a tensor per expert. The folder appears whole or not at all, whenever the
-    process is killed; what a killed write left beside it is swept by the next.
+    shard and a piece of a tensor per expert. recipe: makes mergekit_config.yml. A killed process
+    leaves no part of the folder under its name; the next write removes its temporary files.
 
     Raises ValueError, before anything is written, for a folder that exists and is not empty
     (overwrite replaces a model, and nothing but a model), parts that do not fit together, an
@@ -94,57 +68,43 @@ def write(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be 1 or more, got {max_shard_bytes}")
     kind = float_dtype(dtype)
-    allowed(folder, record, overwrite)
-    content = checked(record, merged, names, heads or {}, kind)
-    total = sum(tensor.nbytes for tensor in content.plan)
-    room(folder, total)
+    validate_target(folder, record, overwrite)
+    base, source = sources_of(record, merged, names)
+    plan, heads = planned(source, kind), heads or {}
+    strange = sorted(set(heads) - set(record.tasks))
+    if strange:
+        raise ValueError(f"heads for {', '.join(strange)}, which are none of the record's tasks")
+    for task, head in heads.items():
+        validate_head(task, head, base)
+    text, reason = recipe(record, source, kind) if recipe else ("", "none was asked for")
+    total = sum(tensor.nbytes for tensor in plan)
+    require_space(folder, total)
     inputs = hashes_of(record)
     with fresh_folder(folder) as new:
         bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not progress)
         with bar:
-            hashes = write_shards(new, content.plan, max_bytes=max_shard_bytes, wrote=bar.update)
+            hashes = write_shards(new, plan, max_bytes=max_shard_bytes, wrote=bar.update)
         copy_beside(record.base, new, kind)
-        hashes |= save_heads(new, content.heads)
+        hashes |= save_heads(new, heads)
         (new / "coefficients.json").write_text(coefficients_json(record), encoding="utf-8")
-        if content.recipe:
-            (new / "mergekit_config.yml").write_text(content.recipe, encoding="utf-8")
-        text = card(record, content.base, content.heads, hashes, inputs, reason=content.reason)
-        (new / "README.md").write_text(text, encoding="utf-8")
+        if text:
+            (new / "mergekit_config.yml").write_text(text, encoding="utf-8")
+        content = card(record, base, heads, hashes, inputs, reason=reason)
+        (new / "README.md").write_text(content, encoding="utf-8")
     return folder
 
 
-@dataclass(frozen=True)
-class Content:
-    """What is to be written, checked; reason: why there is no recipe, where there is none."""
-
-    base: StoredModel
-    plan: Sequence[Planned]
-    heads: Mapping[str, Head]
-    recipe: str
-    reason: str
-
-
-def checked(
-    record: MergeRecord,
-    merged: Mapping[str, Tensor] | None,
-    names: Sequence[str] | None,
-    heads: Mapping[str, Head],
-    dtype: torch.dtype | None,
-) -> Content:
-    """The content of a folder. Raises ValueError where its parts do not fit together."""
+def sources_of(
+    record: MergeRecord, merged: Mapping[str, Tensor] | None, names: Sequence[str] | None
+) -> tuple[StoredModel, Source]:
+    """The base and the merged tensors. Raises ValueError where they do not fit together."""
     base = StoredModel.at(record.base)
     if base.config is None:
         raise ValueError(f"{record.base} holds no config.json; give a base in the hub's layout")
     source = streamed(base, record, names) if merged is None else in_memory(base, merged)
     if record.coeffs is not None:
         group_numbers(record, source.cores)
-    plan = planned(source, dtype)
-    strange = sorted(set(heads) - set(record.tasks))
-    if strange:
-        raise ValueError(f"heads for {', '.join(strange)}, which are none of the record's tasks")
-    for task, head in heads.items():
-        check_head(task, head, base, {base.core(tensor.name) for tensor in plan})
-    return Content(base, plan, heads, *recipe_of(record, source, merged is not None, dtype))
+    return base, source
 
 
 def float_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -154,7 +114,7 @@ def float_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return FLOATS.get(dtype, dtype)
 
 
-def allowed(folder: Path, record: MergeRecord, overwrite: bool) -> None:
+def validate_target(folder: Path, record: MergeRecord, overwrite: bool) -> None:
     """Raise ValueError where writing to the folder would destroy what it should not."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a new folder")
@@ -170,24 +130,6 @@ def allowed(folder: Path, record: MergeRecord, overwrite: bool) -> None:
         )
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no model, so it is not overwritten; name another folder")
-
-
-def recipe_of(
-    record: MergeRecord, source: Source, in_hand: bool, dtype: torch.dtype | None
-) -> tuple[str, str]:
-    """The mergekit recipe, or nothing and the reason why there is none.
-
-    What is in memory is compared with what the record's coefficients give from the folders.
-    """
-    recipe, reason = mergekit_recipe(record, source.base, source.cores, dtype)
-    if recipe and in_hand:
-        gap = deviation(source, streamed(source.base, record, source.cores))
-        if gap > EXACT:
-            return "", (
-                "the coefficients, applied to the experts' folders, give weights that differ from "
-                f"these by {gap:.2g} of the largest weight"
-            )
-    return recipe, reason
 
 
 def hashes_of(record: MergeRecord) -> dict[str, str]:
@@ -211,7 +153,7 @@ def input_files(folder: Path) -> list[Path]:
     return found if found and (adapter or not whole) else weight_files(folder)
 
 
-def room(folder: Path, nbytes: int) -> None:
+def require_space(folder: Path, nbytes: int) -> None:
     """Raise ValueError where the disk has less than nbytes free."""
     parent = next(path for path in folder.parents if path.exists())
     free = shutil.disk_usage(parent).free

@@ -19,6 +19,7 @@ class Source:
 
     base: StoredModel
     pieces: Mapping[str, Callable[[int, int], Tensor]]
+    in_memory: bool = False
 
     @property
     def cores(self) -> tuple[str, ...]:
@@ -43,7 +44,7 @@ def in_memory(base: StoredModel, merged: Mapping[str, Tensor]) -> Source:
                 f"merged {name} has shape {list(tensor.shape)}, {base.folder} has {list(shape)}"
             )
         pieces[place] = flat_piece(tensor)
-    return Source(base, pieces)
+    return Source(base, pieces, in_memory=True)
 
 
 def flat_piece(tensor: Tensor) -> Callable[[int, int], Tensor]:

@@ -49,15 +49,8 @@ class Step:
     flat: Float[Tensor, " N"]
 
 
-def checked_targets(
-    problem: MergeProblem, targets: Sequence[Sequence[Answers]] | None
-) -> Sequence[Sequence[Answers]]:
-    """The targets given, or every expert's logits on its own inputs.
-
-    Raises ValueError where they are not one [A, V] per task and batch.
-    """
-    if targets is None:
-        return expert_logits(problem)
+def validate_targets(problem: MergeProblem, targets: Sequence[Sequence[Answers]]) -> None:
+    """Raise ValueError where targets are not one [A, V] per task and batch."""
     wanted = [[len(batch.weight) for batch in batches] for batches in problem.batches]
     given = [
         [len(one.log_probs if isinstance(one, TopKLogProbs) else one) for one in every]
@@ -68,7 +61,6 @@ def checked_targets(
             f"targets must hold logits [A, V] for every task and batch: {wanted} rows by task and "
             f"batch, got {given}; `expert_logits(problem)` has the form"
         )
-    return targets
 
 
 def check_fit(epochs: int, lr: float, gradients: str) -> None:
@@ -288,7 +280,9 @@ def fit_coefficients(
             "a fit on several devices keeps no checkpoint: leave it out; ranks that were killed "
             "between two writes would go on from different steps"
         )
-    find, targets = OPTIMIZERS[optimizer], checked_targets(problem, targets)
+    find = OPTIMIZERS[optimizer]
+    targets = expert_logits(problem) if targets is None else targets
+    validate_targets(problem, targets)
     settings = {"optimizer": optimizer, "epochs": epochs, "lr": lr, "seed": seed}
     settings |= {"gradients": gradients}
     known = identity(problem, coefficients, objective, targets, settings) if checkpoint else {}

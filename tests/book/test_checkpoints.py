@@ -12,20 +12,21 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 import transformers
 import yaml
 from divmerge_book.evaluation.profiling import peak_bytes
 from divmerge_book.models.encoders import load_base
+from divmerge_book.models.merged import base_folder, load_with_head, write
+from divmerge_book.models.mergekit_export import matches, setting
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from tqdm import tqdm
 
 from divmerge_core import storage
-from divmerge_core.checkpoints import Head, MergeRecord, base_folder, load_with_head, write
-from divmerge_core.checkpoints.mergekit_export import matches, setting
+from divmerge_core.checkpoints import Head, MergeRecord
+from divmerge_core.checkpoints.model_card import SCORES
 from divmerge_core.checkpoints.safetensors_io import (
     Planned,
     StoredModel,
@@ -169,7 +170,7 @@ def test_a_merge_computed_from_bfloat16_is_that_of_float32_rounded_once(zoo, tmp
 
 def test_pieces_of_a_tensor_join_without_a_seam(record, merged, tmp_path, monkeypatch):
     whole = write(tmp_path / "whole", record, names=tuple(merged), progress=False)
-    for module in ("shards", "sources"):
+    for module in ("safetensors_io", "tensor_sources"):
         monkeypatch.setattr(f"divmerge_core.checkpoints.{module}.PIECE", 37)
     pieces = write(tmp_path / "pieces", record, names=tuple(merged), progress=False)
     assert_close(tensors_in(pieces), tensors_in(whole), rtol=1e-6, atol=1e-7)
@@ -384,7 +385,7 @@ def test_a_kill_at_any_line_leaves_a_whole_model_or_none(record, merged, tmp_pat
     lines = dying_at(None, lambda: write(tmp_path / "again", record, **options))
     found = {"nothing": 0, "part, hidden": 0, "model": 0}
     last = range(lines - 3, lines + 1)  # the swap and what is cleared away after it
-    for line in [*range(1, lines, max(1, lines // 4)), *last]:
+    for line in sorted({*range(1, lines, max(1, lines // 4)), *last}):
         child = in_a_child(
             lambda line=line: dying_at(line, lambda: write(target, record, **options))
         )
@@ -643,7 +644,7 @@ def test_a_base_that_lacks_what_experts_hold_is_refused(zoo, record, tmp_path):
         ({"coeffs": torch.full((2, 1), torch.nan), "groups": ("model",)}, "need finite coeff"),
         ({"data": {"other": {}}}, "given for other; the tasks are mood, place"),
         ({"options": {"watch": print}}, "plain values that JSON can hold"),
-        ({"scores": pd.DataFrame({"task": []})}, "scores need the columns task, metric, value"),
+        ({"scores": [{"task": "mood"}]}, "scores need task, metric, value, low, high, got task"),
     ],
 )
 def test_a_record_that_contradicts_itself_is_refused(record, change, message):
@@ -671,14 +672,12 @@ def told(record, merged, tmp_path, monkeypatch):
         raise AssertionError("the card asks the network")
 
     monkeypatch.setattr(socket, "socket", offline)
-    scores = pd.DataFrame(
-        [
-            ("mood", "accuracy", 0.9, 0.85, 0.95),
-            ("mood", "macro_f1", 0.5, None, None),
-            ("all", "anp", 0.97, 0.9, 1.01),
-        ],
-        columns=["task", "metric", "value", "low", "high"],
-    )
+    rows = [
+        ("mood", "accuracy", 0.9, 0.85, 0.95),
+        ("mood", "macro_f1", 0.5, None, None),
+        ("all", "anp", 0.97, 0.9, 1.01),
+    ]
+    scores = [dict(zip(SCORES, row, strict=True)) for row in rows]
     data = {"mood": {"rows": {"merge": 40, "test": 200}, "digest": "ab|c"}}
     heads = {
         "mood": Head({"weight": torch.ones(2, 16), "bias": torch.zeros(2)}, LABELS["mood"]),

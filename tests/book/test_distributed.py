@@ -12,7 +12,13 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from divmerge_book.runner.distributed import arguments, causal_forward, checked, text_batches
+from divmerge_book.runner.distributed import (
+    arguments,
+    causal_forward,
+    checked,
+    text_batches,
+    without_weights,
+)
 from helpers import WORDS
 from scale_worker import CASES, batches_of, made
 from torch.testing import assert_close
@@ -23,7 +29,6 @@ from divmerge_core.checkpoints.fsdp import (
     own_rows,
     own_stretch,
     require_shapes,
-    without_weights,
 )
 from divmerge_core.checkpoints.safetensors_io import StoredModel
 from divmerge_core.divergences import js
@@ -253,8 +258,7 @@ def test_losses_of_ranks_add_up_to_the_batchs(name, rows, world):
 
 @pytest.mark.parametrize("name", ["tied", "llama", "bert"])
 def test_a_model_without_weights_keeps_its_names_ties_and_buffers(name):
-    with without_weights():
-        empty = made(name)
+    empty = without_weights(made, name)
     full = made(name)
     assert all(p.is_meta for p in empty.parameters())
     assert not any(b.is_meta for b in empty.buffers())

@@ -9,6 +9,7 @@ import torch
 import transformers
 from divmerge_book import __main__
 from divmerge_book.evaluation.report import Report
+from divmerge_book.models.merged import load_with_head
 from divmerge_book.user_models import (
     check,
     closeness,
@@ -28,7 +29,6 @@ from local_files import (
 from torch.testing import assert_close
 
 from divmerge_core import METHODS
-from divmerge_core.checkpoints import load_with_head
 from divmerge_core.divergences import js
 from divmerge_core.merging.problem import MergeProblem
 

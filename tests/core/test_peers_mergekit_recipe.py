@@ -6,10 +6,11 @@ import pytest
 import torch
 import transformers
 import yaml
+from divmerge_book.models.merged import write
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from divmerge_core.checkpoints import MergeRecord, write
+from divmerge_core.checkpoints import MergeRecord
 from divmerge_core.checkpoints.safetensors_io import StoredModel
 from divmerge_core.merging.coefficients import groups_of
 from divmerge_core.merging.task_vectors import Layout

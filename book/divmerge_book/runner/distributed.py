@@ -14,26 +14,29 @@ been run by us.
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
+from accelerate import init_empty_weights
+from torch import nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from divmerge_book.models.merged import write
 from divmerge_book.planning.memory import plan
 from divmerge_book.planning.workloads import Fit, Model
-from divmerge_core.checkpoints import MergeRecord, write
+from divmerge_book.user_models.folders import config_of
+from divmerge_core.checkpoints import MergeRecord
 from divmerge_core.checkpoints.fsdp import (
     PRECISIONS,
     Shards,
     from_folder,
     sharded_problem,
-    without_weights,
 )
-from divmerge_core.checkpoints.safetensors_io import StoredModel, read_config, weight_files
+from divmerge_core.checkpoints.safetensors_io import StoredModel, weight_files
 from divmerge_core.divergences import objective
 from divmerge_core.merging.coefficients import GROUPINGS, Coefficients
 from divmerge_core.merging.fit import fit_coefficients
@@ -54,6 +57,14 @@ def causal_forward(module: torch.nn.Module) -> Forward:
         ]
 
     return forward
+
+
+def without_weights(make: Callable[..., nn.Module], *arguments: object) -> nn.Module:
+    """A model whose parameters are on the device meta, with real buffers and its weights tied."""
+    with init_empty_weights(include_buffers=False):
+        module = make(*arguments)
+    module.tie_weights()
+    return module
 
 
 def text_batches(
@@ -185,22 +196,22 @@ def merged_record(
 def fit(options: argparse.Namespace, group: Ranks) -> None:
     """Fit, on every rank alike; the first one tells, and writes the merged model."""
     experts, lines = checked(options)
-    config = read_config(Path(options.base))
+    config = config_of(Path(options.base))
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{options.base} is a {config.model_type}, no causal language model")
     tell = partial(print, file=sys.stderr) if group.rank == 0 else lambda text: None
     tell(planned(options, config, len(experts), group.world))
-    with without_weights():
-        module = AutoModelForCausalLM.from_config(config)
+    module = without_weights(AutoModelForCausalLM.from_config, config)
+    prefix = f"{module.base_model_prefix}."
     shards = Shards.of(module, group, precision=options.precision)
-    sources = {task: from_folder(folder) for task, folder in experts.items()}
-    vectors = shards.vectors(from_folder(options.base), sources, storage=options.storage)
+    sources = {task: from_folder(folder, prefix) for task, folder in experts.items()}
+    vectors = shards.vectors(from_folder(options.base, prefix), sources, storage=options.storage)
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     made = partial(text_batches, tokenizer=tokenizer, device=group.device)
     sizes = {"batch_size": options.batch_size, "max_length": options.max_length}
     batches = [made(lines[task], **sizes) for task in experts]
     problem = sharded_problem(shards, vectors, batches, causal_forward(module))
-    core = StoredModel.at(Path(options.base)).core  # groups are named as the base's folder has them
+    core = StoredModel.at(Path(options.base), prefix).core  # groups have the folder's names
     layout = Layout(tuple(map(core, vectors.layout.names)), vectors.layout.shapes)
     coefficients = Coefficients(layout, len(experts), grouping=options.grouping).to(group.device)
     settings = {name: getattr(options, name) for name in ("epochs", "lr", "seed", "optimizer")}

@@ -24,7 +24,7 @@ from divmerge_book.data.tasks import TASKS, Task
 from divmerge_book.evaluation.experiment import QUICK
 from divmerge_book.models.encoders import Base, load_base, make_batches
 from divmerge_book.models.finetuning import Recipe, fine_tune
-from divmerge_core.checkpoints import base_folder
+from divmerge_book.models.merged import base_folder
 from divmerge_core.storage import sha256
 
 ENCODER, FOLDER = "bert_tiny", "bert-tiny"

@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
+from divmerge_book.models.merged import base_folder
 from divmerge_book.user_models.adapters import (
     CONFIG,
     Adapter,
@@ -25,7 +26,6 @@ from divmerge_book.user_models.adapters import (
     shapes_in,
 )
 from divmerge_book.user_models.description import TaskFiles
-from divmerge_core.checkpoints import base_folder
 from divmerge_core.checkpoints.safetensors_io import INDEX, SINGLE, StoredModel
 from divmerge_core.checkpoints.save import input_files
 

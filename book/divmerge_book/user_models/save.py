@@ -10,10 +10,11 @@ from torch import Tensor
 
 from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.models.finetuning import data_digest
+from divmerge_book.models.merged import write
 from divmerge_book.user_models.description import Description
 from divmerge_book.user_models.plan import Plan
 from divmerge_book.user_models.result import Found, task_scores
-from divmerge_core.checkpoints import Head, MergeRecord, write
+from divmerge_core.checkpoints import Head, MergeRecord
 from divmerge_core.merging.coefficients import groups_of
 from divmerge_core.merging.task_vectors import TaskVectors
 from divmerge_core.methods import METHODS, parse
@@ -130,7 +131,7 @@ def write_merged(
         grouping=grouping,
         base_name=plan.base.name,
         data=data,
-        scores=task_scores(found.report, spec),
+        scores=task_scores(found.report, spec).to_dict("records"),
     )
     return write(
         folder,

@@ -7,44 +7,71 @@ from pathlib import Path
 import torch
 import transformers
 import yaml
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from divmerge_core.checkpoints.model_card import MergeRecord, group_numbers
-from divmerge_core.checkpoints.safetensors_io import StoredModel, tied
+from divmerge_core.checkpoints.safetensors_io import StoredModel
+from divmerge_core.checkpoints.tensor_sources import Source, deviation, streamed
+
+EXACT = 1e-5  # largest deviation of merged tensors in memory, relative to the largest weight
+
+
+class NoRecipe(Exception):
+    """mergekit cannot reproduce this merge; the message says why."""
 
 
 def mergekit_recipe(
-    record: MergeRecord,
-    base: StoredModel,
-    merged: Sequence[str],
-    dtype: torch.dtype | None,
+    record: MergeRecord, source: Source, dtype: torch.dtype | None
 ) -> tuple[str, str]:
     """A mergekit configuration (YAML) and an empty text, or an empty text and why there is none.
 
-    merged: names of the merged tensors, as the bare encoder has them; others get the weight 0,
-    which leaves the base's. mergekit's task_arithmetic with normalize: false and lambda: 1 is
-    theta_0 + sum_t weight_t (theta_t - theta_0), the merge of DivMerge Eq. 3, and a weight may
-    depend on the tensor: the first filter that occurs anywhere in its name decides.
+    Tensors that are not merged get the weight 0, which keeps the base's. Merged tensors in memory
+    are compared with what the record's coefficients give from the folders. mergekit's
+    task_arithmetic with normalize: false and lambda: 1 is theta_0 + sum_t weight_t
+    (theta_t - theta_0), the merge of DivMerge Eq. 3, and a weight may depend on the tensor: the
+    first filter that occurs anywhere in its name decides.
     """
     try:
-        experts = readable(record)
-        kind = architecture([base, *experts])
-        names = required(kind, merged, base, experts)
+        text = configuration(record, source, dtype)
     except NoRecipe as reason:
         return "", str(reason)
-    renamed = any(model.config.architectures != [kind] for model in (base, *experts))
-    numbers = dict(zip(merged, group_numbers(record, merged), strict=True))
+    if source.in_memory:
+        gap = deviation(source, streamed(source.base, record, source.cores))
+        if gap > EXACT:
+            return "", (
+                "the coefficients, applied to the experts' folders, give weights that differ from "
+                f"these by {gap:.2g} of the largest weight"
+            )
+    return text, ""
+
+
+def configuration(record: MergeRecord, source: Source, dtype: torch.dtype | None) -> str:
+    """The YAML. Raises NoRecipe where mergekit cannot reproduce the merge."""
+    base, merged, experts = source.base, source.cores, readable(record)
+    configs = [config_of(model.folder) for model in (base, *experts)]
+    kind = architecture(configs)
+    config = copy.deepcopy(configs[0])
+    config.is_decoder = True  # some classes warn without it; names are the same
+    with torch.device("meta"):
+        model = getattr(transformers, kind)(config)
+    prefix = f"{model.base_model_prefix}."
+    ties = (model._tied_weights_keys or {}) if config.tie_word_embeddings else {}
+    on_disk = [name for name in model.state_dict() if name not in ties]
+    validate_names(kind, on_disk, prefix, merged, [base, *experts])
+    names = [name.removeprefix(prefix) for name in on_disk]
+    renamed = any(config.architectures != [kind] for config in configs)
+    columns = dict(zip(merged, group_numbers(record, merged), strict=True))
 
     def reference(folder: Path) -> object:
         plain = {"model": {"path": str(folder.resolve())}}
         return plain | ({"override_architecture": kind} if renamed else {})
 
     def weight(row: torch.Tensor) -> object:
-        values = {name: float(row[numbers[name]]) if name in numbers else 0.0 for name in names}
-        for tie, of in tied(base.config).items():
-            if base.core(of) in values:
-                values[base.core(tie)] = values[base.core(of)]
-        return setting(values, base.prefix)
+        values = {name: float(row[columns[name]]) if name in columns else 0.0 for name in names}
+        for tie, of in ties.items():
+            if of.removeprefix(prefix) in values:
+                values[tie.removeprefix(prefix)] = values[of.removeprefix(prefix)]
+        return setting(values, prefix)
 
     kept = {tensor.dtype for tensor in base.tensors.values() if tensor.dtype.is_floating_point}
     out = dtype or (kept.pop() if len(kept) == 1 else torch.float32)
@@ -59,11 +86,7 @@ def mergekit_recipe(
         "dtype": "float32",
         "out_dtype": str(out).removeprefix("torch."),
     }
-    return yaml.safe_dump(facts, sort_keys=False, width=200), ""
-
-
-class NoRecipe(Exception):
-    """mergekit cannot make this merge; the message says why."""
+    return yaml.safe_dump(facts, sort_keys=False, width=200)
 
 
 def readable(record: MergeRecord) -> list[StoredModel]:
@@ -88,52 +111,55 @@ def readable(record: MergeRecord) -> list[StoredModel]:
         raise NoRecipe(str(error)) from error
 
 
-def architecture(models: Sequence[StoredModel]) -> str:
+def config_of(folder: Path) -> transformers.PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise NoRecipe(f"transformers does not know the model in {folder.name}") from error
+
+
+def architecture(configs: Sequence[transformers.PretrainedConfig]) -> str:
     """The transformers class that mergekit is to read all of them as: heads are left out.
 
     A language model as what it is; an encoder as the language model of its family, of which
     mergekit takes what is there (its own definition of BertModel fails, as of 0.1.5).
     """
-    names = {(model.config.architectures or [""])[0] for model in models}
-    kinds = {MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None) for model in models}
+    names = {(config.architectures or [""])[0] for config in configs}
+    kinds = {MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) for config in configs}
     if len(kinds) > 1 or None in kinds:
         raise NoRecipe(f"mergekit has no common kind for {', '.join(sorted(names))}")
     return kinds.pop().__name__
 
 
-def required(
-    kind: str, merged: Sequence[str], base: StoredModel, experts: Sequence[StoredModel]
-) -> list[str]:
-    """Names of the tensors that mergekit will read, as the bare encoder has them.
+def validate_names(
+    kind: str,
+    names: Sequence[str],
+    prefix: str,
+    merged: Sequence[str],
+    models: Sequence[StoredModel],
+) -> None:
+    """Raise NoRecipe where mergekit would miss a tensor of the encoder, or a merged one.
 
-    Raises NoRecipe where a folder lacks one of the encoder, or names it in another way, and where
-    mergekit would leave out a merged tensor.
+    names: the tensors of the class `kind`; models: base and experts.
     """
-    config = copy.deepcopy(base.config)
-    config.is_decoder = True  # some classes warn without it; names are the same
-    with torch.device("meta"):
-        model = getattr(transformers, kind)(config)
-    ties = (model._tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
-    names = [name for name in model.state_dict() if name not in ties]
-    for stored in (base, *experts):
+    for stored in models:
         if stored.early:
             raise NoRecipe(
                 f"mergekit does not know the early names in {stored.folder.name}, such as "
                 "LayerNorm.gamma; load it and save_pretrained it once"
             )
-        inside = [name for name in names if name.startswith(base.prefix) or name in merged]
+        inside = [name for name in names if name.startswith(prefix) or name in merged]
         missing = [name for name in inside if name not in stored.tensors]
-        strange = [name for name in names if name in stored.tensors and name not in base.tensors]
+        base = models[0].tensors
+        strange = [name for name in names if name in stored.tensors and name not in base]
         if missing or strange:
             raise NoRecipe(
                 f"mergekit reads all folders as {kind}, and {stored.folder.name} "
                 + (f"lacks {missing[0]}" if missing else f"has {strange[0]}, the base has not")
             )
-    cores = [base.core(name) for name in names]
-    left = sorted(set(merged) - set(cores))
+    left = sorted(set(merged) - {name.removeprefix(prefix) for name in names})
     if left:
         raise NoRecipe(f"mergekit reads all folders as {kind}, which leaves out {left[0]}")
-    return cores
 
 
 # --- filters --------------------------------------------------------------------------------------
