@@ -43,7 +43,7 @@ _build/peers/.complete _build/scale/.complete: requirements.lock pyproject.toml
 test-colab: $(STAMP)  ## run notebooks on a machine like Colab's, from the notebook file alone (slow)
 	$(BIN)/python -m pytest -m colab -rs tests/test_colab.py
 
-test-exercises: $(STAMP)  ## run every exercise that changes a parameter, at size smoke (an hour)
+test-exercises: $(STAMP)  ## run every exercise that changes a parameter, at size smoke
 	$(BIN)/python -m pytest -m exercise tests/test_exercises.py
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
