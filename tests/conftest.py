@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 import language_toys
 from divmerge_book.data import downloads
 from divmerge_book.data.tasks import SUITES, TASKS, Suite
-from divmerge_book.evaluation.experiment import SIZES, Size, make_problem
+from divmerge_book.evaluation.experiment import SIZES, Size, make_problem, prepare
 from divmerge_book.evaluation.language_experiment import prepare_language
 from divmerge_book.models.encoders import load_base
 from divmerge_book.models.finetuning import fine_tune
@@ -113,6 +113,15 @@ def toys(tiny_folder, shared_cache, experts, monkeypatch):
 def once() -> dict:
     """What the tests of one file share, made by the first that asks."""
     return {}
+
+
+@pytest.fixture
+def experiment(toys, once):
+    """The toy suite with 16 inputs, 30 validation and 40 test rows a task, once for a file."""
+    if "experiment" not in once:
+        size = replace(SIZES["toy"], merge_rows=16, validation_rows=30, test_rows=40)
+        once["experiment"] = prepare("toy", size=size)
+    return once["experiment"]
 
 
 @pytest.fixture

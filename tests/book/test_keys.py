@@ -71,9 +71,6 @@ def edited(tmp_path):
     return edit
 
 
-SHARPENED = partial(
-    robustness.strain, None, partial(robustness.STRAINS["overconfident"], None, 0, 0)
-)
 REACHED = {
     "orthogonal": (
         METHODS["iso_cts"],
@@ -93,7 +90,12 @@ REACHED = {
         "NOISE = 2.0",
         "NOISE = 9.0",
     ),
-    "sharper": (SHARPENED, "divmerge_book/studies/robustness", "SHARPER = 5.0", "SHARPER = 50.0"),
+    "sharper": (
+        robustness.fit_with_corrupted,
+        "divmerge_book/studies/robustness",
+        "SHARPER = 5.0",
+        "SHARPER = 50.0",
+    ),
     "search": (
         hyperparameter_search.search,
         "divmerge_book/evaluation/hyperparameter_search",

@@ -1,7 +1,7 @@
 """Figures of what to minimise: each draws on the Axes it is given and returns it.
 
-Tables come from `studies.choice`, `stress` and `courses`. Colours are seaborn's colour-blind
-palette, each with a marker of its own; grey lines are the objectives that are not singled out.
+Tables come from `studies.choice`, `robustness` and `trajectories`. Colours are of seaborn's
+colour-blind palette, each with a marker of its own; grey lines are the objectives that are not singled out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from divmerge_book.figures import PALETTE
 from divmerge_book.studies.objective_fits import named
 from divmerge_book.studies.predictions import WORDS, of_score
-from divmerge_book.studies.robustness import STRAINS
+from divmerge_book.studies.robustness import CORRUPTIONS
 from divmerge_book.studies.trajectories import totals
 from divmerge_core.divergences import DIVERGENCES, facts_of
 
@@ -135,7 +135,7 @@ def strained(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
 
     table: of `costs`, one grouping. Large markers: means over seeds; small ones: seeds.
     """
-    kinds = [kind for kind in STRAINS if kind in set(table.kind)]
+    kinds = [kind for kind in CORRUPTIONS if kind in set(table.kind)]
     specs = list(dict.fromkeys(table.objective))
     for place, spec in enumerate(specs):
         for y, kind in enumerate(kinds):
@@ -149,7 +149,7 @@ def strained(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
     ax.axvline(0, color="black", linewidth=0.8)
     for y in range(1, len(kinds)):
         ax.axhline(y - 0.5, color="0.85", linewidth=0.8)
-    ax.set_yticks(range(len(kinds)), [STRAINS.facts[kind]["label"] for kind in kinds])
+    ax.set_yticks(range(len(kinds)), [CORRUPTIONS.facts[kind]["label"] for kind in kinds])
     ax.set_ylim(len(kinds) - 0.5, -0.5)
     ax.set_xlabel(f"the others lose, points of {WORDS[score]}")
     return ax

@@ -1,6 +1,6 @@
 """Figures of the protocol: each draws on the Axes it is given and returns it.
 
-Tables come from `studies.protocol`, `studies.inputs` and `studies.descents`. Colours are seaborn's
+Tables come from `studies.protocol`, `learning_curve` and `convergence`. Colours are seaborn's
 colour-blind palette, each with a marker of its own; grey stands for references.
 """
 
@@ -12,7 +12,7 @@ from matplotlib.ticker import NullFormatter
 
 from divmerge_book.figures import PALETTE
 from divmerge_book.figures.beyond import Look, percent
-from divmerge_book.studies.learning_curve import WRONGS
+from divmerge_book.studies.learning_curve import INPUT_SHIFTS
 from divmerge_book.studies.predictions import WORDS, of_score
 from divmerge_core.merging.fit import OPTIMIZERS
 
@@ -88,7 +88,7 @@ def by_kind(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
     """
     table = of_score(table, score)
     shares = sorted(share for share in table.share.unique() if share > 0)
-    kinds = ["none", *WRONGS]
+    kinds = ["none", *INPUT_SHIFTS]
     for number, share in enumerate(shares):
         own = table[(table.share == share) & table.kind.isin(kinds)]
         if number < len(shares) - 1:
@@ -102,7 +102,7 @@ def by_kind(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
         label = f"{round(100 * share)} % of the inputs"
         ax.plot(own.difference, heights, "so^D"[number % 4], markersize=6, label=label, **style)
     ax.axvline(0, color="black", linewidth=1, linestyle="--")
-    names = ["no inputs: 1/T", *(WRONGS.facts[kind]["label"] for kind in WRONGS)]
+    names = ["no inputs: 1/T", *(INPUT_SHIFTS.facts[kind]["label"] for kind in INPUT_SHIFTS)]
     ax.set_yticks(range(len(kinds)), names)
     ax.set_ylim(len(kinds) - 0.5, -0.5)
     ax.set_xlabel(f"{WORDS[score]} minus right inputs', points")
@@ -117,13 +117,15 @@ def both_sides(ax: Axes, table: pd.DataFrame) -> Axes:
     """
     for number, (model, marker) in enumerate((("average", "o"), ("DivMerge", "s"))):
         own = table[table.model == model]
-        heights = [list(WRONGS).index(kind) + 0.2 * (number - 0.5) for kind in own.kind]
+        heights = [list(INPUT_SHIFTS).index(kind) + 0.2 * (number - 0.5) for kind in own.kind]
         style = {"color": PALETTE[(0, 1)[number]], "alpha": 0.8}
         ax.plot(own.apart / own.bound, heights, marker, label=model, markersize=6, **style)
     ax.axvline(1, color="black", linewidth=1, linestyle="--", label="the paper's bound")
     ax.axvline(0.5, color="black", linewidth=1, linestyle=":", label="what a range of log 2 allows")
-    ax.set_yticks(range(len(WRONGS)), [WRONGS.facts[kind]["label"] for kind in WRONGS])
-    ax.set_ylim(len(WRONGS) - 0.5, -0.5)
+    ax.set_yticks(
+        range(len(INPUT_SHIFTS)), [INPUT_SHIFTS.facts[kind]["label"] for kind in INPUT_SHIFTS]
+    )
+    ax.set_ylim(len(INPUT_SHIFTS) - 0.5, -0.5)
     ax.set_xscale("log")
     ax.set_xlabel("change of the objective, share of the bound")
     return ax

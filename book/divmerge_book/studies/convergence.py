@@ -1,22 +1,19 @@
-"""How fast optimisers find Lambda: loss on all inputs by passes, inputs read and seconds."""
+"""How fast optimizers find Lambda: loss on all inputs by passes, inputs read and seconds."""
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import pandas as pd
-import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from divmerge_book.evaluation.cache import kept
 from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.metrics import evaluate
 from divmerge_book.evaluation.stored_tables import ResultTable
-from divmerge_book.studies.learning_curve import divergence_sum, few
-from divmerge_book.studies.predictions import scored
-from divmerge_book.studies.protocol import COLUMNS, with_experts
+from divmerge_book.studies.learning_curve import divergence_sum, sample_inputs, seeded
+from divmerge_book.studies.predictions import scored, with_experts
+from divmerge_book.studies.protocol import COLUMNS
+from divmerge_book.studies.study import study
 from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.kernels.merge import grouped_merge
 from divmerge_core.merging.coefficients import Coefficients
@@ -25,12 +22,12 @@ from divmerge_core.merging.merged_model import expert_logits
 from divmerge_core.merging.problem import MergeProblem, Pairs
 
 ANNEALED_LR = 0.1  # few steps have to go as far
-POINTS = 20  # of Adam's course
+POINTS = 20  # of Adam's trajectory
 
 
 @dataclass
-class Log:
-    """What a fit had read, how long it had taken and where it stood, at every few of its steps.
+class Recorder:
+    """Inputs read, seconds and coefficients at every few steps of a fit.
 
     ahead: whether a step has read its batch by the time it is seen, as Adam's has.
     """
@@ -61,7 +58,7 @@ class Log:
         self.before = self.read
 
 
-def plan(optimizer: str, adam: int, passes: int, batches: int) -> dict:
+def budget(optimizer: str, adam: int, passes: int, batches: int) -> dict:
     """Options of one fit: `adam` steps of Adam, annealed or not `passes` of the others."""
     if optimizer == "adam":
         return {"epochs": max(1, adam // batches)}
@@ -70,60 +67,68 @@ def plan(optimizer: str, adam: int, passes: int, batches: int) -> dict:
     return {"epochs": passes}
 
 
-def course(
-    bench: Experiment,
-    problem: MergeProblem,
-    unseen: MergeProblem,
+def fit_trajectory(
+    experiment: Experiment,
+    *,
+    seed: int,
+    subset: Sequence[str],
     grouping: str,
-    options: dict,
+    optimizer: str,
+    pool: int,
+    adam: int,
+    passes: int,
     target: float | None,
-) -> dict:
+) -> list[dict]:
     """One fit: its points (step, passes, inputs per task, seconds, loss), and its end.
 
-    unseen: the problem with other inputs; its loss is worked out at the end, and where the loss
-    first meets `target`.
+    pool: inputs per task that the fit sees. unseen: the loss on as many other inputs at the end;
+    then: where the loss first meets `target`, the end without one.
 
     The loss is the mean over all inputs that the fit may see, whatever its steps look at. Passes
     are forward-backward passes: steps of Adam on one batch of every task; passes over all inputs of
     the others.
     """
-    vectors, tasks = problem.vectors, len(problem.vectors.tasks)
-    targets = expert_logits(problem)
+    part = experiment.select(subset)
+    drawn = sample_inputs(part.problem.batches, 2 * pool, seeded(seed))
+    problem, unseen = (
+        replace(part.problem, batches=[own[half::2] for own in drawn]) for half in (0, 1)
+    )
+    vectors, targets = problem.vectors, expert_logits(problem)
+    longest = max(map(len, problem.batches))
+    options = budget(optimizer, adam, passes, longest)
     every = sum(len(batch.weight) for own in problem.batches for batch in own)
-    stochastic = options["optimizer"].endswith("adam")
-    steps = options["epochs"] * max(map(len, problem.batches))
-    log = Log(max(1, steps // POINTS) if stochastic else 1, stochastic)
-    coefficients = Coefficients(vectors.layout, tasks, grouping=grouping)
+    stochastic = optimizer.endswith("adam")
+    stride = max(1, options["epochs"] * longest // POINTS) if stochastic else 1
+    recorder = Recorder(stride, stochastic)
+    coefficients = Coefficients(vectors.layout, len(subset), grouping=grouping)
     flat = fit_coefficients(
-        log.counted(problem),
+        recorder.counted(problem),
         coefficients,
         DIVERGENCES["js"],
         targets=targets,
-        watch=log,
+        watch=recorder,
         progress=False,
+        optimizer=optimizer,
+        seed=seed,
         **options,
     ).detach()
     points, then = [], None
-    for point in log.points:
-        merged = grouped_merge(
-            vectors.base, vectors.deltas, point.pop("coeffs"), coefficients.segments
-        )
-        passes = point["step"] if stochastic else point["read"] / every
-        read = point["read"] / tasks
-        points.append(
-            {**point, "read": read, "passes": passes}
-            | {"loss": divergence_sum(problem, merged, targets)}
-        )
-        if then is None and target is not None and points[-1]["loss"] <= target:
+    for point in recorder.points:
+        coeffs, read = point.pop("coeffs"), point["read"]
+        merged = grouped_merge(vectors.base, vectors.deltas, coeffs, coefficients.segments)
+        loss = divergence_sum(problem, merged, targets)
+        passed = point["step"] if stochastic else read / every
+        points.append({**point, "read": read / len(subset), "passes": passed, "loss": loss})
+        if then is None and target is not None and loss <= target:
             then = divergence_sum(unseen, merged)
-    rows = evaluate(bench.problem, flat, bench.test).to_dict("records")
     last = divergence_sum(unseen, flat)
+    rows = evaluate(part.problem, flat, part.test).to_dict("records")
     then = last if target is None else then
-    return {"points": points, "then": then, "unseen": last, "rows": rows}
+    return [{"points": points, "then": then, "unseen": last, "rows": rows}]
 
 
-def descents(
-    bench: Experiment,
+def convergence(
+    experiment: Experiment,
     subsets: Sequence[Sequence[str]],
     *,
     groupings: Sequence[str],
@@ -132,51 +137,43 @@ def descents(
     passes: int,
     seed: int = 0,
 ) -> dict[str, pd.DataFrame]:
-    """Every optimiser on every subset of tasks and grouping: courses, ends, and answers.
+    """Every optimizer on every subset of tasks and grouping: courses, ends, and answers.
 
     pool: inputs per task that all fits see. adam: steps of Adam; passes: of the others. Courses:
     tasks (their number), grouping, optimizer, passes, read (inputs per task), seconds, loss (nats,
     on all inputs). Ends: tasks, grouping, optimizer, start, target (Adam's last loss), reached (the
     lowest loss), passes, read and seconds when the target was met (missing where it was not), then
     (the loss on as many other inputs at that point), unseen (the same at the end). Answers:
-    predictions by tasks and grouping, the method is the optimiser, Adam first.
+    predictions by tasks and grouping, the method is the optimizer, Adam first.
     """
-    courses, ends, answers = [], [], []
-    jobs = [(subset, grouping) for subset in subsets for grouping in groupings]
-    for subset, grouping in tqdm(jobs, "optimisers", leave=False):
-        part = bench.select(subset)
-        label = {"tasks": len(subset), "grouping": grouping}
-        drawn = few(part.problem.batches, 2 * pool, torch.Generator().manual_seed(seed))
-        seen, other = (
-            replace(part.problem, batches=[own[half::2] for own in drawn]) for half in (0, 1)
-        )
-        found = {}
-        for optimizer in tqdm(OPTIMIZERS, f"{len(subset)} tasks, per {grouping}", leave=False):
-            options = plan(optimizer, adam, passes, max(map(len, seen.batches)))
-            options |= {"optimizer": optimizer, "seed": seed}
-            target = found["adam"]["points"][-1]["loss"] if found else None  # Adam is the first
-            find = partial(course, part, seen, other, grouping, options, target)
-            found[optimizer] = kept(part, find, "descent", grouping, pool, options, adam)
-            courses += [{**label, "optimizer": optimizer, **p} for p in found[optimizer]["points"]]
-        ends += [{**row, **label} for row in ended(found)]
-        rows = [{**row, "method": n, "seed": seed} for n in found for row in found[n]["rows"]]
-        answers.append(with_experts(rows, {seed: part}, **label))
+    courses, ends, answers, experiments = [], [], [], {seed: experiment}
+    fixed = {"pool": pool, "adam": adam, "passes": passes}
+    others = [name for name in OPTIMIZERS if name != "adam"]
+    for job in [{"subset": list(s), "grouping": g} for s in subsets for g in groupings]:
+        adam_first = [{**job, "optimizer": "adam", "target": None}]
+        first = study(fit_trajectory, experiments, adam_first, **fixed)
+        target = first.points[0][-1]["loss"]
+        jobs = [{**job, "optimizer": name, "target": target} for name in others]
+        fits = pd.concat([first, study(fit_trajectory, experiments, jobs, **fixed)])
+        label = {"tasks": len(job["subset"]), "grouping": job["grouping"]}
+        for fit in fits.itertuples():
+            named = {**label, "optimizer": fit.optimizer}
+            courses += [{**named, **point} for point in fit.points]
+            ends.append(
+                {**named, **end(fit.points, target), "then": fit.then, "unseen": fit.unseen}
+            )
+            answers += [{**label, "method": fit.optimizer, "seed": seed, **row} for row in fit.rows]
+    predictions = with_experts(pd.DataFrame(answers), experiments, ["tasks", "grouping"])
     tables = {"courses": pd.DataFrame(courses), "ends": pd.DataFrame(ends)}
-    return {**tables, "answers": pd.concat(answers, ignore_index=True)}
+    return {**tables, "answers": predictions}
 
 
-def ended(found: Mapping[str, dict]) -> list[dict]:
-    """Where the fits of one problem ended, and when each met Adam's last loss."""
-    target, rows = found["adam"]["points"][-1]["loss"], []
-    for name, one in found.items():
-        met = [point for point in one["points"] if point["loss"] <= target]
-        first = {key: met[0][key] if met else None for key in ("passes", "read", "seconds")}
-        lowest = min(point["loss"] for point in one["points"])
-        row = {"optimizer": name, "start": one["points"][0]["loss"], "target": target}
-        rows.append(
-            row | {"reached": lowest, "then": one["then"], "unseen": one["unseen"], **first}
-        )
-    return rows
+def end(points: Sequence[Mapping], target: float) -> dict:
+    """Where a fit started and ended, and when it first met the target."""
+    met = next((point for point in points if point["loss"] <= target), {})
+    first = {name: met.get(name) for name in ("passes", "read", "seconds")}
+    reached = min(point["loss"] for point in points)
+    return {"start": points[0]["loss"], "target": target, "reached": reached, **first}
 
 
 def with_scores(measured: ResultTable) -> ResultTable:

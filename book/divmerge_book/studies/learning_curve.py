@@ -1,6 +1,6 @@
-"""How many unlabelled inputs a fit needs, and how wrong they may be: Proposition 3 put to the test.
+"""How many unlabelled inputs a fit needs, and which inputs: a test of Proposition 3.
 
-Wrong inputs go with the task's own head, and the expert answers them as it answers any input.
+Shifted inputs pass through the task's own head, and the expert's answers to them are the targets.
 """
 
 import math
@@ -12,63 +12,70 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
-from divmerge_book.evaluation.cache import kept
 from divmerge_book.evaluation.experiment import Experiment
-from divmerge_book.studies.protocol import DEFAULT, answered, num_tasks, with_experts
+from divmerge_book.evaluation.metrics import evaluate
+from divmerge_book.studies.predictions import with_experts
+from divmerge_book.studies.protocol import DEFAULT, num_tasks
+from divmerge_book.studies.study import study
 from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.merging.merged_model import expert_logits
 from divmerge_core.merging.problem import Batch, MergeProblem
 from divmerge_core.methods import METHODS
 from divmerge_core.registry import Registry
 
-WRONGS = Registry("kind of wrong inputs")  # name -> function(bench, others, generator) -> batches
+# name -> function(experiment, inputs of other tasks, generator) -> batches
+INPUT_SHIFTS = Registry("input shift")
 Batches = Sequence[Sequence[Batch]]  # [task][number]
 
 
-# --- what takes the place of a task's inputs ------------------------------------------------------
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
-@WRONGS.register("other_task", label="another merged task's")
-def other_task(bench: Experiment, others: Batches, generator: torch.Generator) -> Batches:
+# --- shifted inputs -------------------------------------------------------------------------------
+
+
+@INPUT_SHIFTS.register("other_task", label="another merged task's")
+def other_task(experiment: Experiment, others: Batches, generator: torch.Generator) -> Batches:
     """Every task gets the inputs of the next one."""
-    own = bench.problem.batches
+    own = experiment.problem.batches
     return [*own[1:], own[0]]
 
 
-@WRONGS.register("outside", label="another domain's")
-def outside(bench: Experiment, others: Batches, generator: torch.Generator) -> Batches:
-    """Inputs of tasks that are not merged, the same task's again where there are fewer."""
-    number = len(bench.problem.batches)
+@INPUT_SHIFTS.register("outside", label="another domain's")
+def outside(experiment: Experiment, others: Batches, generator: torch.Generator) -> Batches:
+    """Inputs of tasks that are not merged; a task's are used again where there are fewer tasks."""
     if not others:
         raise ValueError("inputs of another domain need a task that is not merged; name one more")
     every = max(sum(len(batch.weight) for batch in batches) for batches in others)
-    return few([others[n % len(others)] for n in range(number)], every, generator)
+    number = len(experiment.problem.batches)
+    return sample_inputs([others[n % len(others)] for n in range(number)], every, generator)
 
 
-@WRONGS.register("shuffled", label="own, words shuffled")
-def shuffled(bench: Experiment, others: Batches, generator: torch.Generator) -> Batches:
+@INPUT_SHIFTS.register("shuffled", label="own, words shuffled")
+def shuffled(experiment: Experiment, others: Batches, generator: torch.Generator) -> Batches:
     """The task's own tokens in a random order."""
-    return changed_tokens(bench, lambda ids: ids[torch.randperm(len(ids), generator=generator)])
+    order = partial(torch.randperm, generator=generator)
+    return changed_tokens(experiment, lambda ids: ids[order(len(ids))])
 
 
-@WRONGS.register("random", label="random tokens")
-def random_tokens(bench: Experiment, others: Batches, generator: torch.Generator) -> Batches:
-    """As many tokens, drawn evenly from the vocabulary without its special ones."""
-    special = set(bench.base.tokenizer.all_special_ids)
-    allowed = [n for n in range(len(bench.base.tokenizer)) if n not in special]
-    choices = torch.tensor(allowed)
+@INPUT_SHIFTS.register("random", label="random tokens")
+def random_tokens(experiment: Experiment, others: Batches, generator: torch.Generator) -> Batches:
+    """As many tokens, drawn uniformly from the vocabulary without its special ones."""
+    tokenizer = experiment.base.tokenizer
+    special = set(tokenizer.all_special_ids)
+    choices = torch.tensor([n for n in range(len(tokenizer)) if n not in special])
 
     def drawn(ids: Tensor) -> Tensor:
         return choices[torch.randint(len(choices), (len(ids),), generator=generator)]
 
-    return changed_tokens(bench, drawn)
+    return changed_tokens(experiment, drawn)
 
 
-def changed_tokens(bench: Experiment, change: Callable[[Tensor], Tensor]) -> Batches:
+def changed_tokens(experiment: Experiment, change: Callable[[Tensor], Tensor]) -> Batches:
     """The inputs with every row's ordinary tokens changed; special ones and padding stay."""
-    special = torch.tensor(sorted(bench.base.tokenizer.all_special_ids))
+    special = torch.tensor(sorted(experiment.base.tokenizer.all_special_ids))
 
     def of(batch: Batch) -> Batch:
         ids = batch.inputs["input_ids"].clone()
@@ -77,13 +84,13 @@ def changed_tokens(bench: Experiment, change: Callable[[Tensor], Tensor]) -> Bat
             row[words.to(row.device)] = change(row.cpu()[words]).to(row.device)
         return replace(batch, inputs={**batch.inputs, "input_ids": ids})
 
-    return [[of(batch) for batch in batches] for batches in bench.problem.batches]
+    return [[of(batch) for batch in batches] for batches in experiment.problem.batches]
 
 
-def mixed(own: Batches, wrong: Batches, share: float, generator: torch.Generator) -> Batches:
-    """A share of every task's batches replaced by wrong ones, at random places."""
+def mixed(own: Batches, shifted: Batches, share: float, generator: torch.Generator) -> Batches:
+    """A share of every task's batches replaced by shifted ones, at random places."""
     found = []
-    for batches, others in zip(own, wrong, strict=True):
+    for batches, others in zip(own, shifted, strict=True):
         order = torch.randperm(len(batches), generator=generator).tolist()
         chosen = set(order[: round(share * len(batches))])
         found.append(
@@ -92,14 +99,14 @@ def mixed(own: Batches, wrong: Batches, share: float, generator: torch.Generator
     return found
 
 
-def few(batches: Batches, count: int, generator: torch.Generator) -> list[list[Batch]]:
+def sample_inputs(batches: Batches, count: int, generator: torch.Generator) -> list[list[Batch]]:
     """`count` inputs of every task: whole batches drawn at random, or a part of one."""
     found = []
     for own in batches:
-        order = [own[n] for n in torch.randperm(len(own), generator=generator).tolist()]
+        order = torch.randperm(len(own), generator=generator).tolist()
         kept, left = [], count
         while left > 0 and order:
-            kept.append(first_rows(order.pop(0), left))
+            kept.append(first_rows(own[order.pop(0)], left))
             left -= len(kept[-1].weight)
         found.append(kept)
     return found
@@ -116,27 +123,66 @@ def first_rows(batch: Batch, count: int) -> Batch:
 # --- studies --------------------------------------------------------------------------------------
 
 
-def fitted(
-    bench: Experiment, what: Sequence, batches: Batches, *, grouping: str, steps: int, seed: int
-) -> list[dict]:
-    """Test answers after so many steps of Adam on these inputs; none: the average."""
-    problem = replace(bench.problem, batches=batches)
-    vectors = problem.vectors
-
-    def fit() -> Float[Tensor, " N"]:
-        longest = max(map(len, batches))
-        if not longest:
-            return vectors.merge([1 / len(vectors.tasks)] * len(vectors.tasks))
-        epochs = math.ceil(steps / longest)
-        return METHODS["divmerge"](
-            problem, grouping=grouping, inputs=10**6, epochs=epochs, seed=seed, progress=False
-        )
-
-    return answered(bench, [*what, grouping, steps, seed], fit)
+def fit_on(
+    problem: MergeProblem, batches: Batches, *, grouping: str, steps: int, seed: int
+) -> Float[Tensor, " N"]:
+    """DivMerge after so many steps of Adam on these inputs; the average where there are none."""
+    if not any(map(len, batches)):
+        return METHODS["average"](problem)
+    epochs = math.ceil(steps / max(map(len, batches)))
+    options = {"grouping": grouping, "inputs": 10**6, "epochs": epochs, "seed": seed}
+    return METHODS["divmerge"](replace(problem, batches=batches), progress=False, **options)
 
 
-def amounts(
-    benches: Mapping[int, Experiment],
+def shifted_inputs(
+    experiment: Experiment, others: Batches, kind: str, share: float, inputs: int, seed: int
+) -> tuple[MergeProblem, Batches]:
+    """The problem with so many inputs per task, and these with a share of shifted ones.
+
+    kind: of INPUT_SHIFTS, DEFAULT for the inputs themselves, `none` for no inputs.
+    """
+    own = sample_inputs(experiment.problem.batches, inputs, seeded(seed))
+    problem, generator = replace(experiment.problem, batches=own), seeded(seed)
+    if kind in (DEFAULT, "none"):
+        return problem, own if kind == DEFAULT else [[] for _ in own]
+    shifted = INPUT_SHIFTS[kind](replace(experiment, problem=problem), others, generator)
+    return problem, mixed(own, shifted, share, generator)
+
+
+def fit_on_inputs(
+    experiment: Experiment,
+    *,
+    others: Mapping[int, Batches],
+    seed: int,
+    kind: str,
+    share: float,
+    inputs: int,
+    grouping: str,
+    steps: int,
+    method: str,
+) -> pd.DataFrame:
+    """Test predictions of a fit on so many inputs per task, a share of them shifted."""
+    _, batches = shifted_inputs(experiment, others.get(seed, []), kind, share, inputs, seed)
+    flat = fit_on(experiment.problem, batches, grouping=grouping, steps=steps, seed=seed)
+    return evaluate(experiment.problem, flat, experiment.test)
+
+
+def predicted(
+    experiments: Mapping[int, Experiment],
+    others: Mapping[int, Batches],
+    jobs: Sequence[Mapping],
+    groupings: Sequence[str],
+    steps: int,
+) -> pd.DataFrame:
+    """Predictions of `fit_on_inputs` and of the experts, by grouping and tasks (their number)."""
+    jobs = [{"grouping": grouping, **job} for grouping in groupings for job in jobs]
+    rows = study(partial(fit_on_inputs, others=others), experiments, jobs, steps=steps)
+    rows["tasks"] = num_tasks(experiments)
+    return with_experts(rows, experiments, ["grouping", "tasks"])
+
+
+def learning_curve(
+    experiments: Mapping[int, Experiment],
     counts: Sequence[int],
     *,
     groupings: Sequence[str],
@@ -144,25 +190,16 @@ def amounts(
 ) -> pd.DataFrame:
     """Predictions by the number of inputs per task, the method, all with as many steps.
 
-    The largest number is the first. No inputs leave the start, 1/T. Which inputs are taken is drawn
-    anew by seed. Labels: tasks (their number) and grouping.
+    The largest number comes first. No inputs leave the start, 1/T. The inputs are sampled anew for
+    every seed. Labels: grouping, tasks.
     """
-    parts = []
-    for grouping in groupings:
-        rows: list[dict] = []
-        jobs = [(seed, count) for seed in benches for count in sorted(counts, reverse=True)]
-        for seed, count in tqdm(jobs, f"number of inputs, per {grouping}", leave=False):
-            bench, generator = benches[seed], torch.Generator().manual_seed(seed)
-            chosen = few(bench.problem.batches, count, generator)
-            options = {"grouping": grouping, "steps": steps, "seed": seed}
-            found = fitted(bench, ["few", count], chosen, **options)
-            rows += [{**row, "method": str(count), "seed": seed} for row in found]
-        parts.append(with_experts(rows, benches, grouping=grouping, tasks=num_tasks(benches)))
-    return pd.concat(parts, ignore_index=True)
+    own = {"kind": DEFAULT, "share": 0.0}
+    jobs = [{**own, "inputs": n, "method": str(n)} for n in sorted(counts, reverse=True)]
+    return predicted(experiments, {}, jobs, groupings, steps)
 
 
-def wrong_inputs(
-    benches: Mapping[int, Experiment],
+def input_shifts(
+    experiments: Mapping[int, Experiment],
     others: Mapping[int, Batches],
     *,
     inputs: int,
@@ -170,29 +207,16 @@ def wrong_inputs(
     groupings: Sequence[str],
     steps: int,
 ) -> pd.DataFrame:
-    """Predictions by kind and share of wrong inputs, beside those of right ones, `default`.
+    """Predictions by kind and share of shifted inputs, beside those of a task's own, `default`.
 
-    others: by seed, inputs of tasks that are not merged. inputs: per task. Labels: tasks (their
-    number) and grouping; the method is `kind=share`, and kind `none` is the start, 1/T.
+    others: by seed, inputs of the tasks that `select` left out. inputs: per task. Labels: grouping,
+    tasks; the method is `kind=share`, and kind `none` is the start, 1/T.
     """
-    parts = []
-    for grouping in groupings:
-        rows: list[dict] = []
-        for seed, bench in benches.items():
-            right = few(bench.problem.batches, inputs, torch.Generator().manual_seed(seed))
-            smaller = replace(bench, problem=replace(bench.problem, batches=right))
-            jobs = {(DEFAULT, 0.0): right, ("none", 1.0): [[] for _ in right]}
-            for kind in WRONGS:
-                generator = torch.Generator().manual_seed(seed)
-                wrong = WRONGS[kind](smaller, others[seed], generator)
-                jobs |= {(kind, share): mixed(right, wrong, share, generator) for share in shares}
-            options = {"grouping": grouping, "steps": steps, "seed": seed}
-            for (kind, share), chosen in tqdm(jobs.items(), f"wrong inputs, {seed}", leave=False):
-                found = fitted(bench, ["wrong", kind, share, inputs], chosen, **options)
-                label = DEFAULT if kind == DEFAULT else f"{kind}={share}"
-                rows += [{**row, "method": label, "seed": seed} for row in found]
-        parts.append(with_experts(rows, benches, grouping=grouping, tasks=num_tasks(benches)))
-    return pd.concat(parts, ignore_index=True)
+    kinds = [("none", 1.0), *((kind, share) for kind in INPUT_SHIFTS for share in shares)]
+    jobs = [{"kind": DEFAULT, "share": 0.0, "method": DEFAULT}]
+    jobs += [{"kind": kind, "share": s, "method": f"{kind}={s}"} for kind, s in kinds]
+    jobs = [{**job, "inputs": inputs} for job in jobs]
+    return predicted(experiments, others, jobs, groupings, steps)
 
 
 @torch.no_grad()
@@ -207,49 +231,42 @@ def divergence_sum(
     """
     total, targets = 0.0, targets or expert_logits(problem)
     for task, batches in enumerate(problem.batches):
-        for index, batch in enumerate(batches):
-            own = problem.logits(flat, task, batch)
-            loss = batch.weight @ DIVERGENCES["js"](targets[task][index], own)
+        for batch, expert in zip(batches, targets[task], strict=True):
+            loss = batch.weight @ DIVERGENCES["js"](expert, problem.logits(flat, task, batch))
             total += float(loss) / len(batches)
     return total
 
 
-def shifts(
-    benches: Mapping[int, Experiment], others: Mapping[int, Batches], *, inputs: int, steps: int
-) -> pd.DataFrame:
-    """Both sides of Proposition 3, for the average and for a fit on the right inputs.
-
-    A mixture with a share s of wrong inputs is at most s away in total variation, and its objective
-    is (1 - s) times the right one plus s times the wrong one. So both sides are linear in s, and a
-    row per seed, kind and model at s = 1 tells all. Columns: seed, kind, model, right and wrong
-    (objectives, in nats), apart (the left side at s = 1), bound (2 log 2 per task).
-    """
-    rows = []
-    for seed, bench in tqdm(benches.items(), "Proposition 3", leave=False):
-        find = partial(sides, bench, others[seed], inputs, steps, seed)
-        found = kept(bench, find, "proposition 3", inputs, steps, seed)
-        rows += [{"seed": seed, **row} for row in found]
-    return pd.DataFrame(rows)
-
-
-def sides(bench: Experiment, others: Batches, inputs: int, steps: int, seed: int) -> list[dict]:
-    """Proposition 3 on one bench: a row per kind and model."""
-    right = few(bench.problem.batches, inputs, torch.Generator().manual_seed(seed))
-    problem, number = replace(bench.problem, batches=right), len(right)
-    epochs = math.ceil(steps / max(map(len, right)))
+def both_sides(
+    experiment: Experiment, *, others: Mapping[int, Batches], seed: int, inputs: int, steps: int
+) -> list[dict]:
+    """Proposition 3 on one experiment: a row per kind of shift and model."""
+    own, batches = shifted_inputs(experiment, [], DEFAULT, 0.0, inputs, seed)
+    count = len(batches)
     models = {
-        "average": problem.vectors.merge([1 / number] * number),
-        "DivMerge": METHODS["divmerge"](
-            problem, grouping="layer", inputs=10**6, epochs=epochs, seed=seed, progress=False
-        ),
+        "average": METHODS["average"](own),
+        "DivMerge": fit_on(own, batches, grouping="layer", steps=steps, seed=seed),
     }
-    rows, smaller = [], replace(bench, problem=problem)
-    for kind in WRONGS:
-        generator = torch.Generator().manual_seed(seed)
-        wrong = mixed(right, WRONGS[kind](smaller, others, generator), 1.0, generator)
+    right, rows = {name: divergence_sum(own, flat) for name, flat in models.items()}, []
+    for kind in INPUT_SHIFTS:
+        _, shifted = shifted_inputs(experiment, others[seed], kind, 1.0, inputs, seed)
         for model, flat in models.items():
-            a = divergence_sum(problem, flat)
-            b = divergence_sum(replace(problem, batches=wrong), flat)
+            a, b = right[model], divergence_sum(replace(own, batches=shifted), flat)
             row = {"kind": kind, "model": model, "right": a, "wrong": b, "apart": abs(a - b)}
-            rows.append({**row, "bound": 2 * math.log(2) * number})
+            rows.append({**row, "bound": 2 * math.log(2) * count})
     return rows
+
+
+def proposition3(
+    experiments: Mapping[int, Experiment], others: Mapping[int, Batches], *, inputs: int, steps: int
+) -> pd.DataFrame:
+    """Both sides of Proposition 3, for the average and for a fit on a task's own inputs.
+
+    A mixture with a share s of shifted inputs is at most s away in total variation, and its
+    objective is (1 - s) times that of the own inputs plus s times that of the shifted ones. Both
+    sides are linear in s, so a row per seed, kind and model at s = 1 suffices. Columns: seed, kind,
+    model, right and wrong (objectives on own and shifted inputs, in nats), apart (the left side at
+    s = 1), bound (2 log 2 per task).
+    """
+    measure = partial(both_sides, others=others)
+    return study(measure, experiments, [{}], inputs=inputs, steps=steps)

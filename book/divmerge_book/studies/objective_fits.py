@@ -1,11 +1,13 @@
-"""What a fit of coefficients may minimise, divergence or not; and one such fit."""
+"""Objectives of a fit of coefficients, divergences and baselines; and one such fit."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from divmerge_book.data.tasks import TASKS
 from divmerge_book.evaluation.cache import kept
@@ -23,13 +25,14 @@ from divmerge_core.merging.problem import Diverged, MergeProblem
 from divmerge_core.merging.task_vectors import Layout, TaskVectors
 from divmerge_core.registry import Registry
 
-BESIDE = Registry("objective")  # name -> function(bench) -> FitSpec: no divergence of answers
+BASELINE_OBJECTIVES = Registry("objective")  # name -> function(experiment) -> FitSpec
+START = "start"  # the objective of no fit: the merge at 1/T
 WORDS = "embeddings.word_embeddings.weight"
 Targets = Sequence[Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
-class Rule:
+class FitConfig:
     """What all fits share. rates: Adam's step sizes to choose from; rate: where none is chosen."""
 
     epochs: int = 4
@@ -47,76 +50,75 @@ class FitSpec:
     targets: Targets | None = None
 
 
-@BESIDE.register("hidden_cosine", label="hidden states, cosine")
-def hidden_cosine(bench: Experiment) -> FitSpec:
+@BASELINE_OBJECTIVES.register("hidden_cosine", label="hidden states, cosine")
+def hidden_cosine(experiment: Experiment) -> FitSpec:
     """The angle between the pooled hidden states, which the heads read, of expert and merge."""
-    width = bench.base.encoder.config.hidden_size
-    place = bench.problem.vectors.base.device
+    width = experiment.base.encoder.config.hidden_size
+    place = experiment.problem.vectors.base.device
     alike = {"weight": torch.eye(width, device=place), "bias": torch.zeros(width, device=place)}
-    forward = classifier_forward(bench.base, [alike] * len(bench.experts))
-    return FitSpec(replace(bench.problem, forward=forward), cosine)
+    forward = classifier_forward(experiment.base, [alike] * len(experiment.experts))
+    return FitSpec(replace(experiment.problem, forward=forward), cosine)
 
 
-@BESIDE.register("entropy", label="entropy (AdaMerging)")
-def entropy_alone(bench: Experiment) -> FitSpec:
+@BASELINE_OBJECTIVES.register("entropy", label="entropy (AdaMerging)")
+def entropy_alone(experiment: Experiment) -> FitSpec:
     """The merged model's own uncertainty: no expert is asked."""
-    return FitSpec(bench.problem, lambda expert, merged: entropy(merged))
+    return FitSpec(experiment.problem, lambda expert, merged: entropy(merged))
 
 
-@BESIDE.register("labels", label="labels (oracle, cheats)")
-def labels(bench: Experiment) -> FitSpec:
+@BASELINE_OBJECTIVES.register("labels", label="labels (oracle, cheats)")
+def labels(experiment: Experiment) -> FitSpec:
     """Cross-entropy on gold answers of the merge inputs, which no method may see: an oracle."""
-    targets = [
-        [
-            torch.nn.functional.one_hot(part, len(TASKS[task].answers)).float().log()
-            for part in parts
-        ]
-        for task, parts in zip(bench.problem.vectors.tasks, gold_answers(bench), strict=True)
-    ]
-    return FitSpec(bench.problem, kl, targets)
+    targets = []
+    for task, parts in zip(experiment.problem.vectors.tasks, gold_answers(experiment), strict=True):
+        classes = len(TASKS[task].answers)
+        targets.append([one_hot(part, classes).float().log() for part in parts])
+    return FitSpec(experiment.problem, kl, targets)
 
 
-def gold_answers(bench: Experiment) -> list[list[Int[Tensor, " A"]]]:
+def gold_answers(experiment: Experiment) -> list[list[Int[Tensor, " A"]]]:
     """Gold answers of the merge inputs, `[task][batch] -> [A]`: only the oracle may ask."""
     found = []
-    for number, task in enumerate(bench.problem.vectors.tasks):
-        sizes = [len(batch.weight) for batch in bench.problem.batches[number]]
+    for number, task in enumerate(experiment.problem.vectors.tasks):
+        sizes = [len(batch.weight) for batch in experiment.problem.batches[number]]
         rows = TASKS[task].load("merge").select(range(sum(sizes)))
         known = TASKS[task].read()["merge"][: sum(sizes)]
         assert [text for text, *_ in known] == list(rows["text"])
-        length = bench.experts[number].manifest["recipe"]["max_length"]
-        _, order = make_batches(rows, bench.base, batch_size=sizes[0], max_length=length)
+        length = experiment.experts[number].manifest["recipe"]["max_length"]
+        _, order = make_batches(rows, experiment.base, batch_size=sizes[0], max_length=length)
         answers = torch.tensor([TASKS[task].answers.index(answer) for *_, answer in known])
         found.append(list(answers[order.cpu()].to(order.device).split(sizes)))
     return found
 
 
-def pose(bench: Experiment, spec: str, temperature: float = 1.0) -> FitSpec:
-    """The fit that an objective asks for: a name in BESIDE, or a divergence's spec.
+def fit_spec(experiment: Experiment, spec: str, temperature: float = 1.0) -> FitSpec:
+    """The fit that an objective asks for: a name in BASELINE_OBJECTIVES, or a divergence's spec.
 
     Raises ValueError for unknown ones, and a temperature where there are no two answers.
     """
-    if spec not in BESIDE:
-        return FitSpec(bench.problem, objective(spec, temperature))
+    if spec not in BASELINE_OBJECTIVES:
+        return FitSpec(experiment.problem, objective(spec, temperature))
     if temperature != 1:
         raise ValueError(f"{spec!r} has no temperature, got {temperature}; leave it out")
-    return BESIDE[spec](bench)
+    return BASELINE_OBJECTIVES[spec](experiment)
 
 
 def objectives() -> list[str]:
-    """Every registered divergence, and what stands beside them."""
-    return [*DIVERGENCES, *BESIDE]
+    """Every registered divergence, and the baseline objectives."""
+    return [*DIVERGENCES, *BASELINE_OBJECTIVES]
 
 
 def named(spec: str) -> str:
     """`reverse_chi_squared` -> `reverse chi squared`; `hidden_cosine` -> its label."""
-    return BESIDE.facts[spec]["label"] if spec in BESIDE else spec.replace("_", " ")
+    if spec in BASELINE_OBJECTIVES:
+        return BASELINE_OBJECTIVES.facts[spec]["label"]
+    return spec.replace("_", " ")
 
 
 # --- one fit --------------------------------------------------------------------------------------
 
 
-def only_seen(problem: MergeProblem) -> MergeProblem:
+def with_used_words(problem: MergeProblem) -> MergeProblem:
     """The problem without the rows of the word embedding that none of its inputs names.
 
     No gradient reaches these, so a fit finds the same coefficients in less time. Token 0 stays, as
@@ -150,24 +152,24 @@ def only_seen(problem: MergeProblem) -> MergeProblem:
 
 
 def fit(
-    posed: FitSpec,
+    spec: FitSpec,
     grouping: str,
     rate: float,
-    rule: Rule,
+    config: FitConfig,
     watch: Callable[[Step], None] | None = None,
 ) -> Float[Tensor, "T G"]:
     """The coefficients that a fit ends with. Raises Diverged where it runs off."""
-    problem = only_seen(posed.problem)
+    problem = with_used_words(spec.problem)
     vectors = problem.vectors
     coefficients = Coefficients(vectors.layout, len(vectors.tasks), grouping=grouping)
     fit_coefficients(
         problem,
         coefficients.to(vectors.base.device),
-        posed.loss,
-        targets=posed.targets,
-        epochs=rule.epochs,
+        spec.loss,
+        targets=spec.targets,
+        epochs=config.epochs,
         lr=rate,
-        seed=rule.seed,
+        seed=config.seed,
         watch=watch,
         progress=False,
     )
@@ -180,33 +182,48 @@ def merge(vectors: TaskVectors, coeffs: Float[Tensor, "T G"], grouping: str) -> 
     return grouped_merge(vectors.base, vectors.deltas, coeffs.to(vectors.base), segments)
 
 
-def learned(
-    bench: Experiment, spec: str, grouping: str, rate: float, rule: Rule, temperature: float = 1.0
+def fit_result(
+    experiment: Experiment,
+    objective: str,
+    grouping: str,
+    rate: float,
+    config: FitConfig,
+    temperature: float = 1.0,
 ) -> dict:
     """A fit's coefficients [T][G], its validation ANP, and whether it diverged; kept in the cache.
 
-    A fit that diverges is scored where it started, at 1/T.
+    objective: START for no fit at all. A fit that diverges is scored where it started, at 1/T.
     """
 
     def find() -> dict:
-        vectors, failed = bench.problem.vectors, False
-        try:
-            coeffs = fit(pose(bench, spec, temperature), grouping, rate, rule)
-        except Diverged:
-            failed = True
-            coeffs = Coefficients(vectors.layout, len(vectors.tasks), grouping=grouping)().detach()
-        anp = validation_anp(bench, merge(vectors, coeffs, grouping))
-        return {"coefficients": coeffs.tolist(), "validation": anp, "diverged": failed}
+        vectors, diverged = experiment.problem.vectors, False
+        coeffs = Coefficients(vectors.layout, len(vectors.tasks), grouping=grouping)().detach()
+        if objective != START:
+            try:
+                coeffs = fit(fit_spec(experiment, objective, temperature), grouping, rate, config)
+            except Diverged:
+                diverged = True
+        anp = validation_anp(experiment, merge(vectors, coeffs, grouping))
+        return {"coefficients": coeffs.tolist(), "validation": anp, "diverged": diverged}
 
-    what = ("choice", spec, grouping, rate, rule.epochs, rule.seed, temperature)
-    return kept(bench, find, *what)
+    what = (objective, grouping, rate, config.epochs, config.seed, temperature)
+    return kept(experiment, find, "fit of an objective", *what)
 
 
-def answers(bench: Experiment, coeffs: Sequence[Sequence[float]], grouping: str) -> list[dict]:
-    """Test answers of the model merged with these coefficients; kept in the cache."""
-
-    def find() -> list[dict]:
-        flat = merge(bench.problem.vectors, torch.tensor(coeffs), grouping)
-        return evaluate(bench.problem, flat, bench.test).to_dict("records")
-
-    return kept(bench, find, "choice, test", coeffs, grouping)
+def fit_and_predict(
+    experiment: Experiment,
+    *,
+    seed: int,
+    count: int,
+    objective: str,
+    grouping: str,
+    rate: float,
+    config: FitConfig,
+    temperature: float = 1.0,
+    **labels: object,
+) -> pd.DataFrame:
+    """Test predictions of a fit on the first `count` tasks, its validation ANP, and `diverged`."""
+    part = experiment.select(experiment.problem.vectors.tasks[:count])
+    found = fit_result(part, objective, grouping, rate, config, temperature)
+    flat = merge(part.problem.vectors, torch.tensor(found.pop("coefficients")), grouping)
+    return evaluate(part.problem, flat, part.test).assign(**found)

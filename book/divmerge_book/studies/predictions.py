@@ -1,4 +1,4 @@
-"""What studies store: predictions, a row per merged model; scores are made of them when drawn."""
+"""What studies store: predictions, a row per merged model; scores are computed when drawn."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -6,9 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from divmerge_book.evaluation.report import Report, Sampled
+from divmerge_book.evaluation.experiment import Experiment
+from divmerge_book.evaluation.hyperparameter_search import own_experts
+from divmerge_book.evaluation.report import Report
 from divmerge_book.evaluation.statistics import holm
 from divmerge_book.evaluation.stored_tables import ResultTable
+from divmerge_book.studies.study import study
 
 PREDICTED = ("method", "seed", "answered", "predicted", "gold")  # the rest are labels
 SCORES: Mapping[str, tuple[str, ...]] = {  # a score, its interval; difference, interval, p, Holm
@@ -35,7 +38,7 @@ def text(answers: Iterable[int]) -> str:
     return "".join(found)
 
 
-def packed(rows: Iterable[Mapping]) -> pd.DataFrame:
+def packed(rows: Iterable[Mapping] | pd.DataFrame) -> pd.DataFrame:
     """Rows of `evaluate` with labels, a method and a seed: a row per merged model and seed.
 
     Columns: the labels, method, seed, answered (tasks, joined by +), predicted (a text per task,
@@ -50,6 +53,27 @@ def packed(rows: Iterable[Mapping]) -> pd.DataFrame:
     join = {"answered": "+".join, "predicted": " ".join, "gold": " ".join}
     found = table.groupby(key, sort=False, dropna=False).agg(join).reset_index()
     return found.assign(gold=found.gold.where(found.method == "expert", None))
+
+
+def expert_predictions(experiment: Experiment, *, seed: int, method: str) -> pd.DataFrame:
+    """Every expert's answers on its own task's test rows."""
+    return own_experts(experiment, experiment.test)
+
+
+def with_experts(
+    rows: pd.DataFrame,
+    experiments: Mapping[int, Experiment],
+    labels: Sequence[str] = (),
+    facts: Sequence[str] = (),
+) -> pd.DataFrame:
+    """The `packed` rows of a study of merged models, and those of the experts under every label.
+
+    facts: columns that are kept beside the labels; the experts have none.
+    """
+    experts = study(expert_predictions, experiments, [{"method": "expert"}])
+    tasks = rows[[*labels, "task"]].drop_duplicates()
+    both = pd.concat([rows, tasks.merge(experts, on="task")], ignore_index=True)
+    return packed(both[[*labels, *facts, "method", "seed", "task", "predicted", "gold"]])
 
 
 def report_of(table: pd.DataFrame) -> Report:
@@ -68,53 +92,46 @@ def report_of(table: pd.DataFrame) -> Report:
     return Report(pd.DataFrame(rows, columns=columns))
 
 
-def samples(report: Report, *, draws: int = 2000) -> dict[str, Sampled]:
-    """ANP and kept margin of every method, with the same draws of test rows."""
-    return {score: report.sampled("suite", "all", statistic=score, draws=draws) for score in SCORES}
+def compared(
+    rows: pd.DataFrame,
+    by: Sequence[str] | None = None,
+    against: str | Callable[[str], str | None] | None = None,
+    *,
+    family: str | None = None,
+    draws: int = 2000,
+) -> pd.DataFrame:
+    """Both scores of every method of every label, and paired differences from a reference.
 
-
-def estimates(sampled: Mapping[str, Sampled], method: str, other: str | None) -> dict[str, float]:
-    """Both scores of a method with their 95 % intervals, and the paired differences from another.
-
-    Columns: those of SCORES but for Holm's. The difference from itself is 0 and has no p. No other
-    method: no differences.
+    rows: of `packed`. by: the labels; None: all columns that are. against: the reference, also as a
+    function of the method (None: no difference); by default the label's first method. Columns: the
+    labels, method, those of SCORES (p corrected by Holm's rule over the table, or within each value
+    of `family`), below (counted tasks whose accuracy over seeds is below the majority class), and
+    counted (tasks). Intervals are 95 %, over seeds and test rows, the same rows for all methods.
     """
-    found = {}
-    for score, names in SCORES.items():
-        own = sampled[score].estimate(method)
-        values = [own.value, *own.interval()]
-        if other is not None:
-            gap = sampled[score].estimate(method, other)
-            p = np.nan if method == other else gap.p()
-            values += [gap.value, *gap.interval(), p]
-        found |= dict(zip(names[: len(values)], map(float, values), strict=True))
-    return found
-
-
-def compared(table: pd.DataFrame, *, draws: int = 2000) -> pd.DataFrame:
-    """Both scores of every method of every label, and paired differences from the label's first.
-
-    table: of `packed`. Columns: the labels, method, those of SCORES (p corrected over the table by
-    Holm's rule), below (counted tasks whose accuracy over seeds is below the majority class), and
-    counted (tasks). Intervals are 95 %, over seeds and test rows, the same ones for all methods.
-    """
-    labels, found = [name for name in table if name not in PREDICTED], []
-    groups = table.groupby(labels, sort=False) if labels else [((), table)]
-    for key, some in groups:
+    by = [name for name in rows if name not in PREDICTED] if by is None else list(by)
+    found = []
+    for key, some in rows.groupby(by, sort=False) if by else [((), rows)]:
         report = report_of(some)
-        sampled, below = samples(report, draws=draws), report.below_majority().set_index("method")
-        first, label = some.method.iloc[0], dict(zip(labels, key, strict=True))
-        for method in some.method.unique():
-            if method != "expert":
-                row = estimates(sampled, method, first) | dict(below.loc[method, BELOW])
-                found.append({**label, "method": method, **row})
-    return corrected(pd.DataFrame(found))
-
-
-def corrected(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with Holm's corrections of the p-values of both scores."""
-    pairs = {names[-1]: names[-2] for names in SCORES.values()}
-    return table.assign(**{new: holm(table[old].to_numpy()) for new, old in pairs.items()})
+        sampled = {s: report.sampled("suite", "all", statistic=s, draws=draws) for s in SCORES}
+        below = report.below_majority().set_index("method")
+        reference = some.method.iloc[0] if against is None else against
+        for method in some.method[some.method != "expert"].unique():
+            other = reference(method) if callable(reference) else reference
+            row = dict(zip(by, key, strict=True)) | {"method": method}
+            for score, names in SCORES.items():
+                own = sampled[score].estimate(method)
+                values = [own.value, *own.interval()]
+                if other is not None:
+                    gap = sampled[score].estimate(method, other)
+                    p = np.nan if method == other else gap.p()
+                    values += [gap.value, *gap.interval(), p]
+                row |= dict(zip(names[: len(values)], map(float, values), strict=True))
+            found.append(row | dict(below.loc[method, BELOW]))
+    table = pd.DataFrame(found)
+    families = table[family] if family else np.zeros(len(table))
+    for *_, p, corrected in SCORES.values():
+        table[corrected] = table[p].groupby(families).transform(lambda some: holm(some.to_numpy()))
+    return table
 
 
 def of_score(table: pd.DataFrame, score: str) -> pd.DataFrame:
@@ -129,9 +146,8 @@ def split(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
     Numbers are numbers, 0 where there is none; a setting's `value` stays text.
     """
-    for name, part in zip(
-        names, table.method.str.partition("=")[[0, 2]].to_numpy().T, strict=False
-    ):
+    parts = table.method.str.partition("=")[[0, 2]].to_numpy(object).T
+    for name, part in zip(names, parts, strict=False):
         plain = pd.Series(part, table.index)
         numbers = pd.to_numeric(plain.replace("", "0"), errors="coerce")
         keep = name == "value" or numbers.isna().any()
@@ -144,7 +160,7 @@ def scored(
     columns: Mapping[str, Sequence[str]],
     score: Callable[[pd.DataFrame], pd.DataFrame] = compared,
 ) -> ResultTable:
-    """A run with its predictions made into scores; one that was stored without any is marked.
+    """A run with its predictions turned into scores; one that was stored without any is marked.
 
     columns: by table, what its methods are `split` into.
     """

@@ -1,27 +1,31 @@
-"""Objectives under strain: other temperatures, and one expert that is not to be trusted.
+"""Robustness of objectives: temperatures, and one corrupted expert.
 
-Corruptions change one expert of a bench, or what the fit is told that it answers.
+Corruptions change one expert of an experiment, or the logits that the fit takes for its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
 
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from divmerge_book.data.splits import Splits
 from divmerge_book.data.tasks import TASKS
-from divmerge_book.evaluation.benchmark import references
-from divmerge_book.evaluation.cache import kept
 from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.metrics import evaluate
 from divmerge_book.models.encoders import classifier_forward
 from divmerge_book.models.finetuning import Expert, Recipe, fine_tune
-from divmerge_book.studies.objective_fits import FitSpec, Rule, answers, fit, learned, merge, pose
-from divmerge_book.studies.predictions import packed, report_of
+from divmerge_book.studies.objective_fits import (
+    FitConfig,
+    FitSpec,
+    fit,
+    fit_and_predict,
+    fit_spec,
+    merge,
+)
+from divmerge_book.studies.predictions import report_of, with_experts
+from divmerge_book.studies.study import study
 from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.merging.coefficients import Coefficients
 from divmerge_core.merging.fit import expert_logits
@@ -29,41 +33,41 @@ from divmerge_core.merging.problem import Diverged
 from divmerge_core.registry import Registry
 
 SHARPER = 5.0  # what an over-confident expert's logits are multiplied by
-STRAINS = Registry("strain")  # name -> function(bench, task number, seed) -> Strained
+CORRUPTIONS = Registry("corruption")  # name -> function(experiment, task number, seed) -> Corrupted
 
 
 @dataclass(frozen=True)
-class Strained:
-    """A bench with one expert changed. retarget: what becomes of that expert's logits, or None."""
+class Corrupted:
+    """An experiment with one expert changed. retarget: changes that expert's logits, or None."""
 
-    bench: Experiment
+    experiment: Experiment
     retarget: Callable[[Tensor], Tensor] | None = None
 
 
-@STRAINS.register("left_out", label="left out")
-def left_out(bench: Experiment, number: int, seed: int) -> Strained:
-    """The expert is not merged at all: what its presence is compared with."""
-    tasks = bench.problem.vectors.tasks
-    return Strained(bench.select([task for n, task in enumerate(tasks) if n != number]))
+@CORRUPTIONS.register("left_out", label="left out")
+def left_out(experiment: Experiment, number: int, seed: int) -> Corrupted:
+    """The expert is not merged: the reference of the costs."""
+    tasks = experiment.problem.vectors.tasks
+    return Corrupted(experiment.select([task for n, task in enumerate(tasks) if n != number]))
 
 
-@STRAINS.register("none", label="as it is")
-def none(bench: Experiment, number: int, seed: int) -> Strained:
-    """Every expert as it is: what an honest expert costs the others."""
-    return Strained(bench)
+@CORRUPTIONS.register("none", label="as it is")
+def none(experiment: Experiment, number: int, seed: int) -> Corrupted:
+    """Every expert as it is."""
+    return Corrupted(experiment)
 
 
-@STRAINS.register("noise", label="noise for weights")
-def noise(bench: Experiment, number: int, seed: int) -> Strained:
+@CORRUPTIONS.register("noise", label="noise for weights")
+def noise(experiment: Experiment, number: int, seed: int) -> Corrupted:
     """Every tensor of the task vector replaced by Gaussian noise of the same length."""
-    vectors = bench.problem.vectors
+    vectors = experiment.problem.vectors
     generator, deltas = torch.Generator().manual_seed(seed), dense(vectors.deltas).clone()
     for start, stop in vectors.layout.bounds:
         drawn = torch.randn(stop - start, generator=generator).to(deltas)
         part = deltas[number, start:stop]
         part.copy_(drawn * (part.square().sum() / drawn.square().sum()).sqrt())
-    problem = replace(bench.problem, vectors=replace(vectors, deltas=deltas))
-    return Strained(replace(bench, problem=problem))
+    problem = replace(experiment.problem, vectors=replace(vectors, deltas=deltas))
+    return Corrupted(replace(experiment, problem=problem))
 
 
 def permuted(splits: Splits, seed: int) -> Splits:
@@ -74,109 +78,123 @@ def permuted(splits: Splits, seed: int) -> Splits:
     return {**splits, "train": shuffled}
 
 
-@STRAINS.register("permuted", label="trained on permuted labels")
-def permuted_labels(bench: Experiment, number: int, seed: int) -> Strained:
+@CORRUPTIONS.register("permuted", label="trained on permuted labels")
+def permuted_labels(experiment: Experiment, number: int, seed: int) -> Corrupted:
     """An expert that was fine-tuned as the others, on labels shuffled among the train rows."""
-    task, old = TASKS[bench.problem.vectors.tasks[number]], bench.experts[number]
-    twisted = replace(
+    task, old = TASKS[experiment.problem.vectors.tasks[number]], experiment.experts[number]
+    shuffled_task = replace(
         task,
         read=lambda: permuted(task.read(), seed),
         origin=lambda: f"{task.origin()} permuted {seed}",
     )
-    expert = fine_tune(bench.base, twisted, Recipe(**old.manifest["recipe"]), seed=seed)
-    return Strained(with_expert(bench, number, expert))
+    expert = fine_tune(experiment.base, shuffled_task, Recipe(**old.manifest["recipe"]), seed=seed)
+    return Corrupted(with_expert(experiment, number, expert))
 
 
-def with_expert(bench: Experiment, number: int, expert: Expert) -> Experiment:
-    """The bench with another expert, and its head, in one task's place."""
-    vectors, experts = bench.problem.vectors, [*bench.experts]
+def with_expert(experiment: Experiment, number: int, expert: Expert) -> Experiment:
+    """The experiment with another expert, and its head, in one task's place."""
+    vectors, experts = experiment.problem.vectors, [*experiment.experts]
     experts[number] = expert
     deltas = dense(vectors.deltas).clone()
     deltas[number] = vectors.layout.flatten(expert.state) - vectors.base
     problem = replace(
-        bench.problem,
+        experiment.problem,
         vectors=replace(vectors, deltas=deltas),
-        forward=classifier_forward(bench.base, [e.head for e in experts]),
+        forward=classifier_forward(experiment.base, [e.head for e in experts]),
     )
-    return replace(bench, experts=experts, problem=problem)
+    return replace(experiment, experts=experts, problem=problem)
 
 
-@STRAINS.register("wrong", label="surely wrong answers")
-def wrong(bench: Experiment, number: int, seed: int) -> Strained:
+@CORRUPTIONS.register("wrong", label="surely wrong answers")
+def wrong(experiment: Experiment, number: int, seed: int) -> Corrupted:
     """The expert's weights as they are; its answers moved on to the next class, as sure as ever."""
-    return Strained(bench, lambda logits: logits.roll(1, dims=-1))
+    return Corrupted(experiment, lambda logits: logits.roll(1, dims=-1))
 
 
-@STRAINS.register("overconfident", label="over-confident answers")
-def overconfident(bench: Experiment, number: int, seed: int) -> Strained:
+@CORRUPTIONS.register("overconfident", label="over-confident answers")
+def overconfident(experiment: Experiment, number: int, seed: int) -> Corrupted:
     """The expert's weights as they are; its logits SHARPER times as large."""
-    return Strained(bench, lambda logits: SHARPER * logits)
+    return Corrupted(experiment, lambda logits: SHARPER * logits)
 
 
-def posed_under(strained: Strained, spec: str, number: int) -> FitSpec:
-    """The fit of an objective, with the changed expert's answers for targets."""
-    posed = pose(strained.bench, spec)
-    if strained.retarget is None:
-        return posed
-    targets: list = list(expert_logits(posed.problem))
-    targets[number] = [strained.retarget(logits) for logits in targets[number]]
-    return replace(posed, targets=targets)
+def corrupted_spec(corrupted: Corrupted, objective: str, number: int) -> FitSpec:
+    """The fit of an objective, with the changed expert's logits as its targets."""
+    spec = fit_spec(corrupted.experiment, objective)
+    if corrupted.retarget is None:
+        return spec
+    targets: list = list(expert_logits(spec.problem))
+    targets[number] = [corrupted.retarget(logits) for logits in targets[number]]
+    return replace(spec, targets=targets)
 
 
-# --- what it costs the others ---------------------------------------------------------------------
+def corrupted_task(experiment: Experiment, seed: int) -> int:
+    """The number of the task whose expert is corrupted: the seed's, so that they take turns."""
+    return seed % len(experiment.experts)
 
 
-def strains(
-    benches: Mapping[int, Experiment],
+# --- costs to the other tasks ---------------------------------------------------------------------
+
+
+def fit_with_corrupted(
+    experiment: Experiment,
+    *,
+    seed: int,
+    kind: str,
+    objective: str,
+    grouping: str,
+    config: FitConfig,
+    method: str,
+) -> list[dict]:
+    """Test predictions on the other tasks, of a fit with one corrupted expert."""
+    number = corrupted_task(experiment, seed)
+    corrupted, diverged = CORRUPTIONS[kind](experiment, number, seed), False
+    vectors, tasks = corrupted.experiment.problem.vectors, experiment.problem.vectors.tasks
+    try:
+        spec = corrupted_spec(corrupted, objective, number)
+        coeffs = fit(spec, grouping, config.rate, config)
+    except Diverged:
+        diverged = True
+        coeffs = Coefficients(vectors.layout, len(vectors.tasks), grouping=grouping)().detach()
+    flat = merge(vectors, coeffs, grouping)
+    rows = evaluate(corrupted.experiment.problem, flat, corrupted.experiment.test)
+    own = coeffs[number].mean().item() if tasks == vectors.tasks else None
+    facts = {"strained": tasks[number], "coefficient": own, "diverged": diverged}
+    return rows[rows.task != tasks[number]].assign(**facts).to_dict("records")
+
+
+def corruption_study(
+    experiments: Mapping[int, Experiment],
     *,
     specs: Sequence[str],
     kinds: Sequence[str],
     groupings: Sequence[str],
-    rule: Rule | None = None,
+    config: FitConfig | None = None,
 ) -> pd.DataFrame:
-    """Every strain x objective x grouping x seed: predictions on the honest tasks; see `costs`.
+    """Every corruption x objective x grouping x seed: predictions on the other tasks.
 
-    The n-th seed strains the n-th task. Labels: strained (that task), coefficient (its own, mean
-    over groups), diverged (then the answers are those where the fit starts); the method is
-    `kind/objective/grouping`. Every fit is also run with the expert left out.
+    A seed corrupts the expert of task number seed modulo T. Labels: strained (that task),
+    coefficient (its own, mean over groups), diverged (the predictions are then those where the fit
+    starts); the method is `kind/objective/grouping`. Every fit is also run with the expert left
+    out. `corruption_costs` reads the table.
     """
-    rule, rows = rule or Rule(), []
-    every = dict.fromkeys(("left_out", *kinds))
-    jobs = [(seed, kind) for seed in benches for kind in every]
-    for seed, kind in (bar := tqdm(jobs, "strains", leave=False)):
-        bench = benches[seed]
-        number = list(benches).index(seed) % len(bench.experts)
-        strained = cache(partial(STRAINS[kind], bench, number, seed))
-        for spec in specs:
-            for grouping in groupings:
-                bar.set_postfix_str(f"seed {seed}, {kind}, {spec}, per {grouping}")
-                find = partial(strain, bench, strained, number, spec, grouping, rule)
-                found = kept(bench, find, "strain", kind, number, seed, spec, grouping, rule)
-                label = {"method": f"{kind}/{spec}/{grouping}", "seed": seed}
-                label["strained"] = bench.problem.vectors.tasks[number]
-                label |= {name: found[name] for name in ("coefficient", "diverged")}
-                rows += [{**label, **row} for row in found["rows"]]
-    return packed([*rows, *experts_of(benches)])
-
-
-def experts_of(benches: Mapping[int, Experiment]) -> list[dict]:
-    """Every expert's answers on its own task's test rows, by seed."""
-    label = {"method": "expert"}
-    return [
-        {**row, **label, "seed": seed}
-        for seed, bench in benches.items()
-        for row in references(bench, {})
-        if row["method"] == "expert"
+    jobs = [
+        {"kind": kind, "objective": spec, "grouping": grouping}
+        | {"method": f"{kind}/{spec}/{grouping}"}
+        for kind in dict.fromkeys(("left_out", *kinds))
+        for spec in specs
+        for grouping in groupings
     ]
+    rows = study(fit_with_corrupted, experiments, jobs, config=config or FitConfig())
+    return with_experts(rows, experiments, facts=["strained", "coefficient", "diverged"])
 
 
-def costs(table: pd.DataFrame) -> pd.DataFrame:
-    """What every strained expert costs the others, by both scores, a row per merged model.
+def corruption_costs(table: pd.DataFrame) -> pd.DataFrame:
+    """What every corrupted expert costs the other tasks, by both scores, a row per merged model.
 
-    table: of `strains`. Columns: kind, objective, grouping, seed, task (the strained one), honest
-    (ANP of the other tasks), kept_margin (theirs), below (how many of them are below the majority
-    class), cost and kept_cost (the score where the expert is left out minus this), coefficient,
-    diverged. An honest expert costs the others too: that is the kind `none`.
+    table: of `corruption_study`. Columns: kind, objective, grouping, seed, task (the corrupted
+    one), honest (ANP of the other tasks), kept_margin (theirs), below (how many of them are below
+    the majority class), cost and kept_cost (the score where the expert is left out minus this),
+    coefficient, diverged. An expert as it is, the kind `none`, costs the others too.
     """
     each = report_of(table).against_experts()
     each = each[each.counted].assign(below=lambda some: some.value < some.floor)
@@ -185,57 +203,35 @@ def costs(table: pd.DataFrame) -> pd.DataFrame:
     rows = table[table.method != "expert"].join(means, on=["method", "seed"])
     rows[["kind", "objective", "grouping"]] = rows.method.str.split("/", expand=True).to_numpy()
     rows = rows.rename(columns={"strained": "task", "ratio": "honest"})
-    key = ["objective", "grouping", "seed"]
-    without = rows[rows.kind == "left_out"].set_index(key)[["honest", "kept_margin"]]
+    key, scores = ["objective", "grouping", "seed"], ["honest", "kept_margin"]
+    without = rows[rows.kind == "left_out"].set_index(key)[scores]
     spared = without.loc[list(rows[key].itertuples(index=False))].to_numpy()
-    rows[["cost", "kept_cost"]] = spared - rows[["honest", "kept_margin"]].to_numpy()
+    rows[["cost", "kept_cost"]] = spared - rows[scores].to_numpy()
     rows = rows.drop(columns=["method", "answered", "predicted", "gold"])
     return rows[rows.kind != "left_out"].reset_index(drop=True)
 
 
-def strain(
-    bench: Experiment,
-    make: Callable[[], Strained],
-    number: int,
-    spec: str,
-    grouping: str,
-    rule: Rule,
-) -> dict:
-    """One fit beside the strained expert that `make` gives: its answers on the honest tasks."""
-    strained = make()
-    vectors, failed = strained.bench.problem.vectors, False
-    try:
-        coeffs = fit(posed_under(strained, spec, number), grouping, rule.rate, rule)
-    except Diverged:
-        failed = True
-        coeffs = Coefficients(vectors.layout, len(vectors.tasks), grouping=grouping)().detach()
-    tasks, flat = bench.problem.vectors.tasks, merge(vectors, coeffs, grouping)
-    found = evaluate(strained.bench.problem, flat, strained.bench.test)
-    rows = found[found.task != tasks[number]].to_dict("records")
-    share = coeffs[number].mean().item() if tasks == vectors.tasks else float("nan")
-    return {"rows": rows, "coefficient": share, "diverged": failed}
-
-
 def temperatures(
-    benches: Mapping[int, Experiment],
+    experiments: Mapping[int, Experiment],
     *,
     specs: Sequence[str],
     values: Sequence[float],
     grouping: str,
-    rule: Rule | None = None,
+    config: FitConfig | None = None,
 ) -> dict[str, pd.DataFrame]:
     """Every objective x temperature x seed: predictions (`rows`) and whether `fits` diverged.
 
     The method is `objective=temperature`. Fits: objective, temperature, seed, diverged.
     """
-    rule, rows, fits = rule or Rule(), [], []
-    jobs = [(seed, spec, value) for seed in benches for spec in specs for value in values]
-    for seed, spec, value in (bar := tqdm(jobs, "temperatures", leave=False)):
-        bar.set_postfix_str(f"seed {seed}, {spec}, {value:g}")
-        bench = benches[seed]
-        found = learned(bench, spec, grouping, rule.rate, rule, value)
-        label = {"method": f"{spec}={value:g}", "seed": seed}
-        rows += [{**row, **label} for row in answers(bench, found["coefficients"], grouping)]
-        one = {"objective": spec, "temperature": value, "seed": seed}
-        fits.append({**one, "diverged": found["diverged"]})
-    return {"rows": packed([*rows, *experts_of(benches)]), "fits": pd.DataFrame(fits)}
+    config = config or FitConfig()
+    jobs = [
+        {"objective": spec, "temperature": value, "method": f"{spec}={value:g}"}
+        for spec in specs
+        for value in values
+    ]
+    count = len(next(iter(experiments.values())).experts)
+    fixed = {"count": count, "grouping": grouping, "rate": config.rate, "config": config}
+    rows = study(fit_and_predict, experiments, jobs, **fixed)
+    names = ["objective", "temperature", "seed", "diverged"]
+    fits = rows[names].drop_duplicates(names[:3], ignore_index=True)
+    return {"rows": with_experts(rows, experiments), "fits": fits}

@@ -94,7 +94,7 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
 
 
 def settings(study: str, size: str, **own: object) -> SimpleNamespace:
-    """The settings of a study at a size; those in `own` that are neither None nor empty replace them.
+    """The settings of a study at a size; those in `own` that are not None, 0 or empty replace them.
 
     Raises ValueError for a size that the study does not have.
     """
