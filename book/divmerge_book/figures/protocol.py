@@ -134,7 +134,7 @@ def both_sides(ax: Axes, table: pd.DataFrame) -> Axes:
 def falling(ax: Axes, courses: pd.DataFrame, target: float, *, x: str = "passes") -> Axes:
     """The loss of every optimiser by passes or by inputs read; the line is Adam's last loss.
 
-    courses: of `descents`, for one number of tasks and one grouping. The lowest loss up to each
+    courses: of `convergence`, for one number of tasks and one grouping. The lowest loss up to each
     point is drawn for the optimisers that keep their best one. Those of a stored table that the
     package no longer has are drawn too.
     """
