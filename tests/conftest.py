@@ -15,8 +15,13 @@ if not torch.cuda.is_available():
 import language_toys
 from divmerge_book.data import downloads
 from divmerge_book.data.tasks import SUITES, TASKS, Suite
-from divmerge_book.evaluation.experiment import SIZES, Size, make_problem, prepare
-from divmerge_book.evaluation.language_experiment import prepare_language
+from divmerge_book.evaluation.experiment import (
+    SIZES,
+    Size,
+    make_problem,
+    prepare,
+    prepare_language,
+)
 from divmerge_book.models.encoders import load_base
 from divmerge_book.models.finetuning import fine_tune
 from divmerge_book.models.language import load_language
@@ -182,7 +187,7 @@ def glue_rows(glue_folder, shared_cache, monkeypatch):
 
 
 @pytest.fixture
-def language_bench(llama_folder, glue_rows):
+def language_experiment(llama_folder, glue_rows):
     """Two tiny experts of the tiny Llama, their completions, and exams."""
     size = replace(language_toys.SIZE, base=str(llama_folder))
     return prepare_language("glue", ["sst2", "cola"], size=size, progress=False)

@@ -7,7 +7,7 @@ import datasets
 import tokenizers
 import torch
 import transformers
-from divmerge_book.evaluation.language_experiment import LanguageSize
+from divmerge_book.evaluation.sizes import LanguageSize
 from divmerge_book.models.language.training import LanguageRecipe
 from tokenizers import decoders, models, pre_tokenizers, trainers
 

@@ -3,14 +3,14 @@
 from divmerge_book import compare, evaluate, prepare
 from divmerge_core import METHODS
 
-bench = prepare("embedded", ["trec", "movie"])        # base, experts, unlabelled inputs
-vectors = bench.problem.vectors                       # base [N] and task vectors [T, N]
-merged = METHODS["divmerge"](bench.problem)           # coefficients learned; merged model [N]
-rows = evaluate(bench.problem, merged, bench.test)    # its predictions on the test rows
+experiment = prepare("embedded", ["trec", "movie"])  # base, experts, unlabelled inputs
+vectors = experiment.problem.vectors                 # base [N] and task vectors [T, N]
+merged = METHODS["divmerge"](experiment.problem)     # fitted coefficients; merged model [N]
+rows = evaluate(experiment.problem, merged, experiment.test)  # its predictions on the test rows
 
-report = compare("embedded", ["trec", "movie"])       # every method, the same inputs and rows
-report.intervals()                                    # ANP with 95 % intervals
-report.save("report.json")                            # predictions, fits and provenance
+report = compare("embedded", ["trec", "movie"])      # every method, the same inputs and rows
+report.intervals()                                   # ANP with 95 % intervals
+report.save("report.json")                           # predictions, fits and provenance
 """
 
 from importlib import import_module
@@ -28,9 +28,9 @@ PUBLIC = {
         "Experiment",
         "make_problem",
         "prepare",
+        "prepare_language",
     ),
     "evaluation.language_benchmark": ("compare_language",),
-    "evaluation.language_experiment": ("prepare_language",),
     "evaluation.metrics": ("evaluate",),
     "evaluation.report": ("Report",),
     "models.encoders": ("load_base",),

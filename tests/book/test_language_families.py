@@ -5,7 +5,7 @@ from dataclasses import replace
 import language_toys
 import pytest
 import torch
-from divmerge_book.evaluation.language_experiment import prepare_language
+from divmerge_book.evaluation.experiment import prepare_language
 from divmerge_book.models.language.agreement import check_forward
 from divmerge_book.models.language.completions import greedy
 from divmerge_book.models.language.forward import Parts, language_forward

@@ -1,9 +1,5 @@
 """Completions, and merging over a vocabulary: identities, kept parts, and fits that are killed."""
 
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -11,8 +7,8 @@ import torch
 from divmerge_book import evaluate, prepare
 from divmerge_book.data.splits import SPLITS
 from divmerge_book.data.tasks import TASKS
+from divmerge_book.evaluation.experiment import prepare_language
 from divmerge_book.evaluation.language_benchmark import compare_language
-from divmerge_book.evaluation.language_experiment import prepare_language
 from divmerge_book.evaluation.report import Report
 from divmerge_book.models.language import PROMPTS
 from divmerge_book.models.language import completions as module
@@ -23,6 +19,7 @@ from language_toys import SIZE
 from divmerge_core import METHODS
 from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.kernels.expert_cache import TopKLogProbs, cache_expert
+from divmerge_core.merging.fit_checkpoint import FitCheckpoint
 from divmerge_core.merging.merged_model import expert_logits, objective_against
 
 PROMPT_TOKENS = [(5, 6, 7, 8, 9), (4,), (9, 8)]
@@ -46,23 +43,20 @@ def slow_answer(base, prompt, max_new: int) -> tuple[int, ...]:
     return tuple(ids[len(prompt) :])
 
 
-def test_answers_are_those_of_one_prompt_at_a_time(llama):
-    found = greedy(llama, llama.state, PROMPT_TOKENS, max_new=5)
-    assert found == [slow_answer(llama, prompt, 5) for prompt in PROMPT_TOKENS]
-
-
-def ending_at_once(base, favourite: int) -> dict[str, torch.Tensor]:
-    """Parameters under which one token is always likeliest."""
-    state = {name: tensor.clone() for name, tensor in base.state.items()}
-    state["model.norm.weight"].zero_()
-    state["lm_head.weight"][:] = 0  # all logits equal: the first token, EOS, is taken
-    if favourite != base.stop:
-        raise AssertionError("the first token ends an answer here")
-    return state
+def test_answers_are_those_of_one_prompt_at_a_time(llama, monkeypatch):
+    """With the parameters given, not the model's, and whatever its generation settings are."""
+    monkeypatch.setattr(llama.model.generation_config, "repetition_penalty", 9.0)
+    expected = [slow_answer(llama, prompt, 5) for prompt in PROMPT_TOKENS]
+    assert greedy(llama, llama.state, PROMPT_TOKENS, max_new=5) == expected
+    other = {name: -tensor for name, tensor in llama.state.items()}
+    assert greedy(llama, other, PROMPT_TOKENS, max_new=5) != expected
+    head = llama.model.get_output_embeddings()
+    assert "forward" not in vars(head) and llama.model.generation_config.repetition_penalty == 9.0
 
 
 def test_an_empty_completion_is_an_answer_of_eos_alone(qwen):
-    state = ending_at_once(qwen, 0)
+    state = {name: tensor.clone() for name, tensor in qwen.state.items()}
+    state["lm_head.weight"].zero_()  # all logits equal: the first token, EOS, is taken
     found = greedy(qwen, state, PROMPT_TOKENS, max_new=5)
     assert found == [(qwen.stop,)] * 3
     counts = counted(qwen, 0, found)
@@ -129,8 +123,8 @@ def test_fewer_words_are_less_memory_and_never_more_divergence(llama, qwen, cach
 # --- merging --------------------------------------------------------------------------------------
 
 
-def test_one_expert_at_coefficient_one_diverges_from_nobody(language_bench):
-    problem, base = language_bench.problem, language_bench.base
+def test_one_expert_at_coefficient_one_diverges_from_nobody(language_experiment):
+    problem, base = language_experiment.problem, language_experiment.base
     for number, name in enumerate(problem.vectors.tasks):
         expert = problem.vectors.expert(name)
         for batch in problem.batches[number]:
@@ -140,40 +134,38 @@ def test_one_expert_at_coefficient_one_diverges_from_nobody(language_bench):
             largest = batch.expert.float().abs().max().item()
             assert DIVERGENCES["js"](batch.expert, logits).max() <= 1.1 * largest / 256
             assert DIVERGENCES["js"](logits, logits).abs().max() < 1e-6
-        known = language_bench.completions[number]
+        known = language_experiment.completions[number]
         state = problem.vectors.layout.unflatten(expert)
         assert greedy(base, state, known.prompts, max_new=6) == list(known.answers)
 
 
-def test_kept_answers_are_the_targets(language_bench):
-    kept = expert_logits(language_bench.problem)
-    assert kept[1][0] is language_bench.problem.batches[1][0].expert
+def test_kept_answers_are_the_targets(language_experiment):
+    kept = expert_logits(language_experiment.problem)
+    assert kept[1][0] is language_experiment.problem.batches[1][0].expert
 
 
-@pytest.mark.parametrize("name", ["average", "task_arithmetic", "ties"])
-def test_methods_of_weights_merge_language_models(language_bench, name):
-    merged = METHODS[name](language_bench.problem)
-    rows = evaluate(language_bench.problem, merged, language_bench.test)
+def test_methods_of_weights_merge_language_models(language_experiment):
+    merged = METHODS["ties"](language_experiment.problem)
+    rows = evaluate(language_experiment.problem, merged, language_experiment.test)
     assert list(rows.task) == ["sst2", "cola"] and all(map(len, rows.predicted))
 
 
-@pytest.mark.parametrize("grouping", ["task", "block", "layer"])
-def test_divmerge_lowers_the_divergence_over_the_vocabulary(language_bench, grouping):
+def test_divmerge_lowers_the_divergence_over_the_vocabulary(language_experiment):
     losses = []
 
     def watch(step):
         losses.append(step.loss)
 
-    quiet_merge(language_bench, "divmerge", grouping=grouping, epochs=5, lr=5e-2, watch=watch)
+    quiet_merge(language_experiment, "divmerge", grouping="block", epochs=5, lr=5e-2, watch=watch)
     assert sum(losses[-4:-1]) < sum(losses[:3])
 
 
-def test_divmerge_takes_its_options_here_too(language_bench):
+def test_divmerge_takes_its_options_here_too(language_experiment):
     seen = []
     options = {"divergence": "kl", "temperature": 2.0, "optimizer": "lbfgs", "link": "sigmoid"}
-    quiet_merge(language_bench, "divmerge", inputs=2, epochs=2, watch=seen.append, **options)
+    quiet_merge(language_experiment, "divmerge", inputs=2, epochs=2, watch=seen.append, **options)
     assert 0 < seen[-1].coeffs.min() and seen[-1].coeffs.max() < 1
-    quiet_merge(language_bench, "adamerging", grouping="task", inputs=2, epochs=1)
+    quiet_merge(language_experiment, "adamerging", grouping="task", inputs=2, epochs=1)
 
 
 def test_top_answers_are_merged_towards_as_well(llama_folder, glue_rows):
@@ -184,33 +176,21 @@ def test_top_answers_are_merged_towards_as_well(llama_folder, glue_rows):
     assert all(step.loss >= 0 for step in seen[:-1])
 
 
-FIT = """
-import os, signal, sys
-from dataclasses import replace
-from language_toys import SIZE
-from divmerge_core import METHODS
-from divmerge_book.models.language import prepare_language
-from divmerge_core.merging.fit_checkpoint import FitCheckpoint
+def test_a_killed_fit_resumes_to_the_same_model(language_experiment, tmp_path, monkeypatch):
+    path, save = tmp_path / "fit.pt", FitCheckpoint.save
 
-def save_and_die(self, save=FitCheckpoint.save):
-    save(self)
-    os.kill(os.getpid(), signal.SIGKILL)
+    def killed(self):
+        save(self)
+        raise KeyboardInterrupt
 
-FitCheckpoint.save = save_and_die
-bench = prepare_language("glue", ["sst2", "cola"], size=replace(SIZE, base=sys.argv[1]))
-METHODS["divmerge"](bench.problem, grouping="layer", checkpoint=sys.argv[2])
-"""
-
-
-def test_a_killed_fit_goes_on_to_the_same_model(language_bench, llama_folder, tmp_path):
-    path = tmp_path / "fit.pt"
-    command = [sys.executable, "-c", FIT, str(llama_folder), str(path)]
-    where = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=where, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(torch.load(path)["entries"]) == 5
-    resumed = quiet_merge(language_bench, "divmerge", grouping="layer", checkpoint=path)
-    assert torch.equal(resumed, quiet_merge(language_bench, "divmerge", grouping="layer"))
+    whole = quiet_merge(language_experiment, "divmerge", grouping="layer")
+    with monkeypatch.context() as patch:
+        patch.setattr(FitCheckpoint, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quiet_merge(language_experiment, "divmerge", grouping="layer", checkpoint=path)
+    assert 0 < len(torch.load(path)["entries"])
+    resumed = quiet_merge(language_experiment, "divmerge", grouping="layer", checkpoint=path)
+    assert torch.equal(resumed, whole)
 
 
 # --- whole suites ---------------------------------------------------------------------------------
@@ -258,7 +238,7 @@ def test_free_text_is_written_once_and_graded_beside_words(llama_folder, glue_ro
 def test_a_suite_is_prepared_by_what_its_answers_are():
     with pytest.raises(ValueError, match="answered in words: use .*prepare_language"):
         prepare("glue")
-    with pytest.raises(ValueError, match="answered in classes: use divmerge_core.prepare"):
+    with pytest.raises(ValueError, match="answered in classes: use divmerge_book.prepare"):
         prepare_language("embedded")
     with pytest.raises(ValueError, match="unknown size of a language suite 'glue/huge'"):
         prepare_language("glue", size="huge")

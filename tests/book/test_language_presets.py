@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from divmerge_book.evaluation.language_experiment import LANGUAGE_SIZES
+from divmerge_book.evaluation.sizes import LANGUAGE_SIZES
 from divmerge_book.models.encoders import device_line
 from divmerge_book.planning import presets
 from divmerge_book.planning.gpu_specs import ACCELERATORS

@@ -6,7 +6,7 @@ import pytest
 import torch
 from divmerge_book.data.tasks import TASKS
 from divmerge_book.evaluation.hyperparameter_search import shares
-from divmerge_book.evaluation.language_scoring import likelihood_exam, rouge1, written_exam
+from divmerge_book.evaluation.language_scoring import likelihood_split, rouge1, written_split
 from divmerge_book.evaluation.metrics import grades
 from divmerge_book.evaluation.report import Report
 from divmerge_book.models.language import PROMPTS
@@ -35,8 +35,8 @@ def one_model(base) -> tuple[MergeProblem, torch.Tensor]:
 
 def test_likelihood_takes_the_likeliest_word_of_every_row(llama, glue_rows):
     problem, flat = one_model(llama)
-    exam = exam_of(llama, likelihood_exam)
-    marks = exam.marks(problem, flat, 0)
+    exam = exam_of(llama, likelihood_split)
+    marks = exam.predictions(problem, flat, 0)
     assert exam.rows == 8 and len(marks["predicted"]) == 8
     rows = TASKS["sst2"].load("test").select(range(8))
     assert sorted(marks["gold"]) == sorted(rows["label"])
@@ -45,10 +45,10 @@ def test_likelihood_takes_the_likeliest_word_of_every_row(llama, glue_rows):
 
 def test_what_is_written_counts_where_it_is_exactly_a_word(llama, glue_rows, monkeypatch):
     problem, flat = one_model(llama)
-    exam = exam_of(llama, written_exam, max_new=4)
+    exam = exam_of(llama, written_split, max_new=4)
     texts = [" positive", "Negative.", "very positive", "", "film", "no", "yes", "negative"]
     monkeypatch.setattr(type(exam), "answers", lambda *given: texts)
-    assert exam.marks(problem, flat, 0)["predicted"] == [
+    assert exam.predictions(problem, flat, 0)["predicted"] == [
         1,
         0,
         2,
@@ -72,7 +72,7 @@ class Anyone:
 def test_a_predictor_writes_nothing(llama, glue_rows):
     problem, _ = one_model(llama)
     with pytest.raises(ValueError, match="score a predictor by the likelihood"):
-        exam_of(llama, written_exam, max_new=4).marks(problem, Anyone(), 0)
+        exam_of(llama, written_split, max_new=4).predictions(problem, Anyone(), 0)
 
 
 # --- classes and grades in one report -------------------------------------------------------------
@@ -121,4 +121,4 @@ def test_a_mixed_report_comes_back_as_it_was(tmp_path):
 
 def test_validation_takes_grades_as_they_are():
     assert shares(mixed(1).rows) == pytest.approx([1.0, 0.6, 0.25, 0.3])
-    np.testing.assert_array_equal(grades("10", "11"), [1.0, 0.0])
+    np.testing.assert_array_equal(grades([1, 0], [1, 1]), [1.0, 0.0])

@@ -1,68 +1,63 @@
 """Fine-tuning: on answers alone, in any number of parts, and from where it was killed."""
 
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from divmerge_book.data.tasks import TASKS
+from divmerge_book.models import finetuning
+from divmerge_book.models.finetuning import rate
 from divmerge_book.models.language import language_expert, load_language
 from divmerge_book.models.language import training as module
 from divmerge_book.models.language.finetuning import load_language_expert
 from divmerge_book.models.language.forward import Parts
 from divmerge_book.models.language.reading import collate
-from divmerge_book.models.language.training import fine_tuned, losses, rate
+from divmerge_book.models.language.training import fine_tuned, losses
 from language_toys import RECIPE, save_model
 
 PAIRS = [((5, 6, 7 + n), (8, 9, 0)) if n % 2 else ((4, n), (n, 0)) for n in range(1, 13)]
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from language_toys import RECIPE
-from test_language_training import PAIRS
-from divmerge_book.models.language import load_language, training
-
-def save_and_die(*arguments, save=training.save):
-    save(*arguments)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-training.save = save_and_die
-base = load_language(sys.argv[1])
-training.fine_tuned(base, PAIRS, RECIPE, checkpoint=Path(sys.argv[2]), progress=False)
-"""
 
 
 def equal(one, other) -> bool:
     return list(one) == list(other) and all(torch.equal(one[n], other[n]) for n in one)
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(llama, llama_folder, tmp_path, monkeypatch):
-    path = tmp_path / "training.pt"
-    command = [sys.executable, "-c", KILLED, str(llama_folder), str(path)]
-    where = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=where, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert path.is_file()
+def killed(path, llama, monkeypatch, pairs=PAIRS, recipe=RECIPE, seed=0) -> None:
+    """A training that dies after its first checkpoint, at step 2 of 3."""
+    save = module.save
 
-    steps = []
-    monkeypatch.setattr(module, "rate", lambda *given: steps.append(given[0]) or rate(*given))
+    def save_and_die(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            fine_tuned(llama, pairs, recipe, seed=seed, checkpoint=path, progress=False)
+
+
+def test_a_killed_training_resumes_to_the_same_weights(llama, tmp_path, monkeypatch):
+    path, steps = tmp_path / "training.pt", []
+    whole = fine_tuned(llama, PAIRS, RECIPE, progress=False)
+    killed(path, llama, monkeypatch)
+    monkeypatch.setattr(finetuning, "rate", lambda *given: steps.append(given[0]) or rate(*given))
     resumed = fine_tuned(llama, PAIRS, RECIPE, checkpoint=path, progress=False)
     assert steps == [2]  # of three: the first two are not taken again
-    assert not path.exists()
-    assert equal(resumed, fine_tuned(llama, PAIRS, RECIPE, progress=False))
+    assert not path.exists() and equal(resumed, whole)
 
 
-def test_a_checkpoint_of_another_training_is_refused(llama, tmp_path):
-    other = replace(RECIPE, trains="top:1")
-    path = tmp_path / "training.pt"
-    weights = {name: torch.zeros(2) for name in ("a", "b")}
-    module.save(path, weights, torch.optim.AdamW(weights.values()), 1)
+@pytest.mark.parametrize("changed", ["base", "rows", "recipe", "seed"])
+def test_a_checkpoint_of_another_training_is_refused(llama, tmp_path, monkeypatch, changed):
+    path, other = tmp_path / "training.pt", {"seed": 0, "recipe": RECIPE, "pairs": PAIRS}
+    killed(path, llama, monkeypatch)
+    base = replace(llama, digest="other") if changed == "base" else llama
+    other |= {
+        "rows": {"pairs": PAIRS[::-1]},
+        "recipe": {"recipe": replace(RECIPE, lr=1e-5)},
+        "seed": {"seed": 1},
+    }.get(changed, {})
     with pytest.raises(ValueError, match="another training; delete it"):
-        fine_tuned(llama, PAIRS, other, checkpoint=path, progress=False)
+        fine_tuned(base, **other, checkpoint=path, progress=False)
 
 
 def test_the_loss_is_on_answers_alone(llama):

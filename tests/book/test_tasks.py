@@ -7,19 +7,12 @@ from divmerge_book.data.splits import SPLITS, normal
 from divmerge_book.data.tasks import SUITES, TASKS, swap_half
 from helpers import task_of, toy_splits, toy_task
 
-every_task = pytest.mark.parametrize("name", TASKS)
 
-
-@every_task
-def test_a_task_declares_what_is_asked_and_where_it_comes_from(name):
-    task = TASKS[name]
-    assert task.name == name
-    assert task.kind and task.source
-    assert len(set(task.answers)) == len(task.answers) != 1  # none where any text may be one
-
-
-def test_every_task_is_in_a_suite_and_every_suite_names_tasks():
+def test_every_task_is_in_a_suite_and_declares_its_question_and_source():
     assert {task for suite in SUITES.values() for task in suite.tasks} == set(TASKS)
+    for name, task in TASKS.items():
+        assert task.name == name and task.kind and task.source
+        assert len(set(task.answers)) == len(task.answers) != 1  # none where any text may be one
 
 
 def test_the_embedded_suite_is_as_varied_as_the_book_says():
@@ -52,25 +45,18 @@ def test_rows_come_back_as_they_were_read(cache):
     ]
 
 
-def test_the_merge_split_holds_no_labels(cache):
-    assert toy_task("mood").load("merge").column_names == ["text"]
-
-
-def test_a_pair_task_has_both_texts(cache):
+def test_a_pair_task_has_both_texts_and_the_merge_split_no_labels(cache):
     rows = [("question", "passage", "yes"), ("question", "other", "no")]
     task = task_of(dict.fromkeys(SPLITS, rows), pair=True)
     assert task.load("train").column_names == ["text", "pair", "label"]
+    assert task.load("merge").column_names == ["text", "pair"]
     assert list(task.load("merge")["pair"]) == ["passage", "other"]
 
 
-def test_rows_are_read_once(cache, monkeypatch):
-    first = toy_task("mood").load("train")
-    broken = toy_task("mood")
-    object.__setattr__(broken, "read", lambda: pytest.fail("read again"))
-    assert list(broken.load("train")) == list(first)
-
-
-def test_other_data_is_split_anew(cache):
+def test_rows_are_read_once_and_other_data_anew(cache):
+    first, again = toy_task("mood").load("train"), toy_task("mood")
+    object.__setattr__(again, "read", lambda: pytest.fail("read again"))
+    assert list(again.load("train")) == list(first)
     assert toy_task("mood", seed=0).folder() != toy_task("mood", seed=1).folder()
 
 
@@ -143,6 +129,8 @@ def test_glue_is_read_from_a_folder_in_the_hubs_layout(glue):
     labels = {text: label for text, label in zip(test["text"], test["label"], strict=True)}
     assert labels["validation sentence 3"] == 1
     assert task.answers[1] == "acceptable"
+    texts = {text for split in SPLITS for text in task.load(split)["text"]}
+    assert not any(text.startswith("test") for text in texts)  # GLUE hides these labels
 
 
 def test_glues_pairs_share_no_text_across_splits(glue):
@@ -153,11 +141,6 @@ def test_glues_pairs_share_no_text_across_splits(glue):
             places.setdefault(normal(row["pair"]), set()).add(split)
     assert all(len(found) == 1 for found in places.values())
     assert all(text.startswith("validation") for text in TASKS["rte"].load("test")["text"])
-
-
-def test_glues_hidden_test_labels_are_left_alone(glue):
-    texts = {text for split in SPLITS for text in TASKS["cola"].load(split)["text"]}
-    assert not any(text.startswith("test") for text in texts)
 
 
 def test_a_labelled_test_split_stands_in_for_a_validation_split_that_is_missing(glue):
@@ -210,36 +193,27 @@ def test_a_glue_folder_without_the_task_is_named_in_the_error(glue):
 
 # --- what cannot be a task ------------------------------------------------------------------------
 
-
-def test_an_unknown_split_is_answered_with_the_choices(cache):
-    with pytest.raises(ValueError, match="unknown split 'dev'; choose one of: train, validation"):
-        toy_task("mood").load("dev")
+TWO = [("a", None, "yes"), ("b", None, "no")]
+FEW = "its {} split of {} rows is empty or holds one class .*more rows"
 
 
-def test_an_answer_that_the_task_does_not_allow_is_named(cache):
-    task = task_of(dict.fromkeys(SPLITS, [("a", None, "yes"), ("b", None, "maybe")]))
-    with pytest.raises(ValueError, match=r"given: answers \['maybe'\] not in \('no', 'yes'\)"):
-        task.load("train")
-    assert not any(cache.rglob("*.arrow"))
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_an_empty_split_is_refused(cache, split):
-    rows = [("a", None, "yes"), ("b", None, "no")]
-    task = task_of(dict.fromkeys(SPLITS, rows) | {split: []})
-    with pytest.raises(ValueError, match=f"its {split} split of 0 rows is empty .* more rows"):
-        task.load("train")
-
-
-@pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_a_split_of_one_class_is_refused_where_labels_count(cache, split):
-    rows = [("a", None, "yes"), ("b", None, "no")]
-    task = task_of(dict.fromkeys(SPLITS, rows) | {split: [("c", None, "yes")]})
-    with pytest.raises(ValueError, match=f"{split} split of 1 rows is empty or holds one class"):
-        task.load("train")
+@pytest.mark.parametrize(
+    ("rows", "split", "message"),
+    [
+        ({}, "dev", "unknown split 'dev'; choose one of: train, validation"),
+        (dict.fromkeys(SPLITS, [*TWO, ("b", None, "maybe")]), "train", r"given: answers \['maybe'"),
+        *(({split: []}, "train", FEW.format(split, 0)) for split in SPLITS),
+        *(
+            ({split: TWO[:1]}, "train", FEW.format(split, 1))
+            for split in SPLITS
+            if split != "merge"
+        ),
+    ],
+)
+def test_what_cannot_be_a_task_is_refused(cache, rows, split, message):
+    with pytest.raises(ValueError, match=message):
+        task_of(dict.fromkeys(SPLITS, TWO) | rows).load(split)
 
 
 def test_unlabelled_rows_may_be_of_one_class(cache):
-    rows = [("a", None, "yes"), ("b", None, "no")]
-    task = task_of(dict.fromkeys(SPLITS, rows) | {"merge": [("c", None, "yes")]})
-    assert len(task.load("merge")) == 1
+    assert len(task_of(dict.fromkeys(SPLITS, TWO) | {"merge": TWO[:1]}).load("merge")) == 1

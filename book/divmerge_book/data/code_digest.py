@@ -21,8 +21,7 @@ from pathlib import Path
 
 import divmerge_core
 
-Root = tuple[Path, ...]  # the folders of both packages
-ROOT = (Path(divmerge_core.__file__).parent, Path(__file__).parents[1])
+ROOT = (Path(divmerge_core.__file__).parent, Path(__file__).parents[1])  # of both packages
 NAMES = frozenset(folder.name for folder in ROOT)
 # What sets runs going, and what writes pages, decides no number.
 DRIVERS = {
@@ -49,54 +48,53 @@ def versions(*libraries: str) -> dict[str, str]:
     return {name: metadata.version(name) for name in libraries or LIBRARIES}
 
 
-def code_digest(*things: object, apart: str | None = None, root: Root = ROOT) -> str:
+def code_digest(*things: object, apart: str | None = None) -> str:
     """A digest of all code that these functions, classes, objects or full names reach.
 
-    A function reaches the whole definition that it was written in, and what it was closed over; of
-    one that a notebook defines, its own text counts. apart: a registry whose entries do not count.
-    root: the folders of both packages.
+    A function reaches the definition that contains it, and its closure; of a function defined in a
+    notebook, its text counts. apart: a registry whose entries do not count.
     """
     chosen = list(leaves(thing for thing in things if not isinstance(thing, str)))
     named = (thing.rpartition(".")[::2] for thing in things if isinstance(thing, str))
-    found = [module(root, source).find(name) for source, name in named]
-    places = frozenset(chain(*found, *(start(one, root) for one in chosen)))
-    told = [inspect.getsource(one) for one in chosen if one.__module__ == "__main__"]
-    return hashlib.sha256(repr((reached_digest(places, apart, root), told)).encode()).hexdigest()
+    found = [module(source).find(name) for source, name in named]
+    places = frozenset(chain(*found, *(start(one) for one in chosen)))
+    texts = [inspect.getsource(one) for one in chosen if one.__module__ == "__main__"]
+    return hashlib.sha256(repr((reached_digest(places, apart), texts)).encode()).hexdigest()
 
 
 @cache
 def package_digest() -> str:
     """A digest of all code of this package that a notebook's numbers may depend on."""
-    return module_digest(*(name for name in modules(ROOT) if name not in DRIVERS))
+    return module_digest(*(name for name in modules() if name not in DRIVERS))
 
 
 @cache
 def module_digest(*names: str) -> str:
     """A digest of all code of these modules."""
-    return digest_of([(n, k) for n in names for k in range(len(module(ROOT, n).body))], ROOT)
+    return digest_of([(n, k) for n in names for k in range(len(module(n).body))])
 
 
 @cache
-def reached_digest(places: frozenset[Place], apart: str | None, root: Root) -> str:
-    return digest_of(reached(places, apart, root), root)
+def reached_digest(places: frozenset[Place], apart: str | None) -> str:
+    return digest_of(reached(places, apart))
 
 
-def digest_of(places: Iterable[Place], root: Root) -> str:
-    texts = sorted(module(root, name).text(number) for name, number in places)
+def digest_of(places: Iterable[Place]) -> str:
+    texts = sorted(module(name).text(number) for name, number in places)
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
-def reached(places: Iterable[Place], apart: str | None, root: Root) -> set[Place]:
+def reached(places: Iterable[Place], apart: str | None) -> set[Place]:
     """All statements that these reach, with themselves."""
     found, ahead = set(), list(places)
     while ahead:
         place = ahead.pop()
         if place not in found:
             found.add(place)
-            own = module(root, place[0])
+            own = module(place[0])
             ahead += own.uses(place[1])
             if not any(place[1] in own.bound.get(name, ()) for name in {*VALUES, apart}):
-                ahead += registrations(root).get(place, ())
+                ahead += registrations().get(place, ())
     return found
 
 
@@ -117,25 +115,25 @@ def leaves(things: Iterable[object]) -> Iterator[type | types.FunctionType]:
             yield thing if isinstance(thing, type | types.FunctionType) else type(thing)
 
 
-def start(thing: type | types.FunctionType, root: Root) -> list[Place]:
+def start(thing: type | types.FunctionType) -> list[Place]:
     """Where a function or class of this package is defined."""
     name = thing.__module__
     if name.partition(".")[0] not in NAMES:
         return []
-    return module(root, name).find(thing.__qualname__.split(".")[0])
+    return module(name).find(thing.__qualname__.split(".")[0])
 
 
 @cache
-def module(root: Root, name: str) -> "Module":
-    return Module(root, name)
+def module(name: str) -> "Module":
+    return Module(name)
 
 
 @cache
-def modules(root: Root) -> frozenset[str]:
+def modules() -> frozenset[str]:
     """Full names of the modules of both packages."""
     paths = (
         path.relative_to(folder.parent).with_suffix("")
-        for folder in root
+        for folder in ROOT
         for path in folder.rglob("*.py")
     )
     return frozenset(".".join(part for part in path.parts if part != "__init__") for path in paths)
@@ -147,18 +145,18 @@ def key_of(*what: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def path_of(root: Root, name: str) -> Path:
+def path_of(name: str) -> Path:
     top, *parts = name.split(".")
-    path = next(folder for folder in root if folder.name == top).joinpath(*parts)
+    path = next(folder for folder in ROOT if folder.name == top).joinpath(*parts)
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 class Module:
     """A module's statements: what each binds, and what it uses."""
 
-    def __init__(self, root: Root, name: str):
-        self.root, self.name = root, name
-        self.body = ast.parse(path_of(root, name).read_text("utf-8")).body
+    def __init__(self, name: str):
+        self.name = name
+        self.body = ast.parse(path_of(name).read_text("utf-8")).body
         self.imported: dict[str, tuple[str, str]] = {}  # name -> module and name there
         self.bound: dict[str, list[int]] = {}
         self.always: list[int] = []  # done whenever the module is imported
@@ -172,6 +170,7 @@ class Module:
             if not names and not registries(part) and acts(part):
                 self.always.append(number)
 
+    @cache  # noqa: B019
     def text(self, number: int) -> str:
         """What counts of a statement: all but words, and imports from this package."""
         return ast.dump(Unimported().visit(Plain().visit(copy.deepcopy(self.body[number]))))
@@ -184,12 +183,13 @@ class Module:
 
     def foreign(self, source: str, name: str) -> list[Place]:
         """The statements that bind a name of another module; none for a module itself."""
-        if source in KEEPERS or joined(source, name) in modules(self.root):
+        if source in KEEPERS or joined(source, name) in modules():
             return []
-        if not (found := module(self.root, source).find(name)):
+        if not (found := module(source).find(name)):
             raise ValueError(f"module {self.name} imports {name} of {source}, which binds none")
         return found
 
+    @cache  # noqa: B019
     def uses(self, number: int) -> list[Place]:
         """The statements that this one names."""
         nodes = list(ast.walk(Plain().visit(copy.deepcopy(self.body[number]))))
@@ -200,7 +200,7 @@ class Module:
         for node in nodes:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 source = joined(*imported.get(node.value.id, ("", "")))
-                if source and source in modules(self.root):
+                if source and source in modules():
                     found += self.foreign(source, node.attr)
             elif isinstance(node, ast.Name):
                 found += self.foreign(*local[node.id]) if node.id in local else self.find(node.id)
@@ -208,13 +208,13 @@ class Module:
 
 
 @cache
-def registrations(root: Root) -> dict[Place, list[Place]]:
+def registrations() -> dict[Place, list[Place]]:
     """What every registry is given, by the statement that makes the registry."""
     found: dict[Place, list[Place]] = {}
-    for name in modules(root) - KEEPERS:
-        if ".register(" not in path_of(root, name).read_text("utf-8"):
+    for name in modules() - KEEPERS:
+        if ".register(" not in path_of(name).read_text("utf-8"):
             continue
-        own = module(root, name)
+        own = module(name)
         for number, part in enumerate(own.body):
             for registry in registries(part):
                 for place in own.find(registry):

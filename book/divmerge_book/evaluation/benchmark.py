@@ -1,19 +1,18 @@
-"""From a suite's name to a Report: every method on the same experts, with a fair search, resumable.
+"""From a suite's name to a Report: every method on the same experts with the same search budget.
 
-Each finished piece (an expert, a candidate's validation score, a merged model's test answers) is
-kept in the cache under a key of everything that determines it, so an interrupted comparison goes on
-where it stopped.
+Experts, validation scores and test predictions are cached under keys of everything that determines
+them, so that an interrupted comparison resumes.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 from tqdm import tqdm
 
-from divmerge_book.data.splits import ROWS
-from divmerge_book.evaluation.cache import kept
-from divmerge_book.evaluation.experiment import SIZES, Experiment, Size, prepare, task_names
+from divmerge_book.data.splits import ROWS, SPLITS
+from divmerge_book.evaluation.cache import cached
+from divmerge_book.evaluation.experiment import Experiment, prepare, task_names
 from divmerge_book.evaluation.hyperparameter_search import (
     Merges,
     Search,
@@ -24,43 +23,28 @@ from divmerge_book.evaluation.hyperparameter_search import (
 )
 from divmerge_book.evaluation.metrics import evaluate
 from divmerge_book.evaluation.report import Report
+from divmerge_book.evaluation.sizes import SIZES, LanguageSize, Size
 from divmerge_book.models.encoders import check_device, resolve
 from divmerge_core.divergences import objective
 from divmerge_core.merging.coefficients import LINKS
 from divmerge_core.methods import METHODS, options_of, parse
 
 ALL_METHODS = (
-    "average",
-    "task_arithmetic",
-    "ties",
-    "adamerging/task",
-    "adamerging/layer",
-    "divmerge/task",
-    "divmerge/block",
-    "divmerge/layer",
+    *("average", "task_arithmetic", "ties", "adamerging/task", "adamerging/layer"),
+    *("divmerge/task", "divmerge/block", "divmerge/layer"),
 )
-
-PUBLISHED = ":published"  # after a method's name: its published options, not those found best
+PUBLISHED = ":published"  # after a method's name: its published options, not those of the search
+# Options that no override changes.
+SET_HERE = {"grouping", "seed", "watch", "progress", "score", "large", "checkpoint"}
 
 
 def every_method() -> list[str]:
-    """Every registered method that a suite can run, with the groupings it is registered for."""
+    """Every method that a suite can run, with each of its registered groupings."""
     found = []
     for name, facts in METHODS.facts.items():
         if facts.get("optional") != "large":
             found += [f"{name}/{grouping}" for grouping in facts.get("groupings", ())] or [name]
     return found
-
-
-SET_HERE = {
-    "grouping",
-    "seed",
-    "watch",
-    "progress",
-    "score",
-    "large",
-    "checkpoint",
-}  # that no override changes
 
 
 def check_request(methods: Sequence[str], seeds: Sequence[int], overrides: Mapping) -> None:
@@ -93,7 +77,7 @@ def takes(spec: str, num_tasks: int) -> bool:
 
 
 def check_fit_for(methods: Sequence[str], subsets: Sequence[Sequence[str]]) -> None:
-    """Raise ValueError for a method that needs what a suite does not hold."""
+    """Raise ValueError for a method whose requirements a suite does not meet."""
     sizes = sorted({len(subset) for subset in subsets})
     for spec in methods:
         facts = METHODS.facts[parse(spec)[0]]
@@ -107,6 +91,48 @@ def check_fit_for(methods: Sequence[str], subsets: Sequence[Sequence[str]]) -> N
                 f"{spec} needs a second, larger base, and a suite has one; call it with large= "
                 "as chapter 07 does, or leave it out"
             )
+
+
+@dataclass
+class Comparison:
+    """Rows and fits of one comparison, collected subset by subset.
+
+    size: budget of the searches. searches: their results, by subset and method, from the first seed
+    on. points: how often a fit's validation ANP is recorded. published: see `compare`.
+    """
+
+    suite: str
+    methods: Sequence[str]
+    size: Size
+    overrides: Mapping[str, object]
+    points: int = 0
+    published: bool = False
+    rows: list[dict] = field(default_factory=list)
+    fits: list[dict] = field(default_factory=list)
+    searches: dict[tuple[str, str], Search] = field(default_factory=dict)
+
+    def merge(self, experiment: Experiment, seed: int) -> Iterator[tuple[Merges, dict, list[dict]]]:
+        """Add the references, then every method: yields merges, the best options, and new rows."""
+        tasks = experiment.problem.vectors.tasks
+        labels = {"suite": self.suite, "subset": "+".join(tasks), "seed": seed}
+        self.rows += references(experiment, labels)
+        chosen = [spec for spec in self.methods if takes(spec, len(tasks))]
+        for spec in (
+            bar := tqdm(chosen, f"merging {len(tasks)} tasks of {self.suite}, seed {seed}")
+        ):
+            bar.set_postfix_str(spec)
+            tried = candidates(spec, self.size, seed, self.overrides, experiment.problem)
+            merges, key = Merges(experiment, spec, self.points), (labels["subset"], spec)
+            first = key not in self.searches
+            if first:
+                self.searches[key] = search(merges, tried)
+            found = self.searches[key]
+            rows, fits = outcomes(merges, tried, found, self.published)
+            self.rows += (rows := [{**labels, **row} for row in rows])
+            for fit in fits:
+                records = {"search": found.records} if first and fit["method"] == spec else {}
+                self.fits.append({**labels, **fit, **records})
+            yield merges, tried[found.best], rows
 
 
 def compare(
@@ -126,15 +152,14 @@ def compare(
 ) -> Report:
     """Every method on the same experts, inputs and test rows, as a Report.
 
-    subsets: also merge these smaller sets of tasks, each once; a method that takes an exact number
-    of experts is left out of others. points: how often a fit's validation ANP is recorded. budget:
-    how many candidates every method's search may score, None for the size's; the best on validation
-    rows at the first seed is used for every seed. published: also report the published options, as
-    method `NAME:published`, where the search found others. overrides: options of the fits
-    (`epochs`, `lr`, `init`, `inputs`, `divergence`, `link`), taken from the search where given.
-
-    Raises ValueError, before anything is trained, for what is unknown or out of range, and for a
-    method that needs what the suite does not hold; Diverged where a merge ran off.
+    subsets: also merge these smaller sets of tasks; a method that takes an exact number of experts
+    is left out of others. points: how often a fit's validation ANP is recorded. budget: candidates
+    per method that its search may score, None for the size's; the best on validation rows at the
+    first seed serves every seed. published: also report the published options, as method
+    `NAME:published`, where the search found others. overrides: options of the fits (`epochs`, `lr`,
+    `init`, `inputs`, `divergence`, `link`), which the search does not vary. Raises ValueError,
+    before anything is trained, for what is unknown or out of range, and for a method whose
+    requirements the suite does not meet; Diverged where a merge diverged.
     """
     names, seeds = task_names(suite, tasks), list(SIZES[size].seeds if seeds is None else seeds)
     check_request(methods, seeds, overrides)
@@ -143,51 +168,29 @@ def compare(
     wanted = list(dict.fromkeys(map(tuple, every)))  # a subset named twice is merged once
     check_fit_for(methods, wanted)
     settings = effort(SIZES[size], budget, overrides)
-    jobs = [
-        (seed, subset, spec)
-        for seed in seeds
-        for subset in wanted
-        for spec in methods
-        if takes(spec, len(subset))
-    ]
-    rows, fits, searches = [], [], {}
-    before = None, None
-    for seed, subset, spec in (bar := tqdm(jobs, f"merging {suite}")):
-        bar.set_postfix_str(f"seed {seed}, {len(subset)} tasks, {spec}")
-        if seed != before[0]:
-            whole = prepare(suite, names, size=settings, seed=seed, device=device, encoder=encoder)
-        bench = whole.select(subset)
-        labels = {"suite": suite, "subset": "+".join(subset), "seed": seed}
-        if (seed, subset) != before:
-            rows += references(bench, labels)
-        before = seed, subset
-        tried = candidates(spec, settings, seed, overrides, bench.problem)
-        merges = Merges(bench, spec, points)
-        own = (subset, spec) not in searches
-        if own:
-            searches[subset, spec] = search(merges, tried)
-        answers, courses = outcomes(merges, tried, searches[subset, spec], published)
-        rows += [{**labels, **row} for row in answers]
-        found = {"search": searches[subset, spec].records} if own else {}
-        fits += [{**labels, **fit, **(found if fit["method"] == spec else {})} for fit in courses]
+    found = Comparison(suite, methods, settings, overrides, points, published)
+    for seed in seeds:
+        whole = prepare(suite, names, size=settings, seed=seed, device=device, encoder=encoder)
+        for subset in wanted:
+            for _ in found.merge(whole.select(subset), seed):
+                pass
+    recipes = {expert.task: expert.manifest["recipe"] for expert in whole.experts}
     facts = {"size": size, "suite": suite, "encoder": encoder or settings.encoder, "seeds": seeds}
-    facts |= conditions(settings, whole, device)
-    return Report.of(pd.DataFrame(rows), fits, device=device, **facts)
+    facts |= conditions(settings, settings.candidates, recipes, device)
+    return Report.of(pd.DataFrame(found.rows), found.fits, device=device, **facts)
 
 
-def conditions(size: Size, bench: Experiment, device: str) -> dict:
+def conditions(
+    size: Size | LanguageSize, budget: int | None, recipe: Mapping, device: str
+) -> dict[str, object]:
     """What a Report's numbers depend on beside the methods: training, rows, precision, budget."""
-    splits = ("merge", "validation", "test")
-    return {
-        "precision": resolve(size.precision, check_device(device)),
-        "recipe": {expert.task: expert.manifest["recipe"] for expert in bench.experts},
-        "budget": size.candidates,
-        "rows_per_task": {split: getattr(size, f"{split}_rows") or ROWS[split] for split in splits},
-    }
+    rows = {split: getattr(size, f"{split}_rows") or ROWS[split] for split in SPLITS[1:]}
+    precision = resolve(size.precision, check_device(device))
+    return {"precision": precision, "recipe": recipe, "budget": budget, "rows_per_task": rows}
 
 
 def effort(size: Size, budget: int | None, overrides: Mapping) -> Size:
-    """The size with `budget` candidates, and with as many merge rows as the fits ask for.
+    """The size with `budget` candidates, and with as many merge rows as the fits use.
 
     Raises ValueError for a budget below 1.
     """
@@ -204,7 +207,7 @@ def effort(size: Size, budget: int | None, overrides: Mapping) -> Size:
 def outcomes(
     merges: Merges, tried: Sequence[dict], found: Search, published: bool
 ) -> tuple[list[dict], list[dict]]:
-    """Test answers, and options with cost and course, of the best candidate.
+    """Test predictions of the best candidate, and its options, cost and fit.
 
     published: of the published options too, where a search chose others.
     """
@@ -215,18 +218,26 @@ def outcomes(
     for label, index in shown.items():
         done = outcome(merges, tried[index])
         rows += [{"method": label, **row} for row in done["rows"]]
-        cost = {**done["cost"], "model_bytes": merges.bench.problem.vectors.base.nbytes}
+        cost = {**done["cost"], "model_bytes": merges.experiment.problem.vectors.base.nbytes}
         fit = {"method": label, "options": tried[index], "cost": cost}
         fits.append({**fit, **(done["fit"] or {})})
     return rows, fits
 
 
-def references(bench: Experiment, labels: Mapping) -> list[dict]:
-    """Rows of the methods `expert` (each on its own task) and `base` (with the experts' heads)."""
+def references(
+    experiment: Experiment, labels: Mapping, splits: Mapping | None = None
+) -> list[dict]:
+    """Rows of the methods `expert` (each on its own task) and `base` (with the experts' heads).
+
+    splits: those to predict, by method; None: the test splits.
+    """
+    given = splits or dict.fromkeys(("expert", "base"), experiment.test)
 
     def find() -> list[dict]:
-        expert = own_experts(bench, bench.test, method="expert")
-        base = evaluate(bench.problem, bench.problem.vectors.base, bench.test, method="base")
+        problem = experiment.problem
+        expert = own_experts(experiment, given["expert"], method="expert")
+        base = evaluate(problem, problem.vectors.base, given["base"], method="base")
         return expert.to_dict("records") + base.to_dict("records")
 
-    return [{**labels, **row} for row in kept(bench, find, "references")]
+    name = "references" if splits is None else "written references"
+    return [{**labels, **row} for row in cached(experiment, find, name)]

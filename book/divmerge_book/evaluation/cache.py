@@ -1,4 +1,4 @@
-"""Results, kept in the cache under a key of all that decides them."""
+"""Cached results, under a key of everything that determines them."""
 
 import json
 from collections.abc import Callable
@@ -10,22 +10,30 @@ from divmerge_core.methods import METHODS, parse
 from divmerge_core.storage import cache_dir, dump_json, once
 
 
-def cell(bench: Experiment, make: Callable, *what: object, method: str | None = None) -> Path:
-    """Where a result on this bench is kept: under its code, library versions, bench and options.
+def cache_path(
+    experiment: Experiment, make: Callable, *what: object, method: str | None = None
+) -> Path:
+    """The file of a result: its key holds code, library versions, experiment and options.
 
-    make: the function that makes it; the code that it reaches counts. what: all else that decides
-    it. method: the one merging method that `make` calls; None counts the code of all.
+    make: the function that makes it, whose reachable code counts. what: everything else that
+    determines it. method: the one merging method that `make` calls; None counts all methods' code.
     """
     code = [code_digest(make, apart=None if method is None else "METHODS")]
     if method is not None:
         code.append(code_digest(METHODS[parse(method)[0]]))
-    return cache_dir() / "cells" / f"{key_of(code, versions(), bench.digest, what)}.json"
+    return cache_dir() / "results" / f"{key_of(code, versions(), experiment.digest, what)}.json"
 
 
-def kept(
-    bench: Experiment, make: Callable[[], object], *what: object, method: str | None = None
+def cached(
+    experiment: Experiment,
+    make: Callable[[], object],
+    *what: object,
+    method: str | None = None,
 ) -> object:
-    """What `make()` gives, as JSON has it: made once, by one process; see `cell`."""
-    path = cell(bench, make, *what, method=method)
+    """The result of `make()`, as JSON has it: computed once, by one process; see `cache_path`."""
+    path = cache_path(experiment, make, *what, method=method)
     once(path, lambda new: dump_json(new, make()), folder=False)
     return json.loads(path.read_text("utf-8"))
+
+
+kept = cached

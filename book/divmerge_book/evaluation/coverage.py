@@ -1,11 +1,10 @@
-"""How often 95 % intervals hold the truth: simulated experiments whose truth is known.
+"""Coverage of 95 % intervals in simulated experiments whose true value is known.
 
     python -m divmerge_book.evaluation.coverage 1000
 
-In an experiment an expert and two merges answer the test rows of a few tasks, for several seeds. A
-row is hard for all methods and seeds alike, and somewhat harder for one method than another; two
-seeds of a method agree on about five answers of six, as those of the book's experts and merges do.
-Seeds differ by normal effects on the logit of an accuracy. Results are printed as a table.
+An expert and two merges answer the test rows of four tasks, for several seeds. A row has a
+difficulty shared by all methods and seeds, and one per method; two seeds of a method agree on about
+five answers of six, like the book's. Seeds add normal effects to the logit of an accuracy.
 """
 
 import sys
@@ -23,7 +22,7 @@ LOGITS = np.array(  # of the accuracies of the expert and two merges, by task
 )
 ROWS = 150  # per task
 HARD, OWN, EASY = 3.3, 1.5, 1.0  # spread of rows, of rows for a method; how easy the majority is
-MAJORITY = 0.55  # share of the commonest answer
+MAJORITY = 0.55  # share of the majority class
 SCALE = np.sqrt(1 + 0.346 * (HARD**2 + OWN**2))  # an accuracy's logit to a row's, roughly
 EFFECTS = ("shared by tasks", "each task's own")
 STATISTICS = {
@@ -67,9 +66,9 @@ def answered(
         rows = HARD * generator.standard_normal((ROWS, 1)) + EASY * common[:, None]
         rows = rows + OWN * generator.standard_normal((ROWS, 3))
         chance = special.expit(SCALE * (logits + own) + rows[:, None])  # [n, S, 3]
-        marks = (generator.random(chance.shape) < chance).reshape(ROWS, -1)
-        most = common if 2 * common.sum() >= ROWS else ~common  # the commonest answer of these rows
-        means = row_means(np.column_stack([marks, most]).astype(float), draws, generator)
+        correct = (generator.random(chance.shape) < chance).reshape(ROWS, -1)
+        most = common if 2 * common.sum() >= ROWS else ~common  # the majority class of these rows
+        means = row_means(np.column_stack([correct, most]).astype(float), draws, generator)
         right.append(means[:, :-1].reshape(-1, num_seeds, 3))
         floor.append(means[:, -1])
     return np.stack(right), np.stack(floor)
@@ -84,7 +83,7 @@ def simulated(
     draws: int = 400,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Share of experiments whose interval holds the truth: a row per statistic.
+    """Share of experiments whose interval contains the true value: a row per statistic.
 
     spread: standard deviation of the seeds' effects, on the logit of an accuracy. effects: one of
     EFFECTS. Columns: seeds, spread, effects, statistic, coverage (%), width (mean, of the

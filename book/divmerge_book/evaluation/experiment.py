@@ -1,16 +1,19 @@
-"""A suite made ready: base, experts, merge problem, and the labelled splits that it must not
-see."""
+"""Experiments: base model, experts, merge problem, and the labelled validation and test splits."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import datasets
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_book.data.code_digest import code_digest, key_of
 from divmerge_book.data.tasks import SUITES, TASKS
+from divmerge_book.evaluation.language_scoring import WrittenSplit, likelihood_split, written_split
 from divmerge_book.evaluation.metrics import AnySplit, LabelledSplit
+from divmerge_book.evaluation.sizes import SIZES, LanguageSize, Size, size_of
 from divmerge_book.models.encoders import (
     Base,
     check_device,
@@ -19,114 +22,56 @@ from divmerge_book.models.encoders import (
     make_batches,
     resolve,
 )
-from divmerge_book.models.finetuning import Expert, Recipe, data_digest, fine_tune
+from divmerge_book.models.finetuning import Expert, data_digest, fine_tune
+from divmerge_book.models.language.agreement import check_forward
+from divmerge_book.models.language.completions import completions
+from divmerge_book.models.language.finetuning import language_expert
+from divmerge_book.models.language.forward import language_forward
+from divmerge_book.models.language.models import Language, load_language
+from divmerge_book.models.language.prompts import PROMPTS
+from divmerge_book.models.language.reading import answer_tokens
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.merging.task_vectors import TaskVectors
-from divmerge_core.registry import Registry
+from divmerge_core.storage import cache_dir
 
-
-@dataclass(frozen=True)
-class Size:
-    """How much is trained, merged and scored. A row count of None means all that the split has.
-
-    inputs: unlabelled rows per task that a fit sees; None means the paper's 200, or 400 with one
-    coefficient per layer. precision: of the encoder's matrix products while merging and scoring
-    (see Recipe). candidates: options tried per method on validation rows at the first seed; the
-    best is used for every seed. None tries all; 1 takes the published values. calls: how often
-    a method that searches by itself may ask for a validation score. steps: of fits that do not run
-    the model, at most; None leaves each its own.
-    """
-
-    encoder: str
-    seeds: tuple[int, ...]
-    recipe: Recipe = field(default_factory=Recipe)
-    glue_recipe: Recipe = field(default_factory=lambda: Recipe(rows=12000))
-    merge_rows: int | None = None
-    validation_rows: int | None = 100
-    test_rows: int | None = None
-    inputs: int | None = None
-    epochs: int = 4
-    precision: str = "auto"
-    candidates: int | None = None
-    calls: int = 100
-    steps: int | None = None
-
-    def recipe_for(self, suite: str, task: str) -> Recipe:
-        """How a suite's expert on a task is trained: GLUE's on more rows, as its tasks are harder.
-
-        GLUE's tasks with fewer than 8,000 training rows are trained for twice as many epochs.
-        """
-        if suite != "glue_encoder":
-            return self.recipe
-        few = task in ("cola", "rte", "mrpc")
-        return replace(self.glue_recipe, epochs=self.glue_recipe.epochs * (1 + few))
-
-
-SIZES = Registry("size")
-QUICK = Recipe(rows=400)
-SIZES.register("smoke")(
-    Size(
-        encoder="bert_tiny",
-        seeds=(0,),
-        recipe=QUICK,
-        glue_recipe=QUICK,
-        merge_rows=40,
-        validation_rows=50,
-        test_rows=100,
-        epochs=2,
-        precision="float32",
-        candidates=1,
-        calls=10,
-        steps=40,
-    )
-)
-SIZES.register("default")(
-    Size(
-        encoder="minilm",
-        seeds=(0,),
-        merge_rows=32,
-        validation_rows=32,
-        test_rows=150,
-        candidates=1,
-        calls=60,
-    )
-)
-SIZES.register("full")(Size(encoder="minilm", seeds=(0, 1, 2), inputs=100))
+SPARE = 3  # tokens that a written answer may have beside its word: a full stop, spaces
 
 
 @dataclass(frozen=True)
 class Experiment:
     """A merge problem with the labelled splits that it must not see.
 
-    unfinished: a folder that keeps fits which are killed, where a pass takes seconds; else None.
+    unfinished: a folder for checkpoints of fits, so that a killed fit resumes; None where passes
+    are fast. Of language suites, validation and test are scored by the likelihood of a task's
+    words, or by ROUGE-1 where it is free-form; `written` are the test rows, answered by generation;
+    `completions` are every expert's answers to its unlabelled prompts; and the weights of experts
+    are held by the problem's task vectors alone.
     """
 
-    base: Base
+    base: Base | Language
     experts: Sequence[Expert]
     problem: MergeProblem
     validation: Sequence[AnySplit]
     test: Sequence[AnySplit]
     digest: str
     unfinished: Path | None = None
+    written: Sequence[AnySplit] = ()
+    completions: Sequence = ()
 
     def select(self, tasks: Sequence[str]) -> "Experiment":
-        """The same bench for some of its tasks."""
+        """The experiment on some of its tasks."""
         digest, every = f"{self.digest} {tuple(tasks)}", self.problem.vectors.tasks
         if tuple(tasks) == every:  # spares a copy of the task vectors
             return replace(self, digest=digest)
         numbers = [every.index(task) for task in tasks]
-        return replace(
-            self,
-            experts=[self.experts[n] for n in numbers],
-            problem=self.problem.select(tasks),
-            validation=[self.validation[n] for n in numbers],
-            test=[self.test[n] for n in numbers],
-            digest=digest,
-        )
+        lists = ("experts", "validation", "test", "written", "completions")
+        chosen = {name: getattr(self, name) for name in lists}
+        chosen = {name: [own[n] for n in numbers] for name, own in chosen.items() if own}
+        return replace(self, problem=self.problem.select(tasks), digest=digest, **chosen)
 
 
 def task_names(suite: str, tasks: Sequence[str] | None) -> list[str]:
-    """The tasks asked for, or all of the suite's.
+    """The given tasks, or all of the suite's.
 
     Raises ValueError for tasks outside the suite, named twice, or fewer than two.
     """
@@ -143,10 +88,17 @@ def task_names(suite: str, tasks: Sequence[str] | None) -> list[str]:
     return chosen
 
 
-def exam(task: str, split: str, rows: int | None, base: Base, max_length: int) -> LabelledSplit:
-    """The first `rows` rows of a labelled split (rows are in random order already)."""
+def first_rows(task: str, split: str, rows: int | None) -> datasets.Dataset:
+    """The first rows of a split, None for all; splits are shuffled when they are made."""
     data = TASKS[task].load(split)
-    data = data.select(range(min(rows or len(data), len(data))))
+    return data.select(range(min(rows or len(data), len(data))))
+
+
+def labelled_split(
+    task: str, split: str, rows: int | None, base: Base, max_length: int
+) -> LabelledSplit:
+    """The first `rows` rows of a task's labelled split."""
+    data = first_rows(task, split, rows)
     batches, order = make_batches(data, base, batch_size=64, max_length=max_length)
     labels = torch.tensor(data["label"], device=batches[0].weight.device)
     return LabelledSplit(batches, labels[order])
@@ -175,14 +127,20 @@ def make_problem(
                 f"expert {expert.task!r} answers {expert.manifest['answers']}, the task "
                 f"{list(TASKS[expert.task].answers)}; train it on this task's labels"
             )
-    batches = []
-    for expert in experts:
-        rows = TASKS[expert.task].load("merge")
-        rows = rows.select(range(min(merge_rows or len(rows), len(rows))))
-        batches.append(make_batches(rows, base, batch_size=4, max_length=max_length)[0])
+    rows = [first_rows(expert.task, "merge", merge_rows) for expert in experts]
+    batches = [make_batches(few, base, batch_size=4, max_length=max_length)[0] for few in rows]
     vectors = TaskVectors.from_states(base.state, {e.task: e.state for e in experts})
     forward = classifier_forward(base, [e.head for e in experts], precision=precision)
     return MergeProblem(vectors, batches, forward, base.encoder)
+
+
+def digest_of(
+    make: Callable, names: Sequence[str], base: Base | Language, experts: Sequence[Expert], *what
+) -> str:
+    """A digest of all that decides an experiment: its code, base, experts, rows, and `what`."""
+    weights = [expert.manifest["model.safetensors"] for expert in experts]
+    seen = [data_digest(TASKS[n].load(s)) for n in names for s in ("merge", "validation", "test")]
+    return key_of(code_digest(make), names, base.digest, weights, seen, what)
 
 
 def prepare(
@@ -194,7 +152,7 @@ def prepare(
     device: str = "cpu",
     encoder: str | None = None,
 ) -> Experiment:
-    """Base, experts (from the cache, or trained now), problem and exams of a suite.
+    """The experiment of a suite of classes: experts come from the cache or are trained.
 
     Raises ValueError for an unknown suite, task, size, encoder or device before anything is
     trained.
@@ -207,27 +165,110 @@ def prepare(
     names = task_names(suite, tasks)
     recipes = {name: size.recipe_for(suite, name) for name in names}
     (length,) = {recipe.max_length for recipe in recipes.values()}
-    check_device(device)
+    place = check_device(device)
     base = load_base(encoder or size.encoder, device)
     experts = [
         fine_tune(base, TASKS[name], recipes[name], seed=seed)
         for name in tqdm(names, f"experts, seed {seed}", leave=False)
     ]
-    precision = resolve(size.precision, check_device(device))
+    precision = resolve(size.precision, place)
     problem = make_problem(
-        base,
-        experts,
-        merge_rows=size.merge_rows,
-        max_length=length,
-        precision=precision,
+        base, experts, merge_rows=size.merge_rows, max_length=length, precision=precision
     )
     validation, test = (
-        [exam(name, split, rows, base, length) for name in names]
+        [labelled_split(name, split, rows, base, length) for name in names]
         for split, rows in (("validation", size.validation_rows), ("test", size.test_rows))
     )
-    weights = [expert.manifest["model.safetensors"] for expert in experts]
-    seen = [data_digest(TASKS[n].load(s)) for n in names for s in ("merge", "validation", "test")]
     counts = (size.merge_rows, size.validation_rows, size.test_rows, length)
-    place = (check_device(device).type, precision)
-    digest = key_of(code_digest(prepare), names, base.digest, weights, seen, counts, place)
+    digest = digest_of(prepare, names, base, experts, counts, place.type, precision)
     return Experiment(base, experts, problem, validation, test, digest)
+
+
+# --- language suites ------------------------------------------------------------------------------
+
+
+class States(Mapping):
+    """Experts' parameters by task, loaded on access: one expert in memory at a time."""
+
+    def __init__(self, tasks: Sequence[str], load: Callable[[str], Expert]):
+        self.tasks, self.load = tuple(tasks), load
+
+    def __getitem__(self, task: str) -> Mapping[str, Tensor]:
+        return self.load(task).state
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+
+def prepare_language(
+    suite: str,
+    tasks: Sequence[str] | None = None,
+    *,
+    size: LanguageSize | str = "default",
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Experiment:
+    """The experiment of a language suite: experts and completions are cached, or made now.
+
+    suite: `embedded_lm` or `glue`. size: `smoke`, `default`, `full`, or a LanguageSize of your own
+    (`replace(LANGUAGE_SIZES["glue/default"], base=...)`). An interrupted run resumes. Raises
+    ValueError for an unknown suite, task, size or device, for a base that cannot be loaded, and for
+    one whose logits differ from the model's own (see `check_forward`), before anything is trained.
+    """
+    size = size_of(suite, size)
+    names, place = task_names(suite, tasks), check_device(device)
+    base = load_language(size.base or SUITES[suite].base, device=device, blocks=size.blocks)
+    check_forward(base)
+    size = replace(size, recipe=size.recipe.on(base), precision=resolve(size.precision, place))
+
+    def load(name: str) -> Expert:
+        return language_expert(base, TASKS[name], size.recipe, seed=seed, progress=progress)
+
+    experts, answered = [], []
+    for name in (bar := tqdm(names, f"experts, seed {seed}", leave=False, disable=not progress)):
+        bar.set_postfix_str(name)
+        expert = load(name)
+        answered.append(
+            completions(
+                *(base, expert.state, PROMPTS[name], first_rows(name, "merge", size.merge_rows)),
+                key=[expert.manifest["model.safetensors"]],
+                max_length=size.recipe.max_length,
+                max_new=size.recipe.max_new,
+                batch_size=size.batch_size,
+                precision=size.precision,
+                top=size.top,
+                progress=progress,
+            )
+        )
+        experts.append(replace(expert, state={}))
+    vectors = TaskVectors.from_states(base.state, States(names, load), storage=size.storage)
+    forward = language_forward(
+        base.model, precision=size.precision, checkpointing=size.checkpointing
+    )
+    problem = MergeProblem(vectors, [one.batches for one in answered], forward, base.model)
+    kinds = [("validation", False), ("test", False), ("test", True)]
+    splits = [
+        [language_split(base, n, split, size, write) for n in names] for split, write in kinds
+    ]
+    deciding = replace(size, seeds=(), candidates=0, epochs=0)  # these are options of methods
+    digest = digest_of(prepare_language, names, base, experts, deciding, place.type)
+    folder = cache_dir() / "unfinished"
+    return Experiment(base, experts, problem, *splits[:2], digest, folder, splits[2], answered)
+
+
+def language_split(
+    base: Language, task: str, split: str, size: LanguageSize, write: bool = False
+) -> LabelledSplit | WrittenSplit:
+    """A task's labelled rows: by likelihood; by generation where `write`, or free-form."""
+    prompt, longest = PROMPTS[task], size.recipe.max_length
+    data = first_rows(task, split, getattr(size, f"{split}_rows"))
+    if TASKS[task].answers and not write:
+        return likelihood_split(base, prompt, data, max_length=longest)
+    words = [len(answer_tokens(base, " " + word)) for word in prompt.words]
+    most = max(words, default=size.recipe.max_new) + SPARE  # a longer answer matches no word
+    length = {"max_length": longest, "max_new": min(size.recipe.max_new, most)}
+    return written_split(base, prompt, data, precision=size.precision, **length)

@@ -1,6 +1,6 @@
-"""Ask a merged model, and score its answers."""
+"""Predictions of a merged model, and their scores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -12,118 +12,97 @@ from torch import Tensor
 
 from divmerge_core.merging.problem import Batch, Merged, MergeProblem
 
-METRICS = ("accuracy", "macro_f1", "matthews", "f1")
 OWN = {"cola": "matthews", "mrpc": "f1", "qqp": "f1"}  # GLUE's own metrics; else accuracy
+
+Numbers = Sequence[int] | np.ndarray
+Grades = Sequence[float | int] | np.ndarray
 
 
 @runtime_checkable
 class AnySplit(Protocol):
-    """A labelled split that can be scored: how many rows it has, and a model's marks on it."""
+    """A labelled split: its number of rows, and a model's predictions on them."""
 
     @property
     def rows(self) -> int: ...
 
-    def marks(self, problem: MergeProblem, merged: Merged, task: int) -> dict[str, object]: ...
+    def predictions(
+        self, problem: MergeProblem, merged: Merged, task: int
+    ) -> dict[str, object]: ...
 
 
 @dataclass(frozen=True)
 class LabelledSplit:
-    """A labelled split, ready to be scored: batches, and the gold answer of every row in order."""
+    """A labelled split: batches, and the gold class of every row, in order."""
 
     batches: Sequence[Batch]
     gold: Int[Tensor, " B"]
 
     @property
     def rows(self) -> int:
-        """How many rows are answered."""
+        """The number of rows."""
         return len(self.gold)
 
-    def marks(self, problem: MergeProblem, merged: Merged, task: int) -> dict[str, object]:
-        """The columns `predicted` and `gold` of a Report: an answer's number per row."""
-        answers = predict(problem, merged, task, self)
-        return {"predicted": answers.tolist(), "gold": self.gold.tolist()}
+    def predictions(self, problem: MergeProblem, merged: Merged, task: int) -> dict[str, object]:
+        """The columns `predicted` and `gold` of a Report: a class number per row."""
+        classes = predict(problem, merged, task, self)
+        return {"predicted": classes.tolist(), "gold": self.gold.tolist()}
 
 
 def predict(
-    problem: MergeProblem, merged: Merged, task: int, exam: LabelledSplit
+    problem: MergeProblem, merged: Merged, task: int, split: LabelledSplit
 ) -> Int[Tensor, " B"]:
-    """The merged model's answers on one task's exam."""
+    """The merged model's predictions on one task's split."""
     with torch.no_grad():
-        return torch.cat([problem.logits_of(merged, task, b).argmax(-1) for b in exam.batches])
+        return torch.cat([problem.logits_of(merged, task, b).argmax(-1) for b in split.batches])
 
 
 def evaluate(
-    problem: MergeProblem,
-    merged: Merged,
-    exams: Sequence[AnySplit],
-    **labels: object,
+    problem: MergeProblem, merged: Merged, splits: Sequence[AnySplit], **labels: object
 ) -> pd.DataFrame:
-    """Rows of a Report: the merged model's answers on every task, beside the right ones.
+    """Rows of a Report: the merged model's predictions on every task, with the gold classes.
 
     merged: merged parameters [N], or a Predictor. labels fill the columns suite, subset, method
-    and seed. Answers are numbers, one per test row. An exam that grades free text gives grades
-    between 0 and 1 instead, and the grade's name in the place of right answers.
+    and seed. Free text has grades between 0 and 1 for `predicted` and their name for `gold`.
     Raises ValueError for a merged vector that holds NaN or inf.
     """
     if isinstance(merged, Tensor) and not torch.isfinite(merged).all():
         raise ValueError("the merged parameters hold NaN or inf; nothing can be scored")
-    rows = []
-    for number, (task, exam) in enumerate(zip(problem.vectors.tasks, exams, strict=True)):
-        rows.append({**labels, "task": task, **exam.marks(problem, merged, number)})
-    return pd.DataFrame(rows)
-
-
-def numbers(answers: str | Sequence[int]) -> np.ndarray:
-    """Answers as numbers, also from older text: one character each (0-9, then a, b, ...)."""
-    if isinstance(answers, str):
-        answers = [int(character, 36) for character in answers]
-    return np.asarray(answers, dtype=int)
-
-
-def graded(gold: str | Sequence[int], predicted: str | Sequence[float | int]) -> bool:
-    """Whether a row holds grades of free text: a grade's name stands in the place of answers."""
-    return isinstance(gold, str) and not isinstance(predicted, str)
-
-
-def grades(predicted: str | Sequence[float | int], gold: str | Sequence[int]) -> np.ndarray:
-    """What every row counts, 0 to 1: right or wrong, or the grade of a free text."""
-    if graded(gold, predicted):
-        return np.asarray(predicted, dtype=float)
-    return (numbers(predicted) == numbers(gold)).astype(float)
-
-
-def listed(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows whose answers, older text or numbers, are lists of numbers; grades stay."""
-    given = list(zip(rows.predicted, rows.gold, strict=True))
-    both = [
-        (predicted, gold)
-        if graded(gold, predicted)
-        else (numbers(predicted).tolist(), numbers(gold).tolist())
-        for predicted, gold in given
-    ]
-    predicted, gold = (
-        pd.Series(part, rows.index, dtype=object) for part in zip(*both, strict=True)
+    tasks = zip(problem.vectors.tasks, splits, strict=True)
+    return pd.DataFrame(
+        {**labels, "task": task, **split.predictions(problem, merged, number)}
+        for number, (task, split) in enumerate(tasks)
     )
-    return rows.assign(predicted=predicted, gold=gold)
 
 
-def commonest(predicted: Sequence[float | int], gold: str | Sequence[int]) -> np.ndarray:
-    """What always giving the commonest gold answer gets on every row: 0 or 1; 0 if graded."""
-    if graded(gold, predicted):
+def graded(gold: str | Numbers) -> bool:
+    """Whether a row holds grades of free text: `gold` is then the grade's name."""
+    return isinstance(gold, str)
+
+
+def grades(predicted: Grades, gold: str | Numbers) -> np.ndarray:
+    """The score of every row, 0 to 1: right or wrong, or the grade of a free text."""
+    if graded(gold):
+        return np.asarray(predicted, dtype=float)
+    return (np.asarray(predicted) == np.asarray(gold)).astype(float)
+
+
+def majority_class(predicted: Grades, gold: str | Numbers) -> np.ndarray:
+    """The score per row, 0 or 1, of always predicting the majority class; 0 if graded."""
+    if graded(gold):
         return np.zeros(len(predicted))
-    answers = numbers(gold)
-    return (answers == np.bincount(answers).argmax()).astype(float)
+    classes = np.asarray(gold)
+    return (classes == np.bincount(classes).argmax()).astype(float)
 
 
-def confusion(predicted: str | Sequence[int], gold: str | Sequence[int]) -> np.ndarray:
+def confusion(predicted: Numbers, gold: Numbers) -> np.ndarray:
     """Counts [gold, predicted]."""
-    p, g = numbers(predicted), numbers(gold)
+    p, g = np.asarray(predicted), np.asarray(gold)
     size = 1 + max(p.max(), g.max())
     return np.bincount(g * size + p, minlength=size * size).reshape(size, size)
 
 
 def accuracy(table: np.ndarray) -> float:
-    """Share of right answers, 0 to 1."""
+    """Share of right predictions, 0 to 1."""
     return float(np.trace(table) / table.sum())
 
 
@@ -141,37 +120,36 @@ def matthews(table: np.ndarray) -> float:
 
 
 def f1(table: np.ndarray) -> float:
-    """2 TP / (2 TP + FP + FN) of answer 1 against all others, 0 to 1; 0 where nobody gives a 1."""
+    """2 TP / (2 TP + FP + FN) of class 1 against all others, 0 to 1; 0 where class 1 is absent."""
     if len(table) < 2:
         return 0.0
     both = table[1].sum() + table[:, 1].sum()
     return float(2 * table[1, 1] / both) if both else 0.0
 
 
-def scores(rows: pd.DataFrame) -> pd.DataFrame:
-    """Every row's accuracy, macro F1, Matthews correlation and, of two gold answers, F1, tidy.
+METRICS: Mapping[str, Callable[[np.ndarray], float]] = {
+    **{"accuracy": accuracy, "macro_f1": macro_f1, "matthews": matthews, "f1": f1}
+}
 
-    Of a graded row, the mean grade under the grade's own name.
-    """
-    functions: dict[str, Callable] = dict(
-        zip(METRICS, (accuracy, macro_f1, matthews, f1), strict=True)
-    )
+
+def scores(rows: pd.DataFrame) -> pd.DataFrame:
+    """Tidy scores of every row: METRICS (F1 of two gold classes only), or the mean grade."""
     found = []
     for row in rows.itertuples():
         key = (row.suite, row.subset, row.method, row.seed, row.task)
-        if graded(row.gold, row.predicted):
+        if graded(row.gold):
             found.append((*key, row.gold, float(grades(row.predicted, row.gold).mean())))
             continue
         table = confusion(row.predicted, row.gold)
-        some = METRICS[:3] if table[2:].any() else METRICS
-        found += [(*key, metric, functions[metric](table)) for metric in some]
+        binary = not table[2:].any()
+        found += [(*key, name, f(table)) for name, f in METRICS.items() if binary or name != "f1"]
     columns = ["suite", "subset", "method", "seed", "task", "metric", "value"]
     return pd.DataFrame(found, columns=columns)
 
 
 def main_scores(tidy: pd.DataFrame) -> pd.DataFrame:
     """One row per task: its accuracy, or its mean grade."""
-    return tidy[~tidy.metric.isin(METRICS[1:])]
+    return tidy[~tidy.metric.isin(set(METRICS) - {"accuracy"})]
 
 
 def own_scores(tidy: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Gauges: how long a call takes, how much memory, and which inputs a merge looked at."""
+"""Time and memory of a call, and the unlabelled inputs that a merge reads."""
 
 import atexit
 import ctypes
@@ -19,13 +19,13 @@ PROCESS = Path("/proc/self")
 
 
 def settle(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it."""
+    """Wait until the device has done its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(part: Callable[[], object], device: torch.device) -> float:
-    """How long a call takes, its work on the device included."""
+    """Duration of a call, with its work on the device."""
     settle(device)
     start = time.perf_counter()
     part()
@@ -34,20 +34,16 @@ def seconds(part: Callable[[], object], device: torch.device) -> float:
 
 
 @cache
-def set_modules_apart() -> None:
-    """Leave what stands in memory now out of later collections, once a process.
-
-    The modules of PyTorch and its like are half a million objects: to look through them takes a
-    third of a second, longer than many a merge.
-    """
+def freeze_objects() -> None:
+    """Exclude the objects of imported modules, half a million, from later garbage collections."""
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)
 
 
 def peak_bytes(part: Callable[[], object], device: torch.device) -> float:
-    """Memory that a call takes on top of what was held before; NaN where that cannot be asked."""
-    set_modules_apart()
+    """Peak memory of a call above what was held before; NaN where the system does not report it."""
+    freeze_objects()
     gc.collect()
     if device.type == "cuda":
         settle(device)
@@ -56,21 +52,18 @@ def peak_bytes(part: Callable[[], object], device: torch.device) -> float:
         part()
         settle(device)
         return float(torch.cuda.max_memory_allocated(device) - before)
-    known = mark_reset()
+    known = reset_peak()
     before = resident("VmRSS") if known else math.nan
     part()
     return resident("VmHWM") - before if known else math.nan
 
 
-def mark_reset() -> bool:
-    """Let the high-water mark of memory start again here; False where the system has none.
-
-    Linux has one, and some sandboxes do not let a process write to it.
-    """
+def reset_peak() -> bool:
+    """Reset the process's peak memory; False where the system (or a sandbox) does not allow it."""
     try:
         PROCESS.joinpath("status").read_text("utf-8")
-        give_back = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
-        give_back(0)  # memory that was freed and kept would hide what the call takes
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
+        trim(0)  # freed memory that is still held would hide what the call takes
         PROCESS.joinpath("clear_refs").write_text("5", "utf-8")
     except OSError:
         return False
@@ -78,38 +71,38 @@ def mark_reset() -> bool:
 
 
 def resident(key: str) -> float:
-    """Bytes that a line of the process's status tells; NaN where it has no such line."""
+    """Bytes of an entry of the process's status; NaN where it is missing."""
     lines = PROCESS.joinpath("status").read_text("utf-8").splitlines()
     found = [line for line in lines if line.startswith(f"{key}:")]
     return 1024.0 * int(found[0].split()[1]) if found else math.nan
 
 
-def places(batch: Batch) -> set[int]:
-    """Where a batch's rows lie in memory: batches cut out of it have some of the same."""
+def addresses(batch: Batch) -> set[int]:
+    """Memory addresses of a batch's rows; a slice of the batch shares some of them."""
     rows = next(iter(batch.inputs.values()))
     return {rows.data_ptr() + n * rows.stride(0) * rows.element_size() for n in range(len(rows))}
 
 
 @dataclass
 class Meter:
-    """Notes which unlabelled inputs of a problem are run through the model, and score calls."""
+    """Counts the unlabelled inputs that run through the model, and calls of the score."""
 
-    seen: set[int] = field(default_factory=set)  # the places of inputs
+    seen: set[int] = field(default_factory=set)  # addresses of inputs
     calls: int = 0
 
     def problem(self, problem: MergeProblem) -> MergeProblem:
-        """The same problem, with every forward pass of its own inputs noted."""
-        own = {place for batches in problem.batches for b in batches for place in places(b)}
+        """The same problem; every forward pass of its own inputs is counted."""
+        own = {row for batches in problem.batches for b in batches for row in addresses(b)}
 
         def forward(parameters: Mapping[str, Tensor], pairs: Pairs) -> list[Tensor]:
             for _, batch in pairs:
-                self.seen |= places(batch) & own
+                self.seen |= addresses(batch) & own
             return problem.forward(parameters, pairs)
 
         return replace(problem, forward=forward)
 
     def score(self, score: Callable[[Merged], float]) -> Callable[[Merged], float]:
-        """The same score, with its calls counted."""
+        """The same score; its calls are counted."""
 
         def counted(merged: Merged) -> float:
             self.calls += 1

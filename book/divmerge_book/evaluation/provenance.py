@@ -1,4 +1,4 @@
-"""Where numbers come from: versions, machine, device, commit and date."""
+"""Provenance of numbers: versions, machine, device, commit and date."""
 
 import datetime
 import importlib.metadata
@@ -16,39 +16,33 @@ from divmerge_book.models.encoders import check_device
 
 
 def origin(**facts: object) -> dict:
-    """Where numbers come from: versions, machine, date, and the facts given (device: its name)."""
+    """Versions, machine, date, and the given facts; a given `device` is replaced by its name."""
     return {
         **facts,
         "date": datetime.date.today().isoformat(),
         "device": device_name(str(facts.get("device", "cpu"))),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "datasets": datasets.__version__,
+        **{library.__name__: library.__version__ for library in (torch, transformers, datasets)},
         "divmerge_core": importlib.metadata.version("divmerge-core"),
         **checkout(),
     }
 
 
 def device_name(device: str) -> str:
-    """`cpu`, or the name of the GPU. Raises ValueError where this machine has none of that name."""
+    """`cpu`, or the name of the GPU. Raises ValueError for a device that is not there."""
     place = check_device(device)
     return torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
 
 
 @cache
 def checkout() -> dict[str, str]:
-    """The commit of the git checkout that this package lies in, with `-dirty` where files differ.
-
-    Empty where the package is installed elsewhere, or git is missing.
-    """
+    """The commit of this package's git checkout, with `-dirty` for changed files; else empty."""
     root = Path(__file__).resolve().parents[3]
-    if not (root / ".git").exists():
-        return {}
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
         return {}
-    return {"commit": done.stdout.strip()} if done.returncode == 0 else {}
+    known = (root / ".git").exists() and done.returncode == 0
+    return {"commit": done.stdout.strip()} if known else {}

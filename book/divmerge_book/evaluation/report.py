@@ -1,8 +1,4 @@
-"""A Report: predictions with their origin, from which every score and interval is worked out.
-
-Predictions, not scores, are stored: any metric, and intervals over test examples and seeds, can be
-computed from them later, exactly.
-"""
+"""A Report: predictions with their provenance. Every score and interval is computed from these."""
 
 import json
 import os
@@ -15,10 +11,9 @@ import pandas as pd
 
 from divmerge_book.evaluation.metrics import (
     combine,
-    commonest,
     grades,
-    listed,
     main_scores,
+    majority_class,
     own_scores,
     scores,
 )
@@ -65,9 +60,9 @@ class Sampled:
 class Report:
     """Predictions, one row per suite x subset x method x seed x task; fits; and their origin.
 
-    predicted and gold are lists of answers' numbers; a graded row (free text) has a list of grades
-    for `predicted` and their name for `gold`. The method `expert` holds each task's own expert:
-    what ANP divides by. `fits` holds, per fit, its coefficients and its course.
+    predicted and gold are lists of class numbers; a graded row (free text) has a list of grades for
+    `predicted` and their name for `gold`. The method `expert` is each task's own expert, by whose
+    score the ANP divides. fits: options, coefficients and trajectory of every fit.
     """
 
     rows: pd.DataFrame
@@ -76,7 +71,7 @@ class Report:
 
     def __post_init__(self):
         if any(isinstance(predicted, str) for predicted in self.rows.predicted):
-            object.__setattr__(self, "rows", listed(self.rows))
+            object.__setattr__(self, "rows", from_text(self.rows))
 
     @classmethod
     def of(cls, rows: pd.DataFrame, fits: Sequence[Mapping] = (), **facts: object) -> "Report":
@@ -86,10 +81,10 @@ class Report:
         )
 
     def majority(self) -> pd.Series:
-        """Accuracy of always giving the commonest test answer, by suite and task; 0 if graded."""
+        """Accuracy of the majority class of the test rows, by suite and task; 0 if graded."""
         first = self.rows.drop_duplicates(["suite", "task"]).set_index(["suite", "task"])
         shares = [
-            commonest(predicted, gold).mean()
+            majority_class(predicted, gold).mean()
             for predicted, gold in zip(first.predicted, first.gold, strict=True)
         ]
         return pd.Series(shares, first.index, name="gold", dtype=float)
@@ -240,12 +235,14 @@ class Report:
                     f"seeds and methods must answer the same rows of {task!r} for a joint "
                     "interval; report them as different suites or subsets"
                 )
-            marks = [grades(row.predicted, row.gold) for row in own]
-            marks.append(commonest(first.predicted, first.gold))
-            means = row_means(np.stack(marks, axis=1), draws, generator)  # [1 + draws, S M + 1]
+            row_scores = [grades(row.predicted, row.gold) for row in own]
+            row_scores.append(majority_class(first.predicted, first.gold))
+            means = row_means(
+                np.stack(row_scores, axis=1), draws, generator
+            )  # [1 + draws, S M + 1]
             right.append(means[:, :-1].reshape(-1, len(seeds), len(methods)))
             floor.append(means[:, -1])
-            total += len(marks[0])
+            total += len(row_scores[0])
         found = combine(np.stack(right), np.stack(floor), methods.index("expert"), statistic)
         drawn = found[1:].swapaxes(0, 1)  # [S, draws, M]
         return Sampled(methods, found[0], drawn, max(total - len(tasks), 1))
@@ -265,6 +262,16 @@ class Report:
         """A saved Report, exactly as it was."""
         data = json.loads(Path(path).read_text("utf-8"))
         return cls(pd.DataFrame(data["rows"])[list(COLUMNS)], data["fits"], data["provenance"])
+
+
+def from_text(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of an older file, with a base-36 digit per prediction, as lists of class numbers."""
+    columns = {name: list(rows[name]) for name in ("predicted", "gold")}
+    for n, predicted in enumerate(columns["predicted"]):
+        if isinstance(predicted, str):
+            for name, values in columns.items():
+                columns[name][n] = [int(digit, 36) for digit in values[n]]
+    return rows.assign(**{n: pd.Series(v, rows.index, dtype=object) for n, v in columns.items()})
 
 
 def caption(report: Report) -> str:

@@ -1,8 +1,7 @@
-"""Everything that is estimated: intervals over seeds and test rows, correlations, permutations.
+"""Intervals over seeds and test rows, correlations, permutation tests, and calibration.
 
-SciPy does what it can say. By hand are the variance components of rows crossed with seeds, whose
-coverage `coverage` measures, correlations of many columns at once, and the corrections for many
-comparisons.
+Beyond SciPy: variance components of rows crossed with seeds (`coverage` measures the coverage of
+their intervals), correlations of many columns at once, and corrections for multiple comparisons.
 """
 
 import math
@@ -16,8 +15,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from scipy import optimize, stats
 from torch import Tensor
-
-# --- scores of the same rows by several seeds -----------------------------------------------------
 
 
 def row_means(values: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
@@ -36,11 +33,10 @@ def row_means(values: np.ndarray, draws: int, generator: np.random.Generator) ->
 
 @dataclass(frozen=True)
 class Estimate:
-    """Means over seeds `[*A]`, and what their variance is made of.
+    """Means over seeds `[*A]`, and the components of their variance.
 
-    between: the variance that seeds and their interaction with rows add, with num_seeds - 1 degrees
-    of freedom; 0 for one seed, about which nothing is known. within: the variance that rows add,
-    with `freedom` degrees of freedom.
+    between: of seeds and their interaction with rows, with num_seeds - 1 degrees of freedom; 0 for
+    one seed, where it is unknown. within: of rows, with `freedom` degrees of freedom.
     """
 
     value: np.ndarray | np.floating
@@ -50,11 +46,10 @@ class Estimate:
     freedom: int
 
     def half(self, level: float = 0.95) -> np.ndarray | np.floating:
-        """Half the width of the interval: the standard error times a t for both parts.
+        """Half the width of the interval: the standard error times a t quantile.
 
-        It is the mean of Satterthwaite's t (1946), whose intervals of few seeds are too narrow, and
-        of each part's own t weighted by its variance (Cochran 1951), whose are too wide:
-        `coverage` measures what they hold together.
+        The quantile is the mean of Satterthwaite's (1946), too small for few seeds, and of
+        Cochran's (1951), each component's own weighted by its variance, too large.
         """
         point, seeds = (1 + level) / 2, max(self.num_seeds - 1, 1)
         total = self.between + self.within
@@ -64,7 +59,7 @@ class Estimate:
         return (own + stats.t.ppf(point, freedom)) / 2 * np.sqrt(total)
 
     def interval(self, level: float = 0.95) -> tuple[np.ndarray | np.floating, ...]:
-        """The lower and the upper end of the interval that holds the truth in `level` of cases."""
+        """The lower and the upper end of the confidence interval of this level."""
         half = self.half(level)
         return self.value - half, self.value + half
 
@@ -79,7 +74,7 @@ class Estimate:
         return math.exp(optimize.brentq(gap, SMALLEST, 0.0)) if size else 1.0
 
 
-SMALLEST = math.log(1e-12)  # no p-value below it is told apart from it
+SMALLEST = math.log(1e-12)  # p-values are not resolved below
 
 
 def crossed(
@@ -87,12 +82,11 @@ def crossed(
 ) -> Estimate:
     """The mean over seeds of a score of rows that every seed answers, with its variance.
 
-    exact: the score of each seed on the rows as they are. drawn: the same of D draws of rows, see
-    `row_means`, the same ones for all seeds. freedom: rows minus the number of tasks. The
-    variance between seeds holds what seeds add, and what they add row by row; the mean's variance
-    over draws holds what rows add, and again what seeds add row by row. The latter is found from
-    how much more a single seed varies over draws than the mean does, and counted once. With one
-    seed only rows vary.
+    exact: the score of each seed on the rows as they are. drawn: on D draws of rows (`row_means`),
+    the same for all seeds. freedom: rows minus the number of tasks. The variance between seeds
+    contains the interaction of seeds and rows, and so does the mean's variance over draws. The
+    interaction is estimated from how much more one seed varies over draws than the mean does, and
+    counted once. With one seed only rows vary.
     """
     count, value = len(exact), exact.mean(0)
     whole = drawn.mean(0).var(0, ddof=1)  # rows + interaction / S
@@ -101,9 +95,6 @@ def crossed(
     single = drawn.var(1, ddof=1).mean(0)  # rows + interaction
     rows = np.maximum(whole - np.maximum(single - whole, 0) / (count - 1), 0)
     return Estimate(value, exact.var(0, ddof=1) / count, rows, count, freedom)
-
-
-# --- means of independent values ------------------------------------------------------------------
 
 
 def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
@@ -116,7 +107,7 @@ def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float
 
 
 def middle(drawn: Float[np.ndarray, " D *A"], level: float = 0.95) -> np.ndarray:
-    """The ends `[2, *A]` of the middle of bootstrap draws that are numbers; NaN where none is."""
+    """The percentile interval `[2, *A]` of bootstrap draws, without NaN draws; NaN if all are."""
     none = np.isnan(drawn).all(0)
     points = ((1 - level) / 2, (1 + level) / 2)
     return np.where(none, np.nan, np.nanquantile(np.where(none, 0.0, drawn), points, axis=0))
@@ -127,9 +118,6 @@ def share_half_width(
 ) -> np.ndarray | pd.DataFrame:
     """Half the width of the interval of a share of `count` rows: the normal approximation."""
     return stats.norm.ppf((1 + level) / 2) * np.sqrt(share * (1 - share) / count)
-
-
-# --- correlations ---------------------------------------------------------------------------------
 
 
 def ranks(values: Float[np.ndarray, "*A n"]) -> Float[np.ndarray, "*A n"]:
@@ -184,9 +172,6 @@ def fisher_interval(value: float, count: int, how: str) -> tuple[float, float]:
     half = stats.norm.ppf(0.975) * math.sqrt({"pearson": 1.0, "spearman": 1.06}[how] / (count - 3))
     centre = np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12))
     return float(np.tanh(centre - half)), float(np.tanh(centre + half))
-
-
-# --- permutations ---------------------------------------------------------------------------------
 
 
 def orders(count: int) -> np.ndarray:
@@ -255,9 +240,6 @@ def holm(p: Float[np.ndarray, " M"]) -> Float[np.ndarray, " M"]:
     steps = p[order] * np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps))
     return adjusted
-
-
-# --- calibration ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

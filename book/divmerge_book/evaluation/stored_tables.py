@@ -20,13 +20,13 @@ PLACE = {  # facts that say where a run was made, and not of what
 
 
 def save(path: Path, tables: Tables, **facts: object) -> None:
-    """Store tables of measurements with their origin, whole or not at all."""
+    """Store tables of measurements with their provenance, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"tables": columns(tables), "provenance": origin(**facts)})
 
 
 def columns(tables: Tables) -> dict[str, dict[str, list]]:
-    """Tables as JSON has them: by name, then by column, with null where a value is missing."""
+    """Tables as JSON: by name, then by column, with null for missing values."""
     return {
         name: table.astype(object).where(table.notna(), None).to_dict("list")
         for name, table in tables.items()
@@ -34,14 +34,14 @@ def columns(tables: Tables) -> dict[str, dict[str, list]]:
 
 
 def load(path: Path) -> tuple[dict[str, pd.DataFrame], dict]:
-    """What `save` stored: tables by name, and their origin."""
+    """Stored tables by name, and their provenance."""
     data = json.loads(path.read_text("utf-8"))
     tables = {name: pd.DataFrame(lists) for name, lists in data["tables"].items()}
     return {name: typed(table) for name, table in tables.items()}, data["provenance"]
 
 
 def typed(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with a type per column, and NumPy's numbers: NaN where one is missing."""
+    """The table with one type per column, and NaN for missing numbers."""
     table = table.convert_dtypes()
     kinds = {
         name: int if table[name].dtype == "Int64" and not table[name].hasnans else float
@@ -52,9 +52,9 @@ def typed(table: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class ResultTable:
-    """Tables by name with their origin; source: `this run` or `the stored run`; note: what differs.
+    """Tables by name with their provenance; source: `this run` or `the stored run`.
 
-    note: which facts of the stored run are not what this run has or would have.
+    note: the facts in which the two runs differ.
     """
 
     tables: Tables
@@ -67,7 +67,7 @@ class ResultTable:
 
     @property
     def caption(self) -> str:
-        """One line that says which run this is, what it ran on, and what differs."""
+        """One line: which run this is, its provenance, and what differs."""
         return self.said(described(self.facts))
 
     def said(self, description: str) -> str:
@@ -86,13 +86,12 @@ def stored_or_measure(
 ) -> ResultTable:
     """What a chapter draws: the tables stored at `path`, or this run's.
 
-    The stored ones are drawn where they are of the same size or a larger one, and every other fact
-    asked for is theirs too: see `differing`. tables: this run's, or a function that measures them.
-    It is called where they are drawn or stored, and at size `smoke`, whose purpose is to run all
-    that a chapter shows. asked: names of the facts that the reader has set; None: all of them. The
-    others follow from the size. live: draw this run's in any case. publish: store this run's, with
-    the facts and the origin. facts: what the tables are measured on; `described` reads suite,
-    encoder, tasks, size, seeds and rows.
+    The stored tables are drawn where their size is at least this run's and every other fact in
+    `asked` (names of the facts that the reader set; None: all) is equal: see `differing`. tables:
+    this run's, or a function that measures them, called where they are drawn or stored, and at size
+    `smoke`, which runs all code of a chapter. live: draw this run's in any case. publish: store
+    this run's, with the facts. facts: what is measured on what; `described` reads suite, encoder,
+    tasks, size, seeds and rows.
     """
     made = {name: value for name, value in origin(**facts).items() if name in facts}
     stored = load(path) if path.is_file() and not publish else None
@@ -117,11 +116,10 @@ def stored_or_report(
     publish: bool = False,
     **facts: object,
 ) -> tuple[Report, str]:
-    """The Report stored at `path`, or this run's, by the rule of `drawn`; and its caption.
+    """The Report stored at `path` or this run's, by the rule of `stored_or_measure`; its caption.
 
-    facts: what this run was asked for beside what its provenance and rows say: the tasks of its
-    largest merge, `counts` of tasks of the smaller ones, and methods. With `publish` they are
-    stored in the provenance.
+    facts: of this run, beside its provenance and what its rows say: tasks of the largest merge,
+    `counts` of tasks of the smaller ones, methods. `publish` stores them in the provenance.
     """
     report = Report(report.rows, report.fits, {**report.provenance, **facts})
     if publish:
@@ -163,21 +161,20 @@ def unlike(others: Collection[str]) -> str:
 
 
 def instead_of(stored: Mapping, made: Mapping) -> str:
-    """The end of a caption: what this run has, or would have, otherwise than the stored one."""
+    """The end of a caption: this run's facts that the stored one does not have."""
     made, both = plain(made), (made.keys() & stored.keys()) - PLACE - {"recipe"}
-    names = [name for name in both if made[name] != stored[name]]
-    size = ["size"] * ("size" in names)
-    said = [f"{n} {listed(made[n])}" for n in dict.fromkeys([*size, *sorted(names)])]
-    return f"; asked for was {', '.join(said)}" if said else ""
+    names = sorted((n for n in both if made[n] != stored[n]), key=lambda n: (n != "size", n))
+    words = [f"{name} {in_words(made[name])}" for name in names]
+    return f"; asked for was {', '.join(words)}" if words else ""
 
 
-def listed(value: object) -> str:
+def in_words(value: object) -> str:
     """A fact's value in a few words."""
     if isinstance(value, dict):
         return " ".join(f"{name} {one}" for name, one in value.items())
-    if not isinstance(value, list):
-        return str(value)
-    return " ".join(map(str, value)) if len(value) <= 4 else f"{len(value)} of them"
+    if isinstance(value, list):
+        return " ".join(map(str, value)) if len(value) <= 4 else f"{len(value)} of them"
+    return str(value)
 
 
 def plain(facts: Mapping) -> dict:

@@ -34,6 +34,10 @@ class Base:
     digest: str
 
     @property
+    def device(self) -> torch.device:
+        return next(self.encoder.parameters()).device
+
+    @property
     def state(self) -> dict[str, Tensor]:
         """The parameters that merging acts on, by name."""
         return {name: tensor.detach() for name, tensor in self.encoder.named_parameters()}
@@ -145,12 +149,11 @@ def make_batches(
     encoded = base.tokenizer(*map(list, texts), truncation=True, max_length=max_length)
     lengths = torch.tensor([len(ids) for ids in encoded["input_ids"]])
     order = torch.argsort(lengths, stable=True)
-    device = next(base.encoder.parameters()).device
     batches = []
     for chosen in order.split(batch_size):
         picked = {key: [values[n] for n in chosen.tolist()] for key, values in encoded.items()}
-        inputs = base.tokenizer.pad(picked, return_tensors="pt").to(device)
-        weight = torch.full((len(chosen),), 1 / len(chosen), device=device)
+        inputs = base.tokenizer.pad(picked, return_tensors="pt").to(base.device)
+        weight = torch.full((len(chosen),), 1 / len(chosen), device=base.device)
         batches.append(Batch(dict(inputs), weight))
     return batches, order
 
@@ -187,8 +190,7 @@ def classifier_forward(
     Recipe); parameters, gradients and heads stay in float32.
     """
     pad = {"input_ids": base.tokenizer.pad_token_id}
-    device = next(base.encoder.parameters()).device
-    half_precision = resolve(precision, device) == "bfloat16"
+    half_precision = resolve(precision, base.device) == "bfloat16"
 
     def forward(parameters, pairs):
         longest_first = sorted(
@@ -198,7 +200,7 @@ def classifier_forward(
         logits: list = [None] * len(pairs)
         for half in filter(None, (longest_first[:middle], longest_first[middle:])):
             inputs = join([pairs[n][1] for n in half], pad)
-            with torch.autocast(device.type, torch.bfloat16, enabled=half_precision):
+            with torch.autocast(base.device.type, torch.bfloat16, enabled=half_precision):
                 features = pooled(base.encoder, parameters, inputs)
             rows = [pairs[n][1].weight.shape[0] for n in half]
             for number, part in zip(half, features.split(rows), strict=True):

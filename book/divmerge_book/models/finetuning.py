@@ -1,9 +1,10 @@
-"""Experts: fine-tuned once, kept under a key of all that determines them, never mixed up."""
+"""Experts: fine-tuned once, and cached under a key of everything that determines them."""
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -20,7 +21,7 @@ from divmerge_core.storage import cache_dir, once, sha256
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides how an expert is trained, besides base, task and seed.
+    """Everything that determines an expert besides base, task and seed.
 
     rows: training rows drawn by the seed; None for all. lr: peak of AdamW's step size, reached
     after `warmup` of the steps and falling linearly to 0; None means 1e-4, or 5e-4 for hidden sizes
@@ -40,16 +41,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Expert:
-    """A fine-tuned encoder and the head that stays with its task."""
+    """A fine-tuned model; an encoder has a head [V, H] with a bias [V], which is never merged."""
 
     task: str
     state: Mapping[str, Tensor]
-    head: Mapping[str, Tensor]  # weight [V, H], bias [V]
+    head: Mapping[str, Tensor]
     manifest: Mapping[str, object]
 
 
 def data_digest(rows: datasets.Dataset) -> str:
-    """SHA-256 of the rows themselves, whatever file they came from."""
+    """SHA-256 of the rows themselves, independent of the file they came from."""
     lines = (json.dumps(row, sort_keys=True, ensure_ascii=False) for row in rows)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -57,10 +58,10 @@ def data_digest(rows: datasets.Dataset) -> str:
 def fine_tune(
     base: Base, task: Task, recipe: Recipe | None = None, *, seed: int = 0, progress: bool = True
 ) -> Expert:
-    """The expert for a task: from the cache where one was made in exactly this way, else trained.
+    """The expert of a task: from the cache, or trained by one process.
 
-    The seed draws the training rows, the head's first weights, the order and the dropout. The key
-    is what `described` tells. Of several processes that want an expert, one trains it.
+    The seed determines the training rows, the head's initial weights, the order and the dropout.
+    The key is the manifest of `described`.
     """
     manifest, rows = described(base, task, recipe or Recipe(), seed=seed)
 
@@ -71,67 +72,70 @@ def fine_tune(
         tensors |= {f"head.{k}": v for k, v in head.items()}
         save_expert(new, tensors, manifest)
 
-    device = str(next(base.encoder.parameters()).device)
     folder = once(folder_of(manifest), make, holds="manifest.json")
-    return load_expert(folder, device=device)
+    return load_expert(folder, device=str(base.device))
 
 
 def described(
     base: Base, task: Task, recipe: Recipe, *, seed: int
 ) -> tuple[dict[str, object], datasets.Dataset]:
-    """All that decides an expert, as its manifest, and the rows that it is trained on.
+    """The manifest of an expert, and its training rows."""
+    lr = recipe.lr or (1e-4 if base.encoder.config.hidden_size >= 256 else 5e-4)
+    recipe = replace(recipe, lr=lr, precision=resolve(recipe.precision, base.device))
+    rows = training_rows(task, recipe.rows, seed)
+    code = code_digest("divmerge_book.models.finetuning.train")
+    return manifest_of(base, task, recipe, rows, seed, code), rows
 
-    The digests of the base, of the rows and of the training's code; the recipe, the seed, the
-    device type, and the versions of torch, transformers and tokenizers.
-    """
-    device = next(base.encoder.parameters()).device
-    recipe = replace(
-        recipe,
-        lr=recipe.lr or (1e-4 if base.encoder.config.hidden_size >= 256 else 5e-4),
-        precision=resolve(recipe.precision, device),
-    )
+
+def training_rows(task: Task, count: int | None, seed: int) -> datasets.Dataset:
+    """The training rows that a seed draws; None for all."""
     rows = task.load("train").shuffle(seed=seed)
-    rows = rows.select(range(min(recipe.rows or len(rows), len(rows))))
-    manifest = {
-        "task": task.name,
-        "answers": list(task.answers),
-        "encoder": base.name,
-        "base": base.digest,
-        "data": data_digest(rows),
-        "rows": len(rows),
-        "recipe": asdict(recipe),
-        "seed": seed,
-        "device": device.type,
-        "code": code_digest("divmerge_book.models.finetuning.train"),
+    return rows.select(range(min(count or len(rows), len(rows))))
+
+
+def manifest_of(
+    base, task: Task, recipe, rows: datasets.Dataset, seed: int, code: str, **facts: object
+) -> dict[str, object]:
+    """Everything that determines an expert: base, rows and code by their digests, and `facts`."""
+    return {
+        **{"task": task.name, "answers": list(task.answers)},
+        **{"encoder": base.name, "base": base.digest},
+        **{"data": data_digest(rows), "rows": len(rows)},
+        **{"recipe": asdict(recipe), "seed": seed, "device": base.device.type, "code": code},
         **versions("torch", "transformers", "tokenizers"),
+        **facts,
     }
-    return manifest, rows
 
 
 def folder_of(manifest: Mapping[str, object], prefix: str = "") -> Path:
-    """Where the expert of a manifest is kept."""
+    """The cache folder of an expert."""
     return cache_dir() / "experts" / f"{prefix}{manifest['task']}-{key_of(manifest)}"
 
 
 def save_expert(
     folder: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, object]
 ) -> None:
-    """Write an expert's tensors and its manifest, which gains their digest."""
+    """Write an expert's tensors, and its manifest with their digest."""
     weights = folder / "model.safetensors"
     save_file({name: tensor.cpu() for name, tensor in tensors.items()}, weights)
     whole = {**manifest, weights.name: sha256(weights)}
     (folder / "manifest.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
 
 
-def load_expert(folder: Path, *, device: str = "cpu") -> Expert:
-    """An expert from its folder. Raises ValueError where its weights are not those saved."""
+def read_expert(folder: Path, device: str) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """Manifest and tensors. Raises ValueError where they are missing or not those saved."""
     if not (folder / "manifest.json").is_file():
         raise ValueError(f"{folder} holds no expert: manifest.json is missing")
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     weights = folder / "model.safetensors"
     if not weights.is_file() or sha256(weights) != manifest["model.safetensors"]:
         raise ValueError(f"{weights} is missing or damaged; delete {folder} and train it again")
-    tensors = load_file(weights, device=device)
+    return manifest, load_file(weights, device=device)
+
+
+def load_expert(folder: Path, *, device: str = "cpu") -> Expert:
+    """A fine-tuned encoder from its folder; raises as `read_expert`."""
+    manifest, tensors = read_expert(folder, device)
     part = {
         name: {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(name)}
         for name in ("encoder", "head")
@@ -139,45 +143,75 @@ def load_expert(folder: Path, *, device: str = "cpu") -> Expert:
     return Expert(manifest["task"], part["encoder"], part["head"], manifest)
 
 
+# --- training -------------------------------------------------------------------------------------
+
+
+def adamw(weights: Iterable[Tensor], recipe) -> torch.optim.AdamW:
+    """The recipe's AdamW on these weights."""
+    options = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    return torch.optim.AdamW(weights, fused=True, **options)
+
+
+def rate(step: int, steps: int, warmup: float) -> float:
+    """Share of the peak step size: rises over the first steps, then falls to 0."""
+    warm = max(1, round(warmup * steps))
+    return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+
+
+def optimise(
+    adam: torch.optim.AdamW,
+    recipe,
+    steps: Iterable[object],
+    losses: Callable[[object], Iterable[Tensor]],
+    *,
+    total: int,
+    begin: int = 0,
+    title: str = "training",
+    progress: bool = True,
+) -> Iterator[int]:
+    """AdamW on the sum of losses of every step; yields how many of `total` steps are done."""
+    with tqdm(total=total, initial=begin, desc=title, disable=not progress, leave=False) as bar:
+        for number, rows in enumerate(steps, begin):
+            adam.param_groups[0]["lr"] = recipe.lr * rate(number, total, recipe.warmup)
+            adam.zero_grad()
+            for loss in losses(rows):
+                loss.backward()
+            adam.step()
+            bar.update()
+            yield number + 1
+
+
 def train(
     base: Base, task: Task, rows: datasets.Dataset, recipe: Recipe, *, seed: int, progress: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """AdamW on encoder and head, cross-entropy on the labels; returns both state dicts."""
-    device = next(base.encoder.parameters()).device
+    device = base.device
     torch.manual_seed(seed)
-    names = [name for name, _ in base.encoder.named_parameters()]
-    weights = [tensor.detach().clone().requires_grad_() for tensor in base.encoder.parameters()]
+    weights = {n: w.detach().clone().requires_grad_() for n, w in base.encoder.named_parameters()}
     head = torch.nn.Linear(base.encoder.config.hidden_size, len(task.answers)).to(device)
-    adam = torch.optim.AdamW(
-        [*weights, *head.parameters()], lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
-    )
+    adam = adamw([*weights.values(), *head.parameters()], recipe)
     batches, order = make_batches(
         rows, base, batch_size=recipe.batch_size, max_length=recipe.max_length
     )
     labels = torch.tensor(rows["label"], device=device)[order].split(recipe.batch_size)
-    steps = recipe.epochs * len(batches)
-    warm = max(1, round(recipe.warmup * steps))
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        adam, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
-    )
-    bar = tqdm(total=steps, desc=f"training {task.name}", disable=not progress, leave=False)
+    half = partial(torch.autocast, device.type, torch.bfloat16)
+
+    def losses(number: int) -> Iterator[Tensor]:
+        with half(enabled=recipe.precision == "bfloat16"):
+            logits = head(pooled(base.encoder, weights, batches[number].inputs))
+        yield torch.nn.functional.cross_entropy(logits.float(), labels[number])
+
+    drawn = (n for _ in range(recipe.epochs) for n in torch.randperm(len(batches)).tolist())
+    options = {"title": f"training {task.name}", "progress": progress}
     base.encoder.train()
     try:
-        for _ in range(recipe.epochs):
-            for number in torch.randperm(len(batches)).tolist():
-                with torch.autocast(
-                    device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"
-                ):
-                    parameters = dict(zip(names, weights, strict=True))
-                    logits = head(pooled(base.encoder, parameters, batches[number].inputs))
-                loss = torch.nn.functional.cross_entropy(logits.float(), labels[number])
-                adam.zero_grad()
-                loss.backward()
-                adam.step()
-                rate.step()
-                bar.update()
+        for _ in optimise(
+            adam, recipe, drawn, losses, total=recipe.epochs * len(batches), **options
+        ):
+            pass
     finally:
         base.encoder.eval()
-        bar.close()
-    state = {name: tensor.detach() for name, tensor in zip(names, weights, strict=True)}
-    return state, {name: tensor.detach() for name, tensor in head.named_parameters()}
+    return tuple(
+        {name: tensor.detach() for name, tensor in part}
+        for part in (weights.items(), head.named_parameters())
+    )

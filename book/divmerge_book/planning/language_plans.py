@@ -11,7 +11,7 @@ from dataclasses import replace
 import pandas as pd
 import transformers
 
-from divmerge_book.evaluation.language_experiment import LanguageSize
+from divmerge_book.evaluation.sizes import LanguageSize
 from divmerge_book.planning.gpu_specs import ACCELERATORS, Accelerator
 from divmerge_book.planning.memory import Line, Plan, plan, training_plan
 from divmerge_book.planning.presets import smaller, too_small

@@ -6,7 +6,7 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 
 from divmerge_book.data.tasks import SUITES
-from divmerge_book.evaluation.language_experiment import LanguageSize, size_of
+from divmerge_book.evaluation.sizes import LanguageSize, size_of
 from divmerge_book.models.encoders import check_device, resolve
 
 ENOUGH = 20e9  # bytes of a GPU on which the sizes of `glue` run as they are

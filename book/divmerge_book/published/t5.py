@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from divmerge_book.data.code_digest import code_digest, key_of
 from divmerge_book.data.tasks import Task
-from divmerge_book.evaluation.language_experiment import LanguageBench, States
-from divmerge_book.evaluation.language_scoring import WrittenExam, written_exam
+from divmerge_book.evaluation.experiment import Experiment, States
+from divmerge_book.evaluation.language_scoring import WrittenSplit, written_split
 from divmerge_book.models.encoders import check_device, resolve
 from divmerge_book.models.finetuning import Expert, data_digest
 from divmerge_book.models.language.completions import Completions, completions
@@ -76,7 +76,7 @@ def prepare_t5(
     precision: str = "float32",
     top: int | None = None,
     progress: bool = True,
-) -> LanguageBench:
+) -> Experiment:
     """Base, experts, their greedy answers to unlabelled rows (kept on disk), and exams by ROUGE-1.
 
     rows: at most so many of `merge`, `validation` and `test`. max_length: tokens of a prompt; the
@@ -102,7 +102,7 @@ def prepare_t5(
     weights = [one.expert.manifest["model.safetensors"] for one in ready]
     rows_seen = [one.rows for one in ready]
     what = (names, weights, rows_seen, language.digest, settings, top, language.device.type)
-    return LanguageBench(
+    return Experiment(
         language,
         [one.expert for one in ready],
         problem,
@@ -121,8 +121,8 @@ class Ready:
 
     expert: Expert
     completions: Completions
-    validation: WrittenExam
-    test: WrittenExam
+    validation: WrittenSplit
+    test: WrittenSplit
     rows: Sequence[str]
 
 
@@ -143,7 +143,7 @@ def asked(
     key = [SUITE, expert.manifest["model.safetensors"]]
     extra = {"key": key, "top": top, "progress": progress}
     answers = completions(base, expert.state, prompt, few["merge"], **extra, **settings)
-    exams = [written_exam(base, prompt, few[split], **settings) for split in ("validation", "test")]
+    exams = [written_split(base, prompt, few[kind], **settings) for kind in ("validation", "test")]
     digests = [data_digest(part) for part in parts.values()]
     return Ready(replace(expert, state={}), answers, *exams, digests)
 

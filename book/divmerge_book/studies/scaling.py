@@ -170,9 +170,9 @@ def piece(merges: Merges, options: dict, experts: References) -> list[dict]:
 
     def find() -> list[dict]:
         made = merges(options)
-        return with_coefficients(made, judged(merges.bench, made.merged, experts))
+        return with_coefficients(made, judged(merges.experiment, made.merged, experts))
 
-    return kept(merges.bench, find, "scaling", merges.spec, options, method=merges.spec)
+    return kept(merges.experiment, find, "scaling", merges.spec, options, method=merges.spec)
 
 
 def scaling(

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from transformers import AutoModelForSequenceClassification
 
 from divmerge_book.data.tasks import TASKS, Task
-from divmerge_book.evaluation.experiment import QUICK
+from divmerge_book.evaluation.sizes import QUICK
 from divmerge_book.models.encoders import Base, load_base, make_batches
 from divmerge_book.models.finetuning import Recipe, fine_tune
 from divmerge_book.models.merged import base_folder

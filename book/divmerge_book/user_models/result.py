@@ -17,7 +17,7 @@ from divmerge_book.evaluation.hyperparameter_search import (
     own_experts,
     search,
 )
-from divmerge_book.evaluation.metrics import evaluate, numbers
+from divmerge_book.evaluation.metrics import evaluate
 from divmerge_book.evaluation.report import Report
 from divmerge_book.evaluation.statistics import middle
 from divmerge_core.divergences import objective
@@ -174,7 +174,7 @@ def task_scores(
 
     exact = report.against_experts().query("method == @method").set_index("task")
     for row in report.rows[report.rows.method == method].itertuples():
-        right = numbers(row.predicted) == numbers(row.gold)
+        right = np.equal(row.predicted, row.gold)
         drawn = generator.binomial(len(right), right.mean(), draws) / len(right)
         low, high = middle(drawn)
         found.append((row.task, "accuracy", float(right.mean()), float(low), float(high)))

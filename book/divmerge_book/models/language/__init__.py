@@ -3,10 +3,11 @@
 from divmerge_book import evaluate, prepare_language
 from divmerge_core import METHODS
 
-bench = prepare_language("embedded_lm", ["trec", "movie"], size="smoke")
-merged = METHODS["divmerge"](bench.problem, grouping="block")
-evaluate(bench.problem, merged, bench.test)     # by likelihood of the words; else by ROUGE-1
-evaluate(bench.problem, merged, bench.written)  # by what it writes
+experiment = prepare_language("embedded_lm", ["trec", "movie"], size="smoke")
+problem = experiment.problem
+merged = METHODS["divmerge"](problem, grouping="block")
+evaluate(problem, merged, experiment.test)     # likelihood of the words; free-form: ROUGE-1
+evaluate(problem, merged, experiment.written)  # generated text
 """
 
 from divmerge_book.models.language.finetuning import language_expert, load_language_expert

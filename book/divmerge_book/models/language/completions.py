@@ -1,6 +1,6 @@
-"""What an expert writes to its own prompts, and its distributions while it does: computed once.
+"""An expert's greedy answers to its prompts, and its distributions at their tokens.
 
-Both are kept on disk, part by part, so that a run that was killed goes on with the next part.
+Both are cached on disk in parts, so that a killed run resumes with the next part.
 """
 
 import json
@@ -13,20 +13,46 @@ import datasets
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.func import functional_call
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import GenerationConfig
 
 from divmerge_book.data.code_digest import code_digest, key_of, versions
+from divmerge_book.models.encoders import resolve
 from divmerge_book.models.language.forward import Parts, language_forward
 from divmerge_book.models.language.models import Language
 from divmerge_book.models.language.prompts import Prompt
 from divmerge_book.models.language.reading import ask, by_length, collate
-from divmerge_book.models.language.seq2seq import encodes, greedy_answers
+from divmerge_book.models.language.seq2seq import encodes, padded, start_of
 from divmerge_core.kernels.expert_cache import TopKLogProbs, cache_expert
 from divmerge_core.merging.problem import Batch, Forward
 from divmerge_core.storage import cache_dir, dump_json, once
 
 TOGETHER = 16  # prompts that are completed at a time: one part on disk
+
+
+class Generation(torch.nn.Module):
+    """A module whose forward pass is greedy generation by a model of transformers.
+
+    The output matrix stays in its own precision; the model's generation settings are set aside.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, half: bool, **options: object) -> Tensor:
+        head, settings = self.model.get_output_embeddings(), self.model.generation_config
+        own, kind = head.forward, next(self.model.parameters()).device.type
+        whole = torch.autocast(kind, enabled=False)
+        head.forward = whole(lambda hidden: own(hidden.to(head.weight.dtype)))
+        self.model.generation_config = GenerationConfig()
+        try:
+            with torch.autocast(kind, torch.bfloat16, enabled=half):
+                return self.model.generate(**options)
+        finally:
+            self.model.generation_config = settings
+            del head.forward
 
 
 @torch.no_grad()
@@ -38,36 +64,20 @@ def greedy(
     max_new: int,
     precision: str = "float32",
 ) -> list[tuple[int, ...]]:
-    """The likeliest next token, again and again: up to EOS, which is part of the answer.
-
-    An answer of `max_new` tokens that has not ended is returned as far as it goes. Prompts are
-    filled up from the left, so that all answers begin at once.
-    """
-    if encodes(base.model):
-        return greedy_answers(base, parameters, prompts, max_new=max_new, precision=precision)
-    parts, stop, half = Parts.of(base.model), base.stop, precision == "bfloat16"
-    low = parts.lowered(parameters) if half else parameters
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), base.pad)
-    mask = torch.zeros_like(ids)
-    for number, prompt in enumerate(prompts):
-        ids[number, width - len(prompt) :] = torch.tensor(prompt)
-        mask[number, width - len(prompt) :] = 1
-    ids, mask, memory = ids.to(base.device), mask.to(base.device), DynamicCache()
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=base.device)
-    written = []
-    for _ in range(max_new):
-        position = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
-        with torch.autocast(base.device.type, torch.bfloat16, enabled=half):
-            found = parts.hidden(low, inputs, past_key_values=memory, use_cache=True)
-        token = parts.words(parameters, found.last_hidden_state[:, -1]).argmax(-1)
-        written.append(token.masked_fill(ended, stop))
-        ended = ended | (token == stop)
-        if ended.all():
-            break
-        ids, mask = written[-1][:, None], torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-    rows = torch.stack(written, dim=1).tolist()
+    """Greedy answers, each with its EOS; one that has not ended at `max_new` tokens has none."""
+    two, half = encodes(base.model), resolve(precision, base.device) == "bfloat16"
+    if half and not two:
+        parameters = Parts.of(base.model).lowered(parameters)
+    ids, mask = padded(base, prompts, "right" if two else "left")
+    options = {"max_new_tokens": max_new, "do_sample": False, "eos_token_id": base.stop}
+    options |= {"pad_token_id": base.stop, "use_cache": True}
+    options |= {"decoder_start_token_id": start_of(base)} if two else {}
+    call = {"input_ids": ids, "attention_mask": mask, "half": half}
+    call["generation_config"] = GenerationConfig(**options)
+    weights = {f"model.{name}": tensor for name, tensor in parameters.items()}
+    found = functional_call(Generation(base.model), weights, kwargs=call)
+    rows = found[:, 1 if two else ids.shape[1] :].tolist()
+    stop = base.stop
     return [tuple(row[: row.index(stop) + 1] if stop in row else row) for row in rows]
 
 
@@ -142,7 +152,7 @@ def completions(
         batch, _ = collate(base, [pairs[row] for row in group])
         make = partial(write_distributions, forward, expert, batch, top)
         path = once(folder / f"distributions-{number}.safetensors", make, folder=False)
-        batches.append(replace(batch, expert=recall(path, base.device)))
+        batches.append(replace(batch, expert=load_distributions(path, base.device)))
     return Completions(asked.prompts, answers, batches, counted(base, asked.shortened, answers))
 
 
@@ -165,17 +175,17 @@ def write_answers(find: Callable[[], list[tuple[int, ...]]], path: Path) -> None
 def write_distributions(
     forward: Forward, expert: Mapping[str, Tensor], batch: Batch, top: int | None, path: Path
 ) -> None:
-    """Write what an expert says at the answer positions of a batch."""
-    keep(path, cache_expert(forward(expert, [(0, batch)])[0], top=top))
+    """Compute and write an expert's distributions at the answer positions of a batch."""
+    save_distributions(path, cache_expert(forward(expert, [(0, batch)])[0], top=top))
 
 
-def keep(path: Path, answers: Tensor | TopKLogProbs) -> None:
-    """Write an expert's answers."""
+def save_distributions(path: Path, answers: Tensor | TopKLogProbs) -> None:
+    """Write an expert's distributions."""
     tensors = vars(answers) if isinstance(answers, TopKLogProbs) else {"log_probs": answers}
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
-def recall(path: Path, device: torch.device) -> Tensor | TopKLogProbs:
-    """The inverse of `keep`."""
+def load_distributions(path: Path, device: torch.device) -> Tensor | TopKLogProbs:
+    """The inverse of `save_distributions`."""
     tensors = load_file(path, device=str(device))
     return TopKLogProbs(**tensors) if "classes" in tensors else tensors["log_probs"]

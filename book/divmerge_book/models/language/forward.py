@@ -1,13 +1,14 @@
-"""The forward pass that merging differentiates: hidden states once, words at answer positions only.
+"""The forward pass that merging differentiates: logits at the A answer positions only.
 
-A batch of B rows and S tokens has B S V logits, of which A V are looked at. So the head, whose
-matrix is the largest of a small model, is applied to A rows, never to B S.
+A batch of B rows and S tokens has B S V logits, of which A V are used: the head is applied to A
+hidden states.
 """
 
 import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -18,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from divmerge_book.models.encoders import resolve
 from divmerge_book.models.language.reading import MultipleChoiceBatch
-from divmerge_book.models.language.seq2seq import encodes, seq2seq_forward
+from divmerge_book.models.language.seq2seq import answer_logits, encodes
 from divmerge_core.merging.problem import Batch, Forward, Pairs
 
 
@@ -129,38 +130,32 @@ def language_forward(
 ) -> Forward:
     """A MergeProblem's `forward` for one causal language model, or one encoder-decoder.
 
-    Gives logits [A, V] for a batch, and for MultipleChoiceBatch the likelihood of every choice.
-    precision: of the body's matrix products, `float32`, `bfloat16` or `auto`; the head, for which
-    rounding costs most, stays in the parameters' own. checkpointing: keep no activations of a
-    task's batch until its turn in the backward pass, where they are computed again: no more than
-    one task's are held, at a third more work. """
-    if encodes(model):
-        return chosen(seq2seq_forward(model, precision=precision, checkpointing=checkpointing))
-    parts = Parts.of(model)
-    device = next(model.parameters()).device
+    Gives logits [A, V] for a batch, and the likelihood of every choice for MultipleChoiceBatch.
+    precision: of the body's matrix products, `float32`, `bfloat16` or `auto`; a causal head stays
+    in the parameters' own. checkpointing: recompute a batch's activations in the backward pass, at
+    a third more work.
+    """
+    two, device = encodes(model), next(model.parameters()).device
+    parts = None if two else Parts.of(model)
+    run = partial(answer_logits, model) if two else partial(answer_states, parts)
     half = resolve(precision, device) == "bfloat16"
 
     def states(parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
         if checkpointing and torch.is_grad_enabled():
-            return checkpoint(answer_states, parts, parameters, batch, use_reentrant=False)
-        return answer_states(parts, parameters, batch)
+            return checkpoint(run, parameters, batch, use_reentrant=False)
+        return run(parameters, batch)
 
     def forward(parameters: Mapping[str, Tensor], pairs: Pairs) -> list[Tensor]:
-        low = parts.lowered(parameters) if half else parameters
+        low = parts.lowered(parameters) if half and parts else parameters
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             found = [states(low, batch) for _, batch in pairs]
-        return [parts.words(parameters, hidden) for hidden in found]
-
-    return chosen(forward)
-
-
-def chosen(forward: Forward) -> Forward:
-    """The same, with the likelihood of every choice where a batch asks for choices."""
-
-    def likely(parameters: Mapping[str, Tensor], pairs: Pairs) -> list[Tensor]:
+        if parts:
+            found = [parts.words(parameters, hidden) for hidden in found]
+        elif half:
+            found = [logits.float() for logits in found]
         return [
-            batch.likelihood(own) if isinstance(batch, MultipleChoiceBatch) else own
-            for (_, batch), own in zip(pairs, forward(parameters, pairs), strict=True)
+            batch.likelihood(logits) if isinstance(batch, MultipleChoiceBatch) else logits
+            for (_, batch), logits in zip(pairs, found, strict=True)
         ]
 
-    return likely
+    return forward

@@ -1,4 +1,4 @@
-"""What a language model is asked for each task, and the words that it may answer with."""
+"""The prompt of each task, and the words of its classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ PROMPTS = Registry("prompt")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A task's question as text, and one answer word per class; none for a free-form task.
+    """A prompt template, and one answer word per class; none for a free-form task.
 
-    template: holds {text}, and {pair} for tasks with two texts; the answer follows after a space.
+    template: contains {text}, and {pair} for tasks with two texts; a space and the answer follow.
     """
 
     task: str
@@ -23,15 +23,15 @@ class Prompt:
     words: tuple[str, ...] = ()
 
     def ask(self, row: Mapping[str, object]) -> str:
-        """The question about one row."""
+        """The prompt of one row."""
         return self.template.format(text=row["text"], pair=row.get("pair"))
 
     def answer(self, row: Mapping[str, object]) -> str:
-        """The right answer to it, with the space before it: of rows that have one."""
+        """The right answer of a labelled row, with the space before it."""
         return " " + (self.words[row["label"]] if self.words else row["answer"])
 
     def read(self, completion: str) -> int:
-        """The class that a completion names, in any case and spacing; one past the last for others.
+        """The class whose word a completion is, in any case and spacing; one past the last if none.
 
         >>> PROMPTS["sst2"].read("  Positive "), PROMPTS["sst2"].read("very positive")
         (1, 2)
@@ -70,34 +70,19 @@ def table(tasks: Sequence[str] = ()) -> pd.DataFrame:
     )
 
 
-YES = ("no", "yes")
-add(
-    "cola",
-    "Does this sentence read as correct English?\nSentence: {text}\nCorrect:",
-    *YES,
-)
+YES, ENTAILS = ("no", "yes"), ("yes", "no")
+add("cola", "Does this sentence read as correct English?\nSentence: {text}\nCorrect:", *YES)
 add("sst2", "Is this review positive or negative?\nReview: {text}\nAnswer:", "negative", "positive")
-add(
-    "mrpc",
-    "Do these two sentences say the same?\nFirst: {text}\nSecond: {pair}\nSame:",
-    *YES,
-)
-add(
-    "rte",
-    "Does the second text follow from the first?\nFirst: {text}\nSecond: {pair}\nFollows:",
-    *("yes", "no"),
-)
+TWO = "\nFirst: {text}\nSecond: {pair}\n"
+add("mrpc", f"Do these two sentences say the same?{TWO}Same:", *YES)
+add("rte", f"Does the second text follow from the first?{TWO}Follows:", *ENTAILS)
 add(
     "qnli",
     "Does the sentence hold the answer to the question?\n"
     "Question: {text}\nSentence: {pair}\nHolds it:",
-    *("yes", "no"),
+    *ENTAILS,
 )
-add(
-    "qqp",
-    "Do these two questions ask for the same?\nFirst: {text}\nSecond: {pair}\nSame:",
-    *YES,
-)
+add("qqp", f"Do these two questions ask for the same?{TWO}Same:", *YES)
 add(
     "mnli",
     "Given the premise, is the claim true, false, or maybe either?\n"
@@ -110,10 +95,6 @@ add(
     "Question: {text}\nAsks for:",
     *("abbreviation", "description", "thing", "person", "place", "number"),
 )
-add(
-    "movie",
-    "Is this review positive or negative?\nReview: {text}\nAnswer:",
-    *("negative", "positive"),
-)
+add("movie", PROMPTS["sst2"].template, "negative", "positive")
 add("sms", "Is this message wanted or spam?\nMessage: {text}\nAnswer:", "wanted", "spam")
 add("headline", "Write a headline for this article.\nArticle: {text}\nHeadline:")

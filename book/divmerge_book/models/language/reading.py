@@ -10,7 +10,7 @@ from torch import Tensor
 
 from divmerge_book.models.language.models import Language
 from divmerge_book.models.language.prompts import Prompt
-from divmerge_book.models.language.seq2seq import collate_pairs, encodes
+from divmerge_book.models.language.seq2seq import answer_targets, collate_pairs, encodes, padded
 from divmerge_core.kernels.expert_cache import log_softmax
 from divmerge_core.merging.problem import Batch
 
@@ -39,13 +39,13 @@ def ask(
         tokens = base.tokenizer(prompt.ask(row))["input_ids"]
         shortened += len(tokens) > max_length
         while len(tokens) > max_length:
-            row = less(base, prompt, row, len(tokens) - max_length)
+            row = truncate(base, prompt, row, len(tokens) - max_length)
             tokens = base.tokenizer(prompt.ask(row))["input_ids"]
         found.append(tuple(tokens))
     return EncodedPrompts(tuple(found), shortened)
 
 
-def less(base: Language, prompt: Prompt, row: Mapping[str, object], excess: int) -> dict:
+def truncate(base: Language, prompt: Prompt, row: Mapping[str, object], excess: int) -> dict:
     """The row with `excess` tokens cut off the longer of its texts."""
     ids = {
         key: base.tokenizer(str(row[key]), add_special_tokens=False)["input_ids"]
@@ -78,28 +78,17 @@ def collate(base: Language, pairs: Sequence[Pair]) -> tuple[Batch, Int[Tensor, "
     token of its answer. An encoder-decoder reads them apart (see seq2seq). Raises ValueError for an
     empty prompt or answer.
     """
-    if encodes(base.model):
-        return collate_pairs(base, pairs)
     if not all(prompt and answer for prompt, answer in pairs):
         raise ValueError("every row needs a prompt and an answer of at least one token (EOS)")
-    width = max(len(prompt) + len(answer) for prompt, answer in pairs) - 1
-    ids = torch.full((len(pairs), width), base.pad)
-    answer = torch.zeros((len(pairs), width), dtype=torch.bool)
-    mask = torch.zeros_like(ids)
-    weight, targets = [], []
-    for number, (asked, answered) in enumerate(pairs):
-        row = torch.tensor([*asked, *answered][:-1])  # nothing comes after the last token
-        ids[number, : len(row)] = row
-        mask[number, : len(row)] = 1
-        answer[number, len(asked) - 1 : len(row)] = True
-        weight += [1 / (len(pairs) * len(answered))] * len(answered)
-        targets += answered
-    inputs = {"input_ids": ids.to(base.device), "attention_mask": mask.to(base.device)}
-    weights = torch.tensor(weight, device=base.device)
-    return (
-        Batch(inputs, weights, answer.to(base.device)),
-        torch.tensor(targets, device=base.device),
-    )
+    if encodes(base.model):
+        return collate_pairs(base, pairs)
+    rows = [[*asked, *answered][:-1] for asked, answered in pairs]  # the last token is not read
+    ids, mask = padded(base, rows)
+    answer = mask.bool()
+    for number, (asked, _) in enumerate(pairs):
+        answer[number, : len(asked) - 1] = False
+    weight, targets = answer_targets(base, [answered for _, answered in pairs])
+    return Batch({"input_ids": ids, "attention_mask": mask}, weight, answer), targets
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,18 @@
 """Encoder-decoder models such as T5: the prompt goes to the encoder, the answer to the decoder.
 
-The decoder reads a start token and then the answer, so its position n predicts the answer's token
-n: all of its positions are answer positions, and a batch of A of them has A V logits and no more.
+The decoder reads a start token, then the answer, so its position n predicts the answer's token n.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, EncoderDecoderCache
 
-from divmerge_book.models.encoders import resolve
 from divmerge_book.models.language.models import Language
-from divmerge_core.merging.problem import Batch, Forward, Pairs
+from divmerge_core.merging.problem import Batch
 
 
 def encodes(model: torch.nn.Module) -> bool:
@@ -24,13 +21,13 @@ def encodes(model: torch.nn.Module) -> bool:
 
 
 def padded(
-    base: Language, rows: Sequence[Sequence[int]]
+    base: Language, rows: Sequence[Sequence[int]], side: str = "right"
 ) -> tuple[Int[Tensor, "B S"], Int[Tensor, "B S"]]:
-    """Rows of token numbers, filled up on the right, and what of them is no filling."""
+    """Rows of token numbers padded to the longest, and the attention mask."""
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    fill = torch.nn.utils.rnn.pad_sequence
-    ids = fill(tensors, batch_first=True, padding_value=base.pad)
-    mask = fill([torch.ones_like(row) for row in tensors], batch_first=True)
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
+    ids = pad(tensors, padding_value=base.pad)
+    mask = pad([torch.ones_like(row) for row in tensors])
     return ids.to(base.device), mask.to(base.device)
 
 
@@ -45,27 +42,26 @@ def start_of(base: Language) -> int:
     return start
 
 
+def answer_targets(
+    base: Language, answers: Sequence[Sequence[int]]
+) -> tuple[Float[Tensor, " A"], Int[Tensor, " A"]]:
+    """Weight and token of every answer position: rows count alike, and tokens within a row."""
+    weight = [1 / (len(answers) * len(answer)) for answer in answers for _ in answer]
+    targets = [token for answer in answers for token in answer]
+    return torch.tensor(weight, device=base.device), torch.tensor(targets, device=base.device)
+
+
 def collate_pairs(
     base: Language, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> tuple[Batch, Int[Tensor, " A"]]:
-    """Prompts for the encoder, answers for the decoder, and the A tokens that it has to predict.
-
-    Every row counts alike, and within a row every token of its answer. Raises ValueError for an
-    empty prompt or answer: an answer that says nothing is EOS alone.
-    """
-    if not all(prompt and answer for prompt, answer in pairs):
-        raise ValueError("every row needs a prompt and an answer of at least one token (EOS)")
+    """Prompts for the encoder, answers for the decoder, and the A tokens that it predicts."""
     ids, mask = padded(base, [prompt for prompt, _ in pairs])
     start = start_of(base)
     read, seen = padded(base, [[start, *answer[:-1]] for _, answer in pairs])
     inputs = {"input_ids": ids, "attention_mask": mask}
     inputs |= {"decoder_input_ids": read, "decoder_attention_mask": seen}
-    weight = [1 / (len(pairs) * len(answer)) for _, answer in pairs for _ in answer]
-    targets = [token for _, answer in pairs for token in answer]
-    return (
-        Batch(inputs, torch.tensor(weight, device=base.device), seen.bool()),
-        torch.tensor(targets, device=base.device),
-    )
+    weight, targets = answer_targets(base, [answer for _, answer in pairs])
+    return Batch(inputs, weight, seen.bool()), targets
 
 
 def answer_logits(model: torch.nn.Module, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -75,63 +71,3 @@ def answer_logits(model: torch.nn.Module, parameters: Mapping[str, Tensor], batc
     """
     given = {**batch.inputs, "use_cache": False}
     return functional_call(model, dict(parameters), kwargs=given).logits[batch.answer]
-
-
-def seq2seq_forward(
-    model: torch.nn.Module, *, precision: str = "float32", checkpointing: bool = False
-) -> Forward:
-    """A MergeProblem's `forward` for one encoder-decoder: logits [A, V] for a batch.
-
-    precision: of the matrix products, `float32`, `bfloat16` or `auto`. checkpointing: compute a
-    batch's activations again in the backward pass instead of keeping them.
-    """
-    device = next(model.parameters()).device
-    half = resolve(precision, device) == "bfloat16"
-
-    def logits(parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        if checkpointing and torch.is_grad_enabled():
-            return checkpoint(answer_logits, model, parameters, batch, use_reentrant=False)
-        return answer_logits(model, parameters, batch)
-
-    def forward(parameters: Mapping[str, Tensor], pairs: Pairs) -> list[Tensor]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            found = [logits(parameters, batch) for _, batch in pairs]
-        return [own.float() if half else own for own in found]
-
-    return forward
-
-
-@torch.no_grad()
-def greedy_answers(
-    base: Language,
-    parameters: Mapping[str, Tensor],
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new: int,
-    precision: str = "float32",
-) -> list[tuple[int, ...]]:
-    """The likeliest next token, again and again: up to EOS, which is part of the answer.
-
-    An answer of `max_new` tokens that has not ended is returned as far as it goes. The encoder
-    runs once.
-    """
-    ids, mask = padded(base, prompts)
-    read = torch.full_like(ids[:, :1], start_of(base))
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=base.device)
-    given: dict = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
-    given["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    written: list[Tensor] = []
-    half = resolve(precision, base.device) == "bfloat16"
-    while len(written) < max_new and not ended.all():
-        with torch.autocast(base.device.type, torch.bfloat16, enabled=half):
-            call = {**given, "decoder_input_ids": read}
-            found = functional_call(base.model, dict(parameters), kwargs=call)
-        token = found.logits[:, -1].argmax(-1)
-        written.append(token.masked_fill(ended, base.stop))
-        ended = ended | (token == base.stop)
-        read = written[-1][:, None]
-        given.pop("input_ids", None)
-        given["encoder_outputs"] = (found.encoder_last_hidden_state,)
-    rows = torch.stack(written, dim=1).tolist()
-    stop = base.stop
-    return [tuple(row[: row.index(stop) + 1] if stop in row else row) for row in rows]

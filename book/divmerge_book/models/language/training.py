@@ -1,4 +1,4 @@
-"""Fine-tuning on answers alone: a plain loop that goes on where it was killed."""
+"""Fine-tuning on answers alone; a killed training resumes from its checkpoint."""
 
 import copy
 import re
@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
-from tqdm import tqdm
 
+from divmerge_book.data.code_digest import key_of
 from divmerge_book.models.encoders import resolve
+from divmerge_book.models.finetuning import adamw, optimise
 from divmerge_book.models.language.forward import Parts, answer_states
 from divmerge_book.models.language.models import Language, blocks_of
 from divmerge_book.models.language.reading import Pair, by_length, collate
@@ -88,12 +89,6 @@ def order_of(lengths: Sequence[int], recipe: LanguageRecipe, seed: int) -> list[
     ]
 
 
-def rate(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak step size: rising over the first steps, then falling to 0."""
-    warm = max(1, round(warmup * steps))
-    return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
-
-
 def fine_tuned(
     base: Language,
     pairs: Sequence[Pair],
@@ -103,11 +98,12 @@ def fine_tuned(
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """The trained parameters by name, after AdamW on the answers' tokens (EOS with them).
+    """The trained parameters by name, after AdamW on the answers' tokens, EOS included.
 
-    The loss is the mean over an answer's tokens, then over rows. checkpoint: a file that keeps
-    weights, AdamW's state, the step and the random state every `save_every` steps; where it exists
-    training goes on from it, to the same weights bit for bit, and it is removed at the end.
+    The loss is the mean over an answer's tokens, then over rows. checkpoint: a file for weights,
+    AdamW's state, the step and the random state, written every `save_every` steps and removed at
+    the end. Training resumes from it to bitwise the same weights. Raises ValueError for the
+    checkpoint of another base, recipe, seed or other rows.
     """
     model = copy.deepcopy(base.model).float()
     names = trained(model, recipe.trains)
@@ -116,25 +112,20 @@ def fine_tuned(
     for block in blocks_of(model)[1] if recipe.checkpointing else ():
         block.forward = partial(recomputed, block.forward, use_reentrant=False)
     weights = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-    adam = torch.optim.AdamW(
-        weights.values(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
-    )
+    adam = adamw(weights.values(), recipe)
     torch.manual_seed(seed)
     order = order_of([len(prompt) + len(answer) for prompt, answer in pairs], recipe, seed)
-    begin = resume(checkpoint, weights, adam)
+    digest = key_of(base.digest, pairs, recipe, seed)
+    begin = resume(checkpoint, weights, adam, digest)
     parts, model = Parts.of(model), model.train()
-    bar = tqdm(total=len(order), initial=begin, desc="training", disable=not progress, leave=False)
-    for step in range(begin, len(order)):
-        adam.param_groups[0]["lr"] = recipe.lr * rate(step, len(order), recipe.warmup)
-        rows = [pairs[number] for number in order[step]]
-        for loss in losses(base, model, parts, rows, recipe):
-            loss.backward()
-        adam.step()
-        adam.zero_grad()
-        bar.update()
-        if checkpoint is not None and (step + 1) % recipe.save_every == 0:
-            save(checkpoint, weights, adam, step + 1)
-    bar.close()
+
+    def loss(numbers: Sequence[int]) -> Iterator[Tensor]:
+        return losses(base, model, parts, [pairs[number] for number in numbers], recipe)
+
+    options = {"total": len(order), "begin": begin, "progress": progress}
+    for step in optimise(adam, recipe, order[begin:], loss, **options):
+        if checkpoint is not None and step % recipe.save_every == 0:
+            save(checkpoint, weights, adam, step, digest)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return {name: tensor.detach() for name, tensor in weights.items()}
@@ -162,22 +153,30 @@ def losses(
         yield batch.weight @ each * (len(few) / len(rows))
 
 
-def save(path: Path, weights: Mapping[str, Tensor], adam: torch.optim.AdamW, step: int) -> None:
-    """Write a checkpoint, whole or not at all."""
+def save(
+    path: Path, weights: Mapping[str, Tensor], adam: torch.optim.AdamW, step: int, digest: str
+) -> None:
+    """Write a checkpoint atomically; digest: of everything that determines the training."""
     state = {"weights": {name: tensor.detach() for name, tensor in weights.items()}}
     state |= {"adam": adam.state_dict(), "step": step, "random": torch.get_rng_state()}
+    state["digest"] = digest
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     with fresh_file(path) as new:
         torch.save(state, new)
 
 
-def resume(path: Path | None, weights: Mapping[str, Tensor], adam: torch.optim.AdamW) -> int:
-    """Read a checkpoint back into weights and AdamW; returns the step it was written after."""
+def resume(
+    path: Path | None, weights: Mapping[str, Tensor], adam: torch.optim.AdamW, digest: str
+) -> int:
+    """Read a checkpoint into weights and AdamW; returns the number of steps done.
+
+    Raises ValueError where its digest is another one.
+    """
     if path is None or not path.is_file():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if list(state["weights"]) != list(weights):
+    if state.get("digest") != digest:
         raise ValueError(f"{path} was written by another training; delete it")
     with torch.no_grad():
         for name, tensor in weights.items():

@@ -1,6 +1,7 @@
 """Everything that decides a result is in its key, and nothing else is."""
 
 import copy
+import functools
 import shutil
 import sys
 import threading
@@ -28,10 +29,10 @@ from divmerge_book.data.code_digest import (
 from divmerge_book.data.tasks import TASKS
 from divmerge_book.evaluation import experiment as preparing
 from divmerge_book.evaluation import hyperparameter_search
-from divmerge_book.evaluation.cache import cell, kept
-from divmerge_book.evaluation.experiment import SIZES, Size, prepare
+from divmerge_book.evaluation.cache import cache_path, cached
+from divmerge_book.evaluation.experiment import SIZES, Size, prepare, prepare_language
 from divmerge_book.evaluation.hyperparameter_search import Merges
-from divmerge_book.evaluation.language_experiment import LanguageSize, prepare_language
+from divmerge_book.evaluation.sizes import LanguageSize
 from divmerge_book.models.encoders import load_base
 from divmerge_book.models.finetuning import Recipe, described, folder_of
 from divmerge_book.models.language import completions as completing
@@ -55,18 +56,27 @@ from divmerge_core.methods import METHODS, parse
 
 
 @pytest.fixture
-def edited(tmp_path):
-    """A copy of the package in which a piece of a module is written otherwise."""
-    copied = tuple(tmp_path / folder.name for folder in ROOT)
-    for folder, copy_of_it in zip(ROOT, copied, strict=True):
-        shutil.copytree(folder, copy_of_it, ignore=shutil.ignore_patterns("__pycache__"))
+def forget():
+    """Forgets digests of edited code after a test."""
+    yield lambda: [f.cache_clear() for f in (digests.reached_digest, digests.registrations)]
+    for function in (digests.reached_digest, digests.registrations):
+        function.cache_clear()
 
-    def edit(name: str, old: str, new: str) -> tuple[Path, ...]:
-        path = tmp_path / f"{name}.py"
-        text = path.read_text("utf-8")
+
+@pytest.fixture
+def edited(monkeypatch, forget):
+    """Makes one module read otherwise: a piece of its text is replaced."""
+
+    def edit(name: str, old: str, new: str) -> None:
+        name, plain, real = name.replace("/", "."), Path.read_text, digests.module
+        text = digests.path_of(name).read_text("utf-8")
         assert text.count(old) == 1, f"{name} holds {old!r} {text.count(old)} times"
-        path.write_text(text.replace(old, new), "utf-8")
-        return copied
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", lambda *_: text.replace(old, new))
+            changed = digests.Module(name)
+        monkeypatch.setattr(digests, "module", lambda n: changed if n == name else real(n))
+        assert Path.read_text is plain
+        forget()
 
     return edit
 
@@ -164,7 +174,7 @@ REACHED = {
         "wanted or spam?",
         "wanted or not?",
     ),
-    "reading": (completions, "divmerge_book/models/language/reading", "def less(", "def less_("),
+    "reading": (completions, "divmerge_book/models/language/reading", "def truncate(", "def cut("),
     "other methods": (
         hyperparameter_search.outcome,
         "divmerge_core/methods/arithmetic",
@@ -177,7 +187,9 @@ REACHED = {
 @pytest.mark.parametrize("case", REACHED)
 def test_code_that_a_result_reaches_is_in_its_digest(edited, case):
     thing, *edit = REACHED[case]
-    assert code_digest(thing, root=edited(*edit)) != code_digest(thing)
+    before = code_digest(thing)
+    edited(*edit)
+    assert code_digest(thing) != before
 
 
 UNREACHED = {
@@ -230,41 +242,44 @@ UNREACHED = {
         'ABBR": "abbreviation"',
         'ABBR": "short form"',
     ),
-    "another size": (prepare, "divmerge_book/evaluation/experiment", "calls=60", "calls=70"),
+    "another size": (prepare, "divmerge_book/evaluation/sizes", '"calls": 60', '"calls": 70'),
 }
 
 
 @pytest.mark.parametrize("case", UNREACHED)
 def test_code_that_a_result_does_not_reach_is_not(edited, case):
     thing, *edit = UNREACHED[case]
-    assert code_digest(thing, root=edited(*edit)) == code_digest(thing)
+    before = code_digest(thing)
+    edited(*edit)
+    assert code_digest(thing) == before
 
 
-def test_a_move_changes_no_digest(edited):
+def test_a_move_changes_no_digest(tmp_path, monkeypatch, forget):
     """`linalg` moves into `methods`, and its first function into a module of its own."""
-    linalg = "divmerge_core/merging/linalg"
-    root = edited(linalg, "import torch\n", "import torch\n\n# moved\n")
-    merging, methods_ = root[0] / "merging", root[0] / "methods"
-    text = (merging / "linalg.py").read_text("utf-8")
+    before, root = code_digest(METHODS["iso_cts"]), tmp_path / "divmerge_core"
+    shutil.copytree(ROOT[0], root, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (root / "merging" / "linalg.py").read_text("utf-8")
     start, stop = text.index("def polar"), text.index("def truncated")
-    (methods_ / "polar.py").write_text(f"import torch\n\n\n{text[start:stop]}", "utf-8")
+    (root / "methods" / "polar.py").write_text(f"import torch\n\n\n{text[start:stop]}", "utf-8")
     rest = f"from divmerge_core.methods.polar import polar\n{text[:start]}{text[stop:]}"
-    (methods_ / "linear.py").write_text(rest, "utf-8")
-    (merging / "linalg.py").unlink()
-    for path in (path for folder in root for path in folder.rglob("*.py")):
+    (root / "methods" / "linear.py").write_text(rest, "utf-8")
+    (root / "merging" / "linalg.py").unlink()
+    for path in root.rglob("*.py"):
         moved = path.read_text("utf-8").replace("core.merging.linalg", "core.methods.linear")
         path.write_text(moved, "utf-8")
-    assert code_digest(METHODS["iso_cts"], root=root) == code_digest(METHODS["iso_cts"])
+    monkeypatch.setattr(digests, "ROOT", (root, ROOT[1]))
+    monkeypatch.setattr(digests, "module", functools.cache(digests.Module))
+    monkeypatch.setattr(digests, "modules", functools.cache(digests.modules.__wrapped__))
+    forget()
+    assert code_digest(METHODS["iso_cts"]) == before
 
 
 def test_one_method_counts_where_only_one_is_called(edited):
     """What TIES found does not change with another method, what calls any method does."""
-    root = edited("divmerge_core/methods/spectral", "def tsv_m(", "def tsv_n(")
-    assert code_digest(hyperparameter_search.outcome, root=root) != code_digest(
-        hyperparameter_search.outcome
-    )
     apart = partial(code_digest, hyperparameter_search.outcome, apart="METHODS")
-    assert apart(root=root) == apart()
+    before = apart(), code_digest(hyperparameter_search.outcome)
+    edited("divmerge_core/methods/spectral", "def tsv_m(", "def tsv_n(")
+    assert apart() == before[0] and code_digest(hyperparameter_search.outcome) != before[1]
 
 
 def test_a_notebooks_own_function_counts_by_its_text(monkeypatch):
@@ -294,8 +309,8 @@ def test_what_a_function_was_closed_over_counts():
 
 
 def test_what_is_left_out_by_name_is_there():
-    assert {*DRIVERS, *KEEPERS} <= digests.modules(ROOT)
-    bound = {name for one in digests.modules(ROOT) for name in module(ROOT, one).bound}
+    assert {*DRIVERS, *KEEPERS} <= digests.modules()
+    bound = {name for one in digests.modules() for name in module(one).bound}
     assert bound >= VALUES
 
 
@@ -325,9 +340,9 @@ def executed(call) -> set[tuple[str, str]]:
 
 def unreached(ran: set[tuple[str, str]], *things: object, apart: str | None = None) -> list:
     """What ran and is not reached from these."""
-    places = [place for one in digests.leaves(things) for place in digests.start(one, ROOT)]
-    reached = digests.reached(places, apart, ROOT)
-    return sorted((m, n) for m, n in ran if not reached & set(module(ROOT, m).find(n)))
+    places = [place for one in digests.leaves(things) for place in digests.start(one)]
+    reached = digests.reached(places, apart)
+    return sorted((m, n) for m, n in ran if not reached & set(module(m).find(n)))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -343,15 +358,15 @@ def test_all_that_runs_in_a_preparation_or_an_outcome_is_reached(toys, cache, mo
 
     def noted(bench, make, *what, method=None):
         makes.append(make)
-        return kept(bench, make, *what, method=method)
+        return cached(bench, make, *what, method=method)
 
-    monkeypatch.setattr(hyperparameter_search, "kept", noted)
+    monkeypatch.setattr(hyperparameter_search, "cached", noted)
     for spec in ("divmerge/block", "ties", "regmean"):
         options = hyperparameter_search.candidates(
             spec, replace(SIZES["toy"], epochs=1), 0, {}, bench.problem
         )[0]
         ran = executed(partial(hyperparameter_search.outcome, Merges(bench, spec), options))
-        reached = (prepare, METHODS[parse(spec)[0]], kept)
+        reached = (prepare, METHODS[parse(spec)[0]], cached)
         assert unreached(ran, makes[-1], *reached, apart="METHODS") == [], spec
 
 
@@ -369,12 +384,12 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("field", [field.name for field in fields(Recipe)])
-def test_every_field_of_a_recipe_is_in_an_experts_key(tiny, cache, field):
+def test_every_field_of_a_recipe_is_in_an_experts_key(tiny, cache):
+    assert set(RECIPES) == {field.name for field in fields(Recipe)}
+    recipes = [TINY_RECIPE, *(replace(TINY_RECIPE, **{n: v}) for n, v in RECIPES.items())]
     task = toy_task("mood")
-    recipes = TINY_RECIPE, replace(TINY_RECIPE, **{field: RECIPES[field]})
-    one, other = (folder_of(described(tiny, task, recipe, seed=0)[0]) for recipe in recipes)
-    assert one != other
+    folders = {folder_of(described(tiny, task, recipe, seed=0)[0]) for recipe in recipes}
+    assert len(folders) == len(recipes)
 
 
 def test_all_else_that_decides_an_expert_is_in_its_key(tiny, cache, monkeypatch):
@@ -414,20 +429,19 @@ OPTIONS = {"seeds": (1,), "inputs": 4, "epochs": 1, "candidates": 2, "calls": 9,
 OPTIONS["glue_recipe"] = replace(TINY_RECIPE, epochs=1)  # of another suite
 
 
-@pytest.mark.parametrize("field", [field.name for field in fields(Size)])
-def test_every_field_of_a_size_that_decides_a_bench_is_in_its_digest(toys, tmp_path, field):
+def test_every_field_of_a_size_that_decides_an_experiment_is_in_its_digest(toys, tmp_path):
     size = SIZES["toy"]
-    if field == "encoder":
-        folder = Path(shutil.copytree(size.encoder, tmp_path / "other"))
-        weights = load_base(str(folder)).encoder
-        with torch.no_grad():
-            next(weights.parameters())[0, 0] += 0.01
-        weights.save_pretrained(folder)
-        values = {"encoder": str(folder)}
-    else:
-        values = {field: {**SIZE_FIELDS, **OPTIONS}[field]}
-    one, other = (prepare("toy", size=some).digest for some in (size, replace(size, **values)))
-    assert (one != other) == (field not in OPTIONS)
+    folder = Path(shutil.copytree(size.encoder, tmp_path / "other"))
+    weights = load_base(str(folder)).encoder
+    with torch.no_grad():
+        next(weights.parameters())[0, 0] += 0.01
+    weights.save_pretrained(folder)
+    values = {**SIZE_FIELDS, **OPTIONS, "encoder": str(folder)}
+    assert set(values) == {field.name for field in fields(Size)}
+    before = prepare("toy", size=size).digest
+    for field, value in values.items():
+        other = prepare("toy", size=replace(size, **{field: value})).digest
+        assert (other != before) == (field not in OPTIONS), field
 
 
 def test_all_else_that_decides_a_bench_is_in_its_digest(toys, monkeypatch):
@@ -458,7 +472,7 @@ def test_all_that_decides_a_result_is_in_its_key(toys, monkeypatch):
     bench = prepare("toy", size="toy")
     options = {"grouping": "block", "epochs": 1, "lr": 0.1, "seed": 0}
     monkeypatch.setattr(
-        hyperparameter_search, "kept", lambda *what, **how: {"place": cell(*what, **how)}
+        hyperparameter_search, "cached", lambda *what, **how: {"place": cache_path(*what, **how)}
     )
 
     def key(bench=bench, spec="divmerge/block", points=0, **changes) -> Path:
@@ -531,18 +545,17 @@ LANGUAGE_FIELDS = {
 LANGUAGE_OPTIONS = {"seeds": (1,), "epochs": 1, "candidates": 2}
 
 
-@pytest.mark.parametrize("field", [field.name for field in fields(LanguageSize)])
-def test_every_field_of_a_language_size_is_in_its_benchs_digest(
-    llama_folder, qwen, glue_rows, field
-):
+def test_every_field_of_a_language_size_is_in_its_experiments_digest(llama_folder, qwen, glue_rows):
+    def digest(size: LanguageSize) -> str:
+        return prepare_language("glue", ["sst2", "cola"], size=size, progress=False).digest
+
     size = replace(language_toys.SIZE, base=str(llama_folder))
     values = {**LANGUAGE_FIELDS, **LANGUAGE_OPTIONS, "base": qwen.name}
-    both = (size, replace(size, **{field: values[field]}))
-    one, other = (
-        prepare_language("glue", ["sst2", "cola"], size=some, progress=False).digest
-        for some in both
-    )
-    assert (one != other) == (field not in LANGUAGE_OPTIONS)
+    assert set(values) == {field.name for field in fields(LanguageSize)}
+    before = digest(size)
+    for field, value in values.items():
+        changed = digest(replace(size, **{field: value})) != before
+        assert changed == (field not in LANGUAGE_OPTIONS), field
 
 
 # --- one's own models, and GLUE -------------------------------------------------------------------

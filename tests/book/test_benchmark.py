@@ -1,0 +1,329 @@
+"""Comparisons: every method on the same rows, resumable, with a search that sees no test row."""
+
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from divmerge_book.evaluation import benchmark, cache, experiment, hyperparameter_search
+from divmerge_book.evaluation.benchmark import ALL_METHODS, compare, every_method
+from divmerge_book.evaluation.experiment import SIZES
+from divmerge_book.evaluation.hyperparameter_search import Merges, candidates, search
+from divmerge_book.figures.baselines import big_table, summary
+from divmerge_book.models import finetuning
+from helpers import linear_problem
+
+from divmerge_core.merging.problem import Diverged
+from divmerge_core.methods import METHODS, parse
+
+PROBLEM = linear_problem()
+QUICK = ("average", "ties", "divmerge/block")
+
+
+@pytest.fixture
+def fresh(toys, shared_cache, tmp_path, monkeypatch):
+    """The toy suite with its experts in a cache that contains no result yet."""
+    for kind in ("experts", "tasks"):
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        (tmp_path / "cache" / kind).symlink_to(shared_cache / kind, target_is_directory=True)
+    monkeypatch.setenv("DIVMERGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(SIZES, "toy", replace(SIZES["toy"], merge_rows=8))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """The methods that were really run, in order."""
+    names, run = [], hyperparameter_search.run_method
+
+    def counted(experiment, spec, *rest, **options):
+        names.append(spec)
+        return run(experiment, spec, *rest, **options)
+
+    monkeypatch.setattr(hyperparameter_search, "run_method", counted)
+    return names
+
+
+def toy_size(monkeypatch, **changes) -> None:
+    monkeypatch.setitem(SIZES, "toy", replace(SIZES["toy"], **changes))
+
+
+def run(*methods: str, **options):
+    return compare("toy", size="toy", methods=list(methods), **options)
+
+
+def forbid(*args, **options):
+    pytest.fail("finished work is repeated")
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def test_every_method_predicts_the_same_rows_and_a_second_comparison_runs_nothing(
+    fresh, monkeypatch
+):
+    report = compare("toy", size="toy", points=2, device="auto")
+    assert set(report.rows.method) == {"expert", "base", *ALL_METHODS}
+    assert set(report.rows.subset) == {"mood+place"}
+    for _, rows in report.rows.groupby("task"):
+        assert rows.gold.map(tuple).nunique() == 1 and len(rows) == 2 + len(ALL_METHODS)
+    table = report.intervals(draws=50).set_index("method")
+    assert table.value["expert"] == 1 and table.value.notna().all()
+
+    fits = {fit["method"]: fit for fit in report.fits}
+    assert fits["ties"]["options"] == {"scale": 1.0} and "losses" not in fits["ties"]
+    fit = fits["divmerge/block"]
+    assert fit["options"]["grouping"] == "block" and fit["tasks"] == ["mood", "place"]
+    assert [len(row) for row in fit["coefficients"]] == [len(fit["groups"])] * 2
+    assert fit["groups"][0] == "embeddings" and "encoder.layer.1" in fit["groups"]
+    assert all(math.isfinite(loss) for loss in fit["losses"])
+    assert [fit["course"][n]["step"] for n in (0, -1)] == [0, len(fit["losses"])]
+    assert all(point["anp"] > 0 for point in fit["course"])
+
+    facts = report.provenance
+    assert facts["suite"] == "toy" and facts["size"] == "toy" and facts["seeds"] == [0]
+    assert facts["precision"] == "float32" and "auto" not in facts["device"]
+    rates = {task: recipe["lr"] for task, recipe in facts["recipe"].items()}
+    assert rates == {"mood": 1e-2, "place": 1e-2}
+    assert facts["rows_per_task"] == {"merge": 8, "validation": 100, "test": 500}
+
+    monkeypatch.setattr(hyperparameter_search, "run_method", forbid)
+    monkeypatch.setattr(finetuning, "train", forbid)
+    second = compare("toy", size="toy", points=2)
+    pd.testing.assert_frame_equal(report.rows, second.rows)
+    assert report.fits == second.fits
+
+
+def test_subsets_are_merged_beside_the_whole_and_each_once(fresh):
+    subsets = [["place", "mood"], ["mood", "place"], ["mood", "place"]]
+    report = run("average", subsets=subsets)
+    assert list(report.rows.subset.unique()) == ["place+mood", "mood+place"]
+    assert not report.rows.duplicated(["subset", "method", "seed", "task"]).any()
+    table = report.intervals(draws=20).set_index(["subset", "method"]).value
+    assert table["place+mood", "average"] == pytest.approx(table["mood+place", "average"])
+
+
+def test_every_seed_has_experts_of_its_own(fresh):
+    report = run("average", seeds=[0, 1])
+    assert sorted(report.rows.seed.unique()) == [0, 1]
+    one, other = (
+        experiment.prepare("toy", size="toy", seed=seed).problem.vectors for seed in (0, 1)
+    )
+    assert one.base.equal(other.base)
+    assert not any(a.equal(b) for a, b in zip(one.deltas, other.deltas, strict=True))
+
+
+def test_a_method_without_its_grouping_takes_its_own(fresh):
+    assert run("divmerge", epochs=1).fits[0]["groups"] == ["model"]
+
+
+# --- resumed, not repeated ------------------------------------------------------------------------
+
+
+def test_an_interrupted_comparison_resumes(fresh, monkeypatch):
+    real, done = hyperparameter_search.run_method, []
+
+    def interrupted(experiment, spec, *rest, **options):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(spec)
+        return real(experiment, spec, *rest, **options)
+
+    monkeypatch.setattr(hyperparameter_search, "run_method", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(*QUICK)
+    assert done == ["average", "ties"]
+    done.clear()
+    run(*QUICK)
+    assert done == ["divmerge/block"]
+    assert not list(fresh.glob("results/.*"))  # neither a lock nor a part
+
+
+def test_other_options_and_other_code_are_other_results(fresh, ran, monkeypatch):
+    run("divmerge/task")
+    for changed in ({"epochs": 1}, {"lr": 0.5}, {"divergence": "kl"}, {"init": 0.4}, {"inputs": 4}):
+        before = len(ran)
+        report = run("divmerge/task", **changed)
+        assert len(ran) == before + 1, changed
+        assert report.fits[0]["options"].items() >= changed.items()
+    monkeypatch.setattr(cache, "code_digest", lambda *things, **options: "changed")
+    before = len(ran)
+    run("divmerge/task")
+    assert len(ran) == before + 1
+
+
+# --- candidates -----------------------------------------------------------------------------------
+
+
+def test_candidates_are_the_registered_options_with_the_fits_own():
+    one = replace(SIZES["smoke"], candidates=1)
+    assert candidates("task_arithmetic", one, 0, {}, PROBLEM) == [{"scale": 0.3}]  # the published
+    assert candidates("average", SIZES["smoke"], 0, {"lr": 0.1}, PROBLEM) == [{}]
+    size = replace(SIZES["smoke"], candidates=2, epochs=3)
+    options = candidates("divmerge/block", size, 5, {"lr": 0.1}, PROBLEM)
+    assert [option.get("init") for option in options] == [None, 0.5]
+    for option in options:
+        assert option.items() >= {"grouping": "block", "seed": 5, "epochs": 3, "lr": 0.1}.items()
+    every = replace(SIZES["smoke"], candidates=None)  # an override makes equal candidates one
+    assert len(candidates("divmerge/task", every, 0, {"init": 0.2, "lr": 0.1}, PROBLEM)) == 1
+
+
+def test_no_method_tries_more_candidates_than_another():
+    """All have six; none where there is nothing to choose, one where the method searches itself."""
+    for name in METHODS:
+        facts, found = METHODS.facts[name], candidates(name, SIZES["full"], 0, {}, PROBLEM)
+        itself = facts["needs"] == "a validation score"
+        assert len(found) == (1 if itself or not facts["search"] else 6), name
+
+
+# --- the search -----------------------------------------------------------------------------------
+
+
+def test_the_best_candidate_on_validation_rows_is_tested_beside_the_published_one(
+    fresh, ran, monkeypatch
+):
+    """A search over three thresholds of consensus, whose scores are fixed."""
+    toy_size(monkeypatch, candidates=3)
+    options = ({"threshold": 0.4}, {"threshold": 0.2}, {"threshold": 0.3})
+    monkeypatch.setitem(METHODS.facts["consensus"], "search", options)
+    scores = iter([0.5, 0.9, 0.7])
+    monkeypatch.setattr(hyperparameter_search, "validation_anp", lambda *_: next(scores))
+    report = run("consensus", published=True)
+    assert len(ran) == 3  # neither merge is made again
+    fits = {fit["method"]: fit for fit in report.fits}
+    assert fits["consensus"]["options"] == {"threshold": 0.2}
+    assert fits["consensus:published"]["options"] == {"threshold": 0.4}
+    assert set(report.rows.method) == {"expert", "base", *fits}
+    assert fits["consensus"]["search"] == [
+        {"options": {"threshold": value}, "score": score}
+        for value, score in ((0.4, 0.5), (0.2, 0.9), (0.3, 0.7))
+    ]
+
+
+def test_another_scale_of_the_same_change_takes_no_second_merge(fresh, ran, monkeypatch):
+    toy_size(monkeypatch, candidates=6)
+    report = run("breadcrumbs", published=True)
+    removed = {fit.get("remove") for fit in METHODS.facts["breadcrumbs"]["search"]}
+    assert len(ran) == len(removed) < 6
+    found = experiment.prepare("toy", size="toy")
+    for fit in report.fits:
+        merged = METHODS["breadcrumbs"](found.problem, **fit["options"])
+        rows = hyperparameter_search.evaluate(found.problem, merged, found.test)
+        own = report.rows[report.rows.method == fit["method"]]
+        assert list(rows.predicted) == list(own.predicted)
+
+
+def test_the_budget_is_the_number_of_candidates(fresh):
+    report = run("ties", "average", budget=2, published=True)
+    assert [len(fit["search"]) for fit in report.fits if "search" in fit] == [2, 1]
+    assert "average:published" not in set(report.rows.method)  # there is nothing to find
+    assert report.provenance["budget"] == 2
+    with pytest.raises(ValueError, match="budget must be 1 candidate or more, got 0"):
+        compare("toy", size="toy", budget=0)
+
+
+def test_the_search_sees_no_test_row(fresh):
+    found = experiment.prepare("toy", size="toy")
+    tried = candidates("ties", replace(SIZES["toy"], candidates=2), 0, {}, PROBLEM)
+    seeing = search(Merges(found, "ties"), tried)
+    for path in fresh.glob("results/*.json"):
+        path.unlink()
+    assert len(tried) == 2
+    assert search(Merges(replace(found, test=[]), "ties"), tried).records == seeing.records
+
+
+def test_the_first_seeds_choice_serves_every_seed(fresh, monkeypatch):
+    toy_size(monkeypatch, candidates=2)
+    searched, find = [], benchmark.search
+
+    def counted(merges, tried):
+        searched.append(merges.spec)
+        return find(merges, tried)
+
+    monkeypatch.setattr(benchmark, "search", counted)
+    report = run("ties", "divmerge/task", seeds=[0, 1], epochs=1)
+    assert searched == ["ties", "divmerge/task"]
+    by_seed = {(fit["method"], fit["seed"]): fit["options"] for fit in report.fits}
+    assert by_seed["ties", 0] == by_seed["ties", 1]
+    assert by_seed["divmerge/task", 1] == {**by_seed["divmerge/task", 0], "seed": 1}
+
+
+def test_only_a_fit_that_diverged_is_a_candidate_without_a_score(fresh, monkeypatch):
+    """A candidate that diverges is recorded and not chosen; any other error stops the search."""
+    toy_size(monkeypatch, candidates=2)
+    real, error = hyperparameter_search.run_method, Diverged("NaN at step 7")
+
+    def fragile(experiment, spec, options, *rest):
+        if options["scale"] == 0.3 or spec == "ties":
+            raise error
+        return real(experiment, spec, options, *rest)
+
+    monkeypatch.setattr(hyperparameter_search, "run_method", fragile)
+    (fit,) = run("task_arithmetic", published=True).fits  # the published options gave nothing
+    assert fit["options"] == {"scale": 0.2} and fit["search"][0]["error"] == "NaN at step 7"
+    with pytest.raises(Diverged, match="ties: every candidate diverged; the first: NaN at step 7"):
+        run("ties")
+    error, results = TypeError("no such option"), len(list(fresh.glob("results/*.json")))
+    found = Merges(experiment.prepare("toy", size="toy", seed=0), "ties")
+    with pytest.raises(TypeError, match="no such option"):
+        search(found, [{"scale": 0.7}, {"scale": 0.8}])
+    assert len(list(fresh.glob("results/*.json"))) == results
+
+
+# --- requirements and costs -----------------------------------------------------------------------
+
+
+def test_a_new_method_is_compared_and_tabled_by_itself(fresh, monkeypatch):
+    """One function and its facts: it is among all methods, searched, and a row of the table."""
+
+    def halfway(problem, *, share: float = 0.5):
+        return problem.vectors.merge([share] * len(problem.vectors.tasks))
+
+    facts = {"needs": "nothing", "cost": "weights", "symmetric": True}
+    facts["search"] = ({"share": 0.5}, {"share": 0.4})
+    monkeypatch.setitem(METHODS, "halfway", halfway)
+    monkeypatch.setitem(METHODS.facts, "halfway", facts)
+    assert "halfway" in every_method()
+    table = big_table(summary(run("average", "halfway", budget=6, published=True), "mood+place"))
+    assert table.loc[("no data", "halfway"), "tried"] == "2"
+
+
+def test_a_method_whose_requirements_a_suite_does_not_meet_is_refused_or_left_out(fresh):
+    assert benchmark.takes("slerp", 2) and not benchmark.takes("slerp", 3)
+    with pytest.raises(ValueError, match=r"slerp merges exactly 2 experts, here are \[8\]"):
+        compare("embedded", methods=["average", "slerp"])
+    assert set(run("slerp").rows.method) == {"expert", "base", "slerp"}
+    with pytest.raises(ValueError, match="logits_fusion needs a second, larger base"):
+        compare("embedded", methods=["logits_fusion"])
+    assert {parse(spec)[0] for spec in ALL_METHODS} <= set(METHODS)
+
+
+def test_costs_stand_beside_the_predictions(fresh, monkeypatch):
+    toy_size(monkeypatch, calls=8)
+    methods = ["average", "divmerge/task", "emr", "evolved_coefficients", "fisher"]
+    cost = {fit["method"]: fit["cost"] for fit in run(*methods, inputs=4, epochs=1).fits}
+    found = experiment.prepare("toy", size="toy")
+    size = found.problem.vectors.base.nbytes
+    assert cost["average"]["stored_bytes"] == size and cost["emr"]["stored_bytes"] > 2 * size
+    assert cost["average"]["inputs"] == 0 == cost["divmerge/task"]["calls"]
+    assert cost["divmerge/task"]["inputs"] == cost["fisher"]["inputs"] == 2 * 4
+    assert 0 < cost["evolved_coefficients"]["calls"] <= SIZES["toy"].calls + 6  # start and step
+    assert all(c["seconds"] >= 0 and c["answer_ms"] > 0 for c in cost.values())
+    assert all(c["peak_bytes"] > 0 for c in cost.values())
+    made = hyperparameter_search.run_method(found, "emr", {})
+    made.merged.logits(0, found.test[0].batches[0])  # predictions are no inputs of the merge
+    assert made.cost["inputs"] == 0
+
+
+# --- the packaged model and texts -----------------------------------------------------------------
+
+
+def test_real_experts_are_compared_from_one_call(real):
+    """BERT-tiny on questions and film reviews, at the size of a smoke run."""
+    methods = ["average", "divmerge/task"]
+    report = compare("embedded", ["trec", "movie"], size="smoke", methods=methods)
+    assert list(report.rows.method.unique()) == ["expert", "base", *methods]
+    assert {len(predicted) for predicted in report.rows.predicted} == {100}
+    exact = report.metrics().query("metric == 'accuracy'").set_index(["method", "task"]).value
+    assert exact["expert", "trec"] > report.majority()["embedded", "trec"] + 0.1
+    assert exact["expert", "trec"] > exact["base", "trec"]
