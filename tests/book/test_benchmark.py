@@ -313,17 +313,3 @@ def test_costs_stand_beside_the_predictions(fresh, monkeypatch):
     made = hyperparameter_search.run_method(found, "emr", {})
     made.merged.logits(0, found.test[0].batches[0])  # predictions are no inputs of the merge
     assert made.cost["inputs"] == 0
-
-
-# --- the packaged model and texts -----------------------------------------------------------------
-
-
-def test_real_experts_are_compared_from_one_call(real):
-    """BERT-tiny on questions and film reviews, at the size of a smoke run."""
-    methods = ["average", "divmerge/task"]
-    report = compare("embedded", ["trec", "movie"], size="smoke", methods=methods)
-    assert list(report.rows.method.unique()) == ["expert", "base", *methods]
-    assert {len(predicted) for predicted in report.rows.predicted} == {100}
-    exact = report.metrics().query("metric == 'accuracy'").set_index(["method", "task"]).value
-    assert exact["expert", "trec"] > report.majority()["embedded", "trec"] + 0.1
-    assert exact["expert", "trec"] > exact["base", "trec"]
