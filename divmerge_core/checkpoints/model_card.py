@@ -186,10 +186,10 @@ def coefficients_table(record: MergeRecord) -> str:
     """The coefficients, or their mean and range over groups."""
     if record.coeffs is None:
         return "This method does not merge by coefficients of task vectors."
-    rows = list(zip(record.tasks, record.coeffs.double(), strict=True))
-    if len(record.groups) == 1:
-        return table(("task", "coefficient"), [(task, f"{row[0]:.4g}") for task, row in rows])
+    rows = zip(record.tasks, record.coeffs.double(), strict=True)
     summary = [(t, *(f"{x:.4g}" for x in (r.mean(), r.min(), r.max()))) for t, r in rows]
+    if len(record.groups) == 1:
+        return table(("task", "coefficient"), [row[:2] for row in summary])
     return (
         f"By {record.grouping}, {len(record.groups)} groups of tensors; all of them are in "
         "`coefficients.json`.\n\n"
@@ -197,13 +197,12 @@ def coefficients_table(record: MergeRecord) -> str:
     )
 
 
-def flat(facts: Mapping[str, object], before: str = "") -> dict[str, object]:
+def flat(facts: object, before: str = "") -> dict[str, object]:
     """Nested facts under joined names: {"rows": {"test": 9}} -> {"rows test": 9}."""
-    found = {}
-    for key, value in facts.items():
-        name = f"{before} {key}".strip()
-        found |= flat(value, name) if isinstance(value, Mapping) else {name: value}
-    return found
+    if not isinstance(facts, Mapping):
+        return {before: facts}
+    parts = (flat(value, f"{before} {key}".strip()) for key, value in facts.items())
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def data_table(record: MergeRecord) -> str:

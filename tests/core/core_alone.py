@@ -1,0 +1,83 @@
+"""The core without the rest: a merge, a fit, and a checkpoint written and read again.
+
+`python tests/core/core_alone.py` runs it where packages of the book cannot be imported.
+"""
+
+import sys
+import tempfile
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+
+REFUSED = (
+    *("transformers", "datasets", "pandas", "matplotlib", "seaborn", "scipy", "sklearn"),
+    *("cma", "gguf", "papermill", "nbformat", "divmerge_book"),
+)
+
+
+class Refuse(MetaPathFinder):
+    """Raise ImportError for packages that the core must not import."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in REFUSED:
+            raise ImportError(f"the core imports {name}")
+
+
+def main() -> None:
+    sys.meta_path.insert(0, Refuse())
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    import divmerge_core
+    from divmerge_core import METHODS, Batch, MergeProblem, TaskVectors
+    from divmerge_core.checkpoints import Head, MergeRecord, load_head, write
+    from divmerge_core.checkpoints.safetensors_io import StoredModel
+    from divmerge_core.registry import Registry
+
+    root = Path(divmerge_core.__file__).parent
+    for path in root.rglob("*.py"):
+        module = ".".join(path.relative_to(root.parent).with_suffix("").parts)
+        __import__(module.removesuffix(".__init__"))
+    assert isinstance(METHODS, Registry) and len(METHODS) > 50
+
+    torch.manual_seed(0)
+    base = {"weight": torch.randn(4, 3), "bias": torch.randn(4)}
+    states = {
+        task: {name: tensor + 0.3 * torch.randn_like(tensor) for name, tensor in base.items()}
+        for task in ("one", "two")
+    }
+    vectors = TaskVectors.from_states(base, states)
+    batches = [[Batch({"x": torch.randn(5, 3)}, torch.full((5,), 0.2))] for _ in states]
+
+    def forward(parameters, pairs):
+        weight, bias = parameters["weight"], parameters["bias"]
+        return [torch.nn.functional.linear(batch.inputs["x"], weight, bias) for _, batch in pairs]
+
+    problem = MergeProblem(vectors, batches, forward)
+    average = METHODS["task_arithmetic"](problem, scale=0.5)
+    torch.testing.assert_close(average, vectors.merge([0.5, 0.5]))
+    losses = []
+    fitted = METHODS["divmerge"](
+        problem, epochs=5, callback=lambda step: losses.append(step.loss), progress=False
+    )
+    assert losses[-2] < losses[0] and fitted.shape == vectors.base.shape
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "base").mkdir()
+        (folder / "base" / "config.json").write_text(json.dumps({"hidden_size": 3}))
+        save_file(base, folder / "base" / "model.safetensors")
+        record = MergeRecord("divmerge", vectors.tasks, folder / "base")
+        head = Head({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, ("no", "yes"))
+        merged = vectors.layout.unflatten(fitted)
+        out = write(folder / "out", record, merged=merged, heads={"one": head}, progress=False)
+        stored = StoredModel.at(out).tensors
+        for key, tensor in merged.items():
+            assert torch.equal(stored[key].piece().view(tensor.shape), tensor)
+        assert load_head(out, "one").labels == head.labels
+    print("the core works alone")
+
+
+if __name__ == "__main__":
+    main()
