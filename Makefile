@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SIZE ?= default
 WORKERS ?= 2
+CORE := torch safetensors jaxtyping tqdm numpy filelock huggingface-hub platformdirs
 SIZES := smoke default full
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
@@ -13,7 +14,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test test-colab test-exercises test-peers test-scale lab check lint clean distclean size
+.PHONY: help book test test-colab test-core test-exercises test-peers test-scale lab check lint clean distclean size
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -29,6 +30,12 @@ test-peers: _build/peers/.complete  ## compare with other packages, installed in
 
 test-scale: _build/scale/.complete  ## several processes and a local Ray cluster, in an environment of their own
 	_build/scale/bin/python -m pytest -m scale
+
+test-core:  ## the core in an environment with only its own dependencies
+	$(PYTHON) -m venv --clear _build/core
+	_build/core/bin/python -m pip install --disable-pip-version-check -c requirements.lock $(CORE) 'setuptools>=77'
+	_build/core/bin/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps .
+	cd _build/core && bin/python ../../tests/core/core_alone.py
 
 # Environments beside $(VENV), each with an extra of its own.
 _build/peers/.complete: EXTRA := peers

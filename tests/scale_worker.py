@@ -22,7 +22,7 @@ from divmerge_core.divergences import js
 from divmerge_core.merging.coefficients import Coefficients
 from divmerge_core.merging.fit import fit_coefficients
 from divmerge_core.merging.problem import Batch, Forward, MergeProblem
-from divmerge_core.merging.process_group import Ranks, ranks
+from divmerge_core.merging.process_group import ProcessGroup, process_group
 from divmerge_core.merging.task_vectors import TaskVectors
 
 TASKS = ("one", "two", "three")
@@ -93,7 +93,7 @@ def counted(source: Source, read: list[int]) -> Source:
     return Source(source.name, source.shapes, piece, source.prefix)
 
 
-def compared(case: str, group: Ranks) -> dict:
+def compared(case: str, group: ProcessGroup) -> dict:
     """One fit by this process alone, the same by all ranks; what differs, and what a rank held."""
     name, grouping, storage, optimizer, rows = CASES[case]
     torch.manual_seed(0)
@@ -112,7 +112,7 @@ def compared(case: str, group: Ranks) -> dict:
     alone, losses = Coefficients(vectors.layout, 3, grouping=grouping), []
     problem = MergeProblem(vectors, batches, forward_of(name, module, heads))
     merged = fit_coefficients(
-        problem, alone, js, watch=lambda step: losses.append(step.loss), **options
+        problem, alone, js, callback=lambda step: losses.append(step.loss), **options
     )
 
     empty = without_weights(made, name)
@@ -123,7 +123,9 @@ def compared(case: str, group: Ranks) -> dict:
     own = shards.vectors(counted(from_state("base", base), read), sources, storage=storage)
     shared, seen = Coefficients(own.layout, 3, grouping=grouping), []
     cut = sharded_problem(shards, own, batches, forward_of(name, empty, heads))
-    flat = fit_coefficients(cut, shared, js, watch=lambda step: seen.append(step.loss), **options)
+    flat = fit_coefficients(
+        cut, shared, js, callback=lambda step: seen.append(step.loss), **options
+    )
     group.require_same(shared.raw, "coefficients")
     again = shared
     if case == next(iter(CASES)):  # the model serves a second fit
@@ -149,7 +151,7 @@ def compared(case: str, group: Ranks) -> dict:
     }
 
 
-def run(mode: str, group: Ranks) -> object:
+def run(mode: str, group: ProcessGroup) -> object:
     """What a mode does, for the file of this rank."""
     if mode == "fits":  # on more ranks fewer cases
         return {case: compared(case, group) for case in list(CASES)[: {2: 6, 3: 2}[group.world]]}
@@ -167,7 +169,7 @@ def run(mode: str, group: Ranks) -> object:
 def main(mode: str, folder: str) -> None:
     torch.set_num_threads(1)
     try:
-        with ranks(timeout=60) as group:
+        with process_group(timeout=60) as group:
             told = run(mode, group)
     except Exception as error:
         told = f"{type(error).__name__}: {error}"

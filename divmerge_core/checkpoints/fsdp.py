@@ -20,7 +20,7 @@ from divmerge_core.checkpoints.safetensors_io import StoredModel
 from divmerge_core.kernels.merge import add_inner
 from divmerge_core.kernels.segments import Segments
 from divmerge_core.merging.problem import Batch, Forward, MergeProblem
-from divmerge_core.merging.process_group import Ranks
+from divmerge_core.merging.process_group import ProcessGroup
 from divmerge_core.merging.task_vectors import STORAGES, Layout, TaskVectors
 
 PRECISIONS = {
@@ -102,14 +102,14 @@ class Shards:
     layout: names, and the shapes of one's own shares. shapes: of the whole tensors.
     """
 
-    ranks: Ranks
+    group: ProcessGroup
     module: nn.Module
     shapes: Mapping[str, tuple[int, ...]]
     layout: Layout
     hooks: list = field(default_factory=list, repr=False)
 
     @classmethod
-    def of(cls, module: nn.Module, ranks: Ranks, *, precision: str = "float32") -> "Shards":
+    def of(cls, module: nn.Module, group: ProcessGroup, *, precision: str = "float32") -> "Shards":
         """Cut a model over the ranks, each on its device; it may come without weights.
 
         precision: of the gathered weights and of products; shares and gradients are in float32.
@@ -120,35 +120,35 @@ class Shards:
         shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         single = [name for name, shape in shapes.items() if not shape]
         longest = max((shape[0] for shape in shapes.values() if shape), default=0)
-        if single or own_stretch((longest,), ranks.world - 1, ranks.world)[0] == longest:
+        if single or own_stretch((longest,), group.world - 1, group.world)[0] == longest:
             raise ValueError(
-                f"{ranks.world} ranks cannot share tensors of at most {longest} rows"
+                f"{group.world} ranks cannot share tensors of at most {longest} rows"
                 + (f" or no axis ({', '.join(single[:3])})" if single else "; start fewer")
             )
         module.float().eval().requires_grad_()
         for part in (*blocks(module), module):
             # Gathered weights are let go after use: the next merge makes them stale.
             fully_shard(
-                part, mesh=ranks.mesh, mp_policy=PRECISIONS[precision], reshard_after_forward=True
+                part, mesh=group.mesh, mp_policy=PRECISIONS[precision], reshard_after_forward=True
             )
         for part in module.modules():
             if isinstance(part, FSDPModule):
                 part.set_gradient_divide_factor(1.0)  # losses of ranks add up, not their mean
                 part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-        module._apply(lambda t: torch.empty_like(t, device=ranks.device) if t.is_meta else t)
+        module._apply(lambda t: torch.empty_like(t, device=group.device) if t.is_meta else t)
         layout = Layout.of({name: p.to_local() for name, p in module.named_parameters()})
         for name, shape in zip(layout.names, layout.shapes, strict=True):
-            start, stop = own_stretch(shapes[name], ranks.rank, ranks.world)
+            start, stop = own_stretch(shapes[name], group.rank, group.world)
             assert prod(shape) == stop - start, f"FSDP2 cut {name} otherwise: {shape}"
-        return cls(ranks, module, shapes, layout)
+        return cls(group, module, shapes, layout)
 
     def read(self, source: Source) -> dict[str, Tensor]:
         """One's own share of every tensor; nothing else of the source is read."""
         state = {}
         for name, local in zip(self.layout.names, self.layout.shapes, strict=True):
-            start, stop = own_stretch(self.shapes[name], self.ranks.rank, self.ranks.world)
+            start, stop = own_stretch(self.shapes[name], self.group.rank, self.group.world)
             numbers = source.piece(name.removeprefix(source.prefix), start, stop)
-            state[name] = numbers.to(self.ranks.device).reshape(local)
+            state[name] = numbers.to(self.group.device).reshape(local)
         return state
 
     def vectors(
@@ -204,7 +204,7 @@ class Shards:
                 self.hooks.append(parameter.register_post_accumulate_grad_hook(hook))
 
         def collect() -> Float[Tensor, "T G"]:
-            gathered = self.ranks.total(result.clone())
+            gathered = self.group.total(result.clone())
             result.zero_()
             return gathered
 
@@ -212,8 +212,8 @@ class Shards:
 
     def total(self, loss: float) -> float:
         """The loss of all ranks."""
-        return self.ranks.total(
-            torch.tensor(loss, device=self.ranks.device, dtype=torch.float64)
+        return self.group.total(
+            torch.tensor(loss, device=self.group.device, dtype=torch.float64)
         ).item()
 
 
@@ -251,11 +251,11 @@ def sharded_problem(
     it returns is one's own share of the merged model; `shards.fill` puts it into the module. A
     method's option `inputs` counts the rows of one rank.
     """
-    ranks = shards.ranks
+    group = shards.group
 
     def own(parameters: Mapping[str, Tensor], pairs: Sequence[tuple[int, Batch]]) -> list[Tensor]:
         shards.fill(parameters)
         return forward({}, pairs)
 
-    shares = [[own_rows(batch, ranks.rank, ranks.world) for batch in every] for every in batches]
+    shares = [[own_rows(batch, group.rank, group.world) for batch in every] for every in batches]
     return MergeProblem(vectors, shares, own, shards.module, shards)

@@ -1,4 +1,4 @@
-"""What a fit has learned from the model so far, in a file: a killed fit replays it and goes on."""
+"""Losses and gradients of past steps on disk, so that an interrupted fit can resume."""
 
 import hashlib
 import inspect
@@ -22,31 +22,31 @@ from torch import Tensor
 
 from divmerge_core.storage import fresh_file
 
-Entry = tuple[float, Tensor]  # the loss, and its gradient in the coefficients [T, G]
+LossAndGradient = tuple[float, Tensor]  # the loss, and its gradient in the coefficients [T, G]
 
 
 PLAIN = str | bytes | int | float | complex | EllipsisType | None | torch.device | torch.dtype
 
 
 def digest(*parts: object) -> str:
-    """A digest by content of tensors, numbers, names, functions, and what holds or binds them.
+    """SHA-256 of the content of tensors, numbers, names, functions and their containers.
 
-    That is sequences, mappings, dataclasses, modules, partials, and closures. Raises TypeError for
-    anything else.
+    Containers are sequences, mappings, dataclasses, modules, partials and closures. Raises
+    TypeError for anything else.
     """
-    told = Teller()
-    told.tell(parts)
-    return told.sha.hexdigest()
+    content = ContentHash()
+    content.update(parts)
+    return content.sha.hexdigest()
 
 
-class Teller:
-    """Writes content into one hash; a function that comes again is told by its name."""
+class ContentHash:
+    """A hash of content; a function that occurs again contributes its name only."""
 
     def __init__(self):
         self.sha, self.seen = hashlib.sha256(), set()
 
-    def tell(self, part: object) -> None:
-        """Feed the hash with one thing, and with all that it holds."""
+    def update(self, part: object) -> None:
+        """Hash one object and all that it contains."""
         self.sha.update(f"{type(part).__qualname__}:".encode())
         if isinstance(part, Tensor):
             self.sha.update(f"{part.dtype} {tuple(part.shape)}".encode())
@@ -57,18 +57,18 @@ class Teller:
         elif isinstance(part, FunctionType):
             self.function(part)
         elif isinstance(part, CodeType):
-            self.tell((part.co_code, part.co_names, part.co_consts))
+            self.update((part.co_code, part.co_names, part.co_consts))
         elif isinstance(part, type | BuiltinFunctionType | ModuleType):
             self.sha.update(f"{getattr(part, '__module__', '')} {part.__name__};".encode())
         elif isinstance(part, list | tuple):
             self.sha.update(f"{len(part)};".encode())
             for one in part:
-                self.tell(one)
+                self.update(one)
         else:
-            self.tell(held(part))
+            self.update(contents(part))
 
     def function(self, function: FunctionType) -> None:
-        """Its name, what it is bound to and, outside this package, its code and what that names."""
+        """Hash its name, closure, defaults and, outside this package, its code and helpers."""
         self.sha.update(f"{function.__module__}.{function.__qualname__};".encode())
         if id(function) in self.seen:
             return
@@ -78,14 +78,14 @@ class Teller:
             function = inspect.unwrap(function)
         else:
             named = {n: function.__globals__.get(n) for n in names(function.__code__)}
-            own = {n: v for n, v in named.items() if belongs(v, top)}
-            self.tell((function.__code__, own))
+            own = {n: v for n, v in named.items() if is_own(v, top)}
+            self.update((function.__code__, own))
         cells = [cell.cell_contents for cell in function.__closure__ or ()]
-        self.tell((function.__defaults__, function.__kwdefaults__, cells))
+        self.update((function.__defaults__, function.__kwdefaults__, cells))
 
 
-def held(part: object) -> list:
-    """What a container holds, in an order that is always the same. Raises TypeError for others."""
+def contents(part: object) -> list:
+    """The contents of a container in a fixed order. Raises TypeError for other objects."""
     if isinstance(part, partial):
         return [part.func, list(part.args), dict(part.keywords)]
     if isinstance(part, MethodType):
@@ -102,13 +102,13 @@ def held(part: object) -> list:
 
 
 def names(code: CodeType) -> list[str]:
-    """What a function's code asks for by name, the functions inside it included."""
+    """Names that a function's code uses, nested functions included."""
     inner = [one for one in code.co_consts if isinstance(one, CodeType)]
     return sorted({*code.co_names, *chain(*map(names, inner))})
 
 
-def belongs(value: object, top: str) -> bool:
-    """Whether a global is a number, a tensor, or a function of the same package as its user."""
+def is_own(value: object, top: str) -> bool:
+    """Whether a global is a number, a tensor, or a function of the package `top`."""
     if isinstance(value, FunctionType):
         return value.__module__.split(".")[0] == top
     return isinstance(value, Tensor | PLAIN | partial) and value is not None
@@ -116,16 +116,16 @@ def belongs(value: object, top: str) -> bool:
 
 @cache
 def package_digest() -> str:
-    """A digest of all code of this package."""
+    """A digest of the source of this package."""
     root = Path(__file__).parents[1]
     return digest(*(path.read_bytes() for path in sorted(root.rglob("*.py"))))
 
 
 def code_of(function: Callable) -> str:
-    """A digest of a function: its code, what it is bound to, and its own helpers.
+    """A digest of a function: its code, closure and helpers.
 
-    Of functions of this package only the names count: their code is to have a digest of its own.
-    Raises ValueError for one that is bound to what has no digest.
+    Functions of this package contribute their names: `package_digest` covers their code. Raises
+    ValueError for a function bound to objects without a digest.
     """
     try:
         return digest(function)
@@ -138,30 +138,29 @@ def code_of(function: Callable) -> str:
 
 @dataclass
 class FitCheckpoint:
-    """The results of all passes through the model, in their order.
+    """Loss and gradient of every step so far.
 
-    All else in a fit (its optimiser's state, what it draws) follows from them, so replaying them
-    leads back to the same place, bit for bit. path: where they are kept, None for nowhere. every:
-    passes between two writes. fit: what tells one fit from another.
+    They determine the optimizer's state and the random draws, so replaying them restores a fit bit
+    for bit. path: the file, or None. every: steps between two writes. fit: the fit's fingerprint.
     """
 
     path: Path | None = None
     fit: Mapping = field(default_factory=dict)
     every: int = 5
-    entries: list[Entry] = field(default_factory=list)
-    place: int = 0
+    evaluations: list[LossAndGradient] = field(default_factory=list)
+    position: int = 0
 
     @classmethod
     def open(cls, path: Path | str | None, fit: Mapping, every: int = 5) -> "FitCheckpoint":
-        """An empty ledger, or the one kept at `path`.
+        """An empty checkpoint, or the one stored at `path`.
 
-        Raises ValueError where another fit's is, naming what differs, or a file of another kind.
+        Raises ValueError for a file of another fit, naming what differs, or of another kind.
         """
         if path is None or not Path(path).is_file():
             return cls(None if path is None else Path(path), fit, every)
         try:
             kept = torch.load(path, weights_only=True)
-            before, entries = kept["fit"], list(map(tuple, kept["entries"]))
+            before, evaluations = kept["fit"], list(map(tuple, kept["evaluations"]))
         except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} holds no fit that was stopped; delete it or give another checkpoint"
@@ -172,24 +171,24 @@ class FitCheckpoint:
                 f"{path} was written by a fit with other {', '.join(changed)}; delete it or give "
                 "another checkpoint"
             )
-        return cls(Path(path), fit, every, entries)
+        return cls(Path(path), fit, every, evaluations)
 
     @property
     def replaying(self) -> bool:
-        """Whether the next result is known already."""
-        return self.place < len(self.entries)
+        """Whether the next evaluation is stored."""
+        return self.position < len(self.evaluations)
 
-    def next(self, compute: Callable[[], Entry]) -> Entry:
-        """The next result: from the file, or computed now."""
+    def next(self, compute: Callable[[], LossAndGradient]) -> LossAndGradient:
+        """The next evaluation, stored or computed."""
         if not self.replaying:
-            self.entries.append(compute())
-            if len(self.entries) % self.every == 0:
+            self.evaluations.append(compute())
+            if len(self.evaluations) % self.every == 0:
                 self.save()
-        self.place += 1
-        return self.entries[self.place - 1]
+        self.position += 1
+        return self.evaluations[self.position - 1]
 
     def save(self) -> None:
-        """Write all results, whole or not at all."""
+        """Write the file atomically."""
         if self.path is not None:
             with fresh_file(self.path) as new:
-                torch.save({"fit": dict(self.fit), "entries": self.entries}, new)
+                torch.save({"fit": dict(self.fit), "evaluations": self.evaluations}, new)

@@ -1,7 +1,6 @@
-"""The merged model in one live buffer: its loss on batches, and the gradient in the coefficients.
+"""Merged parameters in one preallocated buffer; the module's parameters are views of it.
 
-No graph runs through the merge: gradients come back to the buffer, and from there to Lambda by one
-product with the task vectors.
+Autograd stops at the buffer; one product with the task vectors gives the gradient in Lambda.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -148,7 +147,7 @@ def rounds(counts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
 
 @dataclass(frozen=True)
 class MergedModel:
-    """The merged model in one live buffer [N], whose views are the leaves that the model reads.
+    """The merged model in one buffer [N], whose views are the model's parameters.
 
     targets: the logits that the merged model's are held to, `[task][batch] -> [A, V]`. collect:
     of GRADIENTS, what the backward passes since its last call add up to, as dL/dLambda [T, G].
@@ -171,15 +170,15 @@ class MergedModel:
         targets: Sequence[Sequence[Answers]],
         gradients: str,
     ) -> "MergedModel":
-        """A live buffer with nothing merged into it yet."""
+        """The buffer, with nothing merged into it yet."""
         vectors = problem.vectors
         flat = torch.empty_like(vectors.base)
         leaves = vectors.layout.unflatten(flat)
-        moved = [True] * len(leaves) if problem.spread else moved_tensors(vectors)
+        moved = [True] * len(leaves) if problem.reducer else moved_tensors(vectors)
         for leaf, needed in zip(leaves.values(), moved, strict=True):
             leaf.requires_grad_(needed)
-        if problem.spread:  # gradients come to the module's own shares, not to these leaves
-            collect = problem.spread.gather(vectors, coefficients.segments)
+        if problem.reducer:  # gradients come to the module's own shares, not to these leaves
+            collect = problem.reducer.gather(vectors, coefficients.segments)
         else:
             collect = GRADIENTS[gradients](leaves, vectors, coefficients.segments)
         return cls(problem, coefficients, objective, targets, flat, leaves, collect)
@@ -215,4 +214,4 @@ class MergedModel:
 
     def total(self, loss: float) -> float:
         """A loss on this device's rows, and on those of all others where there are any."""
-        return self.problem.spread.total(loss) if self.problem.spread else loss
+        return self.problem.reducer.total(loss) if self.problem.reducer else loss

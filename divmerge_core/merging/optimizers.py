@@ -1,4 +1,4 @@
-"""A minimiser of functions of few numbers, where each value and gradient is dear."""
+"""A full-batch optimizer with an evaluation budget, for few variables and expensive gradients."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ Evaluate = Callable[[Tensor], tuple[float, Tensor]]  # point -> value, gradient
 
 
 class BudgetExhausted(Exception):
-    """All passes are made."""
+    """The evaluation budget is spent."""
 
 
 def lbfgs(evaluate: Evaluate, start: Tensor, passes: int, *, history: int = 20) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a merging method may look at."""
+"""The input of a merging method: task vectors, unlabelled inputs, and the forward pass."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,12 +13,12 @@ from divmerge_core.merging.task_vectors import TaskVectors
 
 
 class Diverged(ValueError):
-    """A method ran off instead of converging: the message names the step and the cause."""
+    """A method diverged: the message names the step and the cause."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model reads; gold answers are not in it.
+    """Inputs of a model, without gold answers.
 
     answer marks the A positions of a language model (of its decoder, where it has one) that predict
     the expert's answer; None for a classifier, where A = B. weight sums to 1: the mean over answer
@@ -52,10 +52,10 @@ Forward = Callable[[Mapping[str, Tensor], Pairs], list[Tensor]]
 
 @runtime_checkable
 class GradientReducer(Protocol):
-    """How a fit's parts on several devices become one: see `sharding.Shards`."""
+    """Sums losses and gradients of a fit over devices: see `checkpoints.fsdp.Shards`."""
 
     def gather(self, vectors: TaskVectors, segments: Segments) -> Callable[[], Tensor]:
-        """Of every device's gradient; what is returned gives dL/dLambda [T, G] of all."""
+        """Register gradient hooks; the function returned gives dL/dLambda [T, G] of all."""
         ...
 
     def total(self, loss: float) -> float:
@@ -70,14 +70,14 @@ class MergeProblem:
     forward(parameters by name, [(task, batch), ...]) -> [logits [A, V], ...]. It is pure: the same
     parameters give the same logits, and gradients flow back to the parameters. module is what
     forward calls, with the layout's names: methods that look inside put hooks on its layers.
-    spread: set where vectors and batches are one device's share of a larger problem.
+    reducer: set where vectors and batches are one device's share of a larger problem.
     """
 
     vectors: TaskVectors
     batches: Sequence[Sequence[Batch]]
     forward: Forward = field(repr=False)
     module: nn.Module | None = field(default=None, repr=False)
-    spread: GradientReducer | None = field(default=None, repr=False)
+    reducer: GradientReducer | None = field(default=None, repr=False)
 
     def __post_init__(self):
         if len(self.batches) != len(self.vectors.tasks):

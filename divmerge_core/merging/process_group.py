@@ -1,7 +1,7 @@
-"""Processes that share one fit: who each is, sums over all, and one error when any of them fails.
+"""torch.distributed for a fit: set-up, all-reduce, and error propagation.
 
-`torchrun` starts them. On GPUs they speak over NCCL, one GPU a process; on CPUs over gloo. The CPU
-is what the tests run; no machine with several GPUs was at hand, so NCCL has not been run by us.
+`torchrun` starts the processes. They use NCCL on GPUs, one GPU per process, and gloo on CPUs. Only
+gloo has been tested.
 """
 
 import os
@@ -17,19 +17,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 COMMAND = "torchrun --nproc-per-node 2 -m divmerge_book.runner.distributed --help"
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-FAILED = "failed"  # under this name the first process that fails leaves its reason
+FAILED = "failed"  # key of the store where the first process that fails writes its error
 
 
-class Stopped(RuntimeError):
-    """Another process of the fit failed or is gone; says which and why where it is known."""
+class PeerFailed(RuntimeError):
+    """Another process of the fit failed or was killed."""
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """One of `world` processes, and the ways to the others.
-
-    Numbers that are summed are the same, bit for bit, on every rank afterwards.
-    """
+class ProcessGroup:
+    """One of `world` processes, with its device and the mesh of all devices."""
 
     rank: int
     world: int
@@ -37,12 +34,12 @@ class Ranks:
     mesh: DeviceMesh = field(repr=False)
 
     def total(self, numbers: Tensor) -> Tensor:
-        """The sum over ranks, in place of these numbers."""
+        """All-reduce: the sum over ranks, in place, with the same bits on every rank."""
         dist.all_reduce(numbers)
         return numbers
 
     def require_same(self, numbers: Tensor, what: str) -> None:
-        """Raise RuntimeError, on every rank, unless all ranks hold these very numbers."""
+        """Raise RuntimeError on every rank unless the numbers are identical on all ranks."""
         first = numbers.detach().to(self.device).clone()
         dist.broadcast(first, src=0)
         differ = (first != numbers.detach().to(self.device)).sum().float()
@@ -50,8 +47,8 @@ class Ranks:
             raise RuntimeError(f"the ranks ended with different {what}; start the fit again")
 
 
-def chosen_device(device: str, environment: Mapping[str, str]) -> torch.device:
-    """This process's own device. Raises ValueError where there is none for it."""
+def process_device(device: str, environment: Mapping[str, str]) -> torch.device:
+    """The device of this process. Raises ValueError where there is none."""
     if device not in BACKENDS:
         raise ValueError(
             f"device must be one of {', '.join(BACKENDS)}, got {device!r}; every process on a "
@@ -68,8 +65,8 @@ def chosen_device(device: str, environment: Mapping[str, str]) -> torch.device:
     return torch.device("cuda", local)
 
 
-def checked_world(environment: Mapping[str, str], world: int | None) -> tuple[int, int]:
-    """(rank, number of ranks). Raises ValueError where torchrun did not start this, or not so."""
+def validate_world(environment: Mapping[str, str], world: int | None) -> tuple[int, int]:
+    """(rank, world size). Raises ValueError outside torchrun, and for another world size."""
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in environment]
     if missing:
         raise ValueError(
@@ -84,17 +81,17 @@ def checked_world(environment: Mapping[str, str], world: int | None) -> tuple[in
     return rank, found
 
 
-def told(error: Exception, rank: int, store: dist.Store) -> Exception:
-    """What a process raises: its own error, or the first one's where it only lost the others."""
+def first_error(error: Exception, rank: int, store: dist.Store) -> Exception:
+    """The error of this process, or of the first that failed if this one lost the connection."""
     own = f"rank {rank}: {type(error).__name__}: {error}"
     try:
         first = store.compare_set(FAILED, "", own).decode()
     except RuntimeError:  # the store went with the process that held it
         first = own
     if first != own and not isinstance(error, ValueError):
-        return Stopped(f"rank {rank} stops with the others. First failed {first}")
+        return PeerFailed(f"rank {rank} stops with the others. First failed {first}")
     if "peer" in str(error).lower() and isinstance(error, RuntimeError):
-        return Stopped(
+        return PeerFailed(
             f"rank {rank} stops: another rank is gone without a word, killed perhaps for want of "
             f"memory; torchrun's own report names it ({error})"
         )
@@ -102,18 +99,17 @@ def told(error: Exception, rank: int, store: dist.Store) -> Exception:
 
 
 @contextmanager
-def ranks(
+def process_group(
     device: str = "cpu", *, world: int | None = None, timeout: float = 600.0
-) -> Iterator[Ranks]:
-    """This process as one of those that torchrun started; all stop when one of them fails.
+) -> Iterator[ProcessGroup]:
+    """This process in the group that torchrun started; all processes stop when one fails.
 
-    device: `cpu`, or `cuda` for the GPU of this process's number on its machine. world: how many
-    processes there have to be; None takes any number. timeout: seconds that a process waits for
-    the others. Raises ValueError, before anything is loaded, where torchrun did not start this
-    process, or there is no device for it; and Stopped where another process failed.
+    device: `cpu`, or `cuda` for the GPU with this process's local rank. world: the expected world
+    size; None for any. timeout: of collectives, in seconds. Raises ValueError outside torchrun and
+    where there is no device, and PeerFailed where another process failed.
     """
-    rank, found = checked_world(os.environ, world)
-    place = chosen_device(device, os.environ)
+    rank, found = validate_world(os.environ, world)
+    place = process_device(device, os.environ)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     limit = timedelta(seconds=timeout)
@@ -121,13 +117,13 @@ def ranks(
     dist.init_process_group(
         BACKENDS[device], store=store, rank=rank, world_size=found, timeout=limit
     )
-    notes = dist.PrefixStore("divmerge", store)
+    errors = dist.PrefixStore("divmerge", store)
     try:
-        yield Ranks(rank, found, place, init_device_mesh(device, (found,)))
+        yield ProcessGroup(rank, found, place, init_device_mesh(device, (found,)))
     except Exception as error:
-        raised = told(error, rank, notes)
+        raised = first_error(error, rank, errors)
         if raised is error:
             raise
         raise raised from error
     finally:
-        dist.destroy_process_group()  # who waits for this process hears that it is gone
+        dist.destroy_process_group()

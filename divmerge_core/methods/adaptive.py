@@ -85,7 +85,7 @@ def adamerging(
     mean_logit: bool = False,
     dropout: bool = False,
     seed: int = 0,
-    watch: Callable[[Step], None] | None = None,
+    callback: Callable[[Step], None] | None = None,
     progress: bool = True,
 ) -> Float[Tensor, " N"]:
     r"""Learn the coefficients at which the merged model is most certain of its answers.
@@ -107,7 +107,7 @@ def adamerging(
     smoothly. inputs: per task, None for DivMerge's 200, or 400 by layer.
     optimizer: published as `adam`; `lbfgs` as in `divmerge`. epochs: passes over the inputs, also
     DivMerge's, so that both methods see the same data as often.
-    `mean_logit` and `dropout` do as public code does, see below. watch: called with every step.
+    `mean_logit` and `dropout` do as public code does, see below. callback: called with every step.
 
     Pitfalls: Entropy also falls by answering one class always, most of all with few tasks or
     classes. A coefficient moves by about `lr` a step, so a short fit at the published one stays
@@ -139,7 +139,7 @@ def adamerging(
         epochs=epochs,
         lr=lr,
         seed=seed,
-        watch=watch,
+        callback=callback,
         progress=progress,
     )
 
@@ -167,7 +167,7 @@ def adamerging_plus_plus(
     mean_logit: bool = False,
     dropout: bool = False,
     seed: int = 0,
-    watch: Callable[[Step], None] | None = None,
+    callback: Callable[[Step], None] | None = None,
     progress: bool = True,
 ) -> Float[Tensor, " N"]:
     r"""Run AdaMerging on task vectors freed of what TIES would drop.
@@ -212,6 +212,6 @@ def adamerging_plus_plus(
         mean_logit=mean_logit,
         dropout=dropout,
         seed=seed,
-        watch=watch,
+        callback=callback,
         progress=progress,
     )

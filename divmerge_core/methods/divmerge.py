@@ -85,7 +85,7 @@ def divmerge(
     lr: float = 1e-2,
     seed: int = 0,
     checkpoint: Path | str | None = None,
-    watch: Callable[[Step], None] | None = None,
+    callback: Callable[[Step], None] | None = None,
     progress: bool = True,
 ) -> Float[Tensor, " N"]:
     r"""Learn the coefficients at which the merged model answers most nearly as every expert does.
@@ -111,7 +111,7 @@ def divmerge(
     near its loss in a tenth of the steps; `lbfgs` sees all inputs in every step and needs the
     fewest passes for a low loss: give it 32 inputs and 10 to 20 epochs, and more inputs by layer,
     where it overfits few. `epochs` and `lr`: passes over the inputs, and Adam's step size.
-    checkpoint: a file from which a fit that was killed goes on. watch: called with every step.
+    checkpoint: a file from which a fit that was killed goes on. callback: called with every step.
 
     Pitfalls: It copies the experts, mistakes included, so it needs inputs like those that it will
     be asked. Tasks count alike, whatever their number of classes: one with large divergences leads
@@ -142,6 +142,6 @@ def divmerge(
         lr=lr,
         seed=seed,
         checkpoint=checkpoint,
-        watch=watch,
+        callback=callback,
         progress=progress,
     )

@@ -643,7 +643,7 @@ def test_a_base_that_lacks_what_experts_hold_is_refused(zoo, record, tmp_path):
         ({"tasks": ("mood",), "experts": {}}, "1 tasks and"),
         ({"coeffs": torch.full((2, 1), torch.nan), "groups": ("model",)}, "need finite coeff"),
         ({"data": {"other": {}}}, "given for other; the tasks are mood, place"),
-        ({"options": {"watch": print}}, "plain values that JSON can hold"),
+        ({"options": {"callback": print}}, "plain values that JSON can hold"),
         ({"scores": [{"task": "mood"}]}, "scores need task, metric, value, low, high, got task"),
     ],
 )

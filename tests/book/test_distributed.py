@@ -35,7 +35,7 @@ from divmerge_core.divergences import js
 from divmerge_core.merging.coefficients import Coefficients
 from divmerge_core.merging.fit import fit_coefficients
 from divmerge_core.merging.problem import Batch, MergeProblem
-from divmerge_core.merging.process_group import checked_world, chosen_device, ranks
+from divmerge_core.merging.process_group import process_device, process_group, validate_world
 from divmerge_core.merging.task_vectors import TaskVectors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +108,9 @@ def test_a_rank_reads_and_holds_its_own_share_only(fits, case):
 def test_a_rank_that_fails_stops_all_and_says_why(tmp_path):
     first, second = started("fails", tmp_path)
     assert second == "RuntimeError: no more of this disk"
-    assert first.startswith("Stopped: rank 0 stops with the others. First failed rank 1: Runtime")
+    assert first.startswith(
+        "PeerFailed: rank 0 stops with the others. First failed rank 1: Runtime"
+    )
     assert "no more of this disk" in first
 
 
@@ -116,7 +118,7 @@ def test_a_rank_that_fails_stops_all_and_says_why(tmp_path):
 def test_a_rank_that_is_killed_stops_the_others(tmp_path):
     first, second = started("killed", tmp_path)
     assert second is None
-    assert first.startswith("Stopped: rank 0 stops: another rank is gone without a word")
+    assert first.startswith("PeerFailed: rank 0 stops: another rank is gone without a word")
 
 
 @pytest.mark.scale
@@ -303,7 +305,7 @@ PLACE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK
 
 
 class Elsewhere:
-    """A spread over devices of which the others have nothing to add."""
+    """A gradient reducer of which the others have nothing to add."""
 
     def gather(self, vectors, segments):
         return lambda: torch.zeros(len(vectors.tasks), segments.num_groups)
@@ -314,13 +316,13 @@ class Elsewhere:
 
 def test_a_fit_on_several_devices_watches_the_loss_of_all(problem):
     losses = []
-    for spread in (None, Elsewhere()):
+    for reducer in (None, Elsewhere()):
         coefficients = Coefficients(problem.vectors.layout, 3)
         fit_coefficients(
-            replace(problem, spread=spread),
+            replace(problem, reducer=reducer),
             *(coefficients, js),
             epochs=1,
-            watch=lambda step: losses.append(step.loss),
+            callback=lambda step: losses.append(step.loss),
             progress=False,
         )
     assert_close(losses[4], losses[0] + 1.0)  # three steps and an end each
@@ -329,26 +331,26 @@ def test_a_fit_on_several_devices_watches_the_loss_of_all(problem):
 
 def test_what_torchrun_did_not_start_is_refused(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ValueError, match="is started by torchrun"), ranks():
+    with pytest.raises(ValueError, match="is started by torchrun"), process_group():
         pass
 
 
 def test_another_number_of_processes_is_refused():
-    assert checked_world(PLACE, 2) == (0, 2)
+    assert validate_world(PLACE, 2) == (0, 2)
     with pytest.raises(ValueError, match="4 processes are wanted, torchrun started 2"):
-        checked_world(PLACE, 4)
+        validate_world(PLACE, 4)
 
 
 def test_a_process_without_a_gpu_is_refused(monkeypatch):
-    assert chosen_device("cpu", PLACE) == torch.device("cpu")
+    assert process_device("cpu", PLACE) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="there are 1; start torchrun with --nproc-per-node 1"):
-        chosen_device("cuda", PLACE)
+        process_device("cuda", PLACE)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match="or say device='cpu'"):
-        chosen_device("cuda", PLACE)
+        process_device("cuda", PLACE)
     with pytest.raises(ValueError, match="device must be one of cpu, cuda, got 'cuda:1'"):
-        chosen_device("cuda:1", PLACE)
+        process_device("cuda:1", PLACE)
 
 
 @pytest.mark.parametrize(

@@ -153,17 +153,21 @@ def test_methods_of_weights_merge_language_models(language_experiment):
 def test_divmerge_lowers_the_divergence_over_the_vocabulary(language_experiment):
     losses = []
 
-    def watch(step):
+    def callback(step):
         losses.append(step.loss)
 
-    quiet_merge(language_experiment, "divmerge", grouping="block", epochs=5, lr=5e-2, watch=watch)
+    quiet_merge(
+        language_experiment, "divmerge", grouping="block", epochs=5, lr=5e-2, callback=callback
+    )
     assert sum(losses[-4:-1]) < sum(losses[:3])
 
 
 def test_divmerge_takes_its_options_here_too(language_experiment):
     seen = []
     options = {"divergence": "kl", "temperature": 2.0, "optimizer": "lbfgs", "link": "sigmoid"}
-    quiet_merge(language_experiment, "divmerge", inputs=2, epochs=2, watch=seen.append, **options)
+    quiet_merge(
+        language_experiment, "divmerge", inputs=2, epochs=2, callback=seen.append, **options
+    )
     assert 0 < seen[-1].coeffs.min() and seen[-1].coeffs.max() < 1
     quiet_merge(language_experiment, "adamerging", grouping="task", inputs=2, epochs=1)
 
@@ -172,7 +176,7 @@ def test_top_answers_are_merged_towards_as_well(llama_folder, glue_rows):
     size = replace(SIZE, base=str(llama_folder), top=16)
     bench = prepare_language("glue", ["sst2", "cola"], size=size, progress=False)
     seen = []
-    quiet_merge(bench, "divmerge", epochs=1, watch=seen.append)
+    quiet_merge(bench, "divmerge", epochs=1, callback=seen.append)
     assert all(step.loss >= 0 for step in seen[:-1])
 
 

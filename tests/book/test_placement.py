@@ -135,7 +135,7 @@ def test_the_coefficients_are_those_of_the_method(bench):
     some = bench.problem.select(["task0", "task1"])
     METHODS["divmerge"](
         some, grouping="block", inputs=5, epochs=1, seed=0, progress=False,
-        watch=lambda step: seen.update(coeffs=step.coeffs),
+        callback=lambda step: seen.update(coeffs=step.coeffs),
     )  # fmt: skip
     rows = table[(table["count"] == 2) & (table.grouping == "block")]
     wide = rows.pivot_table("coefficient", "task", "group", sort=False)

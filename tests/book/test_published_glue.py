@@ -169,7 +169,7 @@ def test_a_fit_that_is_killed_half_way_ends_at_the_same_merge(bench, tmp_path):
         return METHODS["divmerge"](bench.problem, grouping="layer", progress=False, **options)
 
     with pytest.raises(Killed):
-        fit(checkpoint=tmp_path / "fit.pt", watch=kill)
+        fit(checkpoint=tmp_path / "fit.pt", callback=kill)
     assert torch.equal(fit(checkpoint=tmp_path / "fit.pt"), fit())
 
 

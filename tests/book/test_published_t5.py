@@ -216,7 +216,7 @@ def test_a_fit_that_is_killed_half_way_ends_at_the_same_coefficients(bench, tmp_
         return coefficients().detach()
 
     with pytest.raises(Killed):
-        fit(checkpoint=tmp_path / "fit.pt", watch=kill)
+        fit(checkpoint=tmp_path / "fit.pt", callback=kill)
     resumed = fit(checkpoint=tmp_path / "fit.pt")
     assert torch.equal(resumed, fit())
 

@@ -130,7 +130,7 @@ def losses_of(
         problem,
         coefficients,
         objective,
-        watch=lambda step: losses.append(step.loss),
+        callback=lambda step: losses.append(step.loss),
         progress=False,
         **options,
     )
@@ -193,8 +193,8 @@ def test_the_objective_sees_the_expert_first_and_the_mean_is_weighted():
         return (merged - expert).square().sum(-1)
 
     coefficients = coefficients_of(weighted, init=0.5)
-    watch = lambda step: losses.append(step.loss)  # noqa: E731
-    fit_coefficients(weighted, coefficients, objective, epochs=1, watch=watch, progress=False)
+    callback = lambda step: losses.append(step.loss)  # noqa: E731
+    fit_coefficients(weighted, coefficients, objective, epochs=1, callback=callback, progress=False)
     (expert, merged), vectors = seen[0], weighted.vectors
     assert_close(expert, weighted.logits(vectors.expert("task0"), 0, batch))
     assert_close(merged, weighted.logits(vectors.base + 0.5 * vectors.deltas[0], 0, batch))
@@ -345,7 +345,7 @@ def test_the_best_point_is_kept(problem):
         js,
         optimizer="lbfgs",
         epochs=7,
-        watch=lambda step: seen.append((step.loss, step.coeffs)),
+        callback=lambda step: seen.append((step.loss, step.coeffs)),
         progress=False,
     )
     lowest = min(range(len(seen) - 1), key=lambda n: seen[n][0])
@@ -372,7 +372,7 @@ def test_step_k_of_n_annealed_has_the_size_lr_times_one_minus_k_over_n():
         lambda expert, merged: -merged.sum(-1),
         optimizer="annealed_adam",
         epochs=2,
-        watch=lambda step: seen.append(step.coeffs.item()),
+        callback=lambda step: seen.append(step.coeffs.item()),
         progress=False,
     )
     steps = [after - before for before, after in pairwise(seen)]
@@ -493,11 +493,13 @@ def test_tasks_share_one_order():
 def test_the_watcher_sees_every_step_and_the_end(problem):
     seen = []
 
-    def watch(step):
+    def callback(step):
         seen.append((step.number, step.loss, step.coeffs, step.flat.clone()))
 
     coefficients = coefficients_of(problem, grouping="block")
-    merged = fit_coefficients(problem, coefficients, js, epochs=2, watch=watch, progress=False)
+    merged = fit_coefficients(
+        problem, coefficients, js, epochs=2, callback=callback, progress=False
+    )
     assert [number for number, *_ in seen] == list(range(7))
     assert [loss is None for _, loss, *_ in seen] == [False] * 6 + [True]
     assert_close(seen[0][2], torch.full((3, 3), 1 / 3))
@@ -741,11 +743,11 @@ def test_every_argument_of_a_fit_is_among_what_decides_it():
     """What only tells of a fit, and what is refused with a checkpoint, is not."""
     tried = {change.partition(",")[0] for change in CHANGES}
     taken = set(inspect.signature(fit_coefficients).parameters)
-    assert taken - {"checkpoint", "watch", "progress"} == tried & taken
+    assert taken - {"checkpoint", "callback", "progress"} == tried & taken
     parts = {"vectors": TaskVectors, "batch": Batch, "problem": MergeProblem}
     for name, kind in parts.items():
         own = {change.partition(", ")[2] for change in CHANGES if change.startswith(f"{name},")}
-        elsewhere = {"vectors", "batches", "module", "spread"}  # module: see forward
+        elsewhere = {"vectors", "batches", "module", "reducer"}  # module: see forward
         assert {one.name for one in fields(kind)} - elsewhere == own
 
 

@@ -152,7 +152,7 @@ def test_divmerge_finds_the_merge_that_loses_nothing(divergence, init):
         init=init,
         epochs=60,
         lr=3e-2,
-        watch=seen.append,
+        callback=seen.append,
         progress=False,
     )
     assert_close(seen[-1].coeffs, torch.ones(2, 1), rtol=0, atol=0.05)
@@ -170,7 +170,7 @@ def test_divmerge_gets_closer_to_the_experts_than_where_it_starts(problem, group
 def test_divmerge_starts_at_one_over_the_number_of_tasks_or_where_it_is_told(problem):
     for init, expected in ((None, 1 / 3), (0.5, 0.5)):
         seen = []
-        divmerge(problem, init=init, watch=seen.append, **QUICK)
+        divmerge(problem, init=init, callback=seen.append, **QUICK)
         assert_close(seen[0].coeffs, torch.full((3, 1), expected))
 
 
@@ -180,7 +180,7 @@ def test_a_first_clamped_step_is_adams_step_brought_back_to_0_and_1(problem):
     for link in ("identity", "clamp"):
         seen = []
         options = {"grouping": "layer", "init": 0.95, "lr": 0.1, "inputs": 1, **QUICK}
-        divmerge(problem, link=link, watch=seen.append, **options)
+        divmerge(problem, link=link, callback=seen.append, **options)
         ends[link] = seen[-1].coeffs
     assert_close(ends["clamp"], ends["identity"].clamp(0, 1), rtol=0, atol=0)
     assert ends["identity"].max() > 1.04 and ends["identity"].min() < 0.86
@@ -193,7 +193,7 @@ def test_later_clamped_steps_are_those_of_a_clamp_in_the_forward_pass(problem):
     """
     single, seen = fewer(problem, 1), []
     options = {"grouping": "layer", "init": 0.9, "lr": 0.1, "epochs": 8, "progress": False}
-    divmerge(single, link="clamp", watch=seen.append, **options)
+    divmerge(single, link="clamp", callback=seen.append, **options)
     raw = torch.full((3, 5), 0.9, requires_grad=True)
     adam = torch.optim.Adam([raw], lr=0.1)
     for step in seen[:-1]:

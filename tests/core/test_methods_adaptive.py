@@ -105,7 +105,7 @@ def test_the_coefficients_gradient_is_that_of_the_parameters_times_the_task_vect
     The first step shows its sign alone, being lr g / (|g| + 1e-8); the second its size too.
     """
     problem, seen = one_batch(), []
-    adamerging(problem, epochs=2, lr=1e-2, watch=seen.append, progress=False)
+    adamerging(problem, epochs=2, lr=1e-2, callback=seen.append, progress=False)
     layout = problem.vectors.layout
     _, groups = groups_of(layout, "layer")
 

@@ -35,7 +35,7 @@ ALL_METHODS = (
 )
 PUBLISHED = ":published"  # after a method's name: its published options, not those of the search
 # Options that no override changes.
-SET_HERE = {"grouping", "seed", "watch", "progress", "score", "large", "checkpoint"}
+SET_HERE = {"grouping", "seed", "callback", "progress", "score", "large", "checkpoint"}
 
 
 def every_method() -> list[str]:

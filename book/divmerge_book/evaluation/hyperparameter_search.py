@@ -155,9 +155,9 @@ def run_method(experiment: Experiment, spec: str, options: Mapping, points: int 
     """
     name, _ = parse(spec)
     meter, given, recorder = Meter(), {**options}, None
-    if "watch" in options_of(name):
+    if "callback" in options_of(name):
         recorder, grouping = recorder_for(experiment, name, options, points)
-        given["watch"] = recorder
+        given["callback"] = recorder
     if "score" in options_of(name):
         given["score"] = meter.score(partial(validation_anp, experiment))
     unfinished = None

@@ -30,12 +30,12 @@ def fitted(problem: MergeProblem, gradients: str) -> list[float]:
         vectors.base.device
     )
 
-    def watch(step: Step) -> None:
+    def callback(step: Step) -> None:
         settle(vectors.base.device)
         ticks.append(time.perf_counter())
 
     fit_coefficients(
-        problem, coefficients, js, epochs=1, gradients=gradients, watch=watch, progress=False
+        problem, coefficients, js, epochs=1, gradients=gradients, callback=callback, progress=False
     )
     return np.diff(ticks).tolist()
 

@@ -41,7 +41,7 @@ from divmerge_core.divergences import objective
 from divmerge_core.merging.coefficients import GROUPINGS, Coefficients
 from divmerge_core.merging.fit import fit_coefficients
 from divmerge_core.merging.problem import Batch, Forward
-from divmerge_core.merging.process_group import Ranks, ranks
+from divmerge_core.merging.process_group import ProcessGroup, process_group
 from divmerge_core.merging.task_vectors import STORAGES, Layout
 
 
@@ -193,7 +193,7 @@ def merged_record(
     )
 
 
-def fit(options: argparse.Namespace, group: Ranks) -> None:
+def fit(options: argparse.Namespace, group: ProcessGroup) -> None:
     """Fit, on every rank alike; the first one tells, and writes the merged model."""
     experts, lines = checked(options)
     config = config_of(Path(options.base))
@@ -245,7 +245,7 @@ def planned(
 
 def main(given: Sequence[str] | None = None) -> None:
     options = arguments(sys.argv[1:] if given is None else given)
-    with ranks(options.device, world=options.world) as group:
+    with process_group(options.device, world=options.world) as group:
         fit(options, group)
 
 

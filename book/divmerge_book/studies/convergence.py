@@ -106,7 +106,7 @@ def fit_trajectory(
         coefficients,
         DIVERGENCES["js"],
         targets=targets,
-        watch=recorder,
+        callback=recorder,
         progress=False,
         optimizer=optimizer,
         seed=seed,

@@ -184,11 +184,11 @@ def path_of(bench: Experiment, spec: str, size: Size, seed: int) -> list[dict]:
         return [{"step": 0, "l1": options["scale"], "l2": options["scale"]}]
     steps = []
 
-    def watch(step) -> None:
+    def callback(step) -> None:
         first, second = step.coeffs[:, 0].tolist()
         steps.append({"step": step.number, "l1": round(first, 5), "l2": round(second, 5)})
 
-    METHODS[parse(spec)[0]](bench.problem, **options, watch=watch, progress=False)
+    METHODS[parse(spec)[0]](bench.problem, **options, callback=callback, progress=False)
     return steps
 
 

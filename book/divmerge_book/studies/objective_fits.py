@@ -156,7 +156,7 @@ def fit(
     grouping: str,
     rate: float,
     config: FitConfig,
-    watch: Callable[[Step], None] | None = None,
+    callback: Callable[[Step], None] | None = None,
 ) -> Float[Tensor, "T G"]:
     """The coefficients that a fit ends with. Raises Diverged where it runs off."""
     problem = with_used_words(spec.problem)
@@ -170,7 +170,7 @@ def fit(
         epochs=config.epochs,
         lr=rate,
         seed=config.seed,
-        watch=watch,
+        callback=callback,
         progress=False,
     )
     return coefficients().detach()
