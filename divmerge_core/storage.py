@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, whenever the process that writes them dies.
+"""Atomic writes of files and folders, with locks: a killed process leaves no partial result.
 
 One writer at a time: while a file or folder is written, a lock file `.NAME.divmerge-lock` stands
 beside it. The lock dies with its process, so whatever its next holder finds beside the target was

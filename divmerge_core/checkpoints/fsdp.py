@@ -1,4 +1,4 @@
-"""A model cut over ranks: which numbers of every tensor are one's own, and reading no others.
+"""FSDP2: a fit in which every rank reads and stores only its shard of base and task vectors.
 
 FSDP2 cuts every tensor along its first axis, so a rank's share of it is one stretch of its numbers.
 The shares of all tensors, end to end, are the rank's own flat vector: base, task vectors, the merge

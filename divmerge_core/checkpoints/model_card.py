@@ -61,12 +61,9 @@ class MergeRecord:
     def __post_init__(self):
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks must be one or more distinct names, got {list(self.tasks)}")
-        strange = sorted({*self.experts, *self.data} - set(self.tasks))
-        if strange:
-            raise ValueError(
-                f"experts or data are given for {', '.join(strange)}; the tasks are "
-                f"{', '.join(self.tasks)}"
-            )
+        if strange := sorted({*self.experts, *self.data} - set(self.tasks)):
+            given, tasks = ", ".join(strange), ", ".join(self.tasks)
+            raise ValueError(f"experts or data are given for {given}; the tasks are {tasks}")
         shape = (len(self.tasks), len(self.groups))
         if self.coeffs is not None and (
             tuple(self.coeffs.shape) != shape or not torch.isfinite(self.coeffs).all()
@@ -262,18 +259,14 @@ model = {kind}.from_pretrained(".", num_labels={count}, ignore_mismatched_sizes=
 model.load_state_dict(load_file("heads/{task}.safetensors"), strict=False)
 logits = model(**tokenizer(["a text"], return_tensors="pt", padding=True)).logits
 ```"""
-BARE = """\
-```python
-from transformers import {kind}
-
-model = {kind}.from_pretrained(".")
-```"""
 
 
 def loading(base: StoredModel, heads: Mapping[str, Head]) -> str:
     """Lines of Python that load the model, with transformers alone."""
     if not heads:
-        return BARE.format(kind=(base.config.get("architectures") or ["AutoModel"])[0])
+        kind = (base.config.get("architectures") or ["AutoModel"])[0]
+        code = f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained(".")'
+        return f"```python\n{code}\n```"
     rows = [(task, ", ".join(head.labels)) for task, head in heads.items()]
     first = {head.architecture: task for task, head in reversed(heads.items())}
     codes = [
@@ -291,7 +284,5 @@ def mergekit_note(reason: str) -> str:
     """How to merge again with mergekit, or why that cannot be."""
     if reason:
         return f"There is no mergekit configuration for this merge: {reason}."
-    return (
-        "`mergekit-yaml mergekit_config.yml OUTPUT --no-write-model-card` merges the same folders "
-        "with the same coefficients (written for mergekit 0.1.5). It writes no heads."
-    )
+    command = "mergekit-yaml mergekit_config.yml OUTPUT --no-write-model-card"
+    return f"`{command}` merges the same folders (mergekit 0.1.5), without heads."
