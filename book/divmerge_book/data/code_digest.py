@@ -6,7 +6,6 @@ modules' names do not count, so better words invalidate nothing, nor does a move
 """
 
 import ast
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -80,7 +79,7 @@ def reached_digest(places: frozenset[Place], apart: str | None) -> str:
 
 
 def digest_of(places: Iterable[Place]) -> str:
-    texts = sorted(module(name).text(number) for name, number in places)
+    texts = sorted(module(name).statement(number)[0] for name, number in places)
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
@@ -92,7 +91,7 @@ def reached(places: Iterable[Place], apart: str | None) -> set[Place]:
         if place not in found:
             found.add(place)
             own = module(place[0])
-            ahead += own.uses(place[1])
+            ahead += own.statement(place[1])[1]
             if not any(place[1] in own.bound.get(name, ()) for name in {*VALUES, apart}):
                 ahead += registrations().get(place, ())
     return found
@@ -159,21 +158,19 @@ class Module:
         self.body = ast.parse(path_of(name).read_text("utf-8")).body
         self.imported: dict[str, tuple[str, str]] = {}  # name -> module and name there
         self.bound: dict[str, list[int]] = {}
+        self.entries: dict[int, list[str]] = {}  # registries that a statement files into
         self.always: list[int] = []  # done whenever the module is imported
         for number, part in enumerate(self.body):
             if isinstance(part, ast.Import | ast.ImportFrom):
                 self.imported |= own_imports(part)
                 continue
-            names = bound_names(part)
+            names, entries = bound_names(part), registries(part)
+            if entries:
+                self.entries[number] = entries
             for name in names:
                 self.bound.setdefault(name, []).append(number)
-            if not names and not registries(part) and acts(part):
+            if not names and not entries and acts(part):
                 self.always.append(number)
-
-    @cache  # noqa: B019
-    def text(self, number: int) -> str:
-        """What counts of a statement: all but words, and imports from this package."""
-        return ast.dump(Unimported().visit(Plain().visit(copy.deepcopy(self.body[number]))))
 
     def find(self, name: str) -> list[Place]:
         """The statements that bind a name, here or where it is imported from."""
@@ -190,13 +187,15 @@ class Module:
         return found
 
     @cache  # noqa: B019
-    def uses(self, number: int) -> list[Place]:
-        """The statements that this one names."""
-        nodes = list(ast.walk(Plain().visit(copy.deepcopy(self.body[number]))))
-        local: dict[str, tuple[str, str]] = {}
-        for node in nodes:
-            local |= own_imports(node)
-        imported, found = {**self.imported, **local}, []
+    def statement(self, number: int) -> tuple[str, list[Place]]:
+        """What counts of a statement, all but words and own imports; and the statements it names.
+
+        It is rewritten in place.
+        """
+        plain, found = Plain().visit(self.body[number]), []
+        nodes, imported = list(ast.walk(plain)), {**self.imported}
+        local = {name: source for node in nodes for name, source in own_imports(node).items()}
+        imported |= local
         for node in nodes:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 source = joined(*imported.get(node.value.id, ("", "")))
@@ -204,7 +203,7 @@ class Module:
                     found += self.foreign(source, node.attr)
             elif isinstance(node, ast.Name):
                 found += self.foreign(*local[node.id]) if node.id in local else self.find(node.id)
-        return found
+        return ast.dump(Unimported().visit(plain)), found
 
 
 @cache
@@ -215,10 +214,9 @@ def registrations() -> dict[Place, list[Place]]:
         if ".register(" not in path_of(name).read_text("utf-8"):
             continue
         own = module(name)
-        for number, part in enumerate(own.body):
-            for registry in registries(part):
-                for place in own.find(registry):
-                    found.setdefault(place, []).append((name, number))
+        for number, entries in own.entries.items():
+            for place in (place for entry in entries for place in own.find(entry)):
+                found.setdefault(place, []).append((name, number))
     return found
 
 
