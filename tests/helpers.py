@@ -11,7 +11,9 @@ import pytest
 import torch
 from divmerge_book.data.splits import Row, Splits
 from divmerge_book.data.tasks import Task
-from divmerge_book.models.finetuning import Recipe
+from divmerge_book.evaluation.experiment import Experiment
+from divmerge_book.evaluation.metrics import LabelledSplit
+from divmerge_book.models.finetuning import Expert, Recipe
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -211,6 +213,17 @@ def toy(spec: str, **options) -> MergeProblem:
         options["num_tasks"] = METHODS.facts[parse(spec)[0]]["exactly"]
     draws = "seed" in options_of(parse(spec)[0])
     return linear_problem(batches=2 if draws else 1, **options)
+
+
+def linear_experiment(base, tasks: int, *, digest="linear", seed=0, **options) -> Experiment:
+    """An experiment of linear tasks whose right answers are those of every task's expert."""
+    problem, splits = linear_problem(num_tasks=tasks, scale=0.8, seed=seed, **options), []
+    for number, task in enumerate(problem.vectors.tasks):
+        expert, batches = problem.vectors.expert(task), problem.batches[number]
+        gold = [problem.logits(expert, number, batch).argmax(-1) for batch in batches]
+        splits.append(LabelledSplit(batches, torch.cat(gold)))
+    experts = [Expert(task, {}, {}, {}) for task in problem.vectors.tasks]
+    return Experiment(base, experts, problem, splits, splits, digest)
 
 
 def square(problem: MergeProblem, merged) -> float:

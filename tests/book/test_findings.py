@@ -546,9 +546,9 @@ def test_the_stored_choice_by_js_is_that_of_a_loop():
         best = min(some, key=lambda rows: sum(row["js"] for row in rows))
         taken.append(mean(row["accuracy"] / own[seed, row["task"]] for row in best))
     tables, _ = load(RESULTS / "evidence" / "embedded_bert_tiny.json")
-    whole = model_selection.wholes(tables["models"], tables["cross"])
+    whole = model_selection.model_scores(tables["models"], tables["cross"])
     whole = whole[whole.draws == "task"]
-    text = evidence.chosen(model_selection.regrets(whole), whole, "the stored run")
+    text = evidence.chosen(model_selection.selection_regret(whole), whole, "the stored run")
     assert f"JS {100 * mean(taken):.1f} %" in text
 
 

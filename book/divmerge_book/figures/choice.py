@@ -1,7 +1,7 @@
 """Figures of what to minimise: each draws on the Axes it is given and returns it.
 
 Tables come from `studies.choice`, `robustness` and `trajectories`. Colours are of seaborn's
-colour-blind palette, each with a marker of its own; grey lines are the objectives that are not singled out.
+colour-blind palette, each with a marker of its own; grey lines are the other objectives.
 """
 
 from collections.abc import Mapping, Sequence

@@ -163,7 +163,7 @@ def by_task(ax: Axes, table: pd.DataFrame) -> Axes:
 def choosing(ax: Axes, table: pd.DataFrame, column: str = "anp") -> Axes:
     """A test score of the model that every criterion chooses, over the number of candidates.
 
-    table: rows of `judging.choices` of one draw; means over sets of experts and seeds.
+    table: rows of `model_selection.choices` of one draw; means over sets of experts and seeds.
     """
     mean = table.groupby(["criterion", "candidates"])[column].mean().unstack("criterion")
     for name, (words, shade, marker) in MARKS.items():

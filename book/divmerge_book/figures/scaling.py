@@ -1,6 +1,6 @@
 """Figures of what happens as more tasks are merged: each draws on the Axes it is given.
 
-Tables come from `studies.scores`, `studies.additive` and `studies.culprits`. Colours are
+Tables come from `studies.scores`, `studies.additive` and `studies.task_attribution`. Colours are
 seaborn's colour-blind palette, each with a marker of its own; black stands for references.
 """
 
@@ -17,7 +17,7 @@ from divmerge_book.figures.styles import LOOKS as LOOKS
 from divmerge_book.figures.styles import Look, style
 from divmerge_book.studies.additive import FORECASTS
 from divmerge_book.studies.scores import SOURCES
-from divmerge_book.studies.task_attribution import NUMBERS
+from divmerge_book.studies.task_attribution import COVARIATES
 
 SPREAD: Mapping[str, Look] = {"subsets": (0, "o"), "seeds": (1, "s"), "test rows": (7, "^")}
 
@@ -192,14 +192,14 @@ def skills(ax: Axes, table: pd.DataFrame) -> Axes:
 
 def correlations(ax: Axes, table: pd.DataFrame) -> Axes:
     """Rank correlation of every number with a score within T, a point with interval per method."""
-    dots(ax, table, NUMBERS, "number", "rho")
+    dots(ax, table, COVARIATES, "number", "rho")
     ax.set_xlim(-1.02, 1.02)
     ax.set_xlabel("rank correlation among subsets of like size")
     return ax
 
 
 def parts(ax: Axes, table: pd.DataFrame) -> Axes:
-    """What every task does to the others (bars) and loses itself (diamonds): of `parts_played`."""
+    """Every task's effect on others (bars) and its own loss (diamonds): of `shapley_values`."""
     y = np.arange(len(table))
     ax.barh(y, table.caused, color=PALETTE[0], height=0.6, label="done to others")
     ax.plot(table.suffered, y, "D", color=PALETTE[1], markersize=6, label="lost itself")

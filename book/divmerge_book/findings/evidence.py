@@ -5,13 +5,13 @@ import pandas as pd
 from divmerge_book.figures.evidence import MARKS
 from divmerge_book.findings import bullets, listed, scores
 from divmerge_book.studies.model_selection import AMONG
-from divmerge_book.studies.random_merges import DRAWS, MEASURES
+from divmerge_book.studies.random_merges import MEASURES, SAMPLERS
 
 
 def crossed(cross: pd.DataFrame, majority: pd.Series, source: str) -> str:
     """How often an expert of another task is worse than the majority class.
 
-    cross: of `evidence.crossed`; majority: the majority class's share of test rows, by task.
+    cross: of `random_merges`; majority: the majority class's share of test rows, by task.
     """
     others = cross[cross.task != cross.model]
     below = others.accuracy < others.task.map(majority)
@@ -48,7 +48,7 @@ def ranked(mean: pd.DataFrame, source: str) -> str:
         said = ", ".join(f"{MARKS[name][0]} {one.value[name]:.2f}" for name in one.index)
         lead = one.loc["reverse_kl"]
         lines.append(
-            f"**{DRAWS.facts[kind]['label']}, {among}**: {said}. Reverse KL minus JS: "
+            f"**{SAMPLERS.facts[kind]['label']}, {among}**: {said}. Reverse KL minus JS: "
             f"{lead.lead:+.2f} [{lead.lead_low:+.2f}, {lead.lead_high:+.2f}]"
         )
     return f"Rank correlations with a task's accuracy in {source}:\n\n{bullets(lines)}"
@@ -116,7 +116,7 @@ def leading(mean: pd.DataFrame, source: str) -> str:
 def chosen(lost: pd.DataFrame, whole: pd.DataFrame, source: str) -> str:
     """Test scores of the model that every criterion chooses among those drawn per task.
 
-    lost: of `judging.regrets`; whole: of `judging.wholes`.
+    lost: of `model_selection.selection_regret`; whole: of `model_selection.model_scores`.
     """
     task = lost[lost.draws == "task"]
     seeds, said = whole[whole.draws == "task"].groupby("seed"), []

@@ -9,7 +9,7 @@ from divmerge_book.figures import title
 from divmerge_book.findings import SCORES, bullets, listed, span
 from divmerge_book.studies.additive import FORECASTS
 from divmerge_book.studies.scores import SOURCES, differences
-from divmerge_book.studies.task_attribution import NUMBERS
+from divmerge_book.studies.task_attribution import COVARIATES
 
 NEAR = 0.1  # pairs add up where the mean of their sums is this near to the mean loss, in shares
 
@@ -231,14 +231,16 @@ def strongest(related: pd.DataFrame, source: str) -> str:
     if rho.empty:
         return f"{source[0].upper()}{source[1:]} has too few subsets of a size for a correlation."
     rows = rho.loc[rho.groupby("method", sort=False).rho.apply(lambda part: part.abs().idxmax())]
-    said = [f"{title(r.method)}: *{NUMBERS[r.number]}* ({r.rho:+.2f})" for r in rows.itertuples()]
+    said = [
+        f"{title(r.method)}: *{COVARIATES[r.number]}* ({r.rho:+.2f})" for r in rows.itertuples()
+    ]
     return f"The number with the largest correlation in {source}, by method: {'; '.join(said)}."
 
 
 def part(method: str, table: pd.DataFrame) -> str:
     """Who harms most and who loses most under one method, each with its place in the other order.
 
-    table: of `culprits.parts_played`.
+    table: of `task_attribution.shapley_values`.
     """
     rows = 100 * table.set_index("task")
     bad, hurt, count = rows.caused.idxmin(), rows.suffered.idxmin(), len(rows)

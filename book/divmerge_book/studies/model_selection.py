@@ -1,4 +1,4 @@
-"""What the tables of `evidence` say: correlations over models, and what a choice by them is worth.
+"""The tables of `random_merges`: correlations over models, and what choosing by them costs.
 
 Intervals of correlations resample models within a seed of experts, which are as they are; those of
 a choice are over seeds.
@@ -19,7 +19,7 @@ CRITERIA = (*MEASURES, "validation")  # what a model may be chosen by; the last 
 FEWEST = 5  # models that a correlation is worked out over
 
 
-def wholes(
+def model_scores(
     models: pd.DataFrame, cross: pd.DataFrame, majority: pd.Series | None = None
 ) -> pd.DataFrame:
     """Every model as one row: sums over tasks, and average normalised performance.
@@ -36,19 +36,19 @@ def wholes(
     groups = table.groupby(["draws", "experts", "seed", "model"], sort=False)
     sums = {name: (name, "sum") for name in MEASURES}
     if majority is not None:
-        kept = scored(table.assign(expert=own.accuracy.to_numpy()), majority)
-        groups = kept.groupby(["draws", "experts", "seed", "model"], sort=False)
+        margins = scored(table.assign(expert=own.accuracy.to_numpy()), majority)
+        groups = margins.groupby(["draws", "experts", "seed", "model"], sort=False)
         sums |= {"kept_margin": ("kept_margin", "mean"), "below": ("below", "sum")}
     return groups.agg(**sums, anp=("anp", "mean"), validation=("validation", "mean")).reset_index()
 
 
-def closeness(table: pd.DataFrame, criterion: str) -> np.ndarray:
-    """What is high where a model should be good: minus a measure, or what validation rows say."""
+def negative_divergence(table: pd.DataFrame, criterion: str) -> np.ndarray:
+    """Minus a measure, so that high should be good; validation accuracy as it is."""
     values = table[criterion].to_numpy()
     return values if criterion == "validation" else -values
 
 
-def kept(whole: pd.DataFrame, among: str) -> np.ndarray:
+def top_models(whole: pd.DataFrame, among: str) -> np.ndarray:
     """Numbers of the rows with the highest validation ANP: the share that AMONG says.
 
     Validation rows decide, so that the noise of neither side of a correlation does.
@@ -77,11 +77,11 @@ def groups(
     The labels hold the names of the tasks too; the arrays are `[criteria, T, M]` and `[T, M]`.
     """
     names = ["draws", "experts", "seed"]
-    whole = dict(iter(wholes(models, cross, majority).groupby(names, sort=False)))
+    whole = dict(iter(model_scores(models, cross, majority).groupby(names, sort=False)))
     for key, some in models.groupby(names, sort=False):
         tasks = list(dict.fromkeys(some.task))
         wide = some.pivot(index="task", columns="model", values=[*CRITERIA, "accuracy"]).loc[tasks]
-        x = np.stack([closeness(wide, name) for name in CRITERIA])
+        x = np.stack([negative_divergence(wide, name) for name in CRITERIA])
         labels = dict(zip(names, key, strict=True)) | {"tasks": tasks}
         yield labels, whole[key], x, wide["accuracy"].to_numpy()
 
@@ -114,7 +114,7 @@ def over_models(
         parts = {"task": slice(len(y))}
         parts |= {name: slice(len(y) + n, len(y) + n + 1) for n, name in enumerate(scores)}
         for among, how in product(AMONG, CORRELATIONS):
-            rows = kept(whole, among)
+            rows = top_models(whole, among)
             if len(rows) < FEWEST:
                 continue
             value, drawn = correlated(close[..., rows], goals[:, rows], how, draws, seed)
@@ -157,7 +157,7 @@ def averaged(key: tuple, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> list
     ]
 
 
-def chances(count: int, drawn: int) -> np.ndarray:
+def best_of_n_probability(count: int, drawn: int) -> np.ndarray:
     """How likely the model of each rank is the best of `drawn` taken without replacement, `[M]`.
 
     The best has rank 0. Raises ValueError unless 1 <= drawn <= count.
@@ -184,9 +184,11 @@ def choices(whole: pd.DataFrame, counts: Sequence[int]) -> pd.DataFrame:
     for key, some in whole.groupby(["draws", "experts", "seed"], sort=False):
         labels = dict(zip(("draws", "experts", "seed"), key, strict=True))
         reached = some[[name for name in ("anp", "kept_margin") if name in some]]
-        scores = {name: closeness(some, name) for name in CRITERIA} | {"test": some.anp.to_numpy()}
+        scores = {name: negative_divergence(some, name) for name in CRITERIA} | {
+            "test": some.anp.to_numpy()
+        }
         for count in [count for count in counts if count <= len(some)]:
-            chance, label = chances(len(some), count), {**labels, "candidates": count}
+            chance, label = best_of_n_probability(len(some), count), {**labels, "candidates": count}
             for name, score in scores.items():
                 values = chance @ reached.iloc[np.argsort(-score, kind="stable")].to_numpy()
                 found = dict(zip(reached.columns, values, strict=True))
@@ -195,7 +197,7 @@ def choices(whole: pd.DataFrame, counts: Sequence[int]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def regrets(whole: pd.DataFrame) -> pd.DataFrame:
+def selection_regret(whole: pd.DataFrame) -> pd.DataFrame:
     """What a choice among all models of a set costs against the best by test, in points of ANP.
 
     A set holds the models of one draw, set of experts and seed; the row is a mean over the sets of
@@ -210,7 +212,7 @@ def regrets(whole: pd.DataFrame) -> pd.DataFrame:
         labels = {"draws": kind, "experts": experts, "seed": seed, "models": len(some)}
         anp = some.anp.to_numpy()
         for name in CRITERIA:
-            place = closeness(some, name).argmax()
+            place = negative_divergence(some, name).argmax()
             taken = anp[place]
             more = {"criterion": name, "rank": 1 + (anp > taken).sum()}
             if "kept_margin" in some:

@@ -33,7 +33,8 @@ def study(
     """
     rows, pairs = [], [(seed, dict(job)) for seed in experiments for job in jobs]
     for seed, job in (bar := tqdm(pairs, name_of(measure), leave=False)):
-        bar.set_postfix_str(", ".join(map(str, [f"seed {seed}", *job.values()])), refresh=False)
+        shown = [str(value) for value in job.values() if not isinstance(value, dict | list)]
+        bar.set_postfix_str(", ".join([f"seed {seed}", *shown]), refresh=False)
         make = partial(records, measure, experiments[seed], seed=seed, **job, **fixed)
         what = (name_of(measure), seed, job, fixed, keys)
         found = kept(experiments[seed], make, *what, method=job.get(method, method))

@@ -25,7 +25,7 @@ BEHAVIOUR = {
     "pairs": "loss of the pairs, mean",
     "floor": "floor: commonest answers",
 }
-NUMBERS = {**WEIGHTS, **BEHAVIOUR}
+COVARIATES = {**WEIGHTS, **BEHAVIOUR}
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def related(table: pd.DataFrame, column: str = "anp", *, draws: int = 500) -> pd
     tasks would be: see `mantel`.
     """
     samples, rows = drawn_subsets(table, draws), []
-    for name in NUMBERS:
+    for name in COVARIATES:
         columns = columns_of(table, name, column)
         low, high = middle(np.array([rank_correlation(*(c[s] for c in columns)) for s in samples]))
         rows.append((name, rank_correlation(*columns), float(low), float(high)))
@@ -188,7 +188,7 @@ def marginal(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["added", "T", "subset", "change"])
 
 
-def parts_played(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
+def shapley_values(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
     """By task: `caused`, what adding it does to others, and `suffered`, what it loses itself.
 
     table, column: as of `marginal`. caused: `marginal`, mean over subsets of a T and then over T,
