@@ -1,4 +1,4 @@
-"""What the tests of one's own models share: small bases, experts and rows, as files."""
+"""What the tests of users' models share: small bases, experts and rows, as files."""
 
 import csv
 import json
@@ -19,34 +19,37 @@ from safetensors.torch import save_file
 LABELS = {name: list(dict.fromkeys(marks.values())) for name, marks in MARKERS.items()}
 ROWS = {"merge": 12, "validation": 16, "test": 20}
 SIZES = {"vocab_size": len(WORDS), "max_position_embeddings": 32}
+PAD = {"pad_token_id": 0}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def config(kind: str, **changes) -> transformers.PretrainedConfig:
     """A tiny configuration of one family."""
-    if kind == "bert":
-        return transformers.BertConfig(**SIZES, **{**SMALL, "intermediate_size": 64, **changes})
-    if kind == "roberta":
-        sizes = {**SIZES, "max_position_embeddings": 34, "pad_token_id": 0}
-        return transformers.RobertaConfig(**sizes, **SMALL, intermediate_size=64, **changes)
-    if kind == "deberta":
-        return transformers.DebertaV2Config(**SIZES, **SMALL, intermediate_size=64, **changes)
-    if kind == "distilbert":
-        own = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
-        return transformers.DistilBertConfig(**SIZES, **own, **changes)
-    if kind == "gpt2":
-        own = {"n_embd": 32, "n_layer": 2, "n_head": 2, "pad_token_id": 0}
-        ends = {"bos_token_id": 3, "eos_token_id": 3}
-        return transformers.GPT2Config(
-            vocab_size=len(WORDS), n_positions=32, **own, **ends, **changes
-        )
-    if kind == "qwen2":
-        own = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 64, "pad_token_id": 0}
-        return transformers.Qwen2Config(**{**SIZES, "vocab_size": 128}, **own, **changes)
-    own = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0}
-    own |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "eos_token_id": 3}
-    own |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "bos_token_id": 2}
-    return transformers.BartConfig(**SIZES, **own, decoder_start_token_id=3, **changes)
+    encoder = {**SIZES, **SMALL, "intermediate_size": 64}
+    kinds = {
+        "bert": ("BertConfig", encoder),
+        "roberta": ("RobertaConfig", {**encoder, "max_position_embeddings": 34, **PAD}),
+        "deberta": ("DebertaV2Config", encoder),
+        "distilbert": (
+            "DistilBertConfig",
+            {**SIZES, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64},
+        ),
+        "gpt2": (
+            "GPT2Config",
+            {**PAD, "vocab_size": len(WORDS), "n_positions": 32, "n_embd": 32, "n_layer": 2}
+            | {"n_head": 2, "bos_token_id": 3, "eos_token_id": 3},
+        ),
+        "qwen2": ("Qwen2Config", {**encoder, **PAD, "num_key_value_heads": 2, "vocab_size": 128}),
+        "bart": (
+            "BartConfig",
+            {**SIZES, **PAD, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+            | {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "eos_token_id": 3}
+            | {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "bos_token_id": 2}
+            | {"decoder_start_token_id": 3},
+        ),
+    }
+    name, sizes = kinds[kind]
+    return getattr(transformers, name)(**{**sizes, **changes})
 
 
 def tokenizer(kind: str = "bert", *, vocabulary: Sequence[str] = WORDS):
@@ -123,14 +126,17 @@ def make_adapter(folder: Path, shapes: dict, *, saved: dict | None = None, rank:
         tensors[f"base_model.model.{name}"] = tensor
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
-    told = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": rank, "lora_alpha": 6, "bias": "none"}
-    told |= {"use_rslora": False, "fan_in_fan_out": False, "use_dora": False, "lora_dropout": 0.1}
-    told |= {
-        "megatron_core": "megatron.core",
-        "target_modules": ["query"],
-        "init_lora_weights": True,
+    plain = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS",
+        "r": rank,
+        "lora_alpha": 6,
+        "bias": "none",
     }
-    (folder / "adapter_config.json").write_text(json.dumps({**told, **config}))
+    plain |= {"use_rslora": False, "fan_in_fan_out": False, "use_dora": False, "lora_dropout": 0.1}
+    plain |= {"megatron_core": "megatron.core", "target_modules": ["query"]}
+    plain |= {"init_lora_weights": True}
+    (folder / "adapter_config.json").write_text(json.dumps({**plain, **config}))
     return factors
 
 

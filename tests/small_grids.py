@@ -6,12 +6,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from concurrent.futures import Future
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 import nbformat
 import psutil
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook
+from papermill.exceptions import PapermillExecutionError
 
 PARAMETERS = """\
 divergence: str = "js"  # what is minimised
@@ -43,11 +46,50 @@ if publish:
     Path("results/study.json").write_text(json.dumps(table))"""
 
 
-def write_notebook(path: Path, body: str = BODY) -> Path:
-    cells = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), new_code_cell(body)]
+def write_cells(path: Path, parameters: str, *cells: str) -> Path:
+    """A notebook: its parameters cell, and these code cells."""
+    first = new_code_cell(parameters, metadata={"tags": ["parameters"]})
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page = new_notebook(cells=[first, *map(new_code_cell, cells)], metadata={"kernelspec": kernel})
+    nbformat.write(page, path)
     return path
+
+
+def write_notebook(path: Path, body: str = BODY) -> Path:
+    return write_cells(path, PARAMETERS, body)
+
+
+@contextmanager
+def in_this_process(*_, **__):
+    """An executor that makes every call at once, in this process."""
+
+    def submit(call, *arguments) -> Future:
+        future = Future()
+        try:
+            future.set_result(call(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    yield submit
+
+
+def run_cells(page, output, values, *, cwd, clean) -> None:
+    """`execute` without a kernel: the code cells in this process."""
+    first, *rest = page.cells
+    space = {}
+    with chdir(cwd):
+        exec(first.source, space)
+        space |= values
+        for number, cell in enumerate(rest, 1):
+            try:
+                exec(cell.source, space)
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}"
+                fail = PapermillExecutionError(number, 1, cell.source, "", "", [text])
+                raise fail from None
+    nbformat.write(page, output)
 
 
 def write_grid(folder: Path, **changes: object) -> Path:

@@ -1,9 +1,12 @@
-"""Run notebooks: one with strictly checked parameters, a grid of runs, or all of them as a book.
+"""Run notebooks, grids of runs or the whole book; merge your own models.
 
-python -m divmerge_book run notebooks/04_merge.ipynb out.ipynb -p size smoke -p seeds 0,1
-python -m divmerge_book run notebooks/04_merge.ipynb --list
-python -m divmerge_book grid grid.yaml
-python -m divmerge_book book --size smoke
+divmerge run notebooks/04_merge.ipynb out.ipynb -p size smoke -p seeds 0,1
+divmerge run notebooks/04_merge.ipynb --list
+divmerge grid grid.yaml
+divmerge book --size smoke
+divmerge merge my_models.yaml merged/ --method divmerge/layer
+
+`python -m divmerge_book` is the same command.
 """
 
 import argparse
@@ -33,9 +36,8 @@ def run(notebook: str | Path, output: str | Path, /, **parameters: object) -> Pa
     return output
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; 2 for a refused request, 1 for a failure, 0 otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m divmerge_book", description=__doc__)
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="divmerge", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="run one notebook with checked parameters")
@@ -46,45 +48,78 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("-p", dest="given", help="a parameter; may be repeated", **pair)
     one.add_argument("--list", action="store_true", help="show the parameters and stop")
     many = commands.add_parser("grid", help="run one notebook with many parameters")
-    many.add_argument("file", help="see `python -m pydoc divmerge_book.runner.gridfile`")
+    many.add_argument("file", help="see `python -m pydoc divmerge_book.runner.grid_file`")
     many.add_argument("--list", action="store_true", help="show the runs and stop")
     every = commands.add_parser("book", help="run all notebooks and build the HTML")
     every.add_argument("--size", default="default")
     every.add_argument("--root", type=Path, default=ROOT)
     every.add_argument("--workers", type=int, help="notebooks side by side; default: as fit")
+    own = commands.add_parser("merge", help="merge the models that a file describes")
+    own.add_argument("description", help="see `python -m pydoc divmerge_book.user_models`")
+    own.add_argument("output", help="folder of the merged model; a parent of several")
+    how = {"action": "append", "default": [], "help": "may be repeated; default: divmerge/layer"}
+    own.add_argument("--method", dest="methods", **how)
+    own.add_argument("--budget", type=int, help="options that each search tries; default: all")
+    own.add_argument("--seed", type=int, default=0)
+    own.add_argument("--device", default="cpu")
+    own.add_argument("--precision", default="float32", help="float32, bfloat16 or auto")
+    own.add_argument("--overwrite", action="store_true", help="replace a model in the output")
+    return parser
+
+
+def run_typed(chosen: argparse.Namespace) -> int:
+    """The command `run`."""
+    if chosen.list:
+        print(describe(chosen.notebook))
+        return 0
+    if chosen.output is None:
+        raise ValueError("an output path is needed, or --list")
+    names = [name for name, _ in chosen.given]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"given more than once: {', '.join(twice)}; lists have commas")
+    run(chosen.notebook, chosen.output, **checked(chosen.notebook, dict(chosen.given), text=True))
+    return 0
+
+
+def execute_command(chosen: argparse.Namespace) -> int:
+    """What the command line asks for; packages that take seconds to import wait until then."""
+    given = dict(vars(chosen))
+    command = given.pop("command")
+    if command == "run":
+        return run_typed(chosen)
+    if command == "grid":
+        from divmerge_book.runner import grid
+
+        return grid.run(chosen.file, only_list=chosen.list)
+    if command == "book":
+        from divmerge_book.runner import book
+
+        book.build(chosen.size, root=chosen.root.resolve(), workers=chosen.workers)
+        return 0
+    from divmerge_book.user_models import merge_described
+
+    given["methods"] = given["methods"] or ["divmerge/layer"]
+    for folder in merge_described(**given):
+        print(f"merged model in {folder}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 2 for a refused request, 1 for a failure, 0 otherwise."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         arguments = ["grid", *arguments]
-    chosen = parser.parse_args(arguments)
     try:
-        if chosen.command == "grid":
-            from divmerge_book.runner import grid
-
-            return grid.run(chosen.file, only_list=chosen.list)
-        if chosen.command == "book":
-            from divmerge_book.runner import book
-
-            book.build(chosen.size, root=chosen.root.resolve(), workers=chosen.workers)
-        elif chosen.list:
-            print(describe(chosen.notebook))
-        elif chosen.output is None:
-            one.error("an output path is needed, or --list")
-        else:
-            names = [name for name, _ in chosen.given]
-            if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise ValueError(f"given more than once: {', '.join(twice)}; lists have commas")
-            values = checked(chosen.notebook, dict(chosen.given), text=True)
-            run(chosen.notebook, chosen.output, **values)
+        return execute_command(command_line().parse_args(arguments))
     except PapermillExecutionError as error:
         print(f"\ncell {error.cell_index} failed:\n{error.source}\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from what is finished", file=sys.stderr)
+        print("\ninterrupted; the same command resumes from what is finished", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
-    return 0
 
 
 if __name__ == "__main__":

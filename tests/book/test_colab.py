@@ -15,8 +15,8 @@ pytestmark = pytest.mark.colab
 
 # What Colab lacks of our dependencies and theirs. IPython asks for jedi, and Colab leaves it out.
 ADDED = {
-    *("cma", "divmerge-core", "gguf", "jaxtyping", "jedi", "papermill", "rouge-score"),
-    "wadler-lindig",
+    *("annotated-types", "cma", "divmerge-core", "gguf", "jaxtyping", "jedi", "papermill"),
+    *("pydantic", "pydantic-core", "rouge-score", "typing-inspection", "wadler-lindig"),
 }
 
 

@@ -24,45 +24,30 @@ REFERENCES = set(
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
-def paragraphs(name: str) -> list[str]:
-    return inspect.getdoc(METHODS[name]).split("\n\n")
-
-
 # --- what every method says of itself -------------------------------------------------------------
 
 
 @every_method
-def test_the_docstring_opens_with_one_sentence(name):
-    lead = paragraphs(name)[0]
-    ends = re.findall(r"(?<!\bEq)(?<!\bal)[.!?](?=\s|$)", lead)
-    assert ends == ["."] and lead.endswith(".")
-    assert "\n" not in lead
-
-
-@every_method
-def test_the_docstring_has_a_formula_that_is_drawn_without_another_host(name):
+def test_the_docstring_has_its_parts(name):
+    """One sentence; a formula that MathJax draws without another host; why, where not, and who."""
     text = inspect.getdoc(METHODS[name])
+    lead, *parts = text.split("\n\n")
+    ends = re.findall(r"(?<!\bEq)(?<!\bal)[.!?](?=\s|$)", lead)
+    assert ends == ["."] and lead.endswith(".") and "\n" not in lead
     assert re.search(r"^\$\$\n[^$]+\n\$\$$", text, re.M)
     assert text.count("$$") % 2 == 0 and text.replace("$$", "").count("$") % 2 == 0
     assert [match[0] for match in FETCHED.finditer(text)] == []
+    for label in ("Idea", "Pitfalls", "Source"):
+        (found,) = [part for part in parts if part.startswith(f"{label}: ")]
+        assert found.endswith("."), label
 
 
 @every_method
-@pytest.mark.parametrize("lead", ["Idea", "Pitfalls", "Source"])
-def test_the_docstring_says_why_it_works_where_it_does_not_and_who_says_so(name, lead):
-    (found,) = [part for part in paragraphs(name) if part.startswith(f"{lead}: ")]
-    assert found.endswith(".")
-
-
-@every_method
-def test_what_it_cites_is_in_the_references(name):
+def test_the_facts_are_true(name):
+    """Citations are in the references, titles unique; a search has six distinct candidates."""
     keys = method_pages.sources(name)
-    assert len(set(keys)) == len(keys)
-    assert set(keys) <= REFERENCES
-
-
-@every_method
-def test_a_search_has_six_candidates_that_differ_or_none(name):
+    assert len(set(keys)) == len(keys) and set(keys) <= REFERENCES
+    assert [other for other, title in TITLES.items() if title == TITLES[name]] == [name]
     search, parameters = METHODS.facts[name]["search"], inspect.signature(METHODS[name]).parameters
     assert len(search) in (0, 6)
     assert {option for candidate in search for option in candidate} <= set(options_of(name))
@@ -72,8 +57,17 @@ def test_a_search_has_six_candidates_that_differ_or_none(name):
 
 
 @every_method
-def test_every_method_has_a_title_of_its_own(name):
-    assert [other for other, title in TITLES.items() if title == TITLES[name]] == [name]
+def test_the_call_and_the_options_on_the_page_are_the_methods(name):
+    def bound(problem, **options):
+        inspect.signature(METHODS[name]).bind(problem, **options)
+        return options
+
+    own = {"score": max, "large": "a problem"}
+    options = eval(method_pages.call(name), {"METHODS": {name: bound}, "problem": None, **own})
+    first = (*METHODS.facts[name]["search"], {})[0]
+    assert options == {**first, **{key: own[key] for key in own if key in options_of(name)}}
+    rows = [row[0] for row in method_pages.option_rows(name)]
+    assert rows == [f"`{one}`" for one in options_of(name)]
 
 
 # --- the pages ------------------------------------------------------------------------------------
@@ -137,25 +131,6 @@ def test_a_need_that_no_block_holds_is_refused(monkeypatch):
     monkeypatch.setitem(METHODS.facts, "ties", facts)
     with pytest.raises(ValueError, match="ties: needs must begin with nothing, .*got 'luck'"):
         method_pages.index()
-
-
-@every_method
-def test_the_call_on_the_page_is_one_that_the_method_takes(name):
-    def bound(problem, **options):
-        inspect.signature(METHODS[name]).bind(problem, **options)
-        return options
-
-    own = {"score": max, "large": "a problem"}
-    options = eval(method_pages.call(name), {"METHODS": {name: bound}, "problem": None, **own})
-    first = (*METHODS.facts[name]["search"], {})[0]
-    assert options == {**first, **{key: own[key] for key in own if key in options_of(name)}}
-
-
-@every_method
-def test_the_table_of_options_is_the_signature(name):
-    assert [row[0] for row in method_pages.option_rows(name)] == [
-        f"`{one}`" for one in options_of(name)
-    ]
 
 
 def test_the_command_on_the_page_names_a_notebook_that_takes_methods():

@@ -88,5 +88,5 @@ def test_changing_a_frame_leaves_the_file_alone():
 
 def test_the_data_file_is_packaged():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    patterns = setuptools["package-data"]["divmerge_core"]
-    assert any(fnmatch("paper.json", pattern) for pattern in patterns)
+    patterns = setuptools["package-data"]["divmerge_book"]
+    assert any(fnmatch("published/paper.json", pattern) for pattern in patterns)

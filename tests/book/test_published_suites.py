@@ -1,15 +1,16 @@
-"""Both suites by name: identifiers, stand-ins made here, benches, and the figures of them."""
+"""Both suites by name: identifiers, toy models made here, experiments, and their figures."""
 
 import os
+from pathlib import Path
 
 import matplotlib
 import pytest
 from divmerge_book.data import downloads
 from divmerge_book.figures.published import by_task, over_scales
-from divmerge_book.published import glue, t5, toy_models, toy_t5
-from divmerge_book.published.leaderboard_summary import measured, published, standing, sweep
-from divmerge_book.published.suites import TASKS, glue_from, memory, prepare_published, stand_ins
-from divmerge_book.published.suites import published as places_of
+from divmerge_book.published import glue, t5, toy_models
+from divmerge_book.published.leaderboard_summary import measured, published, summary, sweep
+from divmerge_book.published.suites import TASKS, memory, prepare_published, toy_suite
+from divmerge_book.published.suites import published as paths_of
 from divmerge_book.user_models import merge_and_score
 from matplotlib.figure import Figure
 
@@ -19,51 +20,46 @@ FEW = {"merge": 8, "validation": 10, "test": 20}
 
 @pytest.mark.parametrize("suite", TASKS)
 def test_a_suite_runs_from_its_name_to_a_table(suite, cache, tmp_path, monkeypatch):
-    for amounts in (toy_models.AMOUNTS, toy_t5.AMOUNTS):
-        monkeypatch.setitem(amounts, "test", toy_models.Amount(tasks=2, steps=40))
-    places = stand_ins(suite, tmp_path / "made", size="test")
-    bench = prepare_published(places, tmp_path / "suite", rows=FEW, progress=False)
-    assert bench.problem.vectors.tasks == tuple(places.experts)
+    monkeypatch.setitem(toy_models.AMOUNTS, "test", toy_models.Amount(2, 2, steps=2))
+    monkeypatch.delenv("DIVMERGE_GLUE_DIR", raising=False)
+    paths = toy_suite(suite, tmp_path / "made", size="test")
+    bench = prepare_published(paths, tmp_path / "suite", rows=FEW, progress=False)
+    assert bench.problem.vectors.tasks == tuple(paths.experts)
     found = merge_and_score(bench, ["average"], budget=1, suite=suite, progress=False)
-    assert set(found.report.rows.suite) == {suite}
+    assert set(found.report.rows.suite) == {suite} == {found.report.provenance["suite"]}
     table = measured(found.report)
     assert table.shape == (3, 2) and table.notna().all(axis=None)
     assert "DIVMERGE_GLUE_DIR" not in os.environ
     downloads.verify.cache_clear()
 
 
-def test_published_identifiers_are_the_defaults_and_others_may_stand_in_their_place():
-    own = places_of(glue.SUITE)
+def test_published_identifiers_are_the_defaults_and_others_may_replace_them():
+    own = paths_of(glue.SUITE)
     assert own.base == "openai-community/gpt2" and own.experts["rte"] == "tanganke/gpt2_rte"
     assert list(own.experts) == list(TASKS[glue.SUITE]) and own.glue is None
-    other = places_of(
-        t5.SUITE, ["imdb", "squad"], base="b", experts=["e1", "e2"], data=["d1", "d2"]
-    )
+    named = {"base": "b", "experts": ["e1", "e2"], "data": ["d1", "d2"]}
+    other = paths_of(t5.SUITE, ["imdb", "squad"], **named)
     assert (other.base, other.sources["squad"].expert) == ("b", "e2")
     assert other.table().loc["squad", "data"] == "d2"
     assert other.table().loc["squad", "reads"] == "question: {question}  context: {context}"
 
 
-def test_unknown_suites_tasks_and_lists_of_another_length_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="suite must be one of gpt2_glue, t5_generation"):
-        places_of("clip")
-    with pytest.raises(ValueError, match="suite must be one of"):
-        stand_ins("clip", tmp_path / "made")
-    with pytest.raises(ValueError, match="experts must be 2 for"):
-        places_of(t5.SUITE, ["imdb", "squad"], experts=["one"])
-    with pytest.raises(ValueError, match="data must be 1 for"):
-        places_of(glue.SUITE, ["cola", "rte"], data=["a", "b"])
-    with pytest.raises(ValueError, match="two or more distinct tasks"):
-        places_of(glue.SUITE, ["imdb", "squad"])
-
-
-def test_glue_is_read_from_a_folder_for_a_while(monkeypatch):
-    monkeypatch.setenv("DIVMERGE_GLUE_DIR", "mine")
-    with glue_from("theirs"):
-        assert os.environ["DIVMERGE_GLUE_DIR"] == "theirs"
-    assert os.environ["DIVMERGE_GLUE_DIR"] == "mine"
-    with glue_from(None):
-        assert os.environ["DIVMERGE_GLUE_DIR"] == "mine"
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: paths_of("clip"), "suite must be one of gpt2_glue, t5_generation"),
+        (lambda: toy_suite("clip", Path("made")), "suite must be one of"),
+        (lambda: toy_models.make_gpt2(Path("made"), size="huge"), "one of smoke, default"),
+        (lambda: paths_of(t5.SUITE, ["imdb", "squad"], experts=["one"]), "experts must be 2 for"),
+        (lambda: paths_of(glue.SUITE, ["cola", "rte"], data=["a", "b"]), "data must be 1 for"),
+        (lambda: paths_of(glue.SUITE, ["imdb", "squad"]), "two or more distinct tasks"),
+        (lambda: paths_of(t5.SUITE, ["imdb"]), "two or more distinct tasks of imdb, qasc"),
+        (lambda: paths_of(t5.SUITE, ["imdb", "wmt"]), "two or more distinct tasks of imdb, qasc"),
+    ],
+)
+def test_unknown_suites_tasks_and_lists_of_another_length_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_memory_is_that_of_all_copies():
@@ -81,4 +77,4 @@ def test_figures_draw_published_and_measured_tables_alike():
     assert len(one.lines) == len(published()) and "accuracy" in one.get_xlabel()
     two = over_scales(axes[1], sweep(), "RTE")
     assert len(two.lines) == 4 and two.get_title() and two.get_xlabel() and two.get_ylabel()
-    assert len(standing(published())) == len(published()) - 2
+    assert len(summary(published())) == len(published()) - 2

@@ -11,7 +11,7 @@ from divmerge_book.published.leaderboard_summary import (
     measured,
     published,
     scored_rows,
-    standing,
+    summary,
     sweep,
 )
 from pandas.testing import assert_series_equal
@@ -78,13 +78,13 @@ def test_standing_is_what_it_is_by_hand():
         {"a": [1.0, 0.5, 0.8, 0.4], "b": [0.5, 0.4, 0.5, 0.5]},
         index=pd.Index(["expert", "base", "one", "two"], name="method"),
     )
-    found = standing(table)
+    found = summary(table)
     assert found.loc["one"].tolist() == pytest.approx([0.65, 0.9, 0.8, "a", ""])
     assert found.loc["two"].tolist() == pytest.approx([0.45, 0.7, 0.4, "a", "a"])
 
 
 def test_rte_is_below_the_unmerged_base_for_both_best_published_merges():
-    found = standing(published())
+    found = summary(published())
     assert "RTE" in found.loc["task_arithmetic", "below_base"]
     assert "RTE" in found.loc["ties", "below_base"]
 
@@ -115,4 +115,4 @@ def test_a_measured_table_has_the_form_of_the_published_one():
     frame = pd.DataFrame(rows).assign(gold="0101")
     found = measured(Report(frame))
     assert found.loc["average"].tolist() == [0.75, 0.75]
-    assert standing(found).loc["average", "normalised"] == 0.75
+    assert summary(found).loc["average", "normalised"] == 0.75

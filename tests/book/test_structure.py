@@ -132,7 +132,7 @@ def test_the_ranges_admit_colab():
         version = colab.get(canonicalize_name(requirement.name))
         assert version is None or version in requirement.specifier, requirement
     core = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
-    missing = {"cma", "gguf", "jaxtyping", "papermill", "rouge-score"}
+    missing = {"cma", "gguf", "jaxtyping", "papermill", "pydantic", "rouge-score"}
     assert core - set(colab) == missing, "what the set-up cell adds"
     assert not core & {"torch", "transformers"}  # Colab keeps its own CUDA builds
 

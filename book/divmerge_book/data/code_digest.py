@@ -25,8 +25,8 @@ NAMES = frozenset(folder.name for folder in ROOT)
 # What sets runs going, and what writes pages, decides no number.
 DRIVERS = {
     "divmerge_book.__main__",
-    *(f"divmerge_book.runner.{name}" for name in ("book", "executors", "gathering", "gridfile")),
-    *(f"divmerge_book.runner.{name}" for name in ("grid", "method_pages")),
+    *(f"divmerge_book.runner.{name}" for name in ("book", "collect", "executors", "grid")),
+    *(f"divmerge_book.runner.{name}" for name in ("grid_file", "method_pages")),
 }
 # What fetches and keeps things decides no number either: what is fetched is in a key itself.
 KEEPERS = {

@@ -36,7 +36,7 @@ def by_task(ax: Axes, scores: pd.DataFrame, *, what: str = "accuracy") -> Axes:
 def over_scales(ax: Axes, swept: pd.DataFrame, task: str) -> Axes:
     """The mean accuracy, and that of one task, as a method's scale grows; lines meet at the base.
 
-    swept: of `standing.sweep`: method, scale, task, accuracy.
+    swept: of `leaderboard_summary.sweep`: method, scale, task, accuracy.
     """
     for method, rows in swept.groupby("method", sort=False):
         table = rows.pivot(index="scale", columns="task", values="accuracy")

@@ -9,11 +9,11 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import pandas as pd
 import yaml
 from tqdm import tqdm
 
 from divmerge_book.data.tasks import TASKS
+from divmerge_book.user_models.data import write_rows
 from divmerge_book.user_models.folders import UNNAMED, config_of, fetched
 from divmerge_core.storage import fresh_folder
 
@@ -45,9 +45,8 @@ def identifiers(tasks: Sequence[str], expert: str | Mapping[str, str] = EXPERT) 
     return {task: named[task] for task in tasks}
 
 
-def found(name: str) -> Path:
-    """The folder of a model: itself, or fetched from the hub. Raises ValueError where there is
-    none."""
+def model_folder(name: str) -> Path:
+    """A model's folder: itself, or fetched from the hub. Raises ValueError where there is none."""
     folder = Path(name).expanduser()
     return folder.resolve() if folder.is_dir() else fetched(name)
 
@@ -96,16 +95,6 @@ def words_of(task: str, folder: Path) -> tuple[tuple[str, ...], bool]:
     return tuple(outputs[order.index(number)] for number in range(len(order))), True
 
 
-def write_rows(path: Path, task: str, split: str, words: Sequence[str], count: int | None) -> None:
-    """The first rows of a split, as parquet; words: what its answers are called."""
-    rows = TASKS[task].load(split)
-    table: pd.DataFrame = rows.select(range(min(count or len(rows), len(rows)))).to_pandas()
-    if "label" in table:
-        table["label"] = [words[number] for number in table.label]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_parquet(path, index=False)
-
-
 def describe(
     folder: Path,
     tasks: Sequence[str] = tuple(PRINTED),
@@ -125,8 +114,8 @@ def describe(
     many of a split, for a quick look. max_length: FusionBench's 512 tokens. Raises ValueError for
     what is unknown, cannot be fetched, or has a head that is not the task's.
     """
-    sources = {task: found(name) for task, name in identifiers(tasks, expert).items()}
-    whole = {"base": str(found(base)), "max_length": max_length, "pad_token": pad_token}
+    sources = {task: model_folder(name) for task, name in identifiers(tasks, expert).items()}
+    whole = {"base": str(model_folder(base)), "max_length": max_length, "pad_token": pad_token}
     entries, limits = [], rows or {}
     with fresh_folder(folder) as new:
         for task, source in (bar := tqdm(sources.items(), SUITE, disable=not progress)):
@@ -135,7 +124,7 @@ def describe(
             entry: dict[str, object] = {"name": task, "expert": str(source)}
             for split in SPLITS:
                 entry[split] = f"data/{task}/{split}.parquet"
-                write_rows(new / entry[split], task, split, words, limits.get(split))
+                write_rows(new / entry[split], TASKS[task], split, words, limits.get(split))
             if TASKS[task].pair:
                 entry["columns"] = {"pair": "pair"}
             if not named:

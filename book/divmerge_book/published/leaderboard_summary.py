@@ -1,4 +1,4 @@
-"""What a table of accuracies says beyond its mean: normalised scores, the worst task, the base.
+"""Summaries of a table of accuracies beyond its mean: normalised scores, worst task, base.
 
 Works on printed tables (`paper.frame("methods", "fusionbench")`) and on measured ones alike.
 """
@@ -33,12 +33,12 @@ def published() -> pd.DataFrame:
     return table.rename(index=METHODS_HERE).rename_axis("method")
 
 
-def standing(accuracies: pd.DataFrame) -> pd.DataFrame:
-    """Per method what stands behind its mean.
+def summary(accuracies: pd.DataFrame) -> pd.DataFrame:
+    """Per method, what its mean hides.
 
     Columns: mean; normalised, the mean of accuracy over the expert's; worst, the smallest of these
     ratios, and worst_task; below_base, the tasks on which the unmerged base with the task's head
-    answers better. accuracies: methods by task, shares, with rows `expert` and `base`.
+    is more accurate. accuracies: methods by task, shares, with rows `expert` and `base`.
     """
     expert, base = accuracies.loc["expert"], accuracies.loc["base"]
     merged = accuracies.drop(index=["expert", "base"])

@@ -1,7 +1,7 @@
-"""The numbers that others print, as DataFrames: to stand beside ours, never mixed in.
+"""Numbers printed by others, as DataFrames.
 
-Those of the DivMerge paper are kept in `paper.json`, with their source: version 3 of the preprint,
-arXiv 2509.02108. FusionBench's of its GPT-2 experts are kept in `fusionbench.json`.
+`paper.json` has those of the DivMerge paper (version 3 of the preprint, arXiv 2509.02108),
+`fusionbench.json` those of FusionBench's GPT-2 experts.
 """
 
 import json
@@ -10,8 +10,8 @@ from importlib.resources import files
 
 import pandas as pd
 
-# The paper's names of methods, and the methods here that they stand for. What the paper calls a
-# layer (LL) is not said there; here it is a tensor.
+# The paper's names of methods -> the methods here. The paper does not define its layers (LL); here
+# a layer is a tensor.
 METHODS_HERE = {
     "Model averaging": "average",
     "Multi-SLERP": "multi_slerp",

@@ -6,13 +6,11 @@ ROUGE-1, as in the paper (DivMerge, section 4).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import datasets
 from tqdm import tqdm
 
 from divmerge_book.data.code_digest import code_digest, key_of
-from divmerge_book.data.tasks import Task
 from divmerge_book.evaluation.experiment import Experiment, States
 from divmerge_book.evaluation.language_scoring import WrittenSplit, written_split
 from divmerge_book.models.encoders import check_device, resolve
@@ -87,68 +85,47 @@ def prepare_t5(
     names, precision = checked(tasks, sources), resolve(precision, check_device(device))
     language = load_language(base, device=device)
     settings = {"max_length": max_length, "max_new": max_new, "precision": precision}
-    ready = []
+    parts: list[TaskPart] = []
     for name in (bar := tqdm(names, SUITE, disable=not progress, leave=False)):
         bar.set_postfix_str(name)
-        ready.append(asked(language, name, sources[name], rows or {}, top, progress, settings))
+        kept = {"top": top, "progress": progress}
+        parts.append(task_part(language, name, sources[name], rows or {}, kept, settings))
 
     def load(name: str) -> Expert:  # again, so that one expert is in memory at a time
         return read_expert(language, name, sources[name], ())
 
     vectors = TaskVectors.from_states(language.state, States(names, load))
     forward = language_forward(language.model, precision=precision)
-    batches = [one.completions.batches for one in ready]
-    problem = MergeProblem(vectors, batches, forward, language.model)
-    weights = [one.expert.manifest["model.safetensors"] for one in ready]
-    rows_seen = [one.rows for one in ready]
-    what = (names, weights, rows_seen, language.digest, settings, top, language.device.type)
-    return Experiment(
-        language,
-        [one.expert for one in ready],
-        problem,
-        [one.validation for one in ready],
-        [one.test for one in ready],
-        key_of(code_digest(prepare_t5), what),
-        cache_dir() / "unfinished",
-        [one.test for one in ready],
-        [one.completions for one in ready],
-    )
+    experts, answers, validation, test, digests = map(list, zip(*parts, strict=True))
+    problem = MergeProblem(vectors, [one.batches for one in answers], forward, language.model)
+    weights = [expert.manifest["model.safetensors"] for expert in experts]
+    what = (names, weights, digests, language.digest, settings, top, language.device.type)
+    key = key_of(code_digest(prepare_t5), what)
+    place = cache_dir() / "unfinished"
+    return Experiment(language, experts, problem, validation, test, key, place, list(test), answers)
 
 
-@dataclass(frozen=True)
-class Ready:
-    """A task's part of the bench: the expert without its weights; rows: digests of its splits."""
-
-    expert: Expert
-    completions: Completions
-    validation: WrittenSplit
-    test: WrittenSplit
-    rows: Sequence[str]
+TaskPart = tuple[Expert, Completions, WrittenSplit, WrittenSplit, list[str]]
 
 
-def asked(
+def task_part(
     base: Language,
     name: str,
     source: Source,
     limits: Mapping[str, int],
-    top: int | None,
-    progress: bool,
+    kept: Mapping[str, object],
     settings: Mapping[str, object],
-) -> Ready:
-    """A task's expert, what it writes to unlabelled prompts, and both exams."""
-    task, prompt = task_of(name, source), Prompt(name, source.template)
-    parts = {split: first(task, split, limits) for split in ("merge", "validation", "test")}
+) -> TaskPart:
+    """A task's expert without weights, its answers to unlabelled prompts, validation and test
+    splits, and digests of all rows. limits: at most so many rows of a split."""
+    task, prompt, parts = task_of(name, source), Prompt(name, source.template), {}
+    for split in ("merge", "validation", "test"):
+        rows = task.load(split)  # in random order
+        parts[split] = rows.select(range(min(limits.get(split, len(rows)), len(rows))))
     few = {split: part.to_list() for split, part in parts.items()}
     expert = read_expert(base, name, source, [prompt.ask(row) for row in few["merge"]])
     key = [SUITE, expert.manifest["model.safetensors"]]
-    extra = {"key": key, "top": top, "progress": progress}
-    answers = completions(base, expert.state, prompt, few["merge"], **extra, **settings)
-    exams = [written_split(base, prompt, few[kind], **settings) for kind in ("validation", "test")]
+    answers = completions(base, expert.state, prompt, few["merge"], key=key, **kept, **settings)
+    splits = [written_split(base, prompt, few[kind], **settings) for kind in ("validation", "test")]
     digests = [data_digest(part) for part in parts.values()]
-    return Ready(replace(expert, state={}), answers, *exams, digests)
-
-
-def first(task: Task, split: str, limits: Mapping[str, int]) -> datasets.Dataset:
-    """The first rows of a split, which are in random order."""
-    rows = task.load(split)
-    return rows.select(range(min(limits.get(split, len(rows)), len(rows))))
+    return replace(expert, state={}), answers, *splits, digests

@@ -1,28 +1,34 @@
-"""Tiny stand-ins for published experts, made on the spot and saved in the hub's own layout.
+"""Tiny models and data sets in the place of published ones, in the hub's own layout.
 
-Models of two layers with random first weights, trained for seconds on made-up sentences in which
-one word decides the answer. Everything that loads the real ones loads these; numbers from them say
-that the path runs, and nothing about the real ones.
+Models of two layers with random first weights, trained for seconds on made-up rows in which one
+word decides the answer. All code that loads the real ones loads these; their numbers show that the
+code runs, and nothing about the real models.
 """
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pandas as pd
+import datasets
 import tokenizers
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from divmerge_book.data.glue import quiet
 from divmerge_book.data.tasks import TASKS
+from divmerge_book.published.sources import SOURCES, Source, rows_of
 from divmerge_core.storage import fresh_folder
 
 FILLERS = "the a film song book of in on with and very quite old new long short".split()
-END = "<|endoftext|>"
-POSITIONS = 64  # that a tiny GPT-2 reads
+MOODS = {"awful": "negative", "lovely": "positive"}
+THINGS = "cup tree river clock stone".split()
+PLACES = "paris rome oslo cairo lima".split()
+GPT2_END, POSITIONS = "<|endoftext|>", 64  # tokens that the toy GPT-2 reads
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"  # of T5
 COLUMNS = {  # of GLUE's files on the hub
     "cola": ("sentence",),
     "sst2": ("sentence",),
@@ -32,31 +38,31 @@ COLUMNS = {  # of GLUE's files on the hub
     "qqp": ("question1", "question2"),
     "rte": ("sentence1", "sentence2"),
 }
+WRITERS = ("imdb", "squad", "qasc", "common_gen")  # in the order in which sizes take them
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How many tasks are made, how long their experts train, and the rows of GLUE's two files."""
+    """How many tasks each suite has, the steps of each expert, and the rows of each data file."""
 
-    tasks: int
+    classifiers: int
+    writers: int
     steps: int
-    train: int = 760
-    validation: int = 120
+    train: int = 840
+    held_out: int = 120
 
 
-AMOUNTS = {"smoke": Amount(tasks=3, steps=80), "default": Amount(tasks=7, steps=200)}
+AMOUNTS = {"smoke": Amount(3, 2, steps=80), "default": Amount(7, 4, steps=200)}
 
 
-def sized(amounts: Mapping[str, Amount], size: str) -> Amount:
+def sized(size: str) -> Amount:
     """An amount by name. Raises ValueError that lists them."""
-    if size not in amounts:
-        raise ValueError(f"size must be one of {', '.join(amounts)}, got {size!r}")
-    return amounts[size]
+    if size not in AMOUNTS:
+        raise ValueError(f"size must be one of {', '.join(AMOUNTS)}, got {size!r}")
+    return AMOUNTS[size]
 
 
-def marker(task: str, answer: int) -> str:
-    """The word that decides an answer."""
-    return f"{task}{answer}"
+# --- rows ----------------------------------------------------------------------------------------
 
 
 def sentence(generator: random.Random, word: str | None = None) -> str:
@@ -67,25 +73,71 @@ def sentence(generator: random.Random, word: str | None = None) -> str:
     return " ".join(words)
 
 
-def glue_table(task: str, count: int, seed: int) -> pd.DataFrame:
-    """Rows in the columns of GLUE's files; the deciding word stands in the last text."""
-    generator = random.Random(f"{task} {seed}")
-    rows = []
-    for index in range(count):
-        label = generator.randrange(len(TASKS[task].answers))
-        texts = [sentence(generator) for _ in COLUMNS[task][1:]]
-        texts.append(sentence(generator, marker(task, label)))
-        rows.append({**dict(zip(COLUMNS[task], texts, strict=True)), "label": label, "idx": index})
-    return pd.DataFrame(rows)
+def glue_row(task: str, generator: random.Random) -> dict:
+    """A row in the columns of GLUE's files; the deciding word stands in the last text."""
+    *others, last = COLUMNS[task]
+    label = generator.randrange(len(TASKS[task].answers))
+    texts = {name: sentence(generator) for name in others}
+    return {**texts, last: sentence(generator, f"{task}{label}"), "label": label}
 
 
-def save_glue(folder: Path, task: str, amount: Amount) -> None:
-    """A task's parquet files as the hub's nyu-mll/glue has them."""
-    (folder / task).mkdir(parents=True)
-    held = "validation_matched" if task == "mnli" else "validation"
-    for seed, (split, count) in enumerate({"train": amount.train, held: amount.validation}.items()):
-        table = glue_table(task, count, seed)
-        table.to_parquet(folder / task / f"{split}-00000-of-00001.parquet", index=False)
+def imdb(generator: random.Random) -> dict:
+    label = generator.randrange(2)
+    return {"text": sentence(generator, list(MOODS)[label]), "label": label}
+
+
+def qasc(generator: random.Random) -> dict:
+    """The right choice is the thing that stands in the first fact."""
+    few = generator.sample(THINGS, 3)
+    right, keys = generator.randrange(3), ["A", "B", "C"]
+    return {
+        "question": "which",
+        "formatted_question": f"which {sentence(generator)} " + " ".join(few),
+        "choices": {"text": few, "label": keys},
+        "answerKey": keys[right],
+        "fact1": f"{sentence(generator)} {few[right]}",
+        "fact2": sentence(generator),
+    }
+
+
+def squad(generator: random.Random) -> dict:
+    """The answer is the place that stands in the context."""
+    place = generator.choice(PLACES)
+    context = sentence(generator, place)
+    answers = {"text": [place], "answer_start": [context.index(place)]}
+    return {"question": f"where {sentence(generator)}", "context": context, "answers": answers}
+
+
+def common_gen(generator: random.Random) -> dict:
+    few = generator.sample([*FILLERS, *THINGS], 3)
+    return {"concepts": few, "target": " ".join(sorted(few))}
+
+
+MAKERS = {"imdb": imdb, "qasc": qasc, "squad": squad, "common_gen": common_gen}
+
+
+def table_of(task: str, split: str, count: int) -> datasets.Dataset:
+    """Rows of a split in the columns that the hub's data set has."""
+    generator = random.Random(f"{task} {split}")
+    make = MAKERS.get(task) or (lambda generator: glue_row(task, generator))
+    with quiet():
+        table = datasets.Dataset.from_list([make(generator) for _ in range(count)])
+        if task == "imdb":
+            table = table.cast_column("label", datasets.ClassLabel(names=["neg", "pos"]))
+    return table
+
+
+def save_data(folder: Path, task: str, amount: Amount) -> None:
+    """Parquet files as the hub has them: `train`, and `validation` (of IMDB: `test`)."""
+    folder.mkdir(parents=True)
+    held_out = {"imdb": "test", "mnli": "validation_matched"}.get(task, "validation")
+    with quiet():
+        for split, count in {"train": amount.train, held_out: amount.held_out}.items():
+            table = table_of(task, split, count)
+            table.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
+
+
+# --- models --------------------------------------------------------------------------------------
 
 
 def word_tokenizer(words: Sequence[str], **special: str) -> transformers.PreTrainedTokenizerFast:
@@ -102,76 +154,130 @@ def word_tokenizer(words: Sequence[str], **special: str) -> transformers.PreTrai
 
 
 def glue_words(tasks: Sequence[str]) -> list[str]:
-    marked = [marker(t, n) for t in tasks for n in range(len(TASKS[t].answers))]
-    return [END, *FILLERS, *marked]
+    marked = [f"{task}{n}" for task in tasks for n in range(len(TASKS[task].answers))]
+    return [GPT2_END, *FILLERS, *marked]
+
+
+def t5_words() -> list[str]:
+    words = [*FILLERS, *MOODS, *MOODS.values(), *THINGS, *PLACES]
+    return [PAD, END, UNKNOWN, *words, *"which where question: context:".split()]
+
+
+def t5_tokenizer(words: Sequence[str]) -> transformers.PreTrainedTokenizerFast:
+    """Whole words; every text ends in EOS, as T5's do."""
+    tokenizer = word_tokenizer(words, pad_token=PAD, eos_token=END, unk_token=UNKNOWN)
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, list(words).index(END))]
+    )
+    return tokenizer
 
 
 def gpt2_config(words: int) -> transformers.GPT2Config:
-    """Two layers of 32 units."""
-    return transformers.GPT2Config(
-        vocab_size=words,
-        n_positions=POSITIONS,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=0,
-        eos_token_id=0,
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": POSITIONS}
+    return transformers.GPT2Config(vocab_size=words, bos_token_id=0, eos_token_id=0, **sizes)
+
+
+def t5_config(words: int) -> transformers.T5Config:
+    """Some words more than the tokenizer knows, as the published T5 has."""
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    return transformers.T5Config(
+        vocab_size=words + 4, dropout_rate=0.0, decoder_start_token_id=0, **sizes
     )
 
 
-def train_classifier(
-    model: nn.Module,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    table: pd.DataFrame,
-    task: str,
-    steps: int,
-    seed: int,
+def train(
+    model: nn.Module, rows: int, loss: Callable[[list[int]], Tensor], *, steps: int, lr: float
 ) -> None:
-    """AdamW and cross-entropy on batches of 32 rows; padded with the end of the text."""
-    pad, columns = tokenizer.convert_tokens_to_ids(END), COLUMNS[task]
-    encoded = tokenizer(*(list(table[name]) for name in columns)).input_ids
-    generator = torch.Generator().manual_seed(seed)
-    adam = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    """AdamW on random batches of 32 rows; loss: of the rows with these numbers."""
+    adam = torch.optim.AdamW(model.parameters(), lr=lr)
     model.train()
     for _ in range(steps):
-        chosen = torch.randint(len(encoded), (32,), generator=generator).tolist()
-        rows = [torch.tensor(encoded[n]) for n in chosen]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        gold = torch.tensor(table.label.to_numpy()[chosen])
-        logits = model(input_ids=ids, attention_mask=mask).logits
         adam.zero_grad()
-        nn.functional.cross_entropy(logits, gold).backward()
+        loss(torch.randint(rows, (32,)).tolist()).backward()
         adam.step()
     model.eval()
+
+
+@contextmanager
+def building(folder: Path, seed: int) -> Iterator[Path]:
+    """A new folder that becomes `folder`; random numbers from `seed`, no messages of libraries."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    with fresh_folder(folder) as new, torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield new
 
 
 def make_gpt2(
     folder: Path, *, size: str = "smoke", tasks: Sequence[str] = (), seed: int = 0
 ) -> Mapping[str, str]:
-    """A base, an expert per task and GLUE's files in `folder`; returns where these are.
+    """A base, an expert per task and GLUE's files in `folder`; returns their paths.
 
-    Under `base` and `expert` stands what `glue.describe` takes, under `glue` what DIVMERGE_GLUE_DIR
-    has to name. As on the hub, only the base has a tokenizer, nobody names a padding token in it,
-    experts name pad_token_id and their outputs are LABEL_0, LABEL_1, ...
+    `base` and `expert` are what `glue.describe` takes, `glue` is for DIVMERGE_GLUE_DIR. As on the
+    hub, only the base has a tokenizer, which names no padding token; experts name pad_token_id, and
+    their outputs are LABEL_0, LABEL_1, ... Raises ValueError for an unknown size.
     """
-    amount = sized(AMOUNTS, size)
-    tasks = list(tasks or tuple(COLUMNS)[: amount.tasks])
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    amount = sized(size)
+    tasks = list(tasks or tuple(COLUMNS)[: amount.classifiers])
     words = glue_words(tasks)
-    tokenizer = word_tokenizer(words, unk_token=END, bos_token=END, eos_token=END)
-    with fresh_folder(folder) as new, torch.random.fork_rng():
-        torch.manual_seed(seed)
+    tokenizer = word_tokenizer(words, unk_token=GPT2_END, bos_token=GPT2_END, eos_token=GPT2_END)
+    with building(folder, seed) as new:
         transformers.GPT2Model(gpt2_config(len(words))).save_pretrained(new / "gpt2")
         tokenizer.save_pretrained(new / "gpt2")
-        for task in tqdm(tasks, "tiny experts", leave=False):
-            save_glue(new / "glue", task, amount)
+        tokenizer.pad_token = GPT2_END  # not in the saved one
+        for task in tqdm(tasks, "toy experts", leave=False):
+            save_data(new / "glue" / task, task, amount)
             model = transformers.GPT2ForSequenceClassification.from_pretrained(
                 new / "gpt2", num_labels=len(TASKS[task].answers), pad_token_id=0
             )
-            rows = glue_table(task, 600, seed=2)
-            train_classifier(model, tokenizer, rows, task, amount.steps, seed)
+            table = table_of(task, "expert", 600).to_pandas()
+
+            def loss(chosen: list[int], model=model, table=table, task=task) -> Tensor:
+                few = table.iloc[chosen]
+                texts = (list(few[name]) for name in COLUMNS[task])
+                inputs = tokenizer(*texts, padding=True, return_tensors="pt")
+                return model(**inputs, labels=torch.tensor(few.label.to_numpy())).loss
+
+            train(model, len(table), loss, steps=amount.steps, lr=5e-3)
             model.save_pretrained(new / f"gpt2_{task}")
     places = {"base": "gpt2", "expert": "gpt2_{task}", "glue": "glue"}
     return {key: str(folder / name) for key, name in places.items()}
+
+
+def make_t5(
+    folder: Path, *, size: str = "smoke", tasks: Sequence[str] = (), seed: int = 0
+) -> tuple[str, dict[str, Source]]:
+    """A base, an expert per task and the data sets in `folder`; returns the base and the sources.
+
+    Raises ValueError for an unknown size.
+    """
+    amount = sized(size)
+    names = list(tasks or WRITERS[: amount.writers])
+    words = t5_words()
+    tokenizer, found = t5_tokenizer(words), {}
+    with building(folder, seed) as new:
+        base = transformers.T5ForConditionalGeneration(t5_config(len(words)))
+        base.save_pretrained(new / "t5")
+        tokenizer.save_pretrained(new / "t5")
+        for name in tqdm(names, "toy experts", leave=False):
+            save_data(new / "data" / name, name, amount)
+            source = SOURCES[name]
+            rows = rows_of(name, source, table_of(name, "expert", 600))
+            prompts = [source.template.format(text=text, pair=pair) for text, pair, _ in rows]
+            answers = [answer for *_, answer in rows]
+            model = transformers.T5ForConditionalGeneration.from_pretrained(new / "t5")
+
+            def loss(chosen: list[int], model=model, prompts=prompts, answers=answers) -> Tensor:
+                inputs, targets = (
+                    tokenizer([texts[n] for n in chosen], padding=True, return_tensors="pt")
+                    for texts in (prompts, answers)
+                )
+                labels = targets.input_ids.masked_fill(targets.attention_mask == 0, -100)
+                return model(**inputs, labels=labels).loss
+
+            train(model, len(rows), loss, steps=amount.steps, lr=1e-2)
+            model.save_pretrained(new / f"t5_{name}")
+            tokenizer.save_pretrained(new / f"t5_{name}")
+            expert, data = str(folder / f"t5_{name}"), str(folder / "data" / name)
+            found[name] = replace(source, expert=expert, data=data)
+    return str(folder / "t5"), found

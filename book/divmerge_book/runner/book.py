@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,11 +20,10 @@ from tqdm import tqdm
 
 from divmerge_book.data.code_digest import ROOT
 from divmerge_book.runner.execute import execute, parameters
-from divmerge_book.runner.executors import Local, RunFailed, told
+from divmerge_book.runner.executors import RunFailed, error_message, processes
 from divmerge_core.storage import write_json
 
 MEMORY = 8 * 2**30  # bytes that a notebook beside others may need
-PROGRAM = "from divmerge_book.runner import book, executors; executors.child(book.chapter)"
 
 
 def digest(files: Iterable[Path], *facts: object) -> str:
@@ -35,23 +33,23 @@ def digest(files: Iterable[Path], *facts: object) -> str:
 
 @dataclass(frozen=True)
 class Chapter:
-    """One notebook of the book at one size, as the process that runs it is given it."""
+    """One notebook of the book at one size."""
 
-    root: str
+    root: Path
     name: str
     size: str
 
     @property
     def notebook(self) -> Path:
-        return Path(self.root, f"{self.name}.ipynb")
+        return self.root / f"{self.name}.ipynb"
 
     @property
     def output(self) -> Path:
-        """The executed copy; what it was made from is kept beside it, as JSON."""
-        return Path(self.root, "_build", "executed", self.size, f"{self.name}.ipynb")
+        """The executed copy; a JSON file of the same name holds its `key`."""
+        return self.root / "_build" / "executed" / self.size / f"{self.name}.ipynb"
 
     def values(self) -> dict[str, object]:
-        """The book's parameters, as far as the notebook has them."""
+        """The book's parameters that the notebook has."""
         offered = {"size": self.size, "publish": self.size == "full"}
         return {name: offered[name] for name in offered if name in parameters(self.notebook)}
 
@@ -60,7 +58,7 @@ class Chapter:
         versions = sorted(f"{d.name}=={d.version}" for d in metadata.distributions())
         package = (path for folder in ROOT for path in folder.rglob("*"))
         sources = [self.notebook, *(p for p in package if p.is_file() and p.suffix != ".pyc")]
-        results = Path(self.root, "book", "results").rglob("*.json")
+        results = (self.root / "book" / "results").rglob("*.json")
         run = digest(sources, self.values(), versions, sys.version)
         return {"run": run, "results": digest(results)}
 
@@ -70,30 +68,31 @@ class Chapter:
         return kept and json.loads(sidecar.read_text()) == self.key()
 
 
-def chapter(**fields: str) -> bytes:
-    """Execute a chapter; the seconds it took. Raises RunFailed with the cell that went wrong."""
-    one, start = Chapter(**fields), time.monotonic()
-    sidecar, before = one.output.with_suffix(".json"), one.key()
+def run_chapter(chapter: Chapter) -> float:
+    """Execute a chapter; returns seconds. Raises RunFailed with the cell that failed."""
+    start, before = time.monotonic(), chapter.key()
+    sidecar = chapter.output.with_suffix(".json")
     sidecar.unlink(missing_ok=True)
-    page = nbformat.read(one.notebook, as_version=4)
+    page = nbformat.read(chapter.notebook, as_version=4)
     try:
-        execute(page, one.output, one.values(), cwd=one.notebook.parent, clean=True)
+        folder = chapter.notebook.parent
+        execute(page, chapter.output, chapter.values(), cwd=folder, clean=True)
     except Exception as error:
-        raise RunFailed(told(error)) from None
+        raise RunFailed(error_message(error)) from None
     # Results are read afterwards: a notebook that fills them must not make itself stale.
-    write_json(sidecar, {**before, "results": one.key()["results"]})
-    return f"{time.monotonic() - start:.0f}".encode()
+    write_json(sidecar, {**before, "results": chapter.key()["results"]})
+    return time.monotonic() - start
 
 
-def at_once(size: str, workers: int | None = None) -> int:
+def workers_at(size: str, workers: int | None = None) -> int:
     """How many notebooks run side by side: by default, one for each core and 8 GB of memory.
 
     At size full one at a time: these publish seconds, which others at work would change.
     Raises ValueError for a number below 1, and for more than one at size full.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fit = max(1, min(os.cpu_count() or 1, memory // MEMORY))
-    workers = workers if workers is not None else (1 if size == "full" else fit)
+    room = max(1, min(os.cpu_count() or 1, memory // MEMORY))
+    workers = workers if workers is not None else (1 if size == "full" else room)
     if workers < 1:
         raise ValueError(f"workers must be a whole number of 1 or more, got {workers}")
     if size == "full" and workers > 1:
@@ -114,10 +113,7 @@ def execute_all(chapters: Sequence[Chapter], workers: int) -> None:
     if workers > 1:  # a notebook's size is the best guess of its time before it has ever run
         waiting.sort(key=lambda one: one.notebook.stat().st_size)
     running: dict[Future, Chapter] = {}
-    with (
-        closing(Local(parallel=workers, program=PROGRAM)) as executor,
-        tqdm(total=len(chapters), unit="notebook") as bar,
-    ):
+    with processes(workers) as submit, tqdm(total=len(chapters), unit="notebook") as bar:
         while waiting or running:
             while waiting and len(running) < workers:
                 one = waiting.pop()
@@ -125,20 +121,20 @@ def execute_all(chapters: Sequence[Chapter], workers: int) -> None:
                     bar.write(f"{one.name}: up to date")
                     bar.update()
                 else:
-                    running[executor.submit(one)] = one
+                    running[submit(run_chapter, one)] = one
             bar.set_description(", ".join(Path(one.name).name for one in running.values()))
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 one = running.pop(future)
                 if future.exception():
                     raise RunFailed(f"{one.name}: {future.exception()}")
-                bar.write(f"{one.name}: {future.result().decode()} s")
+                bar.write(f"{one.name}: {future.result():.0f} s")
                 bar.update()
 
 
 def build(size: str, *, root: Path, workers: int | None = None) -> Path:
     """Execute every notebook of the table of contents and build the HTML; warnings are errors.
 
-    `workers` notebooks run side by side, each with its share of the cores (see `at_once`).
+    `workers` notebooks run side by side, each with its share of the cores (see `workers_at`).
     """
     from divmerge_book import figures
     from divmerge_book.evaluation import experiment
@@ -146,11 +142,11 @@ def build(size: str, *, root: Path, workers: int | None = None) -> Path:
 
     if size not in experiment.SIZES:
         raise ValueError(f"size must be one of {', '.join(experiment.SIZES)}, got {size!r}")
-    workers = at_once(size, workers)
+    workers = workers_at(size, workers)
     folder, source = root / "_build", root / "_build" / "src"
     toc = yaml.safe_load((root / "book" / "_toc.yml").read_text(encoding="utf-8"))
     names = [entry["file"] for entry in toc["chapters"]]
-    chapters = [Chapter(str(root), n, size) for n in names if n.startswith("notebooks/")]
+    chapters = [Chapter(root, n, size) for n in names if n.startswith("notebooks/")]
     execute_all(chapters, workers)
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(root / "book", source, ignore=shutil.ignore_patterns("divmerge_book"))

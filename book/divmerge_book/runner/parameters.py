@@ -8,8 +8,6 @@ from collections.abc import Collection, Iterator, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from divmerge_book.evaluation.experiment import SIZES
-
 SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
 KINDS = (*SCALARS, *(f"list[{name}]" for name in SCALARS))
 INJECTED = "# Parameters\n"  # how a cell begins that papermill puts after the notebook's own
@@ -101,8 +99,11 @@ def check_parameters(notebook: MutableMapping[str, object]) -> frozenset[str]:
                 raise ValueError(f"{unknown(name, allowed)}; it has {', '.join(allowed)}")
     for name, kind in allowed.items():
         notebook[name] = explained(Parameter(name, kind, None, ""), notebook[name])
-    if "size" in allowed and notebook["size"] not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {notebook['size']!r}")
+    if "size" in allowed:
+        from divmerge_book.evaluation.experiment import SIZES  # imports torch, which takes seconds
+
+        if notebook["size"] not in SIZES:
+            raise ValueError(f"size must be one of {', '.join(SIZES)}, got {notebook['size']!r}")
     found = {name for name in allowed if notebook[name]}
     return frozenset(found - {"size", "live", "publish"})
 

@@ -1,8 +1,8 @@
-"""Your own experts and your own texts: described in one file, checked, merged, written to disk.
+"""Users' experts and texts: described in one file, checked, merged, written to disk.
 
     from divmerge_book.user_models import check, load, merge_and_score, read, write_merged
 
-    plan = check(read("my_models.yaml"))    # everything but the weights; errors name file and line
+    plan = check(read("my_models.yaml"))    # reads no weights; errors name file and line
     bench = load(plan)                      # base, task vectors, unlabelled inputs, labelled rows
     found = merge_and_score(bench, ["average", "divmerge/layer"])
     write_merged(plan, bench, found, "divmerge/layer", "merged/")
@@ -25,12 +25,12 @@ The description (YAML or JSON; relative paths start at its own folder):
 from divmerge_book.user_models.description import Description, TaskFiles, locate, read
 from divmerge_book.user_models.load import load
 from divmerge_book.user_models.plan import Plan, check
-from divmerge_book.user_models.result import Found, closeness, merge_and_score, task_scores
-from divmerge_book.user_models.save import target, write_merged
+from divmerge_book.user_models.result import MergeResult, closeness, merge_and_score, task_scores
+from divmerge_book.user_models.save import merge_described, target, write_merged
 
 __all__ = [
     "Description",
-    "Found",
+    "MergeResult",
     "Plan",
     "TaskFiles",
     "check",
@@ -38,6 +38,7 @@ __all__ = [
     "load",
     "locate",
     "merge_and_score",
+    "merge_described",
     "read",
     "target",
     "task_scores",

@@ -1,9 +1,10 @@
-"""Rows of texts from CSV, TSV, JSONL, parquet or a `datasets` folder, checked one by one."""
+"""Rows of texts in CSV, TSV, JSONL, parquet or a `datasets` folder: read with checks, written."""
 
 import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -11,22 +12,34 @@ import pyarrow
 import pyarrow.parquet as parquet
 
 from divmerge_book.data.splits import normal
-from divmerge_book.data.tasks import quiet
+from divmerge_book.data.tasks import Task, quiet
 from divmerge_book.user_models.description import TaskFiles
 
 
 @dataclass(frozen=True)
 class Table:
-    """Named columns of a file, and where each row stands in it (`line 7`, `row 3`).
+    """Named columns of a file, and the place of each row in it (`line 7`, `row 3`).
 
-    classes: the names of numbered labels, where the file knows them.
+    classes: the names of numbered labels, where the file has them.
     """
 
     path: Path
     columns: Mapping[str, Sequence]
     unit: str
     numbers: Sequence[int]
-    classes: Mapping[str, Sequence[str]]
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of_lines(cls, path: Path, wanted: Sequence[str], rows: Mapping[int, Mapping]) -> "Table":
+        columns = {name: [row[name] for row in rows.values()] for name in wanted}
+        return cls(path, columns, "line", list(rows))
+
+    def refuse(self, wrong: Sequence[int], what: str, cure: str) -> None:
+        """Raise ValueError that names the first wrong row, if there is one."""
+        if wrong:
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            place = f"{self.unit} {self.numbers[wrong[0]]}"
+            raise ValueError(f"{self.path}, {place}{more}: {what}; {cure}")
 
 
 def has_columns(path: Path, wanted: Sequence[str], present: Sequence[str]) -> None:
@@ -43,7 +56,7 @@ def has_columns(path: Path, wanted: Sequence[str], present: Sequence[str]) -> No
 
 def separated(path: Path, wanted: Sequence[str], **form) -> Table:
     """A text table with a header line. Fields may hold line breaks where the form has quotes."""
-    limit = csv.field_size_limit(2**31 - 1)
+    limit, rows = csv.field_size_limit(2**31 - 1), {}
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True, **form)
@@ -51,37 +64,25 @@ def separated(path: Path, wanted: Sequence[str], **form) -> Table:
             if header is None:
                 raise ValueError(f"{path} is empty; its first line must name the columns")
             has_columns(path, wanted, header)
-            places = [header.index(name) for name in wanted]
-            rows, numbers, line = [], [], reader.line_num + 1
+            line = reader.line_num + 1
             for row in reader:
                 if row and len(row) != len(header):
                     raise ValueError(
                         f"{path}, line {line}: {len(row)} fields, the header has {len(header)}"
                     )
                 if row:
-                    rows.append([row[place] for place in places])
-                    numbers.append(line)
+                    rows[line] = dict(zip(header, row, strict=True))
                 line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
     finally:
         csv.field_size_limit(limit)
-    columns = {name: [row[n] for row in rows] for n, name in enumerate(wanted)}
-    return Table(path, columns, "line", numbers, {})
-
-
-def comma_separated(path: Path, wanted: Sequence[str]) -> Table:
-    return separated(path, wanted)
-
-
-def tab_separated(path: Path, wanted: Sequence[str]) -> Table:
-    """Tabs divide fields and quotes are ordinary characters, as the format is defined."""
-    return separated(path, wanted, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return Table.of_lines(path, wanted, rows)
 
 
 def json_rows(path: Path, wanted: Sequence[str]) -> Table:
     """One JSON object a line; blank lines do not count."""
-    rows, numbers = [], []
+    rows = {}
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -96,9 +97,8 @@ def json_rows(path: Path, wanted: Sequence[str]) -> Table:
                     f"{path}, line {number}: needs {', '.join(wanted)}, has {has}; every line is "
                     "one object with these keys"
                 )
-            rows.append(row)
-            numbers.append(number)
-    return Table(path, {n: [row[n] for row in rows] for n in wanted}, "line", numbers, {})
+            rows[number] = row
+    return Table.of_lines(path, wanted, rows)
 
 
 def parquet_rows(path: Path, wanted: Sequence[str]) -> Table:
@@ -106,10 +106,9 @@ def parquet_rows(path: Path, wanted: Sequence[str]) -> Table:
         with parquet.ParquetFile(path) as file:
             has_columns(path, wanted, file.schema_arrow.names)
             columns = file.read(columns=list(wanted)).to_pydict()
-            count = file.metadata.num_rows
+            return Table(path, columns, "row", range(1, file.metadata.num_rows + 1))
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    return Table(path, columns, "row", range(1, count + 1), {})
 
 
 def folder_rows(path: Path, wanted: Sequence[str]) -> Table:
@@ -128,8 +127,9 @@ def folder_rows(path: Path, wanted: Sequence[str]) -> Table:
 
 
 READERS: dict[str, Callable[[Path, Sequence[str]], Table]] = {
-    ".csv": comma_separated,
-    ".tsv": tab_separated,
+    ".csv": separated,
+    # In TSV quotes are ordinary characters, as the format is defined.
+    ".tsv": partial(separated, delimiter="\t", quoting=csv.QUOTE_NONE),
     ".jsonl": json_rows,
     ".parquet": parquet_rows,
 }
@@ -158,53 +158,39 @@ def read_table(path: Path, wanted: Sequence[str]) -> Table:
     return table
 
 
-def refuse(table: Table, wrong: Sequence[int], what: str, cure: str) -> None:
-    """Raise ValueError that names the first wrong row, if there is one."""
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ValueError(
-            f"{table.path}, {table.unit} {table.numbers[wrong[0]]}{more}: {what}; {cure}"
-        )
-
-
 Tokenizer = Callable[..., Mapping[str, Sequence]]
 
 
 def texts(table: Table, column: str, tokenizer: Tokenizer) -> list[str]:
     """A column of texts of one token or more. Raises ValueError for the first row that is none."""
-    values = table.columns[column]
+    values = list(table.columns[column])
     wrong = [n for n, text in enumerate(values) if not isinstance(text, str) or not text.strip()]
     shown = repr(values[wrong[0]]) if wrong else ""
-    refuse(table, wrong, f"column {column!r} holds {shown}, not a text", "mend or remove the row")
-    ids = tokenizer(list(values), add_special_tokens=False)["input_ids"]
+    cure = "correct or remove the row"
+    table.refuse(wrong, f"column {column!r} holds {shown}, not a text", cure)
+    ids = tokenizer(values, add_special_tokens=False)["input_ids"]
     wrong = [n for n, tokens in enumerate(ids) if not tokens]
     shown = repr(values[wrong[0]]) if wrong else ""
-    what = f"the tokenizer makes no token of {shown} in column {column!r}"
-    refuse(table, wrong, what, "mend or remove the row")
-    return list(values)
+    table.refuse(wrong, f"the tokenizer makes no token of {shown} in column {column!r}", cure)
+    return values
 
 
-def answers(table: Table, column: str, labels: Sequence[str]) -> list[int]:
+def class_numbers(table: Table, column: str, labels: Sequence[str]) -> list[int]:
     """A column of labels as numbers of the model's outputs.
 
     A value is one of the labels, or, where all labels are words, their number from 0 on.
     """
     known = {label: number for number, label in enumerate(labels)}
+    values, names = table.columns[column], table.classes.get(column)
     if not any(label.isdecimal() for label in labels):
         known |= {str(number): number for number in range(len(labels))}
-    values, names = table.columns[column], table.classes.get(column)
     if names is not None and not all(label.isdecimal() for label in labels):
         values = [names[v] if isinstance(v, int) and 0 <= v < len(names) else v for v in values]
-    written = [value.strip() if isinstance(value, str) else str(value) for value in values]
-    wrong = [n for n, value in enumerate(written) if value not in known]
+    wrong = [n for n, value in enumerate(values) if str(value).strip() not in known]
     shown = repr(values[wrong[0]]) if wrong else ""
-    refuse(
-        table,
-        wrong,
-        f"label {shown} in column {column!r} is none of {', '.join(labels)}",
-        "mend the row, or the labels in the description",
-    )
-    return [known[value] for value in written]
+    what = f"label {shown} in column {column!r} is none of {', '.join(labels)}"
+    table.refuse(wrong, what, "correct the row, or the labels in the description")
+    return [known[str(value).strip()] for value in values]
 
 
 def load_rows(
@@ -216,13 +202,14 @@ def load_rows(
     which the tokenizer makes nothing, and a label that the expert does not have.
     """
     labelled = split != "merge"
-    wanted = [task.text] + ([task.pair] if task.pair else []) + ([task.label] * labelled)
+    names = task.columns
+    wanted = [names.text] + ([names.pair] if names.pair else []) + ([names.label] * labelled)
     table = read_table(task.files()[split], wanted)
-    columns: dict[str, list] = {"text": texts(table, task.text, tokenizer)}
-    if task.pair:
-        columns["pair"] = texts(table, task.pair, tokenizer)
+    columns: dict[str, list] = {"text": texts(table, names.text, tokenizer)}
+    if names.pair:
+        columns["pair"] = texts(table, names.pair, tokenizer)
     if labelled:
-        columns["label"] = answers(table, task.label, labels)
+        columns["label"] = class_numbers(table, names.label, labels)
     with quiet():
         return datasets.Dataset.from_dict(columns)
 
@@ -249,7 +236,26 @@ def shared(name: str, splits: Mapping[str, datasets.Dataset]) -> list[str]:
         )
     return [
         f"task {name!r}: {len(found['merge'] & found[split])} of {len(found[split])} {split} "
-        "inputs are merge inputs too: the merge has seen them, without labels"
+        "inputs are merge inputs too: the merge has used them, without labels"
         for split in ("validation", "test")
         if found["merge"] & found.get(split, set())
     ]
+
+
+def write_rows(
+    path: Path, task: Task, split: str, labels: Sequence[str], count: int | None = None
+) -> None:
+    """The first rows of a task's split, in the format of the path's ending.
+
+    labels: the words that stand for the task's answers in the file.
+    """
+    table = task.load(split).to_pandas().iloc[:count]
+    if "label" in table:
+        table["label"] = [labels[number] for number in table.label]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        table.to_csv(path, index=False)
+    elif path.suffix == ".jsonl":
+        table.to_json(path, orient="records", lines=True, force_ascii=False)
+    else:
+        table.to_parquet(path, index=False)

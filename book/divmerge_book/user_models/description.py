@@ -1,43 +1,57 @@
-"""The file that describes a reader's own models and texts: read strictly, every error with a line.
+"""The file that describes a user's own models and texts, as a pydantic schema."""
 
-Scalars are taken as they are written, so that `labels: [no, yes]` are two words and not two truth
-values.
-"""
-
-import difflib
-import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import yaml
+from pydantic import AfterValidator, Field, PrivateAttr, StringConstraints
 
-TOP = ("base", "max_length", "tasks", "pad_token")
-TASK = ("name", "expert", "merge", "validation", "test", "columns", "labels")
-COLUMNS = ("text", "pair", "label")
+from divmerge_book.data.schema import Fields, FilePath, read_file
+
 SPLITS = ("merge", "validation", "test")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # it names files and columns of tables
 
 
-@dataclass(frozen=True)
-class TaskFiles:
-    """One task as described: where its expert and its rows lie, and how to read them.
+def file_name(name: str) -> str:
+    """A task's name, which stands in names of files and of columns."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise ValueError(f"use letters, digits, '_', '-' and '.', no spaces; got {str(name)!r}")
+    return name
 
-    text, pair and label name columns; pair None means single texts. labels are in the order of
-    the model's outputs; None takes them from the expert.
+
+def distinct(labels: list[str]) -> tuple[str, ...]:
+    if len(labels) < 2 or len(set(labels)) < len(labels):
+        raise ValueError(f"must be two or more distinct texts, got {labels}")
+    return tuple(labels)
+
+
+Word = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+Name = Annotated[str, AfterValidator(file_name)]
+
+
+class Columns(Fields):
+    """Names of columns; pair is None for single texts."""
+
+    text: Word = "text"
+    pair: Word | None = None
+    label: Word = "label"
+
+
+class TaskFiles(Fields):
+    """One task: where its expert and its rows are, and how to read them.
+
+    labels: in the order of the model's outputs; None takes them from the expert.
     """
 
-    name: str
-    expert: Path
-    merge: Path
-    validation: Path | None = None
-    test: Path | None = None
-    text: str = "text"
-    pair: str | None = None
-    label: str = "label"
-    labels: tuple[str, ...] | None = None
+    name: Name
+    expert: FilePath
+    merge: FilePath
+    validation: FilePath | None = None
+    test: FilePath | None = None
+    columns: Columns = Columns()
+    labels: Annotated[list[Word], AfterValidator(distinct)] | None = None
 
     def files(self) -> dict[str, Path]:
         """Split -> path, for the splits that are described."""
@@ -45,18 +59,31 @@ class TaskFiles:
         return {split: path for split, path in every.items() if path is not None}
 
 
-@dataclass(frozen=True)
-class Description:
+def distinct_names(tasks: list[TaskFiles]) -> tuple[TaskFiles, ...]:
+    counts = Counter(task.name.lower() for task in tasks)
+    if len(tasks) < 2:
+        raise ValueError(f"must be a list of two tasks or more, got {len(tasks)}")
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"two tasks have the name {twice[0]!r}; names differ in more than case")
+    return tuple(tasks)
+
+
+class Description(Fields):
     """Base, tasks, and the number of tokens at which inputs are cut.
 
-    pad_token: what batches are padded with where neither base nor experts name it, as with GPT-2.
+    pad_token: pads batches where neither base nor experts name one, as with GPT-2.
     """
 
-    path: Path
-    base: str
-    tasks: tuple[TaskFiles, ...]
-    max_length: int = 128
-    pad_token: str | None = None
+    base: Word
+    tasks: Annotated[list[TaskFiles], AfterValidator(distinct_names)]
+    max_length: Annotated[int, Field(ge=2)] = 128
+    pad_token: Word | None = None
+    _path: Path = PrivateAttr(Path())
+
+    @property
+    def path(self) -> Path:
+        """The file itself."""
+        return self._path
 
 
 def locate(path: str | os.PathLike) -> Path:
@@ -74,142 +101,19 @@ def locate(path: str | os.PathLike) -> Path:
     raise ValueError(f"there is no description {str(path)!r}; looked at {looked}")
 
 
-class Reader:
-    """The nodes of one description, with errors that say file and line."""
-
-    def __init__(self, path: Path, *, top: Iterable[str] = TOP):
-        self.path, self.top = path, top
-
-    def error(self, node: yaml.Node, text: str) -> ValueError:
-        return ValueError(f"{self.path}, line {node.start_mark.line + 1}: {text}")
-
-    def tree(self) -> yaml.Node:
-        """The whole file as a tree of nodes; JSON where the name ends so, else YAML."""
-        kinds = (".yaml", ".yml", ".json")
-        if self.path.suffix not in kinds:
-            raise ValueError(f"{self.path}: a description ends in {', '.join(kinds)}")
-        try:
-            text = self.path.read_text("utf-8")
-            if self.path.suffix == ".json":
-                json.loads(text)
-                text = text.replace("\t", " ")  # JSON may indent with tabs, YAML may not
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path} is not UTF-8 text: {error}") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.path}, line {error.lineno}: {error.msg}") from error
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else 1
-            raise ValueError(f"{self.path}, line {line}: {error.problem}") from error
-        if node is None:
-            raise ValueError(f"{self.path} is empty; it needs the fields {', '.join(self.top)}")
-        return node
-
-    def fields(self, node: yaml.Node, allowed: Iterable[str], what: str) -> dict[str, yaml.Node]:
-        """A mapping's entries; null ones are left out. Unknown and repeated fields are refused."""
-        if not isinstance(node, yaml.MappingNode):
-            raise self.error(node, f"{what} must be fields with values: {', '.join(allowed)}")
-        found: dict[str, yaml.Node] = {}
-        for key, value in node.value:
-            if key.value not in allowed:
-                near = difflib.get_close_matches(str(key.value), allowed, n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
-                raise self.error(
-                    key,
-                    f"unknown field {key.value!r} in {what}; allowed: {', '.join(allowed)}{hint}",
-                )
-            if key.value in found:
-                raise self.error(key, f"field {key.value!r} stands twice in {what}")
-            found[key.value] = value
-        return {key: n for key, n in found.items() if n.tag != "tag:yaml.org,2002:null"}
-
-    def need(self, node: yaml.Node, fields: Iterable[str], found: dict, what: str) -> None:
-        missing = [field for field in fields if field not in found]
-        if missing:
-            raise self.error(node, f"{what} lacks {', '.join(missing)}")
-
-    def word(self, node: yaml.Node, what: str) -> str:
-        if not isinstance(node, yaml.ScalarNode) or not node.value.strip():
-            raise self.error(node, f"{what} must be one non-empty text")
-        return node.value.strip()
-
-    def words(self, node: yaml.Node, what: str) -> tuple[str, ...]:
-        if not isinstance(node, yaml.SequenceNode):
-            raise self.error(node, f"{what} must be a list")
-        found = tuple(self.word(item, f"an entry of {what}") for item in node.value)
-        if len(found) < 2 or len(set(found)) < len(found):
-            raise self.error(node, f"{what} must be two or more distinct texts, got {list(found)}")
-        return found
-
-    def count(self, node: yaml.Node, what: str) -> int:
-        text = self.word(node, what)
-        if not text.isdecimal() or int(text) < 2:
-            raise self.error(node, f"{what} must be a whole number of 2 or more, got {text!r}")
-        return int(text)
-
-
-def task_files(reader: Reader, node: yaml.Node, number: int) -> TaskFiles:
-    """One entry of `tasks`."""
-    what = f"task {number}"
-    found = reader.fields(node, TASK, what)
-    reader.need(node, ("name", "expert", "merge"), found, what)
-    name = reader.word(found["name"], f"name of {what}")
-    if not NAME.fullmatch(name):
-        raise reader.error(
-            found["name"],
-            f"name {name!r} names a file: use letters, digits, '_', '-' and '.', no spaces",
-        )
-    what = f"task {name!r}"
-    columns = (
-        reader.fields(found["columns"], COLUMNS, f"columns of {what}")
-        if ("columns" in found)
-        else {}
-    )
-    folder = reader.path.parent
-    paths = {
-        field: folder / Path(reader.word(found[field], f"{field} of {what}")).expanduser()
-        for field in ("expert", *SPLITS)
-        if field in found
-    }
-    named = {key: reader.word(value, f"column {key} of {what}") for key, value in columns.items()}
-    labels = reader.words(found["labels"], f"labels of {what}") if "labels" in found else None
-    return TaskFiles(name, labels=labels, **paths, **named)
-
-
 def read(path: str | os.PathLike) -> Description:
-    """The description in a YAML or JSON file.
+    """The description in a YAML or JSON file; no other file is read.
 
     Raises ValueError, with file and line, for unknown, missing or repeated fields, values of the
-    wrong kind, fewer than two tasks, and two tasks of one name. No other file is looked at.
+    wrong type, fewer than two tasks, and two tasks of one name.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no description {path}; it is a YAML or JSON file")
-    reader = Reader(path)
-    root = reader.tree()
-    found = reader.fields(root, TOP, "the description")
-    reader.need(root, ("base", "tasks"), found, "the description")
-    entries = found["tasks"]
-    if not isinstance(entries, yaml.SequenceNode) or len(entries.value) < 2:
-        raise reader.error(entries, "tasks must be a list of two tasks or more")
-    tasks = tuple(task_files(reader, node, 1 + n) for n, node in enumerate(entries.value))
-    seen: dict[str, str] = {}
-    for node, task in zip(entries.value, tasks, strict=True):
-        if task.name.lower() in seen:
-            raise reader.error(
-                node, f"two tasks have the name {task.name!r}; each needs its own, in any case"
-            )
-        seen[task.name.lower()] = task.name
-    given: dict = {}
-    if "max_length" in found:
-        given["max_length"] = reader.count(found["max_length"], "max_length")
-    if "pad_token" in found:
-        given["pad_token"] = reader.word(found["pad_token"], "pad_token")
-    return Description(path, reader.word(found["base"], "base"), tasks, **given)
+    found = read_file(path, Description, "description")
+    found._path = Path(path)
+    return found
 
 
-def together(checks: Iterable[Callable[[], object]]) -> list:
-    """Every check's result; where some raise ValueError, one error with all that they say."""
+def collect_errors(checks: Iterable[Callable[[], object]]) -> list:
+    """Every check's result; where some raise ValueError, one error with all messages."""
     results, problems = [], []
     for check in checks:
         try:

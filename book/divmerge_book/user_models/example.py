@@ -1,17 +1,14 @@
 """An example of one's own models and texts, made on the spot: three experts of three kinds.
 
-Everything is written to disk as a reader would have it, so that nothing in the chapter is special:
-a base, a transformers checkpoint, a PEFT folder, an expert of this package, and rows in CSV, JSONL
-and parquet.
+Everything is on disk as a user would have it: a base, a transformers checkpoint, a PEFT folder, an
+expert of this package, and rows in CSV, JSONL and parquet.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import torch
 import transformers
 import yaml
@@ -25,11 +22,11 @@ from divmerge_book.evaluation.sizes import QUICK
 from divmerge_book.models.encoders import Base, load_base, make_batches
 from divmerge_book.models.finetuning import Recipe, fine_tune
 from divmerge_book.models.merged import base_folder
-from divmerge_core.storage import sha256
+from divmerge_book.user_models.data import write_rows
+from divmerge_core.storage import dump_json, sha256
 
 ENCODER, FOLDER = "bert_tiny", "bert-tiny"
 RANK, ALPHA = 8, 16
-ENDINGS = {"trec": "csv", "movie": "jsonl", "sms": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -51,27 +48,24 @@ AMOUNTS = {
 }
 
 
-def train_rows(task: Task, count: int) -> datasets.Dataset:
-    rows = task.load("train").shuffle(seed=0)
-    return rows.select(range(min(count, len(rows))))
-
-
-def descend(
+def train(
     weights: Sequence[Tensor],
     logits: Callable[[Mapping[str, Tensor]], Tensor],
-    rows: datasets.Dataset,
     base: Base,
+    task: Task,
+    amount: Amount,
     *,
     lr: float,
-    epochs: int,
 ) -> None:
     """AdamW on some weights, cross-entropy on labelled rows, step size falling to 0."""
+    rows = task.load("train").shuffle(seed=0)
+    rows = rows.select(range(min(amount.train, len(rows))))
     batches, order = make_batches(rows, base, batch_size=32)
     labels = torch.tensor(rows["label"])[order].split(32)
     adam = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
-    steps = epochs * len(batches)
-    rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
-    for _ in range(epochs):
+    steps = amount.epochs * len(batches)
+    rate = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=steps)
+    for _ in range(amount.epochs):
         for number in torch.randperm(len(batches)).tolist():
             loss = nn.functional.cross_entropy(logits(batches[number].inputs), labels[number])
             adam.zero_grad()
@@ -87,57 +81,45 @@ def classifier(base: Base, labels: Sequence[str]) -> nn.Module:
     named = dict(enumerate(labels))
     return AutoModelForSequenceClassification.from_pretrained(
         base_folder(base.name), id2label=named, label2id={v: n for n, v in named.items()}
-    )
+    ).train()
 
 
 def save_whole(folder: Path, base: Base, task: Task, amount: Amount) -> None:
     """A fine-tuned checkpoint, as transformers saves it."""
-    model = classifier(base, task.answers).train()
-    rows = train_rows(task, amount.train)
-    descend(
-        list(model.parameters()),
-        lambda inputs: model(**inputs).logits,
-        rows,
-        base,
-        lr=5e-4,
-        epochs=amount.epochs,
-    )
+    model = classifier(base, task.answers)
+    weights = list(model.parameters())
+    train(weights, lambda inputs: model(**inputs).logits, base, task, amount, lr=5e-4)
     model.save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
 
 
 def save_adapter(folder: Path, base: Base, task: Task, amount: Amount) -> None:
     """A LoRA expert in PEFT's layout: factors of all matrices in the blocks, and the head whole."""
-    model = classifier(base, task.answers).train().requires_grad_(False)
-    saved = {
-        n: t for n, t in model.named_parameters() if n.startswith(("classifier", "bert.pooler"))
-    }
-    matrices = {n: t for n, t in model.named_parameters() if ".layer." in n and t.ndim == 2}
-    left = {n: torch.zeros(t.shape[0], RANK, requires_grad=True) for n, t in matrices.items()}
-    right = {
-        n: (torch.randn(RANK, t.shape[1]) / RANK).requires_grad_() for n, t in matrices.items()
-    }
-    head = {name: tensor.requires_grad_() for name, tensor in saved.items()}
+    model = classifier(base, task.answers).requires_grad_(False)
+    named = dict(model.named_parameters())
+    head = {n: t for n, t in named.items() if n.startswith(("classifier", "bert.pooler"))}
+    matrices = {n: t for n, t in named.items() if ".layer." in n and t.ndim == 2}
+    left = {n: torch.zeros(len(t), RANK) for n, t in matrices.items()}
+    right = {n: torch.randn(RANK, t.shape[1]) / RANK for n, t in matrices.items()}
 
     def logits(inputs: Mapping[str, Tensor]) -> Tensor:
         moved = {n: t + ALPHA / RANK * left[n] @ right[n] for n, t in matrices.items()}
         return functional_call(model, {**moved, **head}, kwargs=dict(inputs)).logits
 
-    weights = [*left.values(), *right.values(), *head.values()]
-    rows = train_rows(task, amount.train)
-    descend(weights, logits, rows, base, lr=2e-3, epochs=amount.epochs)
+    weights = [t.requires_grad_() for t in (*left.values(), *right.values(), *head.values())]
+    train(weights, logits, base, task, amount, lr=2e-3)
     tensors = {name: tensor.detach() for name, tensor in head.items()}
     for name in matrices:
         module = name.removesuffix(".weight")
-        tensors |= {f"{module}.lora_A.weight": right[name].detach()}
-        tensors |= {f"{module}.lora_B.weight": left[name].detach()}
+        tensors[f"{module}.lora_A.weight"] = right[name].detach()
+        tensors[f"{module}.lora_B.weight"] = left[name].detach()
     folder.mkdir(parents=True)
     whole = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
     save_file(whole, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": RANK, "lora_alpha": ALPHA}
     config |= {"bias": "none", "modules_to_save": ["classifier", "pooler"], "use_rslora": False}
     config |= {"target_modules": sorted({name.split(".")[-2] for name in matrices})}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    dump_json(folder / "adapter_config.json", config)
 
 
 def save_package(folder: Path, base: Base, task: Task, amount: Amount) -> None:
@@ -147,26 +129,15 @@ def save_package(folder: Path, base: Base, task: Task, amount: Amount) -> None:
     tensors |= {f"head.{name}": tensor for name, tensor in expert.head.items()}
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors")
-    manifest = {**expert.manifest, "model.safetensors": sha256(folder / "model.safetensors")}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    weights = {"model.safetensors": sha256(folder / "model.safetensors")}
+    dump_json(folder / "manifest.json", {**expert.manifest, **weights})
 
 
-SAVERS = {"trec": save_whole, "movie": save_package, "sms": save_adapter}
-
-
-def save_rows(path: Path, task: Task, split: str, count: int) -> None:
-    """The first rows of a split, labels as words, in the format of the path's ending."""
-    rows = task.load(split)
-    table = rows.select(range(min(count, len(rows)))).to_pandas()
-    if "label" in table:
-        table["label"] = [task.answers[number] for number in table.label]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".csv":
-        table.to_csv(path, index=False)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in table.to_dict("records")))
-    else:
-        table.to_parquet(path, index=False)
+KINDS = {  # task -> its expert's kind and the format of its rows
+    "trec": (save_whole, "csv"),
+    "movie": (save_package, "jsonl"),
+    "sms": (save_adapter, "parquet"),
+}
 
 
 def make_example(folder: Path, *, size: str = "default", seed: int = 0) -> Path:
@@ -176,17 +147,16 @@ def make_example(folder: Path, *, size: str = "default", seed: int = 0) -> Path:
     """
     if size not in AMOUNTS:
         raise ValueError(f"size must be one of {', '.join(AMOUNTS)}, got {size!r}")
-    amount, base = AMOUNTS[size], load_base(ENCODER)
+    amount, base, entries = AMOUNTS[size], load_base(ENCODER), []
     shutil.copytree(base_folder(ENCODER), folder / FOLDER)
-    entries = []
-    for name, save in SAVERS.items():
+    for name, (save, ending) in KINDS.items():
         torch.manual_seed(seed)
         save(folder / "experts" / name, base, TASKS[name], amount)
         entry: dict[str, object] = {"name": name, "expert": f"experts/{name}"}
         for split in ("merge", "validation", "test"):
-            place = f"data/{name}/{split}.{ENDINGS[name]}"
-            save_rows(folder / place, TASKS[name], split, getattr(amount, split))
-            entry[split] = place
+            entry[split] = f"data/{name}/{split}.{ending}"
+            path, task, count = folder / entry[split], TASKS[name], getattr(amount, split)
+            write_rows(path, task, split, task.answers, count)
         entries.append(entry)
     entries[-1]["labels"] = list(TASKS["sms"].answers)  # an adapter's config has no names for them
     path = folder / "my_models.yaml"

@@ -135,7 +135,7 @@ def fetched(name: str) -> Path:
             wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
             return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
         except Exception as cause:  # the client raises many kinds: no network, no such name
-            raise ValueError(f"{error}; the hub could not be asked ({cause!r:.200})") from cause
+            raise ValueError(f"{error}; the hub could not be reached ({cause!r:.200})") from cause
 
 
 def open_base(name: str, beside: Path) -> BaseFolder:
@@ -171,7 +171,7 @@ def kind_of(folder: Path) -> str:
     )
 
 
-def settled(task: TaskFiles, own: Sequence[str], where: str) -> tuple[str, ...]:
+def resolve_labels(task: TaskFiles, own: Sequence[str], where: str) -> tuple[str, ...]:
     """The labels of a task, from its description or else the expert's own.
 
     Where neither names them they are the class numbers 0, 1, ... Raises ValueError where both name
@@ -190,7 +190,7 @@ def settled(task: TaskFiles, own: Sequence[str], where: str) -> tuple[str, ...]:
     return task.labels
 
 
-def fits(source: Source, base: BaseFolder) -> Source:
+def check_architecture(source: Source, base: BaseFolder) -> Source:
     """The expert itself. Raises ValueError where its encoder is not of the base's architecture."""
     who, config = f"expert {source.task.expert}", getattr(source.model, "config", None)
     for field in DECIDING if config is not None else ():
@@ -226,7 +226,7 @@ def of_transformers(task: TaskFiles, base: BaseFolder) -> Source:
             "single-label sequence classification can be merged here"
         )
     own = [config.id2label[n] for n in range(config.num_labels)]
-    labels = settled(task, own, "id2label in config.json")
+    labels = resolve_labels(task, own, "id2label in config.json")
     model = bare(AutoModelForSequenceClassification, config)
     return Source(task, "transformers", labels, model)
 
@@ -240,7 +240,9 @@ def of_adapter(task: TaskFiles, base: BaseFolder) -> Source:
         return bare(AutoModelForSequenceClassification, config)
 
     count = num_labels(task.expert, built(MARKER), MARKER)
-    labels = settled(task, [f"LABEL_{n}" for n in range(count)], "the shape of its saved head")
+    labels = resolve_labels(
+        task, [f"LABEL_{n}" for n in range(count)], "the shape of its saved head"
+    )
     model = built(count)
     return Source(task, "adapter", labels, model, adapter_of(task.expert, model))
 
@@ -253,7 +255,7 @@ def of_package(task: TaskFiles, base: BaseFolder) -> Source:
         raise ValueError(
             f"{path} is no manifest of an expert of this package: {error!r}"
         ) from error
-    return Source(task, "package", settled(task, own, "answers in manifest.json"))
+    return Source(task, "package", resolve_labels(task, own, "answers in manifest.json"))
 
 
 KINDS = {"transformers": of_transformers, "adapter": of_adapter, "package": of_package}
@@ -270,4 +272,4 @@ def open_expert(task: TaskFiles, base: BaseFolder) -> Source:
         StoredModel.at(task.expert)  # its headers alone
     if len(found.labels) < 2 or len(found.labels) > 36:
         raise ValueError(f"task {task.name!r} has {len(found.labels)} labels; it may have 2 to 36")
-    return fits(found, base)
+    return check_architecture(found, base)

@@ -1,9 +1,8 @@
-"""From a checked plan to a bench: weights are read, one expert at a time."""
+"""From a checked plan to an experiment: weights are read, one expert at a time."""
 
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -55,16 +54,7 @@ def read_model(kind: type, folder: object) -> tuple[nn.Module, set[str]]:
     return model.eval().requires_grad_(False), set(told["missing_keys"])
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What experts are read against: the plan, the base's tensors, and the digest of the base."""
-
-    plan: Plan
-    state: Mapping[str, Tensor]
-    digest: str | None  # to which this package's own experts are held; None where there are none
-
-
-def from_transformers(origin: Origin, source: Source) -> dict[str, Tensor]:
+def from_transformers(plan: Plan, source: Source, state: Mapping) -> dict[str, Tensor]:
     model, missing = read_model(AutoModelForSequenceClassification, source.task.expert)
     if missing:
         raise ValueError(
@@ -74,25 +64,25 @@ def from_transformers(origin: Origin, source: Source) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
-def from_adapter(origin: Origin, source: Source) -> dict[str, Tensor]:
-    own = {source.prefix + name: tensor.cpu() for name, tensor in origin.state.items()}
+def from_adapter(plan: Plan, source: Source, state: Mapping) -> dict[str, Tensor]:
+    own = {source.prefix + name: tensor.cpu() for name, tensor in state.items()}
     whole = source.adapter.apply(own)
     missing = [name for name, _ in source.model.named_parameters() if name not in whole]
     if missing:
         raise ValueError(
-            f"adapter {source.task.expert} and the base {origin.plan.base.name!r} both lack "
+            f"adapter {source.task.expert} and the base {plan.base.name!r} both lack "
             f"{missing[:3]}: it was drawn at random in training and not saved; train again with "
             f"its module in modules_to_save"
         )
     return whole
 
 
-def from_package(origin: Origin, source: Source) -> dict[str, Tensor]:
+def from_package(plan: Plan, source: Source, state: Mapping) -> dict[str, Tensor]:
     expert = load_expert(source.task.expert)
-    if expert.manifest["base"] != origin.digest:
+    if expert.manifest["base"] != load_base(str(plan.base.folder)).digest:
         raise ValueError(
             f"expert {source.task.expert} was trained from {expert.manifest['encoder']!r} with "
-            f"other weights or vocabulary than the base {origin.plan.base.name!r}"
+            f"other weights or vocabulary than the base {plan.base.name!r}"
         )
     return {**expert.state, **{f"head.{name}": tensor for name, tensor in expert.head.items()}}
 
@@ -104,35 +94,35 @@ READERS = {
 }
 
 
-def stacked(
-    origin: Origin, names: Sequence[str]
+def load_task_vectors(
+    plan: Plan, state: Mapping[str, Tensor], names: Sequence[str]
 ) -> tuple[TaskVectors, dict[str, dict[str, Tensor]]]:
-    """Task vectors of the named tensors, and each task's head: what its expert has beyond them.
+    """Task vectors of the named tensors, and each task's head: all other tensors of its expert.
 
-    One expert is in memory at a time.
+    state: the base's tensors. One expert is in memory at a time.
     """
     heads: dict[str, dict[str, Tensor]] = {}
-    base = {name: origin.state[name] for name in names}
+    base = {name: state[name] for name in names}
     layout = Layout.of(base)
     flat = layout.flatten(base, "the base model")
 
     def rows() -> Iterator[Tensor]:
-        for source in origin.plan.experts:
-            who, whole = f"expert {source.task.expert}", READERS[source.kind](origin, source)
-            state = {name: whole.pop(source.prefix + name) for name in names}
-            vector = layout.flatten(state, who).sub_(flat)
+        for source in plan.experts:
+            who, whole = f"expert {source.task.expert}", READERS[source.kind](plan, source, state)
+            own = {name: whole.pop(source.prefix + name) for name in names}
+            vector = layout.flatten(own, who).sub_(flat)
             finite(whole, f"the head of {who}")
             heads[source.task.name] = whole
             yield vector
 
-    tasks = origin.plan.tasks
-    return TaskVectors(layout, tasks, flat, STORAGES["float32"](rows(), len(tasks))), heads
+    stored = STORAGES["float32"](rows(), len(plan.tasks))
+    return TaskVectors(layout, plan.tasks, flat, stored), heads
 
 
-def answering(
+def task_forward(
     source: Source, encoder: nn.Module, head: Mapping[str, Tensor], device: torch.device
 ) -> Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]:
-    """How a task answers: (merged parameters, inputs) -> logits [B, V].
+    """A task's forward pass: (merged parameters, inputs) -> logits [B, V].
 
     The classifier's own code runs, on the shared encoder, with the merged parameters and the
     task's head in place of its own.
@@ -154,8 +144,8 @@ def answering(
     return answer
 
 
-def exam_of(rows: datasets.Dataset | None, base: Base, max_length: int) -> LabelledSplit:
-    """Labelled rows ready to be scored; an exam without batches where there are none."""
+def labelled_split(rows: datasets.Dataset | None, base: Base, max_length: int) -> LabelledSplit:
+    """Labelled rows ready to be scored; without batches where there are none."""
     device = next(base.encoder.parameters()).device
     if rows is None:
         return LabelledSplit([], torch.zeros(0, dtype=torch.long, device=device))
@@ -197,14 +187,14 @@ def hashes(weights: Sequence[Path], folder: Path) -> dict[str, str]:
 
 
 def load(plan: Plan, *, device: str = "cpu", precision: str = "float32") -> Experiment:
-    """The plan as a bench: base, task vectors, heads, unlabelled inputs, labelled rows.
+    """The plan as an experiment: base, task vectors, heads, unlabelled inputs, labelled rows.
 
     Parameters that base and all experts have are merged, by the encoder's own names; tied ones
     count once. What an expert has beyond them (classifier, a pooler that the base lacks) is its
     task's head. Experts are read one after the other; their tensors live on as task vectors only,
-    so `Expert.state` is empty. Exams of tasks without rows have no batches. precision: of the
-    forward passes, `float32`, `bfloat16` or `auto`. Warns where an expert is its base, or lies so
-    far from it that this is hardly the base it was fine-tuned from.
+    so `Expert.state` is empty. Labelled splits of tasks without rows have no batches. precision:
+    of the forward passes, `float32`, `bfloat16` or `auto`. Warns where an expert is its base, or
+    so far from it that it was hardly fine-tuned from this base.
 
     Raises ValueError for weights that are missing, damaged, not finite or not of this base.
     """
@@ -220,10 +210,7 @@ def load(plan: Plan, *, device: str = "cpu", precision: str = "float32") -> Expe
     encoder.config.use_cache = False  # decoders keep keys and values for text that never comes
     state = {n: t for n, t in encoder.named_parameters() if n not in missing}
     names = [n for n in state if all(n in source.shapes for source in plan.experts)]
-    digest = None
-    if any(source.kind == "package" for source in plan.experts):
-        digest = load_base(str(plan.base.folder)).digest
-    vectors, heads = stacked(Origin(plan, state, digest), names)
+    vectors, heads = load_task_vectors(plan, state, names)
     for note in lengths(vectors, plan.base.name):
         warnings.warn(note, stacklevel=2)
     if device != "cpu":
@@ -241,9 +228,9 @@ def assembled(
     heads: Mapping[str, Mapping[str, Tensor]],
     precision: str,
 ) -> Experiment:
-    """The bench of weights that are loaded."""
+    """The experiment of weights that are loaded."""
     place, half = vectors.base.device, precision == "bfloat16"
-    ways = [answering(s, encoder, heads[s.task.name], place) for s in plan.experts]
+    ways = [task_forward(s, encoder, heads[s.task.name], place) for s in plan.experts]
 
     def forward(parameters: Mapping[str, Tensor], pairs: Pairs) -> list[Tensor]:
         with torch.autocast(place.type, torch.bfloat16, enabled=half):
@@ -265,7 +252,7 @@ def assembled(
     base = Base(plan.base.name, encoder, plan.base.tokenizer, digest)
     merge = [make_batches(r, base, batch_size=4, max_length=length)[0] for r in plan.rows["merge"]]
     exams = {
-        split: [exam_of(rows, base, length) for rows in plan.rows[split]]
+        split: [labelled_split(rows, base, length) for rows in plan.rows[split]]
         for split in ("validation", "test")
     }
     experts = [Expert(m["task"], {}, heads[m["task"]], m) for m in manifests]

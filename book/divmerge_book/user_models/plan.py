@@ -10,7 +10,7 @@ import pandas as pd
 import transformers
 
 from divmerge_book.user_models.data import load_rows, shared
-from divmerge_book.user_models.description import SPLITS, Description, TaskFiles, together
+from divmerge_book.user_models.description import SPLITS, Description, TaskFiles, collect_errors
 from divmerge_book.user_models.folders import (
     BaseFolder,
     Source,
@@ -25,10 +25,10 @@ ROLES = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
 
 @dataclass(frozen=True)
 class Plan:
-    """A description that holds: experts that fit the base, and rows that fit the experts.
+    """A checked description: experts that fit the base, and rows that fit the experts.
 
-    rows: split -> per task its rows, None where it has none. notes: what is worth knowing and no
-    reason to stop.
+    rows: split -> per task its rows, None where it has none. notes: remarks
+    that are no errors.
     """
 
     description: Description
@@ -40,10 +40,6 @@ class Plan:
     @property
     def tasks(self) -> tuple[str, ...]:
         return tuple(source.task.name for source in self.experts)
-
-    def complete(self, split: str) -> bool:
-        """Whether every task has rows of a split."""
-        return all(rows is not None for rows in self.rows[split])
 
     def table(self) -> pd.DataFrame:
         """One row per task: its expert's kind, its labels, and how many rows every split has."""
@@ -114,13 +110,13 @@ def same_tokenizer(source: Source, base: BaseFolder, rows: datasets.Dataset) -> 
     return special(own).get("pad")
 
 
-def settle_inputs(
+def set_padding(
     base: BaseFolder,
     experts: tuple[Source, ...],
     pads: list[str | None],
     given: str | None = None,
 ) -> list[str]:
-    """Let the base's tokenizer give what all models take, padded with the one token in use.
+    """Set the base's tokenizer to the inputs that all models take and the one padding token.
 
     given: the description's. Returns a note where the base itself names no padding token. Raises
     ValueError where nobody does, two differ, or the vocabulary lacks the one given.
@@ -167,13 +163,12 @@ def check_length(description: Description, base: BaseFolder) -> None:
         )
 
 
-def one_class(source: Source, split: str, rows: datasets.Dataset) -> list[str]:
-    """A note where labelled rows do not hold all labels."""
-    held = set(rows["label"]) if split != "merge" else set()
-    missing = [label for n, label in enumerate(source.labels) if n not in held]
-    if split == "merge" or not missing:
-        return []
-    return [f"task {source.task.name!r}: no {split} row has the label {', '.join(missing)}"]
+def missing_classes(source: Source, split: str, rows: datasets.Dataset) -> list[str]:
+    """A note where labelled rows do not have all labels."""
+    present = set(range(len(source.labels))) if split == "merge" else set(rows["label"])
+    missing = [label for n, label in enumerate(source.labels) if n not in present]
+    text = f"task {source.task.name!r}: no {split} row has the label {', '.join(missing)}"
+    return [text] if missing else []
 
 
 def check(description: Description) -> Plan:
@@ -182,24 +177,23 @@ def check(description: Description) -> Plan:
     Raises ValueError with all problems of the first stage that has any: paths; the base; experts'
     architectures, labels and adapters; rows; splits that share inputs; tokenizers.
     """
-    together(partial(files_exist, task) for task in description.tasks)
+    collect_errors(partial(files_exist, task) for task in description.tasks)
     base = open_base(description.base, description.path.parent)
     check_length(description, base)
-    experts = tuple(together(partial(open_expert, task, base) for task in description.tasks))
+    experts = tuple(collect_errors(partial(open_expert, task, base) for task in description.tasks))
     jobs = [(s, split) for s in experts for split in s.task.files()]
-    loaded = together(
+    loaded = collect_errors(
         partial(load_rows, s.task, split, s.labels, base.tokenizer) for s, split in jobs
     )
-    rows = {(s.task.name, split): data for (s, split), data in zip(jobs, loaded, strict=True)}
-    by_task = {
-        s.task.name: {split: rows[s.task.name, split] for split in s.task.files()} for s in experts
-    }
-    notes = sum(together(partial(shared, name, splits) for name, splits in by_task.items()), [])
-    pads = together(
-        partial(same_tokenizer, s, base, by_task[s.task.name]["merge"]) for s in experts
-    )
-    notes += settle_inputs(base, experts, pads, description.pad_token)
+    rows: dict[str, dict[str, datasets.Dataset]] = {s.task.name: {} for s in experts}
     for (source, split), data in zip(jobs, loaded, strict=True):
-        notes += one_class(source, split, data)
-    splits = {split: tuple(by_task[s.task.name].get(split) for s in experts) for split in SPLITS}
+        rows[source.task.name][split] = data
+    notes = sum(collect_errors(partial(shared, *item) for item in rows.items()), [])
+    pads = collect_errors(
+        partial(same_tokenizer, s, base, rows[s.task.name]["merge"]) for s in experts
+    )
+    notes += set_padding(base, experts, pads, description.pad_token)
+    for (source, split), data in zip(jobs, loaded, strict=True):
+        notes += missing_classes(source, split, data)
+    splits = {split: tuple(rows[s.task.name].get(split) for s in experts) for split in SPLITS}
     return Plan(description, base, experts, splits, tuple(notes))

@@ -1,4 +1,4 @@
-"""Merge one's own experts by several methods, score what has labels, and write one to disk."""
+"""Merge users' experts by several methods and score them where there are labels."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,11 +28,11 @@ SUITE = "local"
 
 
 @dataclass(frozen=True)
-class Found:
-    """What merging gave: merges and options by method, a Report where there are labels.
+class MergeResult:
+    """Merges and options by method, and a Report where there are labels.
 
-    closeness: method, task, rows (the split asked), divergence (mean, in nats, from the expert) and
-    agreement (share of inputs answered as the expert does): these need no labels.
+    closeness: method, task, rows (the split of the inputs), divergence (mean, in nats, from the
+    expert) and agreement (share of inputs with the expert's prediction): these need no labels.
     """
 
     made: Mapping[str, Made]
@@ -75,10 +75,10 @@ def check_methods(bench: Experiment, specs: Sequence[str], overrides: Mapping) -
 def closeness(
     bench: Experiment, merged: Mapping[str, Merged], *, divergence: str = "js"
 ) -> pd.DataFrame:
-    """How near merges answer to every expert, on its test inputs, or else its merge inputs.
+    """Divergence of merges from every expert, on its test inputs, or else its merge inputs.
 
     Columns method, task, rows, divergence (mean over inputs, nats) and agreement (share of inputs
-    with the expert's answer).
+    with the expert's prediction).
     """
     problem, distance, found = bench.problem, objective(divergence), []
     for number, task in enumerate(problem.vectors.tasks):
@@ -103,15 +103,15 @@ def merge_and_score(
     suite: str = SUITE,
     progress: bool = True,
     **overrides: object,
-) -> Found:
-    """Every method on the reader's experts, scored where there are labelled test rows.
+) -> MergeResult:
+    """Every method on the user's experts, scored where there are labelled test rows.
 
     budget: candidates of each method's search on validation rows, None for all that it registers;
     without validation rows each takes its published options. overrides: options of the fits
     (`epochs`, `lr`, `init`, `inputs`, `divergence`). suite: its name in the report, whose methods
     `expert` and `base` are the references.
 
-    Raises ValueError as `check_methods` says, and Diverged where a merge runs off.
+    Raises ValueError as `check_methods` says, and Diverged where a fit diverges.
     """
     searching = check_methods(bench, specs, {k: v for k, v in overrides.items() if k != "inputs"})
     size = replace(SIZES["full"], candidates=budget if searching else 1)
@@ -125,13 +125,13 @@ def merge_and_score(
         made[spec], options[spec] = merges(tried[best]), tried[best]
     flats = {spec: one.merged for spec, one in made.items()}
     near = closeness(bench, {"base": bench.problem.vectors.base, **flats})
-    return Found(made, options, near, scored(bench, flats, seed, suite))
+    return MergeResult(made, options, near, scored(bench, flats, seed, suite))
 
 
 def scored(
     bench: Experiment, merged: Mapping[str, Merged], seed: int, suite: str = SUITE
 ) -> Report | None:
-    """Answers of experts, base and merges to the labelled test rows; None without any."""
+    """Predictions of experts, base and merges on the labelled test rows; None without any."""
     tasks = labelled(bench)
     if not tasks:
         return None

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.models.finetuning import data_digest
 from divmerge_book.models.merged import write
-from divmerge_book.user_models.description import Description
-from divmerge_book.user_models.plan import Plan
-from divmerge_book.user_models.result import Found, task_scores
+from divmerge_book.user_models.description import Description, locate, read
+from divmerge_book.user_models.load import load
+from divmerge_book.user_models.plan import Plan, check
+from divmerge_book.user_models.result import MergeResult, merge_and_score, task_scores
 from divmerge_core.checkpoints import Head, MergeRecord
 from divmerge_core.merging.coefficients import groups_of
 from divmerge_core.merging.task_vectors import TaskVectors
@@ -76,6 +78,42 @@ def heads_of(plan: Plan, bench: Experiment) -> dict[str, Head]:
     return found
 
 
+def merge_described(
+    description: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    methods: Sequence[str] = ("divmerge/layer",),
+    budget: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    precision: str = "float32",
+    overwrite: bool = False,
+) -> list[Path]:
+    """Merge the models of a description file by every method and write each; prints the scores.
+
+    The command `divmerge merge`. One method writes to `output`, several to `output/METHOD` with
+    `-` for `/`. Relative outputs start at the current folder. budget: as in `merge_and_score`.
+    Raises ValueError, before weights are read, for whatever a description may have wrong.
+    """
+    described, output = read(locate(description)), Path(output).expanduser().resolve()
+    several = len(set(methods)) > 1
+    folders = {m: output / m.replace("/", "-") if several else output for m in methods}
+    folders = {m: target(described, f, overwrite=overwrite) for m, f in folders.items()}
+    for method in folders:
+        parse(method)  # an unknown method is refused before weights are read
+    plan = check(described)
+    print(plan.table().to_string(), *plan.notes, sep="\n")
+    bench = load(plan, device=device, precision=precision)
+    found = merge_and_score(bench, list(folders), budget=budget, seed=seed)
+    print(found.closeness.to_string(index=False))
+    for method, folder in folders.items():
+        scores = task_scores(found.report, method)
+        if len(scores):
+            print(f"{method}\n{scores.to_string(index=False)}")
+        write_merged(plan, bench, found, method, folder, overwrite=overwrite)
+    return list(folders.values())
+
+
 def target(description: Description, output: str | os.PathLike, *, overwrite: bool = False) -> Path:
     """Where the merged model goes; relative paths start at the description's own folder.
 
@@ -93,7 +131,7 @@ def target(description: Description, output: str | os.PathLike, *, overwrite: bo
 def write_merged(
     plan: Plan,
     bench: Experiment,
-    found: Found,
+    found: MergeResult,
     spec: str,
     folder: str | os.PathLike,
     *,

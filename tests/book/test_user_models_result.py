@@ -1,7 +1,6 @@
-"""What comes of one's own models: scores, closeness, coefficients, and the folder on disk."""
+"""Merges of users' models: scores, closeness, coefficients, and the folder on disk."""
 
 import math
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -34,22 +33,6 @@ from divmerge_core.merging.problem import MergeProblem
 
 # Toy experts move further than fine-tuning does.
 pytestmark = pytest.mark.filterwarnings("ignore:task .* the task vector is:UserWarning")
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Path:
-    """A description of two random BERT experts; only to be read."""
-    return make_project(tmp_path_factory.mktemp("project"))
-
-
-@pytest.fixture(scope="module")
-def plan(project):
-    return check(read(project))
-
-
-@pytest.fixture(scope="module")
-def bench(plan):
-    return load(plan)
 
 
 # --- results --------------------------------------------------------------------------------------
@@ -143,7 +126,7 @@ def test_the_grouping_is_the_one_asked_for_or_the_methods_own():
     assert grouping_of("ties") == "task"
 
 
-@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+@pytest.mark.parametrize("kind", ["distilbert"])
 def test_what_is_written_answers_as_what_was_merged(tmp_path, cache, kind):
     plan = check(read(make_project(tmp_path, kind)))
     bench = load(plan)
@@ -197,19 +180,13 @@ def test_scores_stand_beside_the_expert_and_the_majority_class():
     assert task_scores(report, "base").set_index(["task", "metric"]).value["a", "kept_margin"] == -2
 
 
-# --- the chapter ----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_chapter_merges_what_a_file_describes(project, tmp_path, cache):
-    notebook = Path(__file__).resolve().parents[2] / "notebooks/13_your_own_models.ipynb"
-    __main__.run(
-        notebook,
-        tmp_path / "out.ipynb",
-        suite="local",
-        description=str(project),
-        output=str(tmp_path / "merged"),
-        method="divmerge/layer",
-        budget=1,
-    )
-    assert load_with_head(tmp_path / "merged", "mood").config.num_labels == 2
+def test_the_command_merges_what_a_file_describes(project, tmp_path, cache, capsys):
+    command = ["merge", str(project), str(tmp_path / "merged"), "--budget", "1"]
+    assert __main__.main([*command, "--method", "average", "--method", "task_arithmetic"]) == 0
+    said = capsys.readouterr().out
+    assert "accuracy" in said and "agreement" in said and "negative, positive" in said
+    for name in ("average", "task_arithmetic"):
+        assert f"merged model in {tmp_path / 'merged' / name}" in said
+        assert load_with_head(tmp_path / "merged" / name, "mood").config.num_labels == 2
+    assert __main__.main(command + ["--method", "average"]) == 2, "the folder is not empty"
+    assert __main__.main(["merge", str(project), str(tmp_path / "x"), "--method", "avrage"]) == 2

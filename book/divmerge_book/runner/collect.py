@@ -1,8 +1,8 @@
-"""What the runs of a grid found, gathered: one Report, or one set of tables, per file they wrote.
+"""Results of a grid's runs in one Report, or one set of tables, per file that the runs wrote.
 
 A parameter that the grid varies becomes a column of tables and of scores. In a Report it becomes
 part of a method's name, `divmerge/task [divergence=kl]`, or of the suite's name where the experts
-differ too; what a Report's own columns tell (seeds, tasks, methods) is not said twice.
+differ too; what a Report's own columns hold (seeds, tasks, methods) is not repeated.
 """
 
 import json
@@ -18,7 +18,7 @@ from divmerge_book.evaluation.metrics import scores
 from divmerge_book.evaluation.report import Report
 from divmerge_core.storage import fresh_file, write_json
 
-SHOWN = ("suite", "tasks", "pair", "methods", "seeds")  # a Report's columns tell these
+SHOWN = ("suite", "tasks", "pair", "methods", "seeds")  # a Report has columns for these
 REFERENCES = ("expert", "base")
 KEY = ["suite", "subset", "method", "seed", "task"]
 
@@ -41,7 +41,7 @@ class Finished:
         return json.loads((self.folder / "results" / name).read_text("utf-8"))
 
 
-def gather(runs: Sequence[Finished], output: Path, **facts: object) -> list[Path]:
+def collect(runs: Sequence[Finished], output: Path, **facts: object) -> list[Path]:
     """Write one file below `output` for every name that a run wrote a Report or tables under.
 
     facts: what to add to the provenance. Beside a Report stand its scores as CSV, with a column for
@@ -56,25 +56,25 @@ def gather(runs: Sequence[Finished], output: Path, **facts: object) -> list[Path
                 (run, Report(pd.DataFrame(data["rows"]), data["fits"], data["provenance"]))
                 for run, data in found
             ]
-            together(parts, facts).save(target)
+            concatenated(parts, facts).save(target)
             with fresh_file(target.with_suffix(".csv")) as new:
                 tidy(parts).to_csv(new, index=False)
             written.append(target.with_suffix(".csv"))
         elif all({"tables", "provenance"} <= set(data) for _, data in found):
-            write_json(target, stacked(found, facts))
+            write_json(target, tables_of(found, facts))
         else:
             continue  # something of the notebook's own: it stays in the run's folder
         written.append(target)
     return written
 
 
-def together(parts: Sequence[tuple[Finished, Report]], facts: Mapping) -> Report:
+def concatenated(parts: Sequence[tuple[Finished, Report]], facts: Mapping) -> Report:
     """One Report of many: rows labelled by what varies, fits, and where every part comes from."""
     varying = [name for name in parts[0][0].values if name not in SHOWN]
     for names, column in product((varying, list(parts[0][0].values)), ("method", "suite")):
         frames, fits = [], []
         for run, report in parts:
-            label = described({name: run.values[name] for name in names})
+            label = label_of({name: run.values[name] for name in names})
             rows = report.rows.copy()
             rows[column] = [named(row, column, label) for row in rows.to_dict("records")]
             frames.append(rows)
@@ -98,7 +98,7 @@ def named(row: Mapping, column: str, label: str) -> str:
     return f"{name} [{label}]"
 
 
-def described(values: Mapping) -> str:
+def label_of(values: Mapping) -> str:
     return ", ".join(f"{name}={shown(value)}" for name, value in values.items())
 
 
@@ -127,7 +127,7 @@ def beside(table: pd.DataFrame, run: Finished) -> pd.DataFrame:
     return pd.concat([first, table], axis=1)
 
 
-def stacked(found: Sequence[tuple[Finished, dict]], facts: Mapping) -> dict:
+def tables_of(found: Sequence[tuple[Finished, dict]], facts: Mapping) -> dict:
     """Tables of many runs, one below the other under the same name."""
     frames: dict[str, list[pd.DataFrame]] = {}
     for run, data in found:

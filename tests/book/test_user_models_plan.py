@@ -1,4 +1,4 @@
-"""One's own models are described in a file and checked before weights are read."""
+"""Users' models are described in a file and checked before weights are read."""
 
 import json
 from pathlib import Path
@@ -26,17 +26,6 @@ from local_files import (
 from safetensors.torch import load_file, save_file
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Path:
-    """A description of two random BERT experts; only to be read."""
-    return make_project(tmp_path_factory.mktemp("project"))
-
-
-@pytest.fixture(scope="module")
-def plan(project):
-    return check(read(project))
-
-
 def text_file(folder: Path, text: str, name: str = "models.yaml") -> Path:
     path = folder / name
     path.write_text(text)
@@ -52,12 +41,17 @@ def test_yaml_and_json_say_the_same(project):
     path.write_text(json.dumps(whole, indent="\t"))
     one, other = read(project), read(path)
     assert one.tasks == other.tasks and one.base == other.base and one.max_length == 16
+    assert (one.path, other.path) == (project, path)
 
 
 def test_labels_are_words_as_they_are_written(tmp_path):
-    task = "{name: %s, expert: e, merge: m.csv, labels: [no, yes, 1]}"
+    task = "{name: %s, expert: e, merge: m.csv, labels: [no, yes, 1], test: null}"
     path = text_file(tmp_path, f"base: b\ntasks:\n- {task % 'a'}\n- {task % 'b'}\n")
-    assert read(path).tasks[0].labels == ("no", "yes", "1")
+    (first, _) = read(path).tasks
+    assert first.labels == ("no", "yes", "1") and list(first.files()) == ["merge"]
+
+
+TASK = "{name: a, expert: e, merge: m}"
 
 
 @pytest.mark.parametrize(
@@ -66,12 +60,15 @@ def test_labels_are_words_as_they_are_written(tmp_path):
         ("base: b\nbases: c\n", ["line 2", "unknown field 'bases'", "did you mean 'base'"]),
         ("base: b\nbase: c\ntasks: []\n", ["line 2", "twice"]),
         ("base: b\n", ["line 1", "lacks tasks"]),
-        ("base: b\ntasks: [{name: a, expert: e, merge: m}]\n", ["line 2", "two tasks or more"]),
-        ("base: b\ntasks:\n- {name: a}\n- {name: b}\n", ["line 3", "lacks expert, merge"]),
-        ("base: [b]\ntasks:\n- 1\n- 2\n", ["line 3", "task 1 must be fields"]),
-        ("base: b\nmax_length: long\ntasks:\n- {}\n- {}\n", ["lacks name"]),
+        (f"base: b\ntasks: [{TASK}]\n", ["line 2", "two tasks or more"]),
+        (f"base: b\ntasks:\n- {TASK}\n- {TASK.upper()}", ["line 4: unknown field 'NAME'"]),
+        (f"base: b\ntasks:\n- {TASK}\n- {TASK.replace(' a', ' A')}", ["two tasks have the name"]),
+        ("base: b\ntasks:\n- {name: a}\n- {name: b}\n", ["line 3: tasks[1] lacks expert, merge"]),
+        ("base: [b]\ntasks:\n- 1\n- 2\n", ["line 3: tasks[1]: must be fields", "3 problems"]),
+        ("base: b\nmax_length: long\ntasks: []\n", ["line 2: max_length", "got 'long'"]),
+        ("base: b\nmax_length: 1\ntasks: []\n", ["line 2: max_length", "equal to 2, got '1'"]),
         ("base: b\n  tasks: 1\n", ["line 2"]),
-        ("", ["empty", "base, max_length, tasks"]),
+        ("", ["empty", "base, tasks, max_length"]),
     ],
 )
 def test_a_wrong_description_is_refused_with_its_line(tmp_path, text, words):
@@ -82,11 +79,15 @@ def test_a_wrong_description_is_refused_with_its_line(tmp_path, text, words):
     "fields, words",
     [
         ({"name": "a b"}, ["'a b'", "no spaces"]),
-        ({"name": "PLACE"}, ["two tasks have the name"]),
-        ({"labels": ["one"]}, ["two or more distinct"]),
-        ({"labels": "one"}, ["must be a list"]),
+        ({"labels": ["one"]}, ["labels: must be two or more distinct"]),
+        ({"labels": "one"}, ["should be a valid list", "got 'one'"]),
         ({"columns": {"txt": "t"}}, ["unknown field 'txt'", "text, pair, label"]),
-        ({"test": ["a", "b"]}, ["one non-empty text"]),
+        ({"test": ["a", "b"]}, ["test: Input is not a valid path"]),
+        ({"merge": "no.csv", "expert": "no"}, ["'mood': expert names", "description's own folder"]),
+        ({"labels": ["positive", "negative"]}, ["in another order", "id2label in config.json"]),
+        ({"labels": ["negative", "neutral", "positive"]}, ["2 outputs", "negative", "positive"]),
+        ({"labels": ["good", "bad"]}, ["['good', 'bad']", "['negative', 'positive']"]),
+        ({"validation": "data/mood-test.csv"}, ["stand in validation and in test"]),
     ],
 )
 def test_a_wrong_field_of_a_task_is_refused(project, fields, words):
@@ -116,7 +117,7 @@ def test_a_description_is_found_from_the_notebooks_folder_and_from_the_shells(
 # --- what is checked before weights are read ------------------------------------------------------
 
 
-def test_a_plan_tells_kinds_labels_and_counts(plan):
+def test_a_plan_has_kinds_labels_and_counts(plan):
     table = plan.table()
     assert list(table.index) == list(MARKERS) and set(table.expert) == {"transformers"}
     assert list(table.labels) == [", ".join(LABELS[name]) for name in MARKERS]
@@ -139,7 +140,7 @@ def test_headers_are_read_by_the_check_and_weights_are_not(project, tmp_path):
     refused(plan.description.path, "is no whole safetensors file but damaged")
 
 
-def test_all_missing_paths_are_told_at_once(project):
+def test_all_missing_paths_are_reported_at_once(project):
     path = changed(changed(project, 0, merge="no.csv"), 1, expert="nowhere")
     refused(path, "2 problems", "no.csv", "nowhere", "description's own folder")
 
@@ -151,6 +152,7 @@ def test_all_missing_paths_are_told_at_once(project):
         ({"num_hidden_layers": 3}, ["num_hidden_layers = 3"]),
         ({"num_attention_heads": 4}, ["num_attention_heads = 4"]),
         ({"hidden_act": "relu"}, ["hidden_act = 'relu'"]),
+        ({"architectures": ["BertForMaskedLM"]}, ["BertForMaskedLM", "sequence classification"]),
     ],
 )
 def test_another_architecture_is_refused(project, tmp_path, changes, words):
@@ -159,26 +161,15 @@ def test_another_architecture_is_refused(project, tmp_path, changes, words):
         save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
 
     path = lone(project, tmp_path, "other", build)
-    refused(changed(path, 0, labels=None), *words, "this very base")
+    refused(changed(path, 0, labels=None), *words)
 
 
-def test_another_family_is_refused(project, tmp_path):
+def test_another_family_and_a_folder_without_an_expert_are_refused(project, tmp_path):
     def build(folder: Path) -> None:
         make_expert(folder, make_base(tmp_path / "roberta", "roberta"), LABELS["mood"])
 
-    refused(lone(project, tmp_path, "other", build), "model_type = 'roberta'")
-
-
-@pytest.mark.parametrize(
-    "labels, words",
-    [
-        (["positive", "negative"], ["in another order", "id2label in config.json"]),
-        (["negative", "neutral", "positive"], ["2 outputs", "negative", "positive"]),
-        (["good", "bad"], ["['good', 'bad']", "['negative', 'positive']"]),
-    ],
-)
-def test_labels_that_are_not_the_heads_are_refused(project, labels, words):
-    refused(changed(project, 0, labels=labels), *words)
+    refused(lone(project, tmp_path, "other", build), "model_type = 'roberta'", "this very base")
+    refused(changed(project, 0, expert=str(tmp_path)), "holds no expert", "adapter_config.json")
 
 
 def test_a_head_without_names_takes_the_descriptions_labels_or_numbers(project, tmp_path):
@@ -191,41 +182,31 @@ def test_a_head_without_names_takes_the_descriptions_labels_or_numbers(project, 
     assert check(read(named)).experts[0].labels == ("negative", "positive")
 
 
-def test_an_expert_that_is_no_classifier_is_refused(project, tmp_path):
-    def build(folder: Path) -> None:
-        config("bert", architectures=["BertForMaskedLM"]).save_pretrained(folder)
+def with_tokenizer(project: Path, made):
+    """Builds an expert with this tokenizer; None leaves it without one."""
 
-    refused(lone(project, tmp_path, "masked", build), "BertForMaskedLM", "sequence classification")
-    refused(changed(project, 0, expert=str(tmp_path)), "holds no expert", "adapter_config.json")
-
-
-def test_other_vocabularies_special_tokens_and_ways_of_cutting_up_are_refused(project, tmp_path):
-    def with_tokenizer(made):
-        def build(folder: Path) -> None:
-            make_expert(folder, project.parent / "base", LABELS["mood"])
-            for left in folder.glob("*token*"):
-                left.unlink()
-            made.save_pretrained(folder)
-
-        return build
-
-    swapped = [*WORDS[:5], WORDS[6], WORDS[5], *WORDS[7:]]
-    other = with_tokenizer(tokenizer(vocabulary=swapped))
-    refused(lone(project, tmp_path, "order", other), "differs from the base's in 2 tokens")
-    mask = tokenizer()
-    mask.mask_token = "[UNK]"
-    refused(lone(project, tmp_path, "mask", with_tokenizer(mask)), "mask token is '[UNK]'")
-    cut = with_tokenizer(tokenizer("plain"))
-    refused(lone(project, tmp_path, "cut", cut), "cuts up", "another way")
-
-
-def test_an_expert_without_a_tokenizer_reads_as_the_base(project, tmp_path):
     def build(folder: Path) -> None:
         make_expert(folder, project.parent / "base", LABELS["mood"])
         for left in folder.glob("*token*"):
             left.unlink()
+        if made is not None:
+            made.save_pretrained(folder)
 
-    assert check(read(lone(project, tmp_path, "bare", build))).tasks == tuple(MARKERS)
+    return build
+
+
+def test_other_vocabularies_special_tokens_and_tokenizations_are_refused(project, tmp_path):
+    mask = tokenizer()
+    mask.mask_token = "[UNK]"
+    swapped = tokenizer(vocabulary=[*WORDS[:5], WORDS[6], WORDS[5], *WORDS[7:]])
+    for name, made, words in [
+        ("order", swapped, "vocabulary differs from the base's in 2 tokens"),
+        ("mask", mask, "mask token is '[UNK]'"),
+        ("cut", tokenizer("plain"), "cuts up"),
+    ]:
+        refused(lone(project, tmp_path, name, with_tokenizer(project, made)), words)
+    bare = lone(project, tmp_path, "bare", with_tokenizer(project, None))
+    assert check(read(bare)).tasks == tuple(MARKERS), "without one it reads as the base does"
 
 
 def test_inputs_longer_than_the_models_positions_are_refused(project):
@@ -236,30 +217,18 @@ def test_inputs_longer_than_the_models_positions_are_refused(project):
 
 def test_a_padding_token_that_only_experts_name_is_used_and_noted(tmp_path):
     project = make_project(tmp_path, "gpt2")
-    for folder in ("base", "experts/mood", "experts/place"):
-        path = tmp_path / folder / "config.json"
-        told = json.loads(path.read_text())
-        path.write_text(json.dumps(told | {"pad_token_id": None}))
+
+    def pad_with(number: int | None, *folders: str) -> None:
+        for folder in folders:
+            path = tmp_path / folder / "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": number}))
+
+    pad_with(None, "base", "experts/mood", "experts/place")
     plan = check(read(project))
     assert "names no pad_token_id" in plan.notes[0]
     assert [source.model.config.pad_token_id for source in plan.experts] == [0, 0]
-    path = tmp_path / "experts/mood/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": 1}))
+    pad_with(1, "experts/mood")
     refused(project, "pad with ['[PAD]', '[UNK]']", "one padding token")
-
-
-def test_a_family_that_takes_fewer_inputs_gets_fewer(tmp_path):
-    """DistilBERT takes no token types, though BERT's tokenizer would give them."""
-    project = make_project(tmp_path, "distilbert")
-    for folder in ("base", "experts/mood", "experts/place"):
-        tokenizer().save_pretrained(tmp_path / folder)
-    batch = load(check(read(project))).test[0].batches[0]
-    assert set(batch.inputs) == {"input_ids", "attention_mask"}
-
-
-def test_validation_rows_in_the_test_split_are_refused(project):
-    path = changed(project, 0, validation="data/mood-test.csv")
-    refused(path, "stand in validation and in test")
 
 
 def test_seen_inputs_and_missing_classes_are_noted(project):

@@ -1,0 +1,27 @@
+"""Fixtures of user models: a description of two random BERT experts, its plan and experiment."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+from divmerge_book.user_models import check, load, read
+from local_files import make_project
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory) -> Path:
+    """A description of two random BERT experts; only to be read."""
+    return make_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="session")
+def plan(project):
+    return check(read(project))
+
+
+@pytest.fixture(scope="session")
+def bench(plan):
+    """Toy experts move further than fine-tuning does; `load` warns of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return load(plan)
