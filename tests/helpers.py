@@ -17,8 +17,8 @@ from divmerge_book.models.finetuning import Expert, Recipe
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from divmerge_core.divergences import js
 from divmerge_core.kernels import threads
-from divmerge_core.merging.coefficients import GROUPINGS
 from divmerge_core.merging.problem import Batch, MergeProblem
 from divmerge_core.merging.task_vectors import Layout, TaskVectors
 from divmerge_core.methods import METHODS, options_of, parse
@@ -84,7 +84,7 @@ def linear_problem(
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     base = {name: normal(*shape) for name, shape in shapes(features, classes).items()}
     experts = {
@@ -140,17 +140,88 @@ def fewer(problem: MergeProblem, batches: int) -> MergeProblem:
     return replace(problem, batches=kept)
 
 
-def specs() -> list[str]:
-    """Every registered method, with every grouping where it takes one."""
-    found = []
-    for name in METHODS:
-        grouped = "grouping" in options_of(name)
-        found += [f"{name}/{grouping}" for grouping in GROUPINGS] if grouped else [name]
-    return found
-
-
 def layout_of(**tensors: tuple[int, ...]) -> Layout:
     return Layout(tuple(tensors), tuple(tensors.values()))
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def problem_of(
+    *deltas: Tensor | Sequence[float],
+    base: float | list[float] = 0.0,
+    module: nn.Module | None = None,
+    **shapes: tuple[int, ...],
+) -> MergeProblem:
+    """A problem with these task vectors, in float64 and without inputs.
+
+    One tensor `weight` of the task vectors' own shape unless `shapes` says otherwise.
+    """
+    tensors = [torch.as_tensor(delta, dtype=torch.float64) for delta in deltas]
+    layout = layout_of(**(shapes or {"weight": tuple(tensors[0].shape)}))
+    start = torch.tensor(base, dtype=torch.float64).expand(layout.size).clone()
+    names = tuple(f"task{number}" for number in range(len(tensors)))
+    rows = torch.stack([tensor.flatten() for tensor in tensors])
+    vectors = TaskVectors(layout, names, start, rows)
+    return MergeProblem(vectors, [[] for _ in names], lambda parameters, pairs: [], module)
+
+
+def change(problem: MergeProblem, merged: Tensor) -> Tensor:
+    """What a merge added to the base."""
+    return merged - problem.vectors.base
+
+
+def changes(problem: MergeProblem, merged: Tensor) -> dict[str, Tensor]:
+    """What a merge added to every tensor of the base."""
+    return problem.vectors.layout.unflatten(change(problem, merged))
+
+
+def frozen(problem: MergeProblem, tensors: slice, tasks: slice = slice(None)) -> MergeProblem:
+    """The same problem with experts that left some tensors as they were."""
+
+    def freeze(deltas: Tensor) -> Tensor:
+        deltas = deltas.clone()
+        for start, stop in problem.vectors.layout.bounds[tensors]:
+            deltas[tasks, start:stop] = 0
+        return deltas
+
+    return replace(problem, vectors=problem.vectors.map(freeze))
+
+
+def answers(problem: MergeProblem, merged) -> list[Tensor]:
+    """Logits of a merged vector, or of a predictor, on every input."""
+    with torch.no_grad():
+        return [
+            problem.logits_of(merged, task, batch)
+            for task, batches in enumerate(problem.batches)
+            for batch in batches
+        ]
+
+
+def mean_divergence(problem: MergeProblem, merged, divergence: Callable = js) -> float:
+    """Mean divergence of a merged vector or a predictor from every task's expert, on all inputs."""
+    found, rows = iter(answers(problem, merged)), []
+    with torch.no_grad():
+        for task, name in enumerate(problem.vectors.tasks):
+            expert = problem.vectors.expert(name)
+            for batch in problem.batches[task]:
+                rows.append(divergence(problem.logits(expert, task, batch), next(found)).mean())
+    return float(torch.stack(rows).mean())
+
+
+def adam(start: Tensor, gradient: Callable[[Tensor], Tensor], steps: int, lr: float) -> Tensor:
+    """Kingma and Ba's Algorithm 1; `gradient` gives the gradient at a point."""
+    place, mean, square = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+    for step in range(1, steps + 1):
+        slope = gradient(place)
+        mean = 0.9 * mean + 0.1 * slope
+        square = 0.999 * square + 0.001 * slope**2
+        bent = (square / (1 - 0.999**step)).sqrt() + 1e-8
+        place = place - lr * (mean / (1 - 0.9**step)) / bent
+    return place
 
 
 # --- toy tasks: one word of a text decides --------------------------------------------------------

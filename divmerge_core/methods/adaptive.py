@@ -1,4 +1,4 @@
-"""Methods that learn from unlabelled inputs without asking the experts."""
+"""AdaMerging: coefficients that minimise the entropy of predictions on unlabelled inputs."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from divmerge_core.merging.fit import Step
 from divmerge_core.merging.linalg import elected
 from divmerge_core.merging.problem import MergeProblem, Pairs
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.arithmetic import check_keep
+from divmerge_core.methods.checks import check_keep
 from divmerge_core.methods.divmerge import learn
 
 SEARCH = (
@@ -88,15 +88,15 @@ def adamerging(
     callback: Callable[[Step], None] | None = None,
     progress: bool = True,
 ) -> Float[Tensor, " N"]:
-    r"""Learn the coefficients at which the merged model is most certain of its answers.
+    r"""Learn the coefficients that minimise the entropy of the merged model's predictions.
 
     $$
     \min_{\Lambda} \sum_{t=1}^{T} \mathbb{E}_{x \sim X_t}\, H\big(q_\Lambda(\cdot \mid x)\big),
     \qquad \theta(\Lambda)_n = \theta_{0,n} + \sum_{t=1}^{T} \lambda_{t,g(n)}\, \tau_{t,n}
     $$
 
-    Idea: Without labels the error is not seen, but a model that fits its inputs is mostly certain
-    of them. So the entropy $H$ of the answers is lowered in its place; the experts are not asked.
+    Idea: The error is unknown without labels, but accurate models are mostly confident. So the
+    entropy $H$ of the predictions is minimised instead. The experts' predictions are not used.
 
     There is one coefficient per task and tensor (matrices, biases, norms and embeddings alike), or
     fewer by `grouping`. The entropy is taken per example and then averaged; dropout is off. Each
@@ -104,12 +104,12 @@ def adamerging(
 
     lr: published as 0.001. init: published as 0.3; None for 1/T. link: the paper has none; `clamp`
     cuts coefficients to [0, 1] as the authors' code does, `sigmoid` and `softmax` bound them
-    smoothly. inputs: per task, None for DivMerge's 200, or 400 by layer.
-    optimizer: published as `adam`; `lbfgs` as in `divmerge`. epochs: passes over the inputs, also
-    DivMerge's, so that both methods see the same data as often.
-    `mean_logit` and `dropout` do as public code does, see below. callback: called with every step.
+    smoothly. inputs: per task, None for DivMerge's 200, or 400 by layer. optimizer: published as
+    `adam`; `lbfgs` as in `divmerge`. epochs: passes over the inputs, also DivMerge's, so that both
+    methods see the same data as often. `mean_logit` and `dropout` reproduce public code, see below.
+    callback: called with every step.
 
-    Pitfalls: Entropy also falls by answering one class always, most of all with few tasks or
+    Pitfalls: Predicting a single class also minimises entropy, most easily with few tasks or
     classes. A coefficient moves by about `lr` a step, so a short fit at the published one stays
     near task arithmetic. The published fits adapt on the very inputs that are scored later.
 
@@ -170,7 +170,7 @@ def adamerging_plus_plus(
     callback: Callable[[Step], None] | None = None,
     progress: bool = True,
 ) -> Float[Tensor, " N"]:
-    r"""Run AdaMerging on task vectors freed of what TIES would drop.
+    r"""Run AdaMerging on task vectors without the entries that TIES drops.
 
     $$
     \hat\tau_{t,n} = k_{t,n}\, \mathbf{1}\Big[k_{t,n} \sum_{u=1}^{T} k_{u,n} > 0\Big], \qquad
@@ -178,16 +178,16 @@ def adamerging_plus_plus(
       \mathbf{1}\big[\, |\tau_{t,n}| \text{ is among the largest of } \tau_t \,\big]
     $$
 
-    Idea: Small entries are mostly noise, and entries against the majority's sign cancel what others
-    learned. Coefficients fitted without either have less to make up for.
+    Idea: Small entries are mostly noise, and entries of the minority's sign cancel what other
+    experts learned. Both are removed before the coefficients are fitted.
 
     Each task vector keeps its largest `keep` share of entries over the whole model, published as
     0.2, and of these the ones whose sign is that of their sum over tasks. They are not summed:
     every task keeps its own coefficients, and the fit is that of `adamerging`, whose options mean
     the same here.
 
-    Pitfalls: Those of `adamerging`. The election looks at signs before any coefficient is known, so
-    a task whose coefficient ends near 0 has had its say in it.
+    Pitfalls: Those of `adamerging`. Signs are elected before any coefficient is known, so a task
+    whose coefficient ends near 0 still votes.
 
     Peers: The authors' code, and FusionBench after it, cuts `keep` times N down to a whole number
     and keeps one entry more, where this rounds. Where the sum is exactly 0 it elects the sign that

@@ -1,7 +1,7 @@
-"""Methods that need nothing but the weights: sums of task vectors, trimmed or thinned."""
+"""Methods that need only the weights: sums of task vectors, trimmed or randomly dropped."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,25 +13,7 @@ from divmerge_core.merging.linalg import largest
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.merging.task_vectors import Layout
 from divmerge_core.methods import METHODS
-
-
-def check_choice(option: str, given: str, allowed: Iterable[str]) -> None:
-    """Raise ValueError unless an option has one of its values."""
-    if given not in allowed:
-        raise ValueError(f"{option} must be one of {', '.join(allowed)}; got {given!r}")
-
-
-def check_keep(keep: float) -> None:
-    """Raise ValueError unless a share of entries to keep is in (0, 1]."""
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be in (0, 1], got {keep}; 0.2 keeps the largest fifth")
-
-
-def require_finite(**options: float) -> None:
-    """Raise ValueError for an option that is NaN or infinite."""
-    for name, value in options.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}; 1.0 adds the merge as it is")
+from divmerge_core.methods.checks import check_choice, check_keep, require_finite
 
 
 def moved(problem: MergeProblem, change: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -73,8 +55,8 @@ def average(problem: MergeProblem) -> Float[Tensor, " N"]:
     \theta = \theta_0 + \frac{1}{T} \sum_{t=1}^{T} \tau_t = \frac{1}{T} \sum_{t=1}^{T} \theta_t
     $$
 
-    Idea: Experts of one base lie close together, and what only one of them learned counts for 1/T.
-    The simplest merge, and the one that others have to beat.
+    Idea: Experts of one base lie close together, so their mean is a reasonable model. It is the
+    simplest merge and the baseline of all others.
 
     All tensors alike; there are no options.
 
@@ -106,13 +88,13 @@ def task_arithmetic(problem: MergeProblem, *, scale: float = 0.3) -> Float[Tenso
     $$
 
     Idea: A task vector is a direction that teaches a task, and directions can be added. One
-    coefficient for all tasks weighs what they teach against how much they disturb each other.
+    coefficient for all tasks trades what they add against their interference.
 
     All tensors alike. `scale` is $\lambda$, any finite number: the paper's code takes 0.3 for eight
     vision tasks, and chooses from 0 to 1 in steps of 0.05 on validation rows; 1/T is the average.
 
-    Pitfalls: The best scale falls as tasks get more, and well above it accuracy collapses. It
-    cannot favour the task that needs it.
+    Pitfalls: The best scale falls as tasks get more, and well above it accuracy collapses. All
+    tasks share it.
 
     Peers: mergekit's `task_arithmetic` weighs each task by itself, and is the same at equal
     weights.
@@ -153,7 +135,7 @@ def ties(
     $$
 
     Idea: Small entries of a task vector are noise, and entries of opposite sign cancel in a sum. So
-    both are dropped, and a task is heard only where it agrees with the stronger side.
+    both are dropped, and only tasks of the elected sign contribute.
 
     The formula holds entry by entry; $\hat\tau_t$ is the task vector with its largest `keep` share
     of entries and zero elsewhere. All tensors alike. A sum of exactly zero elects no sign and
@@ -184,27 +166,23 @@ def ties(
     check_choice("combine", combine, ("mean", "sum"))
     deltas = dense(problem.vectors.deltas)
     weight = task_weights(coeffs, deltas)
-    voice = weight if weights == "before" else torch.ones_like(weight)  # [T]
+    votes = weight if weights == "before" else torch.ones_like(weight)  # [T]
     whole = ((0, deltas.shape[1]),)
     trimmed = deltas.clone()
     for row in trimmed:  # one task at a time: a magnitude copy of all T would double the memory
         for start, stop in whole if trim == "global" else problem.vectors.layout.bounds:
             if start < stop:
                 row[start:stop] = largest(row[start:stop], keep)
-    agree = (trimmed * (voice @ trimmed).sign()) > 0  # [T, N]
+    agree = (trimmed * (votes @ trimmed).sign()) > 0  # [T, N]
     total = weight @ torch.where(agree, trimmed, 0)
     if combine == "mean":
-        count = voice @ agree.to(voice.dtype)
+        count = votes @ agree.to(votes.dtype)
         total = total / torch.where(count > 0, count, 1)
     return moved(problem, scale * total)
 
 
 def thinned(
-    row: Float[Tensor, " N"],
-    drop: float,
-    rescale: str,
-    layout: Layout,
-    generator: torch.Generator,
+    row: Float[Tensor, " N"], drop: float, rescale: str, layout: Layout, generator: torch.Generator
 ) -> Float[Tensor, " N"]:
     """One task vector with entries dropped at random and what is left scaled up."""
     stays = torch.rand(len(row), generator=generator) >= drop  # on the CPU: alike on any device

@@ -1,4 +1,4 @@
-"""A mixture of merged models: an expert that arrives joins one of them or opens another."""
+"""A mixture of merged models: each new expert joins one of them or starts another."""
 
 import math
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from tqdm import tqdm
 from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.merging.problem import Batch, MergeProblem
 from divmerge_core.methods import METHODS
+from divmerge_core.methods.checks import check_choice
 from divmerge_core.methods.continual import check_share, join, linear_places, untouched
 
 POSTERIORS = ("log", "published")
@@ -19,7 +20,7 @@ POSTERIORS = ("log", "published")
 
 @dataclass(frozen=True)
 class Clusters:
-    """Several merged models: a task is answered by the one that its expert joined."""
+    """Several merged models: each task uses the one that its expert joined."""
 
     problem: MergeProblem = field(repr=False)
     models: tuple[Float[Tensor, " N"], ...] = field(repr=False)
@@ -71,7 +72,7 @@ def misfits(
 
 
 def restaurant(counts: Sequence[int], zeta: float) -> list[float]:
-    """Chances of the next one joining each group, by its size, and of opening one, by zeta."""
+    """Prior probabilities of joining each group, by its size, and of a new one, by zeta."""
     if not counts or zeta == math.inf:
         return [0.0] * len(counts) + [1.0]
     return [size / (sum(counts) + zeta) for size in (*counts, zeta)]
@@ -80,7 +81,7 @@ def restaurant(counts: Sequence[int], zeta: float) -> list[float]:
 def evidence(
     errors: Sequence[Tensor], counts: Sequence[int], *, zeta: float, sigma: float, posterior: str
 ) -> Float[Tensor, " L"]:
-    """What speaks for each group, the last one new: the largest is chosen, only the order counts.
+    """A posterior score of each group, the last one new, of which only the order matters.
 
     With errors e of the probes and N the density of a Gaussian of width sigma, `log` is the log of
     the prior plus mean log N(e), up to a constant. `published` is exp(mean log N(e)) + c prior,
@@ -101,8 +102,7 @@ def check_mixture(zeta: float, sigma: float, start: float, posterior: str) -> No
             "zeta must be 0 or more (inf too), sigma above 0 and finite, start in [0, 1), got "
             f"{zeta}, {sigma} and {start}; the defaults are 2.0, 0.25 and 0.5"
         )
-    if posterior not in POSTERIORS:
-        raise ValueError(f"posterior must be one of {', '.join(POSTERIORS)}, got {posterior!r}")
+    check_choice("posterior", posterior, POSTERIORS)
 
 
 @METHODS.register(
@@ -132,7 +132,7 @@ def dp_mixture(
     share: float = 0.5,
     progress: bool = True,
 ) -> Clusters:
-    r"""Keep as many merged models as the experts call for: each joins the one that serves it best.
+    r"""Cluster experts online, with one merged model per cluster: each joins the best fitting one.
 
     $$
     \arg\max_{l}\; \log n_l
@@ -140,23 +140,23 @@ def dp_mixture(
     \qquad n_{\text{new}} = \zeta
     $$
 
-    Idea: Experts that get along share a model, and an expert that no model suits opens another.
-    Their number is not given: the prior, a Chinese restaurant's, weighs it against the fit.
+    Idea: Compatible experts share a model, and an expert that fits no model starts another. The
+    number of models is not given: a Chinese restaurant process prior weighs it against the fit.
 
     Experts come in the order of the problem's tasks. Each joins every group's model on trial, by
     OPCM with `share`; $n_l$ is the size of group $l$, and $e_l(x)$ how far the joined model answers
     from the expert, in units of the change from base to expert (see `misfits`). A new group is
     judged by base plus `start` times the task vector, as the expert itself would always win: so an
-    expert joins where about that much of it survives. The task's number finds the model when it
-    answers.
+    expert joins where about that share of its change survives. The task's number finds the model
+    when it answers.
 
     zeta: 0 gives `opcm`, `inf` every expert alone; the authors take 2. sigma: the authors' 0.25.
     start: in [0, 1), a choice made here. posterior: `log` as above, or `published` for the authors'
     form.
 
-    Pitfalls: What joining costs a group's earlier members is not looked at, and nothing is ever
-    moved again, so order may matter. More models need more storage, so compare at equal storage. It
-    costs one merge and one pass over the task's inputs for every expert and group.
+    Pitfalls: The loss of a group's earlier members is ignored and assignments are final, so order
+    may matter. More models need more storage, so compare at equal storage. It costs one merge and
+    one pass over the task's inputs for every expert and group.
 
     Peers: The source groups reinforcement learning tasks by one-step errors of critics and starts
     groups from a robust model; the answers compared here, OPCM and `start` are this package's

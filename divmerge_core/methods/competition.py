@@ -7,7 +7,8 @@ from torch import Tensor
 from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.arithmetic import check_choice, moved, require_finite
+from divmerge_core.methods.arithmetic import moved
+from divmerge_core.methods.checks import check_choice, require_finite
 
 
 def unit_range(values: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -63,9 +64,8 @@ def pcb(
     s_t = \exp(T n_t^2) \sum_{u=1}^{T} \tanh(\pm n_t\, n_u), \quad w_t = [\,s_t\,]_{\text{top } r}
     $$
 
-    Idea: An entry counts where it is large for its own task and points where other tasks point.
-    Entries that win this competition are averaged with their scores as weights; the rest is
-    dropped.
+    Idea: An entry scores high where it is large for its own task and has the sign of other tasks'
+    entries. The best entries are averaged with their scores as weights; the others are dropped.
 
     The formula holds entry by entry. Magnitudes of each task vector are clipped at their own `clip`
     quantiles on both sides, and scaled to n in [0, 1] over the whole model; the sign in the sum is

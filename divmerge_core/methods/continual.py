@@ -13,7 +13,7 @@ from divmerge_core.merging.layer_inputs import linear_layers
 from divmerge_core.merging.linalg import elected, matrices, rank_of
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.arithmetic import check_keep, require_finite
+from divmerge_core.methods.checks import check_keep, require_finite
 
 Places = Sequence[tuple[slice, tuple[int, ...]]]  # where matrices lie in the flat vector, shapes
 
@@ -71,15 +71,15 @@ def sequential_task_arithmetic(problem: MergeProblem, *, scale: float = 0.3) -> 
     \theta^{(t)} = \theta^{(t-1)} + \lambda\, \tau_t, \qquad \theta^{(0)} = \theta_0
     $$
 
-    Idea: A sum does not know its order, so experts can be added one by one. This is
-    `task_arithmetic` for experts that do not come together.
+    Idea: A sum does not depend on order, so experts can be added one by one. This is
+    `task_arithmetic` for experts that arrive one at a time.
 
     All tensors are treated alike. In the end it is `task_arithmetic` at that scale up to rounding.
 
     scale: $\lambda$, published as 0.3; any finite number.
 
-    Pitfalls: The distance from the base grows with every expert, so a scale that suits few tasks is
-    too large for many, and how many will come is not known.
+    Pitfalls: The distance from the base grows with every expert, so a scale tuned for few tasks is
+    too large for many, and their final number is unknown.
 
     Peers: FusionBench's continual task arithmetic gives the same.
 
@@ -237,8 +237,8 @@ def opcm(
     \big\lVert \theta^{(t)} - \theta_0 \big\rVert = \frac{1}{t} \sum_{i=1}^{t} \lVert \tau_i \rVert
     $$
 
-    Idea: A change that is orthogonal to what is merged disturbs it least. Rescaling to the mean
-    length keeps the model near the base however many experts come.
+    Idea: A change orthogonal to the merged change interferes least. Rescaling to the mean length
+    keeps the model near the base for any number of experts.
 
     Experts come in the order of the problem's tasks. The weight of a linear layer takes only the
     part of a task vector that `projected` leaves: in the singular directions of the merged change,
@@ -251,9 +251,9 @@ def opcm(
     entries that pair a leading direction with another, as public code does; the formula as arXiv
     2505.11883 quotes it drops them.
 
-    Pitfalls: What comes first is protected from what comes later, so order matters. Experts that
-    cancel leave a small remainder, which the factor blows up to full length. Each step takes a full
-    SVD of every linear weight.
+    Pitfalls: Earlier experts are protected from later ones, so order matters. Experts that cancel
+    leave a small remainder, which the factor scales up to full length. Each step takes a full SVD
+    of every linear weight.
 
     Peers: The authors' own repository calls `diag().fill_(0)`, which fills a copy: there the
     diagonal stays, and published numbers may be of that variant. FusionBench's version takes the

@@ -1,4 +1,4 @@
-"""Surgery: the merged model stays as it is, and each task's representation is corrected."""
+"""Representation surgery: a low-rank correction of the merged model's output for each task."""
 
 from dataclasses import dataclass, replace
 
@@ -11,8 +11,9 @@ from divmerge_core.merging.fit import LIMIT
 from divmerge_core.merging.layer_inputs import require_module
 from divmerge_core.merging.problem import Batch, MergeProblem
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.distilled import check_course, check_size, hooked, require_positive
+from divmerge_core.methods.checks import check_finite, check_size, require_positive
 from divmerge_core.methods.divmerge import limit
+from divmerge_core.methods.forward import hooked, module_output, over_tokens
 
 
 def representation(output: object, batch: Batch) -> Float[Tensor, "B D"]:
@@ -28,16 +29,12 @@ def representation(output: object, batch: Batch) -> Float[Tensor, "B D"]:
             f"have a last_hidden_state [B, S, D]; got {type(output).__name__}"
             + (" of a language model" if batch.answer is not None else "")
         )
-    if hidden.ndim == 2:
-        return hidden
-    mask = batch.inputs.get("attention_mask", torch.ones(hidden.shape[:2], device=hidden.device))
-    mask = mask[..., None].to(hidden)  # [B, S, 1]
-    return (hidden * mask).sum(1) / mask.sum(1)
+    return over_tokens(hidden, batch)
 
 
 @dataclass(frozen=True)
 class Correction:
-    """What one task's merged representations z are freed of: up relu(down z)."""
+    """What is subtracted from a task's merged representations z: up relu(down z)."""
 
     down: Float[Tensor, "r D"]
     up: Float[Tensor, "D r"]
@@ -71,7 +68,7 @@ class Corrected:
             moved = hidden - (off if hidden.ndim == 2 else off[:, None])
             return moved if hidden is output else replace(output, last_hidden_state=moved)
 
-        with hooked(self.problem.module, correct):
+        with hooked({self.problem.module: correct}):
             return self.problem.logits(self.flat, task, batch)
 
 
@@ -83,15 +80,8 @@ def representations(
 
     Raises ValueError where the problem's module does not run, or puts out something else.
     """
-    found, outputs = [], []
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        outputs.append(output)
-
-    with hooked(problem.module, keep):
-        for batch in problem.batches[task]:
-            problem.logits(flat, task, batch)
-            found.append(representation(outputs.pop() if outputs else None, batch).to(flat))
+    batches = problem.batches[task]
+    found = [representation(module_output(problem, flat, task, b), b).to(flat) for b in batches]
     return torch.cat(found)
 
 
@@ -120,7 +110,7 @@ def learned(
             order = torch.randperm(size, generator=generator)
         rows, order = order[:batch_size], order[batch_size:]
         loss = (merged[rows] - Correction(down, up)(merged[rows]) - expert[rows]).abs().mean()
-        check_course("surgery", loss, number, lr)
+        check_finite("surgery", loss, number, lr)
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -159,15 +149,15 @@ def surgery(
     seed: int = 0,
     progress: bool = True,
 ) -> Corrected:
-    r"""Leave a merged model as it is and correct its representation of every task's inputs.
+    r"""Correct a merged model's representation of each task's inputs without changing its weights.
 
     $$
     z' = z - U_t\, \mathrm{relu}(V_t\, z), \qquad
     \min_{U_t, V_t}\; \mathbb{E}_{x \sim X_t} \big\lVert z'(x) - z_t(x) \big\rVert_1
     $$
 
-    Idea: Merging shifts what the encoder puts out, so that a task's head reads something it was not
-    trained on. A small map per task takes the shift back out.
+    Idea: Merging shifts the encoder's outputs away from those that a task's head was trained on. A
+    small map per task removes this shift.
 
     The representation z is what the problem's module puts out for an input, before the task's head:
     the mean over tokens where it puts out tokens, as the packaged heads read it. $V_t$ (`down`,
@@ -179,9 +169,9 @@ def surgery(
     authors' 500 iterations take two batches each). inputs: per task, None for DivMerge's 200, where
     the paper takes the test set.
 
-    Pitfalls: Answering needs the task, so compare it with methods that need it too. A correction of
-    low rank cannot bring back what the merged encoder no longer tells apart. A language model has
-    no one vector per input and is refused.
+    Pitfalls: Answering needs the task, so compare it with methods that need it too. A low-rank
+    correction cannot recover information that the merged encoder has lost. A language model has no
+    one vector per input and is refused.
 
     Peers: FusionBench takes the same steps with the same loss. It draws every task's `down` anew,
     where here all tasks start from one draw, so that their order is immaterial.

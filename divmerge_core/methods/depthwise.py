@@ -1,4 +1,4 @@
-"""Layer scaling: what any rule changes, more of it the deeper a tensor lies."""
+"""Layer scaling (LiNeS): the change of any merge, scaled by depth."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,8 @@ from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.merging.task_vectors import Layout
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.arithmetic import moved, require_finite
+from divmerge_core.methods.arithmetic import moved
+from divmerge_core.methods.checks import require_finite
 
 
 def depths(layout: Layout) -> list[float]:
@@ -57,16 +58,16 @@ def lines(
     \qquad l = 1, \ldots, L
     $$
 
-    Idea: First blocks hold what all tasks need and fine-tuning should not disturb. Last blocks hold
-    what is special to a task, so there the change may be larger.
+    Idea: Early blocks compute features that all tasks need, which fine-tuning should preserve. Late
+    blocks are specific to a task, so their change may be larger.
 
     $\Delta$ is what the rule changes. Tensors outside the blocks, such as embeddings and a final
     norm, receive alpha. A block is the first number in a tensor's name, counted within what stands
     before it. `rule`: any method that returns parameters, called with `options`, and at scale 1
     where it has a scale and none is given; data is needed where the rule needs some. `alpha`: None
     for the L1 norm of the summed task vectors over T times that of $\Delta$, which is 1/T for task
-    arithmetic. `beta` is to be chosen on validation rows, like a scale. For one expert the paper
-    takes a small alpha and beta = 1 - alpha.
+    arithmetic. Choose `beta` on validation rows, like a scale. For one expert the paper takes a
+    small alpha and beta = 1 - alpha.
 
     Pitfalls: It needs blocks, so it does not apply to a model without numbered layers. A rule that
     scales by depth itself, such as one coefficient per block, is scaled twice.

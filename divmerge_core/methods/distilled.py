@@ -1,67 +1,17 @@
-"""Distillation of all weights, and the checks and hooks of methods that learn from experts."""
-
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+"""Distillation: all weights of one model learn the experts' answers."""
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.divergences import objective
 from divmerge_core.kernels.delta_storage import dense
-from divmerge_core.merging.fit import LIMIT
 from divmerge_core.merging.merged_model import expert_logits, schedule
 from divmerge_core.merging.problem import Diverged, MergeProblem
 from divmerge_core.methods import METHODS
+from divmerge_core.methods.checks import check_distance, check_finite, require_positive
 from divmerge_core.methods.divmerge import limit
-
-
-def require_positive(**options: int | float) -> None:
-    """Raise ValueError for an option that is not above 0 and finite."""
-    for name, value in options.items():
-        if not 0 < value < float("inf"):
-            raise ValueError(
-                f"{name} must be above 0 and finite, got {value}; leave it out for the default"
-            )
-
-
-def check_course(method: str, numbers: Tensor, where: int | str, lr: float) -> None:
-    """Raise Diverged where a loss, logits or learnt numbers of a step hold NaN or +inf."""
-    if not (numbers < math.inf).all():
-        raise Diverged(
-            f"{method}: NaN or inf at step {where}; lower lr (now {lr}) or check the experts and "
-            "their inputs for extreme values"
-        )
-
-
-def check_size(method: str, what: str, size: Tensor, bound: float, where: int, lr: float) -> None:
-    """Raise Diverged where what is learnt, or what it leads to, is NaN or larger than its bound."""
-    if not size <= bound:
-        raise Diverged(
-            f"{method}: {what} is {size.item():.3g} at step {where}, above {bound:.3g}; lower lr "
-            f"(now {lr}) or check the experts and their inputs for extreme values"
-        )
-
-
-def check_distance(method: str, way: Tensor, reach: Tensor, where: int | str, lr: float) -> None:
-    """Raise Diverged where a fit has gone `way` from the base, LIMIT times any expert's `reach`."""
-    if not way <= LIMIT * reach:
-        raise Diverged(
-            f"{method}: after step {where} the parameters are {way.item():.3g} from the base, over "
-            f"{LIMIT:g} times as far as any expert ({reach.item():.3g}); lower lr (now {lr})"
-        )
-
-
-@contextmanager
-def hooked(module: nn.Module, see: Callable) -> Iterator[None]:
-    """Call see(module, args, kwargs, output) whenever the module has run; gone afterwards."""
-    handle = module.register_forward_hook(see, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @METHODS.register(
@@ -71,14 +21,7 @@ def hooked(module: nn.Module, see: Callable) -> Iterator[None]:
     cost="training",
     symmetric=True,
     cite="hinton2015",
-    search=(
-        {},
-        {"lr": 1e-3},
-        {"lr": 3e-4},
-        {"lr": 3e-5},
-        {"init": 0.3},
-        {"init": 0.3, "lr": 1e-3},
-    ),
+    search=({}, {"lr": 1e-3}, {"lr": 3e-4}, {"lr": 3e-5}, {"init": 0.3}, {"init": 0.3, "lr": 1e-3}),
 )
 def distillation(
     problem: MergeProblem,
@@ -91,7 +34,7 @@ def distillation(
     seed: int = 0,
     progress: bool = True,
 ) -> Float[Tensor, " N"]:
-    r"""Teach all weights of one model to answer as every expert does on its own inputs.
+    r"""Distil all experts into all weights of one model, each expert on its own inputs.
 
     $$
     \min_{\theta} \sum_{t=1}^{T} \mathbb{E}_{x \sim X_t}\,
@@ -99,8 +42,8 @@ def distillation(
     \theta \text{ from } \theta_0 + \lambda \sum_{t=1}^{T} \tau_t
     $$
 
-    Idea: This is DivMerge's own objective, freed of its T G coefficients. What it reaches says how
-    much of a merge's loss is due to merging, and how much to the experts and inputs.
+    Idea: DivMerge's objective, minimised over all weights instead of T G coefficients. The loss it
+    reaches separates the cost of merging from that of the experts and inputs.
 
     Every parameter that some expert changed learns, be it matrix, bias or embedding; the others
     stay the base's. Adam starts at base plus `init` times the sum of task vectors, None for 1/T,
@@ -110,8 +53,8 @@ def distillation(
     None for DivMerge's 200. lr: none is published; this one is usual for fine-tuning.
     epochs: passes over the inputs.
 
-    Pitfalls: It is an upper reference and no merge: it trains N numbers. With few inputs it fits
-    these alone, and may lose to a merge on other rows.
+    Pitfalls: It is an upper reference and not a merge: it trains N parameters. It overfits few
+    inputs, and may then be worse than a merge on other rows.
 
     Raises ValueError for unknown names, values out of range, a task without inputs, a loss that
     stops being finite, and parameters 100 times as far from the base as any expert.
@@ -139,7 +82,7 @@ def distillation(
             raise Diverged(
                 f"distillation: step {number}, lr {lr} (lower it if too high): {error}"
             ) from error
-        check_course("distillation", loss, number, lr)
+        check_finite("distillation", loss, number, lr)
         adam.zero_grad()
         loss.backward()
         for leaf, (start, stop) in zip(leaves.values(), vectors.layout.bounds, strict=True):

@@ -1,4 +1,4 @@
-"""DivMerge: coefficients that keep the merged model's answers close to every expert's."""
+"""DivMerge: coefficients that keep the merged model's predictions close to every expert's."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -88,7 +88,7 @@ def divmerge(
     callback: Callable[[Step], None] | None = None,
     progress: bool = True,
 ) -> Float[Tensor, " N"]:
-    r"""Learn the coefficients at which the merged model answers most nearly as every expert does.
+    r"""Learn the coefficients that minimise the divergence from every expert's predictions.
 
     $$
     \min_{\Lambda} \sum_{t=1}^{T} \mathbb{E}_{x \sim X_t}\,
@@ -96,8 +96,8 @@ def divmerge(
     \qquad \theta(\Lambda)_n = \theta_{0,n} + \sum_{t=1}^{T} \lambda_{t,g(n)}\, \tau_{t,n}
     $$
 
-    Idea: An expert's answers to its own inputs say all that is to be kept of it, labels or not. So
-    the merged model is held to them, and to each expert on its own inputs alone.
+    Idea: An expert's predictions on its own inputs describe what to preserve, without labels. So
+    the merged model should match each expert's predictions on that expert's inputs.
 
     All tensors take part, matrices, biases, norms and embeddings alike. The experts' answers are
     computed once; each step of Adam sees one batch of every task.
@@ -111,12 +111,12 @@ def divmerge(
     near its loss in a tenth of the steps; `lbfgs` sees all inputs in every step and needs the
     fewest passes for a low loss: give it 32 inputs and 10 to 20 epochs, and more inputs by layer,
     where it overfits few. `epochs` and `lr`: passes over the inputs, and Adam's step size.
-    checkpoint: a file from which a fit that was killed goes on. callback: called with every step.
+    checkpoint: a file from which an interrupted fit resumes. callback: called with every step.
 
-    Pitfalls: It copies the experts, mistakes included, so it needs inputs like those that it will
-    be asked. Tasks count alike, whatever their number of classes: one with large divergences leads
-    the fit. Coefficients are free to be negative or above 1. With `clamp` a coefficient that has
-    left [0, 1] has no gradient, so it usually stays at that end.
+    Pitfalls: It copies the experts, mistakes included, and needs inputs of the test distribution.
+    Tasks are weighted equally, whatever their number of classes: one with large divergences
+    dominates the fit. Coefficients are free to be negative or above 1. With `clamp` a coefficient
+    that has left [0, 1] has no gradient, so it usually stays at that end.
 
     Peers: No code of the paper's authors is known. A public implementation of 2026
     (appier-research/broader_model_merging) clamps coefficients to [0, 1] in the forward pass

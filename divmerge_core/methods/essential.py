@@ -17,6 +17,8 @@ from tqdm import tqdm
 from divmerge_core.merging.layer_inputs import layer_inputs, linear_layers, require_module
 from divmerge_core.merging.linalg import rank_of, truncated
 from divmerge_core.merging.problem import Batch, MergeProblem
+from divmerge_core.methods.checks import check_choice
+from divmerge_core.methods.forward import hooked
 
 ENERGY_POWER = 0.15  # of a direction's weight within its task; a constant in the authors' code
 
@@ -130,8 +132,7 @@ def check_essential(
     method: str, problem: MergeProblem, scale: float, scaling: str, power: float, inputs: int
 ) -> None:
     """Raise ValueError for options out of range and a problem that lacks inputs or module."""
-    if scaling not in ("all", "layer"):
-        raise ValueError(f"scaling must be 'all' or 'layer', got {scaling!r}")
+    check_choice("scaling", scaling, ("all", "layer"))
     if not math.isfinite(scale) or not 0 <= power < float("inf"):
         raise ValueError(
             f"scale must be finite and power 0 or more, got {scale} and {power}; the authors take "
@@ -180,18 +181,14 @@ class RoutedModel:
         mask = batch.inputs.get("attention_mask")
 
         def hook(detour: Detour) -> Callable:
-            def add(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            def add(layer: nn.Module, given: tuple, kwargs: dict, output: Tensor) -> Tensor:
                 return output + detour(given[0], mask).reshape(output.shape).to(output.dtype)
 
             return add
 
         layers = linear_layers(self.problem)
-        handles = [layers[n].register_forward_hook(hook(d)) for n, d in self.detours.items()]
-        try:
+        with hooked({layers[name]: hook(detour) for name, detour in self.detours.items()}):
             return self.problem.logits(self.flat, task, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def residual_detours(

@@ -14,13 +14,14 @@ from divmerge_core.kernels.merge import grouped_merge
 from divmerge_core.merging.coefficients import Coefficients
 from divmerge_core.merging.problem import Merged, MergeProblem, Predictor
 from divmerge_core.methods import METHODS
+from divmerge_core.methods.checks import require_positive
 from divmerge_core.methods.paths import BASE, Path, Paths, Pool, Population
 
 Score = Callable[[Merged], float]  # higher is better
 
 
-def checked(score: Score | None, method: str) -> Score:
-    """The score, which must be given and stay finite."""
+def finite_score(score: Score | None, method: str) -> Score:
+    """The score, checked to be given and finite."""
     if score is None:
         raise ValueError(
             f"{method} needs a validation score: give score=, a function of what was merged whose "
@@ -77,16 +78,16 @@ def layer_evolution(
     a_g \in \{0, \tfrac14, \tfrac12, \tfrac34, 1\}
     $$
 
-    Idea: A task may be served best by another task's attention and its own MLPs. Mutation and
-    selection find such choices with no more than a score, and finished tasks are never touched
-    again.
+    Idea: The best model of a task may combine another expert's attention with its own MLPs.
+    Mutation and selection find such combinations from a score alone, and finished tasks are never
+    changed again.
 
-    Tasks come in their order. Each starts at its own expert, which stands for the training that
-    clones get in the source; `steps` generations of `children` mutate parents, the best and least
-    used first, and a child is kept unless it scores below its parent on this task. Then the best
-    path is locked: later tasks may copy it and never change it, so a finished task's answers stay
-    the same to the last bit. All tensors of a group, of whatever shape, move together. A child
-    differs in one gene at least.
+    Tasks come in their order. Each starts at its own expert, in place of the source's training of
+    clones; `steps` generations of `children` mutate parents, the best and least used first, and a
+    child is kept unless it scores below its parent on this task. Then the best path is locked:
+    later tasks may copy it and never change it, so a finished task's answers stay the same to the
+    last bit. All tensors of a group, of whatever shape, move together. A child differs in one gene
+    at least.
 
     score: of one model per task; while a task evolves, earlier ones answer by their locked paths
     and later ones by the base, so a mean over tasks ranks this task's paths. It is called T (1 +
@@ -95,9 +96,9 @@ def layer_evolution(
     ignores size, 0.9 prefers shared genes. seen: called after every score with the best one of the
     task so far.
 
-    Pitfalls: So many choices soon overfit a small validation split. The result knows an input's
-    task: compare it with the experts, not with one merged model. Where groups do not interact, a
-    greedy search finds more with fewer scores. What later tasks can copy depends on the order.
+    Pitfalls: So many choices overfit a small validation split. The result needs each input's task:
+    compare it with the experts, not with one merged model. Where groups do not interact, a greedy
+    search finds more with fewer scores. What later tasks can copy depends on the order.
 
     Peers: The authors' mu2Net trains the components that a child clones, and evolves
     hyperparameters too; neither is done here.
@@ -107,7 +108,7 @@ def layer_evolution(
 
     Source: Gesmundo and Dean 2022, arXiv 2205.12755.
     """
-    score = checked(score, "layer_evolution")
+    score = finite_score(score, "layer_evolution")
     at_least_one("layer_evolution", steps=steps, children=children)
     if not 0 < size_base <= 1:
         raise ValueError(f"size_base must be in (0, 1], got {size_base}; 1 ignores size")
@@ -212,8 +213,8 @@ def evolved_coefficients(
     $4 + \lfloor 3 \ln n \rfloor$ merges of n = T G coefficients; a hundred with 5 to 12
     coefficients is about the published 1000 trials.
 
-    Pitfalls: It fits the rows that it is scored on, the more so the more coefficients there are. A
-    score in steps, as accuracy is on few rows, tells points apart badly. Each coefficient has
+    Pitfalls: It fits the rows that it is scored on, the more so the more coefficients there are.
+    Accuracy on few rows takes few values, so many points score the same. Each coefficient has
     random numbers of its own, so the order of tasks matters.
 
     Peers: The source also searches the drop rates and densities of DARE and TIES, keeps its
@@ -225,10 +226,9 @@ def evolved_coefficients(
 
     Source: Akiba et al. 2025, arXiv 2403.13187; CMA-ES is Hansen 2016, arXiv 1604.00772.
     """
-    score = checked(score, "evolved_coefficients")
+    score = finite_score(score, "evolved_coefficients")
     at_least_one("evolved_coefficients", steps=steps)
-    if not 0 < sigma < math.inf:
-        raise ValueError(f"sigma must be above 0 and finite, got {sigma}; the paper takes 1/6")
+    require_positive(sigma=sigma)
     vectors = problem.vectors
     start = Coefficients(vectors.layout, len(vectors.tasks), grouping=grouping, init=init)
     shape, segments = start.raw.shape, start.segments

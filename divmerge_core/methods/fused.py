@@ -1,4 +1,4 @@
-"""Answers fused: a large model steered by what fine-tuning did to small ones."""
+"""Logit fusion: a large model's logits shifted as fine-tuning shifted those of small models."""
 
 import math
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ def steered(
 def logits_fusion(
     problem: MergeProblem, *, large: MergeProblem | None = None, weight: float | None = None
 ) -> Predictor:
-    r"""Steer a large model's answers by what fine-tuning did to small models' answers.
+    r"""Shift a large model's logits as fine-tuning shifted the logits of small models.
 
     $$
     \tilde z = z^{L} + \alpha\, \big(z_t - z_0\big), \qquad
@@ -89,8 +89,8 @@ def logits_fusion(
       + \big[\mathrm{KL}(q^{L}, \tilde q) - \mathrm{KL}(q_0, p_u)\big]^2
     $$
 
-    Idea: Fine-tuning a small model shows which way answers should move. The large model is moved
-    that way, as far as the experts moved their own base.
+    Idea: Fine-tuning a small model shows how predictions should change. The large model's change in
+    that direction, by as much as the experts changed their own base.
 
     No weight changes. At every answer position, $z^L$ are the large base's logits, $z_0$ the small
     base's and $z_t$ an expert's; $\tilde q$, $q^L$, $q_0$ and $p_u$ are their softmaxes. One expert
@@ -101,9 +101,9 @@ def logits_fusion(
     used. Without it the problem's own base is steered: with one expert $\alpha$ is then 1, and the
     answers are that expert's.
 
-    Pitfalls: Every expert is asked on every task's inputs, so all have to share each task's head,
-    and an answer takes T + 2 forward passes. The paper fuses generated tokens and leaves
-    classifiers out; the rule is the same at every position.
+    Pitfalls: Every expert predicts on every task's inputs, so all must share each task's head, and
+    a prediction takes T + 2 forward passes. The paper fuses generated tokens and leaves classifiers
+    out; the rule is the same at every position.
 
     Peers: The authors' repository held no code, so this follows the paper's text.
 

@@ -1,7 +1,6 @@
 """ProDistill: the merged model learns the experts' features, one block after the other."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +15,9 @@ from divmerge_core.merging.layer_inputs import require_module
 from divmerge_core.merging.merged_model import schedule
 from divmerge_core.merging.problem import Batch, MergeProblem
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.distilled import check_course, check_distance, hooked, require_positive
+from divmerge_core.methods.checks import check_distance, check_finite, require_positive
 from divmerge_core.methods.divmerge import limit
+from divmerge_core.methods.forward import hooked
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,12 @@ def stages(problem: MergeProblem) -> dict[str, nn.Module]:
 
         return see
 
-    with ExitStack() as hooks:
-        for name, part in require_module(problem, "prodistill").named_modules():
-            if len({GROUPINGS["block"](full) for full in parts(problem, name)}) == 1:
-                hooks.enter_context(hooked(part, watch(name)))
+    candidates = {
+        part: watch(name)
+        for name, part in require_module(problem, "prodistill").named_modules()
+        if len({GROUPINGS["block"](full) for full in parts(problem, name)}) == 1
+    }
+    with hooked(candidates):
         problem.logits(problem.vectors.base, 0, problem.batches[0][0])
     if not ran:
         raise ValueError(
@@ -88,7 +90,7 @@ def stages(problem: MergeProblem) -> dict[str, nn.Module]:
 def lessons(
     problem: MergeProblem, flat: Float[Tensor, " N"], module: nn.Module
 ) -> list[list[list[Lesson]]]:
-    """What a stage is to learn: `[task][batch]`, one lesson per call of the stage in a forward."""
+    """What a stage learns from: `[task][batch]`, one lesson per call of the stage in a forward."""
     vectors, calls = problem.vectors, []
 
     def keep(part: nn.Module, args: tuple, kwargs: Mapping, output: object) -> None:
@@ -109,7 +111,7 @@ def lessons(
         )
 
     found = []
-    with hooked(module, keep):
+    with hooked({module: keep}):
         for task, name in enumerate(vectors.tasks):
             expert, of_task = vectors.expert(name), []
             for batch in problem.batches[task]:
@@ -157,7 +159,7 @@ def fitted(
             for of_task, index in zip(taught, chosen, strict=True)
             for lesson in of_task[index]
         )
-        check_course("prodistill", loss, where, lr)
+        check_finite("prodistill", loss, where, lr)
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -174,14 +176,7 @@ def fitted(
     cost="gradients",
     symmetric=True,
     cite="xu2025",
-    search=(
-        {},
-        {"lr": 1e-3},
-        {"lr": 3e-3},
-        {"lr": 3e-2},
-        {"init": 0.2},
-        {"init": 0.5},
-    ),
+    search=({}, {"lr": 1e-3}, {"lr": 3e-3}, {"lr": 3e-2}, {"init": 0.2}, {"init": 0.5}),
 )
 def prodistill(
     problem: MergeProblem,
@@ -201,8 +196,8 @@ def prodistill(
     \theta(\lambda)_n = \theta_{0,n} + \sum_{t=1}^{T} \lambda_{t,n}\, \tau_{t,n}
     $$
 
-    Idea: A block that hands on what the expert's block hands on leaves the next one little to
-    repair. Only one block is ever in training, so memory does not grow with depth.
+    Idea: If a block matches the outputs of the expert's block, later blocks have little to repair.
+    Only one block is trained at a time, so memory does not grow with depth.
 
     The stages come in the order in which they run (see `stages`): the embeddings, then every
     transformer block. $z$ comes out of the stages merged before, $z_t$ out of the expert alone.
@@ -214,8 +209,8 @@ def prodistill(
     `init` and `lr`: published as 0.3 and 0.01. inputs: per task, published as 64 for text; None for
     DivMerge's 200. epochs: published as 50 for text.
 
-    Pitfalls: T N coefficients are more than the numbers of the model itself, so few inputs are soon
-    fitted by heart. Errors of early blocks are handed on, and no later step sees the answers.
+    Pitfalls: T N coefficients are more than the parameters of the model itself, so few inputs are
+    soon overfitted. Errors of early blocks propagate, and no step uses the predictions.
 
     Peers: The authors' code for text takes a batch of one task per step, counts padding, leaves
     embeddings at `init`, and dropout on in the block that learns; none of these is done here.

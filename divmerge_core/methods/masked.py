@@ -10,7 +10,8 @@ from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.merging.problem import Batch, MergeProblem
 from divmerge_core.merging.task_vectors import Layout
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.arithmetic import check_choice, check_keep, moved, require_finite
+from divmerge_core.methods.arithmetic import moved
+from divmerge_core.methods.checks import check_choice, check_keep, require_finite
 
 # --- two-sided trimming ---------------------------------------------------------------------------
 
@@ -53,7 +54,7 @@ def breadcrumbs(
     $$
 
     Idea: The smallest entries of a task vector are noise, and a few very large ones are outliers.
-    Both disturb other tasks more than they help their own.
+    Both interfere with other tasks more than they help their own.
 
     Ranks count from the largest of the K entries of a tensor, from 0. `remove` is $\gamma$, the
     share of largest entries that is dropped; `keep` is $\kappa$, the share after it that stays; at
@@ -119,11 +120,7 @@ def tall_masks(deltas: Float[Tensor, "T N"], threshold: float) -> Bool[Tensor, "
     ),
 )
 def consensus(
-    problem: MergeProblem,
-    *,
-    threshold: float = 0.4,
-    agree: int = 2,
-    scale: float = 0.3,
+    problem: MergeProblem, *, threshold: float = 0.4, agree: int = 2, scale: float = 0.3
 ) -> Float[Tensor, " N"]:
     r"""Task arithmetic on the entries that at least `agree` tasks can use, by their TALL masks.
 
@@ -133,7 +130,7 @@ def consensus(
     $$
 
     Idea: An entry of the sum serves a task where the task's own part in it is large enough. Entries
-    that serve no task or a single one mostly disturb the others.
+    that serve no task or a single one mostly interfere with the others.
 
     The formula holds entry by entry, and all tensors alike; an entry that fewer tasks can use stays
     at the base. `threshold` is $\rho$, above 0: the paper picks one of 0.2 to 0.6 for each task on
@@ -215,8 +212,8 @@ def emr(problem: MergeProblem, *, norm: str = "total") -> Masked:
     m_t = \mathbf{1}[\tau_t\, \gamma > 0], \quad \gamma = \operatorname{sign} \sum_{t} \tau_t
     $$
 
-    Idea: Signs are what tasks disagree about; sizes can be shared. So all share one vector of
-    elected signs and largest sizes, and each hides the entries against it.
+    Idea: Tasks disagree about signs more than about sizes. So all share one vector of elected signs
+    and largest sizes, and each masks the entries of the other sign.
 
     All tensors alike, without data. A sum of zero counts as minus. It must be known which task an
     input belongs to; beside the base the model stores one vector, T bits per parameter and T
@@ -224,8 +221,8 @@ def emr(problem: MergeProblem, *, norm: str = "total") -> Masked:
     every tensor's mean magnitude, so that a bias counts as much as a matrix. A task of which
     nothing is seen gets scale 1.
 
-    Pitfalls: It returns a predictor and no merged model, so it is to be compared at equal storage,
-    and not with merges that answer without being told the task.
+    Pitfalls: It returns a predictor and no merged model. Compare it at equal storage, and not with
+    merges that do not need the task.
 
     Peers: The paper's formula is `total`. The authors' scripts differ, some take `total` and others
     `tensor`; FusionBench takes `tensor`.

@@ -1,8 +1,8 @@
-"""Models put together anew for every input, and the routers that say how."""
+"""Models that are merged for every input, and the routers that choose the weights."""
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,6 +16,7 @@ from divmerge_core.merging.layer_inputs import linear_layers
 from divmerge_core.merging.linalg import matrices, truncated
 from divmerge_core.merging.problem import Batch, MergeProblem
 from divmerge_core.merging.task_vectors import Layout
+from divmerge_core.methods.forward import hooked, module_output, over_tokens, rows
 
 ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 
@@ -24,7 +25,7 @@ class Router(nn.Module):
     """r(h): from a hidden state to one weight per expert, by `layers` matrices with ReLU between.
 
     Without a matrix it is the constant `start`. Matrices start at N(0, 0.01^2), biases at 0 and
-    the last one at `start`, so that an untrained router says about `start` for every expert.
+    the last one at `start`, so that an untrained router returns about `start` for every expert.
     """
 
     def __init__(
@@ -59,18 +60,9 @@ class Router(nn.Module):
         return sum(parameter.nbytes for parameter in self.parameters())
 
 
-def over_tokens(hidden: Tensor, batch: Batch) -> Float[Tensor, "B d"]:
-    """Mean over the tokens that are not padding: [B, S, d] -> [B, d]; [B, d] stays as it is."""
-    if hidden.ndim == 2:
-        return hidden
-    mask = batch.inputs.get("attention_mask", hidden.new_ones(hidden.shape[:2]))
-    mask = mask.to(hidden)[..., None]  # [B, S, 1]
-    return (hidden * mask).sum(1) / mask.sum(1)
-
-
 @dataclass(frozen=True)
 class Mixture:
-    """A merged model whose MLPs are put together anew for every input.
+    """A merged model whose MLPs are merged separately for every input.
 
     flat holds the base's MLPs and task arithmetic elsewhere. mlps: the linear layers of each block
     by name, the first of them the first to run. deltas: of each such layer's weight [T, M, K] and
@@ -98,7 +90,7 @@ class Mixture:
         weights: dict[str, Tensor] = {}
 
         def route(block: str, name: str) -> Callable:
-            def add(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            def add(layer: nn.Module, given: tuple, kwargs: dict, output: Tensor) -> Tensor:
                 if name == self.mlps[block][0]:
                     chosen = over_tokens(self.routers[block](given[0]), batch)  # [B, T]
                     weights[block] = chosen.mean(0, keepdim=True) if reduce else chosen
@@ -107,16 +99,9 @@ class Mixture:
             return add
 
         layers = linear_layers(self.problem)
-        handles = [
-            layers[name].register_forward_hook(route(block, name))
-            for block, names in self.mlps.items()
-            for name in names
-        ]
-        try:
+        parts = self.mlps.items()
+        with hooked({layers[n]: route(block, n) for block, names in parts for n in names}):
             return self.problem.logits(self.flat, task, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def experts_share(self, name: str, x: Tensor, weights: Float[Tensor, "B T"]) -> Tensor:
         """sum_t w_t (D_t x + d_t): what the experts' deltas add to a layer's output.
@@ -153,7 +138,7 @@ def mlps(problem: MergeProblem) -> dict[str, list[str]]:
 def untrained(
     problem: MergeProblem, mlps: Mapping[str, list[str]], scale: float, layers: int, seed: int
 ) -> Mixture:
-    """Task arithmetic outside the MLPs, and a router for each that says `scale` for all experts."""
+    """Task arithmetic outside the MLPs, and for each a router that returns `scale` throughout."""
     vectors, routed = problem.vectors, {}
     flat = vectors.merge([scale] * len(vectors.tasks))
     places = {
@@ -253,28 +238,8 @@ class Twins:
         return torch.cat(parts)
 
 
-def rows(batch: Batch) -> Iterator[Batch]:
-    """A batch's inputs one by one, each in a batch of its own."""
-    for n in range(len(next(iter(batch.inputs.values())))):
-        answer = None if batch.answer is None else batch.answer[n : n + 1]
-        count = 1 if answer is None else int(answer.sum())
-        inputs = {key: value[n : n + 1] for key, value in batch.inputs.items()}
-        yield Batch(inputs, batch.weight.new_full((count,), 1 / max(count, 1)), answer)
-
-
-@torch.no_grad()
 def features(
     problem: MergeProblem, flat: Float[Tensor, " N"], task: int, batch: Batch
 ) -> Float[Tensor, "B d"]:
     """What the module returns (its last hidden state where it names one), mean over tokens."""
-    seen: list[Tensor] = []
-
-    def keep(module: nn.Module, given: tuple, output: object) -> None:
-        seen.append(getattr(output, "last_hidden_state", output))
-
-    handle = problem.module.register_forward_hook(keep)
-    try:
-        problem.logits(flat, task, batch)
-    finally:
-        handle.remove()
-    return over_tokens(seen[0], batch).to(flat.dtype)
+    return over_tokens(module_output(problem, flat, task, batch), batch).to(flat.dtype)

@@ -117,7 +117,7 @@ class Population:
     def parent(self, generator: torch.Generator) -> Path:
         """Best first, each path is taken with probability 1/2 to its number of children so far.
 
-        Own paths are asked first, then the seeds in random order; if none is taken, any may be.
+        Own paths come first, then the seeds in random order; if none is taken, any is drawn.
         """
         order = torch.randperm(len(self.seeds), generator=generator).tolist()
         ranked = [path for _, path in sorted(self.own, key=lambda pair: -pair[0])]
@@ -128,10 +128,7 @@ class Population:
         return ranked[random_index(len(ranked), generator)]
 
     def breed(
-        self,
-        fitness: Callable[[Path], float],
-        choices: Sequence[Gene],
-        generator: torch.Generator,
+        self, fitness: Callable[[Path], float], choices: Sequence[Gene], generator: torch.Generator
     ) -> None:
         """One child, kept unless it scores below its parent; a seed has no score on this task."""
         parent = self.parent(generator)

@@ -28,21 +28,17 @@ RIDGE = 1e-8  # of every column's mean square: enough to decide where the inputs
     search=SHARES,
 )
 def regmean(
-    problem: MergeProblem,
-    *,
-    off_diagonal: float = 0.95,
-    inputs: int = 256,
-    progress: bool = True,
+    problem: MergeProblem, *, off_diagonal: float = 0.95, inputs: int = 256, progress: bool = True
 ) -> Float[Tensor, " N"]:
-    r"""Linear layers that come closest, in least squares, to what every expert's layer puts out.
+    r"""Linear layers fitted by least squares to the outputs of every expert's layer.
 
     $$
     W = \Big(\sum_t W_t\, G_t\Big) \Big(\sum_t G_t\Big)^{-1}, \qquad
     G_t = \alpha\, \frac{X_t^\top X_t}{n} + (1 - \alpha) \operatorname{diag}\frac{X_t^\top X_t}{n}
     $$
 
-    Idea: What counts of a layer is what it puts out for the inputs that reach it. On each task's
-    inputs the merged layer should answer as that task's expert: linear regression.
+    Idea: A layer matters through its outputs on the inputs that reach it. On each task's inputs the
+    merged layer should have the outputs of that task's expert: linear regression.
 
     For the weight [M, K] of every linear layer, over the n tokens $X_t$ that the layer reads in
     expert t. All other tensors, biases and embeddings too, are averaged. `off_diagonal` is
@@ -83,15 +79,15 @@ def regmean_plus_plus(
     inputs: int = 256,
     progress: bool = True,
 ) -> Float[Tensor, " N"]:
-    r"""RegMean from front to back: each block reads what the blocks merged before it put out.
+    r"""RegMean block by block: each block is fitted to the outputs of the merged earlier blocks.
 
     $$
     W^{(l)} = \Big(\sum_t W_t^{(l)} G_t^{(l)}\Big) \Big(\sum_t G_t^{(l)}\Big)^{-1}, \qquad
     G_t^{(l)} \text{ on inputs from the merged blocks } 1, \ldots, l - 1
     $$
 
-    Idea: RegMean fits each layer to inputs that the merged model never sees. Fitted in order,
-    behind what is merged already, each block can repair what those before it lost.
+    Idea: RegMean fits each layer to inputs that the merged model never produces. Fitted in order,
+    behind the merged earlier blocks, each block can compensate for their errors.
 
     A block's G come from expert t's block behind the merged embeddings and earlier blocks; then the
     block is merged as in `regmean`. Blocks are merged in the layout's order, which must be that of

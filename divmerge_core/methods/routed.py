@@ -1,4 +1,4 @@
-"""Methods whose model is put together anew for every input, as routers say."""
+"""Methods that merge a model for every input, with weights from a router."""
 
 from collections.abc import Iterable
 
@@ -13,17 +13,8 @@ from divmerge_core.merging.layer_inputs import require_module
 from divmerge_core.merging.merged_model import schedule
 from divmerge_core.merging.problem import MergeProblem, Predictor
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.arithmetic import require_finite
-from divmerge_core.methods.distilled import check_course, check_size
+from divmerge_core.methods.checks import check_finite, check_size, check_steps, require_finite
 from divmerge_core.methods.mixture import Router, Twins, compressed, features, mlps, untrained
-
-
-def check_fit(method: str, steps: int, lr: float) -> None:
-    """Raise ValueError unless there are 0 or more steps, of a size above 0."""
-    if steps < 0 or not 0 < lr < float("inf"):
-        raise ValueError(
-            f"{method}: steps must be 0 or more and lr above 0 and finite, got {steps} and {lr}"
-        )
 
 
 def check_routers(method: str, learnt: Iterable[Tensor], step: int, lr: float) -> None:
@@ -60,7 +51,7 @@ def wemoe(
     seed: int = 0,
     progress: bool = True,
 ) -> Predictor:
-    r"""Merge each block's MLP anew for every input, with weights that a router reads from it.
+    r"""Merge each block's MLP separately for every input, with weights from a router.
 
     $$
     \theta^{\text{mlp}}(x) = \theta_0^{\text{mlp}} + \sum_{t=1}^{T} w_t(x)\, \tau_t^{\text{mlp}},
@@ -68,8 +59,8 @@ def wemoe(
     \theta^{\text{rest}} = \theta_0^{\text{rest}} + \lambda \sum_{t=1}^{T} \tau_t^{\text{rest}}
     $$
 
-    Idea: Experts disagree most in their MLPs. Instead of one compromise, each input gets the
-    mixture of experts that suits it, and a small network says which.
+    Idea: Experts differ most in their MLPs. Instead of one compromise, a small network chooses a
+    mixture of experts for each input.
 
     Weights and biases of linear layers outside attention in numbered blocks are routed; $h$ is the
     input of the block's first such layer, and padding is left out of the mean. All else, embeddings
@@ -100,7 +91,7 @@ def wemoe(
     if router_layers not in (0, 1, 2):
         raise ValueError(f"router_layers must be 0, 1 or 2, got {router_layers}")
     require_finite(scale=scale)
-    check_fit("wemoe", steps, lr)
+    check_steps("wemoe", steps, lr)
     problem.require_inputs("wemoe")
     require_module(problem, "wemoe")
     mixture = untrained(problem, mlps(problem), scale, router_layers, seed)
@@ -111,7 +102,7 @@ def wemoe(
         for task, index in enumerate(chosen):  # one task's graph at a time
             batch = problem.batches[task][index]
             logits = mixture.answers(task, batch, reduce=True)
-            check_course("wemoe", logits, number, lr)
+            check_finite("wemoe", logits, number, lr)
             (batch.weight @ entropy(logits)).backward()
         adam.step()
         adam.zero_grad()
@@ -148,15 +139,15 @@ def twin(
     seed: int = 0,
     progress: bool = True,
 ) -> Predictor:
-    r"""Add to task arithmetic, for every input, what it lacks of the experts that fit the input.
+    r"""Add to task arithmetic, for every input, compressed residuals of the experts that fit it.
 
     $$
     \theta(x) = \theta^* + \sum_{t=1}^{T} w_t(x)\, \mathrm{SVD}_k\big(\theta_t - \theta^*\big),
     \qquad \theta^* = \theta_0 + \lambda \sum_{t=1}^{T} \tau_t
     $$
 
-    Idea: What all experts share is merged once; what only one knows compresses well. A router adds
-    the part of the expert that an input needs.
+    Idea: What all experts share is merged once, and what is specific to one compresses well. A
+    router adds the specific part that an input needs.
 
     Each expert's rest is kept at `keep` times full rank in every matrix (at least rank 1), and
     whole elsewhere. $w$ is the softmax of a router that reads the mean last hidden state of
@@ -184,7 +175,7 @@ def twin(
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1], got {keep}; 0.1 keeps a tenth of full rank")
     require_finite(scale=scale)
-    check_fit("twin", steps, lr)
+    check_steps("twin", steps, lr)
     problem.require_inputs("twin")
     require_module(problem, "twin")
     vectors = problem.vectors
@@ -220,7 +211,7 @@ def task_router(
     adam = torch.optim.Adam(router.parameters(), lr=lr)
     for number in tqdm(range(steps), "twin", disable=not progress, leave=False):
         loss = nn.functional.cross_entropy(router((hidden - mean) / spread), of_task)
-        check_course("twin", loss, number, lr)
+        check_finite("twin", loss, number, lr)
         adam.zero_grad()
         loss.backward()
         adam.step()

@@ -1,6 +1,5 @@
 """Which experts to trust: a policy learned from the scores of merges of a few of them."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -11,7 +10,8 @@ from tqdm import tqdm
 
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.evolved import Score, at_least_one, checked
+from divmerge_core.methods.checks import require_positive
+from divmerge_core.methods.evolved import Score, at_least_one, finite_score
 
 
 def sample_masks(
@@ -91,7 +91,7 @@ def selection_policy(
     trusted: Callable[[Tensor], None] | None = None,
     progress: bool = True,
 ) -> Float[Tensor, " N"]:
-    r"""Merge the experts that a learned policy trusts, for pools in which some are corrupted.
+    r"""Merge the experts that a learned policy selects, for pools in which some are corrupted.
 
     $$
     w \leftarrow w + \eta\, (R - b)\, \nabla_w \log \pi_w(S), \qquad
@@ -99,8 +99,8 @@ def selection_policy(
     \theta = \mathrm{merge}\big\{\, t : \pi_w(t) \text{ is large} \,\big\}
     $$
 
-    Idea: Merges that hold a corrupted expert score worse than usual. A policy that draws experts,
-    sees scores, and draws the better ones more often finds out which to leave out.
+    Idea: Merges that contain a corrupted expert score worse than average. A policy gradient raises
+    the probability of experts in well scored merges, and so finds those to leave out.
 
     $S$ are the experts drawn in a step, $b$ is the moving average of the scores $R$, and Adam takes
     the step (see `learned_policy`).
@@ -115,8 +115,8 @@ def selection_policy(
 
     Pitfalls: Leaving each expert out once finds outliers for far fewer scores, and the cosine of a
     task vector to their mean for none while most experts are sound: compare with both. A softmax
-    adds up to 1: corrupted experts lose their mass sooner, but a long run also drops good ones, and
-    loses accuracy where no expert is corrupted. Draws follow the experts' order, so it matters.
+    sums to 1: the weight of corrupted experts falls sooner, but a long run also drops good ones,
+    and loses accuracy where no expert is corrupted. Draws follow the experts' order, so it matters.
 
     Peers: The policy is that of the authors' code, there over classifiers whose knowledge is
     distilled into a meta-learner; the merge, the experts drawn one by one and the thresholds are
@@ -127,10 +127,9 @@ def selection_policy(
 
     Source: Hu et al. 2025, arXiv 2311.14756.
     """
-    score = checked(score, "selection_policy")
+    score = finite_score(score, "selection_policy")
     at_least_one("selection_policy", steps=steps, **({} if draw is None else {"draw": draw}))
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr must be above 0 and finite, got {lr}; the paper takes 0.1")
+    require_positive(lr=lr)
     method, facts = METHODS[rule], METHODS.facts[rule]
     data_free = facts["needs"].startswith(("nothing", "validation labels"))
     if not data_free or "exactly" in facts or "returns" in facts:

@@ -1,6 +1,5 @@
 """DOGE and WUDI: shifts of a layer's merged delta, fitted to the weights alone, without inputs."""
 
-import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -12,34 +11,12 @@ from tqdm import tqdm
 from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.merging.layer_inputs import linear_layers, require_module
 from divmerge_core.merging.linalg import cutoff, matrices, rank_of, truncated
-from divmerge_core.merging.problem import Diverged, MergeProblem
+from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.arithmetic import check_choice
+from divmerge_core.methods.checks import check_choice, check_distance, check_steps
 
+UNITS = ("relative", "absolute")
 WORDS = re.compile(r"embed|\b(wte|wpe)\b")  # tables of words and places; GPT-2's are the latter
-RUNAWAY = 100  # times the longest task vector: a fit that gets further from the base has failed
-
-
-def check_fit(units: str, steps: int, lr: float) -> None:
-    """Raise ValueError for options of a fit that are out of range."""
-    if units not in ("relative", "absolute"):
-        raise ValueError(f"units must be 'relative' or 'absolute', got {units!r}")
-    if steps < 0 or not 0 < lr < float("inf"):
-        raise ValueError(
-            f"steps must be 0 or more and lr above 0 and finite, got {steps} and {lr}; 400 steps "
-            "are usual"
-        )
-
-
-def check_course(method: str, where: str, length: float, bound: float, lr: float) -> None:
-    """Raise Diverged where a fit has run away: a move that is not finite or above its bound."""
-    if not length <= bound:
-        finite = math.isfinite(length)
-        limit = f"{RUNAWAY} times the longest task vector" if finite else "all bounds"
-        raise Diverged(
-            f"{method}: the fit left {limit} behind at {where}; lower lr (now {lr}) or check the "
-            "experts for extreme weights"
-        )
 
 
 def descend(
@@ -48,17 +25,22 @@ def descend(
     gradient: Callable[[Tensor], Tensor],
     like: Tensor,
     *,
-    bound: float,
+    farthest: Tensor,
+    unit: Tensor | float,
     steps: int,
     lr: float,
 ) -> Tensor:
-    """The shift that Adam arrives at from zero. Raises Diverged where it grows above `bound`."""
+    """The shift that Adam reaches from zero, in steps of `lr`.
+
+    unit: how far the parameters move per unit of the shift; farthest: the largest norm of a task
+    vector. Raises Diverged where the parameters move too far.
+    """
     shift = torch.zeros_like(like)
     adam = torch.optim.Adam([shift], lr=lr, fused=True)  # one pass over memory, not ten
     for step in range(steps):
         shift.grad = gradient(shift)
         adam.step()
-        check_course(method, f"step {step} in {name}", float(shift.norm()), bound, lr)
+        check_distance(method, unit * shift.norm(), farthest, f"{step} in {name}", lr)
     return shift
 
 
@@ -142,8 +124,8 @@ def doge(
     \Big\langle d_{tm},\, d_{tm} - \sum_u \lambda_u (d_{um} + \delta_m) \Big\rangle^2
     $$
 
-    Idea: The merged change should weigh on each expert's directions as the expert's own does. A
-    shift common to all can see to that, and what tasks share is left alone.
+    Idea: Along each expert's directions, the merged change should match the expert's own change. A
+    shift common to all experts is fitted to this, off the directions that the tasks share.
 
     Every matrix is treated but embeddings, known by their names ("embed", GPT-2's `wte` and `wpe`);
     these, biases and other tensors stay as in the base. In the loss $d_{tm}$ and $\delta_m$ are
@@ -154,8 +136,8 @@ def doge(
     so that the merge scales with the experts; `absolute` takes both as they are: the authors'
     `eta=0.07` and `lr=1e-4`, tuned to CLIP, with 400 steps, fraction 6 and keep 0.3.
 
-    Pitfalls: Constants of CLIP mean nothing on another model, hence relative units. Adam mixes
-    coordinates, so the shift itself is not quite orthogonal to the shared directions.
+    Pitfalls: Constants tuned to CLIP do not transfer to other models, hence relative units. Adam
+    mixes coordinates, so the shift itself is not quite orthogonal to the shared directions.
 
     Peers: FusionBench keeps floor(keep n) + 1 of n entries (here the nearest whole number), treats
     the tensors named `encoder`, and gives NaN where an expert left one of them as it was. Its page
@@ -166,7 +148,8 @@ def doge(
 
     Source: Wei et al. 2025 (arXiv 2501.01230), its variant without data; code of FusionBench.
     """
-    check_fit(units, steps, lr)
+    check_steps("doge", steps, lr)
+    check_choice("units", units, UNITS)
     if not 0 < keep <= 1 or fraction < 1 or not 0 <= eta < float("inf"):
         raise ValueError(
             f"keep must be in (0, 1], fraction 1 or more and eta 0 or more, got {keep}, {fraction} "
@@ -177,7 +160,7 @@ def doge(
     if not treated:
         raise ValueError("doge merges matrices that are no embeddings; the layout has none")
     smallest = cutoffs(deltas, [place for _, place, _ in treated], keep)
-    longest = RUNAWAY * problem.vectors.norms().max()
+    farthest = problem.vectors.norms().max()
     for name, place, shape in tqdm(treated, "doge", disable=not progress, leave=False):
         own = deltas[:, place].unflatten(1, shape)  # [T, M, K]
         norms = own.flatten(1).norm(dim=1)
@@ -187,8 +170,8 @@ def doge(
         unit = own.square().mean().sqrt() if relative else 1.0
         coeffs = torch.where(norms > 0, eta * (norms.mean() if relative else 1.0) / norms, 0)
         slope = doge_gradient(own / unit, coeffs, shared_basis(own, fraction))
-        bound = float(longest / unit / coeffs.sum())  # the base moves by coeffs.sum() shifts
-        shift = unit * descend("doge", name, slope, own[0], bound=bound, steps=steps, lr=lr)
+        options = {"farthest": farthest, "unit": unit * coeffs.sum(), "steps": steps, "lr": lr}
+        shift = unit * descend("doge", name, slope, own[0], **options)
         for coeff, delta, least in zip(coeffs, own, smallest, strict=True):
             flat[place] += (coeff * (delta + shift) * (delta.abs() >= least)).flatten()
     return flat
@@ -231,10 +214,7 @@ def linear_parts(problem: MergeProblem) -> list[tuple[str, slice, tuple[int, ...
     needs="nothing",
     cost="gradients",
     symmetric=True,
-    search=(
-        {},
-        *({"lr": lr, "units": "relative"} for lr in (0.025, 0.1, 0.01, 0.05, 0.005)),
-    ),
+    search=({}, *({"lr": lr, "units": "relative"} for lr in (0.025, 0.1, 0.01, 0.05, 0.005))),
 )
 @torch.no_grad()
 def wudi(
@@ -253,8 +233,8 @@ def wudi(
     \frac{\lVert (\Delta - D_t)\, D_t^\top \rVert_F^2}{\lVert D_t \rVert_F^2}
     $$
 
-    Idea: Gradients of a linear layer are made of its inputs, so a change's rows span them. On these
-    rows, in place of data, the merged change should do what each expert's does.
+    Idea: Gradients of a linear layer are combinations of its inputs, so a change's rows span them.
+    On these rows, in place of data, the merged change should act as each expert's does.
 
     A matrix starts at the sum of its deltas and takes `steps` of Adam; nothing scales the result.
     `scope`: `matrices` treats every matrix, embeddings too, and gives other tensors the mean delta,
@@ -279,20 +259,21 @@ def wudi(
 
     Source: Cheng et al. 2025 (arXiv 2503.08099).
     """
-    check_fit(units, steps, lr)
+    check_steps("wudi", steps, lr)
+    check_choice("units", units, UNITS)
     check_choice("scope", scope, ("matrices", "linear"))
     deltas, flat = dense(problem.vectors.deltas), problem.vectors.base.clone()
     if scope == "linear":
         parts = linear_parts(problem)
     else:
         parts, flat = list(matrices(problem.vectors.layout)), flat + deltas.mean(dim=0)
-    longest = RUNAWAY * problem.vectors.norms().max()
+    farthest = problem.vectors.norms().max()
     for name, place, shape in tqdm(parts, "wudi", disable=not progress, leave=False):
         own = deltas[:, place].unflatten(1, shape)  # [T, M, K]
         if not own.any():
             continue
         unit = own.square().mean().sqrt() if units == "relative" else 1.0
-        slope, bound = wudi_gradient(own / unit), float(longest / unit)
-        shift = descend("wudi", name, slope, own[0], bound=bound, steps=steps, lr=lr)
+        options = {"farthest": farthest, "unit": unit, "steps": steps, "lr": lr}
+        shift = descend("wudi", name, wudi_gradient(own / unit), own[0], **options)
         flat[place] = problem.vectors.base[place] + (own.sum(dim=0) + unit * shift).flatten()
     return flat

@@ -1,4 +1,4 @@
-"""Methods that work on singular values of task vectors."""
+"""Methods that work on the singular value decomposition of task vectors."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,8 @@ from divmerge_core.merging.linalg import isometry, matrices, polar, rank_of, tru
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.merging.task_vectors import Layout, TaskVectors
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.arithmetic import check_choice, check_keep, moved, require_finite, ties
+from divmerge_core.methods.arithmetic import moved, ties
+from divmerge_core.methods.checks import check_choice, check_keep, require_finite
 
 SCALES = tuple({"scale": scale} for scale in (1.0, 0.4, 0.7, 1.3, 1.6, 2.0))
 
@@ -114,8 +115,8 @@ def iso_c(problem: MergeProblem, *, scale: float = 1.0) -> Float[Tensor, " N"]:
     \bar s = \frac{1}{r} \sum_{i=1}^{r} s_i
     $$
 
-    Idea: A few directions that tasks share dominate the sum, and drown what single tasks need. With
-    equal singular values every direction of the sum counts alike.
+    Idea: A few directions that tasks share dominate the sum and hide those of single tasks. With
+    equal singular values every direction of the sum has the same weight.
 
     Every tensor with two axes counts, embeddings too; all others take the mean, not the sum.
     `scale` applies to both: the authors search 0.1 to 3.0 on validation rows, FusionBench's pages
@@ -163,8 +164,8 @@ def iso_cts(
     D_t - U_c U_c^\top D_t \approx U_t \operatorname{diag}(s_t)\, V_t^\top
     $$
 
-    Idea: The weakest directions of the sum are worth little to anyone. In their place each task
-    gets some of its own, orthogonal to what all have in common.
+    Idea: The weakest directions of the sum help no task. Each task replaces some of them by
+    directions of its own, orthogonal to the common ones.
 
     For a matrix with r = min(M, K), about the share `common` of the r directions, the columns of
     $U_c$ and $V_c$, are leading ones of the tasks' sum. The rest is split evenly: each task gives
@@ -174,7 +175,7 @@ def iso_cts(
     a direction per task, this is Iso-C.
 
     Pitfalls: It inherits Iso-C's noise at low rank. With many tasks or small matrices the rest
-    rounds to no direction at all, and the method changes without a word.
+    rounds to no direction, and the method silently becomes Iso-C.
 
     Peers: The authors' code and FusionBench ask for more directions than there are at small common
     shares; here each task takes what fits.
@@ -234,8 +235,8 @@ def knots(
     [D_1 \cdots D_T] = U \operatorname{diag}(s)\, [V_1^\top \cdots V_T^\top]
     $$
 
-    Idea: Signs and sizes of single entries mean little where every expert has axes of its own. In a
-    common basis of all experts' outputs the entries can be compared.
+    Idea: Signs and sizes of entries are not comparable where every expert has its own axes. In a
+    common basis of all experts' outputs they are.
 
     The pieces $\operatorname{diag}(s) V_t^\top = U^\top D_t$ are merged over all tensors at once,
     and U maps the outcome back. Every tensor with two axes counts, embeddings too; all others join

@@ -1,4 +1,4 @@
-"""Methods that go by lengths and angles, tensor by tensor: spherical means and Model Stock."""
+"""Methods based on lengths and angles, tensor by tensor: spherical means and Model Stock."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ from torch import Tensor
 from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.arithmetic import check_choice, moved, task_weights
+from divmerge_core.methods.arithmetic import moved, task_weights
+from divmerge_core.methods.checks import check_choice
 
 STRAIGHT = 0.9995  # a cosine beyond which an arc is all but a line
 CANCELLED = 1e-6  # lengths of a mean of unit vectors that may be rounding alone
@@ -41,7 +42,7 @@ def arc(cosine: float, t: float) -> tuple[float, float]:
     search=tuple({"t": t} for t in (0.5, 0.3, 0.4, 0.6, 0.7, 0.2)),
 )
 def slerp(problem: MergeProblem, *, t: float = 0.5) -> Float[Tensor, " N"]:
-    r"""A point on the arc from the first expert to the second, tensor by tensor.
+    r"""Spherical interpolation from the first expert to the second, tensor by tensor.
 
     $$
     \theta = \frac{\sin((1 - t)\, a)}{\sin a}\, \theta_1 + \frac{\sin(t\, a)}{\sin a}\, \theta_2,
@@ -95,10 +96,7 @@ def slerp(problem: MergeProblem, *, t: float = 0.5) -> Float[Tensor, " N"]:
     search=(),
 )
 def multi_slerp(
-    problem: MergeProblem,
-    *,
-    weights: Sequence[float | int] | None = None,
-    origin: str = "base",
+    problem: MergeProblem, *, weights: Sequence[float | int] | None = None, origin: str = "base"
 ) -> Float[Tensor, " N"]:
     r"""The mean direction of the experts at their mean length, tensor by tensor.
 

@@ -1,4 +1,4 @@
-"""Fisher merging: every parameter weighed by how much an expert's answers depend on it."""
+"""Fisher merging: the mean of the experts, weighted by their Fisher information."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,7 +11,9 @@ from tqdm import tqdm
 from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.merging.problem import Batch, MergeProblem
 from divmerge_core.methods import METHODS
+from divmerge_core.methods.checks import require_positive
 from divmerge_core.methods.divmerge import limit
+from divmerge_core.methods.forward import rows
 
 
 @METHODS.register(
@@ -43,8 +45,8 @@ def fisher(
     \big(\nabla_\theta \log p_t(v \mid x)\big)^2
     $$
 
-    Idea: The Fisher information says how much an expert's answers depend on a parameter. Each
-    parameter goes to the experts whose answers depend on it.
+    Idea: The Fisher information measures how much an expert's predictions depend on a parameter.
+    Each parameter is weighted towards the experts that depend on it.
 
     On every parameter, embeddings and biases alike; heads are not merged. $F_t$ is
     `fisher_diagonal` on the task's own inputs, with no labels drawn, raised to `floor` where it is
@@ -53,7 +55,7 @@ def fisher(
     task, at least 1; public code takes 256.
 
     Pitfalls: One backward pass per input and answer. Where every $F_t$ is below the floor, experts
-    weigh as $c_t$ alone, and so the surest, whose $F_t$ is shortest, weighs most: a floor that is
+    are weighted by $c_t$ alone, which is largest for the most confident expert: a floor that is
     large beside $F_t$ decides the merge. Words that a task's inputs do not contain have no
     information.
 
@@ -66,8 +68,7 @@ def fisher(
 
     Source: Matena and Raffel 2022 (arXiv 2111.09832).
     """
-    if not 0 < floor < float("inf"):
-        raise ValueError(f"floor must be above 0 and finite, got {floor}; 1e-6 is usual")
+    require_positive(floor=floor)
     problem.require_inputs("fisher")
     problem = limit(problem, inputs, "task")
     above = torch.zeros_like(problem.vectors.base)
@@ -118,13 +119,5 @@ def examples(batches: Sequence[Batch]) -> Iterator[Batch]:
     """Every row as a batch of its own; weights sum to 1 over all rows, each row alike."""
     sizes = [len(next(iter(batch.inputs.values()))) for batch in batches]
     for size, batch in zip(sizes, batches, strict=True):
-        answers = [1] * size if batch.answer is None else batch.answer.sum(dim=1).tolist()
-        for row, weight in enumerate(batch.weight.split(answers)):
-            here = slice(row, row + 1)
-            yield replace(
-                batch,
-                inputs={name: value[here] for name, value in batch.inputs.items()},
-                weight=weight * size / sum(sizes),
-                answer=None if batch.answer is None else batch.answer[here],
-                expert=None,  # nothing here is held to it
-            )
+        for row in rows(batch):
+            yield replace(row, weight=row.weight * size / sum(sizes))

@@ -1,4 +1,4 @@
-"""Essential subspaces as methods: ESM, and ESM++ with a way back to every expert."""
+"""Essential subspace merging: ESM, and ESM++ with a low-rank residual per expert."""
 
 import re
 
@@ -55,8 +55,8 @@ def esm(
     A_t = P_t^\top D_t
     $$
 
-    Idea: What a change of weights does shows in the outputs it moves, on the task's own inputs.
-    Each task keeps the few directions that carry this shift, and all are made orthogonal.
+    Idea: The effect of a change of weights is how it moves outputs on the task's own inputs. Each
+    task keeps the few directions that carry this shift, and all are made orthogonal.
 
     For a linear layer [M, K], $P_t$ holds the M/T output directions along which $D_t$ moves the
     outputs most, each weighted by its energy to the power 0.15, as is its row of $A_t$; level sets
@@ -119,7 +119,7 @@ def esm_pp(
     seed: int = 0,
     progress: bool = True,
 ) -> RoutedModel:
-    r"""ESM plus, layer by layer, a low-rank way back to the expert whose inputs look alike.
+    r"""ESM plus, layer by layer, a low-rank residual of the expert with the most similar inputs.
 
     $$
     y = W_{\mathrm{ESM}}\, x + B_{t^*} A_{t^*} x, \qquad
@@ -127,8 +127,8 @@ def esm_pp(
     B_t A_t \approx W_t - W_{\mathrm{ESM}}
     $$
 
-    Idea: What merging took from an expert is, on its own inputs, of low rank. Each layer keeps that
-    residual for every task, and each input picks the one it resembles.
+    Idea: On an expert's own inputs, the difference of expert and merge has low rank. Each layer
+    stores this residual for every task, and each input uses that of the most similar task.
 
     $B_t$ holds the `rank` output directions that the residual of expert and ESM moves most on the
     expert's inputs, $m_t$ is the task's mean layer input, and $\bar x$ the mean over an input's own

@@ -11,9 +11,10 @@ from functools import cache
 
 import pytest
 import torch
-from helpers import fewer, linear_problem, merge, square, toy
+from helpers import answers, fewer, frozen, linear_problem, merge, square, toy
 from torch.testing import assert_close
 
+from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.kernels.merge import grouped_merge
 from divmerge_core.merging.coefficients import GROUPINGS, LINKS, Coefficients, groups_of
 from divmerge_core.merging.problem import Diverged, MergeProblem, Predictor
@@ -47,16 +48,6 @@ def scored(known: dict) -> bool:
     return known["needs"] == "a validation score"
 
 
-def answers(problem: MergeProblem, merged) -> list[torch.Tensor]:
-    """Logits of a merged vector, or of a predictor, on every input."""
-    with torch.no_grad():
-        return [
-            problem.logits_of(merged, task, batch)
-            for task, batches in enumerate(problem.batches)
-            for batch in batches
-        ]
-
-
 def parts(problem: MergeProblem, merged) -> list[torch.Tensor]:
     """What two results are compared by: the vector, or a predictor's answers."""
     return [merged] if isinstance(merged, torch.Tensor) else answers(problem, merged)
@@ -72,18 +63,6 @@ def check_result(spec: str, problem: MergeProblem, merged) -> None:
         assert part.dtype == problem.vectors.base.dtype
         assert torch.isfinite(part).all()
         assert not part.requires_grad
-
-
-def frozen(problem: MergeProblem, tensors: slice) -> MergeProblem:
-    """The same problem with experts that left some tensors as they were."""
-
-    def freeze(deltas):
-        deltas = deltas.clone()
-        for start, stop in problem.vectors.layout.bounds[tensors]:
-            deltas[:, start:stop] = 0
-        return deltas
-
-    return replace(problem, vectors=problem.vectors.map(freeze))
 
 
 # --- methods --------------------------------------------------------------------------------------
@@ -245,11 +224,17 @@ def test_a_linear_option_multiplies_the_change(spec):
     assert once.any()
 
 
-@those(lambda known: "linear" in known and known["linear"] == "scale")
-@pytest.mark.parametrize("scale", [float("nan"), float("-inf")])
-def test_a_scale_that_is_no_number_is_refused(spec, scale):
-    with pytest.raises(ValueError, match=f"scale must be finite, got {scale}; "):
-        merge(toy(spec), spec, scale=scale)
+@those(lambda known: known["cost"] == "weights")
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+def test_task_vectors_may_be_stored_in_less_memory(spec, storage):
+    problem = toy(spec, num_tasks=2, dtype=torch.float32)
+    stored = replace(problem, vectors=problem.vectors.stored_as(storage))
+    wide = replace(problem, vectors=stored.vectors.map(lambda deltas: deltas))
+    assert dense(wide.vectors.deltas).dtype == torch.float32
+    found, expected = merge(stored, spec), merge(wide, spec)
+    for one, other in zip(parts(stored, found), parts(wide, expected), strict=True):
+        assert one.dtype == torch.float32
+        assert_close(one, other)
 
 
 # With one coefficient per task where it takes a grouping: others have more to draw.
@@ -267,6 +252,118 @@ def test_the_score_is_called_as_often_as_is_said(spec):
     counted.clear()
     merge(problem, spec, score=score, steps=5)
     assert len(counted) - few == 3 * per_step
+
+
+@those(scored)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_is_refused(spec, value):
+    name = parse(spec)[0]
+    with pytest.raises(ValueError, match=f"{name}: score gave {value}; it must give finite"):
+        merge(toy(spec), spec, score=lambda merged: value)
+
+
+# --- options --------------------------------------------------------------------------------------
+
+NAN, INF = float("nan"), float("inf")
+FRACTIONS, CLOSED = (0.0, -0.2, 1.5, NAN), (-0.1, 1.1, NAN)
+OUT_OF_RANGE = {
+    **{"keep": FRACTIONS, "ratio": (0.0, 1.5), "size_base": (0.0, 1.1)},  # (0, 1]
+    **{"share": CLOSED, "common": CLOSED, "off_diagonal": CLOSED, "t": CLOSED},  # [0, 1]
+    **{"drop": (1.0, -0.1, NAN), "remove": (-0.1, 1.0, NAN), "start": (1.0, -0.1)},  # [0, 1)
+    **{"scale": (NAN, -INF), "alpha": (INF,), "beta": (NAN,), "weight": (NAN, INF)},
+    **{"lr": (0.0, -1.0, NAN, INF), "floor": (0.0, NAN, INF), "sigma": (0.0, INF)},
+    **{"eta": (-1.0,), "power": (-1.0, NAN), "zeta": (-1.0, NAN), "threshold": (0.0, -1.0)},
+    **{"inputs": (0, -1), "epochs": (0,), "rank": (0,), "batch_size": (0,), "children": (0,)},
+    **{"steps": (-1,), "draw": (0,), "fraction": (0,), "agree": (-1,), "clip": (0.5, -0.1)},
+    **{"router_layers": (3,), "grouping": ("blok",), "divergence": ("jss",), "link": ("relu",)},
+    **{"trim": ("row",), "combine": ("max",), "then": ("average",), "rescale": ("l2",)},
+    **{"per": ("column",), "inter": ("paper",), "norm": ("l2",), "origin": ("mean",)},
+    **{"shared": ("left",), "scaling": ("task",), "units": ("clip",), "scope": ("all",)},
+    **{"posterior": ("flat",), "rule": ("avrage",), "optimizer": ("sgd",)},
+}
+
+
+def refused(name: str, options: dict, message: str) -> None:
+    """A method refuses these options before any forward pass or score."""
+    problem = replace(toy(name), forward=never)
+    with pytest.raises(ValueError, match=message):
+        merge(problem, name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        (name, option, value)
+        for name in METHODS
+        for option in options_of(name)
+        for value in OUT_OF_RANGE.get(option, ())
+    ],
+)
+def test_an_option_out_of_range_is_refused_with_its_name_and_value(name, option, value):
+    said = rf"({option}\b|unknown \w+) .*{re.escape(str(value))}"
+    refused(name, {option: value}, said)
+
+
+WEIGHTS = "one positive, finite weight for each of 3 tasks"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ties", {"weights": "both"}, "weights must be one of before, after; got 'both'"),
+        ("ties", {"coeffs": [1, 2]}, rf"{WEIGHTS}, got \[1, 2\]"),
+        ("ties", {"coeffs": [1, 2, 0]}, WEIGHTS),
+        ("ties", {"coeffs": [1, 2, NAN]}, WEIGHTS),
+        ("multi_slerp", {"weights": [1, -1, 1]}, WEIGHTS),
+        ("breadcrumbs", {"keep": 0.6, "remove": 0.5}, "got remove 0.5 and keep 0.6; 0.01 removes"),
+        ("divmerge", {"link": "softmax", "init": 0.5}, "link 'softmax' cannot start at 0.5"),
+        ("divmerge", {"divergence": "jss"}, "unknown divergence 'jss'; choose one of: .*mean 'js'"),
+        ("lines", {"rule": "lines"}, "must be another method that returns parameters, got 'lines'"),
+        ("lines", {"rule": "emr"}, "must be another method that returns parameters, got 'emr'"),
+        ("esm_pp", {"layers": "query"}, "layers='query' matches none of embeddings.weight, .*all"),
+        ("surgery", {"merge": "surgery"}, "one vector and asks for no score, got 'surgery'"),
+        ("surgery", {"merge": "evolved_coefficients"}, "asks for no score, got 'evolved_coeff"),
+        ("selection_policy", {"rule": "divmerge"}, "merge any number .* 'divmerge' does not"),
+        ("selection_policy", {"rule": "slerp"}, "merge any number .* 'slerp' does not"),
+        (
+            "selection_policy",
+            {"rule": "selection_policy"},
+            "'selection_policy' does not, 'average'",
+        ),
+        ("selection_policy", {"rule": "logits_fusion"}, "one vector.* 'logits_fusion' does not"),
+    ],
+)
+def test_options_that_do_not_fit_together_or_the_problem_are_refused(name, options, message):
+    refused(name, options, message)
+
+
+def test_a_method_with_a_grouping_is_written_with_a_slash():
+    assert parse("divmerge/block") == ("divmerge", {"grouping": "block"})
+    assert parse("ties") == ("ties", {})
+    assert options_of("ties") == ("keep", "scale", "coeffs", "trim", "weights", "combine")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("divmrge", "unknown method 'divmrge'; choose one of: .*did you mean 'divmerge'"),
+        ("divmrge/task", "unknown method 'divmrge'"),
+        ("divmerge/blok", "unknown grouping 'blok'; choose one of: task, block, layer"),
+        ("ties/block", "method 'ties' has no grouping, so 'ties/block' means nothing; say 'ties'"),
+    ],
+)
+def test_a_method_that_does_not_exist_is_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        parse(spec)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_states_its_facts_and_searches_options_that_it_takes(name):
+    facts, needs = METHODS.facts[name], METHODS.facts[name]["needs"].split(",")[0]
+    assert needs in ("nothing", "unlabelled inputs", "validation labels", "a validation score")
+    assert facts["cost"] in ("weights", "inputs", "gradients", "training")
+    assert facts["source"] and isinstance(facts["symmetric"], bool)
+    assert all(set(candidate) <= set(options_of(name)) for candidate in facts["search"])
 
 
 # --- groupings and links --------------------------------------------------------------------------

@@ -2,20 +2,20 @@
 
 import math
 import random
-from collections import Counter
 from dataclasses import replace
+from functools import cache, partial
+from itertools import combinations
 
 import pytest
 import torch
-from helpers import layout_of, linear_problem
+from helpers import linear_problem, mean_divergence, normal, problem_of
 from torch import nn
 from torch.testing import assert_close
 
 from divmerge_core.merging.linalg import matrices
 from divmerge_core.merging.problem import MergeProblem
-from divmerge_core.merging.task_vectors import TaskVectors
 from divmerge_core.methods.arithmetic import average, task_arithmetic
-from divmerge_core.methods.clustered import dp_mixture, evidence, restaurant
+from divmerge_core.methods.clustered import Clusters, dp_mixture, evidence, restaurant
 from divmerge_core.methods.continual import (
     opcm,
     projected,
@@ -24,24 +24,9 @@ from divmerge_core.methods.continual import (
     sequential_ties,
 )
 
-SHARES = (0.0, 0.3, 0.5, 0.8, 1.0)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
 
 def rotation(size: int, seed: int = 0) -> torch.Tensor:
     return torch.linalg.qr(normal(size, size, seed=seed))[0]
-
-
-def of_deltas(deltas: torch.Tensor, module: nn.Module | None = None, **tensors) -> MergeProblem:
-    """A problem without inputs around a base of ones."""
-    layout, names = layout_of(**tensors), tuple(f"task{n}" for n in range(len(deltas)))
-    base = torch.ones(layout.size, dtype=deltas.dtype)
-    empty = [[] for _ in names]
-    return MergeProblem(TaskVectors(layout, names, base, deltas), empty, lambda *_: [], module)
 
 
 def turned(problem: MergeProblem, seed: int) -> MergeProblem:
@@ -51,36 +36,19 @@ def turned(problem: MergeProblem, seed: int) -> MergeProblem:
     return problem.select(tasks)
 
 
-def relative_spread(results: list[torch.Tensor], base: torch.Tensor) -> float:
-    """Root mean square distance from the mean result, in units of the mean's distance from base."""
-    rows = torch.stack(results)
-    mean = rows.mean(dim=0)
-    spread = (rows - mean).square().sum(dim=1).mean().sqrt()
-    return (spread / (mean - base).square().sum().sqrt()).item()
-
-
 # --- sums that grow by one expert -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_tasks", [1, 2, 5])
-def test_the_running_average_ends_at_the_average(num_tasks):
-    problem = linear_problem(num_tasks=num_tasks)
-    assert_close(running_average(problem), average(problem), rtol=0, atol=1e-14)
-
-
-def test_the_running_average_weighs_the_merged_model_by_the_experts_in_it(problem):
+def test_running_sums_end_at_the_sums_themselves_also_on_the_way(problem):
     """theta becomes (t theta + theta_{t+1}) / (t + 1), on the experts themselves."""
     first, *others = (problem.vectors.expert(task) for task in problem.vectors.tasks)
     merged = first
     for count, expert in enumerate(others, start=1):
         merged = (count * merged + expert) / (count + 1)
-    assert_close(running_average(problem), merged, rtol=0, atol=1e-14)
-
-
-@pytest.mark.parametrize("scale", [0.0, 0.3, 1.0, -0.5])
-def test_sequential_task_arithmetic_ends_at_task_arithmetic(problem, scale):
-    found = sequential_task_arithmetic(problem, scale=scale)
-    assert_close(found, task_arithmetic(problem, scale=scale), rtol=0, atol=1e-14)
+    for expected in (merged, average(problem)):
+        assert_close(running_average(problem), expected, rtol=0, atol=1e-14)
+    found = sequential_task_arithmetic(problem, scale=-0.5)
+    assert_close(found, task_arithmetic(problem, scale=-0.5), rtol=0, atol=1e-14)
 
 
 def test_sequential_ties_adds_the_trimmed_sum_to_what_was_merged_as_worked_out_by_hand():
@@ -97,34 +65,8 @@ def test_sequential_ties_adds_the_trimmed_sum_to_what_was_merged_as_worked_out_b
         ([0, 1, 2], [-2, 4.5, 1, 10.75, -2.5]),
     )
     for rows, expected in steps:
-        found = sequential_ties(of_deltas(deltas[rows], weight=(5,)), keep=0.4, scale=0.5)
+        found = sequential_ties(problem_of(*deltas[rows], base=1.0), keep=0.4, scale=0.5)
         assert found.tolist() == expected
-
-
-def test_sequential_ties_of_one_expert_is_the_scaled_expert():
-    problem = linear_problem(num_tasks=1)
-    found = sequential_ties(problem, scale=0.7)
-    assert_close(found, problem.vectors.merge([0.7]), rtol=0, atol=1e-15)
-
-
-def test_sequential_ties_grows_with_every_repetition_of_one_expert():
-    """Untrimmed, m becomes m + s (m + tau): ((1 + s)^T - 1) tau after T of them."""
-    problem = linear_problem(num_tasks=1)
-    deltas = problem.vectors.deltas.expand(4, -1).contiguous()
-    found = sequential_ties(of_deltas(deltas, weight=(deltas.shape[1],)), keep=1.0, scale=0.5)
-    assert_close(found - 1, (1.5**4 - 1) * deltas[0])
-
-
-@pytest.mark.parametrize("keep", [0.0, -0.2, 1.5, float("nan")])
-def test_sequential_ties_refuses_a_share_that_is_none(problem, keep):
-    with pytest.raises(ValueError, match=rf"keep must be in \(0, 1\], got {keep}; 0.2 keeps"):
-        sequential_ties(problem, keep=keep)
-
-
-@pytest.mark.parametrize("method", [sequential_task_arithmetic, sequential_ties])
-def test_a_scale_that_is_not_finite_is_refused(problem, method):
-    with pytest.raises(ValueError, match="scale must be finite, got inf"):
-        method(problem, scale=math.inf)
 
 
 # --- the projection of opcm -----------------------------------------------------------------------
@@ -134,8 +76,7 @@ def slowly_projected(delta, before, share, cross):
     """Entry by entry in the full bases of the singular directions of a matrix of full rank."""
     left, values, right = torch.linalg.svd(before, full_matrices=True)
     lead = next(
-        (i for i in range(len(values)) if values[: i + 1].sum() > share * values.sum()),
-        len(values),
+        (i for i in range(len(values)) if values[: i + 1].sum() > share * values.sum()), len(values)
     )
     result = torch.zeros_like(delta)
     for i in range(delta.shape[0]):
@@ -147,40 +88,31 @@ def slowly_projected(delta, before, share, cross):
     return result
 
 
-@pytest.mark.parametrize("shape", [(5, 5), (4, 7), (7, 4), (1, 6), (6, 1)])
-@pytest.mark.parametrize("share", SHARES[:-1])
 @pytest.mark.parametrize("cross", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "share"),
+    [((5, 5), 0.0), ((4, 5), 0.3), ((5, 3), 0.5), ((5, 5), 0.8), ((1, 6), 0.5), ((6, 1), 0.3)],
+)
 def test_the_projection_takes_out_entry_by_entry_what_is_protected(shape, share, cross):
     delta, before = normal(*shape), normal(*shape, seed=1)
     expected = slowly_projected(delta, before, share, cross)
     assert_close(projected(delta, before, share, cross), expected, rtol=0, atol=1e-12)
 
 
-def test_the_projection_in_diagonal_directions_as_worked_out_by_hand():
-    """Singular values 3, 2, 1: at 0.9 two directions lead (5 of 6), at 0.5 one (3 of 6)."""
-    before = torch.diag(torch.tensor([3.0, 2, 1], dtype=torch.float64))
-    delta = torch.tensor([[1.0, 2, 3], [4, 5, 6], [7, 8, 9]], dtype=torch.float64)
-    two = torch.tensor([[0.0, 0, 3], [0, 0, 6], [7, 8, 0]], dtype=torch.float64)
-    one = torch.tensor([[0.0, 2, 3], [4, 0, 6], [7, 8, 0]], dtype=torch.float64)
-    alone = torch.tensor([[0.0, 0, 0], [0, 0, 6], [0, 8, 0]], dtype=torch.float64)
-    for share, cross, expected in (
-        (0.9, True, two),
-        (0.9, False, torch.zeros_like(two)),
-        (0.5, True, one),
-        (0.5, False, alone),
-    ):
-        assert_close(projected(delta, before, share, cross), expected, rtol=0, atol=1e-14)
-
-
-@pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("cross", [True, False])
-@pytest.mark.parametrize("rank", [1, 3, 6])
-def test_what_is_left_is_orthogonal_to_what_was_merged(share, cross, rank):
-    for order in range(10):
-        before = normal(6, rank, seed=order) @ normal(rank, 8, seed=order + 50)
-        delta = normal(6, 8, seed=order + 100)
-        inner = (projected(delta, before, share, cross) * before).sum()
-        assert abs(inner) < 1e-12 * before.norm() * delta.norm()
+@pytest.mark.parametrize(("rank", "share"), [(1, 0.5), (2, 1.0), (3, 0.3), (5, 0.8), (5, 0.0)])
+def test_the_projection_is_orthogonal_to_the_merged_change_and_turns_with_it(rank, share, cross):
+    """Also where its rank is deficient, and its null directions arbitrary."""
+    before, delta = normal(5, rank) @ normal(rank, 6, seed=1), normal(5, 6, seed=2)
+    rest = projected(delta, before, share, cross)
+    assert abs((rest * before).sum()) < 1e-12 * before.norm() * delta.norm()
+    left, right = rotation(5, seed=3), rotation(6, seed=4)
+    found = projected(left @ delta @ right, left @ before @ right, share, cross)
+    assert_close(found, left @ rest @ right, rtol=0, atol=1e-11)
+    if share == 1.0:  # nothing in the merged directions is left
+        left, _, right = torch.linalg.svd(before)
+        inside = left[:, :rank].T @ rest @ right[:rank].T
+        assert_close(inside, torch.zeros_like(inside))
 
 
 @pytest.mark.parametrize("cross", [True, False])
@@ -190,28 +122,7 @@ def test_changes_with_other_rows_and_columns_are_left_whole(cross):
     left, right = rotation(6), rotation(8)
     before, delta = left @ before @ right, left @ delta @ right
     assert_close(projected(delta, before, 0.5, cross), delta, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("cross", [True, False])
-@pytest.mark.parametrize("rank", [1, 2, 5])
-def test_the_projection_turns_with_its_matrices_also_where_rank_is_deficient(rank, cross):
-    before, delta = normal(5, rank) @ normal(rank, 6, seed=1), normal(5, 6, seed=2)
-    left, right = rotation(5, seed=3), rotation(6, seed=4)
-    found = projected(left @ delta @ right, left @ before @ right, 0.5, cross)
-    expected = left @ projected(delta, before, 0.5, cross) @ right
-    assert_close(found, expected, rtol=0, atol=1e-11)
-
-
-def test_nothing_is_taken_out_where_nothing_was_merged():
-    delta = normal(4, 5)
-    assert torch.equal(projected(delta, torch.zeros_like(delta), 0.5, True), delta)
-
-
-def test_at_share_1_nothing_in_the_merged_directions_is_left():
-    before, delta = normal(6, 2) @ normal(2, 5, seed=1), normal(6, 5, seed=2)
-    rest = projected(delta, before, 1.0, True)
-    left, _, right = torch.linalg.svd(before)
-    assert_close(left[:, :2].T @ rest @ right[:2].T, torch.zeros(2, 2).double())
+    assert torch.equal(projected(delta, 0 * before, 0.5, cross), delta)
 
 
 # --- opcm -----------------------------------------------------------------------------------------
@@ -238,58 +149,48 @@ def slowly_opcm(problem: MergeProblem, share: float, cross: bool) -> torch.Tenso
     return merged
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.8])
-@pytest.mark.parametrize("cross", [True, False])
+@pytest.mark.parametrize(("share", "cross"), [(0.0, True), (0.5, False), (0.8, True)])
 def test_opcm_is_the_recursion_on_models(share, cross):
-    problem = linear_problem(num_tasks=4)
+    problem = linear_problem(features=4)
     found = opcm(problem, share=share, cross=cross, progress=False)
     assert_close(found, slowly_opcm(problem, share, cross), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("order", range(10))
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_after_every_expert_the_distance_from_the_base_is_the_mean_length(order, share):
-    problem = turned(linear_problem(num_tasks=6), order)
-    lengths = problem.vectors.norms()
-    for count in range(1, 7):
-        merged = opcm(problem.select(problem.vectors.tasks[:count]), share=share, progress=False)
-        distance = (merged - problem.vectors.base).norm()
-        assert_close(distance, lengths[:count].mean(), rtol=1e-13, atol=0)
-
-
-@pytest.mark.parametrize("order", range(10))
-def test_what_an_expert_adds_to_every_matrix_is_orthogonal_to_what_was_merged(order):
+def test_an_expert_adds_an_orthogonal_change_and_the_whole_gets_the_mean_length(share):
     """M_T = M_{T-1} scaled + D with <D, M_{T-1}> = 0, so all matrices share one scale."""
-    problem = turned(linear_problem(num_tasks=4), order)
-    base = problem.vectors.base
-    before = opcm(problem.select(problem.vectors.tasks[:3]), progress=False) - base
-    after = opcm(problem, progress=False) - base
-    scales = [
-        (after[place] @ before[place]) / before[place].square().sum()
-        for _, place, _ in matrices(problem.vectors.layout)
-    ]
-    assert_close(torch.stack(scales), scales[0].expand(len(scales)), rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("share", SHARES)
-def test_opcm_of_one_expert_is_that_expert(share):
-    problem = linear_problem(num_tasks=1)
-    found = opcm(problem, share=share, progress=False)
-    assert torch.equal(found, problem.vectors.base + problem.vectors.deltas[0])
+    problem, before = turned(linear_problem(num_tasks=4), 1), None
+    vectors, lengths = problem.vectors, problem.vectors.norms()
+    for count in range(1, 5):
+        merged = opcm(problem.select(vectors.tasks[:count]), share=share, progress=False)
+        after = merged - vectors.base
+        assert_close(after.norm(), lengths[:count].mean(), rtol=1e-13, atol=0)
+        if before is None:
+            assert_close(after, vectors.deltas[0], rtol=1e-13, atol=1e-14)
+        else:
+            scales = [
+                (after[place] @ before[place]) / before[place].square().sum()
+                for _, place, _ in matrices(vectors.layout)
+            ]
+            assert_close(torch.stack(scales), scales[0].expand(len(scales)), rtol=1e-12, atol=0)
+        before = after
 
 
 def test_opcm_depends_less_on_the_order_than_sequential_ties_does():
-    problem = linear_problem(num_tasks=5)
-    orders = [turned(problem, order) for order in range(10)]
-    projection = [opcm(one, progress=False) for one in orders]
-    trimming = [sequential_ties(one) for one in orders]
-    base = problem.vectors.base
-    assert relative_spread(projection, base) < relative_spread(trimming, base)
+    problem = linear_problem(num_tasks=4)
+
+    def spread(method) -> float:
+        """Root mean square distance from the mean, in units of the mean's distance from base."""
+        rows = torch.stack([method(turned(problem, order)) for order in range(5)])
+        mean = rows.mean(dim=0)
+        return float((rows - mean).norm() / 5**0.5 / (mean - problem.vectors.base).norm())
+
+    assert spread(partial(opcm, progress=False)) < spread(sequential_ties)
 
 
 def test_without_matrices_opcm_is_the_sum_brought_to_the_mean_length():
     deltas = normal(4, 9)
-    found = opcm(of_deltas(deltas, bias=(4,), norm=(5,)), progress=False) - 1
+    found = opcm(problem_of(*deltas, base=1.0, bias=(4,), norm=(5,)), progress=False) - 1
     total = deltas.sum(dim=0)
     assert_close(found, total * deltas.norm(dim=1).mean() / total.norm())
 
@@ -297,15 +198,15 @@ def test_without_matrices_opcm_is_the_sum_brought_to_the_mean_length():
 def test_an_expert_of_zeros_shortens_the_merged_model_alone():
     deltas = normal(2, 12)
     deltas[1] = 0
-    found = opcm(of_deltas(deltas, weight=(3, 4)), progress=False)
+    found = opcm(problem_of(*deltas, base=1.0, weight=(3, 4)), progress=False)
     assert_close(found - 1, deltas[0] / 2)
 
 
 def test_experts_that_cancel_give_the_base_and_the_next_one_starts_anew():
     deltas = torch.stack([torch.ones(4), -torch.ones(4), torch.tensor([0.0, 3, 0, 4])]).double()
-    cancelled = of_deltas(deltas[:2], bias=(4,))
+    cancelled = problem_of(*deltas[:2], base=1.0, bias=(4,))
     assert torch.equal(opcm(cancelled, progress=False), cancelled.vectors.base)
-    found = opcm(of_deltas(deltas, bias=(4,)), progress=False) - 1
+    found = opcm(problem_of(*deltas, base=1.0, bias=(4,)), progress=False) - 1
     assert_close(found, deltas[2] / 5 * 3)  # lengths 2, 2 and 5
 
 
@@ -314,8 +215,8 @@ def test_only_linear_weights_are_projected_where_the_module_is_known():
     shapes = {"words.weight": (5, 3), "dense.weight": (4, 3), "dense.bias": (4,)}
     deltas = normal(2, 15 + 12 + 4)
     words, dense = slice(0, 15), slice(15, 27)
-    known = opcm(of_deltas(deltas, module, **shapes), progress=False) - 1
-    unknown = opcm(of_deltas(deltas, **shapes), progress=False) - 1
+    known = opcm(problem_of(*deltas, base=1.0, module=module, **shapes), progress=False) - 1
+    unknown = opcm(problem_of(*deltas, base=1.0, **shapes), progress=False) - 1
 
     def along(found, place):  # 1 for all of the second expert on top of the first
         plain = (deltas[0] + deltas[1])[place]
@@ -326,96 +227,72 @@ def test_only_linear_weights_are_projected_where_the_module_is_known():
     assert along(known, dense) < 0.999
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-def test_opcm_refuses_a_share_that_is_none(problem, share):
-    with pytest.raises(ValueError, match=rf"share must be in \[0, 1\], got {share}; 0.5 is"):
-        opcm(problem, share=share)
-
-
 # --- a mixture of merged models -------------------------------------------------------------------
 
+PER_FAMILY = 3
 
-def families(related: float = 0.9, per_family: int = 3, seed: int = 0) -> MergeProblem:
+
+@cache
+def families(related: float = 0.9) -> MergeProblem:
     """Three families of experts; the second and third change the base in opposite directions.
 
     `related` is the cosine between task vectors of one family; task n is of family
-    n // per_family.
+    n // PER_FAMILY.
     """
-    num_tasks = 3 * per_family
-    problem = linear_problem(
-        num_tasks=num_tasks, features=16, classes=8, rows=8, batches=2, seed=seed
-    )
-    centres = normal(3, problem.vectors.layout.size, seed=seed + 100)
+    num_tasks = 3 * PER_FAMILY
+    problem = linear_problem(num_tasks=num_tasks, features=12, batches=1, rows=8)
+    centres = normal(3, problem.vectors.layout.size, seed=100)
     centres[2] = -centres[1]
-    own = normal(num_tasks, problem.vectors.layout.size, seed=seed + 200)
-    shared = centres.repeat_interleave(per_family, dim=0)
+    own = normal(num_tasks, problem.vectors.layout.size, seed=200)
+    shared = centres.repeat_interleave(PER_FAMILY, dim=0)
     deltas = 0.1 * (math.sqrt(related) * shared + math.sqrt(1 - related) * own)
     return replace(problem, vectors=problem.vectors.map(lambda _: deltas))
 
 
-def planted(problem: MergeProblem, per_family: int = 3) -> list[int]:
-    return [int(task.removeprefix("task")) // per_family for task in problem.vectors.tasks]
+@cache
+def mixed(order: int, **options) -> Clusters:
+    """The mixture of the families' experts in an order of their own."""
+    return dp_mixture(turned(families(), order), progress=False, **options)
 
 
-def rand_index(one: list[int], other: list[int]) -> float:
-    """Hubert and Arabie's adjusted Rand index: 1 for equal partitions, 0 expected by chance."""
-
-    def pairs(labels) -> int:
-        return sum(math.comb(count, 2) for count in Counter(labels).values())
-
-    both, left, right = pairs(zip(one, other, strict=True)), pairs(one), pairs(other)
-    chance = left * right / math.comb(len(one), 2)
-    return (both - chance) / ((left + right) / 2 - chance)
+def grouped(problem: MergeProblem, like: Clusters, numbers: list[int]) -> Clusters:
+    """OPCM merges of groups that someone else chose."""
+    tasks, models = problem.vectors.tasks, []
+    for number in sorted(set(numbers)):
+        members = [task for task, own in zip(tasks, numbers, strict=True) if own == number]
+        models.append(opcm(problem.select(members), progress=False))
+    return replace(like, problem=problem, models=tuple(models), numbers=tuple(numbers))
 
 
-def mean_misfit(problem: MergeProblem, merged) -> float:
+def squared_error(problem: MergeProblem, merged) -> float:
     """Mean square distance of logits from every expert's own, over all tasks."""
-    total = []
-    for task, (name, batches) in enumerate(
-        zip(problem.vectors.tasks, problem.batches, strict=True)
-    ):
-        expert = problem.vectors.expert(name)
-        for batch in batches:
-            found = problem.logits_of(merged, task, batch)
-            total.append((found - problem.logits(expert, task, batch)).square().mean())
-    return torch.stack(total).mean().item()
+    return mean_divergence(problem, merged, lambda expert, found: (found - expert).square())
 
 
-def test_the_rand_index_of_partitions_worked_out_by_hand():
-    assert rand_index([0, 0, 1, 1], [5, 5, 3, 3]) == 1
-    assert rand_index([0, 0, 1, 1], [0, 1, 0, 1]) == pytest.approx(-0.5)
-
-
-@pytest.mark.parametrize("order", range(10))
-def test_the_mixture_finds_planted_families_in_any_order(order):
-    problem = turned(families(), order)
-    found = dp_mixture(problem, progress=False)
-    assert rand_index(planted(problem), list(found.numbers)) >= 0.8
-
-
-@pytest.mark.parametrize("zeta", [0.1, 0.5, 1.0, 2.0, 5.0])
-def test_the_number_of_models_hardly_depends_on_zeta(zeta):
-    problem = turned(families(), 0)
-    found = dp_mixture(problem, zeta=zeta, progress=False)
+@pytest.mark.parametrize(
+    ("order", "options"),
+    [(1, {}), (2, {}), (3, {}), (0, {"zeta": 0.1}), (0, {"zeta": 5.0}), (0, {"zeta": 0.5})]
+    + [(0, {"posterior": "published"})],
+)
+def test_the_mixture_finds_planted_families_and_merges_each_by_opcm(order, options):
+    """In any order, whatever zeta. Perfect agreement; a neighbouring number of groups passes."""
+    problem, found = turned(families(), order), mixed(order, **options)
+    planted = [int(task.removeprefix("task")) // PER_FAMILY for task in problem.vectors.tasks]
     assert abs(len(found.models) - 3) <= 1
-    assert rand_index(planted(problem), list(found.numbers)) >= 0.8
+    pairs = list(combinations(range(len(planted)), 2))
+    agree = [(planted[a] == planted[b]) == (found.numbers[a] == found.numbers[b]) for a, b in pairs]
+    assert sum(agree) >= 0.9 * len(pairs)
+    expected = grouped(problem, found, list(found.numbers))
+    assert all(map(torch.equal, found.models, expected.models))
+    assert found.nbytes == len(found.models) * problem.vectors.layout.size * 8
+    for task, batches in enumerate(problem.batches):
+        model = found.models[found.numbers[task]]
+        assert torch.equal(found.logits(task, batches[0]), problem.logits(model, task, batches[0]))
 
 
-def test_a_model_for_every_family_answers_nearer_to_the_experts_than_others_do():
-    """At equal storage: one merged model for all, and random groups of the same sizes."""
-    problem = families()
-    found = dp_mixture(problem, progress=False)
-    single = opcm(problem, progress=False)
-    shuffled = list(found.numbers)
-    random.Random(0).shuffle(shuffled)
-    groups = [[t for t, number in enumerate(shuffled) if number == n] for n in set(shuffled)]
-    tasks = problem.vectors.tasks
-    merged = tuple(
-        opcm(problem.select([tasks[t] for t in group]), progress=False) for group in groups
-    )
-    by_chance = replace(found, models=merged, numbers=tuple(shuffled))
-    assert mean_misfit(problem, found) < 0.5 * mean_misfit(problem, by_chance)
-    assert mean_misfit(problem, found) < 0.5 * mean_misfit(problem, single)
+def test_the_answers_hardly_depend_on_the_order_in_which_experts_come():
+    errors = torch.tensor([squared_error(turned(families(), n), mixed(n)) for n in range(1, 4)])
+    assert errors.std() / errors.mean() < 0.1
 
 
 def k_means(rows: torch.Tensor, count: int) -> list[int]:
@@ -429,79 +306,31 @@ def k_means(rows: torch.Tensor, count: int) -> list[int]:
     return numbers.tolist()
 
 
-@pytest.mark.parametrize("related", [0.9, 0.7, 0.5])
-def test_at_equal_storage_the_mixture_comes_within_a_tenth_of_k_means(related):
-    """On task vectors; it is told the number of models, which the mixture finds."""
+@pytest.mark.parametrize("related", [0.9, 0.5])
+def test_at_equal_storage_it_answers_nearer_than_random_groups_and_near_k_means(related):
+    """k-means clusters task vectors; it is given the number of models, which the mixture finds."""
     problem = families(related)
     found = dp_mixture(problem, progress=False)
-    numbers = k_means(problem.vectors.deltas, len(found.models))
-    groups = [[t for t, number in enumerate(numbers) if number == n] for n in sorted(set(numbers))]
-    tasks = problem.vectors.tasks
-    merged = tuple(
-        opcm(problem.select([tasks[t] for t in group]), progress=False) for group in groups
+    error = squared_error(problem, found)
+    assert error < 1.1 * squared_error(
+        problem, grouped(problem, found, k_means(problem.vectors.deltas, len(found.models)))
     )
-    by_distance = replace(found, models=merged, numbers=tuple(numbers))
-    assert found.nbytes == by_distance.nbytes
-    assert mean_misfit(problem, found) < 1.1 * mean_misfit(problem, by_distance)
+    if related == 0.9:
+        shuffled = list(found.numbers)
+        random.Random(0).shuffle(shuffled)
+        assert error < 0.5 * squared_error(problem, grouped(problem, found, shuffled))
+        assert error < 0.5 * squared_error(problem, opcm(problem, progress=False))
 
 
-def test_the_answers_hardly_depend_on_the_order_in_which_experts_come():
-    misfits = [
-        mean_misfit(one, dp_mixture(one, progress=False))
-        for one in (turned(families(), order) for order in range(10))
-    ]
-    spread = torch.tensor(misfits).std() / torch.tensor(misfits).mean()
-    assert spread < 0.1
-
-
-def test_bytes_of_a_mixture_of_models_are_those_of_its_models():
-    problem = families(per_family=2)
-    size = problem.vectors.layout.size
-    for zeta, models in ((0.0, 1), (math.inf, 6)):
-        assert dp_mixture(problem, zeta=zeta, progress=False).nbytes == models * size * 8
-
-
-def test_at_zeta_0_the_mixture_is_one_opcm_merge():
-    problem = families(per_family=2)
+def test_at_zeta_0_the_mixture_is_one_opcm_merge_and_at_infinity_the_experts():
+    problem = linear_problem()
     found = dp_mixture(problem, zeta=0.0, share=0.3, progress=False)
-    assert set(found.numbers) == {0} and len(found.models) == 1
+    assert found.numbers == (0, 0, 0)
     assert torch.equal(found.models[0], opcm(problem, share=0.3, progress=False))
-
-
-def test_at_infinite_zeta_the_mixture_is_the_experts():
-    problem = families(per_family=2)
     found = dp_mixture(problem, zeta=math.inf, progress=False)
-    assert found.numbers == tuple(range(6))
+    assert found.numbers == (0, 1, 2)
     for model, delta in zip(found.models, problem.vectors.deltas, strict=True):
         assert torch.equal(model, problem.vectors.base + delta)
-
-
-def test_every_model_is_the_opcm_merge_of_its_members():
-    problem = turned(families(), 1)
-    found = dp_mixture(problem, progress=False)
-    for number, model in enumerate(found.models):
-        members = [
-            task
-            for task, own in zip(problem.vectors.tasks, found.numbers, strict=True)
-            if own == number
-        ]
-        assert torch.equal(model, opcm(problem.select(members), progress=False))
-
-
-def test_a_task_is_answered_by_the_model_of_its_cluster():
-    problem = families(per_family=2)
-    found = dp_mixture(problem, progress=False)
-    for task, batches in enumerate(problem.batches):
-        expected = problem.logits(found.models[found.numbers[task]], task, batches[0])
-        assert torch.equal(found.logits(task, batches[0]), expected)
-
-
-@pytest.mark.parametrize("zeta", [0.0, 2.0, math.inf])
-def test_one_expert_alone_opens_the_only_model(zeta):
-    problem = linear_problem(num_tasks=1)
-    found = dp_mixture(problem, zeta=zeta, progress=False)
-    assert found.numbers == (0,)
-    assert torch.equal(found.models[0], problem.vectors.base + problem.vectors.deltas[0])
 
 
 @pytest.mark.parametrize(("zeta", "models"), [(0.0, 1), (0.5, 1), (2.0, 3), (math.inf, 3)])
@@ -513,19 +342,17 @@ def test_for_experts_that_changed_nothing_the_prior_alone_decides(zeta, models):
     assert len(found.models) == models
 
 
-@pytest.mark.parametrize("zeta", [0.1, 1.0, 2.0, 5.0])
-@pytest.mark.parametrize("counts", [[], [1], [3, 1, 2]])
-def test_chances_of_the_restaurant_are_sizes_over_all_that_came_plus_zeta(counts, zeta):
-    chances = restaurant(counts, zeta)
-    assert sum(chances) == pytest.approx(1)
-    expected = [size / (sum(counts) + zeta) for size in counts] + [zeta / (sum(counts) + zeta)]
-    assert chances == pytest.approx(expected)
-
-
-def test_the_restaurant_begins_with_its_first_table():
-    assert restaurant([], 0.0) == [1.0]
-    assert restaurant([2, 1], math.inf) == [0, 0, 1]
-    assert restaurant([1], 2.0) == pytest.approx([1 / 3, 2 / 3])
+@pytest.mark.parametrize(
+    ("counts", "zeta", "expected"),
+    [
+        ([], 0.0, [1]),
+        ([1], 2.0, [1 / 3, 2 / 3]),
+        ([3, 1, 2], 0.5, [3 / 6.5, 1 / 6.5, 2 / 6.5, 0.5 / 6.5]),
+        ([2, 1], math.inf, [0, 0, 1]),
+    ],
+)
+def test_the_prior_is_sizes_over_all_that_came_plus_zeta(counts, zeta, expected):
+    assert restaurant(counts, zeta) == pytest.approx(expected)
 
 
 def test_evidence_is_prior_times_likelihood():
@@ -550,30 +377,6 @@ def test_the_published_evidence_orders_like_the_product_of_two_softmaxes(counts,
     prior = torch.tensor(restaurant(counts, 2.0)).double()
     product = torch.softmax(likelihoods, 0) * torch.softmax(softness * prior, 0)
     assert_close(torch.softmax(found, 0), product / product.sum())
-
-
-def test_the_published_posterior_finds_planted_families_too():
-    problem = turned(families(), 0)
-    found = dp_mixture(problem, posterior="published", progress=False)
-    assert rand_index(planted(problem), list(found.numbers)) >= 0.8
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"zeta": -1.0}, "zeta must be 0 or more .* got -1.0, 0.25 and 0.5"),
-        ({"zeta": float("nan")}, "zeta must be 0 or more"),
-        ({"sigma": 0.0}, "sigma above 0 and finite"),
-        ({"sigma": math.inf}, "sigma above 0 and finite"),
-        ({"start": 1.0}, r"start in \[0, 1\)"),
-        ({"start": -0.1}, r"start in \[0, 1\)"),
-        ({"share": 2.0}, r"share must be in \[0, 1\], got 2.0"),
-        ({"posterior": "flat"}, "posterior must be one of log, published, got 'flat'"),
-    ],
-)
-def test_the_mixture_refuses_what_it_cannot_use(problem, options, message):
-    with pytest.raises(ValueError, match=message):
-        dp_mixture(problem, **options)
 
 
 def test_logits_that_are_not_finite_are_reported_with_the_tasks_name(problem):

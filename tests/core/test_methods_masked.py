@@ -5,11 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import linear_problem
-from test_methods_arithmetic import change, problem_of
+from helpers import change, problem_of
 from torch.testing import assert_close
 
-from divmerge_core.methods.arithmetic import average, largest, task_arithmetic
+from divmerge_core.methods.arithmetic import largest, task_arithmetic
 from divmerge_core.methods.competition import pcb
 from divmerge_core.methods.masked import breadcrumbs, consensus, emr, tall_masks
 
@@ -27,17 +26,8 @@ def test_breadcrumbs_rank_within_tensors_or_within_rows():
     options = {"keep": 0.25, "remove": 0.25, "scale": 1.0}
     assert breadcrumbs(problem, **options).tolist() == [0, 0, 0, 0, 50, 60, 0, 0]
     assert breadcrumbs(problem, per="row", **options).tolist() == [0, 0, 3, 0, 0, 0, 70, 0]
-
-
-def test_a_tensor_of_one_axis_is_one_row():
-    problem = problem_of([3, 1, 2, 4], bias=(4,))
-    options = {"keep": 0.5, "remove": 0.25}
-    assert_close(breadcrumbs(problem, per="row", **options), breadcrumbs(problem, **options))
-
-
-def test_breadcrumbs_that_keep_all_are_task_arithmetic(problem):
-    found = breadcrumbs(problem, keep=1.0, remove=0.0, scale=0.7)
-    assert_close(found, task_arithmetic(problem, scale=0.7))
+    one = problem_of([3, 1, 2, 4], bias=(4,))  # a tensor of one axis is one row
+    assert torch.equal(breadcrumbs(one, per="row", **options), breadcrumbs(one, **options))
 
 
 def test_breadcrumbs_that_remove_no_outliers_trim_as_ties_does(problem):
@@ -52,22 +42,6 @@ def test_breadcrumbs_leave_small_tensors_an_entry():
     problem = problem_of([5, 2, 3], one=(1,), two=(2,), none=(0,))
     merged = breadcrumbs(problem, keep=0.1, remove=0.9, scale=1.0)
     assert merged.tolist() == [5, 2, 0]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"keep": 0.0}, r"keep must be in \(0, 1\], got 0.0"),
-        ({"remove": -0.1}, r"remove must be in \[0, 1\) and leave room for keep, got remove -0.1"),
-        ({"remove": 1.0}, r"remove must be in \[0, 1\)"),
-        ({"remove": float("nan")}, r"remove must be in \[0, 1\)"),
-        ({"keep": 0.6, "remove": 0.5}, "leave room for keep, got remove 0.5 and keep 0.6; 0.01"),
-        ({"per": "column"}, "per must be one of tensor, row; got 'column'"),
-    ],
-)
-def test_breadcrumbs_refuse_what_they_do_not_know(problem, options, message):
-    with pytest.raises(ValueError, match=message):
-        breadcrumbs(problem, **options)
 
 
 # --- consensus ------------------------------------------------------------------------------------
@@ -90,31 +64,13 @@ def test_consensus_keeps_what_enough_tasks_can_use():
     assert kept == [[2, 1, 0, 0], [2, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
 
 
-def test_a_consensus_of_none_is_task_arithmetic(problem):
-    found = consensus(problem, agree=0, scale=0.6)
-    assert_close(found, task_arithmetic(problem, scale=0.6), rtol=1e-12, atol=1e-12)
-
-
-def test_the_stricter_the_threshold_the_smaller_the_masks(problem):
-    loose, strict = (tall_masks(problem.vectors.deltas, level) for level in (0.2, 0.6))
-    assert strict.sum() < loose.sum() and not (strict & ~loose).any()
-
-
 def test_identical_experts_agree_on_every_entry_below_one_over_the_others():
     problem = problem_of([1, -2, 3], [1, -2, 3], [1, -2, 3])
+    assert_close(consensus(problem, agree=0), task_arithmetic(problem, scale=0.3))
+    one = problem.select(["task0"])  # alone, it shares nothing
+    assert_close(consensus(one), one.vectors.base)
     assert_close(consensus(problem, threshold=0.49), task_arithmetic(problem, scale=0.3))
     assert_close(consensus(problem, threshold=0.51), problem.vectors.base)
-
-
-def test_with_one_expert_nothing_is_shared():
-    problem = linear_problem(num_tasks=1)
-    assert_close(consensus(problem), problem.vectors.base, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("options", [{"threshold": 0.0}, {"threshold": -1.0}, {"agree": -1}])
-def test_consensus_refuses_what_has_no_meaning(problem, options):
-    with pytest.raises(ValueError, match="threshold must be positive and agree 0 or more, got"):
-        consensus(problem, **options)
 
 
 # --- parameter competition ------------------------------------------------------------------------
@@ -159,23 +115,11 @@ def test_parameter_competition_is_what_loops_over_entries_give(problem, inter, r
     assert_close(change(problem, pcb(problem, **options)), expected)
 
 
-def test_of_one_expert_the_largest_entries_are_kept_and_scaled():
-    problem = problem_of([1, -10, 2, 9, -3, 8, 4, 7, 5, 6])
+@pytest.mark.parametrize("count", [1, 3])
+def test_identical_experts_are_as_one_whose_largest_entries_are_kept_and_scaled(count):
+    problem = problem_of(*[[1, -10, 2, 9, -3, 8, 4, 7, 5, 6]] * count)
     merged = pcb(problem, ratio=0.3, scale=2.0, clip=0.0)
     assert_close(merged, merged.new_tensor([0, -20, 0, 18, 0, 16, 0, 0, 0, 0]))
-
-
-def test_identical_experts_are_as_one():
-    row = [1.0, -10, 2, 9, -3, 8, 4, 7, 5, 6]
-    one, three = (problem_of(*[row] * count) for count in (1, 3))
-    assert_close(pcb(three, ratio=0.3, clip=0.1), pcb(one, ratio=0.3, clip=0.1))
-
-
-def test_every_entry_lies_between_those_of_the_task_vectors(problem):
-    moved = change(problem, pcb(problem, scale=1.0, ratio=0.4, clip=0.0))
-    low, high = problem.vectors.deltas.amin(dim=0), problem.vectors.deltas.amax(dim=0)
-    kept = moved != 0
-    assert (moved[kept] >= low[kept] - 1e-12).all() and (moved[kept] <= high[kept] + 1e-12).all()
 
 
 def test_task_vectors_that_oppose_each_other_everywhere_win_nothing():
@@ -186,21 +130,6 @@ def test_task_vectors_that_oppose_each_other_everywhere_win_nothing():
 
 def test_a_single_parameter_has_nothing_to_compete_with():
     assert pcb(problem_of([3.0], base=2.0)).tolist() == [2]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"ratio": 0.0}, r"ratio must be in \(0, 1\] and clip in \[0, 0.5\), got 0.0 and 0.01"),
-        ({"ratio": 1.5}, r"ratio must be in \(0, 1\]"),
-        ({"clip": 0.5}, r"clip in \[0, 0.5\), got 0.1 and 0.5; the authors take 0.1 and 0.01"),
-        ({"clip": -0.1}, r"clip in \[0, 0.5\)"),
-        ({"inter": "paper"}, "inter must be one of pairwise, total; got 'paper'"),
-    ],
-)
-def test_parameter_competition_refuses_what_it_does_not_know(problem, options, message):
-    with pytest.raises(ValueError, match=message):
-        pcb(problem, **options)
 
 
 # --- elect, mask, rescale -------------------------------------------------------------------------
@@ -219,18 +148,17 @@ def test_every_task_sees_the_elected_entries_of_its_own_sign():
     assert_close(merged.parameters(1), torch.tensor([3, -4, -2, 4]).double() * 8 / 13)
 
 
-def test_one_expert_alone_and_identical_experts_are_themselves(problem):
-    for same in (linear_problem(num_tasks=1), problem_of([1, -2, 3], [1, -2, 3], base=0.5)):
-        for task, name in enumerate(same.vectors.tasks):
-            assert_close(emr(same).parameters(task), same.vectors.expert(name))
-
-
-def test_experts_that_change_different_entries_are_themselves():
-    problem = problem_of([1, -2, 0, 0], [0, 0, 3, -4], base=1.0)
-    for norm in ("total", "tensor"):
-        for task, name in enumerate(problem.vectors.tasks):
-            found = emr(problem, norm=norm).parameters(task)
-            assert_close(found, problem.vectors.expert(name))
+@pytest.mark.parametrize("norm", ["total", "tensor"])
+@pytest.mark.parametrize(
+    "deltas",
+    [([1, -2, 3],), ([1, -2, 3], [1, -2, 3]), ([1, -2, 0, 0], [0, 0, 3, -4])],
+    ids=["one", "identical", "different entries"],
+)
+def test_experts_that_do_not_conflict_are_themselves(deltas, norm):
+    problem = problem_of(*deltas, base=0.5)
+    for task, name in enumerate(problem.vectors.tasks):
+        found = emr(problem, norm=norm).parameters(task)
+        assert_close(found, problem.vectors.expert(name))
 
 
 def test_every_model_is_as_far_from_the_base_as_its_expert(problem):
@@ -254,27 +182,7 @@ def test_a_task_that_sees_nothing_is_the_base():
     assert emr(problem).scales.tolist() == [1, 1]
 
 
-def test_answers_are_those_of_the_tasks_own_model(problem):
-    merged, batch = emr(problem), problem.batches[1][0]
-    expected = problem.logits(merged.parameters(1), 1, batch)
-    assert_close(merged.logits(1, batch), expected, rtol=0, atol=0)
-    assert not torch.equal(merged.logits(0, batch), expected)
-
-
-def test_task_models_are_nearer_to_their_experts_than_the_average_is(problem):
-    merged = emr(problem)
-    for task, name in enumerate(problem.vectors.tasks):
-        expert = problem.vectors.expert(name)
-        off = (merged.parameters(task) - expert).norm()
-        assert off < (average(problem) - expert).norm()
-
-
 def test_emr_stores_two_vectors_a_bit_per_mask_entry_and_a_number_per_task():
     """Three tasks of five float64 numbers: base 40, vector 40, 15 bits in 2 bytes, scales 24."""
     assert emr(problem_of(*[[1, -2, 3, 4, 5]] * 3)).nbytes == 40 + 40 + 2 + 24
     assert emr(problem_of([1, -2, 3, 4], [1, 2, 3, 4])).nbytes == 32 + 32 + 1 + 16
-
-
-def test_emr_refuses_a_norm_that_it_does_not_know(problem):
-    with pytest.raises(ValueError, match="norm must be one of total, tensor; got 'l2'"):
-        emr(problem, norm="l2")

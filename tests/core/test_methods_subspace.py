@@ -6,14 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import fewer, layout_of, linear_problem
+from helpers import adam, changes, frozen, linear_problem, normal, problem_of
 from torch.func import functional_call
 from torch.testing import assert_close
 
-import divmerge_core.methods.essential
 from divmerge_core.merging.layer_inputs import layer_inputs
 from divmerge_core.merging.problem import Diverged, MergeProblem
-from divmerge_core.merging.task_vectors import TaskVectors
 from divmerge_core.methods.arithmetic import task_arithmetic
 from divmerge_core.methods.essential import (
     Detour,
@@ -31,25 +29,12 @@ from divmerge_core.methods.subspace import esm, esm_pp
 QUIET = {"progress": False}
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
 def of_matrices(deltas: torch.Tensor, **others: torch.Tensor) -> MergeProblem:
     """A problem of one matrix per task [T, M, K] and further tensors, around a base of ones."""
     tensors = {"weight": deltas, **others}
-    layout = layout_of(**{name: tuple(every.shape[1:]) for name, every in tensors.items()})
+    shapes = {name: tuple(every.shape[1:]) for name, every in tensors.items()}
     rows = torch.cat([every.flatten(1) for every in tensors.values()], dim=1)
-    names = tuple(f"task{t}" for t in range(len(deltas)))
-    base = torch.ones(layout.size, dtype=rows.dtype)
-    vectors = TaskVectors(layout, names, base, rows)
-    return MergeProblem(vectors, [[] for _ in names], lambda parameters, pairs: [])
-
-
-def moved(problem: MergeProblem, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a merge added to every tensor of the base."""
-    return problem.vectors.layout.unflatten(flat - problem.vectors.base)
+    return problem_of(*rows, base=1.0, **shapes)
 
 
 def part(parameters: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -64,39 +49,20 @@ def by_task(problem: MergeProblem, name: str) -> torch.Tensor:
     return torch.stack([layout.unflatten(row)[name] for row in problem.vectors.deltas])
 
 
-def frozen(problem: MergeProblem, task: int, tensor: int) -> MergeProblem:
-    """The same problem with one expert that left one tensor as it was."""
-    start, stop = problem.vectors.layout.bounds[tensor]
-
-    def freeze(deltas):
-        deltas = deltas.clone()
-        deltas[task, start:stop] = 0
-        return deltas
-
-    return replace(problem, vectors=problem.vectors.map(freeze))
-
-
 # --- essential directions -------------------------------------------------------------------------
 
 
-def test_all_essential_directions_together_give_the_delta_back():
-    delta, x = normal(5, 7), normal(20, 7, seed=1)
-    basis, _ = essential(delta, x.T @ x)
-    assert_close(basis.T @ basis, torch.eye(5, dtype=torch.float64))
-    assert_close(basis @ (basis.T @ delta), delta)
-
-
-@pytest.mark.parametrize("rank", range(6))
-def test_what_truncation_loses_is_the_energy_of_the_directions_left_out(rank):
+def test_what_truncation_loses_is_the_energy_of_the_directions_left_out():
     delta, x = normal(5, 7), normal(20, 7, seed=1)
     basis, energy = essential(delta, x.T @ x)
-    kept = basis[:, :rank] @ basis[:, :rank].T @ delta
-    assert_close((x @ (delta - kept).T).square().sum(), energy[rank:].sum())
+    assert_close(basis.T @ basis, torch.eye(5, dtype=torch.float64))
+    for rank in range(6):  # at 5 nothing is lost
+        kept = basis[:, :rank] @ basis[:, :rank].T @ delta
+        assert_close((x @ (delta - kept).T).square().sum(), energy[rank:].sum())
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
-def test_essential_directions_lose_no_more_of_the_outputs_than_singular_vectors(rank):
-    x = normal(20, 7, seed=1) * torch.logspace(-1, 1, 7, dtype=torch.float64)
+def test_essential_directions_lose_no_more_of_the_outputs_than_singular_vectors():
+    rank, x = 2, normal(20, 7, seed=1) * torch.logspace(-1, 1, 7, dtype=torch.float64)
     delta = normal(5, 7)
     left, values, right = torch.linalg.svd(delta, full_matrices=False)
     cut = left[:, :rank] * values[:rank] @ right[:rank]
@@ -116,14 +82,6 @@ def test_directions_that_no_input_excites_have_no_energy_at_all():
     delta, x = normal(5, 7), normal(2, 7, seed=1)
     _, energy = essential(delta, x.T @ x)
     assert (energy[:2] > 0).all() and (energy[2:] == 0).all()
-
-
-def test_all_directions_of_one_task_weighed_alike_give_the_delta_back(monkeypatch):
-    """T = 1 and M directions, without levelling: P A is D_1 itself."""
-    monkeypatch.setattr(divmerge_core.methods.essential, "ENERGY_POWER", 0.0)
-    delta, x = normal(5, 7), normal(20, 7, seed=1)
-    left, right = essential_factors(delta, x.T @ x, 5)
-    assert_close(left @ right, delta)
 
 
 def test_a_direction_that_is_excited_alone_is_weighed_by_one():
@@ -180,12 +138,13 @@ def slow_level(matrix: np.ndarray) -> np.ndarray:
     return np.sqrt(squares).mean() * matrix @ axes @ np.diag(squares**-0.5) @ axes.T
 
 
-@pytest.mark.parametrize("scaling", ["all", "layer"])
-@pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
-@pytest.mark.parametrize("num_tasks", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("num_tasks", "power", "scaling"),
+    [(1, 0.0, "layer"), (1, 1.0, "all"), (2, 2.0, "layer"), (3, 2.0, "all")],
+)
 def test_esm_is_the_slow_one(num_tasks, power, scaling):
     problem = linear_problem(num_tasks=num_tasks)
-    found = moved(problem, esm(problem, scale=1.5, power=power, scaling=scaling, **QUIET))
+    found = changes(problem, esm(problem, scale=1.5, power=power, scaling=scaling, **QUIET))
     names = [name for name in found if name.endswith("weight")]
     x = {
         task: [torch.cat([b.inputs["x"] for b in problem.batches[task]])]
@@ -210,14 +169,6 @@ def test_esm_is_the_slow_one(num_tasks, power, scaling):
         assert_close(found[name], by_task(problem, name).mean(0))
 
 
-def test_one_experts_layers_come_back_with_equal_singular_values():
-    problem = linear_problem(num_tasks=1)
-    for matrix in moved(problem, esm(problem, power=0.0, **QUIET)).values():
-        if matrix.ndim == 2:
-            values = torch.linalg.svdvals(matrix)
-            assert_close(values, torch.full_like(values, float(values.mean())))
-
-
 def test_seeds_change_the_draw_of_inputs_alone():
     problem = linear_problem(num_tasks=2, batches=8, rows=5)
     every = [esm(problem, inputs=40, seed=seed, **QUIET) for seed in (0, 1)]
@@ -234,59 +185,33 @@ def test_whole_batches_are_drawn_until_they_hold_enough_inputs(inputs, batches):
         assert len({id(b) for b in every} & {id(b) for b in source}) == batches
 
 
-def test_esm_scales_linear_layers_alone():
-    problem = linear_problem()
-    once, twice = (moved(problem, esm(problem, scale=s, **QUIET)) for s in (1.0, 2.0))
-    for name, delta in once.items():
-        assert_close(twice[name], delta * (2 if delta.ndim == 2 else 1))
-
-
-@pytest.mark.parametrize("scaling", ["all", "layer"])
-def test_esm_grows_with_the_experts(scaling):
-    """Delta ten times as large at the same inputs: of one layer alone, as inputs else change."""
-    problem = linear_problem(num_tasks=2)
-    start, stop = problem.vectors.layout.bounds[-2]
-
-    def last(factor):
-        def only(deltas):
-            kept = torch.zeros_like(deltas)
-            kept[:, start:stop] = factor * deltas[:, start:stop]
-            return kept
-
-        scaled = replace(problem, vectors=problem.vectors.map(only))
-        return esm(scaled, scaling=scaling, **QUIET) - problem.vectors.base
-
-    assert_close(last(10.0), 10 * last(1.0))
-
-
-@pytest.mark.parametrize("scaling", ["all", "layer"])
-def test_fewer_tokens_than_directions_leave_a_finite_merge_without_order(scaling):
+def test_fewer_tokens_than_directions_leave_a_finite_merge_without_order():
     problem = linear_problem(num_tasks=2, batches=1, rows=1)
-    merged = esm(problem, scaling=scaling, **QUIET)
+    merged = esm(problem, **QUIET)
     assert torch.isfinite(merged).all()
     turned = problem.select(["task1", "task0"])
-    assert_close(esm(turned, scaling=scaling, **QUIET), merged)
+    assert_close(esm(turned, **QUIET), merged)
     name = "encoder.layer.0.dense.weight"  # two tasks with one direction each
-    assert torch.linalg.matrix_rank(moved(problem, merged)[name]) == 2
+    assert torch.linalg.matrix_rank(changes(problem, merged)[name]) == 2
 
 
 def test_an_expert_that_left_a_layer_as_it_was_takes_no_part_in_it():
-    problem = frozen(linear_problem(num_tasks=2), task=1, tensor=1)
+    problem = frozen(linear_problem(num_tasks=2), slice(1, 2), slice(1, None))
     name = problem.vectors.layout.names[1]
     merged = esm(problem, power=0.0, **QUIET)
     assert torch.isfinite(merged).all()
-    assert torch.linalg.matrix_rank(moved(problem, merged)[name]) == 3  # of 6: its half of T = 2
+    assert torch.linalg.matrix_rank(changes(problem, merged)[name]) == 3  # of 6: its half of T = 2
 
 
 def test_inputs_that_do_not_reach_what_changed_leave_the_layer_at_the_base():
     problem = linear_problem(num_tasks=2)
     still = [[replace(b, inputs={"x": 0 * b.inputs["x"]}) for b in bs] for bs in problem.batches]
-    found = moved(problem, esm(replace(problem, batches=still), **QUIET))
+    found = changes(problem, esm(replace(problem, batches=still), **QUIET))
     assert not found["embeddings.weight"].any() and found["encoder.layer.1.dense.weight"].any()
 
 
 def test_matrices_that_are_no_linear_layers_are_merged_as_by_tsv_m(toy_problem):
-    found = moved(toy_problem, esm(toy_problem, **QUIET))
+    found = changes(toy_problem, esm(toy_problem, **QUIET))
     for name, delta in found.items():
         every = by_task(toy_problem, name)
         if "embeddings" in name and delta.ndim == 2:
@@ -297,23 +222,7 @@ def test_matrices_that_are_no_linear_layers_are_merged_as_by_tsv_m(toy_problem):
             assert delta.any()
 
 
-@pytest.mark.parametrize("method", [esm, esm_pp])
-def test_esm_asks_for_inputs_by_its_name_and_for_a_module(problem, method):
-    with pytest.raises(ValueError, match=f"{method.__name__} needs unlabelled inputs"):
-        method(fewer(problem, 0), **QUIET)
-    with pytest.raises(ValueError, match="give MergeProblem its `module`"):
-        method(replace(problem, module=None), **QUIET)
-
-
 # --- esm_pp ---------------------------------------------------------------------------------------
-
-
-def test_one_expert_alone_is_that_expert_where_the_detour_has_full_rank():
-    problem = linear_problem(num_tasks=1)
-    routed = esm_pp(problem, rank=6, **QUIET)
-    for batch in problem.batches[0]:
-        expected = problem.logits(problem.vectors.expert("task0"), 0, batch)
-        assert_close(routed.logits(0, batch), expected)
 
 
 @pytest.mark.parametrize(("rank", "num_tasks"), [(1, 2), (2, 3), (32, 3)])
@@ -332,19 +241,13 @@ def test_routing_is_input_by_input_and_layer_by_layer(rank, num_tasks):
             for name, (weight, bias) in zip(names, steps, strict=True):
                 cosines = [row @ s[name].total / s[name].total.norm() for s in seen]
                 nearest = int(np.argmax(cosines))
-                gap = by_task(problem, name)[nearest] - moved(problem, routed.flat)[name]
+                gap = by_task(problem, name)[nearest] - changes(problem, routed.flat)[name]
                 directions = essential(gap, seen[nearest][name].gram)[0][:, :rank]
                 row = (weight + directions @ directions.T @ gap) @ row
                 row = row if bias is None else row + bias
                 taken.add(nearest)
             assert_close(found, row)
     assert len(taken) > 1
-
-
-def test_the_task_number_is_not_looked_at(problem):
-    routed = esm_pp(problem, **QUIET)
-    batch = problem.batches[0][0]
-    assert_close(routed.logits(2, batch), routed.logits(0, batch), rtol=0, atol=0)
 
 
 def test_a_detour_goes_by_the_mean_over_tokens_without_padding():
@@ -402,7 +305,7 @@ def test_a_layer_that_no_input_passes_has_no_detour_and_is_merged_as_by_tsv_m():
     routed = esm_pp(idle, **QUIET)
     assert names[0] not in routed.detours and len(routed.detours) == 2
     expected = orthogonalised(by_task(problem, names[0]))
-    assert_close(moved(problem, routed.flat)[names[0]], expected)
+    assert_close(changes(problem, routed.flat)[names[0]], expected)
     assert torch.isfinite(routed.logits(0, idle.batches[0][0])).all()
 
 
@@ -424,18 +327,6 @@ def doge_loss(deltas, coeffs, shift) -> torch.Tensor:
         for delta in deltas
         for row, near in zip(delta, merged, strict=True)
     )
-
-
-def adam(start, gradient, steps: int, lr: float):
-    """Kingma and Ba's Algorithm 1."""
-    place, first, second = start.clone(), 0, 0
-    for step in range(1, steps + 1):
-        slope = gradient(place)
-        first = 0.9 * first + 0.1 * slope
-        second = 0.999 * second + 0.001 * slope**2
-        bent = first / (1 - 0.9**step), second / (1 - 0.999**step)
-        place = place - lr * bent[0] / (bent[1].sqrt() + 1e-8)
-    return place
 
 
 def autograd_of(loss):
@@ -482,7 +373,7 @@ def test_where_experts_outnumber_directions_none_is_shared(num_tasks):
 def test_an_unfitted_doge_is_masked_task_arithmetic_of_equal_norms():
     deltas = normal(2, 4, 5) * torch.tensor([1.0, 3.0])[:, None, None]
     problem = of_matrices(deltas)
-    merged = moved(problem, doge(problem, eta=0.07, units="absolute", steps=0, keep=0.3, **QUIET))
+    merged = changes(problem, doge(problem, eta=0.07, units="absolute", steps=0, keep=0.3, **QUIET))
     expected = torch.zeros(4, 5, dtype=torch.float64)
     for delta in deltas:
         for at in delta.flatten().abs().argsort()[-6:]:  # 0.3 of 20
@@ -491,18 +382,11 @@ def test_an_unfitted_doge_is_masked_task_arithmetic_of_equal_norms():
     assert_close(merged["weight"], expected)
 
 
-def test_equal_norms_unfitted_and_unmasked_are_task_arithmetic():
-    deltas = normal(3, 4, 5)
-    problem = of_matrices(deltas / deltas.flatten(1).norm(dim=1)[:, None, None])
-    merged = doge(problem, eta=0.4, steps=0, keep=1.0, **QUIET)
-    assert_close(merged, task_arithmetic(problem, scale=0.4))
-
-
 @pytest.mark.parametrize("units", ["relative", "absolute"])
 def test_doge_is_the_slow_one(units):
     deltas = 0.1 * normal(2, 12, 13)
     problem = of_matrices(deltas)
-    merged = moved(problem, doge(problem, eta=0.5, lr=0.02, units=units, steps=20, **QUIET))
+    merged = changes(problem, doge(problem, eta=0.5, lr=0.02, units=units, steps=20, **QUIET))
     unit = deltas.square().mean().sqrt() if units == "relative" else torch.tensor(1.0)
     norms = torch.stack([delta.norm() for delta in deltas])
     coeffs = 0.5 * (norms.mean() if units == "relative" else 1.0) / norms
@@ -519,30 +403,17 @@ def test_doge_is_the_slow_one(units):
     assert_close(merged["weight"], expected, rtol=1e-6, atol=1e-9)
 
 
-def test_doges_loss_falls():
-    deltas = normal(3, 12, 13)
-    problem = of_matrices(deltas)
-    norms = deltas.flatten(1).norm(dim=1)
-    coeffs = 0.3 * norms.mean() / norms
-    losses = []
-    for steps in (0, 5, 50):
-        merged = moved(problem, doge(problem, steps=steps, lr=0.02, keep=1.0, **QUIET))["weight"]
-        shift = (merged - torch.einsum("t,tmk->mk", coeffs, deltas)) / coeffs.sum()
-        losses.append(doge_loss(deltas, coeffs, shift).item())
-    assert losses[0] > losses[1] > losses[2]
-
-
 @pytest.mark.parametrize("method", [doge, lambda p, **o: wudi(p, lr=0.03, units="relative", **o)])
 def test_in_relative_units_the_merge_grows_with_the_experts(method):
     deltas = normal(3, 6, 7)
-    once, tiny = (method(of_matrices(d), steps=50, **QUIET) - 1 for d in (deltas, 1e-4 * deltas))
+    once, tiny = (method(of_matrices(d), steps=20, **QUIET) - 1 for d in (deltas, 1e-4 * deltas))
     assert_close(tiny, 1e-4 * once, rtol=1e-5, atol=1e-9)
 
 
 def test_doge_leaves_embeddings_and_biases_at_the_base():
     extra = {"token_embeddings": normal(2, 4, 3), "wte.weight": normal(2, 4, 3)}
     problem = of_matrices(normal(2, 4, 5), **extra, bias=normal(2, 6, seed=1))
-    found = moved(problem, doge(problem, steps=2, **QUIET))
+    found = changes(problem, doge(problem, steps=2, **QUIET))
     assert found.pop("weight").any()
     assert not any(tensor.any() for tensor in found.values())
 
@@ -550,7 +421,7 @@ def test_doge_leaves_embeddings_and_biases_at_the_base():
 def test_the_largest_entries_are_counted_over_all_matrices():
     """One matrix holds all of the largest half, so the other stays."""
     problem = of_matrices(100 * normal(2, 4, 5), other=normal(2, 4, 5))
-    found = moved(problem, doge(problem, keep=0.2, steps=2, **QUIET))
+    found = changes(problem, doge(problem, keep=0.2, steps=2, **QUIET))
     assert found["weight"].any() and not found["other"].any()
 
 
@@ -587,32 +458,25 @@ def test_wudis_gradient_vanishes_at_the_least_squares_solution():
     grams = [d.T @ d / d.square().sum() for d in deltas]
     best = sum(d @ g for d, g in zip(deltas, grams, strict=True)) @ torch.linalg.inv(sum(grams))
     assert wudi_gradient(deltas)(best - deltas.sum(0)).abs().max() < 1e-10
-    problem = of_matrices(deltas)
-    merged = wudi(problem, lr=0.01, units="relative", steps=2000, **QUIET)
-    assert_close(moved(problem, merged)["weight"], best, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("units", ["relative", "absolute"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_wudi_of_one_expert_is_that_expert(units, dtype):
-    problem = linear_problem(num_tasks=1, dtype=dtype)
-    merged = wudi(problem, lr=0.1, units=units, **QUIET)
-    assert_close(merged, problem.vectors.expert("task0"))
-
-
-def test_experts_that_read_different_inputs_are_added_up():
+def test_wudi_of_experts_that_read_different_inputs_is_their_sum():
+    """One expert alone among them: the fit starts where its gradient is zero."""
     deltas = torch.zeros(2, 3, 8, dtype=torch.float64)
     deltas[0, :, :4], deltas[1, :, 4:] = normal(3, 4), normal(3, 4, seed=1)
-    problem = of_matrices(deltas)
-    merged = wudi(problem, lr=0.1, units="relative", **QUIET)
+    problem, alone = of_matrices(deltas), linear_problem(num_tasks=1, dtype=torch.float32)
+    merged = wudi(problem, lr=0.1, units="relative", steps=20, **QUIET)
     assert_close(merged, task_arithmetic(problem, scale=1.0))
+    for units in ("relative", "absolute"):
+        merged = wudi(alone, lr=0.1, units=units, steps=20, **QUIET)
+        assert_close(merged, alone.vectors.expert("task0"))
 
 
 @pytest.mark.parametrize("units", ["relative", "absolute"])
 def test_wudi_is_the_slow_one(units):
     deltas = 0.1 * normal(3, 4, 5)
     problem = of_matrices(deltas)
-    merged = moved(problem, wudi(problem, lr=0.02, units=units, steps=20, **QUIET))["weight"]
+    merged = changes(problem, wudi(problem, lr=0.02, units=units, steps=20, **QUIET))["weight"]
     unit = deltas.square().mean().sqrt() if units == "relative" else torch.tensor(1.0)
     slope = autograd_of(lambda at: wudi_loss(deltas / unit, at))
     expected = unit * adam(deltas.sum(0) / unit, slope, 20, 0.02).detach()
@@ -623,7 +487,7 @@ def test_wudi_is_the_slow_one(units):
 def test_wudi_starts_at_the_sum_of_matrices_and_takes_the_mean_of_the_rest():
     extra = {"embeddings": normal(2, 4, 3), "bias": normal(2, 6), "kernel": normal(2, 2, 2, 2)}
     problem = of_matrices(normal(2, 4, 5), **extra)
-    found = moved(problem, wudi(problem, steps=0, **QUIET))
+    found = changes(problem, wudi(problem, steps=0, **QUIET))
     for name, delta in found.items():
         every = by_task(problem, name)
         assert_close(delta, every.sum(0) if delta.ndim == 2 else every.mean(0))
@@ -631,8 +495,8 @@ def test_wudi_starts_at_the_sum_of_matrices_and_takes_the_mean_of_the_rest():
 
 def test_wudi_of_linear_layers_leaves_all_else_at_the_base(toy_problem):
     options = {"units": "relative", "lr": 0.02, "steps": 5, **QUIET}
-    found = moved(toy_problem, wudi(toy_problem, scope="linear", **options))
-    everything = moved(toy_problem, wudi(toy_problem, **options))
+    found = changes(toy_problem, wudi(toy_problem, scope="linear", **options))
+    everything = changes(toy_problem, wudi(toy_problem, **options))
     linear = [n for n, d in found.items() if d.ndim == 2 and "embeddings" not in n]
     assert 0 < len(linear) < sum(delta.ndim == 2 for delta in found.values())
     for name, delta in found.items():
@@ -658,63 +522,16 @@ def test_an_expert_that_left_a_matrix_as_it_was_does_not_count_there():
 # --- fits -----------------------------------------------------------------------------------------
 
 
-ESSENTIAL_REFUSALS = [
-    ({"scaling": "task"}, "scaling must be 'all' or 'layer', got 'task'"),
-    ({"power": -1.0}, "power 0 or more, got 2.0 and -1.0; the authors take power 2"),
-    ({"power": float("nan")}, "power 0 or more, got 2.0 and nan"),
-    ({"scale": float("inf")}, "scale must be finite and power 0 or more, got inf and 2.0"),
-    ({"inputs": 0}, "inputs must be 1 or more per task, got 0; the paper uses 32"),
-]
-FIT_REFUSALS = [
-    ({"units": "clip"}, "units must be 'relative' or 'absolute', got 'clip'"),
-    ({"steps": -1}, "steps must be 0 or more and lr above 0 and finite, got -1 and "),
-    ({"lr": 0.0}, "lr above 0 and finite, got 400 and 0.0; 400 steps are usual"),
-    ({"lr": float("nan")}, "lr above 0 and finite, got 400 and nan"),
-]
-REFUSALS = {
-    esm: ESSENTIAL_REFUSALS,
-    esm_pp: [
-        *ESSENTIAL_REFUSALS,
-        ({"rank": 0}, "rank must be 1 or more, got 0; the paper uses 32"),
-        ({"layers": "query"}, "layers='query' matches none of embeddings.weight, .*'' takes all"),
-    ],
-    doge: [
-        *FIT_REFUSALS,
-        ({"keep": 0.0}, r"keep must be in \(0, 1\], .* got 0.0, 6 and 0.3"),
-        ({"keep": 1.1}, r"keep must be in \(0, 1\], .* got 1.1, 6 and 0.3"),
-        ({"fraction": 0}, "fraction 1 or more and eta 0 or more, got 0.3, 0 and 0.3"),
-        ({"eta": -1.0}, "eta 0 or more, got 0.3, 6 and -1.0"),
-    ],
-    wudi: [*FIT_REFUSALS, ({"scope": "all"}, "scope must be one of matrices, linear; got 'all'")],
-}
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "message"),
-    [(method, *case) for method, cases in REFUSALS.items() for case in cases],
-)
-def test_options_out_of_range_are_refused(problem, method, options, message):
-    with pytest.raises(ValueError, match=message):
-        method(problem, **QUIET, **options)
-
-
-@pytest.mark.parametrize("method", [doge, wudi])
-@pytest.mark.parametrize("units", ["relative", "absolute"])
-def test_a_fit_that_stops_being_finite_says_where(method, units):
-    problem, name = of_matrices(normal(2, 4, 5)), method.__name__
-    with pytest.raises(Diverged, match=f"{name}: the fit left all bounds behind at step 0 in we"):
-        method(problem, lr=1e300, units=units, steps=20, **QUIET)
-
-
-@pytest.mark.parametrize("method", [doge, wudi])
-@pytest.mark.parametrize("units", ["relative", "absolute"])
-def test_a_fit_that_runs_away_says_where(method, units):
+@pytest.mark.parametrize(("method", "units"), [(doge, "relative"), (wudi, "absolute")])
+def test_a_fit_that_runs_away_or_stops_being_finite_says_where(method, units):
     """Adam's first step moves every entry by lr, here a thousand times a task vector's length."""
-    deltas = normal(2, 4, 5)
+    deltas, options = normal(2, 4, 5), {"units": units, "steps": 20, **QUIET}
     lr = 1000 * deltas.flatten(1).norm(dim=1).max().item()
-    expected = f"{method.__name__}: the fit left 100 times the longest task vector behind at step"
-    with pytest.raises(Diverged, match=rf"{expected} 0 in weight; lower lr \(now {lr}\)"):
-        method(of_matrices(deltas), lr=lr, units=units, steps=400, **QUIET)
+    expected = f"{method.__name__}: after step 0 in weight the parameters are .* over 100 times"
+    with pytest.raises(Diverged, match=rf"{expected} .*; lower lr \(now {lr}\)"):
+        method(of_matrices(deltas), lr=lr, **options)
+    with pytest.raises(Diverged, match=expected):
+        method(of_matrices(deltas), lr=1e300, **options)
 
 
 @pytest.mark.parametrize("method", [doge, wudi])
@@ -727,9 +544,9 @@ def test_a_fit_may_change_a_matrix_more_than_any_expert_did(method):
     problem = of_matrices(normal(2, 4, 5), other=small)
     options = {"lr": 1.0, "units": "absolute", "steps": 20, **QUIET}
     options |= {"eta": 3e-3, "keep": 1.0} if method is doge else {}  # eta: what an expert adds
-    found = moved(problem, method(problem, **options))["other"]
+    found = changes(problem, method(problem, **options))["other"]
     assert found.norm() > 100 * small.flatten(1).norm(dim=1).max()
-    with pytest.raises(Diverged, match=f"{method.__name__}: the fit left 100 times"):
+    with pytest.raises(Diverged, match=f"{method.__name__}: after step .* over 100 times"):
         method(of_matrices(small), **options)
 
 

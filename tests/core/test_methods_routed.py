@@ -5,8 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from divmerge_book.models.encoders import classifier_forward
-from helpers import fewer, layout_of, linear_problem
+from helpers import answers, fewer, layout_of, linear_problem, normal
 from torch import nn
 from torch.func import functional_call
 from torch.testing import assert_close
@@ -14,35 +13,13 @@ from torch.testing import assert_close
 from divmerge_core.divergences import entropy
 from divmerge_core.merging.problem import Batch, Diverged, MergeProblem
 from divmerge_core.merging.task_vectors import TaskVectors
-from divmerge_core.methods.arithmetic import average, task_arithmetic
+from divmerge_core.methods.arithmetic import task_arithmetic
+from divmerge_core.methods.forward import over_tokens, rows
 from divmerge_core.methods.fused import logits_fusion
-from divmerge_core.methods.mixture import Router, compressed, mlps, over_tokens, rows
+from divmerge_core.methods.mixture import Router, compressed, mlps
 from divmerge_core.methods.routed import twin, wemoe
 
 QUICK = {"steps": 3, "progress": False}
-
-
-def constant(values: list[float]) -> Router:
-    """A router that says the same of every input."""
-    router = Router(
-        1,
-        len(values),
-        layers=0,
-        start=0.0,
-        generator=torch.Generator(),
-        like=torch.zeros(1).double(),
-    )
-    router.biases[0].data = torch.tensor(values, dtype=torch.float64)
-    return router.requires_grad_(False)
-
-
-def answers(problem: MergeProblem, merged) -> list[torch.Tensor]:
-    with torch.no_grad():
-        return [
-            problem.logits_of(merged, task, batch)
-            for task, batches in enumerate(problem.batches)
-            for batch in batches
-        ]
 
 
 def joined(*batches: Batch) -> Batch:
@@ -52,30 +29,32 @@ def joined(*batches: Batch) -> Batch:
 
 @pytest.fixture
 def bert(tiny):
-    """Three random experts around a tiny BERT, with padded inputs."""
-    generator = torch.Generator().manual_seed(0)
-
-    def near(tensor):
-        return tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
-
+    """Three random experts around a tiny BERT, with padded inputs and a head per task."""
+    heads = normal(3, 4, 32).float()
     experts = {
-        f"task{t}": {name: near(tensor) for name, tensor in tiny.state.items()} for t in range(3)
+        f"task{t}": {
+            name: tensor + 0.1 * normal(*tensor.shape, seed=10 * t + n).float()
+            for n, (name, tensor) in enumerate(tiny.state.items())
+        }
+        for t in range(3)
     }
-    heads = [
-        {"weight": torch.randn(4, 32, generator=generator), "bias": torch.zeros(4)}
-        for _ in range(3)
-    ]
+    mask = (torch.arange(7) < torch.tensor([[7], [4], [5]])).long()
 
-    def batch() -> Batch:
-        lengths = torch.tensor([7, 4, 5])
-        mask = (torch.arange(7) < lengths[:, None]).long()
+    def batch(task: int) -> Batch:
+        generator = torch.Generator().manual_seed(task)
         words = torch.randint(5, 20, (3, 7), generator=generator) * mask
         inputs = {"input_ids": words, "token_type_ids": 0 * words, "attention_mask": mask}
         return Batch(inputs, torch.full((3,), 1 / 3))
 
+    def forward(parameters, pairs):
+        found = []
+        for task, given in pairs:
+            out = functional_call(tiny.encoder, dict(parameters), (), dict(given.inputs))
+            found.append(over_tokens(out.last_hidden_state, given) @ heads[task].T)
+        return found
+
     vectors = TaskVectors.from_states(tiny.state, experts)
-    batches = [[batch()] for _ in range(3)]
-    return MergeProblem(vectors, batches, classifier_forward(tiny, heads), tiny.encoder)
+    return MergeProblem(vectors, [[batch(task)] for task in range(3)], forward, tiny.encoder)
 
 
 def padded(batch: Batch, count: int) -> Batch:
@@ -122,10 +101,9 @@ def test_the_mean_over_tokens_leaves_padding_out():
 # --- wemoe ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [0.3, 0.0, 1.0])
-def test_a_constant_router_gives_task_arithmetic(problem, scale):
-    merged = wemoe(problem, scale=scale, router_layers=0, steps=0, progress=False)
-    expected = answers(problem, task_arithmetic(problem, scale=scale))
+def test_a_constant_router_gives_task_arithmetic(problem):
+    merged = wemoe(problem, scale=0.7, router_layers=0, steps=0, progress=False)
+    expected = answers(problem, task_arithmetic(problem, scale=0.7))
     assert_close(answers(problem, merged), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -154,24 +132,6 @@ def test_outside_the_mlps_stands_task_arithmetic_and_inside_them_the_base(bert):
         assert torch.equal(tensor, base[name] if inside else expected[name]), name
 
 
-@pytest.mark.parametrize("chosen", [0, 1])
-def test_a_router_that_picks_one_expert_gives_that_expert_where_experts_differ_in_mlps(chosen):
-    problem = linear_problem(num_tasks=2)
-    start, stop = problem.vectors.layout.bounds[0]
-
-    def freeze(deltas):
-        deltas = deltas.clone()
-        deltas[:, start:stop] = 0  # the embeddings, the one tensor outside the blocks
-        return deltas
-
-    problem = replace(problem, vectors=problem.vectors.map(freeze))
-    merged = wemoe(problem, scale=1.0, **QUICK)
-    pick = constant([float(t == chosen) for t in range(2)])
-    picked = replace(merged, routers={block: pick for block in merged.mlps})
-    expert = problem.vectors.expert(f"task{chosen}")
-    assert_close(answers(problem, picked), answers(problem, expert), rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("layers", [1, 2])
 def test_wemoe_is_the_merge_of_every_inputs_own_weights(problem, layers):
     """Reference: input by input, merging the weights of one block after the other."""
@@ -192,22 +152,17 @@ def test_wemoe_is_the_merge_of_every_inputs_own_weights(problem, layers):
             assert_close(h, expected)
 
 
-def test_an_input_is_answered_alike_in_any_batch(problem):
+def test_an_input_is_answered_alike_in_any_batch_unless_weights_are_averaged(problem):
     merged = wemoe(problem, steps=20, lr=0.1, progress=False)
     one, two, _ = problem.batches[0]
+    alone, mean = (merged.answers(0, batch, reduce=True) for batch in (one, joined(one, two)))
+    assert (mean[: len(alone)] - alone).abs().max() > 1e-3
+    turned = merged.answers(0, joined(two, one), reduce=True)
+    assert_close(turned, mean.roll(len(two.weight), 0))  # yet order is immaterial
     both = merged.logits(0, joined(one, two))
     assert_close(both[: len(one.weight)], merged.logits(0, one))
     assert_close(both[len(one.weight) :], merged.logits(0, two))
     assert_close(merged.logits(0, joined(two, one)), both.roll(len(two.weight), 0))
-
-
-def test_with_weights_averaged_over_the_batch_an_answer_depends_on_its_neighbours(problem):
-    merged = wemoe(problem, steps=20, lr=0.1, progress=False)
-    one, two, _ = problem.batches[0]
-    alone, both = (merged.answers(0, batch, reduce=True) for batch in (one, joined(one, two)))
-    assert (both[: len(alone)] - alone).abs().max() > 1e-3
-    turned = merged.answers(0, joined(two, one), reduce=True)
-    assert_close(turned, both.roll(len(two.weight), 0))  # yet order is immaterial
 
 
 def test_padding_changes_no_answer(bert):
@@ -216,37 +171,6 @@ def test_padding_changes_no_answer(bert):
         with torch.no_grad():
             expected = merged.logits(0, batch)
             assert_close(merged.logits(0, padded(batch, 4)), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_the_routers_lower_the_entropy(problem):
-    def total(merged) -> float:
-        return sum(entropy(logits).mean().item() for logits in answers(problem, merged))
-
-    start = wemoe(problem, steps=0, progress=False)
-    for layers in (0, 1, 2):
-        merged = wemoe(problem, router_layers=layers, steps=15, lr=5e-2, progress=False)
-        assert total(merged) < total(start)
-
-
-def test_the_routers_gradient_is_that_of_the_mean_entropy(problem):
-    """One step of Adam moves each number by lr against its gradient's sign."""
-    before = wemoe(problem, router_layers=0, steps=0, progress=False)
-    after = wemoe(fewer(problem, 1), router_layers=0, steps=1, lr=1e-3, progress=False)
-
-    def loss(values: torch.Tensor) -> float:
-        routers = {block: constant(values.tolist()) for block in before.mlps}
-        routers["encoder.layer.1"] = before.routers["encoder.layer.1"]
-        merged, total = replace(before, routers=routers), 0.0
-        for task, batches in enumerate(fewer(problem, 1).batches):
-            total += (batches[0].weight @ entropy(merged.logits(task, batches[0]))).item()
-        return total
-
-    start = before.routers["encoder.layer.0"].biases[0]
-    moved = after.routers["encoder.layer.0"].biases[0] - start
-    for number in range(3):
-        step = 1e-5 * torch.eye(3, dtype=torch.float64)[number]
-        slope = (loss(start + step) - loss(start - step)) / 2e-5
-        assert_close(moved[number].item(), -1e-3 * np.sign(slope), rtol=1e-3, atol=0)
 
 
 def routed_loss(problem: MergeProblem, merged, numbers: list[torch.Tensor]) -> torch.Tensor:
@@ -347,25 +271,6 @@ def apart(problem: MergeProblem) -> MergeProblem:
     return replace(problem, batches=moved)
 
 
-@pytest.mark.parametrize("chosen", [0, 1, 2])
-def test_a_router_that_picks_one_expert_gives_that_expert(problem, chosen):
-    merged = twin(problem, keep=1.0, **QUICK)
-    pick = constant([0.0 if t == chosen else -1e4 for t in range(3)])
-    picked, expert = replace(merged, router=pick), problem.vectors.expert(f"task{chosen}")
-    assert_close(answers(problem, picked), answers(problem, expert))
-
-
-def test_a_router_that_cannot_tell_gives_the_average(problem):
-    merged = replace(twin(problem, keep=1.0, **QUICK), router=constant([0.0] * 3))
-    assert_close(answers(problem, merged), answers(problem, average(problem)))
-
-
-def test_one_expert_alone_is_that_expert_at_full_rank():
-    problem = linear_problem(num_tasks=1)
-    merged = twin(problem, keep=1.0, **QUICK)
-    assert_close(answers(problem, merged), answers(problem, problem.vectors.expert("task0")))
-
-
 def test_twin_is_the_merge_of_every_inputs_own_weights(problem):
     """Reference: tensor by tensor in NumPy, one input at a time."""
     merged = twin(problem, scale=0.29, keep=0.5, steps=50, lr=1e-2, progress=False)
@@ -391,20 +296,16 @@ def test_twin_is_the_merge_of_every_inputs_own_weights(problem):
         assert_close(found, expected[row])
 
 
-def test_the_router_learns_which_task_an_input_is_of(problem):
-    merged = twin(apart(problem), steps=300, lr=1e-2, progress=False)
-    for task, batches in enumerate(apart(problem).batches):
-        weights = torch.cat([merged.weights(task, batch) for batch in batches])
+def test_with_inputs_that_tell_the_task_the_router_learns_it_and_twin_answers_as_experts(problem):
+    told = apart(problem)
+    merged = twin(told, keep=1.0, steps=300, lr=3e-2, progress=False)
+    for task, batches in enumerate(told.batches):
+        weights = merged.weights(task, batches[0])
         assert_close(weights.sum(1), torch.ones(len(weights), dtype=torch.float64))
         assert weights[:, task].min() > 0.9
-
-
-def test_with_inputs_that_tell_the_task_twin_answers_as_the_experts_do(problem):
-    merged = twin(apart(problem), keep=1.0, steps=400, lr=3e-2, progress=False)
-    experts = [problem.vectors.expert(task) for task in problem.vectors.tasks]
-    for task, batches in enumerate(apart(problem).batches):
-        expected = problem.logits(experts[task], task, batches[0])
-        assert_close(merged.logits(task, batches[0]), expected, rtol=0.02, atol=0.1)
+        expert = problem.vectors.expert(problem.vectors.tasks[task])
+        expected = problem.logits(expert, task, batches[0])
+        assert_close(merged.logits(task, batches[0]), expected, rtol=0.05, atol=0.2)
 
 
 def test_compression_is_the_best_of_its_rank_and_leaves_vectors_whole():
@@ -416,12 +317,6 @@ def test_compression_is_the_best_of_its_rank_and_leaves_vectors_whole():
         assert torch.linalg.matrix_rank(found[:24].view(6, 4)) == rank
         assert_close((found - delta).norm(), values[rank:].norm(), rtol=1e-9, atol=1e-12)
         assert torch.equal(found[24:], delta[24:])
-
-
-def test_a_matrix_of_rank_1_survives_any_compression_and_zero_stays_zero():
-    layout = layout_of(matrix=(4, 5))
-    delta = torch.outer(torch.arange(1.0, 5), torch.arange(5.0)).flatten()
-    assert_close(compressed(delta, layout, 0.1), delta)
     assert not compressed(0 * delta, layout, 0.1).any()
 
 
@@ -429,7 +324,10 @@ def test_one_batch_becomes_batches_of_one_input():
     words, answer = torch.arange(6).view(2, 3), torch.tensor([[0, 1, 1], [0, 0, 1]]).bool()
     parts = list(rows(Batch({"input_ids": words}, torch.full((3,), 1 / 3), answer)))
     assert [part.inputs["input_ids"].tolist() for part in parts] == [[[0, 1, 2]], [[3, 4, 5]]]
-    assert [part.weight.tolist() for part in parts] == [[0.5, 0.5], [1.0]]
+    assert [part.weight.tolist() for part in parts] == [
+        pytest.approx([1 / 3, 1 / 3]),
+        pytest.approx([1 / 3]),
+    ]
     assert [part.answer.tolist() for part in parts] == [
         [[False, True, True]],
         [[False] * 2 + [True]],
@@ -448,6 +346,7 @@ def test_steering_the_small_base_itself_with_one_expert_gives_that_expert(weight
     problem = linear_problem(num_tasks=1)
     merged, expert = logits_fusion(problem, weight=weight), problem.vectors.expert("task0")
     assert_close(answers(problem, merged), answers(problem, expert), rtol=0, atol=1e-12)
+    assert_close(answers(problem, twin(problem, keep=1.0, **QUICK)), answers(problem, expert))
 
 
 def test_experts_that_equal_their_base_leave_the_large_model_alone(problem):
@@ -515,41 +414,6 @@ def test_extreme_logits_do_not_break_the_search(problem):
 # --- bad input ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("method", "options", "message"),
-    [
-        (wemoe, {"router_layers": 3}, "router_layers must be 0, 1 or 2, got 3"),
-        (wemoe, {"steps": -1}, "wemoe: steps must be 0 or more and lr above 0 and finite, got -1"),
-        (wemoe, {"lr": 0.0}, "wemoe: steps must be .* got 3 and 0.0"),
-        (twin, {"keep": 0.0}, r"keep must be in \(0, 1\], got 0.0; 0.1 keeps a tenth"),
-        (twin, {"keep": 1.5}, r"keep must be in \(0, 1\], got 1.5"),
-        (twin, {"scale": float("inf")}, "scale must be finite, got inf"),
-        (wemoe, {"scale": float("nan")}, "scale must be finite, got nan"),
-        (twin, {"lr": float("nan")}, "twin: steps must be .* got 3 and nan"),
-    ],
-)
-def test_options_out_of_range_are_refused_before_any_forward_pass(
-    problem, method, options, message
-):
-    def never(parameters, pairs):
-        raise AssertionError("a forward pass was made")
-
-    with pytest.raises(ValueError, match=message):
-        method(replace(problem, forward=never), **{**QUICK, **options})
-
-
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        (wemoe, "wemoe looks inside the model: give MergeProblem its `module`"),
-        (twin, "twin looks inside the model: give MergeProblem its `module`"),
-    ],
-)
-def test_a_problem_that_knows_no_module_is_refused(problem, method, message):
-    with pytest.raises(ValueError, match=message):
-        method(replace(problem, module=None), **QUICK)
-
-
 @pytest.mark.parametrize("method", [wemoe, twin])
 def test_what_is_not_finite_stops_the_fit_with_the_step_and_the_cause(problem, method):
     broken = replace(problem, vectors=problem.vectors.map(lambda d: d * float("inf")))
@@ -603,9 +467,3 @@ def test_large_problems_that_do_not_fit_are_refused(problem):
     merged = logits_fusion(problem, large=large_problem(classes=5))
     with pytest.raises(ValueError, match=r"the large model gives \[5, 5\], the small one \[5, 4\]"):
         merged.logits(0, problem.batches[0][0])
-
-
-@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_finite_is_refused(problem, weight):
-    with pytest.raises(ValueError, match=f"weight must be finite, got {weight}; 1 is proxy-tuning"):
-        logits_fusion(problem, weight=weight)
