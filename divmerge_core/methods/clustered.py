@@ -37,7 +37,7 @@ class Clusters:
 
 
 @torch.no_grad()
-def misfits(
+def residuals(
     problem: MergeProblem, task: int, delta: Float[Tensor, " N"], offsets: Sequence[Tensor]
 ) -> list[Float[Tensor, " n"]]:
     """How far candidate models (base plus offset) answer from a task's expert, per probe.
@@ -71,14 +71,14 @@ def misfits(
     return [rows / change.clamp(min=floor) for rows in found]
 
 
-def restaurant(counts: Sequence[int], zeta: float) -> list[float]:
+def crp_prior(counts: Sequence[int], zeta: float) -> list[float]:
     """Prior probabilities of joining each group, by its size, and of a new one, by zeta."""
     if not counts or zeta == math.inf:
         return [0.0] * len(counts) + [1.0]
     return [size / (sum(counts) + zeta) for size in (*counts, zeta)]
 
 
-def evidence(
+def posterior_score(
     errors: Sequence[Tensor], counts: Sequence[int], *, zeta: float, sigma: float, posterior: str
 ) -> Float[Tensor, " L"]:
     """A posterior score of each group, the last one new, of which only the order matters.
@@ -87,7 +87,7 @@ def evidence(
     the prior plus mean log N(e), up to a constant. `published` is exp(mean log N(e)) + c prior,
     where e counts as at most 3 sigma and c falls from 0.2 to 0.1 over the first ten experts.
     """
-    prior = torch.tensor(restaurant(counts, zeta), dtype=torch.float64)
+    prior = torch.tensor(crp_prior(counts, zeta), dtype=torch.float64)
     squares = [(error.double().cpu() / sigma).square() for error in errors]
     if posterior == "log":  # the bound keeps likelihoods finite, so that a chance of 0 excludes
         return prior.log() - torch.stack([s.mean().clamp(max=1e30) / 2 for s in squares])
@@ -145,7 +145,7 @@ def dp_mixture(
 
     Experts come in the order of the problem's tasks. Each joins every group's model on trial, by
     OPCM with `share`; $n_l$ is the size of group $l$, and $e_l(x)$ how far the joined model answers
-    from the expert, in units of the change from base to expert (see `misfits`). A new group is
+    from the expert, in units of the change from base to expert (see `residuals`). A new group is
     judged by base plus `start` times the task vector, as the expert itself would always win: so an
     expert joins where about that share of its change survives. The task's number finds the model
     when it answers.
@@ -175,9 +175,9 @@ def dp_mixture(
     deltas = dense(problem.vectors.deltas)
     for task, delta in enumerate(tqdm(deltas, "joining", disable=not progress, leave=False)):
         trials = [join(one, delta, places, share, True) for one in (*groups, untouched(problem))]
-        errors = misfits(problem, task, delta, [*(t.offset for t in trials[:-1]), start * delta])
+        errors = residuals(problem, task, delta, [*(t.offset for t in trials[:-1]), start * delta])
         counts = [len(group.lengths) for group in groups]
-        found = evidence(errors, counts, zeta=zeta, sigma=sigma, posterior=posterior)
+        found = posterior_score(errors, counts, zeta=zeta, sigma=sigma, posterior=posterior)
         chosen = int(found.argmax())
         groups[chosen : chosen + 1] = [trials[chosen]]  # appends where it is new
         numbers.append(chosen)

@@ -85,7 +85,7 @@ def representations(
     return torch.cat(found)
 
 
-def learned(
+def fit_correction(
     merged: Float[Tensor, "n D"],
     expert: Float[Tensor, "n D"],
     *,
@@ -202,7 +202,7 @@ def surgery(
     flat = METHODS[name](problem, **grouping, **options)
     fit = {"rank": rank, "steps": steps, "batch_size": batch_size, "lr": lr, **common}
     corrections = [
-        learned(representations(seen, flat, number), expert, **fit)
+        fit_correction(representations(seen, flat, number), expert, **fit)
         for number, expert in enumerate(experts)
     ]
     return Corrected(problem, flat, tuple(corrections))

@@ -21,7 +21,7 @@ from divmerge_core.methods.forward import hooked
 
 
 @dataclass(frozen=True)
-class Lesson:
+class StageCall:
     """One call of a stage: what the merged model feeds it, and what the expert's own makes."""
 
     args: tuple
@@ -87,10 +87,10 @@ def stages(problem: MergeProblem) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def lessons(
+def stage_calls(
     problem: MergeProblem, flat: Float[Tensor, " N"], module: nn.Module
-) -> list[list[list[Lesson]]]:
-    """What a stage learns from: `[task][batch]`, one lesson per call of the stage in a forward."""
+) -> list[list[list[StageCall]]]:
+    """What a stage learns from: `[task][batch]`, one per call of the stage in a forward."""
     vectors, calls = problem.vectors, []
 
     def keep(part: nn.Module, args: tuple, kwargs: Mapping, output: object) -> None:
@@ -101,9 +101,9 @@ def lessons(
         problem.logits(flat, task, batch)
         return calls.copy()
 
-    def lesson(given: tuple, made: tuple, batch: Batch) -> Lesson:
+    def stage_call(given: tuple, made: tuple, batch: Batch) -> StageCall:
         mask = batch.inputs.get("attention_mask")
-        return Lesson(
+        return StageCall(
             tuple(cast(value, flat.dtype) for value in given[0]),
             {key: cast(value, flat.dtype) for key, value in given[1].items()},
             cast(first(made[2]), flat.dtype),
@@ -116,7 +116,7 @@ def lessons(
             expert, of_task = vectors.expert(name), []
             for batch in problem.batches[task]:
                 pairs = zip(seen(flat, task, batch), seen(expert, task, batch), strict=True)
-                of_task.append([lesson(given, made, batch) for given, made in pairs])
+                of_task.append([stage_call(given, made, batch) for given, made in pairs])
             found.append(of_task)
     return found
 
@@ -126,7 +126,7 @@ def length(parts: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, " n"]:
     return sum(part.square().sum(dim=1) for part in parts).sqrt()
 
 
-def fitted(
+def fit_stage(
     problem: MergeProblem,
     flat: Float[Tensor, " N"],
     name: str,
@@ -144,7 +144,7 @@ def fitted(
     deltas = {full: torch.stack([row[full] for row in rows]) for full in names}
     coeffs = {full: torch.full_like(d, init, requires_grad=True) for full, d in deltas.items()}
     adam = torch.optim.Adam(coeffs.values(), lr=lr, fused=True)
-    taught = lessons(problem, flat, module)
+    calls = stage_calls(problem, flat, module)
     reach = length([delta.flatten(1) for delta in deltas.values()]).max()
 
     def merged(full: str) -> Tensor:
@@ -155,9 +155,9 @@ def fitted(
     for number, chosen in enumerate(bar):
         where, given = f"{number} of stage {name!r}", {names[f]: t for f, t in own.items()}
         loss = sum(
-            lesson.distance(functional_call(module, given, lesson.args, dict(lesson.kwargs)))
-            for of_task, index in zip(taught, chosen, strict=True)
-            for lesson in of_task[index]
+            call.distance(functional_call(module, given, call.args, dict(call.kwargs)))
+            for of_task, index in zip(calls, chosen, strict=True)
+            for call in of_task[index]
         )
         check_finite("prodistill", loss, where, lr)
         adam.zero_grad()
@@ -230,6 +230,6 @@ def prodistill(
     steps = schedule([len(b) for b in problem.batches], epochs, torch.Generator().manual_seed(seed))
     options = {"init": init, "lr": lr, "progress": progress}
     for name, module in found.items():
-        for full, tensor in fitted(problem, flat, name, module, steps, **options).items():
+        for full, tensor in fit_stage(problem, flat, name, module, steps, **options).items():
             places[full].copy_(tensor)
     return flat

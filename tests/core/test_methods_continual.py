@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from divmerge_core.merging.linalg import matrices
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.methods.arithmetic import average, task_arithmetic
-from divmerge_core.methods.clustered import Clusters, dp_mixture, evidence, restaurant
+from divmerge_core.methods.clustered import Clusters, crp_prior, dp_mixture, posterior_score
 from divmerge_core.methods.continual import (
     opcm,
     projected,
@@ -240,7 +240,8 @@ def families(related: float = 0.9) -> MergeProblem:
     n // PER_FAMILY.
     """
     num_tasks = 3 * PER_FAMILY
-    problem = linear_problem(num_tasks=num_tasks, features=12, batches=1, rows=8)
+    toy = {"features": 16, "classes": 8, "batches": 2, "rows": 8}
+    problem = linear_problem(num_tasks=num_tasks, **toy)
     centres = normal(3, problem.vectors.layout.size, seed=100)
     centres[2] = -centres[1]
     own = normal(num_tasks, problem.vectors.layout.size, seed=200)
@@ -352,13 +353,13 @@ def test_for_experts_that_changed_nothing_the_prior_alone_decides(zeta, models):
     ],
 )
 def test_the_prior_is_sizes_over_all_that_came_plus_zeta(counts, zeta, expected):
-    assert restaurant(counts, zeta) == pytest.approx(expected)
+    assert crp_prior(counts, zeta) == pytest.approx(expected)
 
 
-def test_evidence_is_prior_times_likelihood():
+def test_the_posterior_score_is_prior_times_likelihood():
     """Against Bayes' rule on densities, up to a constant."""
     errors = [torch.tensor([0.1, 0.4]), torch.tensor([0.3, 0.2]), torch.tensor([0.5, 0.5])]
-    found = evidence(errors, [3, 1], zeta=2.0, sigma=0.25, posterior="log")
+    found = posterior_score(errors, [3, 1], zeta=2.0, sigma=0.25, posterior="log")
     normal = torch.distributions.Normal(0.0, 0.25)
     likelihoods = torch.stack([normal.log_prob(error).mean().exp() for error in errors])
     expected = torch.tensor([3 / 6, 1 / 6, 2 / 6]) * likelihoods
@@ -366,15 +367,15 @@ def test_evidence_is_prior_times_likelihood():
 
 
 @pytest.mark.parametrize(("counts", "softness"), [([1, 1], 0.2 - 2 / 90), ([9, 9], 0.1)])
-def test_the_published_evidence_orders_like_the_product_of_two_softmaxes(counts, softness):
+def test_the_published_score_orders_like_the_product_of_two_softmaxes(counts, softness):
     """Softmax of the likelihoods times softmax of c times the prior, errors cut at 3 sigma."""
     errors = [torch.tensor([0.1, 4.0]), torch.tensor([0.3, 0.2]), torch.tensor([0.5, 0.5])]
-    found = evidence(errors, counts, zeta=2.0, sigma=0.25, posterior="published")
+    found = posterior_score(errors, counts, zeta=2.0, sigma=0.25, posterior="published")
     normal = torch.distributions.Normal(0.0, 0.25)
     likelihoods = torch.stack(
         [normal.log_prob(error.clamp(max=0.75)).mean().exp() for error in errors]
     ).double()
-    prior = torch.tensor(restaurant(counts, 2.0)).double()
+    prior = torch.tensor(crp_prior(counts, 2.0)).double()
     product = torch.softmax(likelihoods, 0) * torch.softmax(softness * prior, 0)
     assert_close(torch.softmax(found, 0), product / product.sum())
 

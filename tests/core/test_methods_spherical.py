@@ -85,6 +85,7 @@ def test_the_step_in_the_tangent_space_changes_nothing(problem, origin):
         (([3, 0], [0, 1]), [2 * math.sqrt(0.5)] * 2),  # directions and lengths averaged apart
         (([1, 2], [3, 6], [2, 4]), [2, 4]),  # parallel
         (([2, 4], [0, 0]), [1, 2]),  # a tensor left alone shortens the mean, and turns nothing
+        (([3, 0], [0, 1], [0, 0]), [4 / 3 * math.sqrt(0.5)] * 2),
         (([2, 0], [-1, 0]), [0.5, 0]),  # where directions cancel: the plain mean
         (([2, 0], [-0.5, 0.75**0.5], [-0.5, -(0.75**0.5)]), [1 / 3, 0]),
         (([0.7, 0.1], [-0.1, -0.1 / 7]), [0.3, 0.3 / 7]),  # ... but for rounding
@@ -141,6 +142,8 @@ def test_model_stock_is_what_a_loop_over_pairs_gives(filter_wise, num_tasks):
         (([2, 0], [1, math.sqrt(3)]), 2 / 3),  # at sixty degrees
         (([1, 2], [2, 4]), 1),
         (([1, 0], [0, 3]), 0),
+        (([1, 0], [0, 0]), 0),  # no direction
+        (([3, 5],), 1),
         (([2, 0], [-1, math.sqrt(3)]), -2),  # c = -1/2: -1 / (1 - 1/2)
         (([2, 0], [-1, 0]), 0),  # directions that cancel
         (([2e-6, 0], [1e-6, math.sqrt(3) * 1e-6]), 2 / 3),  # short ones have angles too
