@@ -26,7 +26,7 @@ def test_breadcrumbs_rank_within_tensors_or_within_rows():
     options = {"keep": 0.25, "remove": 0.25, "scale": 1.0}
     assert breadcrumbs(problem, **options).tolist() == [0, 0, 0, 0, 50, 60, 0, 0]
     assert breadcrumbs(problem, per="row", **options).tolist() == [0, 0, 3, 0, 0, 0, 70, 0]
-    one = problem_of([3, 1, 2, 4], bias=(4,))  # a tensor of one axis is one row
+    one = problem_of([3, 1, 2, 4], bias=(3,), scalar=())  # one axis or none is one row
     assert torch.equal(breadcrumbs(one, per="row", **options), breadcrumbs(one, **options))
 
 

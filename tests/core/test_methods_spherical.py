@@ -155,7 +155,7 @@ def test_model_stock_goes_as_far_as_the_angle_says(deltas, ratio):
 
 
 def test_a_row_of_its_own_is_a_tensor_of_its_own():
-    deltas = normal(3, 8)
-    matrix = problem_of(*deltas, weight=(2, 3), bias=(2,), none=(3, 0))
-    apart = problem_of(*deltas, first=(3,), second=(3,), bias=(2,))
+    deltas = normal(3, 9)
+    matrix = problem_of(*deltas, weight=(2, 3), bias=(2,), none=(3, 0), scalar=())
+    apart = problem_of(*deltas, first=(3,), second=(3,), bias=(2,), scalar=())
     assert_close(model_stock(matrix, filter_wise=True), model_stock(apart))
