@@ -180,6 +180,8 @@ def test_a_task_that_sees_nothing_is_the_base():
     problem = problem_of([1.0], [-3.0], base=2.0)
     assert emr(problem).parameters(0).tolist() == [2]
     assert emr(problem).scales.tolist() == [1, 1]
+    # three tasks: the larger entry, of the sign that lost, does not set the size
+    assert emr(problem_of([3.0], [-2.0], [-2.0])).unified.tolist() == [-2]
 
 
 def test_emr_stores_two_vectors_a_bit_per_mask_entry_and_a_number_per_task():
