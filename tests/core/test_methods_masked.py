@@ -177,7 +177,7 @@ def test_the_authors_norm_counts_a_bias_as_much_as_a_matrix():
 
 
 def test_a_task_that_sees_nothing_is_the_base():
-    problem = problem_of([1.0], [-3.0], base=2.0)
+    problem = problem_of([2.0], [-3.0], base=2.0)
     assert emr(problem).parameters(0).tolist() == [2]
     assert emr(problem).scales.tolist() == [1, 1]
     # three tasks: the larger entry, of the sign that lost, does not set the size
