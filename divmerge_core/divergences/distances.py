@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from divmerge_core.divergences import DIVERGENCES
-from divmerge_core.divergences.logspace import difference, ruled_out
+from divmerge_core.divergences.logspace import both_masked, difference
 from divmerge_core.kernels.delta_storage import wide
 from divmerge_core.kernels.expert_cache import log_softmax
 
@@ -90,7 +90,7 @@ def logit_mse(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> F
     upper bound; +inf, with gradient 0, where one side alone masks a class.
     """
     log_p, log_q = log_softmax(expert), log_softmax(merged)
-    ratio, both = difference(log_p, log_q), ruled_out(log_p, log_q)
+    ratio, both = difference(log_p, log_q), both_masked(log_p, log_q)
     never = ratio.isinf()
     ratio = ratio.masked_fill(never, 0.0)
     count = (~both).sum(-1, keepdim=True)

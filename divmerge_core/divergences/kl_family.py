@@ -1,8 +1,8 @@
 """The Kullback-Leibler family: both directions, their sum, their mixtures; and plain entropy.
 
-On a GPU with Triton the fused kernel stands in, unless the expert needs a gradient or logits are
-float64. It is differentiable once, and a row without a distribution, for which these raise
-ValueError, gives NaN there.
+The formulas are those of `kernels/divergence.py`. On a GPU with Triton its fused kernel computes
+them, unless the expert needs a gradient or logits are float64. The kernel is differentiable once,
+and gives NaN for a row without a distribution, for which PyTorch raises ValueError.
 """
 
 import math
@@ -12,18 +12,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from divmerge_core.divergences import DIVERGENCES
-from divmerge_core.divergences.logspace import Parameter, cross, difference, ruled_out
-from divmerge_core.kernels.backend import resolve
-from divmerge_core.kernels.divergence import fused_divergence
+from divmerge_core.divergences.logspace import Parameter
+from divmerge_core.kernels.backend import resolve_backend
+from divmerge_core.kernels.divergence import fused_divergence, terms_and_slopes, weighted
 from divmerge_core.kernels.expert_cache import log_softmax
 
 BETA = Parameter("beta", 0.1, 1e-3, 1 - 1e-3)  # the kernel's range
 
 
 def fusible(expert: Tensor, merged: Tensor) -> bool:
-    """Whether `fused_divergence` would run on a GPU, and would find all gradients wanted."""
+    """Whether `fused_divergence` would run on a GPU and give every gradient that is wanted."""
     wanted = expert.requires_grad and torch.is_grad_enabled()
-    return resolve("auto", expert, merged) == "triton" and not wanted
+    return resolve_backend("auto", expert, merged) == "triton" and not wanted
+
+
+def divergence(expert: Tensor, merged: Tensor, kind: str, beta: float = 0.5) -> Tensor:
+    """One of KINDS by the fused kernel where it serves, else by its definition and autograd."""
+    if fusible(expert, merged):
+        return fused_divergence(expert, merged, kind, beta=beta)
+    return terms_and_slopes(log_softmax(expert), log_softmax(merged), kind, beta)[0].sum(-1)
 
 
 @DIVERGENCES.register(
@@ -48,10 +55,7 @@ def kl(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> Float[Te
     >>> kl(torch.zeros(1, 2), torch.zeros(1, 2)).item()
     0.0
     """
-    if fusible(expert, merged):
-        return fused_divergence(expert, merged, "kl")
-    log_p, log_q = log_softmax(expert), log_softmax(merged)
-    return cross(log_p.exp(), difference(log_p, log_q))
+    return divergence(expert, merged, "kl")
 
 
 @DIVERGENCES.register(
@@ -72,9 +76,7 @@ def reverse_kl(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> 
     At least 0, no upper bound; +inf, without a usable gradient, where the expert rules out an
     answer that the merged model gives. Not tested in the DivMerge paper.
     """
-    if fusible(expert, merged):
-        return fused_divergence(expert, merged, "reverse_kl")
-    return kl(merged, expert)
+    return divergence(expert, merged, "reverse_kl")
 
 
 @DIVERGENCES.register(
@@ -95,27 +97,13 @@ def jeffreys(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> Fl
     At least 0, no upper bound; +inf, possibly without a usable gradient, where one side rules out
     an answer that the other gives.
     """
-    if fusible(expert, merged):
-        return fused_divergence(expert, merged, "jeffreys")
-    return kl(expert, merged) + kl(merged, expert)
+    return divergence(expert, merged, "jeffreys")
 
 
 def skewed(beta: float) -> dict:
     """Facts of skew_js at beta; the bound is the entropy of a coin that shows q with beta."""
     bound = -beta * math.log(beta) - (1 - beta) * math.log1p(-beta)
     return {"symmetric": beta == 0.5, "bound": bound, "curvature": beta * (1 - beta)}
-
-
-def mixed(expert: Tensor, merged: Tensor, beta: float) -> Tensor:
-    """(1 - beta) KL(p || m) + beta KL(q || m) with m = (1 - beta) p + beta q."""
-    if fusible(expert, merged):
-        return fused_divergence(expert, merged, "js", beta=beta)
-    log_p, log_q = log_softmax(expert), log_softmax(merged)
-    dead = ruled_out(log_p, log_q)  # logaddexp(-inf, -inf) has a NaN gradient
-    log_p, log_q = log_p.masked_fill(dead, -1e30), log_q.masked_fill(dead, -1e30)
-    log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))  # p, q may underflow
-    left, right = cross(log_p.exp(), log_p - log_m), cross(log_q.exp(), log_q - log_m)
-    return (1 - beta) * left + beta * right
 
 
 @DIVERGENCES.register(
@@ -137,7 +125,7 @@ def js(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> Float[Te
     >>> round(js(torch.tensor([[100.0, 0.0]]), torch.tensor([[0.0, 100.0]])).item(), 4)
     0.6931
     """
-    return mixed(expert, merged, 0.5)
+    return divergence(expert, merged, "js")
 
 
 @DIVERGENCES.register(
@@ -164,7 +152,7 @@ def skew_js(
     other betas.
     """
     BETA.check(beta)
-    return mixed(expert, merged, beta)
+    return divergence(expert, merged, "js", beta)
 
 
 def entropy(logits: Float[Tensor, "*A V"]) -> Float[Tensor, "*A"]:
@@ -173,4 +161,4 @@ def entropy(logits: Float[Tensor, "*A V"]) -> Float[Tensor, "*A"]:
     No divergence: it sees no expert, so it stands outside the registry.
     """
     log_q = log_softmax(logits)
-    return -cross(log_q.exp(), log_q)
+    return -weighted(log_q.exp(), log_q).sum(-1)

@@ -1,4 +1,4 @@
-"""Sums over classes that never leave log space before they must, and the range of a parameter."""
+"""Differences and power sums in log space, and the range of a divergence's parameter."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-GROWN = 30.0  # exp of more goes on as its tangent: 1e13 may still be squared in float32
+TANGENT_FROM = 30.0  # above it expm1 continues as its tangent: 1e13 squared is finite in float32
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,14 @@ class Parameter:
                 )
 
 
-def cross(weight: Float[Tensor, "*A V"], log_ratio: Float[Tensor, "*A V"]) -> Float[Tensor, "*A"]:
-    """Sum over V of weight * log_ratio, with 0 * anything = 0 in value and in gradient."""
-    return (weight * log_ratio.masked_fill(weight == 0, 0.0)).sum(-1)
-
-
-def ruled_out(log_a: Float[Tensor, "*A V"], log_b: Float[Tensor, "*A V"]) -> Tensor:
-    """The classes that both sides mask: they tell nothing."""
+def both_masked(log_a: Float[Tensor, "*A V"], log_b: Float[Tensor, "*A V"]) -> Tensor:
+    """The classes that are -inf on both sides: they count for nothing."""
     return torch.isneginf(log_a) & torch.isneginf(log_b)
 
 
 def difference(log_a: Float[Tensor, "*A V"], log_b: Float[Tensor, "*A V"]) -> Float[Tensor, "*A V"]:
     """log a - log b, with -inf - -inf = 0."""
-    both = ruled_out(log_a, log_b)
+    both = both_masked(log_a, log_b)
     return log_a.masked_fill(both, 0.0) - log_b.masked_fill(both, 0.0)
 
 
@@ -58,12 +53,12 @@ def log_power_sum(
     log_p: Float[Tensor, "*A V"], log_q: Float[Tensor, "*A V"], power: float
 ) -> Float[Tensor, "*A"]:
     """log sum_v p_v^power q_v^(1 - power): 0 where p = q, for every power."""
-    both = ruled_out(log_p, log_q)
+    both = both_masked(log_p, log_q)
     terms = power * log_p.masked_fill(both, 0.0) + (1 - power) * log_q.masked_fill(both, 0.0)
     return terms.masked_fill(both, -torch.inf).logsumexp(-1)
 
 
-def grown(x: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
-    """exp(x) - 1, which beyond x = 30 goes on as its tangent: finite, with a finite slope."""
-    tangent = math.exp(GROWN) * (1 + x - GROWN) - 1
-    return torch.where(x > GROWN, tangent, torch.expm1(x.clamp(max=GROWN)))
+def expm1_bounded(x: Float[Tensor, "*A"]) -> Float[Tensor, "*A"]:
+    """exp(x) - 1, continued above x = 30 by its tangent: value and slope stay finite."""
+    tangent = math.exp(TANGENT_FROM) * (1 + x - TANGENT_FROM) - 1
+    return torch.where(x > TANGENT_FROM, tangent, torch.expm1(x.clamp(max=TANGENT_FROM)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.divergences.kl_family import kl, reverse_kl
-from divmerge_core.divergences.logspace import Parameter, grown, log_power_sum
+from divmerge_core.divergences.logspace import Parameter, expm1_bounded, log_power_sum
 from divmerge_core.kernels.expert_cache import log_softmax
 
 ALPHA = Parameter("alpha", 0.5, -3.0, 3.0, ((-1.0, "kl"), (1.0, "reverse_kl")))
@@ -52,7 +52,7 @@ def alpha(
     log_p, log_q = log_softmax(expert), log_softmax(merged)
     a, b = (1 - alpha) / 2, (1 + alpha) / 2
     if abs(alpha) > 1:
-        return grown(log_power_sum(log_p, log_q, a)) / -(a * b)
+        return expm1_bounded(log_power_sum(log_p, log_q, a)) / -(a * b)
     # a p + b q - p^a q^b: no term is negative, so little is lost where all are small
     terms = a * log_p.exp() + b * log_q.exp() - torch.exp(a * log_p + b * log_q)
     return terms.sum(-1) / (a * b)
@@ -128,7 +128,7 @@ def chi_squared(
 
     At least 0, no upper bound: it grows with p / q itself. Beyond e^30 it goes on as a tangent.
     """
-    return grown(log_power_sum(log_softmax(expert), log_softmax(merged), 2.0))
+    return expm1_bounded(log_power_sum(log_softmax(expert), log_softmax(merged), 2.0))
 
 
 @DIVERGENCES.register(

@@ -28,12 +28,12 @@ def jit(function: Callable):
     return triton.jit(inspect.unwrap(function)) if triton else function
 
 
-def on(tensor: Tensor) -> AbstractContextManager:
-    """Makes a tensor's GPU the one that Triton launches on."""
+def device_of(tensor: Tensor) -> AbstractContextManager:
+    """Makes the tensor's GPU the current one, for Triton's launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def resolve(backend: str, *tensors: Tensor) -> str:
+def resolve_backend(backend: str, *tensors: Tensor) -> str:
     """`torch` or `triton`: what a call on these tensors runs on.
 
     `auto` is Triton on a GPU where it is installed and no tensor is float64, else PyTorch. Raises

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from divmerge_core.kernels import divergence_triton
-from divmerge_core.kernels.backend import resolve
+from divmerge_core.kernels.backend import resolve_backend
 from divmerge_core.kernels.delta_storage import wide
 from divmerge_core.kernels.expert_cache import TopKLogProbs, log_softmax
 
@@ -36,24 +36,28 @@ KINDS = ("js", "kl", "reverse_kl", "jeffreys")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def cross(weight: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
-    """weight * (log a - log b), where 0 times anything is 0."""
-    return weight * (log_a - log_b).masked_fill(weight == 0, 0.0)
+def weighted(weight: Tensor, log_ratio: Tensor) -> Tensor:
+    """weight * log_ratio, with 0 * anything = 0 in value and in gradient."""
+    return weight * log_ratio.masked_fill(weight == 0, 0.0)
 
 
-def compare(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
-    """Class by class: f(p, q) and slope."""
+def terms_and_slopes(
+    log_p: Float[Tensor, "*A V"], log_q: Float[Tensor, "*A V"], kind: str, beta: float = 0.5
+) -> tuple[Float[Tensor, "*A V"], Float[Tensor, "*A V"]]:
+    """Class by class f(p, q), whose sum is the divergence, and slope; autograd may pass through."""
     p, q = log_p.exp(), log_q.exp()
     if kind == "js":
-        log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
-        slopes = beta * cross(q, log_q, log_m)
-        return (1 - beta) * cross(p, log_p, log_m) + slopes, slopes
+        masked = torch.isneginf(log_p) & torch.isneginf(log_q)
+        log_p, log_q = log_p.masked_fill(masked, -1e30), log_q.masked_fill(masked, -1e30)
+        log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))  # not -inf
+        slopes = beta * weighted(q, log_q - log_m)
+        return (1 - beta) * weighted(p, log_p - log_m) + slopes, slopes
     if kind == "kl":
-        return cross(p, log_p, log_q), -p
-    reverse = cross(q, log_q, log_p)
+        return weighted(p, log_p - log_q), -p
+    reverse = weighted(q, log_q - log_p)
     if kind == "reverse_kl":
         return reverse, reverse
-    return cross(p, log_p, log_q) + reverse, reverse - p
+    return weighted(p, log_p - log_q) + reverse, reverse - p
 
 
 def definition(
@@ -64,13 +68,13 @@ def definition(
     *,
     differentiate: bool = True,
 ) -> tuple[Float[Tensor, " A"], Float[Tensor, "A V"] | None]:
-    """The loss and, if wanted, its gradient in the merged logits, as the formulas above say.
+    """The loss and, if wanted, its gradient in the merged logits, by the formulas above.
 
     In float32, or float64 if either side is. Where reverse_kl or jeffreys is +inf, the row's
     gradient is NaN. Raises ValueError for a row without a distribution.
     """
     log_p, log_q = log_softmax(expert), log_softmax(merged)
-    terms, slopes = compare(log_p, log_q, kind, beta)
+    terms, slopes = terms_and_slopes(log_p, log_q, kind, beta)
     if not differentiate:
         return terms.sum(-1), None
     total = slopes.sum(-1, keepdim=True)
@@ -111,7 +115,7 @@ class Divergence(torch.autograd.Function):
         return None, result, None, None, None
 
 
-def check(expert: Tensor, merged: Tensor, kind: str, beta: float) -> None:
+def validate(expert: Tensor, merged: Tensor, kind: str, beta: float) -> None:
     """Raise ValueError unless the two are logits of one shape and the divergence exists."""
     if expert.shape != merged.shape or merged.ndim == 0 or merged.shape[-1] == 0:
         raise ValueError(
@@ -166,8 +170,8 @@ def fused_divergence(
     """
     if isinstance(expert, TopKLogProbs):
         expert, merged = expert.log_probs, expert.coarsen(merged)
-    check(expert, merged, kind, beta)
-    backend = resolve(backend, expert, merged)
+    validate(expert, merged, kind, beta)
+    backend = resolve_backend(backend, expert, merged)
     if not torch.is_grad_enabled():
         merged = merged.detach()  # else a gradient would be computed and thrown away
     loss = Divergence.apply(*matrices(expert, merged), kind, beta, backend)
@@ -198,7 +202,7 @@ def divergence_and_gradient(
     distribution alike. Raises ValueError as it does, and for weights of another shape or device.
     """
     expert, merged = expert.detach(), merged.detach()
-    check(expert, merged, kind, beta)
+    validate(expert, merged, kind, beta)
     if weight is not None:
         if weight.shape != merged.shape[:-1]:
             raise ValueError(
@@ -208,7 +212,7 @@ def divergence_and_gradient(
         precision = wide(torch.promote_types(expert.dtype, merged.dtype))
         weight = weight.detach().to(precision).reshape(-1).contiguous()
     given = [tensor for tensor in (expert, merged, weight) if tensor is not None]
-    backend, sides = resolve(backend, *given), matrices(expert, merged)
+    backend, sides = resolve_backend(backend, *given), matrices(expert, merged)
     if backend == "torch":
         loss, gradient = definition(*sides, kind, beta)
         gradient = gradient if weight is None else gradient * weight[:, None]

@@ -8,7 +8,7 @@ either side its largest logit and its mass, sum_v exp(logit_v - largest).
 import torch
 from torch import Tensor
 
-from divmerge_core.kernels.backend import jit, on, tl
+from divmerge_core.kernels.backend import device_of, jit, tl
 
 # Classes: the widest row, a power of two, that stays in registers; no kind or precision spills any
 # on sm_80, sm_90 and gfx942. NVIDIA's 1024 threads have 64 each, which 32768 classes would fill.
@@ -33,7 +33,7 @@ def exp(x):
 
 @jit
 def extend(largest, mass, x):
-    """Each row's largest logit and mass, once the classes x are taken in."""
+    """Each row's largest logit and mass, updated with the classes x."""
     new = tl.maximum(largest, tl.max(x, axis=1, keep_dims=True))
     kept = mass * exp(tl.maximum(largest - new, -1e30))  # it may start at float32's lowest
     return new, kept + tl.sum(exp(x - new), axis=1, keep_dims=True)
@@ -41,13 +41,13 @@ def extend(largest, mass, x):
 
 @jit
 def log_softmax(x, largest, mass):
-    """Subtracted in turn, as `largest` may be 1e4. The mass is 1 or more in any sound row."""
+    """x - largest - log mass, one after the other: `largest` may be 1e4. A valid mass is >= 1."""
     return x - largest - tl.log(tl.maximum(mass, 1.0))
 
 
 @jit
-def compare(log_p, log_q, beta, KIND: tl.constexpr):
-    """Class by class f(p, q), its slope q df/dq, and q; all are 0 where both sides rule it out."""
+def terms_and_slopes(log_p, log_q, beta, KIND: tl.constexpr):
+    """Class by class f(p, q), its slope q df/dq, and q; all are 0 where both sides mask it."""
     finite_p, finite_q = tl.maximum(log_p, -1e30), tl.maximum(log_q, -1e30)  # -inf - -inf is NaN
     if KIND == "js":
         ahead = finite_q - finite_p
@@ -108,21 +108,10 @@ def store_gradient(
 
 @jit
 def whole_rows(
-    expert,
-    merged,
-    stride_p,
-    stride_q,
-    num_rows,
-    num_classes,
-    beta,
-    loss,
-    state,
-    incoming,
+    expert, merged, stride_p, stride_q, num_rows, num_classes, beta, loss, state, incoming,
     gradient,
-    KIND: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The loss of ROWS rows of at most BLOCK classes; each side is read once.
 
     Of `state` and `gradient` one is None: stored is what a later gradient needs, or this itself.
@@ -136,31 +125,20 @@ def whole_rows(
     largest_p, mass_p = extend(lowest, 0.0, x)
     largest_q, mass_q = extend(lowest, 0.0, y)
     log_p, log_q = log_softmax(x, largest_p, mass_p), log_softmax(y, largest_q, mass_q)
-    term, slope, q = compare(log_p, log_q, beta, KIND)
+    term, slope, q = terms_and_slopes(log_p, log_q, beta, KIND)
     total = store_loss(loss, rows, num_rows, term, slope, mass_p, mass_q)
     if gradient is None:
         store_state(state, rows, num_rows, total, largest_p, mass_p, largest_q, mass_q)
     else:
-        store_gradient(
-            gradient, incoming, rows, columns, num_rows, num_classes, inside, slope, q, total
-        )
+        store_gradient(gradient, incoming, rows, columns, num_rows, num_classes, inside, slope, q,
+                       total)  # fmt: skip
 
 
 @jit
 def wide_rows(
-    expert,
-    merged,
-    stride_p,
-    stride_q,
-    num_rows,
-    num_classes,
-    beta,
-    loss,
-    state,
-    KIND: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    expert, merged, stride_p, stride_q, num_rows, num_classes, beta, loss, state,
+    KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The loss of ROWS rows of any width: read once for largest logit and mass, once to compare."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
@@ -181,7 +159,7 @@ def wide_rows(
         x = load(expert, rows, start + columns, stride_p, inside)
         y = load(merged, rows, start + columns, stride_q, inside)
         log_p, log_q = log_softmax(x, largest_p, mass_p), log_softmax(y, largest_q, mass_q)
-        term, slope, _ = compare(log_p, log_q, beta, KIND)
+        term, slope, _ = terms_and_slopes(log_p, log_q, beta, KIND)
         terms += term
         slopes += slope
     total = store_loss(loss, rows, num_rows, terms, slopes, mass_p, mass_q)
@@ -190,20 +168,9 @@ def wide_rows(
 
 @jit
 def gradients(
-    expert,
-    merged,
-    stride_p,
-    stride_q,
-    num_rows,
-    num_classes,
-    beta,
-    state,
-    incoming,
-    gradient,
-    KIND: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    expert, merged, stride_p, stride_q, num_rows, num_classes, beta, state, incoming, gradient,
+    KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The gradient in ROWS times BLOCK merged logits, times what comes in for each row."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -216,14 +183,13 @@ def gradients(
     mass_q = tl.load(state + num_rows * 4 + rows, mask=real, other=0.0)
     log_p = log_softmax(load(expert, rows, columns, stride_p, inside), largest_p, mass_p)
     log_q = log_softmax(load(merged, rows, columns, stride_q, inside), largest_q, mass_q)
-    _, slope, q = compare(log_p, log_q, beta, KIND)
-    store_gradient(
-        gradient, incoming, rows, columns, num_rows, num_classes, inside, slope, q, total
-    )
+    _, slope, q = terms_and_slopes(log_p, log_q, beta, KIND)
+    store_gradient(gradient, incoming, rows, columns, num_rows, num_classes, inside, slope, q,
+                   total)  # fmt: skip
 
 
 def tiling(num_classes: int, limit: int) -> dict[str, int]:
-    """What a program takes: its rows, its classes (at most `limit`) and its warps."""
+    """Rows, classes (at most `limit`) and warps of one program."""
     block = min(1 << (num_classes - 1).bit_length(), limit)
     rows = max(1, TILE // block)
     warp = 64 if torch.version.hip else 32
@@ -234,20 +200,19 @@ def launch(kernel, limit: int, expert: Tensor, merged: Tensor, kind: str, beta: 
     """Run a kernel on all rows of [A, V] logits with unit stride along V."""
     num_rows, num_classes = merged.shape
     tile = tiling(num_classes, limit)
-    parts = cdiv(num_classes, tile["BLOCK"]) if kernel is gradients else 1
-    grid = cdiv(num_rows, tile["ROWS"]), parts
+    parts = -(-num_classes // tile["BLOCK"]) if kernel is gradients else 1
+    grid = -(-num_rows // tile["ROWS"]), parts
     given = expert, merged, expert.stride(0), merged.stride(0), num_rows, num_classes, beta
-    with on(merged):
+    with device_of(merged):
         kernel[grid](*given, *rest, KIND=kind, **tile)
 
 
 def loss_and_state(expert: Tensor, merged: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
     """Loss [A] and state [5, A], for a gradient later on."""
-    num_rows, num_classes = merged.shape
-    loss = torch.empty(num_rows, dtype=torch.float32, device=merged.device)
-    state = torch.empty(5, num_rows, dtype=torch.float32, device=merged.device)
+    loss = torch.empty(len(merged), dtype=torch.float32, device=merged.device)
+    state = loss.new_empty(5, len(merged))
     given = expert, merged, kind, beta, loss, state
-    if num_classes <= WHOLE_ROW:
+    if merged.shape[1] <= WHOLE_ROW:
         launch(whole_rows, WHOLE_ROW, *given, None, None)
     else:
         launch(wide_rows, STEP, *given)
@@ -267,17 +232,10 @@ def loss_and_gradient(
     expert: Tensor, merged: Tensor, kind: str, beta: float, incoming: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Both in one launch if a row fits in registers, else by the two functions above."""
-    num_rows, num_classes = merged.shape
-    if num_classes > WHOLE_ROW:
+    if merged.shape[1] > WHOLE_ROW:
         loss, state = loss_and_state(expert, merged, kind, beta)
         return loss, gradient(expert, merged, kind, beta, state, incoming)
-    loss = torch.empty(num_rows, dtype=torch.float32, device=merged.device)
+    loss = torch.empty(len(merged), dtype=torch.float32, device=merged.device)
     result = torch.empty(merged.shape, dtype=merged.dtype, device=merged.device)
-    given = expert, merged, kind, beta, loss
-    launch(whole_rows, WHOLE_ROW, *given, None, incoming, result)
+    launch(whole_rows, WHOLE_ROW, expert, merged, kind, beta, loss, None, incoming, result)
     return loss, result
-
-
-def cdiv(a: int, b: int) -> int:
-    """How many portions of b hold a."""
-    return -(-a // b)

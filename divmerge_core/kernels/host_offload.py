@@ -1,13 +1,12 @@
-"""Task vectors that stay in the host's memory and pass through the device's in pieces.
+"""Task vectors in the host's memory, copied to the device in pieces.
 
-T task vectors of a large model do not fit beside it. The merge and its gradient read every number
-once and in order, so two small buffers are enough: while one is multiplied, the other is filled.
-Where the device is a GPU, the host's memory is pinned and a second stream copies; elsewhere the
-copy is a plain one. What runs on a GPU has not been run by us: the tests marked `gpu` are for that.
+The merge and its gradient read every number once and in order, so two small buffers are enough:
+one is filled while the other is read. On a GPU the host's memory is pinned and a second stream
+copies. Not run on a GPU by us: the tests marked `gpu` are for that.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 
@@ -16,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def kept(
+def host_matrix(
     rows: Iterable[Float[Tensor, " N"]],
     shape: Sequence[int],
     dtype: torch.dtype,
@@ -27,37 +26,6 @@ def kept(
     for target, row in zip(host, rows, strict=True):
         target.copy_(row)
     return host
-
-
-class Copier:
-    """What copies to the device: a stream beside the current one on a GPU, nothing elsewhere."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def aside(self) -> AbstractContextManager:
-        """What is asked for in here runs beside the current stream."""
-        return torch.cuda.stream(self.stream) if self.stream else nullcontext()
-
-    def after_use(self) -> None:
-        """Copies from now on wait for what the current stream has been asked to do."""
-        if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-
-    def arrival(self) -> "torch.cuda.Event | None":
-        """A mark behind the copies asked for so far."""
-        return self.stream.record_event() if self.stream else None
-
-    def wait(self, arrival: "torch.cuda.Event | None") -> None:
-        """The current stream goes on when these copies have arrived."""
-        if arrival is not None:
-            torch.cuda.current_stream(self.device).wait_event(arrival)
-
-    def holds(self, buffer: Tensor) -> None:
-        """The buffer's memory is given to nobody else while copies into it are on their way."""
-        if self.stream:
-            buffer.record_stream(self.stream)
 
 
 @dataclass(frozen=True)
@@ -74,10 +42,10 @@ class StreamedDeltas:
     def of(
         cls, rows: Iterator[Float[Tensor, " N"]], count: int, dtype: torch.dtype | None = None
     ) -> "StreamedDeltas":
-        """Keep `count` rows, one at a time, in a dtype or in their own; for the rows' device."""
+        """Copy `count` rows of a device to the host, one at a time, in `dtype` or their own."""
         first = next(rows)
         shape, every = (count, len(first)), chain([first], rows)
-        return cls(kept(every, shape, dtype or first.dtype, first.device), first.device)
+        return cls(host_matrix(every, shape, dtype or first.dtype, first.device), first.device)
 
     @property
     def shape(self) -> torch.Size:
@@ -85,7 +53,7 @@ class StreamedDeltas:
 
     @property
     def sample(self) -> Tensor:
-        """No numbers, of the dtype of these and on the device where they are needed."""
+        """An empty tensor with their dtype, on the device that they are for."""
         return torch.empty(0, dtype=self.host.dtype, device=self.device)
 
     def stream(
@@ -97,27 +65,30 @@ class StreamedDeltas:
         """
         pieces = [piece for piece in pieces if piece[0] < piece[1]]
         width = max((high - low for low, high in pieces), default=0)
-        shape, copier = (len(self.host), width), Copier(self.device)
-        buffers = [
-            torch.empty(shape, dtype=self.host.dtype, device=self.device) for _ in pieces[:2]
-        ]
-        for buffer in buffers:
-            copier.holds(buffer)
+        gpu = self.device.type == "cuda"
+        copies = torch.cuda.Stream(self.device) if gpu else None  # beside the current stream
+        like = {"dtype": self.host.dtype, "device": self.device}
+        buffers = [torch.empty(len(self.host), width, **like) for _ in pieces[:2]]
+        for buffer in buffers if gpu else []:
+            buffer.record_stream(copies)  # not reused while copies into it are on their way
 
         def send(number: int) -> "torch.cuda.Event | None":
+            """Start to copy a piece; on a GPU, an event that marks its end."""
             low, high = pieces[number]
-            copier.after_use()  # of what this buffer held before
-            with copier.aside():
-                # Row by row: only a copy between stretches of memory runs beside other work.
+            if gpu:  # only after the use of what this buffer held before
+                copies.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(copies) if gpu else nullcontext():
+                # Row by row: only copies of contiguous memory run beside other work.
                 for target, source in zip(buffers[number % 2], self.host, strict=True):
                     target[: high - low].copy_(source[low:high], non_blocking=True)
-            return copier.arrival()
+            return copies.record_event() if gpu else None
 
-        arrivals = [send(number) for number in range(min(1, len(pieces)))]
+        events = [send(0)] if pieces else []
         for number, (low, high) in enumerate(pieces):
             if number + 1 < len(pieces):
-                arrivals.append(send(number + 1))
-            copier.wait(arrivals[number])
+                events.append(send(number + 1))
+            if gpu:
+                torch.cuda.current_stream(self.device).wait_event(events[number])
             yield low, high, buffers[number % 2][:, : high - low].to(dtype)
 
     def rows(self, numbers: Sequence[int]) -> "StreamedDeltas":
@@ -125,7 +96,7 @@ class StreamedDeltas:
         if len(numbers) == 1:
             return StreamedDeltas(self.host[numbers[0] : numbers[0] + 1], self.device)
         chosen, shape = (self.host[number] for number in numbers), (len(numbers), self.shape[1])
-        return StreamedDeltas(kept(chosen, shape, self.host.dtype, self.device), self.device)
+        return StreamedDeltas(host_matrix(chosen, shape, self.host.dtype, self.device), self.device)
 
     def dense(self) -> Float[Tensor, "T N"]:
         """All task vectors on the device in float32 (float64 stays): what streaming avoids."""

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from divmerge_core.kernels import delta_storage
-from divmerge_core.kernels.backend import jit, on, resolve, tl
+from divmerge_core.kernels.backend import device_of, jit, resolve_backend, tl
 from divmerge_core.kernels.delta_storage import SCALE_BLOCK, Deltas, Int8Deltas, LowRankDeltas, wide
 from divmerge_core.kernels.segments import Segments, block_table
 from divmerge_core.kernels.threads import in_threads
@@ -196,7 +196,7 @@ def merge_triton(base, deltas, coeffs, segments, out) -> None:
     """One launch for the whole model, whatever the number of tensors."""
     table, _, values, scales, stride, num_scales, shape = launch(deltas, segments)
     if len(table):
-        with on(base):
+        with device_of(base):
             merge_kernel[(len(table),)](
                 table, base, values, scales, coeffs, out, stride, num_scales, coeffs.shape[1],
                 **shape, num_warps=8,
@@ -210,7 +210,7 @@ def inner_triton(grad, deltas, segments) -> Tensor:
     result = grad.new_zeros(shape["T"], segments.num_groups, dtype=torch.float32)
     partial = result.new_empty(shape["T"], len(table))
     if len(table):
-        with on(grad):
+        with device_of(grad):
             inner_kernel[(len(table),)](
                 table, grad, values, scales, partial, stride, num_scales, len(table),
                 **shape, num_warps=8,
@@ -275,7 +275,7 @@ def grouped_merge(
     backend that cannot run here, and for coefficients that are not finite.
     """
     delta_storage.check(base, deltas, segments, coeffs)
-    backend = resolve(backend, base, coeffs, delta_storage.sample(deltas))
+    backend = resolve_backend(backend, base, coeffs, delta_storage.sample(deltas))
     if validate and not torch.isfinite(coeffs).all():
         raise ValueError("coefficients hold NaN or inf; a fit that got there needs a smaller lr")
     if out is None:
@@ -301,7 +301,7 @@ def grouped_inner(
     result is bitwise the same on every run. Raises ValueError as `grouped_merge` does.
     """
     delta_storage.check(grad, deltas, segments)
-    backend = resolve(backend, grad, delta_storage.sample(deltas))
+    backend = resolve_backend(backend, grad, delta_storage.sample(deltas))
     if backend == "triton" and not isinstance(deltas, LowRankDeltas | delta_storage.StreamedDeltas):
         return inner_triton(grad, deltas, segments)
     return inner_torch(grad, deltas, segments)

@@ -20,7 +20,7 @@ NUMBERS = {"forward": lambda tasks: tasks + 2, "backward": lambda tasks: tasks +
 
 
 def label(name: str) -> str:
-    """A contestant's name as a reader knows it."""
+    """An implementation's label."""
     return LABELS.get(name) or IMPLEMENTATIONS.facts[name]["label"]
 
 
@@ -47,7 +47,7 @@ def against(ax: Axes, table: pd.DataFrame, part: str, along: str) -> Axes:
 
 
 def bars(ax: Axes, table: pd.DataFrame, column: str, floors: Mapping[str, float | int]) -> Axes:
-    """Numbers moved or held, in units of N, of forward and backward: a bar per contestant."""
+    """Numbers moved or held, in units of N, of forward and backward: a bar per implementation."""
     rows = table[table.contestant != "copy"].pivot_table(
         index="contestant", columns="part", values=column, sort=False
     )

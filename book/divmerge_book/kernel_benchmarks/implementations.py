@@ -1,4 +1,4 @@
-"""Who takes part in the comparison of merging costs: this package, the usual way, and peers.
+"""Implementations of the merge and of the divergence: this package, plain PyTorch, and peers.
 
 Peers are optional packages; each is called as its own documentation calls it.
 """
@@ -6,6 +6,7 @@ Peers are optional packages; each is called as its own documentation calls it.
 import importlib.metadata
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from divmerge_core.merging.coefficients import groups_of
 from divmerge_core.merging.task_vectors import Layout, TaskVectors
 from divmerge_core.registry import Registry
 
-IMPLEMENTATIONS = Registry("contestant")  # name -> function(Case) -> (forward, backward or None)
+IMPLEMENTATIONS = Registry("implementation")  # name -> function(Case) -> (forward, backward)
 Part = Callable[[], object]
 
 
@@ -63,14 +64,14 @@ def stack_of_layers(num_parameters: int, num_layers: int = 6) -> Layout:
     return Layout(tuple(shapes), tuple(shapes.values()))
 
 
-# --- contestants ----------------------------------------------------------------------------------
+# --- of the merge: forward, and backward or None --------------------------------------------------
 
 
 @IMPLEMENTATIONS.register("ours", label="divmerge_core")
 def ours(case: Case) -> tuple[Part, Part]:
     """This package, on the backend that `auto` takes."""
-    vectors, live = case.vectors, torch.empty_like(case.vectors.base)
-    rest = {"out": live, "validate": False}
+    vectors = case.vectors
+    rest = {"out": torch.empty_like(vectors.base), "validate": False}
     return (
         lambda: grouped_merge(vectors.base, vectors.deltas, case.coeffs, case.segments, **rest),
         lambda: grouped_inner(case.grad, vectors.deltas, case.segments),
@@ -80,7 +81,7 @@ def ours(case: Case) -> tuple[Part, Part]:
 def dictionary_merge(
     base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]], coeffs: Tensor
 ) -> dict[str, Tensor]:
-    """The merge as it is usually written: tensor by tensor, task by task, inside autograd."""
+    """The merge tensor by tensor, task by task, inside autograd: the usual way."""
     merged = {}
     for group, (name, tensor) in enumerate(base.items()):
         for row, expert in zip(coeffs, experts, strict=True):
@@ -108,11 +109,9 @@ def through_autograd(case: Case, leaf: Tensor, merge: Callable, passes: int = 1)
 
 def usual(case: Case, merge: Callable) -> tuple[Part, Part]:
     layout, leaf = case.vectors.layout, case.coeffs.clone().requires_grad_()
-    base, experts = (
-        layout.unflatten(case.vectors.base),
-        [*map(layout.unflatten, case.vectors.deltas)],
-    )
-    return through_autograd(case, leaf, lambda: merge(base, experts, leaf))
+    base, experts = layout.unflatten(case.vectors.base), map(layout.unflatten, case.vectors.deltas)
+    given = base, list(experts), leaf
+    return through_autograd(case, leaf, lambda: merge(*given))
 
 
 @IMPLEMENTATIONS.register("dictionary", label="dictionary, autograd")
@@ -167,10 +166,16 @@ def mergekit(case: Case) -> tuple[Part, None]:
     return lambda: merge_state_dicts(states, "task_arithmetic", **options), None
 
 
-# --- contestants in the divergence ----------------------------------------------------------------
+# --- of the divergence: the gradient in the merged logits -----------------------------------------
 
-# name -> function(expert, merged logits) -> a call that gives the gradient in the merged logits
-DIVERGENCE_IMPLEMENTATIONS = Registry("divergence contestant")
+# name -> function(expert, merged logits) -> a call that gives this gradient
+DIVERGENCE_IMPLEMENTATIONS = Registry("divergence implementation")
+
+
+def gradient_of(loss: Callable[[Tensor], Tensor], merged: Tensor) -> Tensor:
+    leaf = merged.detach().requires_grad_()
+    loss(leaf).sum().backward()
+    return leaf.grad
 
 
 @DIVERGENCE_IMPLEMENTATIONS.register("ours", label="divmerge_core, fused")
@@ -181,7 +186,7 @@ def fused_js(expert: Tensor, merged: Tensor) -> Part:
 
 @DIVERGENCE_IMPLEMENTATIONS.register("plain", label="definition, autograd")
 def plain_js(expert: Tensor, merged: Tensor) -> Part:
-    """The formula as it stands in a book, differentiated by autograd."""
+    """The textbook formula, differentiated by autograd."""
 
     def loss(x: Tensor) -> Tensor:
         log_p, log_q = torch.log_softmax(expert, -1), torch.log_softmax(x, -1)
@@ -204,14 +209,21 @@ def liger_js(expert: Tensor, merged: Tensor) -> Part:
     return lambda: gradient_of(loss, merged)
 
 
-def gradient_of(loss: Callable[[Tensor], Tensor], merged: Tensor) -> Tensor:
-    leaf = merged.detach().requires_grad_()
-    loss(leaf).sum().backward()
-    return leaf.grad
+# --- what is installed ----------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Versions of the peers that are installed, and of Triton."""
+    facts = [*IMPLEMENTATIONS.facts.values(), *DIVERGENCE_IMPLEMENTATIONS.facts.values()]
+    found = {}
+    for package in (*(fact["package"] for fact in facts if "package" in fact), "triton"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def missing(registry: Registry, name: str, device: str = "cpu") -> str | None:
-    """Why a contestant of a registry cannot take part on a device; None if it can."""
+    """Why an implementation of a registry cannot run on a device; None if it can."""
     facts = registry.facts[name]
     try:
         if "package" in facts:
@@ -219,19 +231,3 @@ def missing(registry: Registry, name: str, device: str = "cpu") -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return f"the package {facts['package']} is not installed"
     return "its kernels need a GPU" if facts.get("gpu") and device == "cpu" else None
-
-
-def versions() -> dict[str, str]:
-    """Versions of the peers that are installed, and of Triton."""
-    known = [
-        f.get("package")
-        for r in (IMPLEMENTATIONS, DIVERGENCE_IMPLEMENTATIONS)
-        for f in r.facts.values()
-    ]
-    found = {}
-    for package in (*filter(None, known), "triton"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

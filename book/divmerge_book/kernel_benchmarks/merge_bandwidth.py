@@ -1,7 +1,8 @@
-"""What merging costs, side by side in one run, against the machine's own copy bandwidth.
+"""Time, bytes and memory of merging, beside the machine's copy bandwidth.
 
-Milliseconds depend on the machine and its other work; ratios taken in one run hardly do, so every
-round measures every contestant once, in an order drawn anew.
+Milliseconds depend on the machine and its other work; ratios within one run hardly do, so every
+round measures every implementation once, in a new random order. Stored tables name the
+implementation in the column `contestant`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,7 @@ def bytes_moved(part: Part) -> int:
 
 
 def copy(case: Case) -> Part:
-    """A copy of N numbers: 2 N moved, the machine's own speed."""
+    """A copy of N numbers, which moves 2 N: the machine's bandwidth."""
     source, target = case.vectors.base, torch.empty_like(case.vectors.base)
     return lambda: target.copy_(source)
 
@@ -60,7 +61,7 @@ def copy(case: Case) -> Part:
 def side_by_side(
     calls: Mapping[tuple[str, str], Part], device: torch.device, repeats: int
 ) -> pd.DataFrame:
-    """Every call once a round, in random order: a row per contestant, part and round.
+    """Every call once a round, in random order: a row per implementation, part and round.
 
     seconds; and, of the calls before the first round, bytes moved by PyTorch's operations and peak
     bytes on top of what was held.
@@ -74,8 +75,8 @@ def side_by_side(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def compete(case: Case, names: Sequence[str], *, repeats: int = 5) -> pd.DataFrame:
-    """Forward and backward of every contestant and a copy, with the model's T and N beside."""
+def benchmark_merge(case: Case, names: Sequence[str], *, repeats: int = 5) -> pd.DataFrame:
+    """Forward and backward of every implementation and of a copy, with the model's T and N."""
     calls = {("copy", "forward"): copy(case)}
     for name in names:
         forward, backward = IMPLEMENTATIONS[name](case)
@@ -85,10 +86,10 @@ def compete(case: Case, names: Sequence[str], *, repeats: int = 5) -> pd.DataFra
     return rows.assign(tasks=num_tasks, parameters=size)
 
 
-def compare_divergences(
+def benchmark_divergence(
     names: Sequence[str], shape: tuple[int, int], device: torch.device, *, repeats: int = 5
 ) -> pd.DataFrame:
-    """Loss and gradient of JS between random logits of this shape [A, V], by every contestant."""
+    """Loss and gradient of JS between random logits of this shape [A, V]."""
     generator = torch.Generator(device).manual_seed(0)
     expert, merged = (3 * torch.randn(shape, generator=generator, device=device) for _ in range(2))
     calls = {(name, "both"): DIVERGENCE_IMPLEMENTATIONS[name](expert, merged) for name in names}
@@ -96,7 +97,7 @@ def compare_divergences(
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """Medians over rounds: a row per model size, contestant and part.
+    """Medians over rounds: a row per model size, implementation and part.
 
     milliseconds, with its quartiles; `floor`, what (T + 2) N or (T + 1) N numbers take at the copy
     bandwidth measured in the same run, divided by the time; `ratio`, the time over `ours` of the
@@ -112,16 +113,12 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
             numbers = {"forward": tasks + 2, "backward": tasks + 1}[part] if name != "copy" else 2
             quartiles = some.seconds.quantile([0.25, 0.5, 0.75]).tolist()
             ours = wide.get(("ours", part))
-            result.append(
-                {"tasks": tasks, "parameters": size, "contestant": name, "part": part}
-                | dict(
-                    zip(("low", "milliseconds", "high"), [1e3 * q for q in quartiles], strict=True)
-                )
-                | {"floor": numbers * size * a_number / quartiles[1]}
-                | {"ratio": None if ours is None else (wide[name, part] / ours).median()}
-                | {"moved": some.bytes.iloc[0] / 4 / size, "peak": some.peak.iloc[0] / 4 / size}
-            )
-    return pd.DataFrame(result)
+            ratio = None if ours is None else (wide[name, part] / ours).median()
+            row = tasks, size, name, part, *(1e3 * q for q in quartiles)
+            row += (numbers * size * a_number / quartiles[1], ratio)
+            result.append((*row, some.bytes.iloc[0] / 4 / size, some.peak.iloc[0] / 4 / size))
+    columns = ["tasks", "parameters", "contestant", "part", "low", "milliseconds", "high"]
+    return pd.DataFrame(result, columns=[*columns, "floor", "ratio", "moved", "peak"])
 
 
 def matrix_rate(device: torch.device, width: int = 2048) -> float:

@@ -1,8 +1,8 @@
-"""Whole steps of a fit side by side: this package's, and those where autograd goes through the
-merge."""
+"""Time of whole steps of a fit: by this package, and with autograd through the merge."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ STEPS = Registry("step")  # name -> function(problem, number of steps) -> second
 
 
 def fitted(problem: MergeProblem, gradients: str) -> list[float]:
-    """Seconds of every step of a fit with one coefficient per tensor, all of it our own code."""
+    """Seconds of every step of this package's fit, with one coefficient per tensor."""
     vectors, ticks = problem.vectors, []
     coefficients = Coefficients(vectors.layout, len(vectors.tasks), grouping="layer").to(
         vectors.base.device
@@ -40,10 +40,9 @@ def fitted(problem: MergeProblem, gradients: str) -> list[float]:
     return np.diff(ticks).tolist()
 
 
-STEPS.register("ours", label="divmerge_core")(lambda problem: fitted(problem, "stream"))
-STEPS.register("ours_buffer", label="divmerge_core, gradient buffer")(
-    lambda problem: fitted(problem, "buffer")
-)
+OURS = {"ours": "divmerge_core", "ours_buffer": "divmerge_core, gradient buffer"}
+for (name, label), gradients in zip(OURS.items(), ("stream", "buffer"), strict=True):
+    STEPS.register(name, label=label)(partial(fitted, gradients=gradients))
 
 
 def through_graph(
@@ -51,7 +50,7 @@ def through_graph(
 ) -> list[float]:
     """Seconds of every step where autograd goes through the merge.
 
-    apart: a forward and a backward pass per task, as FusionBench's loop has them, not one for all.
+    apart: one forward and backward pass per task, as in FusionBench's loop, instead of one for all.
     """
     experts, adam = expert_logits(problem), torch.optim.Adam([leaf], lr=1e-2)
     steps = schedule([len(b) for b in problem.batches], 1, torch.Generator().manual_seed(0))
@@ -101,8 +100,8 @@ def fusion_bench_step(problem: MergeProblem) -> list[float]:
     return through_graph(problem, model.merge_weight, merge, True)
 
 
-def race(problem: MergeProblem, names: Sequence[str], *, rounds: int = 3) -> pd.DataFrame:
-    """Whole steps on the same batches: a row per contestant, round and step.
+def benchmark_step(problem: MergeProblem, names: Sequence[str], *, rounds: int = 3) -> pd.DataFrame:
+    """Whole steps on the same batches: a row per implementation, round and step.
 
     seconds of the step, and the peak bytes of the fit that it belongs to, on top of the problem.
     """
@@ -111,40 +110,40 @@ def race(problem: MergeProblem, names: Sequence[str], *, rounds: int = 3) -> pd.
     for number in tqdm(range(rounds), "rounds of steps", leave=False):
         for name in rng.permutation(list(names)):
             took: list[float] = []
-            peak = peak_bytes(
-                lambda name=name, took=took: took.extend(STEPS[name](problem)), device
-            )
+
+            def steps(name=name, took=took) -> None:
+                took += STEPS[name](problem)
+
+            peak = peak_bytes(steps, device)
             rows += [(name, num_tasks, size, number, one, peak) for one in took]
     columns = ["contestant", "tasks", "parameters", "round", "seconds", "peak"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def split(problem: MergeProblem) -> pd.DataFrame:
-    """Where the time of a step goes: seconds of its parts, a row per step."""
+def step_parts(problem: MergeProblem) -> pd.DataFrame:
+    """Seconds of the parts of a step, a row per step."""
     vectors = problem.vectors
     coefficients = Coefficients(vectors.layout, len(vectors.tasks), grouping="layer")
     coefficients.to(vectors.base.device)
     segments, experts = coefficients.segments, expert_logits(problem)
-    live = torch.empty_like(vectors.base)
-    leaves = vectors.layout.unflatten(live)
+    merged = torch.empty_like(vectors.base)
+    leaves = vectors.layout.unflatten(merged)
     for leaf in leaves.values():
         leaf.requires_grad_()
     collect, rows = gather_in_buffer(leaves, vectors, segments), []
+    losses: list[Tensor] = []
     steps = schedule([len(b) for b in problem.batches], 1, torch.Generator().manual_seed(0))
     for chosen in steps:
-        state = {}
-
-        def merge() -> None:
-            grouped_merge(vectors.base, vectors.deltas, coefficients().detach(), segments, out=live)
-
-        def forward(chosen=chosen, state=state) -> None:
-            state["loss"] = step_loss(problem, leaves, experts, chosen, js)
-
+        raw = coefficients().detach()
         calls = {
-            "merge": merge,
-            "forward pass": forward,
-            "backward pass": lambda state=state: state["loss"].backward(),
+            "merge": partial(
+                grouped_merge, vectors.base, vectors.deltas, raw, segments, out=merged
+            ),
+            "forward pass": lambda chosen=chosen: losses.append(
+                step_loss(problem, leaves, experts, chosen, js)
+            ),
+            "backward pass": lambda: losses.pop().backward(),
             "gradient of the merge": collect,
         }
-        rows.append({name: seconds(call, live.device) for name, call in calls.items()})
+        rows.append({name: seconds(call, merged.device) for name, call in calls.items()})
     return pd.DataFrame(rows)

@@ -1,8 +1,7 @@
-"""GPUs as their makers describe them: memory, bandwidth, arithmetic. Nothing here was measured.
+"""GPUs by their makers' data sheets: memory, bandwidth, arithmetic. Nothing here was measured.
 
-Figures are those that NVIDIA prints on each product's data sheet: dense products, without the
-"with sparsity" of newer sheets, which doubles them; the link to the host is half of the sheet's sum
-of both directions. What a program reaches is less.
+Figures are NVIDIA's for dense products ("with sparsity" doubles them on newer sheets); the link to
+the host is half of the sheet's sum of both directions. Programs reach less.
 """
 
 from dataclasses import dataclass
@@ -15,45 +14,30 @@ ACCELERATORS = Registry("accelerator")
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One GPU. memory in bytes; bandwidth and link, to the host, in bytes a second.
+    """One GPU: memory in bytes; bandwidth, and link to the host, in bytes per second.
 
-    half: operations a second of products in bfloat16, or float16 where bfloat16 is False, summed in
-    float32. single: of those in float32, as PyTorch computes them unless told otherwise.
+    half: operations per second of products in bfloat16 (float16 where bfloat16 is False), summed in
+    float32; single: of those in float32, as PyTorch computes them by default.
     """
 
     name: str
-    memory: int
+    memory: float | int
     bandwidth: float | int
     half: float | int
     single: float | int
     link: float | int
-    source: str
     bfloat16: bool = True
+    source: str = "NVIDIA's data sheet"
 
 
-def described(
-    key: str,
-    name: str,
-    gigabytes: int,
-    bandwidth: float | int,
-    half: float | int,
-    single: float | int,
-    link: float | int,
-    *,
-    bfloat16: bool = True,
-) -> None:
-    """Enter a GPU: gigabytes, gigabytes a second twice, 10^12 operations a second twice."""
-    sheet = f"NVIDIA {name}, data sheet"
-    entry = Accelerator(
-        *(name, gigabytes * GB, bandwidth * GB, half * TERA, single * TERA, link * GB, sheet),
-        bfloat16,
-    )
-    ACCELERATORS.register(key)(entry)
-
-
-described("t4", "T4", 16, 320, 65, 8.1, 16, bfloat16=False)
-described("l4", "L4", 24, 300, 121, 30.3, 32)
-described("a100_40", "A100 40 GB SXM", 40, 1555, 312, 19.5, 32)
-described("a100_80", "A100 80 GB SXM", 80, 2039, 312, 19.5, 32)
-described("h100", "H100 SXM", 80, 3350, 989, 67, 64)
-described("h200", "H200 SXM", 141, 4800, 989, 67, 64)
+# key, name, GB, GB/s, 10^12 operations/s in half and in single precision, GB/s to the host
+for key, name, memory, bandwidth, half, single, link in (
+    ("t4", "T4", 16, 320, 65, 8.1, 16),
+    ("l4", "L4", 24, 300, 121, 30.3, 32),
+    ("a100_40", "A100 40 GB SXM", 40, 1555, 312, 19.5, 32),
+    ("a100_80", "A100 80 GB SXM", 80, 2039, 312, 19.5, 32),
+    ("h100", "H100 SXM", 80, 3350, 989, 67, 64),
+    ("h200", "H200 SXM", 141, 4800, 989, 67, 64),
+):
+    sizes = memory * GB, bandwidth * GB, half * TERA, single * TERA, link * GB
+    ACCELERATORS.register(key)(Accelerator(name, *sizes, bfloat16=key != "t4"))

@@ -1,7 +1,7 @@
-"""What a language suite needs of each GPU: memory, and the time that no run can be faster than.
+"""Memory and least time of a language suite on each GPU, planned from sizes alone.
 
-Planned from the sizes alone, before anything is loaded; nothing here was measured. A run on a real
-GPU is slower, and what is not counted (tokenising, completions, scoring) comes on top.
+Nothing here was measured. A run on a real GPU is slower; tokenising, completions and scoring are
+not counted.
 """
 
 import math
@@ -13,20 +13,15 @@ import transformers
 
 from divmerge_book.evaluation.sizes import LanguageSize
 from divmerge_book.planning.gpu_specs import ACCELERATORS, Accelerator
-from divmerge_book.planning.memory import Line, Plan, plan, training_plan
+from divmerge_book.planning.memory import Line, Plan, plan
 from divmerge_book.planning.presets import smaller, too_small
 from divmerge_book.planning.step_seconds import operations, step_seconds
 from divmerge_book.planning.workloads import Fit, Model, Training
 
 QWEN = {  # Qwen2.5-0.5B, as its config.json on the hub has it
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "vocab_size": 151_936,
-    "tie_word_embeddings": True,
-    "name_or_path": "Qwen/Qwen2.5-0.5B",
+    **{"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24},
+    **{"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936},
+    **{"tie_word_embeddings": True, "name_or_path": "Qwen/Qwen2.5-0.5B"},
 }
 
 
@@ -36,38 +31,35 @@ def qwen() -> Model:
 
 
 def size_on(size: LanguageSize, gpu: Accelerator) -> LanguageSize:
-    """The size as `preset` gives it to this GPU, with its precision settled."""
+    """The size as `preset` gives it to this GPU, with its precision resolved."""
     if too_small(gpu.memory, gpu.bfloat16):
         size = smaller(size)
-    settled = {"auto": "bfloat16" if gpu.bfloat16 else "float32"}
-    recipe = replace(
-        size.recipe, precision=settled.get(size.recipe.precision, size.recipe.precision)
-    )
-    return replace(size, recipe=recipe, precision=settled.get(size.precision, size.precision))
+    auto = "bfloat16" if gpu.bfloat16 else "float32"
+
+    def resolved(precision: str) -> str:
+        return auto if precision == "auto" else precision
+
+    recipe = replace(size.recipe, precision=resolved(size.recipe.precision))
+    return replace(size, recipe=recipe, precision=resolved(size.precision))
 
 
 def training_of(size: LanguageSize, tokens: int, answers: int) -> Training:
-    """What goes through the model at a time in fine-tuning; answers: of a row, in tokens."""
+    """One micro-batch of the fine-tuning; answers: of a row, in tokens."""
     recipe, rows = size.recipe, size.recipe.micro or size.recipe.batch_size
-    return Training(
-        rows,
-        tokens,
-        answers=rows * answers,
-        precision=recipe.precision,
-        checkpointing=recipe.checkpointing,
-    )
+    how = {"precision": recipe.precision, "checkpointing": recipe.checkpointing}
+    return Training(rows, tokens, rows * answers, **how)
 
 
 def fit_of(size: LanguageSize, num_tasks: int, tokens: int, answers: int) -> Fit:
     """A step of the fit; answers: of a row, in tokens."""
     return Fit(
-        num_tasks,
         size.batch_size,
         tokens,
-        answers=size.batch_size * answers,
-        deltas=size.storage,
+        size.batch_size * answers,
         precision=size.precision,
         checkpointing=size.checkpointing,
+        tasks=num_tasks,
+        deltas=size.storage,
         cached="top" if size.top else "bfloat16",
         top=size.top or 32,
         inputs=size.merge_rows or 1,
@@ -81,9 +73,8 @@ def training_seconds(
 
     AdamW reads weights, gradients and two means, and writes three of them: 28 bytes a parameter.
     """
-    recipe = size.recipe
-    batch = recipe.batch_size
-    step = Fit(1, batch, tokens, answers=batch * answers, checkpointing=recipe.checkpointing)
+    recipe, batch = size.recipe, size.recipe.batch_size
+    step = Fit(batch, tokens, batch * answers, checkpointing=recipe.checkpointing, tasks=1)
     rate = gpu.half if recipe.precision == "bfloat16" else gpu.single
     seconds = operations(model, step) / rate + 28 * model.parameters / gpu.bandwidth
     return math.ceil((recipe.rows or rows) / batch) * recipe.epochs * seconds
@@ -94,24 +85,21 @@ def memory_plans(
 ) -> tuple[Plan, Plan]:
     """The plans of fine-tuning one expert and of the fit, on a GPU in ACCELERATORS.
 
-    The base as it was loaded stays on the GPU beside either.
+    The base as it was loaded stays on the GPU in both.
     """
     chosen = size_on(size, ACCELERATORS[gpu])
-    fit = fit_of(chosen, num_tasks, tokens, answers)
-    plans = training_plan(model, training_of(chosen, tokens, answers), gpu), plan(model, fit, gpu)
+    works = training_of(chosen, tokens, answers), fit_of(chosen, num_tasks, tokens, answers)
     loaded = Line("loaded base", 4 * model.parameters, "N x 4 bytes, as it was read")
+    plans = [plan(model, work, gpu) for work in works]
     return tuple(replace(one, lines=(*one.lines, loaded)) for one in plans)
 
 
-GROUPS = {  # lines of plans that a reader need not tell apart
-    "base": "weights",
-    "live buffer": "weights",
-    "loaded base": "weights",
-    "weights in bfloat16": "weights",
-    "activations": "activations and answers",
-    "logits": "activations and answers",
-    "gradient of logits": "activations and answers",
-    "experts' answers": "activations and answers",
+GROUPS = {  # lines of plans that a table joins
+    **dict.fromkeys(("base", "merged model", "loaded base", "weights in bfloat16"), "weights"),
+    **dict.fromkeys(
+        ("activations", "logits", "gradient of logits", "experts' answers"),
+        "activations and answers",
+    ),
 }
 
 
@@ -122,16 +110,15 @@ def memory_table(
 
     shape: as for `memory_plans`.
     """
-    found = {}
-    for key in gpus:
-        both = memory_plans(size, key, **shape)
-        for name, one in zip(("fine-tuning", "fit"), both, strict=True):
-            held: dict[str, float] = {}
-            for line in one.lines:
-                group = GROUPS.get(line.what, line.what)
-                held[group] = held.get(group, 0.0) + line.nbytes / 1e9
-            found[ACCELERATORS[key].name, name] = held
-    return pd.DataFrame(found).T.fillna(0.0)
+    rows = [
+        (ACCELERATORS[key].name, part, GROUPS.get(line.what, line.what), line.nbytes / 1e9)
+        for key in gpus
+        for part, one in zip(("fine-tuning", "fit"), memory_plans(size, key, **shape), strict=True)
+        for line in one.lines
+    ]
+    table = pd.DataFrame(rows, columns=["gpu", "part", "what", "GB"])
+    wide = table.pivot_table("GB", ["gpu", "part"], "what", "sum", fill_value=0.0, sort=False)
+    return wide.rename_axis(index=[None, None], columns=None)
 
 
 def suite_forecast(

@@ -1,4 +1,4 @@
-"""What a machine is asked to do: the suite and the size that fit the device, and why."""
+"""The suite and the size that fit a device, and the reasons."""
 
 from dataclasses import dataclass, replace
 
@@ -38,9 +38,9 @@ def preset(suite: str = "auto", size: str = "default", device: str = "auto") -> 
         if place.type == "cpu":
             suite, reason = "embedded_lm", "no GPU"
         elif not reachable(base):
-            suite, reason = "embedded_lm", f"{base} is neither cached nor to be had from the hub"
+            suite, reason = "embedded_lm", f"{base} is neither cached nor reachable on the hub"
         else:
-            suite, reason = "glue", f"a GPU, and {base} can be had"
+            suite, reason = "glue", f"a GPU, and {base} is available"
         why.append(f"suite {suite}: {reason}")
     label, wanted = size, size_of(suite, size)
     if suite == "glue" and (small := lacks(place)):
@@ -50,7 +50,7 @@ def preset(suite: str = "auto", size: str = "default", device: str = "auto") -> 
 
 
 def reachable(name: str) -> bool:
-    """Whether the hub's cache here has a model, or the hub answers for it; no token is sent."""
+    """Whether a model is in the hub's cache here or on the hub; no token is sent."""
     if isinstance(try_to_load_from_cache(name, "config.json"), str):
         return True
     try:
@@ -78,17 +78,9 @@ def too_small(memory: float | int, bfloat16: bool) -> str:
 def smaller(size: LanguageSize) -> LanguageSize:
     """The same for a GPU like the T4: fewer rows, int8 task vectors, no emulated bfloat16."""
     rows = size.recipe.rows
-    recipe = replace(
-        size.recipe,
-        rows=min(rows or 1000, 1000),
-        epochs=1,
-        micro=4,
-        precision="auto",
-    )
-    fewer = {
-        name: min(getattr(size, name) or most, most)
-        for name, most in {"merge_rows": 32, "validation_rows": 32, "test_rows": 100}.items()
-    }
-    return replace(
-        size, recipe=recipe, **fewer, batch_size=2, storage="int8", precision="auto", seeds=(0,)
-    )
+    rows = min(rows or 1000, 1000)
+    recipe = replace(size.recipe, rows=rows, epochs=1, micro=4, precision="auto")
+    most = {"merge_rows": 32, "validation_rows": 32, "test_rows": 100}
+    fewer = {name: min(getattr(size, name) or limit, limit) for name, limit in most.items()}
+    fixed = {"batch_size": 2, "storage": "int8", "precision": "auto", "seeds": (0,)}
+    return replace(size, recipe=recipe, **fewer, **fixed)

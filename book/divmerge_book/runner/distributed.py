@@ -228,7 +228,7 @@ def planned(
 ) -> str:
     """One rank's memory plan as a table, against its GPU, or its part of the host's memory."""
     work = Fit(
-        tasks,
+        tasks=tasks,
         rows=options.batch_size,
         tokens=options.max_length,
         deltas=options.storage,

@@ -12,7 +12,14 @@ from torch.testing import assert_close
 from divmerge_core.divergences import js
 from divmerge_core.kernels import merge
 from divmerge_core.kernels.backend import triton
-from divmerge_core.kernels.delta_storage import SCALE_BLOCK, Int8Deltas, dense, quantise
+from divmerge_core.kernels.delta_storage import (
+    SCALE_BLOCK,
+    Factors,
+    Int8Deltas,
+    LowRankDeltas,
+    dense,
+    quantise,
+)
 from divmerge_core.kernels.merge import grouped_inner, grouped_merge
 from divmerge_core.kernels.segments import Segments
 from divmerge_core.merging.coefficients import Coefficients
@@ -20,7 +27,7 @@ from divmerge_core.merging.fit import fit_coefficients
 from divmerge_core.merging.merged_model import GRADIENTS
 from divmerge_core.merging.task_vectors import STORAGES, TaskVectors
 
-pytestmark = pytest.mark.usefixtures("threads")
+in_threads = pytest.mark.usefixtures("threads")
 BACKENDS = ["torch"] + (["triton"] if triton else [])
 
 
@@ -58,23 +65,21 @@ def multiplied_out(base, adapters, scale=1.0):
 # --- int8 -----------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 400), st.floats(1e-6, 1e3), st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
-def test_int8_is_off_by_at_most_half_a_step_of_its_block(size, magnitude, seed):
-    row = magnitude * torch.randn(size, generator=torch.Generator().manual_seed(seed))
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 400])
+@pytest.mark.parametrize("magnitude", [1e-6, 1.0, 1e3])
+def test_int8_is_off_by_at_most_half_a_step_of_its_block(size, magnitude):
+    row = magnitude * torch.randn(size, generator=torch.Generator().manual_seed(0))
     values, scales = quantise(row)
     assert len(scales) == -(-size // SCALE_BLOCK)
     steps = scales.repeat_interleave(SCALE_BLOCK)[:size]
     assert ((values * steps - row).abs() <= steps * 0.5001).all()
     for block, scale in zip(row.split(SCALE_BLOCK), scales, strict=True):
         assert_close(scale * 127, block.abs().max())
-
-
-def test_a_block_of_zeros_stays_zero():
-    values, scales = quantise(torch.zeros(SCALE_BLOCK + 1))
+    values, scales = quantise(torch.zeros(size))
     assert not values.any() and not scales.any()
 
 
+@in_threads
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_int8_task_vectors_merge_as_what_they_stand_for(backend, monkeypatch):
     monkeypatch.setattr(merge, "BLOCK", 2 * SCALE_BLOCK)
@@ -116,19 +121,10 @@ def test_storages_keep_task_vectors_as_well_as_they_say(storage):
         assert_close(kept.select(["two"]).norms(), kept.norms()[1:])
 
 
-def test_an_unknown_storage_is_refused_with_the_known_ones():
-    with pytest.raises(KeyError, match="float32, bfloat16, float16, int8"):
-        TaskVectors.from_states(*states(), storage="int4")
-
-
-def test_no_experts_are_refused():
-    with pytest.raises(ValueError, match="no experts given"):
-        TaskVectors.from_states(states()[0], {})
-
-
 # --- low rank -------------------------------------------------------------------------------------
 
 
+@in_threads
 def test_adapters_merge_as_the_experts_that_they_stand_for():
     base, adapters = base_and_adapters()
     plain = TaskVectors.from_states(base, multiplied_out(base, adapters, 0.5))
@@ -136,6 +132,9 @@ def test_adapters_merge_as_the_experts_that_they_stand_for():
     segments = Segments.of(plain.layout.bounds, [0, 1, 2])
     coeffs = torch.randn(3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     assert_close(dense(thin.deltas), plain.deltas)
+    held = sum(f.left.numel() + f.right.numel() for f in thin.deltas.factors.values())
+    given = (factors for task in adapters.values() for pair in task.values() for factors in pair)
+    assert held == sum(factor.numel() for factor in given)  # nothing is multiplied out
     expected = grouped_merge(plain.base, plain.deltas, coeffs, segments)
     assert_close(grouped_merge(thin.base, thin.deltas, coeffs, segments), expected)
     inner = grouped_inner(plain.base, plain.deltas, segments)
@@ -146,7 +145,7 @@ def test_adapters_merge_as_the_experts_that_they_stand_for():
 
 
 @given(st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_segments_may_split_a_tensor_of_adapters_anywhere(data):
     """Against the task vectors multiplied out; a gradient of any stretch too."""
     base, adapters = base_and_adapters()
@@ -206,14 +205,6 @@ def test_adding_up_factors_separately_is_another_model():
     assert (separately - merged).norm() > 0.5 * merged.norm()
 
 
-def test_adapters_take_few_numbers():
-    base, adapters = base_and_adapters()
-    factors = TaskVectors.from_adapters(base, adapters).deltas.factors.values()
-    held = sum(f.left.numel() + f.right.numel() for f in factors)
-    given = sum(b.numel() + a.numel() for task in adapters.values() for b, a in task.values())
-    assert held == given
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_half_precision_base_is_added_to_in_float32(dtype):
     base, adapters = base_and_adapters()
@@ -221,14 +212,13 @@ def test_a_half_precision_base_is_added_to_in_float32(dtype):
     start = thin.base.to(dtype)
     coeffs = torch.full((3, 1), 0.3, dtype=torch.float32)
     segments = Segments(((0, thin.layout.size, 0),))
-    single = {s: f.__class__(f.left.float(), f.right.float(), f.ranks)
-              for s, f in thin.deltas.factors.items()}  # fmt: skip
-    store = thin.deltas.__class__(thin.deltas.shape, single)
+    factors = thin.deltas.factors.items()
+    single = {n: Factors(f.left.float(), f.right.float(), f.ranks) for n, f in factors}
+    store = LowRankDeltas(thin.deltas.shape, single)
     expected = start.double() + 0.3 * dense(thin.deltas).sum(0)
     merged = grouped_merge(start, store, coeffs, segments)
-    assert_close(
-        merged.double(), expected, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
-    )
+    rtol = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    assert_close(merged.double(), expected, rtol=rtol, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +236,11 @@ def test_factors_that_do_not_fit_are_refused(name, left, right, message):
         TaskVectors.from_adapters(base, {"x": {name: (torch.zeros(left), torch.zeros(right))}})
 
 
-def test_adapters_without_factors_are_refused():
+def test_unknown_storages_and_nothing_to_merge_are_refused():
+    with pytest.raises(KeyError, match="float32, bfloat16, float16, int8"):
+        TaskVectors.from_states(*states(), storage="int4")
+    with pytest.raises(ValueError, match="no experts given"):
+        TaskVectors.from_states(states()[0], {})
     with pytest.raises(ValueError, match="the adapters hold no factors"):
         TaskVectors.from_adapters(base_and_adapters()[0], {"x": {}})
 
@@ -257,10 +251,13 @@ def test_adapters_without_factors_are_refused():
 def fitted(problem, vectors, gradients, grouping="layer"):
     problem = problem.__class__(vectors, problem.batches, problem.forward)
     coefficients = Coefficients(vectors.layout, len(vectors.tasks), grouping=grouping)
-    merged = fit_coefficients(problem, coefficients, js, gradients=gradients, progress=False)
+    merged = fit_coefficients(
+        problem, coefficients, js, epochs=1, gradients=gradients, progress=False
+    )
     return coefficients().detach(), merged
 
 
+@in_threads
 @pytest.mark.parametrize("grouping", ["task", "layer"])
 def test_gradients_gathered_either_way_give_the_same_fit(grouping):
     problem = linear_problem()

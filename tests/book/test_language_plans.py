@@ -1,10 +1,12 @@
-"""Which suite and size a machine gets, and how long that takes at the least."""
+"""The suite and size of a machine, and the memory and time that they need at least."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from divmerge_book.evaluation.sizes import LANGUAGE_SIZES
+from divmerge_book.models import encoders
 from divmerge_book.models.encoders import device_line
 from divmerge_book.planning import presets
 from divmerge_book.planning.gpu_specs import ACCELERATORS
@@ -19,33 +21,22 @@ from divmerge_book.planning.language_plans import (
 from divmerge_book.planning.presets import preset, smaller
 
 
-class Card:
-    """What PyTorch says of a GPU."""
-
-    def __init__(self, name: str, memory: float):
-        self.name, self.total_memory = name, memory
-
-
 @pytest.fixture
 def gpu(monkeypatch):
-    """Makes presets believe in a GPU with so much memory, with or without bfloat16."""
+    """Simulates a GPU with so much memory, with or without bfloat16 and the hub."""
 
-    def pretend(memory: float, bfloat16: bool = True, hub: bool = True):
-        place = torch.device("cuda")
-        for module in ("encoders.check_device", "language.presets.check_device"):
-            monkeypatch.setattr(f"divmerge_core.{module}", lambda device: place)
+    def simulate(memory: float, bfloat16: bool = True, hub: bool = True):
+        place, card = torch.device("cuda"), SimpleNamespace(name="a card", total_memory=memory)
+        for module in (encoders, presets):
+            monkeypatch.setattr(module, "check_device", lambda device: place)
         monkeypatch.setattr(presets, "reachable", lambda name: hub)
-        monkeypatch.setattr(
-            torch.cuda, "get_device_properties", lambda place: Card("a card", memory)
-        )
-        monkeypatch.setattr(
-            torch.cuda, "is_bf16_supported", lambda including_emulation=True: bfloat16
-        )
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: card)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bfloat16)
 
-    return pretend
+    return simulate
 
 
-def test_without_a_gpu_the_packaged_model_stands_in_and_says_so():
+def test_without_a_gpu_the_packaged_model_is_used():
     chosen = preset("auto", "smoke", "cpu")
     assert (chosen.suite, chosen.device) == ("embedded_lm", "cpu")
     assert chosen.size == chosen.label == "smoke"
@@ -73,7 +64,7 @@ def test_a_small_or_old_gpu_takes_a_smaller_preset_and_says_so(gpu, memory, bflo
 def test_without_the_hub_a_gpu_takes_the_packaged_model(gpu):
     gpu(80e9, hub=False)
     chosen = preset("auto", "default", "auto")
-    assert chosen.suite == "embedded_lm" and "nor to be had from the hub" in chosen.why
+    assert chosen.suite == "embedded_lm" and "nor reachable on the hub" in chosen.why
 
 
 def test_smaller_never_grows_and_names_no_precision():

@@ -1,4 +1,4 @@
-"""The comparison of costs: contestants compute the same, and what is measured is what is said."""
+"""The benchmarks: implementations compute the same, and measurements mean what they say."""
 
 import math
 
@@ -33,7 +33,7 @@ def case(num_tasks=3, dtype=torch.float32):
 
 
 def here(registry, names):
-    """Contestants as parameters; those that cannot take part are skipped with the reason."""
+    """Implementations as parameters; those that cannot run are skipped with the reason."""
     return [
         pytest.param(
             name,
@@ -44,20 +44,20 @@ def here(registry, names):
 
 
 def flat(merged):
-    """A merge as one vector, whatever a contestant returns it as."""
+    """A merge as one vector, whatever an implementation returns it as."""
     if isinstance(merged, torch.Tensor):
         return merged
     tensors = merged.values() if hasattr(merged, "values") else merged
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
-# --- contestants ----------------------------------------------------------------------------------
+# --- implementations ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "name", here(IMPLEMENTATIONS, [n for n in IMPLEMENTATIONS if n != "compiled"])
 )
-def test_contestants_compute_the_same_merge_and_gradient(name):
+def test_implementations_compute_the_same_merge_and_gradient(name):
     one = case()
     if name == "mergekit":  # one coefficient per task
         one.coeffs[:] = one.coeffs[:, :1]
@@ -70,20 +70,16 @@ def test_contestants_compute_the_same_merge_and_gradient(name):
         assert_close(backward(), inner, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("size", [1e5, 1e6, 2e7])
-def test_stacks_of_layers_have_about_the_size_asked_for(size):
-    assert stack_of_layers(int(size)).size == pytest.approx(size, rel=0.05)
+def test_random_cases_have_the_size_and_dtype_asked_for():
+    for size in (1e5, 1e6, 2e7):
+        assert stack_of_layers(int(size)).size == pytest.approx(size, rel=0.05)
+    half = case(dtype=torch.bfloat16)
+    assert half.vectors.deltas.dtype == torch.bfloat16 and half.vectors.base.dtype == torch.float32
+    assert_close(dense(half.vectors.deltas), dense(case().vectors.deltas), rtol=2**-8, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_task_vectors_have_the_dtype_asked_for(dtype):
-    one = case(dtype=dtype)
-    assert one.vectors.deltas.dtype == dtype and one.vectors.base.dtype == torch.float32
-    assert_close(dense(one.vectors.deltas), dense(case().vectors.deltas), rtol=2**-8, atol=0)
-
-
-def test_a_contestant_that_is_not_installed_says_so():
-    registry = Registry("contestant")
+def test_an_implementation_that_is_not_installed_says_so():
+    registry = Registry("implementation")
     registry.register("nobody", package="no-such-package")(lambda case: None)
     registry.register("torch", package="torch")(lambda case: None)
     registry.register("kernel", gpu=True)(lambda case: None)
@@ -94,7 +90,7 @@ def test_a_contestant_that_is_not_installed_says_so():
 
 
 @pytest.mark.parametrize("name", ["ours", "plain"])
-def test_contestants_compute_the_same_gradient_of_the_divergence(name):
+def test_implementations_compute_the_same_gradient_of_the_divergence(name):
     generator = torch.Generator().manual_seed(0)
     expert, merged = (torch.randn(5, 11, generator=generator) for _ in range(2))
     leaf = merged.clone().requires_grad_()
@@ -106,20 +102,17 @@ def test_contestants_compute_the_same_gradient_of_the_divergence(name):
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def test_the_bytes_of_the_usual_merge_are_five_t_n_and_four_t_n():
-    one = Case.random(stack_of_layers(200_000, 2), 4)
-    forward, backward = IMPLEMENTATIONS["dictionary"](one)
+@pytest.mark.parametrize(
+    ("name", "forwards", "backwards"), [("dictionary", 5 * 4, 4 * 4), ("ours", 4 + 2, 4 + 1)]
+)
+def test_the_usual_merge_moves_five_t_and_four_t_vectors_and_ours_the_floor(
+    name, forwards, backwards
+):
+    one = Case.random(stack_of_layers(100_000, 2), 4)
+    forward, backward = IMPLEMENTATIONS[name](one)
     unit = 4 * one.vectors.layout.size
-    assert merge_bandwidth.bytes_moved(forward) / unit == pytest.approx(5 * 4, rel=0.02)
-    assert merge_bandwidth.bytes_moved(backward) / unit == pytest.approx(4 * 4, rel=0.02)
-
-
-def test_the_bytes_of_ours_are_the_floor():
-    one = case(4)
-    forward, backward = IMPLEMENTATIONS["ours"](one)
-    unit = 4 * one.vectors.layout.size
-    assert merge_bandwidth.bytes_moved(forward) / unit == pytest.approx(4 + 2, rel=0.05)
-    assert merge_bandwidth.bytes_moved(backward) / unit == pytest.approx(4 + 1, rel=0.05)
+    assert merge_bandwidth.bytes_moved(forward) / unit == pytest.approx(forwards, rel=0.05)
+    assert merge_bandwidth.bytes_moved(backward) / unit == pytest.approx(backwards, rel=0.05)
 
 
 def test_bytes_are_counted_on_one_thread_and_the_threads_come_back():
@@ -151,11 +144,13 @@ def test_peak_memory_sees_what_a_call_holds_and_frees():
     assert math.isnan(peak) or 70e6 < peak < 120e6
 
 
-def test_every_round_measures_every_contestant_once():
-    rows = merge_bandwidth.compete(case(), ["ours", "dictionary"], repeats=3)
+def test_every_round_measures_every_implementation_once():
+    rows = merge_bandwidth.benchmark_merge(case(), ["ours", "dictionary"], repeats=3)
     counts = rows.groupby(["contestant", "part"]).size()
     assert set(counts) == {3} and len(counts) == 5
     assert (rows.seconds > 0).all() and set(rows.tasks) == {3}
+    rows = merge_bandwidth.benchmark_divergence(["ours", "plain"], (5, 11), CPU, repeats=2)
+    assert set(rows.groupby(["contestant", "part"]).size()) == {2} and (rows.bytes > 0).all()
 
 
 def rows_by_hand():
@@ -189,16 +184,9 @@ def test_the_summary_by_hand():
 
 def test_the_caption_says_where_it_was_measured():
     facts = {"model": "toy", "dtype": "float32", "repeats": 2, "device": "cpu", "threads": 1}
-    said = merge_bandwidth.caption(origin(**facts))
-    for words in (
-        "toy, task vectors in float32, 2 rounds, cpu,",
-        "1 threads, torch",
-        "measured 20",
-    ):
-        assert words in said
-
-
-def test_the_rate_of_a_matrix_product_is_positive():
+    text = merge_bandwidth.caption(origin(**facts))
+    for words in ("toy, task vectors in float32, 2 rounds, cpu,", "1 threads, torch", "sured 20"):
+        assert words in text
     assert merge_bandwidth.matrix_rate(CPU, 64) > 0
 
 
@@ -207,7 +195,7 @@ def test_the_rate_of_a_matrix_product_is_positive():
 
 def test_all_steps_see_the_same_number_of_batches():
     problem = single(linear_problem())
-    table = step_time.race(problem, ["ours", "ours_buffer", "dictionary"], rounds=2)
+    table = step_time.benchmark_step(problem, ["ours", "ours_buffer", "dictionary"], rounds=2)
     counts = table.groupby(["contestant", "round"]).size()
     assert len(set(counts)) == 1 and len(counts) == 6
     assert (table.seconds > 0).all()
@@ -228,12 +216,12 @@ def single(problem):
 
 @pytest.mark.parametrize("name", here(step_time.STEPS, ["fusion_bench"]))
 def test_peers_take_a_step(name):
-    table = step_time.race(single(linear_problem()), [name], rounds=1)
+    table = step_time.benchmark_step(single(linear_problem()), [name], rounds=1)
     assert (table.seconds > 0).all()
 
 
 def test_a_step_is_split_into_its_parts():
-    parts = step_time.split(single(linear_problem()))
+    parts = step_time.step_parts(single(linear_problem()))
     names = ["merge", "forward pass", "backward pass", "gradient of the merge"]
     assert list(parts) == names and (parts > 0).all().all()
 
