@@ -1,5 +1,6 @@
 """The fused divergence: its definition, its kernels against that in float64, and cached experts."""
 
+import inspect
 import math
 from dataclasses import replace
 from functools import partial
@@ -645,7 +646,7 @@ def test_bad_input_is_refused_before_any_launch(monkeypatch):
             call(*pair64(5, 7), backend="triton")
     for weight in (torch.ones(()), torch.ones(4), torch.ones(5, 1)):
         with pytest.raises(ValueError, match=r"one number per position, \[5\], got .*; expand it"):
-            divergence_and_gradient.__wrapped__(*sides, weight=weight)
+            inspect.unwrap(divergence_and_gradient)(*sides, weight=weight)
 
 
 # --- compiled code --------------------------------------------------------------------------------

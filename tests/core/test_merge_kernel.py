@@ -3,6 +3,7 @@
 Without a GPU, Triton's kernels run in its interpreter.
 """
 
+import inspect
 import subprocess
 import sys
 from itertools import combinations
@@ -374,7 +375,7 @@ def test_bad_input_is_refused_with_the_cure(change, message):
         for name, value in change.items()
     }
     with pytest.raises(ValueError, match=message):
-        grouped_merge.__wrapped__(**given | moved)
+        inspect.unwrap(grouped_merge)(**given | moved)
 
 
 def test_coefficients_that_are_not_finite_may_pass_unchecked():
