@@ -12,7 +12,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 
 from divmerge_book.figures import PALETTE, short
-from divmerge_book.studies.mergeability import DAMAGES, INPUTS, MERGES, label_of
+from divmerge_book.studies.mergeability import OUTCOMES, INPUTS, MERGES, label_of
 
 MARKERS = "osD^vPX*"
 Look = tuple[int, str]  # place in the palette, marker
@@ -172,7 +172,7 @@ def told(ax: Axes, table: pd.DataFrame, damage: str) -> Axes:
             ax.plot(row.rho, height, MARKERS[n], markersize=4, label=label, **style)
     ax.set_yticks(range(len(names)), [label_of(name) for name in names])
     ax.set_ylim(len(names) - 0.5, -0.5)
-    ax.set(xlim=(-1.02, 1.02), xlabel="rank correlation with damage", title=DAMAGES[damage])
+    ax.set(xlim=(-1.02, 1.02), xlabel="rank correlation with damage", title=OUTCOMES[damage])
     ax.title.set_fontsize(9)
     return ax
 
@@ -187,7 +187,7 @@ def against(ax: Axes, table: pd.DataFrame, number: str, damage: str, method: str
     for n, (task, own) in enumerate(mean.groupby("task", sort=False)):
         style = {"color": PALETTE[n % 10], "markersize": 5, "alpha": 0.85, "label": task}
         ax.plot(own[number], own[damage], MARKERS[n % 8], **style)
-    ax.set(xlabel=label_of(number), ylabel=DAMAGES[damage])
+    ax.set(xlabel=label_of(number), ylabel=OUTCOMES[damage])
     return ax
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 from divmerge_book.figures import title
 from divmerge_book.figures.beyond import ARRIVING, NAMES, SAID, WHERE
 from divmerge_book.findings import bullets, listed, missing, scores, span
-from divmerge_book.studies.continual_merging import BATCH, forgetting
+from divmerge_book.studies.continual_merging import BATCH, backward_transfer
 from divmerge_book.studies.corrupted_experts import CORRUPTIONS
 from divmerge_book.studies.inference_cost import gap_closed
 from divmerge_book.studies.searches import SEARCHES
@@ -18,9 +18,9 @@ LEVEL = 0.0005  # ratios nearer than this print alike
 
 
 def arriving(found: pd.DataFrame, source: str) -> str:
-    """Final accuracy and forgetting of every continual rule, beside its method with all experts.
+    """Final accuracy and backward_transfer of every continual rule, beside its method with all experts.
 
-    found: of `arrivals.forgetting`.
+    found: of `arrivals.backward_transfer`.
     """
     mean = found.groupby("method", sort=False)[["ratio", "bwt"]].mean()
     own = mean.loc[[name for name in ARRIVING if name in mean.index]]
@@ -54,7 +54,7 @@ def margins(found: pd.DataFrame) -> str:
 
 
 def ordered(found: pd.DataFrame, source: str) -> str:
-    """How much the final accuracy of every rule varies over orders. found: of `forgetting`."""
+    """How much the final accuracy of every rule varies over orders. found: of `backward_transfer`."""
     spread = 100 * found[found.order >= 0].groupby("method", sort=False).ratio.std()
     said = [f"{title(name)} {spread[name]:.1f}" for name in ARRIVING if name in spread.index]
     return f"Standard deviation of the final accuracy over orders in {source}, points: " + (
@@ -218,7 +218,7 @@ def stored_well(table: pd.DataFrame, source: str) -> str:
 def summary(drawn: Mapping[str, tuple[pd.DataFrame, Mapping]]) -> str:
     """The chapter's findings, a bullet per study that was drawn: name -> table and its facts."""
     say = {
-        "arrivals": lambda table, source: arriving(forgetting(table), source),
+        "arrivals": lambda table, source: arriving(backward_transfer(table), source),
         **{"mixture": mixture, "pools": paid_off, "evolution": searched, "fusion": steered},
         "storage": stored_well,
     }

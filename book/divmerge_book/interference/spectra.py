@@ -1,5 +1,4 @@
-"""Task vectors as matrices: singular values, how many of them count, and whether one task's matrix
-lies in the space that another, or the merged one, spans."""
+"""Singular values of task matrices, their ranks, and subspace alignment between tasks."""
 
 from collections.abc import Sequence
 
@@ -18,9 +17,8 @@ RESIDUAL = 0.05  # of Marczak et al. 2025
 def gram(matrix: Float[Tensor, "M K"]) -> tuple[Float[Tensor, " r"], Float[Tensor, "r r"]]:
     """Squared singular values, largest first, and singular vectors of the matrix's shorter side.
 
-    r = min(M, K). From the eigenvalues of D D^T or D^T D in float64: what an SVD would take
-    minutes for, with 30 thousand rows, takes a matrix product. Squares below 1e-15 of the largest
-    are rounding.
+    r = min(M, K). From the eigenvalues of D D^T or D^T D in float64, which is much faster than an
+    SVD of 30 thousand rows. Squares below 1e-15 of the largest are rounding errors.
     """
     wide = matrix.double()
     small = wide @ wide.T if matrix.shape[0] <= matrix.shape[1] else wide.T @ wide
@@ -29,45 +27,34 @@ def gram(matrix: Float[Tensor, "M K"]) -> tuple[Float[Tensor, " r"], Float[Tenso
 
 
 def singular_values(matrix: Float[Tensor, "M K"]) -> Float[Tensor, " r"]:
-    """The r = min(M, K) singular values, largest first, in float64.
-
-    Their squares sum to the squared Frobenius norm. Values below 3e-8 of the largest are rounding.
-    """
+    """The r = min(M, K) singular values, largest first, in float64; see `gram`."""
     return gram(matrix)[0].sqrt()
 
 
 def stable_rank(values: Float[Tensor, " r"]) -> float:
-    """Sum of squared singular values over the largest squared: 1 to r, and 0 for a zero matrix.
-
-    Never above the rank, and hardly moved by small singular values.
-    """
+    """Sum of squared singular values over the largest squared: 1 to r, and 0 for a zero matrix."""
     top = values.max().square()
     return float(values.square().sum() / top) if top > 0 else 0.0
 
 
 def effective_rank(values: Float[Tensor, " r"]) -> float:
-    """exp of the entropy of the singular values' shares: 1 to r, and 0 for a zero matrix.
+    """exp of the entropy of normalised singular values: 1 to r, and 0 for a zero matrix.
 
-    r where all are equal, 1 where one stands alone. Source: Roy and Vetterli 2007.
+    Source: Roy and Vetterli 2007.
     """
-    if not values.any():
-        return 0.0
     shares = values / values.sum()
-    return float(torch.special.entr(shares).sum().exp())
+    return float(torch.special.entr(shares).sum().exp()) if values.any() else 0.0
 
 
 def dominant(squares: Float[Tensor, " r"], residual: float = RESIDUAL) -> int:
-    """How many leading singular directions leave at most `residual` of the norm unexplained.
+    """The smallest k with ||D - D_k||_F <= residual * ||D||_F; 0 for a zero matrix.
 
-    squares: squared singular values, largest first. The smallest k with
-    ||D - D_k||_F <= residual * ||D||_F (Marczak et al. 2025, Eq. 6). 0 for a zero matrix. Raises
-    ValueError unless residual is in [0, 1).
+    squares: squared singular values, largest first. Raises ValueError unless residual is in [0, 1).
+    Source: Marczak et al. 2025, Eq. 6.
     """
     if not 0 <= residual < 1:
         raise ValueError(f"residual must be in [0, 1), got {residual}; the paper takes {RESIDUAL}")
     left = squares.flip(0).cumsum(0).flip(0)  # left[k]: what k directions leave
-    if not left[0] > 0:
-        return 0
     return int((left > residual**2 * left[0]).sum())
 
 
@@ -79,35 +66,22 @@ def alignment(
 ) -> list[float]:
     r"""Subspace alignment ratio (SAR) of every other matrix with this one.
 
-    SAR(D; M) = ||U_k U_k^T D||_F / ||D||_F, with U_k the k dominant left singular directions of M
-    (see `dominant`). Between 0 and 1: 1 where D's columns lie in the space that M spans, 0 where
-    they are orthogonal to it or D is zero. M's own is sqrt(1 - residual^2) at least. It depends on
-    neither matrix's length. Source: Marczak et al. 2025 (arXiv 2502.04959), Eq. 5 and 6. Derived in
-    notebooks/12_interference.
+    SAR(D; M) = ||U_k U_k^T D||_F / ||D||_F, with U_k the k dominant left singular vectors of M (see
+    `dominant`). 1 where D's columns lie in the column space of M, 0 where they are orthogonal to it
+    or D is zero; invariant to the scale of both. Source: Marczak et al. 2025 (arXiv 2502.04959),
+    Eq. 5 and 6. Derived in notebooks/12_interference.
     """
     squares, directions = gram(matrix)
     count = dominant(squares, residual)
-    found = []
-    for other in others:
-        whole = other.double().square().sum()
-        if count == 0 or whole == 0:
-            found.append(0.0)
-            continue
-        if matrix.shape[0] <= matrix.shape[1]:  # the directions are the left ones
-            kept = directions[:, :count].T @ other.double()
-        else:  # U_k^T = S_k^-1 V_k^T M^T
-            kept = (directions[:, :count].T @ (matrix.double().T @ other.double())) / squares[
-                :count, None
-            ].sqrt()
-        found.append(float((kept.square().sum() / whole).clamp(max=1).sqrt()))
-    return found
+    basis = directions[:, :count]
+    if matrix.shape[0] > matrix.shape[1]:  # right singular vectors: U_k = M V_k S_k^-1
+        basis = matrix.double() @ basis / squares[:count].sqrt()
+    ratios = [(basis.T @ other.double()).norm() / other.double().norm() for other in others]
+    return [float(ratio.nan_to_num(nan=0.0).clamp(max=1)) for ratio in ratios]
 
 
 def inner_matrices(vectors: TaskVectors) -> dict[str, Float[Tensor, "T M K"]]:
-    """Every task's change of every matrix outside the embeddings, by name.
-
-    The matrices that spectral methods are about: linear layers.
-    """
+    """Every task's change of every linear layer (matrices outside the embeddings), by name."""
     deltas = dense(vectors.deltas)
     return {
         name: deltas[:, place].unflatten(1, shape)
@@ -137,26 +111,19 @@ def mean_alignment(
         for name, deltas in inner_matrices(vectors).items()
     ]
     if not rows:
-        raise ValueError("no matrix outside the embeddings; alignment is one of linear layers")
+        raise ValueError("no matrix outside the embeddings; alignment needs linear layers")
     return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
 
 def alignment_between(vectors: TaskVectors, *, residual: float = RESIDUAL) -> Float[Tensor, "T T"]:
     """SAR of every task's change with every other task's, mean over linear layers.
 
-    Entry [i, j]: how much of task i's change lies in the space that task j's spans; not symmetric.
+    Entry [i, j]: SAR of task i's matrices with task j's; not symmetric.
     """
-    rows = [
-        torch.tensor(mean_alignment(vectors, change, residual=residual), dtype=torch.float64)
-        for change in dense(vectors.deltas)
-    ]
-    return torch.stack(rows, dim=1)
+    rows = [mean_alignment(vectors, one, residual=residual) for one in dense(vectors.deltas)]
+    return torch.tensor(rows, dtype=torch.float64).T
 
 
 def chance_alignment(matrix: Float[Tensor, "M K"], *, residual: float = RESIDUAL) -> float:
-    """What the SAR with this matrix is where the other knows nothing of it: sqrt(k / M).
-
-    k directions out of M hold the share k / M of the squared length of a matrix whose columns
-    point anywhere. A SAR says something only above it.
-    """
+    """Expected SAR with this matrix of one with random columns: sqrt(k / M), see `dominant`."""
     return (dominant(gram(matrix)[0], residual) / matrix.shape[0]) ** 0.5

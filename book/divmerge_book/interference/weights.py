@@ -1,5 +1,4 @@
-"""How task vectors stand to one another: angles, opposite signs, shared places, and where they are
-long."""
+"""Task vectors compared: cosine, sign conflict, magnitude overlap, and norms by group."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,154 +13,148 @@ from divmerge_core.merging.task_vectors import Layout, TaskVectors
 
 Groups = tuple[tuple[str, ...], tuple[int, ...]]  # names, and each tensor's group number
 Pairwise = Callable[[Float[Tensor, "T n"]], Float[Tensor, "T T"]]
-KINDS = ("embedding", "attention", "MLP", "norm", "other")
 
 
 # --- two task vectors -----------------------------------------------------------------------------
 
 
 def cosine(deltas: Float[Tensor, "T N"]) -> Float[Tensor, "T T"]:
-    """Cosine of the angle between every two task vectors.
+    """Cosine similarity of every two task vectors; 0 where one of them is zero.
 
-    Between -1 and 1: above 0 where they point the same way on the whole, 0 at right angles, and 0
-    where a task vector is zero and has no direction. Derived in notebooks/01_task_vectors.
+    Derived in notebooks/01_task_vectors.
     """
     inner = deltas @ deltas.T  # [T, T]
-    lengths = inner.diagonal().sqrt()
-    return (inner / torch.outer(lengths, lengths)).nan_to_num(nan=0.0).clamp(-1, 1)
+    norms = inner.diagonal().sqrt()
+    return (inner / torch.outer(norms, norms)).nan_to_num(nan=0.0).clamp(-1, 1)
+
+
+def both_nonzero(deltas: Float[Tensor, "T N"]) -> Float[Tensor, "T T"]:
+    """Number of parameters that two task vectors both change, float64."""
+    changed = (deltas != 0).float()  # float32 counts exactly up to 2**24
+    return sum((part @ part.T).double() for part in changed.split(2**20, dim=1))
 
 
 def sign_conflict(deltas: Float[Tensor, "T N"]) -> Float[Tensor, "T T"]:
-    """Share of parameters that two task vectors push in opposite directions.
+    """Share of the parameters changed by both task vectors whose signs are opposite; 0 if none.
 
-    Between 0 and 1; parameters that either vector leaves unchanged do not count, and where none
-    counts the share is 0. Source: Yadav et al. 2023, §3. Derived in notebooks/01_task_vectors.
+    Source: Yadav et al. 2023, §3. Derived in notebooks/01_task_vectors.
     """
-    count = len(deltas)
-    agreed = torch.zeros(count, count, dtype=torch.float64, device=deltas.device)
-    counted = torch.zeros_like(agreed)
-    for part in deltas.split(2**20, dim=1):  # float32 counts exactly up to 2**24
-        signs = part.sign()  # the product of two tiny numbers would underflow
-        agreed += (signs @ signs.T).double()  # agreeing minus opposite
-        counted += (signs.abs() @ signs.abs().T).double()
+    signs = deltas.sign()  # the product of two tiny numbers would underflow
+    agreed = sum((part @ part.T).double() for part in signs.split(2**20, dim=1))
+    counted = both_nonzero(deltas)
     return ((counted - agreed) / 2 / counted.clamp(min=1)).to(deltas.dtype)
 
 
 def magnitude_overlap(deltas: Float[Tensor, "T N"], *, share: float = 0.2) -> Float[Tensor, "T T"]:
-    """Share of one task vector's largest entries that are among another's largest too.
+    """Share of one task vector's largest entries that are among the other's largest too.
 
     Of the n entries that both change, each vector's k = round(share * n) largest by magnitude (at
-    least one) are compared, equals of the smallest in order of place. Between 0 and 1: 1 on the
-    diagonal, k / n on average where the places are independent (the mean of a hypergeometric
-    count), and 0 where nothing is changed by both. Raises ValueError unless share is in (0, 1].
-    Derived in notebooks/12_interference.
+    least one) are compared; ties go to the first. Between 0 and 1: 1 on the diagonal, k / n in
+    expectation for independent positions, and 0 where both change nothing. Raises ValueError unless
+    share is in (0, 1]. Derived in notebooks/12_interference.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {share}; 0.2 compares the largest fifths")
-    found = deltas.new_zeros(len(deltas), len(deltas))
+    overlap = deltas.new_zeros(len(deltas), len(deltas))
     for s, one in enumerate(deltas):
         for t in range(s, len(deltas)):
             both = (one != 0) & (deltas[t] != 0)
             if not both.any():
                 continue
             count = max(1, round(share * int(both.sum())))
-            marks = [leading(row[both], count) for row in (one, deltas[t])]
-            found[s, t] = found[t, s] = int((marks[0] & marks[1]).sum()) / count
-    return found
+            masks = [leading(row[both], count) for row in (one, deltas[t])]
+            overlap[s, t] = overlap[t, s] = int((masks[0] & masks[1]).sum()) / count
+    return overlap
 
 
 def leading(values: Float[Tensor, " n"], count: int) -> Bool[Tensor, " n"]:
-    """Where the `count` largest entries by magnitude stand; of equals, the first."""
+    """Mask of the `count` largest entries by magnitude; ties go to the first."""
     size = values.abs()
     cutoff = size.kthvalue(len(size) - count + 1).values
-    mark = size > cutoff
-    mark[(size == cutoff).nonzero()[: count - int(mark.sum()), 0]] = True
-    return mark
+    mask = size > cutoff
+    mask[(size == cutoff).nonzero()[: count - int(mask.sum()), 0]] = True
+    return mask
 
 
-# --- rows that no text touched --------------------------------------------------------------------
+# --- embedding rows that only weight decay changed ------------------------------------------------
 
 
-def shrunk(vectors: TaskVectors, *, tolerance: float = 0.1) -> Bool[Tensor, "T N"]:
-    """Parameters of embedding rows that a task did not touch: they only shrank, or stand still.
+def decay_only(vectors: TaskVectors, *, tolerance: float = 0.1) -> Bool[Tensor, "T N"]:
+    """Mask of embedding rows that only weight decay changed, or nothing at all.
 
-    A word that no training text holds has no gradient, but AdamW's weight decay takes it straight
-    towards zero: its row of the task vector is a multiple -epsilon of the base's row, up to the
-    base's rounding. Such rows are those of matrices under the embeddings where what is left of the
-    row after taking out that multiple is at most `tolerance` of the row's length: float32 rounds in
-    every step, which leaves up to 0.02 where the decay is slow, and one gradient leaves nearly 1.
-    Raises ValueError unless tolerance is in [0, 1). Derived in notebooks/12_interference.
+    A word that no training text contains has no gradient, so AdamW's decay makes its row of the
+    task vector a multiple -epsilon of the base's row, up to rounding. A row counts where the
+    residual of that fit is at most `tolerance` of the row's norm: rounding in float32 leaves up to
+    0.02, one gradient nearly 1. Raises ValueError unless tolerance is in [0, 1). Derived in
+    notebooks/12_interference.
     """
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance must be in [0, 1), got {tolerance}; 0.1 is a tenth")
     deltas = dense(vectors.deltas)
-    mark = torch.zeros_like(deltas, dtype=torch.bool)
+    mask = torch.zeros_like(deltas, dtype=torch.bool)
     for name, place, shape in matrices(vectors.layout):
         if kind_of(name) != "embedding":
             continue
         base = vectors.base[place].unflatten(0, shape)  # [words, H]
         square = base.square().sum(dim=1).clamp(min=torch.finfo(base.dtype).tiny)
-        for row, delta in zip(mark, deltas, strict=True):  # one task at a time
+        for row, delta in zip(mask, deltas, strict=True):  # one task at a time
             tau = delta[place].unflatten(0, shape)
             decay = (tau * base).sum(dim=1) / square
-            rest = (tau - decay[:, None] * base).norm(dim=1)
-            still = (decay <= 0) & (rest <= tolerance * tau.norm(dim=1))
-            row[place] = still[:, None].expand(shape).reshape(-1)
-    return mark
+            residual = (tau - decay[:, None] * base).norm(dim=1)
+            decayed = (decay <= 0) & (residual <= tolerance * tau.norm(dim=1))
+            row[place] = decayed.repeat_interleave(shape[1])
+    return mask
 
 
-def touched(vectors: TaskVectors, *, tolerance: float = 0.1) -> TaskVectors:
-    """The task vectors with zeros in embedding rows that a task's texts did not touch (`shrunk`).
+def trained(vectors: TaskVectors, *, tolerance: float = 0.1) -> TaskVectors:
+    """The task vectors with zeros in the rows of `decay_only`.
 
-    What leaves zeros out of the count (`sign_conflict`, `magnitude_overlap`) then counts only what
-    both tasks learned. Zeros hardly change an angle or a length. Raises ValueError as `shrunk`.
+    Measures that skip zeros (`sign_conflict`, `magnitude_overlap`) then count only what both tasks
+    learned; cosines and norms hardly change.
     """
-    mark = shrunk(vectors, tolerance=tolerance)
-    return vectors.map(lambda deltas: deltas.masked_fill(mark, 0))
+    mask = decay_only(vectors, tolerance=tolerance)
+    return vectors.map(lambda deltas: deltas.masked_fill(mask, 0))
 
 
-# --- where in the model ---------------------------------------------------------------------------
+# --- by group of parameters -----------------------------------------------------------------------
+
+KINDS = {  # of a tensor, by the first part of its name that matches
+    **{"norm": "norm", "embedding": "embedding", "attention": "attention", "attn": "attention"},
+    **{"intermediate": "MLP", "mlp": "MLP", "output.dense": "MLP", "ffn": "MLP"},
+}
 
 
 def kind_of(name: str) -> str:
-    """What a BERT-like tensor belongs to, one of KINDS: `norm` wherever it stands, else its part.
+    """The kind of a BERT-like tensor: norm, embedding, attention, MLP or other.
 
     >>> kind_of("encoder.layer.0.attention.output.dense.weight")
     'attention'
     """
-    if "norm" in name.lower():
-        return "norm"
-    parts = {"embedding": "embedding", "attention": "attention", "attn": "attention"}
-    parts |= {"intermediate": "MLP", "mlp": "MLP", "output.dense": "MLP", "ffn": "MLP"}
-    found = [kind for part, kind in parts.items() if part in name.lower()]
-    return found[0] if found else "other"
+    return next((kind for part, kind in KINDS.items() if part in name.lower()), "other")
 
 
 def places(layout: Layout) -> Groups:
     """Groups of tensors by depth and kind, in the layout's order: `encoder.layer.0 attention`.
 
-    What stands outside the blocks goes by its kind alone.
+    Tensors outside the blocks are grouped by kind.
     """
-    blocks = groups_of(layout, "block")
-    labels = []
-    for name, number in zip(layout.names, blocks[1], strict=True):
-        block, kind = blocks[0][number], kind_of(name)
-        labels.append(
-            f"{block} {kind}" if block[-1:].isdigit() else f"{block.split('.')[0]} {kind}"
-        )
+    names, numbers = groups_of(layout, "block")
+    blocks = [names[number] for number in numbers]
+    blocks = [block if block[-1:].isdigit() else block.split(".")[0] for block in blocks]
+    labels = [f"{block} {kind_of(n)}" for block, n in zip(blocks, layout.names, strict=True)]
     names = tuple(dict.fromkeys(labels))
-    return names, tuple(names.index(label) for label in labels)
+    return names, tuple(map(names.index, labels))
 
 
 def grouped(layout: Layout, grouping: str | Groups) -> Groups:
-    """Groups by the name of a grouping, as they are, or by depth and kind for `place`."""
+    """Groups of a grouping's name; `place` groups by depth and kind. Groups are returned as is."""
     if not isinstance(grouping, str):
         return grouping
     return places(layout) if grouping == "place" else groups_of(layout, grouping)
 
 
 def columns(layout: Layout, grouping: str | Groups) -> list[tuple[str, list[slice]]]:
-    """Every group's name and where its tensors stand in the flat vector."""
+    """Every group's name and its tensors' slices of the flat vector."""
     names, numbers = grouped(layout, grouping)
     found: list[tuple[str, list[slice]]] = [(name, []) for name in names]
     for (start, stop), number in zip(layout.bounds, numbers, strict=True):
@@ -170,16 +163,14 @@ def columns(layout: Layout, grouping: str | Groups) -> list[tuple[str, list[slic
 
 
 def norms_by_group(vectors: TaskVectors, grouping: str | Groups) -> Float[Tensor, "T G"]:
-    """Euclidean length of every task vector within each group of parameters, in parameter units.
+    """Euclidean norm of every task vector within each group of parameters.
 
-    grouping: a name in GROUPINGS, `place` (depth and kind), or groups. Groups come in the order of
-    `grouped`. Their squares sum to the squared length of the whole. Raises ValueError for an
+    grouping: a name in GROUPINGS, `place` (depth and kind), or groups. Raises ValueError for an
     unknown grouping. Derived in notebooks/01_task_vectors.
     """
-    deltas = dense(vectors.deltas)
-    parts = columns(vectors.layout, grouping)
-    squares = deltas.new_zeros(len(vectors.tasks), len(parts))
-    for group, (_, slices) in enumerate(parts):
+    deltas, groups = dense(vectors.deltas), columns(vectors.layout, grouping)
+    squares = deltas.new_zeros(len(vectors.tasks), len(groups))
+    for group, (_, slices) in enumerate(groups):
         for place in slices:
             # `norm` adds up millions of numbers with an error of 2e-4 in float32; `sum` does not
             squares[:, group] += deltas[:, place].square().sum(dim=1)
@@ -189,21 +180,17 @@ def norms_by_group(vectors: TaskVectors, grouping: str | Groups) -> Float[Tensor
 def by_group(
     measure: Pairwise, vectors: TaskVectors, grouping: str | Groups
 ) -> Float[Tensor, "G T T"]:
-    """A measure of pairs of task vectors, such as `cosine`, within each group of parameters.
-
-    grouping: as for `norms_by_group`. Raises ValueError for an unknown one.
-    """
-    deltas = dense(vectors.deltas)
-    parts = [slices for _, slices in columns(vectors.layout, grouping)]
+    """A measure of pairs of task vectors, such as `cosine`, within each group of parameters."""
+    deltas, groups = dense(vectors.deltas), columns(vectors.layout, grouping)
     return torch.stack(
-        [measure(torch.cat([deltas[:, place] for place in slices], dim=1)) for slices in parts]
+        [measure(torch.cat([deltas[:, place] for place in slices], 1)) for _, slices in groups]
     )
 
 
 def mean_with_others(pairs: Float[Tensor, "*G T T"]) -> Float[Tensor, "*G T"]:
-    """Every task's mean over the other tasks: the diagonal does not count.
+    """Every task's mean over the other tasks, without the diagonal.
 
-    Raises ValueError for one task, which has no others.
+    Raises ValueError for one task.
     """
     count = pairs.shape[-1]
     if count < 2:
@@ -213,6 +200,4 @@ def mean_with_others(pairs: Float[Tensor, "*G T T"]) -> Float[Tensor, "*G T"]:
 
 def upper(pairs: Float[Tensor, "T T"]) -> Sequence[float]:
     """Every pair's value once, in the order of `itertools.combinations` of the tasks."""
-    count = len(pairs)
-    rows, others = torch.triu_indices(count, count, offset=1)
-    return pairs[rows, others].tolist()
+    return pairs[*torch.triu_indices(*pairs.shape, offset=1)].tolist()

@@ -1,7 +1,7 @@
-"""Correlations over experts: exact permutations, with and without the trivial point.
+"""Correlations over experts of agreement and accuracy: exact permutations, with and without self.
 
-`closeness` is minus a divergence: large where two models agree. Rows of a matrix are tasks, columns
-the models that are asked about them; on the diagonal of a square one stands the task's own expert.
+`closeness` is minus a divergence. Rows of a square matrix are tasks, columns the experts that are
+evaluated on them; the diagonal is a task's own expert, whose point is trivial: closest and best.
 """
 
 from collections.abc import Sequence
@@ -20,79 +20,72 @@ from divmerge_book.evaluation.statistics import (
     reached,
 )
 
-# --- square matrices: every expert asked about every task -----------------------------------------
-
 
 def others(matrix: np.ndarray) -> np.ndarray:
     """A square matrix without its diagonal, `[T, T] -> [T, T - 1]`."""
-    count = len(matrix)
-    return matrix[~np.eye(count, dtype=bool)].reshape(count, count - 1)
+    return matrix[~np.eye(len(matrix), dtype=bool)].reshape(len(matrix), -1)
 
 
 def own_point_alone(closeness: np.ndarray, accuracy: np.ndarray, how: str) -> np.ndarray:
-    """Correlations where the own expert keeps its place and the others' accuracies are exchanged.
+    """Correlations where the own expert keeps its place and the others' accuracies are permuted.
 
-    `[T, T] -> [T, (T - 1)!]`: what a row's correlation can be if closeness says nothing about the
-    other experts. Its mean over orders is what the trivial point brings by itself.
+    `[T, T] -> [T, (T - 1)!]`: the null distribution of a row's correlation. Its mean is what the
+    trivial point contributes by itself.
     """
     x = np.concatenate([np.diag(closeness)[:, None], others(closeness)], axis=1)  # [T, T]
     every = orders(len(x) - 1)
+    rows = zip(x, np.diag(accuracy), others(accuracy), strict=True)
     return np.stack(
-        [
-            CORRELATIONS[how](row, np.insert(rest[every], 0, own, axis=1))
-            for row, own, rest in zip(x, np.diag(accuracy), others(accuracy), strict=True)
-        ]
+        [CORRELATIONS[how](row, np.insert(rest[every], 0, own, axis=1)) for row, own, rest in rows]
     )
 
 
 def by_task(closeness: np.ndarray, accuracy: np.ndarray, tasks: Sequence[str]) -> pd.DataFrame:
-    """Every task's correlations over experts, with the trivial point and without it.
+    """Every task's correlations over experts, with and without its own expert.
 
-    Columns: task, how, kept (value with the trivial point), alone (mean of `own_point_alone`),
-    alone_low and alone_high (its 2.5 and 97.5 % points), value (without the point), low, high
+    Columns: task, how, kept (value with the own expert), alone (mean of `own_point_alone`),
+    alone_low and alone_high (its 2.5 and 97.5 % points), value (without the own expert), low, high
     (Fisher's interval), p (exact, one-sided).
     """
-    rows = []
+    rows, x, y = [], others(closeness), others(accuracy)
     for how, correlation in CORRELATIONS.items():
         alone = own_point_alone(closeness, accuracy, how)
         tails = np.percentile(alone, [2.5, 97.5], axis=1)
         whole = correlation(closeness, accuracy)
-        x, y = others(closeness), others(accuracy)
         for n, (task, value) in enumerate(zip(tasks, correlation(x, y), strict=True)):
             low, high = fisher_interval(value, len(tasks) - 1, how)
             row = {"task": task, "how": how, "kept": whole[n], "alone": alone[n].mean()}
             row |= {"alone_low": tails[0, n], "alone_high": tails[1, n]}
-            rows.append(row | {"value": value, "low": low, "high": high})
-            rows[-1]["p"] = exact_p(x[n], y[n], how)
+            row |= {"value": value, "low": low, "high": high, "p": exact_p(x[n], y[n], how)}
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
 def relabelled_p(closeness: np.ndarray, accuracy: np.ndarray, how: str) -> float:
-    """Exact p-value of the mean over tasks, without trivial points, when tasks swap their names.
+    """Exact one-sided p-value of the mean over tasks without own experts: Mantel's test.
 
-    Every order of the T names is applied to rows and columns of `closeness` at once (Mantel's
-    test), so an expert that is near to all, or good for all, stays so. One-sided. NaN where one
-    task's correlation is undefined.
+    Every order of the T names is applied to rows and columns of `closeness` at once, so an expert
+    that is close to all, or accurate on all, stays so. NaN where one task's correlation is
+    undefined.
     """
     found = CORRELATIONS[how](others(closeness), others(accuracy)).mean()
     x, y = others(closeness), others(accuracy)
     if how == "spearman":  # of a row, whatever the names of its columns
         x, y = ranks(x), ranks(y)
-    square = np.zeros_like(closeness)
-    square[~np.eye(len(square), dtype=bool)] = x.ravel()
+    square, apart = np.zeros_like(closeness), ~np.eye(len(closeness), dtype=bool)
+    square[apart] = x.ravel()
     every = orders(len(square))
     moved = square[every[:, :, None], every[:, None, :]]  # [T!, T, T]: rows and columns at once
-    rest = moved[:, ~np.eye(len(square), dtype=bool)].reshape(len(every), *y.shape)
-    return float(reached(found, pearson(rest, y).mean(-1)))
+    return float(reached(found, pearson(moved[:, apart].reshape(-1, *y.shape), y).mean(-1)))
 
 
 def within_p(
     closeness: np.ndarray, accuracy: np.ndarray, how: str, draws: int = 10000, seed: int = 0
 ) -> float:
-    """P-value of the mean over tasks, where every task's accuracies are exchanged by themselves.
+    """One-sided p-value of the mean over tasks, each task's accuracies permuted by themselves.
 
-    Random orders, the one found counted among them. One-sided. Takes rows for independent, which
-    rows about the same experts are not; `relabelled_p` does not.
+    Random orders, the observed one included. Assumes independent rows, which rows about the same
+    experts are not; `relabelled_p` does not.
     """
     generator, correlation = np.random.default_rng(seed), CORRELATIONS[how]
     x, y = others(closeness), others(accuracy)
@@ -102,11 +95,11 @@ def within_p(
 
 
 def over_tasks(closeness: np.ndarray, accuracy: np.ndarray, *, draws: int = 10000) -> pd.DataFrame:
-    """The mean over tasks of the correlations, with the trivial point and without it.
+    """Means over tasks of the correlations, with and without own experts.
 
-    Columns: how, kept, alone, value (without the point), low, high (95 %, Student's over tasks),
+    Columns: how, kept, alone, value (without own experts), low, high (95 %, Student's over tasks),
     within and relabelled: p-values of `within_p`, of so many draws, and `relabelled_p`. NaN where
-    a task's correlation is undefined, as one side is constant.
+    a task's correlation is undefined.
     """
     rows = []
     for how, correlation in CORRELATIONS.items():

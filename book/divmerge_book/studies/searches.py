@@ -1,7 +1,7 @@
-"""Searches for a path per task: evolution, and what it must beat at the same number of scores.
+"""Searches for a path per task: evolution, and baselines with the same number of scores.
 
 A path says for every group of parameters whose task vector to take, and how much of it (see
-`methods.paths`). All searches start from the task's own expert and ask for the same number of
+`methods.paths`). All searches start from the task's own expert and request the same number of
 scores: accuracies on the task's validation rows.
 """
 
@@ -11,62 +11,54 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import cycle
 
+import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
-from divmerge_book.evaluation.cache import kept
 from divmerge_book.evaluation.experiment import Experiment
-from divmerge_book.studies.continual_merging import accuracies, expert_accuracies
+from divmerge_book.studies.evaluator import accuracies, expert_accuracies
+from divmerge_book.studies.study import study
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.paths import Path, Paths, Pool
 from divmerge_core.registry import Registry
 
-SEARCHES = Registry("search")  # name -> function(bench, marks, seed) -> Paths
+SEARCHES = Registry("search")  # name -> function(experiment, score, seed) -> Paths
 CHILDREN = 4  # of a generation, as published
 GROUPING = "block"
 
 
 @dataclass
-class Marks:
-    """Validation accuracy of a task's model, asked `calls` times per task; answers are noted."""
+class ValidationScore:
+    """Validation accuracy of a task's model, `calls` times per task; `given` holds all scores."""
 
-    bench: Experiment
+    experiment: Experiment
     calls: int
     given: list[float] = field(default_factory=list)
 
     def __call__(self, flat: Float[Tensor, " N"], task: int) -> float:
-        looked = replace(self.bench, test=self.bench.validation)
-        name = self.bench.problem.vectors.tasks[task]
-        self.given += accuracies(looked, flat, [name])
+        validation = replace(self.experiment, test=self.experiment.validation)
+        self.given += accuracies(validation, flat, [validation.problem.vectors.tasks[task]])
         return self.given[-1]
 
     def of_paths(self, paths: Paths) -> float:
-        """Of the task whose turn it is: evolution asks about each `calls` times in a row."""
+        """Of the current task: evolution scores each task `calls` times in a row."""
         task = len(self.given) // self.calls
         return self(paths.flats[task], task)
 
     def best(self) -> list[float]:
         """The highest accuracy up to every call, mean over tasks."""
-        starts = range(0, len(self.given), self.calls)
-        rows = [self.given[n : n + self.calls] for n in starts]
-        highest = [[max(row[: n + 1]) for n in range(len(row))] for row in rows]
-        return [sum(column) / len(column) for column in zip(*highest, strict=True)]
+        rows = np.reshape(self.given, (-1, self.calls))
+        return np.maximum.accumulate(rows, axis=1).mean(axis=0).tolist()
 
 
-def evolution(bench: Experiment, marks: Marks, seed: int, *, size_base: float = 1.0) -> Paths:
+def evolution(
+    experiment: Experiment, score: ValidationScore, seed: int, *, size_base: float = 1.0
+) -> Paths:
     """`layer_evolution`, where a task is scored by its own accuracy alone, as published."""
-    return METHODS["layer_evolution"](
-        bench.problem,
-        score=marks.of_paths,
-        grouping=GROUPING,
-        steps=(marks.calls - 1) // CHILDREN,
-        children=CHILDREN,
-        size_base=size_base,
-        seed=seed,
-        progress=False,
-    )
+    options = {"steps": (score.calls - 1) // CHILDREN, "children": CHILDREN, "grouping": GROUPING}
+    options |= {"size_base": size_base, "seed": seed, "progress": False}
+    return METHODS["layer_evolution"](experiment.problem, score=score.of_paths, **options)
 
 
 SEARCHES.register("evolution", label="evolution")(evolution)
@@ -75,96 +67,92 @@ SEARCHES.register("evolution_small", label="evolution, size base 0.9")(
 )
 
 
-def put_together(bench: Experiment, find: Callable[[Pool, Path, int], Path]) -> Paths:
-    """What `find(pool, the task's own expert, task)` gives for every task."""
-    pool, paths = Pool.of(bench.problem, GROUPING), []
-    for task in range(len(bench.problem.vectors.tasks)):
-        own = Path(((task, 1.0),) * pool.segments.num_groups)
-        paths.append(find(pool, own, task))
-    return Paths(bench.problem, [pool.model(path) for path in paths], paths, pool.segments)
+def path_per_task(experiment: Experiment, find: Callable[[Pool, Path, int], Path]) -> Paths:
+    """What `find(pool, the task's own expert, task)` returns for every task."""
+    pool, paths = Pool.of(experiment.problem, GROUPING), []
+    for task in range(len(experiment.problem.vectors.tasks)):
+        paths.append(find(pool, Path(((task, 1.0),) * pool.segments.num_groups), task))
+    flats = [pool.model(path) for path in paths]
+    return Paths(experiment.problem, flats, paths, pool.segments)
 
 
 @SEARCHES.register("random", label="random search")
-def random_search(bench: Experiment, marks: Marks, seed: int) -> Paths:
-    """The best of the expert and of paths with every gene drawn evenly."""
+def random_search(experiment: Experiment, score: ValidationScore, seed: int) -> Paths:
+    """The best of the expert and of paths with uniformly random genes."""
     generator = random.Random(seed)
 
     def find(pool: Pool, own: Path, task: int) -> Path:
         groups = range(pool.segments.num_groups)
-        drawn = [
-            Path(tuple(generator.choice(pool.choices) for _ in groups))
-            for _ in range(marks.calls - 1)
-        ]
-        values = [marks(pool.model(path), task) for path in (own, *drawn)]
-        return (own, *drawn)[values.index(max(values))]
+        drawn = [Path(tuple(generator.choice(pool.choices) for _ in groups))
+                 for _ in range(score.calls - 1)]  # fmt: skip
+        return max([own, *drawn], key=lambda path: score(pool.model(path), task))
 
-    return put_together(bench, find)
+    return path_per_task(experiment, find)
 
 
 @SEARCHES.register("greedy", label="greedy, group by group")
-def greedy_search(bench: Experiment, marks: Marks, seed: int) -> Paths:
-    """Group after group, again and again: every other gene is tried, the best is taken if better.
+def greedy_search(experiment: Experiment, score: ValidationScore, seed: int) -> Paths:
+    """Group after group in turn: every other gene is scored, the best is taken if it improves.
 
-    The last group may be left half tried, when the calls are spent.
+    The last group may be incomplete, when the calls are spent.
     """
 
     def find(pool: Pool, own: Path, task: int) -> Path:
-        best, highest, left = own, marks(pool.model(own), task), marks.calls - 1
+        best, highest, left = own, score(pool.model(own), task), score.calls - 1
         for group in cycle(range(pool.segments.num_groups)):
             if not left:
                 return best
             genes = [gene for gene in pool.choices if gene != best.genes[group]][:left]
-            ways = [Path((*best.genes[:group], gene, *best.genes[group + 1 :])) for gene in genes]
-            values = [marks(pool.model(way), task) for way in ways]
-            left -= len(ways)
+            paths = [Path((*best.genes[:group], gene, *best.genes[group + 1 :])) for gene in genes]
+            values = [score(pool.model(path), task) for path in paths]
+            left -= len(paths)
             if max(values) > highest:
-                highest, best = max(values), ways[values.index(max(values))]
+                highest, best = max(values), paths[values.index(max(values))]
 
-    return put_together(bench, find)
+    return path_per_task(experiment, find)
 
 
-def searched(bench: Experiment, name: str, calls: int, seed: int) -> dict:
-    """One search: best validation accuracy up to every call, test accuracy, bytes.
+def searched(
+    experiment: Experiment, *, seed: int, rows: int, search: str, calls: int
+) -> list[dict]:
+    """One search, or `expert`: a row per call, the last with test accuracy, gap and bytes.
 
     Means over tasks; bytes of all distinct parameters that the paths need.
     """
-    marks = Marks(bench, calls)
-    paths = SEARCHES[name](bench, marks, seed)
-    found = accuracies(bench, paths, bench.problem.vectors.tasks)
-    test = sum(found) / len(found)
-    return {"validation": marks.best(), "test": test, "bytes": paths.nbytes}
+    score = ValidationScore(experiment, 1 if search == "expert" else calls)
+    if search == "expert":
+        vectors, test = experiment.problem.vectors, [*expert_accuracies(experiment).values()]
+        nbytes = len(test) * vectors.base.nbytes
+        for task, name in enumerate(vectors.tasks):
+            score(vectors.expert(name), task)
+    else:
+        paths = SEARCHES[search](experiment, score, seed)
+        test, nbytes = accuracies(experiment, paths), paths.nbytes
+    table = [{"call": n, "validation": value} for n, value in enumerate(score.best(), start=1)]
+    mean = sum(test) / len(test)
+    table[-1] |= {"test": mean, "bytes": nbytes, "gap": table[-1]["validation"] - mean}
+    return table
 
 
-def searches(benches: Mapping[tuple[int, int], Experiment], *, calls: int = 129) -> pd.DataFrame:
-    """Every search on every bench: a row per seed, validation rows, search and call.
+def compare_searches(
+    experiments: Mapping[tuple[int, int], Experiment], *, calls: int = 129
+) -> pd.DataFrame:
+    """Every search, and the experts, on every experiment: a row per call.
 
-    benches: by seed and number of validation rows per task. Columns: seed, rows, search, call,
+    experiments: by seed and number of validation rows per task. Columns: seed, rows, search, call,
     validation (mean over tasks of the best so far, on the rows searched); and in the last call's
-    row test, gap (validation minus test) and bytes. The first call's row is the experts', whose
-    test accuracy stands under the search `expert`. Raises ValueError unless calls is 1 plus a
+    row test, gap (validation minus test) and bytes. Raises ValueError unless calls is 1 plus a
     multiple of CHILDREN.
     """
     if calls < 1 + CHILDREN or (calls - 1) % CHILDREN:
         raise ValueError(f"calls must be 1 plus a multiple of {CHILDREN}, got {calls}")
-    rows = []
-    jobs = [(key, name) for key in benches for name in SEARCHES]
-    for (seed, count), name in (bar := tqdm(jobs, "searches", leave=False)):
-        bar.set_postfix_str(f"seed {seed}, {count} rows, {name}")
-        bench = benches[seed, count]
-        find = partial(searched, bench, name, calls, seed)
-        found = kept(bench, find, "search for paths", name, calls, seed)
-        label = {"seed": seed, "rows": count, "search": name}
-        best = [{**label, "call": n, "validation": v} for n, v in enumerate(found["validation"], 1)]
-        last = {"test": found["test"], "bytes": found["bytes"]}
-        rows += [*best[:-1], {**best[-1], **last, "gap": best[-1]["validation"] - last["test"]}]
-        if name == "evolution":
-            rows.append(reference(bench, label, best[0]["validation"]))
-    return pd.DataFrame(rows)
-
-
-def reference(bench: Experiment, label: Mapping, validation: float) -> dict:
-    """The experts' own row."""
-    alone, base = list(expert_accuracies(bench).values()), bench.problem.vectors.base
-    test = sum(alone) / len(alone)
-    row = {"search": "expert", "call": 1, "validation": validation, "test": test}
-    return {**label, **row, "gap": validation - test, "bytes": len(alone) * base.nbytes}
+    tables = [
+        study(
+            searched,
+            {seed: experiment},
+            [{"rows": rows, "search": name} for name in (*SEARCHES, "expert")],
+            calls=calls,
+        )
+        for (seed, rows), experiment in experiments.items()
+    ]
+    return pd.concat(tables, ignore_index=True)

@@ -1,5 +1,6 @@
 """How much every study runs at each size: one table for all of them."""
 
+import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 
@@ -11,6 +12,24 @@ FITTED = (
     *("regmean", "fisher", "adamerging/task", "adamerging/layer"),
     *("divmerge/task", "divmerge/layer"),
 )
+
+PLAIN = ("average", "sum", "ties")
+ZETAS = (0.0, 0.01, 0.03, 0.1, 0.3, 0.5, 1.0, 2.0, 5.0, math.inf)
+LEAN = {
+    "divmerge/layer": {"epochs": 2, "inputs": 16},
+    "esm_pp": {"inputs": 16},
+    "surgery": {"steps": 100},
+    "wemoe": {"steps": 20},
+    "twin": {"steps": 200},
+    "dp_mixture": {"zeta": 0.1},
+    "layer_evolution": {"steps": 2},
+}
+FULL = {
+    "divmerge/layer": {"epochs": 4, "inputs": 100},
+    "wemoe": {"steps": 150},
+    "dp_mixture": {"zeta": 0.1},
+    "layer_evolution": {"steps": 8},
+}
 
 # Study -> size -> settings; what stands under "all" holds for every size that does not differ.
 SETTINGS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
@@ -89,6 +108,52 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
         "smoke": dict(task=6, layer=0, near=0, pair=0, merge=8, validation=16, test=24),
         "default": dict(task=20, layer=5, near=5, pair=0, merge=16, validation=32, test=64),
         "full": dict(task=100, layer=30, near=30, pair=10, merge=64, validation=64, test=160),
+    },
+    # orders: of arrival. rows: test rows per task where a study scores many merges; scored: of the
+    # others. few: tasks of the suite, None for all. zetas, sigmas, draws: of the mixture. shares:
+    # of corrupted experts. policy: draws that a policy learns from, on `looked` validation rows per
+    # task. calls: scores per task of every search for paths, on `searched` validation rows; counts
+    # after the first at the first seed. repeats: of every timing. options: of methods that learn.
+    "beyond": {
+        "all": {
+            **{"orders": 2, "rows": 40, "scored": 40, "zetas": ZETAS, "sigmas": (0.25,)},
+            **{"draws": 2, "shares": (0.0, 0.4), "looked": 25, "few": None, "options": LEAN},
+        },
+        "smoke": {
+            **{"few": 3, "zetas": (0.0, 0.1, math.inf), "draws": 1, "policy": 12, "looked": 16},
+            **{"calls": 9, "searched": (16,), "repeats": 2},
+        },
+        "default": {"few": 4, "policy": 60, "calls": 33, "searched": (32,), "repeats": 3},
+        "full": {
+            **{"orders": 10, "rows": 64, "scored": 100, "sigmas": (0.25, 0.5), "draws": 3},
+            **{"shares": (0.0, 0.2, 0.4, 0.6), "policy": 100, "calls": 97, "searched": (32, 128)},
+            **{"repeats": 7, "options": FULL},
+        },
+    },
+    # side: points along an axis of a plane; pairs: planes; points: along each of the lines; rows:
+    # test rows per task; answered: of the study of predictions.
+    "landscapes": {
+        "all": {"pairs": 2},
+        "smoke": dict(side=6, points=5, lines=3, rows=20, answered=40),
+        "default": dict(side=11, points=7, lines=4, rows=40, answered=100),
+        "full": dict(side=16, points=7, lines=8, rows=150, answered=150),
+    },
+    # merges: names of `mergeability.MERGES`. rows: test rows per task. inputs, epochs: of DivMerge.
+    # draws: of bootstrap and permutations. seeds: of experts.
+    "mergeability": {
+        "smoke": dict(seeds=(0,), merges=PLAIN[:2], rows=40, inputs=16, epochs=1, draws=200),
+        "default": dict(seeds=(0,), merges=PLAIN[::2], rows=48, inputs=16, epochs=2, draws=500),
+        "full": {
+            **{"seeds": (0, 1, 2), "merges": (*PLAIN, "tsv_m", "divmerge"), "rows": 150},
+            **{"inputs": 32, "epochs": 2, "draws": 5000},
+        },
+    },
+    # counts: numbers of tasks, the first of the suite.
+    "coefficients": {
+        "all": {"groupings": ("block",), "counts": (2, 4, 8), "seeds": (0,)},
+        "smoke": dict(counts=(2, 3), inputs=16, epochs=1, draws=200),
+        "default": dict(inputs=16, epochs=2, draws=500),
+        "full": dict(inputs=48, epochs=4, seeds=(0, 1, 2), draws=5000),
     },
 }
 
