@@ -114,6 +114,15 @@ def toys(tiny_folder, shared_cache, experts, monkeypatch):
     return tuple(MARKERS)
 
 
+@pytest.fixture
+def fresh(toys, shared_cache, tmp_path, monkeypatch):
+    """The toy suite with its experts, in a cache without any result."""
+    (tmp_path / "cache").mkdir()
+    for kind in ("experts", "tasks"):
+        (tmp_path / "cache" / kind).symlink_to(shared_cache / kind, target_is_directory=True)
+    monkeypatch.setenv("DIVMERGE_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def once() -> dict:
     """What the tests of one file share, made by the first that asks."""

@@ -111,6 +111,22 @@ def refuse(*args, **options):
     raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
+def experiment_of(problem: MergeProblem, base, digest: str = "linear") -> Experiment:
+    """An experiment whose labels are the predictions of every task's expert."""
+    splits = []
+    for number, task in enumerate(problem.vectors.tasks):
+        expert, batches = problem.vectors.expert(task), problem.batches[number]
+        labels = [problem.logits(expert, number, batch).argmax(-1) for batch in batches]
+        splits.append(LabelledSplit(batches, torch.cat(labels)))
+    experts = [Expert(task, {}, {}, {}) for task in problem.vectors.tasks]
+    return Experiment(base, experts, problem, splits, splits, digest)
+
+
+def forbid(*args, **options):
+    """In the place of a function that must not be called."""
+    pytest.fail("finished work is repeated")
+
+
 def naive_merge(problem: MergeProblem, coeffs: Tensor, groups: Sequence[int]) -> dict[str, Tensor]:
     """The merge as a dictionary of tensors, one Python sum per tensor: what autograd can follow."""
     layout, vectors = problem.vectors.layout, problem.vectors

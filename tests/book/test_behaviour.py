@@ -8,19 +8,18 @@ import torch
 from divmerge_book.evaluation.experiment import prepare
 from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.interference.behaviour import (
-    answers,
+    all_logits,
     barrier,
     confidence,
     disagreement,
     disentanglement_error,
-    flips,
     margin,
 )
 from divmerge_book.interference.representation import (
     cka,
     common_share,
-    dependence,
     hidden_states,
+    hsic,
     shift,
 )
 from helpers import linear_problem
@@ -62,7 +61,9 @@ def test_the_disentanglement_error_is_zero_where_nothing_is_added(distance):
 def test_on_an_axis_the_error_is_what_one_vector_changes_for_the_other_task(distance):
     problem = linear_problem(num_tasks=2, scale=1.0)
     exams, vectors = exams_of(problem), problem.vectors
-    base, moved = (answers(problem, vectors.merge([a, 0]), 1, exams[1]) for a in (0.0, 0.7))
+    base, moved = (
+        all_logits(problem, vectors.merge([a, 0]), 1, exams[1].batches) for a in (0.0, 0.7)
+    )
     expected = {"disagreement": disagreement, "js": js}[distance](base, moved).mean()
     found = disentanglement_error(problem, exams, [0.7, 0.0], distance=distance)
     assert_close(found, expected.item(), rtol=1e-9, atol=1e-12)
@@ -138,23 +139,7 @@ def test_a_barrier_asks_for_two_ends_and_a_known_reference():
             barrier(losses, reference=reference)
 
 
-# --- flips and margins ----------------------------------------------------------------------------
-
-
-def test_flips_add_up_to_the_difference_in_accuracy():
-    before, after = draws(50) > 0, draws(50, seed=1) > 0
-    found = flips(before, after)
-    assert_close(found.net, (after.double().mean() - before.double().mean()).item())
-    assert_close(found.gross, (before != after).double().mean().item())
-    assert not (found.lost & found.gained).any()
-
-
-def test_flips_by_hand():
-    before, after = torch.tensor([1, 1, 0, 0]).bool(), torch.tensor([1, 0, 0, 1]).bool()
-    found = flips(before, after)
-    assert found.lost.tolist() == [False, True, False, False]
-    assert found.gained.tolist() == [False, False, False, True]
-    assert (found.net, found.gross) == (0.0, 0.5)
+# --- confidence ----------------------------------------------------------------------------
 
 
 def test_margin_and_confidence_by_hand():
@@ -187,7 +172,7 @@ def test_the_dependence_is_the_mean_over_all_ordered_quadruples():
     x, y = (draws(6, 3, seed=n) for n in (0, 1))
     k, m = x @ x.T, y @ y.T
     slow = [k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q]) for i, j, q, r in permutations(range(6), 4)]
-    assert_close(dependence(k, m), torch.stack(slow).mean())
+    assert_close(hsic(k, m), torch.stack(slow).mean())
 
 
 def test_cka_of_a_constant_is_zero_and_too_few_rows_are_refused():
@@ -224,7 +209,7 @@ def test_the_last_hidden_state_is_what_the_head_reads(toys):
     head = bench.experts[1].head
     assert states.shape[:2] == (3, len(bench.test[1].gold))  # embeddings and two layers
     logits = states[-1] @ head["weight"].T + head["bias"]
-    assert_close(logits, answers(problem, flat, 1, bench.test[1]), rtol=1e-4, atol=1e-5)
+    assert_close(logits, all_logits(problem, flat, 1, bench.test[1].batches), rtol=1e-4, atol=1e-5)
 
 
 def test_hidden_states_need_an_encoder():

@@ -95,7 +95,7 @@ REACHED = {
         "trimmed).sign()) < 0",
     ),
     "noise": (
-        corrupted_experts.found_in,
+        corrupted_experts.detection,
         "divmerge_book/studies/corrupted_experts",
         "NOISE = 2.0",
         "NOISE = 9.0",
@@ -126,7 +126,7 @@ REACHED = {
         "residual**3",
     ),
     "weights": (
-        mergeability.weight_numbers,
+        mergeability.pair_statistics,
         "divmerge_book/interference/weights",
         "= deltas @ d",
         "= -deltas @ d",
@@ -300,11 +300,11 @@ def test_what_a_function_was_closed_over_counts():
 
     found = {
         code_digest(closed(over))
-        for over in (corrupted_experts.found_in, prediction_churn.merged, Recipe)
+        for over in (corrupted_experts.detection, prediction_churn.predictions_of, Recipe)
     }
     assert len(found) == 3
-    assert code_digest(partial(max, corrupted_experts.found_in)) == code_digest(
-        corrupted_experts.found_in
+    assert code_digest(partial(max, corrupted_experts.detection)) == code_digest(
+        corrupted_experts.detection
     )
 
 

@@ -12,7 +12,7 @@ from divmerge_book.findings import scaling as count
 from divmerge_book.published import paper, paper_reanalysis
 from divmerge_book.studies import additive, model_selection, pairwise_interference
 from divmerge_book.studies import scores as scoring
-from divmerge_book.studies.continual_merging import BATCH, forgetting
+from divmerge_book.studies.continual_merging import BATCH, backward_transfer
 
 RESULTS = Path(__file__).resolve().parents[2] / "book" / "results"
 RUN = "this run"
@@ -494,7 +494,7 @@ def test_the_stored_arrivals_are_those_of_a_loop():
             ratio.setdefault(key, []).append(row["accuracy"] / row["expert"])
     final = {m: mean(mean(v) for (n, _), v in ratio.items() if n == m) for m, _ in ratio}
     table, _ = load(RESULTS / "beyond" / "arrivals.json")
-    text = beyond.arriving(forgetting(table["rows"]), "the stored run")
+    text = beyond.arriving(backward_transfer(table["rows"]), "the stored run")
     for rule, whole in BATCH.items():
         gap = round(100 * (final[rule] - final[whole]), 1) + 0.0  # no minus before a zero
         assert f"{title(rule)} ({gap:+.1f})" in text

@@ -5,14 +5,14 @@ import torch
 from divmerge_book.interference.weights import (
     by_group,
     cosine,
+    decay_only,
     kind_of,
     magnitude_overlap,
     mean_with_others,
     norms_by_group,
     places,
-    shrunk,
     sign_conflict,
-    touched,
+    trained,
     upper,
 )
 from helpers import linear_problem
@@ -187,8 +187,8 @@ BASE = [[2.0, 2.0], [1.0, -1.0], [0.0, 3.0]]
 
 def test_rows_that_only_shrank_or_stood_still_are_untouched():
     decay = [[-0.2, -0.2], [0.5, 0.1], [0.0, 0.0]]  # decayed; learned; unchanged
-    grown = [[0.2, 0.2], [-0.1, 0.1], [0.0, -0.3]]  # grown, not shrunk; decayed; decayed
-    mark = shrunk(word_vectors(decay, grown, base=BASE))
+    grown = [[0.2, 0.2], [-0.1, 0.1], [0.0, -0.3]]  # grown, not decay_only; decayed; decayed
+    mark = decay_only(word_vectors(decay, grown, base=BASE))
     rows = mark.unflatten(1, (2, 3, 2))
     assert rows[0, 0].all(dim=1).tolist() == [True, False, True]
     assert rows[1, 0].all(dim=1).tolist() == [False, True, True]
@@ -210,23 +210,23 @@ def test_weight_decay_in_float32_is_found_and_leaves_nothing_to_conflict(lr):
         theta[20 * task : 20 * task + 20] += change
         experts.append((theta - base).flatten())
     vectors = TaskVectors(layout, ("a", "b"), base.flatten(), torch.stack(experts))
-    mark = shrunk(vectors).unflatten(1, (200, 64)).all(dim=2)
+    mark = decay_only(vectors).unflatten(1, (200, 64)).all(dim=2)
     assert mark.sum(dim=1).tolist() == [180, 180]
     assert not mark[0, :20].any() and not mark[1, 20:40].any()
     assert sign_conflict(vectors.deltas)[0, 1] < 0.2, "decay agrees with itself"
-    assert sign_conflict(touched(vectors).deltas)[0, 1] == 0, "no word was learned by both"
+    assert sign_conflict(trained(vectors).deltas)[0, 1] == 0, "no word was learned by both"
 
 
 def test_leaving_untouched_words_out_hardly_changes_a_length():
     decay = [[-0.002, -0.002], [0.5, 0.1], [0.0, 0.0]]
     vectors = word_vectors(decay, decay, base=BASE)
-    assert_close(touched(vectors).norms(), vectors.norms(), rtol=1e-4, atol=0)
+    assert_close(trained(vectors).norms(), vectors.norms(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("tolerance", [-0.1, 1.0])
 def test_a_tolerance_outside_its_range_is_refused(tolerance):
     with pytest.raises(ValueError, match="tolerance must be in"):
-        shrunk(linear_problem().vectors, tolerance=tolerance)
+        decay_only(linear_problem().vectors, tolerance=tolerance)
 
 
 # --- by place -------------------------------------------------------------------------------------

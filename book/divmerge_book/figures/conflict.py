@@ -12,7 +12,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 
 from divmerge_book.figures import PALETTE, short
-from divmerge_book.studies.mergeability import OUTCOMES, INPUTS, MERGES, label_of
+from divmerge_book.studies.mergeability import INPUTS, MERGES, OUTCOMES, label_of
 
 MARKERS = "osD^vPX*"
 Look = tuple[int, str]  # place in the palette, marker

@@ -18,9 +18,9 @@ LEVEL = 0.0005  # ratios nearer than this print alike
 
 
 def arriving(found: pd.DataFrame, source: str) -> str:
-    """Final accuracy and backward_transfer of every continual rule, beside its method with all experts.
+    """Final accuracy and backward transfer of every rule, beside its method with all experts.
 
-    found: of `arrivals.backward_transfer`.
+    found: of `continual_merging.backward_transfer`.
     """
     mean = found.groupby("method", sort=False)[["ratio", "bwt"]].mean()
     own = mean.loc[[name for name in ARRIVING if name in mean.index]]
@@ -54,7 +54,7 @@ def margins(found: pd.DataFrame) -> str:
 
 
 def ordered(found: pd.DataFrame, source: str) -> str:
-    """How much the final accuracy of every rule varies over orders. found: of `backward_transfer`."""
+    """Spread of every rule's final accuracy over orders. found: of `backward_transfer`."""
     spread = 100 * found[found.order >= 0].groupby("method", sort=False).ratio.std()
     said = [f"{title(name)} {spread[name]:.1f}" for name in ARRIVING if name in spread.index]
     return f"Standard deviation of the final accuracy over orders in {source}, points: " + (

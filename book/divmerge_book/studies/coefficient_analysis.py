@@ -1,6 +1,7 @@
 """Coefficients of DivMerge by group and task, beside sign conflict, cosine, norm and JS."""
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -133,3 +134,12 @@ def cluster_correlations(
     orders = orderings(count, draws, generator)
     p, p_max, _ = largest_of(value, np.stack([rho(target[o], covariates) for o in orders]))
     return pd.DataFrame({"rho": value, "low": low, "high": high, "p": p, "p_max": p_max})
+
+
+def tables(
+    experiments: Mapping[int, Experiment], options: SimpleNamespace
+) -> dict[str, pd.DataFrame]:
+    """Tables coefficients and followed, with the options of `settings("coefficients", size)`."""
+    names = ("counts", "groupings", "inputs", "epochs")
+    rows = coefficient_table(experiments, **{name: getattr(options, name) for name in names})
+    return {"coefficients": rows, "followed": covariate_correlations(rows, draws=options.draws)}

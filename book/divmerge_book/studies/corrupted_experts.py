@@ -28,6 +28,7 @@ from divmerge_core.methods import METHODS
 from divmerge_core.registry import Registry
 
 CORRUPTIONS = Registry("corruption")  # (task vectors [T, N], strangers [T, N], t, generator) -> [N]
+Values = np.ndarray | pd.Series | Tensor  # [M]
 NOISE = 2.0  # norm of the noise, in units of the task vector's
 
 
@@ -94,7 +95,7 @@ def contaminate(
     return Pool(experiment, MergeProblem(pool, batches, forward, problem.module), bad)
 
 
-def auc(values: Sequence[float], bad: Sequence[bool]) -> float:
+def auc(values: Values, bad: Values) -> float:
     """Probability that a good value exceeds a bad one, ties counting half; NaN if none is bad."""
     values, bad = np.asarray(values), np.asarray(bad, dtype=bool)
     if bad.all() or not bad.any():

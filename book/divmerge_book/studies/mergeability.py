@@ -7,6 +7,7 @@ table has what merging costs (OUTCOMES), and statistics of the weights (PREDICTO
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -253,3 +254,11 @@ def correlations(table: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> pd
                 row |= {name: float(getattr(found, name)[m, k, n]) for name in ends}
                 rows.append({**row, "threshold": found.threshold})
     return pd.DataFrame(rows)
+
+
+def tables(
+    experiments: Mapping[int, Experiment], options: SimpleNamespace
+) -> dict[str, pd.DataFrame]:
+    """Tables pairs and correlations, with the options of `settings("mergeability", size)`."""
+    rows = pairs(experiments, merges=options.merges, inputs=options.inputs, epochs=options.epochs)
+    return {"pairs": rows, "correlations": correlations(rows, draws=options.draws)}
