@@ -304,13 +304,8 @@ def toy(spec: str, **options) -> MergeProblem:
 
 def linear_experiment(base, tasks: int, *, digest="linear", seed=0, **options) -> Experiment:
     """An experiment of linear tasks whose right answers are those of every task's expert."""
-    problem, splits = linear_problem(num_tasks=tasks, scale=0.8, seed=seed, **options), []
-    for number, task in enumerate(problem.vectors.tasks):
-        expert, batches = problem.vectors.expert(task), problem.batches[number]
-        gold = [problem.logits(expert, number, batch).argmax(-1) for batch in batches]
-        splits.append(LabelledSplit(batches, torch.cat(gold)))
-    experts = [Expert(task, {}, {}, {}) for task in problem.vectors.tasks]
-    return Experiment(base, experts, problem, splits, splits, digest)
+    problem = linear_problem(num_tasks=tasks, scale=0.8, seed=seed, **options)
+    return experiment_of(problem, base, digest)
 
 
 def square(problem: MergeProblem, merged) -> float:

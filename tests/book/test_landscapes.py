@@ -48,12 +48,12 @@ def test_a_smaller_experiment_has_its_own_place_in_the_cache(experiment):
 # --- the plane ------------------------------------------------------------------------------------
 
 
-def test_an_axis_meets_zero_or_is_refused():
+def test_an_axis_includes_zero_or_is_refused():
     for side in (6, 11, 21):
         assert 0.0 in axis(side) and len(axis(side)) == side
     assert 1.0 in axis(11)
     for side in (1, 5, 10):
-        with pytest.raises(ValueError, match="so that 0 is met"):
+        with pytest.raises(ValueError, match="so that 0 is included"):
             axis(side)
 
 

@@ -14,7 +14,7 @@ from scipy.cluster.vq import ClusterError, kmeans2
 from torch import Tensor
 from tqdm import tqdm
 
-from divmerge_book.evaluation.cache import kept
+from divmerge_book.evaluation.cache import cached
 from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.studies.continual_merging import SHARE
 from divmerge_book.studies.evaluator import accuracies, scores_by_task
@@ -53,7 +53,7 @@ class Groups:
             offset = self.merge((*members, task)).offset if members else self.start * delta
             return misfits(self.experiment.problem, task, delta, [offset])[0].tolist()
 
-        found = kept(self.experiment, find, "misfit", members, task, self.start)
+        found = cached(self.experiment, find, "misfit", members, task, self.start)
         return torch.tensor(found, dtype=torch.float64)
 
     def accuracies_of(self, members: Members) -> list[float]:
@@ -66,7 +66,7 @@ class Groups:
         """Test accuracy of every task with its group's model, in the tasks' order."""
         found = {}
         for members in groups:
-            some = kept(self.experiment, partial(self.accuracies_of, members), "group", members)
+            some = cached(self.experiment, partial(self.accuracies_of, members), "group", members)
             found |= dict(zip(members, some, strict=True))
         return [found[task] for task in sorted(found)]
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from divmerge_book.evaluation.cache import kept
+from divmerge_book.evaluation.cache import cached
 from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.hyperparameter_search import own_experts, shares
 from divmerge_book.evaluation.metrics import LabelledSplit, predict
@@ -32,9 +32,8 @@ def accuracies(
 
 def expert_accuracies(experiment: Experiment) -> dict[str, float]:
     """Every expert's accuracy on its own task's test rows."""
-    found = kept(
-        experiment, lambda: shares(own_experts(experiment, experiment.test)), "experts on test"
-    )
+    own = partial(own_experts, experiment, experiment.test)
+    found = cached(experiment, lambda: shares(own()), "experts on test")
     return dict(zip(experiment.problem.vectors.tasks, found, strict=True))
 
 
