@@ -50,7 +50,7 @@ def test_mixtures_run_from_one_model_to_all_experts_and_repeat_nothing(experimen
     assert own.anp["0"] == pytest.approx(found.mean())
     assert (table.groups.str.count(r"\|") + 1 == table.models).all()
     assert set(table[table.how == "k_means"].models) == set(own.models)
-    for name in ("accuracies", "misfits", "join"):
+    for name in ("accuracies", "residuals", "join"):
         monkeypatch.setattr(module, name, forbid)
     pd.testing.assert_frame_equal(measured(), table)
 

@@ -19,7 +19,7 @@ from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.studies.continual_merging import SHARE
 from divmerge_book.studies.evaluator import accuracies, scores_by_task
 from divmerge_core.kernels.delta_storage import dense
-from divmerge_core.methods.clustered import evidence, misfits
+from divmerge_core.methods.clustered import posterior_score, residuals
 from divmerge_core.methods.continual import Merging, join, linear_places, untouched
 
 Members = tuple[int, ...]  # tasks that share a model, in the order of joining
@@ -43,7 +43,7 @@ class Groups:
         return join(self.merge(members[:-1]), self.delta(members[-1]), self.places, SHARE, True)
 
     def residuals(self, members: Members, task: int) -> Float[Tensor, " n"]:
-        """Distance of a group's model from this expert after it joins, per input; see `misfits`.
+        """Distance of a group's model from this expert after it joins, per input; see `clustered.residuals`.
 
         Without members: of base plus `start` times the task vector, a new group's likelihood.
         """
@@ -51,7 +51,7 @@ class Groups:
         def find() -> list[float]:
             delta = self.delta(task)
             offset = self.merge((*members, task)).offset if members else self.start * delta
-            return misfits(self.experiment.problem, task, delta, [offset])[0].tolist()
+            return residuals(self.experiment.problem, task, delta, [offset])[0].tolist()
 
         found = cached(self.experiment, find, "misfit", members, task, self.start)
         return torch.tensor(found, dtype=torch.float64)
@@ -77,7 +77,9 @@ def assignments(groups: Groups, *, zeta: float, sigma: float = 0.25) -> list[Mem
     for task in range(len(groups.experiment.problem.vectors.tasks)):
         errors = [groups.residuals(members, task) for members in (*found, ())]
         sizes = [len(members) for members in found]
-        chosen = int(evidence(errors, sizes, zeta=zeta, sigma=sigma, posterior="log").argmax())
+        chosen = int(
+            posterior_score(errors, sizes, zeta=zeta, sigma=sigma, posterior="log").argmax()
+        )
         found[chosen : chosen + 1] = [(*(found[chosen] if chosen < len(found) else ()), task)]
     return found
 
