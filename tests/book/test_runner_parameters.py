@@ -4,7 +4,7 @@ import pytest
 from click.testing import CliRunner
 from divmerge_book.runner.parameters import check_parameters
 from papermill.cli import papermill
-from test_runs import PARAMETERS, notebook
+from test_runner_main import PARAMETERS, notebook
 from test_structure import CHECK
 
 
