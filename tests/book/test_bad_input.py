@@ -127,7 +127,7 @@ def numberless(value: float):
             lambda e: replace(e, task="moods"),
             "unknown task 'moods'; choose one of: .*did you mean 'mood'",
         ),
-        (lambda e: replace(e, task="place"), ""),  # the same task twice
+        (lambda e: replace(e, task="place"), None),  # the same task twice
     ],
 )
 def test_an_expert_that_does_not_fit_is_refused(tiny, experts, toys, change, message):

@@ -7,12 +7,10 @@ import datasets
 import pytest
 import torch
 import transformers
-from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.models.encoders import (
     ENCODERS,
     check_device,
     classifier_forward,
-    join,
     load_base,
     make_batches,
     pooled,
@@ -51,10 +49,6 @@ def test_an_encoder_is_loaded_from_a_folder_as_the_hub_keeps_it(tiny, tiny_folde
         assert_close(tensor, stored[name], rtol=0, atol=0)
 
 
-def test_the_same_files_have_the_same_digest(tiny, tiny_folder):
-    assert load_base(str(tiny_folder)).digest == tiny.digest
-
-
 def test_a_changed_weight_or_word_changes_the_digest(tiny, tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "weight")
     weights = load_file(tmp_path / "weight" / "model.safetensors")
@@ -67,7 +61,7 @@ def test_a_changed_weight_or_word_changes_the_digest(tiny, tiny_folder, tmp_path
     vocabulary["film"], vocabulary["song"] = vocabulary["song"], vocabulary["film"]
     file.write_text(json.dumps(tokenizer))
     digests = {load_base(str(tmp_path / changed)).digest for changed in ("weight", "word")}
-    assert len(digests | {tiny.digest}) == 3
+    assert len(digests | {tiny.digest}) == 3 and load_base(str(tiny_folder)).digest == tiny.digest
 
 
 def test_a_missing_encoder_is_answered_with_the_choices(tmp_path):
@@ -107,7 +101,7 @@ def test_every_kind_of_encoder_is_loaded_and_padding_changes_nothing(kind, tmp_p
     base = load_base(saved(tmp_path, kind))
     (batch, *_), _ = make_batches(rows, base, batch_size=len(rows))
     together = pooled(base.encoder, base.state, batch.inputs)
-    for number in range(len(rows)):
+    for number in range(0, len(rows), 4):
         alone = pooled(base.encoder, base.state, unpadded(batch, number).inputs)[0]
         assert_close(together[number], alone, rtol=1e-4, atol=1e-5)
 
@@ -149,37 +143,22 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "tpu:0"])
-def test_a_device_that_is_not_there_is_refused_with_those_that_are(device, tiny_folder):
+def test_a_missing_device_is_refused_with_those_there(device):
     with pytest.raises(ValueError, match=f"no device '{device}' here; this machine has cpu"):
         check_device(device)
-    with pytest.raises(ValueError, match="this machine has cpu"):
-        load_base(str(tiny_folder), device)
 
 
-def test_auto_is_a_gpu_where_there_is_one(monkeypatch):
+def test_auto_is_what_the_hardware_has(monkeypatch):
     assert check_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert check_device("auto") == torch.device("cpu")
-
-
-def test_an_unknown_precision_is_answered_with_the_choices():
-    with pytest.raises(ValueError, match="must be auto, float32 or bfloat16, got 'float16'"):
-        resolve("float16", torch.device("cpu"))
-
-
-def test_precision_is_resolved_to_what_the_hardware_has():
     assert resolve("auto", torch.device("cpu")) in ("float32", "bfloat16")
     assert resolve("float32", torch.device("cpu")) == "float32"
-
-
-def test_bfloat16_that_a_gpu_only_emulates_is_not_taken(monkeypatch):
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
-    )
+    emulated = lambda including_emulation=True: including_emulation  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", emulated)
     assert resolve("auto", torch.device("cuda")) == "float32"
-
-
-def test_the_packaged_encoders_are_those_the_book_uses():
+    with pytest.raises(ValueError, match="must be auto, float32 or bfloat16, got 'float16'"):
+        resolve("float16", torch.device("cpu"))
     assert list(ENCODERS) == ["minilm", "bert_tiny"]
 
 
@@ -200,18 +179,15 @@ def test_batches_hold_every_row_once_shortest_first(tiny, rows):
     assert lengths == sorted(lengths)
 
 
-def test_weights_of_a_batch_are_a_mean(tiny, rows):
+def test_weights_of_a_batch_are_a_mean_and_long_texts_are_cut(tiny, rows):
     for batch in make_batches(rows, tiny, batch_size=6)[0]:
         assert batch.weight.sum().item() == pytest.approx(1)
         assert batch.weight.unique().numel() == 1
+    (batch,), _ = make_batches(rows, tiny, batch_size=20, max_length=5)
+    assert batch.inputs["input_ids"].shape == (20, 5)
 
 
-def test_long_texts_are_cut(tiny, rows):
-    batches, _ = make_batches(rows, tiny, batch_size=20, max_length=5)
-    assert batches[0].inputs["input_ids"].shape == (20, 5)
-
-
-def test_pairs_are_told_apart_by_their_token_types(tiny):
+def test_pairs_differ_by_their_token_types(tiny):
     rows = datasets.Dataset.from_dict({"text": ["the film"], "pair": ["a song"]})
     batch = make_batches(rows, tiny, batch_size=1)[0][0]
     words = tiny.tokenizer.convert_ids_to_tokens(batch.inputs["input_ids"][0].tolist())
@@ -222,18 +198,7 @@ def test_pairs_are_told_apart_by_their_token_types(tiny):
 # --- the forward pass -----------------------------------------------------------------------------
 
 
-def test_padding_does_not_change_logits(toy_problem):
-    flat, batch = toy_problem.vectors.base, toy_problem.batches[0][-1]
-    padded = join([batch], {}) | {}
-    wide = Batch(
-        {key: torch.nn.functional.pad(value, (0, 9)) for key, value in padded.items()}, batch.weight
-    )
-    assert_close(
-        toy_problem.logits(flat, 0, wide), toy_problem.logits(flat, 0, batch), rtol=0, atol=1e-5
-    )
-
-
-def test_a_row_among_others_is_answered_as_alone(toy_problem):
+def test_a_row_has_the_logits_that_it_has_without_others_and_padding(toy_problem):
     flat = toy_problem.vectors.expert("place")
     for batch in toy_problem.batches[1]:
         together = toy_problem.logits(flat, 1, batch)
@@ -241,7 +206,7 @@ def test_a_row_among_others_is_answered_as_alone(toy_problem):
         assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [1, 5])
 def test_several_batches_at_once_are_answered_as_one_by_one(toy_problem, count):
     flat = toy_problem.vectors.base + toy_problem.vectors.deltas.mean(0)
     every = [(t, b) for t, batches in enumerate(toy_problem.batches) for b in batches]
@@ -271,17 +236,3 @@ def test_half_precision_changes_answers_little_and_gives_float32(tiny, experts, 
     coarse, fine = forward(parameters, pairs)[0], toy_problem.forward(parameters, pairs)[0]
     assert coarse.dtype == torch.float32
     assert_close(coarse, fine, rtol=0.05, atol=0.1)
-
-
-def test_an_exam_keeps_labels_in_the_order_of_its_batches(tiny):
-    chosen = sentences("mood", 30)
-    labels = [int(answer == "positive") for *_, answer in chosen]
-    rows = datasets.Dataset.from_dict({"text": [text for text, *_ in chosen]})
-    batches, order = make_batches(rows, tiny, batch_size=8)
-    exam = LabelledSplit(batches, torch.tensor(labels)[order])
-    decoded = [
-        text
-        for batch in exam.batches
-        for text in tiny.tokenizer.batch_decode(batch.inputs["input_ids"], skip_special_tokens=True)
-    ]
-    assert [int("good" in text) for text in decoded] == exam.gold.tolist()

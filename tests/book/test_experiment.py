@@ -1,4 +1,4 @@
-"""Benches: experts that fit together become one problem, with labelled rows kept apart."""
+"""Experiments: experts that fit together become one problem, with labelled rows kept apart."""
 
 from dataclasses import replace
 
@@ -6,68 +6,82 @@ import pytest
 from divmerge_book.data.tasks import SUITES
 from divmerge_book.evaluation.experiment import SIZES, make_problem, prepare, task_names
 from divmerge_book.evaluation.metrics import predict
-from helpers import COUNTS
+from helpers import COUNTS, MARKERS, toy_task
 from torch.testing import assert_close
 
 
-def accuracy(bench, flat, task: int) -> float:
-    exam = bench.test[task]
-    return (predict(bench.problem, flat, task, exam) == exam.gold).double().mean().item()
+def accuracy(experiment, flat, task: int) -> float:
+    split = experiment.test[task]
+    return (predict(experiment.problem, flat, task, split) == split.gold).double().mean().item()
 
 
 @pytest.fixture
-def bench(toys):
+def experiment(toys):
     return prepare("toy", size="toy")
 
 
 # --- a suite made ready ---------------------------------------------------------------------------
 
 
-def test_a_bench_holds_base_experts_problem_and_exams(bench, toys):
-    assert [expert.task for expert in bench.experts] == list(toys)
-    assert bench.problem.vectors.tasks == toys
-    for split, exams in (("validation", bench.validation), ("test", bench.test)):
-        assert [len(exam.gold) for exam in exams] == [COUNTS[split]] * 2
-    sizes = [sum(b.weight.shape[0] for b in batches) for batches in bench.problem.batches]
+def test_an_experiment_holds_base_experts_problem_and_splits(experiment, toys):
+    assert [expert.task for expert in experiment.experts] == list(toys)
+    assert experiment.problem.vectors.tasks == toys
+    for split, splits in (("validation", experiment.validation), ("test", experiment.test)):
+        assert [len(split.gold) for split in splits] == [COUNTS[split]] * 2
+    sizes = [sum(b.weight.shape[0] for b in batches) for batches in experiment.problem.batches]
     assert sizes == [COUNTS["merge"]] * 2
 
 
-def test_the_merge_at_coefficient_1_answers_as_the_expert(bench, experts):
+def test_the_merge_at_coefficient_1_answers_as_the_expert(experiment, experts):
     """Base plus task vector through the merge's forward pass, against the expert's own weights."""
-    vectors = bench.problem.vectors
+    vectors = experiment.problem.vectors
     for number, expert in enumerate(experts):
         merged = vectors.base + vectors.deltas[number]
         own = vectors.layout.flatten(expert.state)
         assert_close(merged, own, rtol=0, atol=1e-6)
-        assert accuracy(bench, merged, number) == accuracy(bench, own, number) > 0.8
+        assert accuracy(experiment, merged, number) == accuracy(experiment, own, number) > 0.8
 
 
-def test_experts_are_better_than_the_base_on_their_own_task(bench):
-    vectors = bench.problem.vectors
+def test_experts_are_better_than_the_base_on_their_own_task(experiment):
+    vectors = experiment.problem.vectors
     for number, task in enumerate(vectors.tasks):
-        assert accuracy(bench, vectors.expert(task), number) > accuracy(bench, vectors.base, number)
+        assert accuracy(experiment, vectors.expert(task), number) > accuracy(
+            experiment, vectors.base, number
+        )
+
+
+def test_a_split_keeps_labels_in_the_order_of_its_batches(experiment):
+    for split, task in zip(experiment.test, MARKERS, strict=True):
+        rows = toy_task(task).load("test")
+        text = dict(zip(rows["text"], rows["label"], strict=True))
+        decode = experiment.base.tokenizer.batch_decode
+        found = [decode(b.inputs["input_ids"], skip_special_tokens=True) for b in split.batches]
+        assert [text[one] for few in found for one in few] == split.gold.tolist()
 
 
 def test_row_counts_are_limits(toys):
     size = replace(SIZES["toy"], merge_rows=10, validation_rows=7, test_rows=1000)
-    bench = prepare("toy", size=size)
-    assert [sum(b.weight.shape[0] for b in every) for every in bench.problem.batches] == [10, 10]
-    assert [len(exam.gold) for exam in bench.validation] == [7, 7]
-    assert [len(exam.gold) for exam in bench.test] == [COUNTS["test"]] * 2
-    assert bench.digest != prepare("toy", size="toy").digest
+    experiment = prepare("toy", size=size)
+    assert [sum(b.weight.shape[0] for b in every) for every in experiment.problem.batches] == [
+        10,
+        10,
+    ]
+    assert [len(split.gold) for split in experiment.validation] == [7, 7]
+    assert [len(split.gold) for split in experiment.test] == [COUNTS["test"]] * 2
+    assert experiment.digest != prepare("toy", size="toy").digest
 
 
-def test_the_same_suite_has_the_same_digest_and_other_experts_another(bench):
-    assert prepare("toy", size="toy").digest == bench.digest
-    assert prepare("toy", size="toy", seed=1).digest != bench.digest
+def test_the_same_suite_has_the_same_digest_and_other_experts_another(experiment):
+    assert prepare("toy", size="toy").digest == experiment.digest
+    assert prepare("toy", size="toy", seed=1).digest != experiment.digest
 
 
-def test_a_part_of_a_bench_answers_as_the_whole(bench):
-    part = bench.select(["place"])
-    flat = bench.problem.vectors.expert("place")
-    assert accuracy(part, flat, 0) == accuracy(bench, flat, 1)
+def test_a_part_of_an_experiment_answers_as_the_whole(experiment):
+    part = experiment.select(["place"])
+    flat = experiment.problem.vectors.expert("place")
+    assert accuracy(part, flat, 0) == accuracy(experiment, flat, 1)
     assert [expert.task for expert in part.experts] == ["place"]
-    assert part.digest != bench.digest
+    assert part.digest != experiment.digest
 
 
 def test_one_expert_alone_is_a_problem(tiny, experts, toys):

@@ -64,7 +64,7 @@ def test_logits_are_those_of_the_models_own_forward_pass(kind):
     torch.testing.assert_close(found, torch.cat(wanted), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["granite", "gemma2", "opt"])
+@pytest.mark.parametrize("kind", ["granite", "gemma2", "opt", "qwen2", "llama"])
 def test_gradients_are_those_of_the_models_own_forward_pass(kind):
     base = toy(kind, **FAMILIES[kind])
     batch, tokens = collate(base, ROWS)
@@ -112,3 +112,31 @@ def test_a_family_that_works_otherwise_is_refused_by_name():
         check_forward(toy("rwkv", attention_hidden_size=32))
     with pytest.raises(ValueError, match="LlamaModel has no body and output matrix of its own"):
         Parts.of(toy("llama").model.model)
+
+
+# --- precision and checkpointing ------------------------------------------------------------------
+
+
+def leaves(base):
+    return {name: tensor.clone().requires_grad_() for name, tensor in base.state.items()}
+
+
+def test_recomputed_activations_give_the_same_gradients(llama):
+    batch, tokens = collate(llama, ROWS)
+    found = []
+    for checkpointing in (False, True):
+        own = leaves(llama)
+        forward = language_forward(llama.model, checkpointing=checkpointing)
+        logits = forward(own, [(0, batch), (1, batch)])
+        sum(torch.nn.functional.cross_entropy(one, tokens) for one in logits).backward()
+        found.append([leaf.grad for leaf in own.values()])
+    torch.testing.assert_close(*found)
+
+
+def test_bfloat16_products_leave_logits_and_gradients_in_float32(llama):
+    batch, _ = collate(llama, ROWS)
+    own = leaves(llama)
+    logits = language_forward(llama.model, precision="bfloat16")(own, [(0, batch)])[0]
+    logits.sum().backward()
+    assert logits.dtype == torch.float32
+    assert {leaf.grad.dtype for leaf in own.values()} == {torch.float32}

@@ -4,19 +4,14 @@ import json
 import shutil
 
 import pytest
-import torch
 from divmerge_book.models.language import load_language, load_language_expert
-from divmerge_book.models.language.forward import Parts, language_forward
+from divmerge_book.models.language.forward import Parts
 from divmerge_book.models.language.models import MODELS, vocabulary_digest
-from divmerge_book.models.language.reading import collate
 from divmerge_book.models.language.training import trained
 from language_toys import save_model, tokenizer
 
 from divmerge_core.merging.coefficients import groups_of
 from divmerge_core.merging.task_vectors import Layout
-
-ROWS = [((5, 6, 7), (8, 9)), ((4,), (0,)), ((9, 8, 7, 6), (5, 4, 3))]
-
 
 # --- loading --------------------------------------------------------------------------------------
 
@@ -100,59 +95,3 @@ def test_an_expert_with_another_tokenizer_is_refused(llama, tmp_path):
 def test_an_expert_with_other_tensors_is_refused(llama, tmp_path):
     with pytest.raises(ValueError, match=r"differs from .* in \['lm_head.weight'"):
         load_language_expert(llama, save_model(tmp_path, tied=False), "sst2")
-
-
-# --- the forward pass -----------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["llama", "qwen"])
-def base(request):
-    return request.getfixturevalue(request.param)
-
-
-def leaves(base):
-    return {name: tensor.clone().requires_grad_() for name, tensor in base.state.items()}
-
-
-def test_logits_at_answer_positions_are_those_of_the_whole_model(base):
-    batch, _ = collate(base, ROWS)
-    with torch.no_grad():
-        found = language_forward(base.model)(base.state, [(0, batch)])[0]
-        whole = base.model(**batch.inputs).logits  # [B, S, V]
-    torch.testing.assert_close(found, whole[batch.answer])
-
-
-def test_gradients_are_autograds_on_the_plain_model_tied_or_not(base):
-    batch, tokens = collate(base, ROWS)
-
-    def loss(logits):
-        return torch.nn.functional.cross_entropy(logits, tokens)
-
-    own = leaves(base)
-    loss(language_forward(base.model)(own, [(0, batch)])[0]).backward()
-    base.model.requires_grad_(True).zero_grad()
-    loss(base.model(**batch.inputs).logits[batch.answer]).backward()
-    for name, tensor in base.model.named_parameters():
-        torch.testing.assert_close(own[name].grad, tensor.grad, msg=name)
-    base.model.zero_grad()
-
-
-def test_recomputed_activations_give_the_same_gradients(llama):
-    batch, tokens = collate(llama, ROWS)
-    found = []
-    for checkpointing in (False, True):
-        own = leaves(llama)
-        forward = language_forward(llama.model, checkpointing=checkpointing)
-        logits = forward(own, [(0, batch), (1, batch)])
-        sum(torch.nn.functional.cross_entropy(one, tokens) for one in logits).backward()
-        found.append([leaf.grad for leaf in own.values()])
-    torch.testing.assert_close(*found)
-
-
-def test_bfloat16_products_leave_logits_and_gradients_in_float32(llama):
-    batch, _ = collate(llama, ROWS)
-    own = leaves(llama)
-    logits = language_forward(llama.model, precision="bfloat16")(own, [(0, batch)])[0]
-    logits.sum().backward()
-    assert logits.dtype == torch.float32
-    assert {leaf.grad.dtype for leaf in own.values()} == {torch.float32}

@@ -2,6 +2,7 @@
 
 import torch
 
+from divmerge_book.models.language.completions import greedy
 from divmerge_book.models.language.forward import language_forward
 from divmerge_book.models.language.models import Language
 from divmerge_book.models.language.reading import collate
@@ -15,7 +16,7 @@ def check_forward(base: Language) -> None:
     """Raise ValueError, naming the model's class, where its logits here are not its own.
 
     Two rows of unlike length in one padded batch are compared with the model's own forward pass on
-    each row alone. Encoder-decoders run whole, and pass.
+    each row alone: our logits, and the greedy next tokens. Encoder-decoders run whole, and pass.
     """
     model = base.model
     if encodes(model):
@@ -24,12 +25,14 @@ def check_forward(base: Language) -> None:
     rows = [[n % known for n in row] for row in ((5, 6, 7, 8), (9, 4))]
     batch, _ = collate(base, [(row[:1], row[1:]) for row in rows])
     try:
-        own = [model(torch.tensor([row], device=base.device)).logits[0, :-1] for row in rows]
+        whole = [model(torch.tensor([row], device=base.device)).logits[0] for row in rows]
         ours = language_forward(model)(base.state, [(0, batch)])[0]
+        said = greedy(base, base.state, rows, max_new=1)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{refusal(base)}: {error!r}") from error
-    own = torch.cat(own)
-    gap = (ours - own).abs().max() / own.abs().max()
+    own = torch.cat([logits[:-1] for logits in whole])
+    last = [logits[-1].max() - logits[-1, t] for logits, (t,) in zip(whole, said, strict=True)]
+    gap = torch.stack([(ours - own).abs().max(), *last]).max() / own.abs().max()
     if not gap <= CLOSE[own.dtype]:
         raise ValueError(f"{refusal(base)}: they differ by {gap:.2g} of the largest logit")
 
