@@ -1,9 +1,8 @@
 """FSDP2: a fit in which every rank reads and stores only its shard of base and task vectors.
 
-FSDP2 cuts every tensor along its first axis, so a rank's share of it is one stretch of its numbers.
-The shares of all tensors, end to end, are the rank's own flat vector: base, task vectors, the merge
-and its gradient work on that vector as they do on a whole model's, and no rank ever holds all of
-the [T, N] numbers. Only while a block computes is its merged weight gathered from all ranks.
+FSDP2 shards every tensor along its first axis, so a rank's shard is a contiguous range of its
+entries. The shards of all tensors, concatenated, are the rank's flat vector: the merge and its
+gradient work on it as on a whole model's. A block's merged weights are gathered while it computes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from divmerge_core.checkpoints.safetensors_io import StoredModel
-from divmerge_core.kernels.merge import add_inner
 from divmerge_core.kernels.segments import Segments
+from divmerge_core.merging.merged_model import accumulate_with_hooks
 from divmerge_core.merging.problem import Batch, Forward, MergeProblem
 from divmerge_core.merging.process_group import ProcessGroup
 from divmerge_core.merging.task_vectors import STORAGES, Layout, TaskVectors
@@ -29,12 +28,12 @@ PRECISIONS = {
 }
 
 
-# --- where numbers come from ----------------------------------------------------------------------
+# --- sources of weights ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model's numbers, wherever they lie: piece(name, start, stop) of a tensor laid in a row.
+    """Weights of a model in memory or on disk: piece(name, start, stop) of a flattened tensor.
 
     prefix: what a module's names have in front of the names here, or nothing.
     """
@@ -46,7 +45,7 @@ class Source:
 
 
 def from_state(name: str, state: Mapping[str, Tensor]) -> Source:
-    """Numbers of a state dict in memory."""
+    """Weights of a state dict in memory."""
 
     def piece(key: str, start: int, stop: int) -> Tensor:
         return state[key].detach().reshape(-1)[start:stop]
@@ -77,11 +76,11 @@ def require_shapes(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> Non
             )
 
 
-# --- a model cut into shares ----------------------------------------------------------------------
+# --- a sharded model ------------------------------------------------------------------------------
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """What is gathered at a time: the entries of the outermost lists of modules."""
+    """The units that FSDP gathers: entries of the outermost ModuleLists."""
     found: list[nn.Module] = []
     for child in module.children():
         found += list(child) if isinstance(child, nn.ModuleList) else blocks(child)
@@ -89,7 +88,7 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def own_stretch(shape: Sequence[int], rank: int, world: int) -> tuple[int, int]:
-    """(start, stop) of a rank's numbers in a tensor laid in a row, as FSDP2 cuts its first axis."""
+    """(start, stop) of a rank's shard in the flattened tensor, as FSDP2 splits its first axis."""
     rows, width = shape[0], prod(shape[1:])
     step = -(-rows // world)
     return min(rank * step, rows) * width, min((rank + 1) * step, rows) * width
@@ -97,9 +96,9 @@ def own_stretch(shape: Sequence[int], rank: int, world: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Shards:
-    """One rank's share of a model, and the model itself, cut for good.
+    """A sharded model on one rank.
 
-    layout: names, and the shapes of one's own shares. shapes: of the whole tensors.
+    layout: names and shapes of the rank's shards. shapes: of the whole tensors.
     """
 
     group: ProcessGroup
@@ -110,9 +109,9 @@ class Shards:
 
     @classmethod
     def of(cls, module: nn.Module, group: ProcessGroup, *, precision: str = "float32") -> "Shards":
-        """Cut a model over the ranks, each on its device; it may come without weights.
+        """Shard a model over the group; its parameters may be on the device meta.
 
-        precision: of the gathered weights and of products; shares and gradients are in float32.
+        precision: of the gathered weights and of products; shards and gradients are in float32.
         Raises ValueError for an unknown precision, and where a rank would have no number.
         """
         if precision not in PRECISIONS:
@@ -143,7 +142,7 @@ class Shards:
         return cls(group, module, shapes, layout)
 
     def read(self, source: Source) -> dict[str, Tensor]:
-        """One's own share of every tensor; nothing else of the source is read."""
+        """The rank's shard of every tensor; nothing else of the source is read."""
         state = {}
         for name, local in zip(self.layout.names, self.layout.shapes, strict=True):
             start, stop = own_stretch(self.shapes[name], self.group.rank, self.group.world)
@@ -154,7 +153,7 @@ class Shards:
     def vectors(
         self, base: Source, experts: Mapping[str, Source], *, storage: str = "float32"
     ) -> TaskVectors:
-        """One's own columns of base and task vectors, read one expert at a time.
+        """The rank's columns of base and task vectors, read one expert at a time.
 
         storage: as in TaskVectors.from_states. Raises ValueError where a source does not fit the
         model, before any is read, and where a share is not finite.
@@ -176,39 +175,19 @@ class Shards:
 
     @torch.no_grad()
     def fill(self, parameters: Mapping[str, Tensor]) -> None:
-        """Write one's own shares into the model."""
+        """Write the rank's shards into the model."""
         own = [parameter.to_local() for parameter in self.module.parameters()]
         torch._foreach_copy_(own, [parameters[name].detach() for name in self.layout.names])
 
-    # --- what a fit asks for ----------------------------------------------------------------------
+    # --- GradientReducer --------------------------------------------------------------------------
 
     def gather(self, vectors: TaskVectors, segments: Segments) -> Callable[[], Tensor]:
-        """Take each share's gradient when it is ready; `collect` gives dL/dLambda of all ranks."""
+        """Register gradient hooks on the shards; the function returned sums over all ranks."""
         while self.hooks:
-            self.hooks.pop().remove()  # of a fit before this one
-        result = vectors.base.new_zeros(len(vectors.tasks), segments.num_groups)
-
-        def consume(start: int, stop: int) -> Callable[[Tensor], None]:
-            rows = segments.within(start, stop)
-
-            def hook(parameter: Tensor) -> None:
-                grad = parameter.grad.to_local().flatten()
-                add_inner(result, grad, vectors.deltas, rows, start)
-                parameter.grad = None
-
-            return hook
-
-        for parameter, bounds in zip(self.module.parameters(), self.layout.bounds, strict=True):
-            if bounds[0] < bounds[1]:
-                hook = consume(*bounds)
-                self.hooks.append(parameter.register_post_accumulate_grad_hook(hook))
-
-        def collect() -> Float[Tensor, "T G"]:
-            gathered = self.group.total(result.clone())
-            result.zero_()
-            return gathered
-
-        return collect
+            self.hooks.pop().remove()  # of an earlier fit
+        parameters = dict(self.module.named_parameters())
+        collect = accumulate_with_hooks(parameters, vectors, segments, self.hooks)
+        return lambda: self.group.total(collect())
 
     def total(self, loss: float) -> float:
         """The loss of all ranks."""
@@ -217,7 +196,7 @@ class Shards:
         ).item()
 
 
-# --- a problem on several devices -----------------------------------------------------------------
+# --- a sharded problem ----------------------------------------------------------------------------
 
 
 def own_rows(batch: Batch, rank: int, world: int) -> Batch:

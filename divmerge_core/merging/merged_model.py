@@ -83,11 +83,15 @@ def gather_in_buffer(
 
 
 def accumulate_with_hooks(
-    leaves: Mapping[str, Tensor], vectors: TaskVectors, segments: Segments
+    leaves: Mapping[str, Tensor],
+    vectors: TaskVectors,
+    segments: Segments,
+    hooks: list | None = None,
 ) -> Callable[[], Tensor]:
-    """Take each tensor's gradient when it is ready, multiply, and free it: no buffer [N].
+    """Multiply every tensor's gradient as soon as it is ready, and free it: no buffer [N].
 
-    The largest tensor's gradient is the most that is held at once.
+    The peak is the largest tensor's gradient. hooks: receives the handles. Of sharded parameters
+    the local gradient is taken.
     """
     result = vectors.base.new_zeros(len(vectors.tasks), segments.num_groups)
 
@@ -95,14 +99,17 @@ def accumulate_with_hooks(
         rows = segments.within(start, stop)
 
         def hook(leaf: Tensor) -> None:
-            add_inner(result, leaf.grad.flatten(), vectors.deltas, rows, start)
+            grad = leaf.grad.to_local() if hasattr(leaf.grad, "to_local") else leaf.grad
+            add_inner(result, grad.flatten(), vectors.deltas, rows, start)
             leaf.grad = None
 
         return hook
 
     for leaf, (start, stop) in zip(leaves.values(), vectors.layout.bounds, strict=True):
-        if leaf.requires_grad:
-            leaf.register_post_accumulate_grad_hook(consume(start, stop))
+        if leaf.requires_grad and start < stop:
+            handle = leaf.register_post_accumulate_grad_hook(consume(start, stop))
+            if hooks is not None:
+                hooks.append(handle)
 
     def collect() -> Float[Tensor, "T G"]:
         gathered = result.clone()
