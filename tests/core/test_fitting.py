@@ -60,19 +60,16 @@ def naive_gradient(problem: MergeProblem, start: Coefficients, objective, groupi
 # --- the gradient ---------------------------------------------------------------------------------
 
 
-@every_grouping
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_gradient_is_autograds_through_the_naive_merge(problem, grouping, objective):
-    start, found = core_gradient(problem, OBJECTIVES[objective], grouping=grouping)
+CASES = [(name, "block", "identity") for name in OBJECTIVES]
+CASES += [("js", grouping, "identity") for grouping in GROUPINGS if grouping != "block"]
+CASES += [("js", "block", link) for link in ("sigmoid", "softmax")]
+
+
+@pytest.mark.parametrize(("objective", "grouping", "link"), CASES)
+def test_the_gradient_is_autograds_through_the_naive_merge(problem, objective, grouping, link):
+    start, found = core_gradient(problem, OBJECTIVES[objective], grouping=grouping, link=link)
     expected = naive_gradient(problem, start, OBJECTIVES[objective], grouping)
     assert expected.abs().max() > 1e-4
-    assert (found - expected).norm() < 1e-5 * expected.norm()
-
-
-@pytest.mark.parametrize("link", ["sigmoid", "softmax"])
-def test_the_gradient_goes_through_the_link(problem, link):
-    start, found = core_gradient(problem, js, grouping="block", link=link)
-    expected = naive_gradient(problem, start, js, "block")
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
@@ -112,10 +109,9 @@ def test_the_merges_gradient_passes_gradcheck(grouping):
     assert torch.autograd.gradcheck(Merge.apply, (coeffs,))
 
 
-@every_grouping
-def test_the_gradient_is_autograds_on_a_transformer_too(toy_problem, grouping):
-    start, found = core_gradient(toy_problem, js, grouping=grouping)
-    expected = naive_gradient(fewer(toy_problem, 1), start, js, grouping)
+def test_the_gradient_is_autograds_on_a_transformer_too(toy_problem):
+    start, found = core_gradient(toy_problem, js, grouping="layer")
+    expected = naive_gradient(fewer(toy_problem, 1), start, js, "layer")
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
@@ -137,21 +133,14 @@ def losses_of(
     return losses[:-1]
 
 
-@every_grouping
-@pytest.mark.parametrize("link", ["identity", "sigmoid", "softmax"])
+@pytest.mark.parametrize(
+    ("grouping", "link"), [("task", "identity"), ("block", "sigmoid"), ("layer", "softmax")]
+)
 def test_the_loss_falls(problem, grouping, link):
     coefficients = coefficients_of(problem, grouping=grouping, link=link)
-    losses = losses_of(problem, coefficients, epochs=20)
+    losses = losses_of(problem, coefficients, epochs=8, lr=0.03)
     epoch = len(problem.batches[0])
     assert sum(losses[-epoch:]) < 0.95 * sum(losses[:epoch])
-
-
-def test_more_coefficients_fit_no_worse(problem):
-    ends = []
-    for grouping in ("task", "layer"):
-        losses = losses_of(problem, coefficients_of(problem, grouping=grouping), epochs=30)
-        ends.append(sum(losses[-3:]))
-    assert ends[1] <= ends[0]
 
 
 def test_one_expert_alone_has_nothing_to_lose():
@@ -202,14 +191,6 @@ def test_the_objective_sees_the_expert_first_and_the_mean_is_weighted():
     assert_close(losses[0], (0.5 * (rows[0] + rows[1])).item())
 
 
-def test_the_loss_is_the_unweighted_sum_over_tasks(problem):
-    together = losses_of(fewer(problem, 1), coefficients_of(problem), epochs=1)[0]
-    _, numbers = groups_of(problem.vectors.layout, "task")
-    start = coefficients_of(problem)()
-    expected = naive_loss(problem, naive_merge(problem, start, numbers), js)
-    assert_close(together, expected.item(), rtol=1e-6, atol=0)
-
-
 def test_the_same_seed_gives_the_same_fit_and_another_order_another(problem):
     def fit(seed: int):
         coefficients = coefficients_of(problem, grouping="layer")
@@ -229,16 +210,6 @@ def test_experts_are_asked_once(problem):
     counted = MergeProblem(problem.vectors, problem.batches, forward)
     fit_coefficients(counted, coefficients_of(problem), js, epochs=5, progress=False)
     assert asked == {"expert": 9, "merged": 15}
-
-
-def test_the_experts_answers_are_those_of_the_experts(problem):
-    cached = expert_logits(problem)
-    for number, (task, batches) in enumerate(
-        zip(problem.vectors.tasks, problem.batches, strict=True)
-    ):
-        flat = problem.vectors.expert(task)
-        for index, batch in enumerate(batches):
-            assert_close(cached[number][index], problem.logits(flat, number, batch))
 
 
 def test_the_experts_answers_given_as_targets_change_nothing(problem):
@@ -297,26 +268,23 @@ def test_the_loss_on_all_inputs_is_each_tasks_mean_over_its_batches(problem, gra
 # --- other optimisers -----------------------------------------------------------------------------
 
 
-FAR = {"adam": 25, "lbfgs": 12}  # epochs
-
-
-@every_grouping
-def test_lbfgs_ends_lower_than_adam(problem, grouping):
+def test_lbfgs_ends_lower_than_adam_and_with_more_coefficients_no_higher(problem):
     ends = []
-    for name, epochs in FAR.items():
+    fits = [("adam", 25, "layer"), ("lbfgs", 12, "layer"), ("lbfgs", 12, "task")]
+    for name, epochs, grouping in fits:
         coefficients = coefficients_of(problem, grouping=grouping)
         options = {"optimizer": name, "epochs": epochs, "progress": False}
         fit_coefficients(problem, coefficients, js, **options)
-        live = MergedModel.of(problem, coefficients, js, expert_logits(problem), "stream")
-        live.merge()
-        ends.append(live.backward_all())
-    assert ends[1] < ends[0]
+        model = MergedModel.of(problem, coefficients, js, expert_logits(problem), "stream")
+        model.merge()
+        ends.append(model.backward_all())
+    assert ends[1] < ends[0] and ends[1] <= ends[2]
 
 
 @pytest.mark.parametrize("link", ["sigmoid", "softmax"])
 def test_links_keep_their_promise_under_lbfgs(problem, link):
     coefficients = coefficients_of(problem, grouping="block", link=link)
-    losses = losses_of(problem, coefficients, optimizer="lbfgs", epochs=15)
+    losses = losses_of(problem, coefficients, optimizer="lbfgs", epochs=8)
     assert min(losses) < 0.95 * losses[0]
     assert coefficients().min() > 0 and coefficients().max() < 1
 
@@ -388,14 +356,14 @@ def test_methods_hand_their_optimiser_on(problem, method):
     assert torch.isfinite(found).all() and not torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(("seed", "scale"), [(1, 1.0), (0, 3.0), (3, 1.0)])
+@pytest.mark.parametrize(("seed", "scale"), [(0, 3.0)])
 def test_a_line_search_goes_on_where_float32_would_overflow(seed, scale):
     """Chi squared grows so fast that fourth powers of its gradient do; the fit still falls."""
     problem = linear_problem(seed=seed, scale=scale)
     losses = losses_of(
         *(problem, coefficients_of(problem, grouping="layer"), DIVERGENCES["chi_squared"]),
         optimizer="lbfgs",
-        epochs=20,
+        epochs=12,
     )
     assert all(map(math.isfinite, losses)) and min(losses) < losses[0]
 
@@ -458,11 +426,6 @@ def test_a_last_gradient_that_is_no_number_is_reported(problem, optimizer):
         fit_coefficients(few, coefficients_of(few), broken, **options)
 
 
-def test_an_unknown_optimiser_is_told_the_choices(problem):
-    with pytest.raises(ValueError, match="unknown optimizer 'sgd'; choose one of: adam, annealed"):
-        fit_coefficients(problem, coefficients_of(problem), js, optimizer="sgd", progress=False)
-
-
 # --- what is visited, and what is shown -----------------------------------------------------------
 
 
@@ -475,6 +438,8 @@ def test_every_epoch_visits_every_batch(counts):
         taken = steps[epoch * max(counts) : (epoch + 1) * max(counts)]
         for task, count in enumerate(counts):
             assert {step[task] for step in taken} == set(range(count))
+    if counts == [3, 3]:
+        assert all(first == second for first, second in steps), "tasks share one order"
     assert steps[: max(counts)] != steps[max(counts) : 2 * max(counts)] or max(counts) < 4
 
 
@@ -483,11 +448,6 @@ def test_a_task_with_fewer_batches_takes_each_of_them_equally_often():
     steps = schedule([6, 2], 1, torch.Generator().manual_seed(0))
     assert Counter(step[0] for step in steps) == dict.fromkeys(range(6), 1)
     assert Counter(step[1] for step in steps) == {0: 3, 1: 3}
-
-
-def test_tasks_share_one_order():
-    steps = schedule([6, 6], 2, torch.Generator().manual_seed(0))
-    assert all(first == second for first, second in steps)
 
 
 def test_the_watcher_sees_every_step_and_the_end(problem):
@@ -578,12 +538,12 @@ def stopping(problem: MergeProblem, passes: int) -> MergeProblem:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_fit_goes_on_where_it_was_stopped_bit_for_bit(problem, optimizer, tmp_path):
-    options = {"optimizer": optimizer, "epochs": 8, "lr": 0.05, "progress": False}
+    options = {"optimizer": optimizer, "epochs": 4, "lr": 0.05, "progress": False}
     whole = coefficients_of(problem, grouping="block")
     fit_coefficients(problem, whole, js, **options)
 
     path = tmp_path / "fit.pt"
-    for passes in (25, 30, 1000):  # twice it is stopped; the third time it comes to its end
+    for passes in (17, 20, 1000):  # twice it is stopped; the third time it comes to its end
         again = coefficients_of(problem, grouping="block")
         stopped = stopping(problem, passes)
         try:
