@@ -9,7 +9,7 @@ from divmerge_book.evaluation import benchmark, cache, experiment, hyperparamete
 from divmerge_book.evaluation.benchmark import ALL_METHODS, compare, every_method
 from divmerge_book.evaluation.experiment import SIZES
 from divmerge_book.evaluation.hyperparameter_search import Merges, candidates, search
-from divmerge_book.figures.baselines import big_table, summary
+from divmerge_book.figures.baselines import benchmark_table, summary
 from divmerge_book.models import finetuning
 from helpers import linear_problem
 
@@ -284,7 +284,9 @@ def test_a_new_method_is_compared_and_tabled_by_itself(fresh, monkeypatch):
     monkeypatch.setitem(METHODS, "halfway", halfway)
     monkeypatch.setitem(METHODS.facts, "halfway", facts)
     assert "halfway" in every_method()
-    table = big_table(summary(run("average", "halfway", budget=6, published=True), "mood+place"))
+    table = benchmark_table(
+        summary(run("average", "halfway", budget=6, published=True), "mood+place")
+    )
     assert table.loc[("no data", "halfway"), "tried"] == "2"
 
 

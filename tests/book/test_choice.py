@@ -90,12 +90,12 @@ def test_in_the_forest_only_what_survives_correction_is_filled(ax):
 
 def test_a_gradient_that_vanishes_is_drawn_at_the_floor(ax):
     odds = pd.DataFrame({"objective": ["js"] * 2, "odds": [0.0, 1.0], "pull": [1.0, 0.0]})
-    assert draw.values(ax, odds, ["js"], "pull").lines[-1].get_ydata()[-1] == draw.FLOOR
+    assert draw.objective_values(ax, odds, ["js"], "pull").lines[-1].get_ydata()[-1] == draw.FLOOR
 
 
 def test_runs_stored_before_predictions_are_drawn(ax):
     hot = {"objective": "js", "temperature": [1.0, 2.0], "seed": 0, "anp": [0.9, 0.8]}
-    assert draw.tempered(ax, pd.DataFrame(hot)) is ax
+    assert draw.by_temperature(ax, pd.DataFrame(hot)) is ax
     ax.clear()
     cost = {"objective": ["js", "kl"], "kind": "noise", "cost": [0.1, 0.2], "seed": 0}
-    assert draw.strained(ax, pd.DataFrame(cost)) is ax
+    assert draw.corruption_costs(ax, pd.DataFrame(cost)) is ax

@@ -45,5 +45,5 @@ def test_the_target_is_adams_last_loss(found, tmp_path):
     assert met.passes.notna().all() and ends[ends.reached > ends.target].passes.isna().all()
     save(tmp_path / "ends.json", {"ends": ends}, seeds=[0])  # missing numbers survive it
     assert load(tmp_path / "ends.json")[0]["ends"].passes.isna().sum() == ends.passes.isna().sum()
-    ax = draw.falling(plt.figure().gca(), courses, adam.target)
+    ax = draw.convergence(plt.figure().gca(), courses, adam.target)
     assert len(ax.get_lines()) == len(OPTIMIZERS) + 1

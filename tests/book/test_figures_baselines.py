@@ -51,14 +51,14 @@ def test_the_summary_holds_scores_and_mean_costs(report):
 
 
 def test_the_table_is_grouped_by_what_a_method_looks_at(report):
-    table = draw.big_table(draw.summary(report, SUBSET))
+    table = draw.benchmark_table(draw.summary(report, SUBSET))
     assert [*table.index.get_level_values(0)] == ["reference", *["no data"] * 3, draw.INPUTS]
     assert table.loc[("no data", "TIES"), "ANP, %"].startswith("60.0 [")
     assert table.loc[("no data", "TIES"), "published, %"] == "50.0"
     assert table.loc[("no data", "TIES"), "kept margin, %"].startswith("20.0 [")
     assert table.loc[("no data", "TIES"), "published kept, %"] == "0.0"
     assert table.loc[("no data", "TIES"), "below majority"] == "0 of 2"
-    page = draw.printed(table, "a toy").to_html()
+    page = draw.styled(table, "a toy").to_html()
     assert "a toy" in page and "TIES" in page and "font-size" in page
 
 
@@ -71,7 +71,7 @@ def test_the_figures_draw_every_method(report):
     drawn = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes[0].lines]
     assert (0.6, 1) in drawn  # TIES: the ANP on its row, the kept margin below
     assert any(abs(x - 0.2) < 1e-9 and y == 1.4 for x, y in drawn)
-    draw.against_cost(axes[1:], table)
+    draw.score_against_cost(axes[1:], table)
     assert axes[1].get_xscale() == "log" and "seconds" in axes[2].get_xlabel()
     assert [ax.get_ylabel().partition(",")[0] for ax in axes[1:]] == ["ANP", "kept margin"]
     fig.canvas.draw()
@@ -80,7 +80,7 @@ def test_the_figures_draw_every_method(report):
 
 def test_anp_and_kept_margin_stand_side_by_side(report):
     """The base gets 4 of 10 rows right: ANP 40 %, and below the majority, which gets 5."""
-    table = figures.side_by_side(report, SUBSET).set_index("method")
+    table = figures.score_intervals(report, SUBSET).set_index("method")
     assert table.value["base"] == pytest.approx(0.4)
     assert table.kept["base"] == pytest.approx(-0.2) and table.below["base"] == 2
     shown = figures.score_table(report, SUBSET)
@@ -96,7 +96,7 @@ def test_anp_and_kept_margin_stand_side_by_side(report):
 
 
 def test_the_place_says_both_scores_and_who_is_below_the_majority(report):
-    said = figures.place(report)
+    said = figures.rank_summary(report)
     assert "By ANP: DivMerge, per task is number 2 of 5 (70.0 %)." in said
     assert "By kept margin: DivMerge, per task is number 2 of 5 (40.0 %)." in said
     assert "No method is below the majority class" in said

@@ -23,7 +23,7 @@ CITED = re.compile(r"(?:table|marks|intervals|scores): of `(?:studies\.)?(?:\w+\
 
 def test_no_two_methods_look_alike():
     looks = [(to_rgb(style(spec)["color"]), style(spec)["marker"]) for spec in LOOKS]
-    assert len(set(looks)) == len(LOOKS) == 13
+    assert len(set(looks)) == len(LOOKS) == 14
 
 
 def test_methods_of_one_family_share_a_colour_and_no_other_family_has_it():
@@ -52,22 +52,22 @@ def artists(ax) -> dict[str, tuple]:
 
 def behaving(ax):
     row = {"part": 1, "lost": 0.1, "margin": 0.5, "auc": 0.6}
-    behaviour.margins(ax, pd.DataFrame([{"model": m, **row} for m in behaviour.LOOKS]))
+    behaviour.loss_by_margin(ax, pd.DataFrame([{"model": m, **row} for m in behaviour.LOOKS]))
 
 
 def layered(ax):
     rows = [{"model": m, "layer": n, "cka": 0.5} for m in behaviour.LOOKS for n in (0, 1)]
-    behaviour.layers(ax, pd.DataFrame(rows), "cka")
+    behaviour.similarity_by_layer(ax, pd.DataFrame(rows), "cka")
 
 
 def on_a_plane(ax):
     rows = [{"method": m, "step": 0, "l1": 0.5, "l2": 0.5} for m in landscapes.MARKS]
-    landscapes.found(ax, pd.DataFrame(rows))
+    landscapes.end_points(ax, pd.DataFrame(rows))
 
 
 def against_t(ax):
     row = {"T": 2, "value": 0.9, "low": 0.8, "high": 1.0}
-    scaling.lines(ax, pd.DataFrame([{"method": spec, **row} for spec in LOOKS]))
+    scaling.score_curve(ax, pd.DataFrame([{"method": spec, **row} for spec in LOOKS]))
 
 
 @pytest.mark.parametrize("draw", [behaving, layered, on_a_plane, against_t])

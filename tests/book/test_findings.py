@@ -502,12 +502,12 @@ def test_the_stored_arrivals_are_those_of_a_loop():
 
 def test_the_stored_costs_are_those_of_a_loop():
     js: dict[str, list] = {}
-    for row in stored("interference/pairwise_interference.json", "rows"):
+    for row in stored("interference/costs.json", "rows"):
         if row["rule"] == "added":
             js.setdefault(row["other"], []).append(row["js"])
     cost = {other: mean(values) for other, values in js.items()}
     first, second, *_ = sorted(cost, key=cost.get, reverse=True)
-    tables, _ = load(RESULTS / "interference" / "pairwise_interference.json")
+    tables, _ = load(RESULTS / "interference" / "costs.json")
     text = interference.asymmetric(tables["rows"], "the stored run")
     said = f"`{first}` ({cost[first]:.3f} nats on average), then `{second}` ({cost[second]:.3f})"
     assert said in text

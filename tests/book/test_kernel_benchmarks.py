@@ -238,14 +238,14 @@ def axes():
 
 def test_figures_draw_what_they_are_given(axes):
     table = merge_bandwidth.summary(rows_by_hand())
-    ax = cost_figures.against(axes(), table, "forward", "tasks")
+    ax = cost_figures.time_curve(axes(), table, "forward", "tasks")
     assert "ms" in ax.get_ylabel() or "milliseconds" in ax.get_ylabel()
-    assert len(ax.containers) == 2  # ours and the dictionary
+    assert len(ax.lines) == 3  # ours, the dictionary and the floor
     (floor,) = [line for line in ax.lines if line.get_label() == "floor: copy bandwidth"]
     assert floor.get_ydata() == pytest.approx([4000])
     ax = cost_figures.bars(axes(), table, "moved", {"floor": 7})
     assert [text.get_text().strip() for text in ax.texts] == ["4.0", "2.0"]
-    ax = cost_figures.roof(axes(), table, gigabytes=20, gigaflops=100)
+    ax = cost_figures.roofline(axes(), table, gigabytes=20, gigaflops=100)
     assert "operations per byte" in ax.get_xlabel()
-    ax = cost_figures.shares(axes(), {"merge": 1.0, "forward pass": 3.0})
+    ax = cost_figures.step_shares(axes(), {"merge": 1.0, "forward pass": 3.0})
     assert [text.get_text() for text in ax.texts] == ["merge\n25 %", "forward pass\n75 %"]

@@ -129,6 +129,6 @@ def test_a_plane_draws_every_point_it_was_given(ax):
 def test_a_method_is_marked_where_it_ends(ax):
     rows = [{"method": m, "step": 0, "l1": 0.5, "l2": 0.5} for m in draw_plane.MARKS]
     rows.append({"method": "divmerge/task", "step": 1, "l1": 0.9, "l2": 0.1})
-    draw_plane.found(ax, pd.DataFrame(rows))
+    draw_plane.end_points(ax, pd.DataFrame(rows))
     last = {line.get_label(): line.get_xydata()[-1].tolist() for line in ax.lines}
     assert last["DivMerge, per task"] == [0.9, 0.1] and last["Average"] == [0.5, 0.5]

@@ -53,7 +53,7 @@ def test_no_inputs_leave_the_average(experiment):
         ratios.append(right / most)
     assert table.anp[0] == pytest.approx(sum(ratios) / 2)
     assert table.difference[8] == 0
-    ax = draw.needed(plt.figure().gca(), table.reset_index())
+    ax = draw.learning_curve(plt.figure().gca(), table.reset_index())
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "8"]
 
 
@@ -114,7 +114,7 @@ def test_shifted_inputs_are_compared_with_a_tasks_own(experiment):
     table = in_columns(input_shifts({0: experiment}, others, **options), "wrong")
     assert len(table) == 2 + 2 * len(INPUT_SHIFTS)
     assert table[table.kind == DEFAULT].difference.item() == 0
-    ax = draw.by_kind(plt.figure().gca(), table)
+    ax = draw.shift_costs(plt.figure().gca(), table)
     assert len(ax.get_yticklabels()) == 1 + len(INPUT_SHIFTS)
     assert table[table.kind == DEFAULT].share.item() == 0 and set(table.share) == {0, 0.5, 1}
 
@@ -140,4 +140,4 @@ def test_proposition_3_holds_and_half_its_bound_too(experiment):
     assert (table.bound == 2 * math.log(2) * 2).all()
     assert (table.apart <= table.bound / 2).all()
     assert table.apart.tolist() == (table.right - table.wrong).abs().tolist()
-    assert draw.both_sides(plt.figure().gca(), table).get_xscale() == "log"
+    assert draw.proposition3(plt.figure().gca(), table).get_xscale() == "log"

@@ -115,7 +115,7 @@ def places(ax: Axes, marker: str) -> list[list[float]]:
 
 def test_our_figures_draw_every_criterion(ax, found):
     whole = model_selection.model_scores(found["models"], found["cross"])
-    draw.models_judged(ax, whole[whole.draws == "task"], "js")
+    draw.model_scatter(ax, whole[whole.draws == "task"], "js")
     assert sum(len(xy) for xy in places(ax, "o") + places(ax, "s")) == 2 * COUNTS.task
     each, means = model_selection.over_models(found["models"], found["cross"], draws=20)
     ax.clear()
@@ -123,11 +123,11 @@ def test_our_figures_draw_every_criterion(ax, found):
     draw.correlation_rows(ax, means, {"a row": chosen})
     key = ["draws", "among", "how", "goal", "criterion"]
     value = means.set_index(key).value.loc[(*chosen.values(), "reverse_kl")]
-    assert [round(x, 6) for x, _ in filter(None, places(ax, "D"))] == [round(value, 6)]
+    assert [round(x, 6) for x, _ in filter(None, places(ax, "^"))] == [round(value, 6)]
     ax.clear()
     some = each[(each.draws == "task") & (each.among == "all") & (each.how == "pearson")]
-    draw.by_task(ax, some[some.task != "sum"])
+    draw.correlations_by_task(ax, some[some.task != "sum"])
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["task0", "task1", "task2"]
     ax.clear()
-    draw.choosing(ax, model_selection.choices(whole[whole.draws == "task"], [1, 5, 12]))
-    assert len(ax.get_lines()) == len(draw.MARKS) and list(ax.get_xticks()) == [1, 5, 12]
+    draw.selection_curve(ax, model_selection.choices(whole[whole.draws == "task"], [1, 5, 12]))
+    assert len(ax.get_lines()) == len(draw.CRITERIA) and list(ax.get_xticks()) == [1, 5, 12]

@@ -108,6 +108,6 @@ def test_the_barrier_of_a_pair_is_that_of_its_mean_error(experiment):
 def test_costs_and_barriers_say_their_units():
     walls = pd.DataFrame({"pair": ["a+b"], "error": [0.1], "error_chord": [0.0]})
     figure, ax = plt.subplots()
-    assert "points" in draw_plane.humps(ax, walls).get_xlabel()
-    assert "expert" in draw_plane.costs(ax, made_up_costs(), "js").get_xlabel()
+    assert "points" in draw_plane.barrier_plot(ax, walls).get_xlabel()
+    assert "expert" in draw_plane.cost_map(ax, made_up_costs(), "js").get_xlabel()
     plt.close(figure)

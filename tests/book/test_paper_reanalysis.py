@@ -77,7 +77,7 @@ def places(ax: Axes, marker: str) -> list[list[float]]:
 def test_a_star_stands_at_the_printed_value_and_a_circle_at_the_others(ax):
     table, _ = paper_reanalysis.without_the_point()
     some = table[(table.how == "pearson") & (table.divergence == "JS")]
-    draw.trivial_point(ax, some)
+    draw.own_expert_effect(ax, some)
     assert places(ax, "*") == [[value, y] for y, value in enumerate(some.kept)]
     assert places(ax, "o") == [[value, y] for y, value in enumerate(some.value)]
     assert [label.get_text() for label in ax.get_yticklabels()] == list(some.task)
@@ -85,7 +85,7 @@ def test_a_star_stands_at_the_printed_value_and_a_circle_at_the_others(ax):
 
 def test_the_line_is_fitted_to_the_others_alone(ax):
     x, y = np.array([0.0, -1.0, -2.0, -3.0]), np.array([0.9, 0.3, 0.2, 0.1])
-    draw.experts_asked(ax, x, y, "a task")
+    draw.expert_scatter(ax, x, y, "a task")
     (line,) = [line for line in ax.get_lines() if line.get_linestyle() == "-"]
     np.testing.assert_allclose(line.get_data(), [[-3, -1], [10, 30]])
     assert places(ax, "*") == [[0, 90]] and ax.get_title() == "a task"
@@ -93,7 +93,7 @@ def test_the_line_is_fitted_to_the_others_alone(ax):
 
 def test_both_tables_are_drawn_method_by_method(ax):
     some = paper_reanalysis.two_tables().query("tasks == 'generation'")
-    draw.two_values(ax, some, ("first", "second"))
+    draw.two_tables(ax, some, ("first", "second"))
     diamonds = places(ax, "D")
     assert [[value, y] for y, value in enumerate(some["row"])] == diamonds[:9]
 

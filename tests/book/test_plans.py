@@ -19,20 +19,20 @@ from test_inference_cost import QUICK
 RESULTS = Path(__file__).resolve().parents[2] / "book" / "results" / "beyond"
 DRAWN = {
     "arrivals": [
-        draw.arriving,
-        lambda ax, table: draw.by_order(ax, backward_transfer(table), "ratio"),
-        lambda ax, table: draw.by_order(ax, backward_transfer(table), "bwt"),
+        draw.continual_curve,
+        lambda ax, table: draw.scores_by_order(ax, backward_transfer(table), "ratio"),
+        lambda ax, table: draw.scores_by_order(ax, backward_transfer(table), "bwt"),
     ],
-    "mixture": [draw.model_counts, draw.worth],
+    "mixture": [draw.model_counts, draw.score_by_size],
     "pools": [
-        lambda ax, table: draw.judged(ax, table, "flip", "auc"),
-        lambda ax, table: draw.judged(ax, table, "noise", "anp"),
+        lambda ax, table: draw.selection_by_corruption(ax, table, "flip", "auc"),
+        lambda ax, table: draw.selection_by_corruption(ax, table, "noise", "anp"),
     ],
-    "evolution": [draw.courses, draw.gaps],
-    "fusion": [draw.steering],
+    "evolution": [draw.search_curves, draw.generalisation_gaps],
+    "fusion": [draw.proxy_tuning],
     "storage": [
-        lambda ax, table: draw.priced(ax, table, "models"),
-        lambda ax, table: draw.priced(ax, table, "slower"),
+        lambda ax, table: draw.score_against_cost(ax, table, "models"),
+        lambda ax, table: draw.score_against_cost(ax, table, "slower"),
     ],
 }
 

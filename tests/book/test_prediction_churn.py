@@ -118,7 +118,7 @@ def ax():
 
 
 def test_bars_of_flips_are_as_long_as_what_is_lost_and_gained(ax):
-    draw.turned(ax, churn_intervals(made_up_answers(), draws=50))
+    draw.churn(ax, churn_intervals(made_up_answers(), draws=50))
     assert_close(sorted(bar.get_width() for bar in ax.patches), [-20.0, 10.0])
 
 
@@ -144,7 +144,10 @@ def test_a_reliability_diagram_shows_accuracy_at_its_confidence(ax):
 
 
 def test_layers_margins_and_calibration_say_their_units(ax):
-    assert "CKA" in draw.layers(ax, layer_similarity(made_up_answers()), "cka").get_ylabel()
-    assert "%" in draw.margins(ax, flips_by_margin(made_up_answers())).get_ylabel()
+    assert (
+        "CKA"
+        in draw.similarity_by_layer(ax, layer_similarity(made_up_answers()), "cka").get_ylabel()
+    )
+    assert "%" in draw.loss_by_margin(ax, flips_by_margin(made_up_answers())).get_ylabel()
     states = calibration_table(made_up_answers(), draws=5)
     assert "points" in draw.calibration(ax, states).get_xlabel()

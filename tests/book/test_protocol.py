@@ -35,7 +35,7 @@ def test_the_ablation_has_each_change_beside_its_default(experiment):
     assert set(table[table.setting == "init"].value) == {"0.0"}
     assert (table[table.setting == DEFAULT].difference == 0).all()
     assert (table.low <= table.high).all() and set(table.tasks) == {2}
-    ax = draw.changes(plt.figure().gca(), table, score="kept_margin")
+    ax = draw.ablation(plt.figure().gca(), table, score="kept_margin")
     assert ax.get_xlabel() == "kept margin minus the default's, points"
     assert [label.get_text() for label in ax.get_yticklabels()] == ["start 0.0", "epochs 1"]
 

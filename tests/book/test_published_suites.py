@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 from divmerge_book.data import downloads
-from divmerge_book.figures.published import by_task, over_scales
+from divmerge_book.figures.published import by_task, scale_curve
 from divmerge_book.published import glue, t5, toy_models
 from divmerge_book.published.leaderboard_summary import measured, published, summary, sweep
 from divmerge_book.published.suites import TASKS, memory, prepare_published, toy_suite
@@ -75,6 +75,6 @@ def test_figures_draw_published_and_measured_tables_alike():
     one = by_task(axes[0], published())
     assert [text.get_text() for text in one.get_yticklabels()] == list(published().columns)
     assert len(one.lines) == len(published()) and "accuracy" in one.get_xlabel()
-    two = over_scales(axes[1], sweep(), "RTE")
+    two = scale_curve(axes[1], sweep(), "RTE")
     assert len(two.lines) == 4 and two.get_title() and two.get_xlabel() and two.get_ylabel()
     assert len(summary(published())) == len(published()) - 2

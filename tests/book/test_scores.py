@@ -163,10 +163,10 @@ def ax():
 def test_figures_against_t_have_a_line_for_every_method(ax):
     answers = as_answers(random_rows())
     table = by_subset(ratios(answers, answers))
-    assert len(draw.lines(ax, over_subsets(table)).get_legend_handles_labels()[1]) == 2
+    assert len(draw.score_curve(ax, over_subsets(table)).get_legend_handles_labels()[1]) == 2
     kept = over_subsets(table, statistic="kept_margin")
-    draw.of_method(ax, over_subsets(table), table, "ties", kept)
+    draw.method_curve(ax, over_subsets(table), table, "ties", kept)
     assert ax.get_title() == "TIES" and ax.get_xlabel() == "tasks merged, $T$"
-    draw.seeds(ax, over_seeds(table), ["average"])
-    draw.sources(ax, spreads(answers))
+    draw.seed_curve(ax, over_seeds(table), ["average"])
+    draw.variance_sources(ax, spreads(answers))
     assert {"subsets", "seeds", "test rows"} <= set(ax.get_legend_handles_labels()[1])

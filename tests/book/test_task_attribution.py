@@ -116,12 +116,12 @@ def ax():
 def test_figures_of_explanations_say_what_their_axes_are(ax, numbered):
     table = losses_by(lambda task, others: 0.1 * len(others) + 0.01 * ord(task) % 0.05)
     found = forecasts(table)
-    assert "pairs add up" in draw.forecast(ax, found, "sum").get_xlabel()
-    draw.skills(ax, skill(found, draws=5).assign(method="average"))
+    assert "pairs add up" in draw.forecast_scatter(ax, found, "sum").get_xlabel()
+    draw.forecast_skill(ax, skill(found, draws=5).assign(method="average"))
     assert ax.get_xlabel() == "$R^2$ of a task's loss"
     draw.correlations(ax, task_attribution.related(numbered[0], draws=5).assign(method="ties"))
     assert "rank correlation" in ax.get_xlabel()
-    draw.parts(ax, shapley_values(table))
+    draw.task_effects(ax, shapley_values(table))
     assert [label.get_text() for label in ax.get_yticklabels()] == list(shapley_values(table).task)
 
 
@@ -129,7 +129,7 @@ def test_the_average_is_ringed_on_every_curve_over_scales(ax):
     rows = [(n, s, True, 0.5) for n in (2, 4) for s in (0.1, 1.0)]
     rows += [(n, 1 / n, False, 0.6) for n in (2, 4)]
     table = pd.DataFrame(rows, columns=["T", "scale", "fixed", "anp"])
-    draw.over_scales(ax, table)
+    draw.scale_curve(ax, table)
     rings = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o"]
     assert sorted(rings) == [0.25, 0.5]
-    draw.coefficients(ax, {"found": pd.Series([0.6, 0.3], index=[2, 4])})
+    draw.coefficient_curve(ax, {"found": pd.Series([0.6, 0.3], index=[2, 4])})

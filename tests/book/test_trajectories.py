@@ -93,11 +93,11 @@ def ax():
 
 
 def test_shares_are_drawn_in_per_cent_beside_the_equal_one(ax):
-    draw.by_task(ax, UNEVEN, "share")
+    draw.task_curves(ax, UNEVEN, "share")
     assert [line.get_ydata()[-1] for line in ax.lines[:2]] == [100, 0]
     assert list(ax.lines[2].get_ydata()) == [50, 50]
 
 
 def test_losses_are_drawn_in_units_of_the_first(ax):
-    draw.travelled(ax, made_up([4.0, 2.0, 1.0], [0.7, 0.8, 0.9]), "loss")
+    draw.training_curve(ax, made_up([4.0, 2.0, 1.0], [0.7, 0.8, 0.9]), "loss")
     assert list(ax.lines[0].get_ydata()) == [1.0, 0.5, 0.25]

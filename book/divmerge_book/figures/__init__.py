@@ -1,7 +1,7 @@
 """One function per figure: each draws on the Axes it is given and returns it.
 
-Colours are seaborn's colour-blind palette: green for DivMerge, blue for methods that learn without
-the experts, grey for sums of weights, black for references.
+`primitives` has the plots that all figures are made of, `styles` the colours, markers and names.
+Tables and sentences of a Report are here.
 """
 
 from pathlib import Path
@@ -10,18 +10,18 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
 
 from divmerge_book.evaluation.metrics import graded, main_scores, own_scores, scores
 from divmerge_book.evaluation.report import MARGIN, Report, caption
+from divmerge_book.figures import primitives as plot
 from divmerge_book.figures.styles import GREEN, PALETTE, TITLES, colour, title
 
 __all__ = ["GREEN", "PALETTE", "TITLES", "colour", "title"]  # also of the modules below
 
-FLOOR = -0.25  # a kept margin below it stands at a figure's left edge
+FLOOR = -0.25  # kept margins below it are drawn at a figure's left edge
 
 
-def side_by_side(report: Report, subset: str) -> pd.DataFrame:
+def score_intervals(report: Report, subset: str) -> pd.DataFrame:
     """ANP and kept margin of every method on a subset, with 95 % intervals.
 
     Columns: method; value, low, high of the ANP; kept, kept_low, kept_high of the kept margin;
@@ -40,39 +40,36 @@ def side_by_side(report: Report, subset: str) -> pd.DataFrame:
 def forest(ax: Axes, table: pd.DataFrame, *, statistic: str = "ANP") -> Axes:
     """Every method's value with its interval, one row each, in the order given.
 
-    table: rows of `Report.intervals` of one suite and subset, or of `side_by_side`, whose kept
-    margins are hollow squares below the ANP and whose names say on how many tasks a method is below
-    the majority. The line at 100 % is the experts. What is below FLOOR stands at the left edge.
+    table: rows of `Report.intervals` of one suite and subset, or of `score_intervals`, whose kept
+    margins are hollow squares below the ANP and whose labels give on how many tasks a method is
+    below the majority. The line at 100 % is the experts. Values below FLOOR are drawn at it.
     """
     rows = table[table.method != "expert"].reset_index(drop=True)
     names, both = [title(method) for method in rows.method], "kept" in rows
     for y, row in rows.iterrows():
         shade = colour(row.method)
-        mark(ax, y, (row.value, row.low, row.high), marker="o", color=shade, markersize=7)
+        numbered_interval(ax, y, (row.value, row.low, row.high), shade, marker="o", markersize=7)
         if both:
             found = row.kept, row.kept_low, row.kept_high
             hollow = {"marker": "s", "markerfacecolor": "white", "markersize": 5}
-            mark(ax, y + 0.4, found, color=shade, **hollow)
-    ax.axvline(1, color="black", linewidth=1, linestyle="--")
+            numbered_interval(ax, y + 0.42, found, shade, **hollow)
+    plot.reference(ax, 1, style="--")
     if both:
-        ax.axvline(0, color="black", linewidth=0.8, linestyle=":")
+        plot.reference(ax, 0, style=":")
         names = [f"{name} ({k})" if k else name for name, k in zip(names, rows.below, strict=True)]
         statistic += " and kept margin"
-    ax.set_yticks(range(len(rows)), names)
+    plot.label_rows(ax, names)
     ax.set_ylim(len(rows) - 0.3, -0.8)
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.set_xlabel(f"{statistic}, % of the experts")
-    ax.grid(axis="y", visible=False)
-    return ax
+    return plot.finish(ax, f"{statistic}, % of the experts", percent="x")
 
 
-def mark(ax: Axes, y: float | int, found: tuple[float, float, float], **style) -> None:
-    """A value with its interval at a height, and the number above it."""
+def numbered_interval(ax: Axes, y: float | int, found: tuple, shade, **look) -> None:
+    """A value with its interval at a height, and the number in % above it."""
     value, low, high = (max(one, FLOOR) for one in found)
-    ax.plot([low, high], [y, y], color=style["color"], linewidth=style["markersize"] / 2, alpha=0.4)
-    ax.plot(value, y, **style)
-    place = {"xytext": (0, 3 + style["markersize"] / 3), "textcoords": "offset points"}
-    size = 4.5 + style["markersize"] / 2
+    ax.plot([low, high], [y, y], color=shade, linewidth=look["markersize"] / 2, alpha=0.4)
+    ax.plot(value, y, color=shade, **look)
+    place = {"xytext": (0, 3 + look["markersize"] / 3), "textcoords": "offset points"}
+    size = 4.5 + look["markersize"] / 2
     ax.annotate(f"{100 * found[0]:.1f}", (value, y), ha="center", fontsize=size, **place)
 
 
@@ -80,25 +77,14 @@ def ratio_map(ax: Axes, metrics: pd.DataFrame, metric: str = "ratio") -> Axes:
     """Accuracy relative to the expert's, method by task, averaged over seeds.
 
     metrics: rows of `Report.metrics` for one suite and subset. metric: `ratio`, or `kept_margin`
-    for what is left of the expert's lead over the majority class.
+    for the share of the expert's lead over the majority class that the merge keeps.
     """
     rows = (metrics.metric == metric) & (metrics.method != "expert") & (metrics.task != "all")
-    ratio = metrics[rows]
-    table = ratio.pivot_table(index="method", columns="task", values="value", sort=False)
-    table.index = [title(method) for method in table.index]
-    sns.heatmap(
-        100 * table,
-        ax=ax,
-        annot=True,
-        fmt=".0f",
-        cmap="viridis",
-        vmin=100 * FLOOR if metric == "kept_margin" else None,
-        vmax=100,
-        cbar_kws={"label": "% of the expert's"},
-    )
-    ax.set(xlabel="task", ylabel="")
-    ax.tick_params(axis="x", rotation=30)
-    return ax
+    table = metrics[rows].pivot_table("value", "method", "task", sort=False).rename(index=title)
+    low = 100 * FLOOR if metric == "kept_margin" else None
+    how = {"fmt": ".0f", "cmap": "viridis", "vmin": low, "vmax": 100, "annot_kws": {}}
+    plot.heat_map(ax, 100 * table, label="% of the expert's", rotation=30, **how)
+    return plot.finish(ax, "task")
 
 
 def short(group: str) -> str:
@@ -114,16 +100,11 @@ def largest(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows.subset == subset]
 
 
-def percent(value: float, low: float, high: float) -> str:
-    """`12.3 % [1.0, 23.4]`."""
-    return f"{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def place(report: Report) -> str:
-    """Where DivMerge stands on the largest subset, in sentences made of the report's numbers."""
+def rank_summary(report: Report) -> str:
+    """The rank of DivMerge on the largest subset, in sentences with the report's numbers."""
     rows = largest(report.rows)
     suite, subset = rows.suite.iloc[0], rows.subset.iloc[0]
-    table = side_by_side(report, subset)
+    table = score_intervals(report, subset)
     ranked = table[~table.method.isin(["expert", "base"])]
     lines = []
     for name, column, statistic in (
@@ -138,9 +119,8 @@ def place(report: Report) -> str:
             for _, row in ours.iterrows()
         ]
         other = order[~order.method.str.startswith("divmerge")].iloc[0]
-        gap, low, high = report.difference(
-            suite, subset, ours.iloc[0].method, other.method, statistic=statistic
-        )
+        pair = ours.iloc[0].method, other.method
+        gap, low, high = report.difference(suite, subset, *pair, statistic=statistic)
         lines.append(
             f"By {name}: {'; '.join(places)}. The best other method is {title(other.method)} "
             f"({100 * other[column]:.1f} %); the best DivMerge differs from it by "
@@ -166,19 +146,19 @@ def place(report: Report) -> str:
 def task_table(report: Report, subset: str) -> pd.DataFrame:
     """Accuracy (or mean grade) of every method on every task of a subset, averaged over seeds.
 
-    After the tasks stand the metrics of their own that some have (see `Report.own_metric`); the
-    last row is the majority class, which knows the test rows.
+    Columns after the tasks: the metrics of their own that some have (see `Report.own_metric`). The
+    last row is the majority class of the test rows.
     """
     rows = report.rows[report.rows.subset == subset]
-    tidy = scores(pd.concat([rows, constant(rows)], ignore_index=True))
+    tidy = scores(pd.concat([rows, majority_rows(rows)], ignore_index=True))
     own = own_scores(tidy).query("metric in ('matthews', 'f1')")
     own = own.assign(task=own.task + ", " + own.metric)
     both = pd.concat([main_scores(tidy), own])
     return both.pivot_table("value", "method", "task", sort=False).rename(index=title)
 
 
-def constant(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of a Report that answer every task with its majority class; free text gets 0."""
+def majority_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a Report that predict every task's majority class; free text gets 0."""
     first = rows.drop_duplicates("task")
     answers = [
         [0.0] * len(row.predicted)
@@ -199,14 +179,26 @@ def score_table(report: Report, subset: str) -> pd.DataFrame:
     names = {"anp": "ANP", "kept_margin": "kept margin", "worst": "worst", "accuracy": "accuracy"}
     columns = {}
     for statistic, name in names.items():
-        rows = report.sampled(suite, subset, statistic=statistic).table()
-        columns[f"{name}, %"] = [
-            percent(row.value, row.low, row.high).replace(" %", "") for row in rows.itertuples()
-        ]
+        rows = report.sampled(suite, subset, statistic=statistic).table().set_index("method")
+        ends = 100 * rows[["value", "low", "high"]].to_numpy()
+        columns[f"{name}, %"] = ["{:.1f} [{:.1f}, {:.1f}]".format(*row) for row in ends]
     below = report.below_majority().query("suite == @suite and subset == @subset")
-    below = below.set_index("method").loc[rows.method]
+    below = below.set_index("method").loc[rows.index]
     columns["below the majority"] = [f"{r.below} of {r.counted}" for r in below.itertuples()]
-    return pd.DataFrame(columns, index=[title(method) for method in rows.method])
+    return pd.DataFrame(columns, index=[title(method) for method in rows.index])
+
+
+LANDING = """```{{figure}} results/landing.png
+:name: fig-landing
+:alt: ANP and kept margin of {merges} merges and the base model with 95 % intervals, \
+one panel for each of {suites} suites
+Filled: average normalised performance (ANP), merged over expert accuracy. Hollow: kept \
+margin, how far the merge is above the commonest answer over how far the expert is. Both \
+are means over the counted tasks and over seeds of experts, bars 95 % intervals over \
+seeds and test rows; the dashed line is the experts, the dotted one the commonest answer. \
+In brackets: on how many counted tasks a method is below the commonest answer.
+```
+"""
 
 
 def landing(results: Path) -> None:
@@ -224,25 +216,12 @@ def landing(results: Path) -> None:
             subset = largest(report.rows).subset.iloc[0]
             tasks, counted = subset.count("+") + 1, len(report.counted(name))
             heading = f"{name}, {report.provenance['encoder']}\n{tasks} tasks, {counted} counted"
-            forest(ax, side_by_side(report, subset)).set_title(heading)
+            forest(ax, score_intervals(report, subset)).set_title(heading)
         fig.tight_layout()
         fig.savefig(results / "landing.png", dpi=160)
         plt.close(fig)
     methods = set.union(*(set(report.rows.method) for report in reports.values()))
-    merges = len(methods - {"expert", "base"})
-    lines = [
-        "```{figure} results/landing.png",
-        ":name: fig-landing",
-        f":alt: ANP and kept margin of {merges} merges and the base model with 95 % intervals, "
-        f"one panel for each of {len(reports)} suites",
-        "Filled: average normalised performance (ANP), merged over expert accuracy. Hollow: kept "
-        "margin, how far the merge is above the commonest answer over how far the expert is. Both "
-        "are means over the counted tasks and over seeds of experts, bars 95 % intervals over "
-        "seeds and test rows; the dashed line is the experts, the dotted one the commonest answer. "
-        "In brackets: on how many counted tasks a method is below the commonest answer.",
-        "```",
-        "",
-    ]
+    lines = [LANDING.format(merges=len(methods - {"expert", "base"}), suites=len(reports))]
     for name, report in reports.items():
-        lines += [place(report), f"*({name}: {caption(report)})*", ""]
+        lines += [rank_summary(report), f"*({name}: {caption(report)})*", ""]
     (results / "landing.md").write_text("\n".join(lines), "utf-8")

@@ -1,18 +1,15 @@
-"""Figures of planes, lines and costs between experts: each draws on its Axes and returns it.
-
-Tables come from `studies.landscapes` and `studies.costs`.
+"""Figures of planes, lines and costs between experts; tables of `studies.landscapes` and
+`pairwise_interference`. Every function draws on the Axes it is given and returns it.
 """
 
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 
-from divmerge_book.figures import PALETTE, title
-from divmerge_book.figures.beyond import percent
-from divmerge_book.figures.styles import style
+from divmerge_book.figures import primitives as plot
+from divmerge_book.figures.styles import mark, style, title
 from divmerge_book.studies.pairwise_interference import RULES, matrix
 
 # column of the plane's table -> words, colour map, unit (None: nats), lowest, highest
@@ -24,6 +21,7 @@ SHADES: Mapping[str, tuple[str, str, str | None, float, float | None]] = {
     "apart": (r"$\xi$, by JS", "magma_r", None, 0.0, None),
 }
 MARKS = ("average", "task_arithmetic", "adamerging/task", "divmerge/task")
+UNITS = {"accuracy": "accuracy lost, points", "js": "JS from expert $i$, nats"}
 
 
 def plane(ax: Axes, table: pd.DataFrame, column: str, *, colorbar: bool = True) -> Axes:
@@ -47,14 +45,13 @@ def plane(ax: Axes, table: pd.DataFrame, column: str, *, colorbar: bool = True) 
     ax.plot([1, 0], [0, 1], "*", color="white", markeredgecolor="black", markersize=13)
     ax.plot(0, 0, "X", color="white", markeredgecolor="black", markersize=8)
     ax.set(xlabel=f"$\\lambda$ of {first}", ylabel=f"$\\lambda$ of {second}", aspect="equal")
-    ax.set_xticks([0, 0.5, 1, 1.5])
-    ax.set_yticks([0, 0.5, 1, 1.5])
+    ax.set(xticks=[0, 0.5, 1, 1.5], yticks=[0, 0.5, 1, 1.5])
     ax.grid(visible=False)
     return ax
 
 
-def found(ax: Axes, marks: pd.DataFrame) -> Axes:
-    """Where the methods end on a plane, and DivMerge's and AdaMerging's way there.
+def end_points(ax: Axes, marks: pd.DataFrame) -> Axes:
+    """Where the methods end on a plane, and the paths of DivMerge's and AdaMerging's fits.
 
     marks: of `studies.landscapes.marks`, for one pair.
     """
@@ -70,87 +67,66 @@ def found(ax: Axes, marks: pd.DataFrame) -> Axes:
     return ax
 
 
-def costs(ax: Axes, table: pd.DataFrame, column: str, *, rule: str = "added") -> Axes:
+def cost_map(ax: Axes, table: pd.DataFrame, column: str, *, rule: str = "added") -> Axes:
     """What expert j (column) costs task i (row): points of accuracy, or JS in hundredths of a nat.
 
-    table: of `studies.costs.costs`. Red is a cost, blue a gain; the range is the same for every
-    rule.
+    table: of `costs`. Red is a cost, blue a gain; the range is the same for every rule.
     """
     wide = 100 * matrix(table, rule, column)
     limit = 100 * float(table[column].abs().quantile(0.97))
-    label = {"accuracy": "accuracy lost, points", "js": "JS from expert $i$, nats / 100"}[column]
-    sns.heatmap(
-        wide,
-        ax=ax,
-        cmap="vlag" if column == "accuracy" else "Reds",
-        vmin=-limit if column == "accuracy" else 0,
-        vmax=limit,
-        annot=True,
-        fmt=".0f",
-        annot_kws={"fontsize": 8},
-        cbar_kws={"label": label},
-        square=True,
+    label = {**UNITS, "js": "JS from expert $i$, nats / 100"}[column]
+    shades = (
+        {"cmap": "vlag", "vmin": -limit} if column == "accuracy" else {"cmap": "Reds", "vmin": 0}
     )
+    plot.heat_map(ax, wide, label=label, rotation=90, fmt=".0f", square=True, vmax=limit, **shades)
     ax.set_facecolor("0.9")
-    ax.grid(visible=False)
-    ax.set(xlabel="expert $j$ added", ylabel="task $i$ that pays")
-    ax.tick_params(axis="x", rotation=90)
-    ax.tick_params(axis="y", rotation=0)
-    return ax
+    return plot.finish(ax, "expert $j$ added", "damaged task $i$")
 
 
-def causes(ax: Axes, table: pd.DataFrame, column: str = "js") -> Axes:
-    """Every ordered pair as a point under each rule, bars at the mean: what part is whose.
+def cost_decomposition(ax: Axes, table: pd.DataFrame, column: str = "js") -> Axes:
+    """Every ordered pair as a point under each rule, bars at the mean.
 
-    table: of `studies.costs.costs`; means over seeds.
+    table: of `costs`; means over seeds.
     """
-    draws = np.random.default_rng(0)
-    every = table.groupby(["rule", "task", "other"])[column].mean()
-    colours = {"added": 1, "shuffled": 7, "averaged": 0, "halved": 7}
-    for y, rule in enumerate(RULES):
-        values = 100 * every[rule].to_numpy() if column == "accuracy" else every[rule].to_numpy()
-        jitter, shade = draws.uniform(-0.22, 0.22, len(values)), PALETTE[colours[rule]]
-        ax.plot(values, y + jitter, "o", color=shade, markersize=4, alpha=0.6)
-        ax.plot([values.mean()] * 2, [y - 0.36, y + 0.36], color="black", linewidth=2.2)
-    ax.set_yticks(range(len(RULES)), [RULES.facts[rule]["label"] for rule in RULES])
-    ax.set_ylim(len(RULES) - 0.5, -0.5)
-    ax.set_xlabel({"accuracy": "accuracy lost, points", "js": "JS from expert $i$, nats"}[column])
-    ax.grid(axis="y", visible=False)
-    return ax
+    scaled = table.assign(**{column: table[column] * (100 if column == "accuracy" else 1)})
+    every = scaled.groupby(["rule", "task", "other"])[column].mean()
+    shades = {"added": 1, "shuffled": 7, "averaged": 0, "halved": 7}
+    rows = {RULES.facts[n]["label"]: (every[n], mark(shades[n], "o", markersize=4)) for n in RULES}
+    plot.points_by_row(ax, rows, jitter=0.22, bar="black")
+    return plot.finish(ax, UNITS[column])
 
 
-def line(ax: Axes, table: pd.DataFrame, column: str = "accuracy") -> Axes:
-    """Both tasks' accuracy (or js, nll) on the way from expert a to expert b.
+def interpolation(ax: Axes, table: pd.DataFrame, column: str = "accuracy") -> Axes:
+    """Both tasks' accuracy (or js, nll) on the line from expert a to expert b.
 
-    table: of `segments`, for one pair. The dashed line is the mean of the two, which the barrier
-    is read from; bands run over seeds.
+    table: of `segments`, for one pair. The dashed line is the mean of the two, which defines the
+    barrier; bands run over seeds.
     """
     first, second = table.pair.iloc[0].split("+")
-    for task, number, marker in ((first, 0, "o"), (second, 1, "s")):
-        some = table[table.task == task].groupby("at")[column].agg(["mean", "min", "max"])
-        style = {"color": PALETTE[number], "marker": marker, "markersize": 4, "label": task}
-        ax.plot(some.index, some["mean"], **style)
-        ax.fill_between(some.index, some["min"], some["max"], color=PALETTE[number], alpha=0.15)
+    looks = {first: (first, mark(0, "o")), second: (second, mark(1, "s"))}
+    found = plot.spread(table, ["task", "at"], column)
+    ends = {"ends": ("low", "high"), "band": True, "markersize": 4}
+    plot.lines(ax, found, "at", "value", looks, by="task", **ends)
     both = table.groupby("at")[column].mean()
     ax.plot(both.index, both, "k--", linewidth=1.3, label="mean of both")
-    ax.set_xticks([0, 0.5, 1], [first, "average", second])
+    plot.ticks(ax, [0, 0.5, 1], [first, "average", second])
     if column == "accuracy":
-        percent(ax)
+        plot.finish(ax, percent="y")
     return ax
 
 
-def humps(ax: Axes, table: pd.DataFrame) -> Axes:
+def barrier_plot(ax: Axes, table: pd.DataFrame) -> Axes:
     """Every pair's barrier of test error, against the mean of the ends and against the chord.
 
     table: of `barriers`; points are means over seeds, sorted; lines join the two of a pair.
     """
-    mean = table.groupby("pair")[["error", "error_chord"]].mean().sort_values("error")
+    mean = 100 * table.groupby("pair")[["error", "error_chord"]].mean()
+    mean = mean.sort_values("error", ascending=False)
     y = np.arange(len(mean))
-    ax.hlines(y, 100 * mean.error_chord, 100 * mean.error, color="0.7", linewidth=1)
-    ax.plot(100 * mean.error, y, "o", color=PALETTE[1], label="above the mean of the ends")
-    ax.plot(100 * mean.error_chord, y, "D", color=PALETTE[0], label="above the chord")
-    ax.set_yticks(y, [pair.replace("+", " + ") for pair in mean.index], fontsize=8)
-    ax.set_ylim(-0.7, len(mean) - 0.3)
-    ax.set_xlabel("barrier of the test error, points")
-    ax.grid(axis="y", visible=False)
-    return ax
+    ax.hlines(y, mean.error_chord, mean.error, color="0.7", linewidth=1)
+    plot.intervals(
+        ax, y, mean.error, label="above the mean of the ends", **mark(1, "o", markersize=6)
+    )
+    plot.intervals(ax, y, mean.error_chord, label="above the chord", **mark(0, "D", markersize=6))
+    plot.label_rows(ax, [pair.replace("+", " + ") for pair in mean.index], size=8)
+    return plot.finish(ax, "barrier of the test error, points")

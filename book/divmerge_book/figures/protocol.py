@@ -1,154 +1,113 @@
-"""Figures of the protocol: each draws on the Axes it is given and returns it.
+"""Figures of the protocol; tables of `studies.protocol`, `learning_curve` and `convergence`.
 
-Tables come from `studies.protocol`, `learning_curve` and `convergence`. Colours are seaborn's
-colour-blind palette, each with a marker of its own; grey stands for references.
+Every function draws on the Axes it is given and returns it.
 """
-
-from collections.abc import Mapping
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
-from divmerge_book.figures import PALETTE
-from divmerge_book.figures.beyond import Look, percent
+from divmerge_book.figures import primitives as plot
+from divmerge_book.figures.styles import GREY, GROUPINGS, OPTIMISERS, mark
 from divmerge_book.studies.learning_curve import INPUT_SHIFTS
 from divmerge_book.studies.predictions import WORDS, of_score
 from divmerge_core.merging.fit import OPTIMIZERS
 
-GREY = PALETTE[7]
-LEVELS: Mapping[str, Look] = {"task": (0, "o"), "block": (4, "D"), "layer": (1, "s")}
-FINDERS: Mapping[str, Look] = {
-    **{"adam": (7, "o"), "annealed_adam": (0, "^"), "lbfgs": (2, "s")},
-    "gauss_newton": (3, "D"),
-}
 # Gauss-Newton is in stored tables; the package no longer has it.
-FOUND_BY = {name: OPTIMIZERS.facts[name]["label"] for name in OPTIMIZERS}
-FOUND_BY |= {"gauss_newton": "Gauss-Newton"}
-SAID = {"init": "start", "lr": "step size", "epochs": "epochs"}
+OPTIMISER_LABELS = {name: OPTIMIZERS.facts[name]["label"] for name in OPTIMIZERS}
+OPTIMISER_LABELS |= {"gauss_newton": "Gauss-Newton"}
+SETTINGS = {"init": "start", "lr": "step size", "epochs": "epochs"}
+FROM_DEFAULT = {"value": "difference", "ends": ("from_low", "from_high")}
 
 
-def changes(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
-    """What each setting changed alone does to a score: paired differences from the default.
+def ablation(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
+    """Effect of each setting changed alone on a score: paired differences from the default.
 
     table: scores of `ablation`, for one number of tasks. One row per setting and value, a marker
     per grouping; the line at 0 is the default.
     """
     rows = of_score(table[table.setting != "default"], score)
-    labels = list(dict.fromkeys(zip(rows.setting, rows.value, strict=True)))
-    groupings = list(dict.fromkeys(rows.grouping))
-    for number, grouping in enumerate(groupings):
-        place, marker = LEVELS[grouping]
-        own = rows[rows.grouping == grouping]
-        heights = [
-            labels.index(pair) + 0.26 * (number - (len(groupings) - 1) / 2)
-            for pair in zip(own.setting, own.value, strict=True)
-        ]
-        style = {"color": PALETTE[place], "linewidth": 2}
-        ax.hlines(heights, own.from_low, own.from_high, alpha=0.5, **style)
-        ax.plot(
-            own.difference,
-            heights,
-            marker,
-            label=f"per {grouping}",
-            markersize=6,
-            **{**style, "linewidth": 0},
-        )
-    ax.axvline(0, color="black", linewidth=1, linestyle="--")
-    ax.set_yticks(range(len(labels)), [f"{SAID.get(s, s)} {v}" for s, v in labels])
-    ax.set_ylim(len(labels) - 0.5, -0.5)
-    ax.set_xlabel(f"{WORDS[score]} minus the default's, points")
-    percent(ax, "x")
-    return ax
+    words = [f"{SETTINGS.get(s, s)} {v}" for s, v in zip(rows.setting, rows.value, strict=True)]
+    names = {name: name for name in dict.fromkeys(words)}
+    how = {"row": "words", "group": "grouping", "step": 0.26, "width": 2, "markersize": 6}
+    plot.intervals_by_row(ax, rows.assign(words=words), names, GROUPINGS, **how, **FROM_DEFAULT)
+    plot.reference(ax, 0, style="--")
+    return plot.finish(ax, f"{WORDS[score]} minus the default's, points", percent="x")
 
 
-def needed(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
+def learning_curve(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
     """A score by the number of unlabelled inputs per task; 0 is the start, 1/T.
 
-    table: scores of `amounts`. Bands are 95 % intervals.
+    table: scores of `learning_curve`. Bands are 95 % intervals.
     """
-    counts = sorted(table.inputs.unique())
-    for grouping, own in of_score(table, score).groupby("grouping", sort=False):
-        place, marker = LEVELS[grouping]
-        own = own.sort_values("inputs")
+    counts, table = sorted(table.inputs.unique()), of_score(table, score).sort_values("inputs")
+    for grouping in (name for name in GROUPINGS if name in set(table.grouping)):
+        own, (label, look) = table[table.grouping == grouping], GROUPINGS[grouping]
         at = [counts.index(count) for count in own.inputs]
-        ax.plot(at, own.score, marker=marker, color=PALETTE[place], label=f"per {grouping}")
-        ax.fill_between(at, own.low, own.high, color=PALETTE[place], alpha=0.15, linewidth=0)
-    ax.set_xticks(range(len(counts)), [str(count) for count in counts])
-    ax.set(xlabel="unlabelled inputs per task", ylabel=f"{WORDS[score]}, %")
-    percent(ax)
-    return ax
+        plot.line(ax, at, own.score, own.low, own.high, band=True, label=label, **look)
+    plot.ticks(ax, range(len(counts)), map(str, counts))
+    return plot.finish(ax, "unlabelled inputs per task", f"{WORDS[score]}, %", percent="y")
 
 
-def by_kind(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
-    """What shifted inputs cost, by kind and share: a score minus that on right ones.
+def shift_costs(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
+    """Effect of shifted inputs, by kind and share: a score minus that on the right inputs.
 
-    table: scores of `wrong_inputs`, for one grouping. The row `none` is the start, 1/T, without any
+    table: scores of `input_shifts`, for one grouping. The row `none` is the start, 1/T, without any
     fit.
     """
+    rows = {
+        "none": "no inputs: 1/T",
+        **{kind: INPUT_SHIFTS.facts[kind]["label"] for kind in INPUT_SHIFTS},
+    }
     table = of_score(table, score)
     shares = sorted(share for share in table.share.unique() if share > 0)
-    kinds = ["none", *INPUT_SHIFTS]
-    for number, share in enumerate(shares):
-        own = table[(table.share == share) & table.kind.isin(kinds)]
-        if number < len(shares) - 1:
-            own = own[own.kind != "none"]
-        heights = [
-            kinds.index(kind) + (0.22 * (number - (len(shares) - 1) / 2) if kind != "none" else 0)
-            for kind in own.kind
-        ]
-        style = {"color": PALETTE[(1, 0, 2, 4)[number % 4]]}
-        ax.hlines(heights, own.from_low, own.from_high, alpha=0.5, linewidth=2, **style)
-        label = f"{round(100 * share)} % of the inputs"
-        ax.plot(own.difference, heights, "so^D"[number % 4], markersize=6, label=label, **style)
-    ax.axvline(0, color="black", linewidth=1, linestyle="--")
-    names = ["no inputs: 1/T", *(INPUT_SHIFTS.facts[kind]["label"] for kind in INPUT_SHIFTS)]
-    ax.set_yticks(range(len(kinds)), names)
-    ax.set_ylim(len(kinds) - 0.5, -0.5)
-    ax.set_xlabel(f"{WORDS[score]} minus right inputs', points")
-    percent(ax, "x")
-    return ax
+    looks = {
+        share: (f"{round(100 * share)} % of the inputs", mark((1, 0, 2, 4)[n % 4], "so^D"[n % 4]))
+        for n, share in enumerate(shares)
+    }
+    start = table.kind == "none"
+    how = {"row": "kind", "group": "share", "width": 2, "markersize": 6, **FROM_DEFAULT}
+    plot.intervals_by_row(ax, table[~start], rows, looks, step=0.22, **how)
+    last = {shares[-1]: (None, looks[shares[-1]][1])}
+    plot.intervals_by_row(ax, table[start], rows, last, **how)
+    plot.reference(ax, 0, style="--")
+    return plot.finish(ax, f"{WORDS[score]} minus right inputs', points", percent="x")
 
 
-def both_sides(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Proposition 3 at all inputs wrong: the objective's change, per task, beside the bound.
+def proposition3(ax: Axes, table: pd.DataFrame) -> Axes:
+    """Proposition 3 at all inputs wrong: the objective's change, per task, over the bound.
 
-    table: of `shifts`; tasks, their number. One marker per seed.
+    table: of `proposition3`; tasks, their number. One marker per seed.
     """
-    for number, (model, marker) in enumerate((("average", "o"), ("DivMerge", "s"))):
+    for model, look, shift in zip(
+        ("average", "DivMerge"), (mark(0, "o"), mark(1, "s")), plot.dodge(2, 0.2), strict=True
+    ):
         own = table[table.model == model]
-        heights = [list(INPUT_SHIFTS).index(kind) + 0.2 * (number - 0.5) for kind in own.kind]
-        style = {"color": PALETTE[(0, 1)[number]], "alpha": 0.8}
-        ax.plot(own.apart / own.bound, heights, marker, label=model, markersize=6, **style)
-    ax.axvline(1, color="black", linewidth=1, linestyle="--", label="the paper's bound")
-    ax.axvline(0.5, color="black", linewidth=1, linestyle=":", label="what a range of log 2 allows")
-    ax.set_yticks(
-        range(len(INPUT_SHIFTS)), [INPUT_SHIFTS.facts[kind]["label"] for kind in INPUT_SHIFTS]
-    )
-    ax.set_ylim(len(INPUT_SHIFTS) - 0.5, -0.5)
-    ax.set_xscale("log")
-    ax.set_xlabel("change of the objective, share of the bound")
-    return ax
+        heights = own.kind.map(list(INPUT_SHIFTS).index) + shift
+        plot.intervals(
+            ax, heights, own.apart / own.bound, label=model, alpha=0.8, markersize=6, **look
+        )
+    plot.reference(ax, 1, style="--", label="the paper's bound")
+    plot.reference(ax, 0.5, style=":", label="bound from the range of log 2")
+    plot.label_rows(ax, [INPUT_SHIFTS.facts[kind]["label"] for kind in INPUT_SHIFTS])
+    return plot.finish(ax, "change of the objective, share of the bound", xscale="log")
 
 
-def falling(ax: Axes, courses: pd.DataFrame, target: float, *, x: str = "passes") -> Axes:
+def convergence(ax: Axes, courses: pd.DataFrame, target: float | int, *, x: str = "passes") -> Axes:
     """The loss of every optimiser by passes or by inputs read; the line is Adam's last loss.
 
     courses: of `convergence`, for one number of tasks and one grouping. The lowest loss up to each
     point is drawn for the optimisers that keep their best one. Those of a stored table that the
     package no longer has are drawn too.
     """
-    for name, (place, marker) in FINDERS.items():
+    for name in (name for name in OPTIMISERS if name in set(courses.optimizer)):
         own = courses[courses.optimizer == name].sort_values("passes", kind="stable")
-        if own.empty:
-            continue
         loss = own.loss if name.endswith("adam") else own.loss.cummin()
-        at = own[x].where(own[x] > 0)  # the start has no place on a logarithmic axis
-        style = {"color": PALETTE[place], "marker": marker, "markevery": max(1, len(own) // 9)}
-        ax.plot(at, loss, label=FOUND_BY[name], markersize=5, **style)
-    ax.axhline(target, color=GREY, linewidth=1, linestyle="--")
+        at = own[x].where(own[x] > 0)  # a logarithmic axis has no 0, where fits start
+        every = {"markevery": max(1, len(own) // 9), "label": OPTIMISER_LABELS[name]}
+        plot.line(ax, at, loss, **every, **OPTIMISERS[name])
+    plot.reference(ax, target, x=False, style="--", color=GREY)
     ax.set_xscale("log")
-    ax.xaxis.set_minor_formatter(NullFormatter())  # a short range would name all of its ticks
+    ax.xaxis.set_minor_formatter(NullFormatter())  # on a short range all minor ticks have labels
     names = {"passes": "forward-backward passes", "read": "inputs read per task"}
-    ax.set(xlabel=names.get(x, x), ylabel="loss on all inputs, nats")
-    return ax
+    return plot.finish(ax, names.get(x, x), "loss on all inputs, nats")

@@ -1,50 +1,43 @@
-"""Figures of published experts: accuracies task by task, and what a scale does to them."""
+"""Figures of published experts: accuracy by task, and by the scale of the task vectors."""
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
 
-from divmerge_book.figures import PALETTE, title
-from divmerge_book.figures.styles import style
-
-OWN = {"fisher": {"color": PALETTE[8], "marker": "v"}}  # methods without a look elsewhere
+from divmerge_book.figures import primitives as plot
+from divmerge_book.figures.styles import PALETTE, style, title
 
 
 def by_task(ax: Axes, scores: pd.DataFrame, *, what: str = "accuracy") -> Axes:
-    """A line per task: a mark per method, bars where the expert and the unmerged base stand.
+    """A row per task: a mark per method, bars where the expert and the unmerged base are.
 
     scores: methods by task, shares, with rows `expert` and `base`.
     """
-    merged = scores.drop(index=["expert", "base"])
-    places = np.arange(len(scores.columns))
-    steps = np.linspace(-0.25, 0.25, len(merged)) if len(merged) > 1 else [0]  # or marks overlap
-    for step, (method, row) in zip(steps, merged.iterrows(), strict=True):
-        look = {**style(method), **OWN.get(method, {}), "linestyle": ""}
-        ax.plot(row, places + step, label=title(method), **look)
-    for method, colour in (("expert", "black"), ("base", PALETTE[3])):
-        marks = {"marker": "|", "markersize": 15, "markeredgewidth": 2, "linestyle": ""}
-        ax.plot(scores.loc[method], places, color=colour, label=title(method), **marks)
-    ax.set_yticks(places, scores.columns)
-    ax.set_ylim(len(places) - 0.4, -0.6)
-    ax.set_xlabel(what)
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    merged, places = scores.drop(index=["expert", "base"]), np.arange(scores.shape[1])
+    shifts = plot.dodge(len(merged), 0.5 / max(1, len(merged) - 1))
+    for shift, (method, row) in zip(shifts, merged.iterrows(), strict=True):
+        plot.intervals(ax, places + shift, row, label=title(method), **style(method))
+    bar = {"marker": "|", "markersize": 15, "markeredgewidth": 2}
+    for method, shade in (("expert", "black"), ("base", PALETTE[3])):
+        plot.intervals(ax, places, scores.loc[method], label=title(method), color=shade, **bar)
+    plot.label_rows(ax, scores.columns)
+    ax.set_xlabel(f"{what}, %")
+    plot.finish(ax, percent="x")
     ax.set_title(f"{what} of every merge, task by task", fontsize=10)
     return ax
 
 
-def over_scales(ax: Axes, swept: pd.DataFrame, task: str) -> Axes:
-    """The mean accuracy, and that of one task, as a method's scale grows; lines meet at the base.
+def scale_curve(ax: Axes, swept: pd.DataFrame, task: str) -> Axes:
+    """The mean accuracy, and that of one task, over a method's scale; lines meet at the base.
 
     swept: of `leaderboard_summary.sweep`: method, scale, task, accuracy.
     """
     for method, rows in swept.groupby("method", sort=False):
         table = rows.pivot(index="scale", columns="task", values="accuracy")
-        look = {**style(method), "markersize": 4}
-        ax.plot(table.mean(axis=1), label=f"{title(method)}, mean", **{**look, "linestyle": "-"})
-        ax.plot(table[task], label=f"{title(method)}, {task}", **{**look, "linestyle": ":"})
-    ax.set_xlabel("scale of the task vectors")
-    ax.set_ylabel("accuracy")
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        for words, values, dash in (("mean", table.mean(axis=1), "-"), (task, table[task], ":")):
+            look = {**style(method), "markersize": 4, "linestyle": dash}
+            plot.line(ax, table.index, values, label=f"{title(method)}, {words}", **look)
+    ax.set(xlabel="scale of the task vectors", ylabel="accuracy, %")
+    plot.finish(ax, percent="y")
     ax.set_title(f"the mean, and {task} alone", fontsize=10)
     return ax

@@ -1,7 +1,5 @@
-"""Figures of what happens as more tasks are merged: each draws on the Axes it is given.
-
-Tables come from `studies.scores`, `studies.additive` and `studies.task_attribution`. Colours are
-seaborn's colour-blind palette, each with a marker of its own; black stands for references.
+"""Figures of what happens as more tasks are merged; tables of `studies.scores`, `additive` and
+`task_attribution`. Every function draws on the Axes it is given and returns it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,26 +9,29 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from divmerge_book.figures import PALETTE, title
-from divmerge_book.figures.beyond import percent
+from divmerge_book.figures import primitives as plot
 from divmerge_book.figures.styles import LOOKS as LOOKS
-from divmerge_book.figures.styles import Look, style
+from divmerge_book.figures.styles import PALETTE, SOURCES, mark, methods, style, title
 from divmerge_book.studies.additive import FORECASTS
-from divmerge_book.studies.scores import SOURCES
 from divmerge_book.studies.task_attribution import COVARIATES
 
-SPREAD: Mapping[str, Look] = {"subsets": (0, "o"), "seeds": (1, "s"), "test rows": (7, "^")}
+SCORES = {"anp": "ANP, % of the experts", "kept_margin": "kept margin, %"}
 
 
 def by_count(ax: Axes, numbers: pd.Series | pd.Index) -> Axes:
-    """An axis of numbers of tasks below, of percentages at the side."""
-    ax.set_xticks(sorted(set(numbers)))
-    ax.set_xlabel("tasks merged, $T$")
-    percent(ax)
-    return ax
+    """An x axis of numbers of tasks and a y axis of percentages."""
+    plot.ticks(ax, sorted(set(numbers)))
+    return plot.finish(ax, "tasks merged, $T$", percent="y")
 
 
-def of_method(
+def shades(numbers: pd.Series) -> dict:
+    """A colour per number of tasks, from dark to bright: looks of `primitives`."""
+    counts = sorted(numbers.unique())
+    colours = sns.color_palette("cividis", len(counts))
+    return {n: (f"$T$ = {n}", {"color": c}) for n, c in zip(counts, colours, strict=True)}
+
+
+def method_curve(
     ax: Axes, intervals: pd.DataFrame, scores: pd.DataFrame, method: str, kept: pd.DataFrame
 ) -> Axes:
     """One method against T: a point per subset, the mean over them, and its interval as a band.
@@ -40,64 +41,51 @@ def of_method(
     """
     for _, rows in intervals.groupby("method", sort=False):
         ax.plot(rows["T"], rows.value, color="0.85", linewidth=1, zorder=0)
-    own, first = intervals[intervals.method == method], scores.seed.iloc[0]
-    some = scores[(scores.method == method) & (scores.seed == first)]
-    colour = style(method)["color"]
-    ax.plot(some["T"], some.anp, ".", color=colour, markersize=4, alpha=0.5)
-    ax.fill_between(own["T"], own.low, own.high, color=colour, alpha=0.25, linewidth=0)
-    ax.plot(own["T"], own.value, color=colour, linewidth=2)
-    margin = kept[kept.method == method]
-    ax.fill_between(margin["T"], margin.low, margin.high, color=colour, alpha=0.12, linewidth=0)
-    ax.plot(margin["T"], margin.value, color=colour, linewidth=1.5, linestyle="--")
-    ax.axhline(0, color="black", linewidth=0.5)
-    ax.axhline(1, color="black", linewidth=0.8, linestyle="--")
+    some = scores[(scores.method == method) & (scores.seed == scores.seed.iloc[0])]
+    look = {"color": style(method)["color"], "band": True, "marker": ""}
+    ax.plot(some["T"], some.anp, ".", color=look["color"], markersize=4, alpha=0.5)
+    for table, dash in ((intervals, "-"), (kept, "--")):
+        own = table[table.method == method]
+        plot.line(ax, own["T"], own.value, own.low, own.high, linewidth=1.8, linestyle=dash, **look)
+    plot.reference(ax, 0, x=False, linewidth=0.5)
+    plot.reference(ax, 1, x=False, style="--")
     ax.set_title(title(method), fontsize=9)
-    return by_count(ax, own["T"])
-
-
-def lines(ax: Axes, intervals: pd.DataFrame, methods: Sequence[str] | None = None) -> Axes:
-    """The mean over subsets against T, a line per method; bars are 95 % intervals over subsets."""
-    shown = [m for m in (methods or intervals.method.unique()) if m in set(intervals.method)]
-    for place, method in enumerate(shown):
-        rows = intervals[intervals.method == method]
-        x = rows["T"] + 0.05 * (place - (len(shown) - 1) / 2)
-        look = style(method)
-        ax.vlines(x, rows.low, rows.high, color=look["color"], linewidth=1)
-        ax.plot(x, rows.value, label=title(method), **look)
     return by_count(ax, intervals["T"])
 
 
-def seeds(ax: Axes, table: pd.DataFrame, methods: Sequence[str] | None = None) -> Axes:
+def score_curve(ax: Axes, intervals: pd.DataFrame, shown: Sequence[str] | None = None) -> Axes:
+    """The mean over subsets against T, a line per method; bars are 95 % intervals over subsets."""
+    looks = methods(shown or intervals.method.unique())
+    plot.lines(ax, intervals, "T", "value", looks, by="method", ends=("low", "high"), step=0.05)
+    return by_count(ax, intervals["T"])
+
+
+def seed_curve(ax: Axes, table: pd.DataFrame, shown: Sequence[str] | None = None) -> Axes:
     """The mean over the same subsets at every seed: bars from the lowest to the highest seed.
 
     table: of `over_seeds`.
     """
-    groups = table.groupby(["method", "T"], sort=False).value
-    found = groups.agg(["mean", "min", "max"]).set_axis(["value", "low", "high"], axis=1)
-    return lines(ax, found.reset_index(), methods)
+    return score_curve(ax, plot.spread(table, ["method", "T"], "value"), shown)
 
 
-def sources(ax: Axes, spreads: pd.DataFrame) -> Axes:
+def variance_sources(ax: Axes, spreads: pd.DataFrame) -> Axes:
     """Standard deviation of the ANP against T by what varies: faint a method, strong their mean."""
     wide = spreads.dropna().pivot_table(index=["source", "method"], columns="T", values="sd")
-    for source in SOURCES:
-        if source not in wide.index:
-            continue
-        number, marker = SPREAD[source]
-        some = wide.loc[source]
-        ax.plot(some.columns, some.T, color=PALETTE[number], alpha=0.25, linewidth=0.8)
-        strong = {"color": PALETTE[number], "marker": marker, "linewidth": 2, "label": source}
-        ax.plot(some.columns, (some**2).mean() ** 0.5, **strong)
+    for source, look in SOURCES.items():
+        if source in wide.index:
+            some = wide.loc[source]
+            ax.plot(some.columns, some.T, color=look["color"], alpha=0.25, linewidth=0.8)
+            plot.line(ax, some.columns, (some**2).mean() ** 0.5, linewidth=2, label=source, **look)
     ax.set_ylim(0, 1.25 * wide.max(axis=None))  # room for names
     ax.set_ylabel("standard deviation of ANP, points", fontsize=10)
     ax.legend(fontsize=9, ncols=3, loc="upper center")
     return by_count(ax, spreads["T"])
 
 
-def printed(ax: Axes, table: pd.DataFrame, names: Mapping[str, str]) -> Axes:
-    """A table of the paper, ANP against T: the columns in `names`, in the looks of our methods."""
+def printed_curve(ax: Axes, table: pd.DataFrame, names: Mapping[str, str]) -> Axes:
+    """A table of the paper, ANP against T: the columns in `names`, in the styles of our methods."""
     for column, method in names.items():
-        ax.plot(table.index, table[column] / 100, label=column, **style(method))
+        plot.line(ax, table.index, table[column] / 100, label=column, **style(method))
     ax.set_title(table.attrs.get("heading", ""), fontsize=10)
     return by_count(ax, table.index)
 
@@ -105,107 +93,83 @@ def printed(ax: Axes, table: pd.DataFrame, names: Mapping[str, str]) -> Axes:
 # --- explanations ---------------------------------------------------------------------------------
 
 
-def over_scales(ax: Axes, scores: pd.DataFrame, column: str = "anp") -> Axes:
+def scale_curve(ax: Axes, scores: pd.DataFrame, column: str = "anp") -> Axes:
     """A score against the coefficient that all task vectors share: a line per T, a ring at 1/T.
 
     scores: means of anp and kept_margin by T and scale, with `fixed` False in the rows of the
     average.
     """
-    shades = sns.color_palette("cividis", scores["T"].nunique())
-    for shade, (number, rows) in zip(shades, scores.groupby("T"), strict=True):
-        rows = rows.sort_values("scale")
-        ax.plot(rows.scale, rows[column], color=shade, marker=".", label=f"$T$ = {number}")
-        mean = rows[~rows.fixed]
-        ax.plot(mean.scale, mean[column], "o", markerfacecolor="none", color=shade, markersize=9)
+    looks = shades(scores["T"])
+    plot.lines(ax, scores, "scale", column, looks, by="T", marker=".")
+    average = scores[~scores.fixed]
+    plain = {n: (None, look) for n, (_, look) in looks.items()}
+    ring = {"marker": "o", "markerfacecolor": "none", "markersize": 9, "alpha": 1}
+    plot.scatter(ax, average, "scale", column, plain, by="T", **ring)
     ax.set_xscale("log")
-    ticks = sorted(scores.scale[scores.fixed].unique())
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.minorticks_off()
-    words = {"anp": "ANP, % of the experts", "kept_margin": "kept margin, %"}[column]
-    ax.set(xlabel="coefficient of every task vector", ylabel=words)
-    percent(ax)
-    ax.legend(fontsize=8)
-    return ax
+    plot.ticks(ax, sorted(scores.scale[scores.fixed].unique()))
+    return plot.finish(
+        ax, "coefficient of every task vector", SCORES[column], percent="y", legend=8
+    )
 
 
-def coefficients(ax: Axes, found: Mapping[str, pd.Series]) -> Axes:
+def coefficient_curve(ax: Axes, found: Mapping[str, pd.Series]) -> Axes:
     """Coefficients against T, a line per way to find them; black is 1/T, the average."""
     marks = ((1, "^"), (2, "h"), (0, "p"), (3, "v"))
-    for (label, values), (number, marker) in zip(found.items(), marks, strict=False):
-        ax.plot(values.index, values, marker=marker, color=PALETTE[number], label=label)
+    for (label, values), look in zip(found.items(), marks, strict=False):
+        plot.line(ax, values.index, values, label=label, **mark(*look))
     numbers = np.unique(np.concatenate([values.index for values in found.values()]))
     ax.plot(numbers, 1 / numbers, color="black", linestyle="--", label="$1/T$")
-    ax.set_xticks(numbers)
+    plot.ticks(ax, numbers)
     ax.set_ylim(0, 1.5 * max(values.max() for values in found.values()))  # room for names
-    ax.set(xlabel="tasks merged, $T$", ylabel="coefficient")
-    ax.legend(fontsize=8, loc="upper right")
-    return ax
+    return plot.finish(
+        ax, "tasks merged, $T$", "coefficient", legend={"fontsize": 8, "loc": "upper right"}
+    )
 
 
-def forecast(ax: Axes, table: pd.DataFrame, column: str) -> Axes:
-    """A task's loss in a subset against what the pairs say: a point per task and subset.
+def forecast_scatter(ax: Axes, table: pd.DataFrame, column: str) -> Axes:
+    """A task's loss in a subset against its forecast from pairs: a point per task and subset.
 
-    table: of `forecasts`; the line is where the pairs are right.
+    table: of `forecasts`; on the dashed line the forecast is right.
     """
-    shades = sns.color_palette("cividis", table["T"].nunique())
-    for shade, (number, rows) in zip(shades, table.groupby("T"), strict=True):
-        look = {"color": shade, "markersize": 6, "alpha": 0.6, "markeredgewidth": 0}
-        ax.plot(rows[column], rows.loss, ".", label=f"$T$ = {number}", **look)
+    look = {"marker": ".", "markersize": 6, "alpha": 0.6, "markeredgewidth": 0}
+    plot.scatter(ax, table, column, "loss", shades(table["T"]), by="T", **look)
     ends = [table.loss.min(), table.loss.max()]
     ax.plot(ends, ends, color="black", linewidth=0.8, linestyle="--")
-    ax.set(xlabel=f"forecast: {FORECASTS[column]}, %", ylabel="loss of a task, %")
-    percent(ax)
-    percent(ax, "x")
-    return ax
+    return plot.finish(ax, f"forecast: {FORECASTS[column]}, %", "loss of a task, %", percent="xy")
 
 
-def dots(ax: Axes, rows: pd.DataFrame, names: Mapping[str, str], key: str, value: str) -> Axes:
-    """A row per name, in it a point with its interval per method.
-
-    rows: method, the column `key`, `value`, low and high; `names` gives the rows' labels in order.
-    """
-    methods = list(rows.method.unique())
-    for place, method in enumerate(methods):
-        own = rows[rows.method == method].set_index(key).reindex(list(names))
-        y = np.arange(len(names)) + 0.16 * (place - (len(methods) - 1) / 2)
-        look = {**style(method), "linestyle": "none"}
-        ax.hlines(y, own.low, own.high, color=look["color"], linewidth=1.2)
-        ax.plot(own[value], y, label=title(method), **look)
-    ax.axvline(0, color="black", linewidth=0.8)
-    ax.set_yticks(range(len(names)), list(names.values()), fontsize=9)
-    ax.set_ylim(len(names) - 0.5, -0.5)
-    return ax
-
-
-def skills(ax: Axes, table: pd.DataFrame) -> Axes:
+def forecast_skill(ax: Axes, table: pd.DataFrame) -> Axes:
     """Share of the losses' variance that each forecast explains, over all T above 2.
 
-    table: of `skill` for several methods. Below 0 a forecast is worse than a mean; what is below -1
-    stands at the left edge.
+    table: of `skill` for several methods. Below 0 a forecast is worse than the mean; values below
+    -1 are drawn at the left edge.
     """
-    rows = table[table["T"] == 0].rename(columns={"r2_low": "low", "r2_high": "high"})
-    seen = rows.assign(**rows[["r2", "low", "high"]].clip(lower=-1))
-    dots(ax, seen, FORECASTS, "forecast", "r2").set_xlim(-1.04, 1.04)
-    ax.set_xlabel("$R^2$ of a task's loss")
-    return ax
+    columns = ["r2", "r2_low", "r2_high"]
+    rows = table[table["T"] == 0].copy()
+    rows[columns] = rows[columns].clip(lower=-1)
+    how = {"row": "forecast", "group": "method", "value": "r2", "ends": ("r2_low", "r2_high")}
+    plot.intervals_by_row(ax, rows, FORECASTS, methods(rows.method.unique()), **how)
+    plot.reference(ax, 0)
+    return plot.finish(ax, "$R^2$ of a task's loss", xlim=(-1.04, 1.04))
 
 
 def correlations(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Rank correlation of every number with a score within T, a point with interval per method."""
-    dots(ax, table, COVARIATES, "number", "rho")
-    ax.set_xlim(-1.02, 1.02)
-    ax.set_xlabel("rank correlation among subsets of like size")
-    return ax
+    """Rank correlation of every covariate with a score within T, by method."""
+    looks = methods(table.method.unique())
+    plot.intervals_by_row(ax, table, COVARIATES, looks, row="number", group="method", value="rho")
+    plot.reference(ax, 0)
+    return plot.finish(ax, "rank correlation among subsets of like size", xlim=(-1.02, 1.02))
 
 
-def parts(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Every task's effect on others (bars) and its own loss (diamonds): of `shapley_values`."""
+def task_effects(ax: Axes, table: pd.DataFrame) -> Axes:
+    """Every task's marginal effect on the others (bars) and its own loss (diamonds).
+
+    table: of `shapley_values`.
+    """
     y = np.arange(len(table))
-    ax.barh(y, table.caused, color=PALETTE[0], height=0.6, label="done to others")
-    ax.plot(table.suffered, y, "D", color=PALETTE[1], markersize=6, label="lost itself")
-    ax.axvline(0, color="black", linewidth=0.8)
-    ax.set_yticks(y, table.task)
-    ax.set_ylim(len(table) - 0.5, -0.5)
-    ax.set_xlabel("mean change, points")
-    percent(ax, "x")
-    return ax
+    ax.barh(y, table.caused, color=PALETTE[0], height=0.6, label="effect on others")
+    own = mark(1, "D", markersize=6)
+    plot.intervals(ax, y, table.suffered, label="own loss", **own)
+    plot.reference(ax, 0)
+    plot.label_rows(ax, table.task)
+    return plot.finish(ax, "mean change, points", percent="x")

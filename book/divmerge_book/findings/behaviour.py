@@ -4,7 +4,7 @@ import pandas as pd
 
 from divmerge_book.evaluation.statistics import format_correlation
 from divmerge_book.figures import title
-from divmerge_book.figures.conflict import CLUES
+from divmerge_book.figures.conflict import COVARIATES
 from divmerge_book.findings import listed, span
 from divmerge_book.studies import mergeability
 from divmerge_book.studies.mantel import VIEWS
@@ -199,7 +199,7 @@ def followed(found: pd.DataFrame, source: str) -> str:
     said = {True: [], False: []}
     for row in inside.itertuples():
         said[row.p_max <= 0.05].append(
-            f"{CLUES[row.clue]} per {row.grouping} ($\\rho$ = {row.rho:+.2f} [{row.low:+.2f}, "
+            f"{COVARIATES[row.clue]} per {row.grouping} ($\\rho$ = {row.rho:+.2f} [{row.low:+.2f}, "
             f"{row.high:+.2f}], corrected p = {row.p_max:.2f})"
         )
     return (

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 import pandas as pd
 
 from divmerge_book.figures import title
-from divmerge_book.figures.beyond import ARRIVING, NAMES, SAID, WHERE
+from divmerge_book.figures.beyond import CLUSTERING_LABELS as NAMES
+from divmerge_book.figures.beyond import CONTINUAL as ARRIVING
+from divmerge_book.figures.beyond import ROUTING_LABELS as WHERE
+from divmerge_book.figures.beyond import SELECTOR_LABELS as SAID
 from divmerge_book.findings import bullets, listed, missing, scores, span
 from divmerge_book.studies.continual_merging import BATCH, backward_transfer
 from divmerge_book.studies.corrupted_experts import CORRUPTIONS

@@ -6,8 +6,8 @@ import pandas as pd
 
 from divmerge_book.evaluation.benchmark import PUBLISHED
 from divmerge_book.evaluation.report import Report, Sampled
-from divmerge_book.figures import largest, side_by_side, title
-from divmerge_book.figures.baselines import PUBLISHED_AS, REFERENCE, one_vector
+from divmerge_book.figures import largest, score_intervals, title
+from divmerge_book.figures.baselines import PUBLISHED_AS, REFERENCE, is_single_model
 from divmerge_book.figures.baselines import SCORES as COLUMNS
 from divmerge_book.findings import SCORES, bullets, listed, span
 
@@ -53,10 +53,10 @@ def standing(report: Report, source: str) -> str:
     suite, subset = rows.suite.iloc[0], rows.subset.iloc[0]
     if not report.counted(suite):
         return f"In {source} no task counts: no expert is far enough above the majority class."
-    table = side_by_side(report, subset).set_index("method")
+    table = score_intervals(report, subset).set_index("method")
     searched = ~table.index.str.endswith(PUBLISHED)
     table = table[searched & ~table.index.isin(("expert", "base"))]
-    table = table[[one_vector(method) for method in table.index]]
+    table = table[[is_single_model(method) for method in table.index]]
     ours = table.index.str.startswith("divmerge")
     if not ours.any() or ours.all():
         return f"In {source} there is no DivMerge to compare with another method."
@@ -113,7 +113,7 @@ def verdict(report: Report, subset: str, table: pd.DataFrame) -> str:
     first, lines = named.loc[best["anp"]], []
     for method, row in named[ahead].sort_values("value", ascending=False).iterrows():
         price = [f"{row.seconds:.1f} s against {first.seconds:.1f} s", f"looks at {row.block}"]
-        if not one_vector(method):
+        if not is_single_model(method):
             price.append(f"no single model: {row.stored:.2f} models stored")
         pairs = {name: (method, other) for name, other in best.items()}
         lines.append(f"{title(method)}: {gap(drawn, pairs)} ({'; '.join(price)})")
@@ -128,7 +128,7 @@ def by_access(table: pd.DataFrame, source: str) -> str:
     methods within their block (root mean square), and names the best of each block.
     """
     rows = table[table.block != REFERENCE]
-    rows = rows[[one_vector(name) for name in rows.index]]
+    rows = rows[[is_single_model(name) for name in rows.index]]
     groups = rows.assign(block=rows.block.astype(str)).groupby("block", sort=False)
     if len(groups) < 2:
         return f"In {source} all single models look at the same data."

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from divmerge_book.figures.evidence import MARKS
+from divmerge_book.figures.styles import CRITERIA
 from divmerge_book.findings import bullets, listed, scores
 from divmerge_book.studies.model_selection import AMONG
 from divmerge_book.studies.random_merges import MEASURES, SAMPLERS
@@ -45,7 +45,7 @@ def ranked(mean: pd.DataFrame, source: str) -> str:
     lines = []
     for (kind, among), rows in pick.groupby(["draws", "among"], sort=False):
         one = rows.set_index("criterion")
-        said = ", ".join(f"{MARKS[name][0]} {one.value[name]:.2f}" for name in one.index)
+        said = ", ".join(f"{CRITERIA[name][0]} {one.value[name]:.2f}" for name in one.index)
         lead = one.loc["reverse_kl"]
         lines.append(
             f"**{SAMPLERS.facts[kind]['label']}, {among}**: {said}. Reverse KL minus JS: "
@@ -65,8 +65,8 @@ def narrowed(mean: pd.DataFrame, source: str) -> str:
     if not shares:
         return f"In {source} there are too few models to look at the best of them alone."
     last = shares[-1]
-    lower = [MARKS[name][0] for name in wide.index if wide[last][name] < wide["all"][name]]
-    higher = [MARKS[name][0] for name in wide.index if wide[last][name] >= wide["all"][name]]
+    lower = [CRITERIA[name][0] for name in wide.index if wide[last][name] < wide["all"][name]]
+    higher = [CRITERIA[name][0] for name in wide.index if wide[last][name] >= wide["all"][name]]
     return (
         f"In {source}, for coefficients drawn per task, the correlation among the {last} is lower "
         f"than among all models for {listed(lower)}, and not lower for {listed(higher)}."
@@ -79,7 +79,7 @@ def by_task(of: pd.DataFrame, rows: int, source: str) -> str:
     of: rows of the first table of `judging.over_models`. rows: labelled validation rows per task.
     """
     by = of.groupby(["criterion", "task"]).value.mean().unstack("criterion")
-    won = [f"{MARKS[n][0]} on {(by.js > by[n]).sum()}" for n in MEASURES if n != "js"]
+    won = [f"{CRITERIA[n][0]} on {(by.js > by[n]).sum()}" for n in MEASURES if n != "js"]
     worst = by.js.idxmin()
     return (
         f"In {source} JS is above {listed(won)} of {len(by)} tasks. Its lowest value is "
@@ -103,7 +103,7 @@ def leading(mean: pd.DataFrame, source: str) -> str:
         )
         first = cells.idxmax(axis=1).value_counts()
         above = int((cells.js > cells.entropy).sum())
-        said = [f"{MARKS[name][0]} in {count}" for name, count in first.items()]
+        said = [f"{CRITERIA[name][0]} in {count}" for name, count in first.items()]
         parts.append(
             f"with {words}, {listed(said)} of {len(cells)} rows (JS above entropy in {above})"
         )
@@ -123,7 +123,7 @@ def chosen(lost: pd.DataFrame, whole: pd.DataFrame, source: str) -> str:
     for column, words in scores(task).items():
         ranked = task.sort_values(column, ascending=False)
         each = [
-            f"{MARKS[n][0]} {v:.1f} %"
+            f"{CRITERIA[n][0]} {v:.1f} %"
             for n, v in zip(ranked.criterion, ranked[column], strict=True)
         ]
         said.append(

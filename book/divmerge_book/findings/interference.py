@@ -4,7 +4,7 @@ import pandas as pd
 
 from divmerge_book.evaluation.statistics import format_correlation
 from divmerge_book.figures import title
-from divmerge_book.figures.conflict import place
+from divmerge_book.figures.conflict import place_label
 from divmerge_book.findings import listed, missing, scores, span
 from divmerge_book.studies.pairwise_interference import RULES, matrix
 
@@ -41,9 +41,9 @@ def lengths(half: pd.DataFrame, table: pd.DataFrame, source: str) -> str:
     return (
         f"In {source} the closest pair is {listed(high)} ({ranked.iloc[-1]:+.2f}), the furthest "
         f"{listed(low)} ({ranked.iloc[0]:+.2f}); the median is {ranked.median():+.3f}. The largest "
-        f"part of the squared length is in {place(top)} ({100 * where.share[top]:.0f} % on "
-        f"average), the smallest in {place(least)} ({100 * where.share[least]:.2f} %); per entry, "
-        f"{place(far)} moves most."
+        f"part of the squared length is in {place_label(top)} ({100 * where.share[top]:.0f} % on "
+        f"average), the smallest in {place_label(least)} ({100 * where.share[least]:.2f} %); per "
+        f"entry, {place_label(far)} moves most."
     )
 
 

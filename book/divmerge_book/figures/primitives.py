@@ -1,0 +1,257 @@
+"""The plots that all figures are made of: each draws on the Axes it is given.
+
+A look is a mapping of matplotlib's `color`, `marker` and `linestyle`, as `styles` makes them.
+`looks` maps the name of a group to `(label, look)` and sets the order; names that a table lacks are
+left out.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+
+Looks = Mapping  # name -> (label, look)
+BESIDE = {"fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1.01, 1)}  # right of the axes
+
+
+def ticks(ax: Axes, values: Iterable, labels: Iterable[str] | None = None, **how) -> None:
+    """Ticks of the x axis at these values and at no others."""
+    values = list(values)
+    ax.set_xticks(values, [f"{v:g}" for v in values] if labels is None else list(labels), **how)
+    ax.minorticks_off()
+
+
+def reference(ax: Axes, value: float | int, *, x: bool = True, style: str = "-", **how) -> None:
+    """A black line at a value of x (or of y): no difference, chance, or the experts."""
+    line = ax.axvline if x else ax.axhline
+    line(value, **{"color": "black", "linewidth": 0.9, "linestyle": style, **how})
+
+
+def finish(
+    ax: Axes,
+    x: str | None = None,
+    y: str | None = None,
+    *,
+    percent: str = "",
+    legend: int | Mapping | None = None,
+    **limits,
+) -> Axes:
+    """Names of the axes; shares as percentages on `x`, `y` or `xy`; a legend (or its size).
+
+    limits: of `Axes.set`.
+    """
+    names = {"xlabel": x, "ylabel": y}
+    ax.set(**{name: words for name, words in names.items() if words is not None}, **limits)
+    for axis in percent:
+        getattr(ax, f"{axis}axis").set_major_formatter(
+            lambda value, place: f"{round(100 * value, 6) + 0.0:.3g}"
+        )
+    if legend is not None:
+        ax.legend(**(legend if isinstance(legend, Mapping) else {"fontsize": legend}))
+    return ax
+
+
+def label_rows(
+    ax: Axes, labels: Iterable[str], *, size: float | int | None = None, grid: bool = False
+) -> None:
+    """A row per label, the first at the top."""
+    labels = list(labels)
+    ax.set_yticks(range(len(labels)), labels, fontsize=size)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.grid(axis="y", visible=grid)
+
+
+def dodge(count: int, step: float | int) -> np.ndarray:
+    """Offsets of `count` groups from the middle of their row."""
+    return step * (np.arange(count) - (count - 1) / 2)
+
+
+def spread(table: pd.DataFrame, keys: Sequence[str], column: str) -> pd.DataFrame:
+    """Mean, lowest and highest value of a column by `keys`: value, low, high."""
+    found = table.groupby(list(keys), sort=False)[column].agg(["mean", "min", "max"])
+    return found.set_axis(["value", "low", "high"], axis=1).reset_index()
+
+
+def intervals(ax: Axes, y, value, low=None, high=None, *, label: str | None = None, **look) -> None:
+    """Points at heights y with horizontal intervals. look: of the marks; `width` of the bars."""
+    width = look.pop("width", 1.4)
+    if low is not None:
+        ax.hlines(y, low, high, color=look["color"], linewidth=width, alpha=0.6)
+    ax.plot(value, y, label=label, **{"markersize": 5, **look, "linestyle": "none"})
+
+
+def intervals_by_row(
+    ax: Axes,
+    table: pd.DataFrame,
+    rows: Mapping[str, str],
+    looks: Looks,
+    *,
+    row: str,
+    group: str,
+    value: str = "value",
+    ends: tuple[str, str] | None = ("low", "high"),
+    step: float | int = 0.16,
+    **how,
+) -> None:
+    """A row per name, in it a point with its interval per group: a forest plot.
+
+    rows: value of the column `row` -> label. ends: columns of the interval; None: points alone.
+    """
+    present = [name for name in looks if name in set(table[group])]
+    for name, shift in zip(present, dodge(len(present), step), strict=True):
+        label, look = looks[name]
+        own = table[(table[group] == name) & table[row].isin(list(rows))]
+        y = own[row].map(list(rows).index) + shift
+        found = [own[end] for end in ends] if ends else []
+        intervals(ax, y, own[value], *found, label=label, **{**look, **how})
+    label_rows(ax, rows.values(), grid=True)
+
+
+def points_by_row(
+    ax: Axes,
+    rows: Mapping[str, tuple[Iterable[float], Mapping]],
+    *,
+    jitter: float | int = 0.0,
+    bar: str | None = None,
+    **how,
+) -> None:
+    """A row per label: its values as points and a bar at their mean: a strip plot.
+
+    rows: label -> (values, look). bar: its colour; None: that of the points.
+    """
+    draws = np.random.default_rng(0)
+    for y, (values, look) in enumerate(rows.values()):
+        values = np.asarray(values, float)
+        heights = y + draws.uniform(-jitter, jitter, len(values))
+        points = {"markersize": 5, "alpha": 0.7, **look, **how, "linestyle": "none"}
+        ax.plot(values, heights, **points)
+        middle = [values.mean()] * 2
+        ax.plot(middle, [y - 0.34, y + 0.34], color=bar or look["color"], linewidth=2)
+    label_rows(ax, rows, grid=True)
+
+
+def dumbbells(ax: Axes, rows: Mapping[str, tuple], *, size: float | int = 8) -> None:
+    """A row per label: a hollow and a filled mark with a line between them.
+
+    rows: label -> (hollow value, filled value, look).
+    """
+    for y, (hollow, filled, look) in enumerate(rows.values()):
+        mark = {**look, "markersize": size, "linestyle": "none"}
+        ax.plot([hollow, filled], [y, y], color=look["color"], alpha=0.5, linewidth=2)
+        ax.plot(hollow, y, **mark, markerfacecolor="white")
+        ax.plot(filled, y, **mark)
+    label_rows(ax, rows, grid=True)
+
+
+def diverging_bars(ax: Axes, table: pd.DataFrame, sides: Mapping[str, tuple], net: str) -> None:
+    """A row per index entry: bars to the left and to the right of 0, and their sum as a diamond.
+
+    sides: column -> (sign, colour). Columns `<side>_low` and `<side>_high` become whiskers.
+    """
+    y = np.arange(len(table))
+    for column, (sign, shade) in sides.items():
+        ends = None
+        if f"{column}_low" in table:
+            down = table[column] - table[f"{column}_low"]
+            up = table[f"{column}_high"] - table[column]
+            ends = [down, up][::sign]
+        bars = {"height": 0.62, "color": shade, "alpha": 0.75, "label": column}
+        ax.barh(y, sign * table[column], xerr=ends, **bars)
+    ax.plot(table[net], y, "kD", markersize=6, label=net)
+    reference(ax, 0)
+    label_rows(ax, table.index)
+    ax.xaxis.set_major_formatter(lambda value, place: f"{abs(value):g}")
+
+
+def line(ax: Axes, x, y, low=None, high=None, *, band: bool = False, **look) -> None:
+    """One line, with a band or with bars from low to high."""
+    if low is not None and band:
+        ax.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    elif low is not None:
+        ax.vlines(x, low, high, color=look["color"], linewidth=1.2)
+    ax.plot(x, y, **{"markersize": 5, **look})
+
+
+def lines(
+    ax: Axes,
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    looks: Looks,
+    *,
+    by: str,
+    ends: tuple[str, str] | None = None,
+    step: float | int = 0.0,
+    **how,
+) -> None:
+    """A line per group over x: means where x has several rows, in the order of x.
+
+    ends: columns of the interval, for one row per x. step: how far apart groups stand in x.
+    """
+    present = [name for name in looks if name in set(table[by])]
+    for name, shift in zip(present, dodge(len(present), step), strict=True):
+        label, look = looks[name]
+        own = table[table[by] == name].groupby(x)[[y, *(ends or ())]].mean()
+        found = [own[end] for end in ends] if ends else []
+        line(ax, own.index + shift if step else own.index, own[y], *found,
+             label=label, **{**look, **how})  # fmt: skip
+
+
+def heat_map(
+    ax: Axes, wide: pd.DataFrame, *, label: str, rotation: float | int = 35, **how
+) -> None:
+    """A number in every cell, with a colour bar. how: of `seaborn.heatmap`."""
+    usual = {
+        "annot": True,
+        "fmt": ".2f",
+        "annot_kws": {"fontsize": 8},
+        "cbar_kws": {"label": label},
+    }
+    sns.heatmap(wide, ax=ax, **{**usual, **how})
+    ax.set(xlabel="", ylabel="")
+    ax.grid(visible=False)
+    ax.tick_params(axis="x", rotation=rotation, length=0)
+    ax.tick_params(axis="y", rotation=0, length=0)
+
+
+def diverging(middle: float | int, reach: float | int) -> dict:
+    """Colours of a heat map that are white at `middle` and end `reach` from it."""
+    return {"cmap": "PRGn", "vmin": middle - reach, "vmax": middle + reach}
+
+
+def scatter(ax: Axes, table: pd.DataFrame, x: str, y: str, looks: Looks, *, by: str, **how) -> None:
+    """Points of x and y, a look per group."""
+    for name, (label, look) in looks.items():
+        own = table[table[by] == name]
+        mark = {"markersize": 5, "alpha": 0.8, **look, **how, "linestyle": "none"}
+        ax.plot(own[x], own[y], label=label, **mark)
+
+
+def annotate(
+    ax: Axes,
+    points: Iterable[tuple],
+    *,
+    size: float | int = 8,
+    up: float | int = 0,
+    left: bool | None = None,
+) -> None:
+    """Names beside points (x, y, name), `up` points higher, and more where they would overlap.
+
+    left: names to the left of their points; None: to the left of those in the right half.
+    """
+    scale, extent = 72 / ax.figure.dpi, ax.get_window_extent().intervalx
+    taken: list[tuple[float, float, float]] = []  # left, right and height of labels, in points
+    for x, y, text in sorted(points, key=lambda point: point[1]):
+        at, height = scale * ax.transData.transform((x, y))
+        flip = at > scale * sum(extent) / 2 if left is None else left
+        width, top = 0.58 * size * len(text), height + up
+        begin = at - 7 - width if flip else at + 7
+        for low, high, other in sorted(taken, key=lambda label: label[2]):
+            if begin < high and low < begin + width and abs(top - other) < 1.5 * size:
+                top = other + 1.5 * size
+        taken.append((begin, begin + width, top))
+        place = {"xytext": (-7 if flip else 7, top - height), "textcoords": "offset points"}
+        place |= {"ha": "right" if flip else "left", "va": "center", "fontsize": size}
+        ax.annotate(text, (x, y), **place)
