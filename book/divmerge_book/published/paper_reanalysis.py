@@ -1,9 +1,7 @@
-"""The paper's tables read again, from the numbers that it prints: what they say, and what not.
+"""The paper's tables analysed again, from the numbers that it prints in `paper.json`."""
 
-Everything is worked out from `paper.json`; nothing of ours enters.
-"""
-
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -120,21 +118,27 @@ def on_a_grid(number: int, num_tasks: int, *, draws: int = 2000, seed: int = 0) 
     }
 
 
+def rows_of_levels() -> Iterator[tuple[dict, str, pd.Series]]:
+    """Every row of Tables 6 and 7 at both levels: labels, the level's short name, printed ANPs."""
+    for tasks, number in PLACES.items():
+        for level, short in LEVELS.items():
+            for count, line in paper.table(number).iterrows():
+                yield {"table": number, "tasks": tasks, "T": count, "level": level}, short, line
+
+
 def js_and_kl() -> pd.DataFrame:
     """Every cell in which Tables 3, 6 and 7 print the ANP of JS and of KL.
 
     Columns: table, tasks, T, level (task or layer), js, kl (%), gain (js minus kl, points).
     """
-    rows, pairs = [], paper.table(3)
-    for tasks, number in PLACES.items():
-        for level, short in LEVELS.items():
-            names = {"js": f"{short} JS", "kl": f"{short} KL"}
-            row = {"table": 3, "tasks": tasks, "T": 2, "level": level}
-            rows.append(row | {key: pairs.loc[name, tasks] for key, name in names.items()})
-            for count, line in paper.table(number).iterrows():
-                row = {"table": number, "tasks": tasks, "T": count, "level": level}
-                rows.append(row | {key: line[name] for key, name in names.items()})
-    table = pd.DataFrame(rows)
+    rows = list(rows_of_levels())
+    for tasks, (level, short) in product(PLACES, LEVELS.items()):
+        label = {"table": 3, "tasks": tasks, "T": 2, "level": level}
+        rows.append((label, short, paper.table(3)[tasks]))
+    table = pd.DataFrame(
+        {**label, "js": line[f"{short} JS"], "kl": line[f"{short} KL"]}
+        for label, short, line in rows
+    )
     return table.assign(gain=(table.js - table.kl).round(2))
 
 
@@ -144,15 +148,11 @@ def js_and_others() -> pd.DataFrame:
     Columns: tasks, T, level, js, other (its name), best (its ANP, %), gain (points).
     """
     rows = []
-    for tasks, number in PLACES.items():
-        table = paper.table(number)
-        rivals = table[[name for name in table if not name.endswith((" JS", " KL"))]]
-        for level, short in LEVELS.items():
-            for count, js in table[f"{short} JS"].items():
-                name = rivals.loc[count].idxmax()
-                row = {"tasks": tasks, "T": count, "level": level, "js": js, "other": name}
-                rows.append(row | {"best": rivals.loc[count, name]})
-    found = pd.DataFrame(rows)
+    for label, short, line in rows_of_levels():
+        others = line[[name for name in line.index if not name.endswith((" JS", " KL"))]]
+        best = {"other": others.idxmax(), "best": others.max()}
+        rows.append({**label, "js": line[f"{short} JS"], **best})
+    found = pd.DataFrame(rows).drop(columns="table")
     return found.assign(gain=(found.js - found.best).round(2))
 
 

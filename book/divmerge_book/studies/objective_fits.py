@@ -176,6 +176,21 @@ def fit(
     return coefficients().detach()
 
 
+def fit_or_start(
+    spec: FitSpec, grouping: str, rate: float, config: FitConfig
+) -> tuple[Float[Tensor, "T G"], bool]:
+    """The coefficients of a fit, or 1/T where it diverges; and whether it does."""
+    try:
+        return fit(spec, grouping, rate, config), False
+    except Diverged:
+        return start(spec.problem.vectors, grouping), True
+
+
+def start(vectors: TaskVectors, grouping: str) -> Float[Tensor, "T G"]:
+    """The coefficients 1/T, where every fit begins."""
+    return Coefficients(vectors.layout, len(vectors.tasks), grouping=grouping)().detach()
+
+
 def merge(vectors: TaskVectors, coeffs: Float[Tensor, "T G"], grouping: str) -> Float[Tensor, " N"]:
     """The merged parameters at these coefficients."""
     segments = Coefficients(vectors.layout, len(vectors.tasks), grouping=grouping).segments
@@ -196,13 +211,11 @@ def fit_result(
     """
 
     def find() -> dict:
-        vectors, diverged = experiment.problem.vectors, False
-        coeffs = Coefficients(vectors.layout, len(vectors.tasks), grouping=grouping)().detach()
+        vectors = experiment.problem.vectors
+        coeffs, diverged = start(vectors, grouping), False
         if objective != START:
-            try:
-                coeffs = fit(fit_spec(experiment, objective, temperature), grouping, rate, config)
-            except Diverged:
-                diverged = True
+            spec = fit_spec(experiment, objective, temperature)
+            coeffs, diverged = fit_or_start(spec, grouping, rate, config)
         anp = validation_anp(experiment, merge(vectors, coeffs, grouping))
         return {"coefficients": coeffs.tolist(), "validation": anp, "diverged": diverged}
 

@@ -19,17 +19,15 @@ from divmerge_book.models.finetuning import Expert, Recipe, fine_tune
 from divmerge_book.studies.objective_fits import (
     FitConfig,
     FitSpec,
-    fit,
     fit_and_predict,
+    fit_or_start,
     fit_spec,
     merge,
 )
 from divmerge_book.studies.predictions import report_of, with_experts
 from divmerge_book.studies.study import study
 from divmerge_core.kernels.delta_storage import dense
-from divmerge_core.merging.coefficients import Coefficients
 from divmerge_core.merging.fit import expert_logits
-from divmerge_core.merging.problem import Diverged
 from divmerge_core.registry import Registry
 
 SHARPER = 5.0  # what an over-confident expert's logits are multiplied by
@@ -147,14 +145,10 @@ def fit_with_corrupted(
 ) -> list[dict]:
     """Test predictions on the other tasks, of a fit with one corrupted expert."""
     number = corrupted_task(experiment, seed)
-    corrupted, diverged = CORRUPTIONS[kind](experiment, number, seed), False
+    corrupted = CORRUPTIONS[kind](experiment, number, seed)
     vectors, tasks = corrupted.experiment.problem.vectors, experiment.problem.vectors.tasks
-    try:
-        spec = corrupted_spec(corrupted, objective, number)
-        coeffs = fit(spec, grouping, config.rate, config)
-    except Diverged:
-        diverged = True
-        coeffs = Coefficients(vectors.layout, len(vectors.tasks), grouping=grouping)().detach()
+    spec = corrupted_spec(corrupted, objective, number)
+    coeffs, diverged = fit_or_start(spec, grouping, config.rate, config)
     flat = merge(vectors, coeffs, grouping)
     rows = evaluate(corrupted.experiment.problem, flat, corrupted.experiment.test)
     own = coeffs[number].mean().item() if tasks == vectors.tasks else None
