@@ -43,7 +43,9 @@ class Groups:
         return join(self.merge(members[:-1]), self.delta(members[-1]), self.places, SHARE, True)
 
     def residuals(self, members: Members, task: int) -> Float[Tensor, " n"]:
-        """Distance of a group's model from this expert after it joins, per input; see `clustered.residuals`.
+        """Distance of a group's model from this expert after it joins, per input.
+
+        See `clustered.residuals`.
 
         Without members: of base plus `start` times the task vector, a new group's likelihood.
         """
