@@ -67,71 +67,67 @@ def experiments_of(
 # --- statistics of the weights of a pair ----------------------------------------------------------
 
 Matrix = Float[Tensor, "T T"]
-# name -> function(task vectors, the same without embedding rows that only decayed) -> [T, T]
+# name -> function(task vectors, the same without embedding rows that only decayed) -> [T, T];
+# sign: +1 where more of it should mean more interference
 PREDICTORS = Registry("predictor")
 
 
-def predictor(name: str, label: str, sign: int):
-    """Registers a predictor; sign: +1 where more of it should mean more interference."""
-    return PREDICTORS.register(name, label=label, sign=sign)
-
-
-@predictor("conflict_all", "sign conflict, all parameters", 1)
+@PREDICTORS.register("conflict_all", label="sign conflict, all parameters", sign=1)
 def conflict_all(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
     """Sign conflict, rows that only decayed included."""
     return sign_conflict(dense(vectors.deltas))
 
 
-@predictor("conflict", "sign conflict, touched", 1)
+@PREDICTORS.register("conflict", label="sign conflict, touched", sign=1)
 def conflict(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
     """Sign conflict of what both tasks learned."""
     return sign_conflict(dense(learned.deltas))
 
 
-@predictor("conflict_large", "sign conflict, largest fifth", 1)
+@PREDICTORS.register("conflict_large", label="sign conflict, largest fifth", sign=1)
 def conflict_large(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
     """Sign conflict of what TIES keeps of both (Yadav et al. 2023)."""
     return sign_conflict(torch.stack([largest(row, 0.2) for row in dense(vectors.deltas)]))
 
 
-@predictor("cosine", "cosine", -1)
+@PREDICTORS.register("cosine", label="cosine", sign=-1)
 def cosine_all(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
     """Cosine similarity."""
     return cosine(dense(vectors.deltas))
 
 
-@predictor("overlap", "magnitude overlap, largest fifth", 1)
+@PREDICTORS.register("overlap", label="magnitude overlap, largest fifth", sign=1)
 def overlap(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
     """Magnitude overlap of what both tasks learned."""
     return magnitude_overlap(dense(learned.deltas))
 
 
-@predictor("alignment_partner", "SAR with the partner", 1)
+@PREDICTORS.register("alignment_partner", label="SAR with the partner", sign=1)
 def alignment_partner(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
     """Subspace alignment ratio of a task's change with its partner's."""
     return alignment_between(vectors)
 
 
-@predictor("norm_own", "own length", -1)
+@PREDICTORS.register("norm_own", label="own length", sign=-1)
 def norm_own(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
     """Norm of the task's own vector, whatever the partner."""
     norms = vectors.norms().double()
     return norms[:, None].expand(-1, len(norms))
 
 
-@predictor("norm_partner", "partner's length", 1)
+@PREDICTORS.register("norm_partner", label="partner's length", sign=1)
 def norm_partner(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
     """Norm of the partner's vector."""
     return norm_own(vectors, learned).T
 
 
-@predictor("norm_ratio", "partner's length over own", 1)
+@PREDICTORS.register("norm_ratio", label="partner's length over own", sign=1)
 def norm_ratio(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
     """log of the partner's norm over the task's own."""
     return (norm_partner(vectors, learned) / norm_own(vectors, learned)).log()
 
 
-@predictor("length_sum", "length of the sum", 1)
+@PREDICTORS.register("length_sum", label="length of the sum", sign=1)
 def length_sum(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
     """Norm of the sum of both vectors."""
     deltas = dense(vectors.deltas)
