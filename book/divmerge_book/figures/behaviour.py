@@ -21,7 +21,7 @@ LAYER_LABELS = {
 def churn(ax: Axes, table: pd.DataFrame) -> Axes:
     """Rows lost to the left, gained to the right, the net change as a diamond; a row per model.
 
-    table: of `resampled`; whiskers are 95 % intervals. The length of both bars is the churn.
+    table: of `churn_intervals`; whiskers are 95 % intervals. The length of both bars is the churn.
     """
     wide = 100 * table.set_index(["model", "what"])[["value", "low", "high"]]
     models = [model for model in LOOKS if model in set(table.model)]
@@ -40,14 +40,14 @@ def churn(ax: Axes, table: pd.DataFrame) -> Axes:
 
 
 def churn_by_task(ax: Axes, table: pd.DataFrame, model: str) -> Axes:
-    """`churn` of one model, a row per task, sorted by the net change. table: of `turned`."""
+    """`churn` of one model, a row per task, sorted by the net change. table: of `churn_by_task`."""
     mean = table[table.model == model].groupby("task", sort=False)[["lost", "gained", "net"]].mean()
     plot.diverging_bars(ax, 100 * mean.sort_values("net", ascending=False), SIDES, "net")
     return plot.finish(ax, "share of test rows, %", title=title(model))
 
 
 def loss_by_margin(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Share of rows lost, by fifths of the expert's margin. table: of `by_margin`."""
+    """Share of rows lost, by fifths of the expert's margin. table: of `flips_by_margin`."""
     auc = table.groupby("model").auc.first()
     looks = {m: (f"{label} (AUC {auc[m]:.2f})", look) for m, (label, look) in
              methods(name for name in LOOKS if name in auc).items()}  # fmt: skip
@@ -66,13 +66,13 @@ def loss_by_margin(ax: Axes, table: pd.DataFrame) -> Axes:
 def reliability(ax: Axes, table: pd.DataFrame, model: str, *, bins: int = 10) -> Axes:
     """Accuracy against confidence of one model, point size by rows; dashed: calibrated.
 
-    table: of `diagram` with as many `bins`. The bars at the bottom are the shares of rows, on the
+    table: of `reliability_table` with as many `bins`. The bars at the bottom are the shares of rows, on the
     same scale. Raises ValueError for a table with more bins than that.
     """
     if table.bin.max() >= bins:
         raise ValueError(
             f"the table has a bin {table.bin.max()}, counted from 0, but bins is {bins}: give the "
-            "number of bins that `diagram` was called with"
+            "number of bins that `reliability_table` was called with"
         )
     some, shade = table[table.model == model], style(model)["color"]
     share = some["count"] / some["count"].sum()
@@ -88,7 +88,7 @@ def reliability(ax: Axes, table: pd.DataFrame, model: str, *, bins: int = 10) ->
 def calibration(ax: Axes, table: pd.DataFrame) -> Axes:
     """The calibration error of every model (filled) and that of chance (open); means over seeds.
 
-    table: of `calibrated`. Small points: seeds.
+    table: of `calibration_table`. Small points: seeds.
     """
     models = [model for model in ("expert", *LOOKS) if model in set(table.model)]
     mean = 100 * table.groupby("model")[["chance", "ece"]].mean()
@@ -106,7 +106,7 @@ def calibration(ax: Axes, table: pd.DataFrame) -> Axes:
 def similarity_by_layer(ax: Axes, table: pd.DataFrame, column: str) -> Axes:
     """cka, shift or common over depth, a line per model: means over tasks and seeds.
 
-    table: of `depths`. Bands, for the base and DivMerge per layer: the middle half.
+    table: of `layer_similarity`. Bands, for the base and DivMerge per layer: the middle half.
     """
     for model in (name for name in LOOKS if name in set(table.model)):
         some = table[table.model == model].groupby("layer")[column]

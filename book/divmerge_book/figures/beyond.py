@@ -55,8 +55,8 @@ def continual_curve(ax: Axes, table: pd.DataFrame, column: str = "ratio") -> Axe
 def scores_by_order(ax: Axes, found: pd.DataFrame, column: str) -> Axes:
     """One point per random order of every continual method, a bar at the mean.
 
-    found: of `backward_transfer`; column: ratio, kept_margin or bwt. Black diamonds are the methods that
-    see all experts at once.
+    found: of `backward_transfer`; column: ratio, kept_margin or bwt. Black diamonds are the methods
+    that see all experts at once.
     """
     values = found.groupby("method")[column]
     rows = {label: (values.get_group(m), look) for m, (label, look) in CONTINUAL.items()}

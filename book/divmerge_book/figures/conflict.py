@@ -45,7 +45,7 @@ def pair_map(ax: Axes, values: pd.DataFrame, *, label: str, limit: float | int) 
 def sign_conflict(ax: Axes, table: pd.DataFrame) -> Axes:
     """Sign conflict of every pair, one row per way to count; a bar at the mean.
 
-    table: of `pair_counts`. The dashed line is the conflict of random signs.
+    table: of `pair_table`. The dashed line is the conflict of random signs.
     """
     values = table.groupby("counted").conflict
     plot.points_by_row(
@@ -60,7 +60,7 @@ def sign_conflict(ax: Axes, table: pd.DataFrame) -> Axes:
 def by_place(ax: Axes, table: pd.DataFrame, column: str, *, label: str) -> Axes:
     """A number of pairs in every place, in order of depth: means, bars from lowest to highest pair.
 
-    table: of `conflict_places`; column: conflict or cosine.
+    table: of `conflict_by_place`; column: conflict or cosine.
     """
     found = plot.spread(table, ["place", "kind"], column)
     for y, row in found.iterrows():
@@ -74,7 +74,7 @@ def by_place(ax: Axes, table: pd.DataFrame, column: str, *, label: str) -> Axes:
 def length_shares(ax: Axes, table: pd.DataFrame, column: str = "share") -> Axes:
     """Every task vector's squared length over places, place by task, in per cent.
 
-    table: of `length_places`.
+    table: of `norms_by_place`.
     """
     wide = 100 * table.pivot_table(column, "place", "task", sort=False).rename(index=place_label)
     plot.heat_map(
