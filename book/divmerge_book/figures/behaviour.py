@@ -72,7 +72,7 @@ def reliability(ax: Axes, table: pd.DataFrame, model: str, *, bins: int = 10) ->
     if table.bin.max() >= bins:
         raise ValueError(
             f"the table has a bin {table.bin.max()}, counted from 0, but bins is {bins}: give the "
-            "number of bins that `reliability_table` was called with"
+            "number of bins of `reliability_table`"
         )
     some, shade = table[table.model == model], style(model)["color"]
     share = some["count"] / some["count"].sum()
