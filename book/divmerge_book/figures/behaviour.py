@@ -66,8 +66,8 @@ def loss_by_margin(ax: Axes, table: pd.DataFrame) -> Axes:
 def reliability(ax: Axes, table: pd.DataFrame, model: str, *, bins: int = 10) -> Axes:
     """Accuracy against confidence of one model, point size by rows; dashed: calibrated.
 
-    table: of `reliability_table` with as many `bins`. The bars at the bottom are the shares of rows, on the
-    same scale. Raises ValueError for a table with more bins than that.
+    table: of `reliability_table` with as many `bins`. The bars at the bottom are the shares of
+    rows, on the same scale. Raises ValueError for a table with more bins than that.
     """
     if table.bin.max() >= bins:
         raise ValueError(
