@@ -74,7 +74,7 @@ def two_tables(ax: Axes, table: pd.DataFrame, labels: tuple[str, str]) -> Axes:
     the first value; labels: names of the first (open) and the second table (filled).
     """
     high = (table.pairs + table.margin).clip(upper=100)
-    first = mark(0, "o", markerfacecolor="white", markersize=7, width=6)
+    first = mark(0, "o", markerfacecolor="white", markersize=7, width=6, bar=PALETTE[7])
     y = np.arange(len(table))
     plot.intervals(ax, y, table.pairs, table.pairs - table.margin, high, label=labels[0], **first)
     for height, value in zip(y, table["row"], strict=True):

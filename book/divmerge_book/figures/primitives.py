@@ -75,10 +75,10 @@ def spread(table: pd.DataFrame, keys: Sequence[str], column: str) -> pd.DataFram
 
 
 def intervals(ax: Axes, y, value, low=None, high=None, *, label: str | None = None, **look) -> None:
-    """Points at heights y with horizontal intervals. look: of the marks; `width` of the bars."""
-    width = look.pop("width", 1.4)
+    """Points at heights y with horizontal intervals. look: of marks; `width`, `bar`: of bars."""
+    width, bar = look.pop("width", 1.4), look.pop("bar", look["color"])
     if low is not None:
-        ax.hlines(y, low, high, color=look["color"], linewidth=width, alpha=0.6)
+        ax.hlines(y, low, high, color=bar, linewidth=width, alpha=0.6)
     ax.plot(value, y, label=label, **{"markersize": 5, **look, "linestyle": "none"})
 
 
