@@ -42,7 +42,7 @@ def hsic(x: Float[Tensor, "n n"], y: Float[Tensor, "n n"]) -> Float[Tensor, ""]:
     return ((x * y).sum() + both) / (n * (n - 3))
 
 
-def cka(x: Float[Tensor, "n H"], y: Float[Tensor, "n K"]) -> float:
+def cka(x: Float[Tensor, "n H"], y: Float[Tensor, "m K"]) -> float:
     """Debiased linear centred kernel alignment of two representations of the same n inputs.
 
     1 where they are equal up to rotation, reflection, translation and scale; about 0 where they are
