@@ -34,6 +34,3 @@ def cached(
     path = cache_path(experiment, make, *what, method=method)
     once(path, lambda new: dump_json(new, make()), folder=False)
     return json.loads(path.read_text("utf-8"))
-
-
-kept = cached

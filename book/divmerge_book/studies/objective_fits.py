@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from divmerge_book.data.tasks import TASKS
-from divmerge_book.evaluation.cache import kept
+from divmerge_book.evaluation.cache import cached
 from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.hyperparameter_search import validation_anp
 from divmerge_book.evaluation.metrics import evaluate
@@ -220,7 +220,7 @@ def fit_result(
         return {"coefficients": coeffs.tolist(), "validation": anp, "diverged": diverged}
 
     what = (objective, grouping, rate, config.epochs, config.seed, temperature)
-    return kept(experiment, find, "fit of an objective", *what)
+    return cached(experiment, find, "fit of an objective", *what)
 
 
 def fit_and_predict(

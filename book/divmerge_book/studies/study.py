@@ -6,7 +6,7 @@ from functools import partial
 import pandas as pd
 from tqdm import tqdm
 
-from divmerge_book.evaluation.cache import kept
+from divmerge_book.evaluation.cache import cached
 from divmerge_book.evaluation.experiment import Experiment
 
 Rows = Iterable[Mapping] | pd.DataFrame
@@ -37,7 +37,7 @@ def study(
         bar.set_postfix_str(", ".join([f"seed {seed}", *shown]), refresh=False)
         make = partial(records, measure, experiments[seed], seed=seed, **job, **fixed)
         what = (name_of(measure), seed, job, fixed, keys)
-        found = kept(experiments[seed], make, *what, method=job.get(method, method))
+        found = cached(experiments[seed], make, *what, method=job.get(method, method))
         rows += [{**job, "seed": seed, **row} for row in found]
     return pd.DataFrame(rows)
 
