@@ -102,6 +102,7 @@ def test_the_kept_margin_of_a_task_whose_expert_is_below_the_majority_is_undefin
 def test_tasks_below_the_majority_are_counted_and_named(report):
     assert value(report, "merge", "below_majority") == 1  # 9 of 20 on task a
     assert value(report, "mean", "below_majority") == 0
+    assert value(report, "base", "below_majority") == 1  # on task b it equals the majority
     table = report.below_majority().set_index("method")
     assert table.below.to_dict() == {"expert": 0, "base": 1, "merge": 1, "mean": 0}
     assert table.tasks["merge"] == ["a"] and table.counted.tolist() == [2] * 4

@@ -90,6 +90,13 @@ def test_seeds_alone_give_students_interval_and_rows_alone_too():
     assert rows.half() == pytest.approx(2 * stats.t.ppf(0.975, 25))
 
 
+def test_the_quantile_is_the_mean_of_satterthwaites_and_cochrans():
+    found = Estimate(np.float64(0), np.float64(0.5), np.float64(1.0), 3, 99)
+    satterthwaite = stats.t.ppf(0.975, 1 / ((1 / 3) ** 2 / 2 + (2 / 3) ** 2 / 99))
+    cochran = stats.t.ppf(0.975, 2) / 3 + 2 * stats.t.ppf(0.975, 99) / 3
+    assert found.half() == pytest.approx((satterthwaite + cochran) / 2 * 1.5**0.5)
+
+
 def test_what_does_not_vary_has_no_width():
     found = crossed(np.ones((3, 2)), np.ones((3, 10, 2)), 9)
     assert found.interval()[0].tolist() == found.interval()[1].tolist() == [1, 1]
