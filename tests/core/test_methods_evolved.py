@@ -90,13 +90,14 @@ def test_callback_is_told_the_best_score_so_far_and_the_best_is_what_comes_out(p
     assert float(sum(flat[best % 7] for flat in merged.flats)) == pytest.approx(max(values[22:]))
 
 
-def searches(problem: MergeProblem, score, steps: int, seed: int) -> dict[str, list[float]]:
+def searches(
+    problem: MergeProblem, score, generator: torch.Generator, *, steps: int, seed: int = 0
+) -> dict[str, list[float]]:
     """Scores of the first task's path by evolution, random search and greedy search, in order.
 
     Greedy search changes one gene at a time wherever that helps, group after group.
     """
-    pool, generator = Pool.of(problem, "layer"), torch.Generator().manual_seed(1000 + seed)
-    budget, evolved = 1 + 4 * steps, []
+    pool, budget, evolved = Pool.of(problem, "layer"), 1 + 4 * steps, []
 
     def first_task(value: float) -> None:
         evolved.append(value)
@@ -121,8 +122,9 @@ def searches(problem: MergeProblem, score, steps: int, seed: int) -> dict[str, l
 def test_where_groups_act_alone_evolution_beats_random_search_and_greedy_search_beats_both():
     problem = blocks_problem(6, num_tasks=2)
     pool = Pool.of(problem, "layer")
-    target = pool.model(some_path(pool, torch.Generator().manual_seed(0)))
-    found = searches(problem, lambda flat: -float((flat - target).norm()), steps=16, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    target = pool.model(some_path(pool, generator))
+    found = searches(problem, lambda flat: -float((flat - target).norm()), generator, steps=16)
     best = {name: max(values) for name, values in found.items()}
     assert best["greedy"] > -1e-9 >= best["evolved"] > best["drawn"]
 
@@ -130,7 +132,7 @@ def test_where_groups_act_alone_evolution_beats_random_search_and_greedy_search_
 def test_where_groups_act_together_evolution_wins_more_often_than_not_at_equal_scores():
     """Layers of a linear model, to answer as a path drawn at random does; no search always wins."""
     wins = {"drawn": 0, "greedy": 0}
-    for seed in range(5):
+    for seed in range(8):
         problem = linear_problem(seed=seed, scale=1.0, batches=1)
         pool, generator = Pool.of(problem, "layer"), torch.Generator().manual_seed(100 + seed)
         batch = problem.batches[0][0]
@@ -139,10 +141,10 @@ def test_where_groups_act_together_evolution_wins_more_often_than_not_at_equal_s
         def score(flat: Tensor, problem=problem, batch=batch, gold=gold) -> float:
             return -float((problem.logits(flat, 0, batch) - gold).square().mean())
 
-        found = searches(problem, score, steps=16, seed=seed)
+        found = searches(problem, score, generator, steps=16, seed=seed)
         for name in wins:
             wins[name] += max(found["evolved"]) > max(found[name])
-    assert min(wins.values()) > 2
+    assert min(wins.values()) > 4
 
 
 def test_what_was_found_for_one_task_helps_the_next():
