@@ -178,8 +178,8 @@ REACHED = {
     "other methods": (
         hyperparameter_search.outcome,
         "divmerge_core/methods/arithmetic",
-        "* (voice @ trimmed)",
-        "+ (voice @ trimmed)",
+        "* (votes @ trimmed)",
+        "+ (votes @ trimmed)",
     ),
 }
 
@@ -196,8 +196,8 @@ UNREACHED = {
     "figures": (
         hyperparameter_search.outcome,
         "divmerge_book/figures/baselines",
-        "hue = shade(",
-        "hue = 1 * shade(",
+        "def is_single_model(",
+        "def is_one_model(",
     ),
     "intervals": (
         hyperparameter_search.outcome,

@@ -192,7 +192,7 @@ def test_a_killed_fit_resumes_to_the_same_model(language_experiment, tmp_path, m
         patch.setattr(FitCheckpoint, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             quiet_merge(language_experiment, "divmerge", grouping="layer", checkpoint=path)
-    assert 0 < len(torch.load(path)["entries"])
+    assert 0 < len(torch.load(path)["evaluations"])
     resumed = quiet_merge(language_experiment, "divmerge", grouping="layer", checkpoint=path)
     assert torch.equal(resumed, whole)
 
