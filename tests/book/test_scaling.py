@@ -9,8 +9,8 @@ import torch
 from divmerge_book.evaluation.experiment import SIZES, Experiment, Size
 from divmerge_book.studies import scaling as module
 from divmerge_book.studies.scaling import (
-    COMMONEST,
     EXPERT,
+    MAJORITY,
     first_of_each,
     fixed,
     geometry,
@@ -123,7 +123,7 @@ def measured(tiny, tmp_path_factory):
 
 def test_every_method_merges_the_same_subsets(measured):
     rows = measured[3]
-    merged = rows[~rows.method.isin([EXPERT, COMMONEST])]
+    merged = rows[~rows.method.isin([EXPERT, MAJORITY])]
     groups = merged.groupby(["seed", "method"]).subset.apply(lambda s: tuple(s.unique()))
     assert groups[0].nunique() == groups[7].nunique() == 1
     first, other = groups[0].iloc[0], groups[7].iloc[0]

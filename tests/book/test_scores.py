@@ -8,7 +8,7 @@ import torch
 from divmerge_book.evaluation.report import Report
 from divmerge_book.evaluation.stored_tables import load, save
 from divmerge_book.figures import scaling as draw
-from divmerge_book.studies.scaling import COMMONEST, EXPERT, packed
+from divmerge_book.studies.scaling import EXPERT, MAJORITY, packed
 from divmerge_book.studies.scores import (
     accuracy,
     by_subset,
@@ -28,7 +28,7 @@ def random_rows(seed: int = 0) -> pd.DataFrame:
     """A Report's rows: three tasks of two answers, two seeds, experts and two methods."""
     generator, rows = np.random.default_rng(seed), []
     gold = {task: generator.integers(2, size=40) for task in "abc"}
-    gold["c"][:] = 0  # its expert cannot beat the commonest answer
+    gold["c"][:] = 0  # its expert cannot beat the majority class
     for number in (0, 3):
         for subset in ("a+b", "a+c", "a+b+c"):
             for method, chance in ((EXPERT, 0.9), ("average", 0.6), ("ties", 0.7)):
@@ -56,7 +56,7 @@ def as_answers(rows: pd.DataFrame) -> pd.DataFrame:
     own = own.assign(subset=own.task)
     common = [packed(torch.tensor([c == max((0, 1), key=g.count) for c in g])) for g in own.gold]
     merged = table[table.method != EXPERT]
-    found = pd.concat([own, own.assign(method=COMMONEST, right=common), merged])
+    found = pd.concat([own, own.assign(method=MAJORITY, right=common), merged])
     return found[["seed", "method", "subset", "task", "right", "js"]]
 
 
@@ -87,7 +87,7 @@ def test_a_stored_table_gives_the_same_scores(tmp_path):
 
 def test_the_error_of_test_rows_is_the_binomial_one():
     rows, count = [], 400
-    for method, chance in ((EXPERT, 1.0), (COMMONEST, 0.5), ("average", 0.8)):
+    for method, chance in ((EXPERT, 1.0), (MAJORITY, 0.5), ("average", 0.8)):
         for task in "ab":
             right = torch.arange(count) < round(chance * count)
             subset = "a+b" if method == "average" else task
@@ -146,10 +146,10 @@ def test_spreads_by_hand():
 
 def test_the_floor_is_the_commonest_answer_over_the_expert():
     answers = as_answers(random_rows())
-    own = answers[answers.method.isin([EXPERT, COMMONEST])]
+    own = answers[answers.method.isin([EXPERT, MAJORITY])]
     means = own.assign(value=own.right.map(accuracy)).groupby(["method", "task"]).value.mean()
     for task, value in floor(answers).items():
-        assert value == pytest.approx(means[COMMONEST, task] / means[EXPERT, task])
+        assert value == pytest.approx(means[MAJORITY, task] / means[EXPERT, task])
 
 
 @pytest.fixture

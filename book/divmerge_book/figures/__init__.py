@@ -137,7 +137,7 @@ def rank_summary(report: Report) -> str:
     left_out = [task for task in tasks if task not in counted]
     if left_out:
         lines.append(
-            f"Not counted, as their experts do not beat the commonest answer by "
+            f"Not counted, as their experts do not beat the majority class by "
             f"{100 * MARGIN:.0f} points: {', '.join(left_out)}."
         )
     return f"On {suite}, T = {len(tasks)}. " + " ".join(lines)
@@ -193,10 +193,10 @@ LANDING = """```{{figure}} results/landing.png
 :alt: ANP and kept margin of {merges} merges and the base model with 95 % intervals, \
 one panel for each of {suites} suites
 Filled: average normalised performance (ANP), merged over expert accuracy. Hollow: kept \
-margin, how far the merge is above the commonest answer over how far the expert is. Both \
+margin, how far the merge is above the majority class over how far the expert is. Both \
 are means over the counted tasks and over seeds of experts, bars 95 % intervals over \
-seeds and test rows; the dashed line is the experts, the dotted one the commonest answer. \
-In brackets: on how many counted tasks a method is below the commonest answer.
+seeds and test rows; the dashed line is the experts, the dotted one the majority class. \
+In brackets: on how many counted tasks a method is below the majority class.
 ```
 """
 

@@ -30,7 +30,7 @@ from divmerge_core.methods import METHODS
 Subset = tuple[str, ...]
 References = Mapping[str, list[Tensor]]  # every task's expert's logits on its test rows, by batch
 JOIN = "+"  # between the tasks of a subset
-EXPERT, COMMONEST = "expert", "commonest answer"  # references, beside the methods
+EXPERT, MAJORITY = "expert", "commonest answer"  # references, as stored tables name them
 FIXED = 0.3  # the scale at which all subsets are merged: task arithmetic's published one
 
 
@@ -114,7 +114,7 @@ def own_rows(experiment: Experiment, experts: References) -> list[dict]:
     for task, split in zip(experiment.problem.vectors.tasks, experiment.test, strict=True):
         answers = torch.cat([logits.argmax(-1) for logits in experts[task]])
         common = split.gold == split.gold.bincount().argmax()
-        for name, right in ((EXPERT, answers == split.gold), (COMMONEST, common)):
+        for name, right in ((EXPERT, answers == split.gold), (MAJORITY, common)):
             rows.append({"method": name, "subset": task, "task": task, "right": packed(right)})
     return rows
 
@@ -152,7 +152,7 @@ def scaling(
     the first subset of that T; size says how many candidates are scored.
 
     Answers: seed, method, subset, task, right (`unpacked` reads it), js (nats), coefficient (mean
-    over groups; methods that fit coefficients). The experts and the commonest answer have their
+    over groups; methods that fit coefficients). The experts and the majority class have their
     task as the subset. Found: method, T, options, tried.
     """
     first, few = next(iter(experiments)), first_of_each(subsets, repeated)

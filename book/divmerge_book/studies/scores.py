@@ -11,7 +11,7 @@ import pandas as pd
 
 from divmerge_book.evaluation.report import MARGIN
 from divmerge_book.evaluation.statistics import mean_interval, row_means
-from divmerge_book.studies.scaling import COMMONEST, EXPERT, JOIN, unpacked
+from divmerge_book.studies.scaling import EXPERT, JOIN, MAJORITY, unpacked
 
 SOURCES = ("subsets", "seeds", "test rows")
 
@@ -37,41 +37,41 @@ def task_counts(rows: pd.DataFrame) -> list[int]:
 
 
 def reference_means(answers: pd.DataFrame) -> pd.Series:
-    """Accuracy of the experts and the commonest answers, by method and task, mean over seeds."""
-    own = answers[answers.method.isin([EXPERT, COMMONEST])]
+    """Accuracy of the experts and the majority class, by method and task, mean over seeds."""
+    own = answers[answers.method.isin([EXPERT, MAJORITY])]
     return accuracies(own).groupby([own.method, own.task], sort=False).mean()
 
 
 def counted(answers: pd.DataFrame) -> list[str]:
-    """Tasks that count in the ANP: over seeds, the expert beats the commonest answer by MARGIN."""
+    """Tasks that count in the ANP: over seeds, the expert beats the majority class by MARGIN."""
     means = reference_means(answers)
-    return [t for t in means[EXPERT].index if means[EXPERT, t] >= means[COMMONEST, t] + MARGIN]
+    return [t for t in means[EXPERT].index if means[EXPERT, t] >= means[MAJORITY, t] + MARGIN]
 
 
 def ratios(rows: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
     """The rows of merged models with T, accuracy, ratio and kept_margin.
 
     ratio: accuracy over the same seed's expert's. kept_margin: how far the accuracy is above the
-    commonest answer's, over how far the expert's is in the mean over seeds.
+    majority class's, over how far the expert's is in the mean over seeds.
 
     rows: of `scaling` or, with a seed and a method, of `fixed`. answers: of `scaling`, for the
     experts. Tasks that do not count in the ANP are left out; T still counts them.
     """
     own = accuracies(answers[answers.method == EXPERT].set_index(["seed", "task"]))
-    merged = rows[~rows.method.isin([EXPERT, COMMONEST]) & rows.task.isin(counted(answers))]
+    merged = rows[~rows.method.isin([EXPERT, MAJORITY]) & rows.task.isin(counted(answers))]
     exact = accuracies(merged)
     expert = own.loc[list(zip(merged.seed, merged.task, strict=True))].to_numpy()
     means = reference_means(answers)
-    usual, least = (merged.task.map(means[name]).astype(float) for name in (EXPERT, COMMONEST))
+    usual, least = (merged.task.map(means[name]).astype(float) for name in (EXPERT, MAJORITY))
     added = {"T": task_counts(merged), "accuracy": exact, "ratio": exact / expert}
     added["kept_margin"] = (exact - least) / (usual - least)
     return merged.assign(**added).reset_index(drop=True)
 
 
 def floor(answers: pd.DataFrame) -> pd.Series:
-    """By task: the ratio that always giving the commonest test answer has, mean over seeds."""
+    """By task: the ratio of the majority class of the test rows, mean over seeds."""
     means = reference_means(answers)
-    return (means[COMMONEST] / means[EXPERT]).loc[counted(answers)]
+    return (means[MAJORITY] / means[EXPERT]).loc[counted(answers)]
 
 
 def by_subset(table: pd.DataFrame) -> pd.DataFrame:
@@ -116,7 +116,7 @@ def row_errors(answers: pd.DataFrame, *, draws: int = 400) -> pd.DataFrame:
     """
     generator, kept, drawn = np.random.default_rng(0), counted(answers), []
     own = answers[answers.method == EXPERT].set_index(["seed", "task"]).right
-    merged = answers[~answers.method.isin([EXPERT, COMMONEST]) & answers.task.isin(kept)]
+    merged = answers[~answers.method.isin([EXPERT, MAJORITY]) & answers.task.isin(kept)]
     for task, some in merged.groupby("task", sort=False):
         seeds = list(some.seed.unique())
         right = [*some.right, *(own[seed, task] for seed in seeds)]

@@ -23,7 +23,7 @@ WEIGHTS = {
 BEHAVIOUR = {
     "js": "JS of the merge to the experts",
     "pairs": "loss of the pairs, mean",
-    "floor": "floor: commonest answers",
+    "floor": "floor: accuracy of the majority class",
 }
 COVARIATES = {**WEIGHTS, **BEHAVIOUR}
 
