@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future
 from contextlib import chdir, contextmanager
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -117,13 +119,17 @@ def finished(folder: Path) -> list[str]:
 
 
 def command(path: Path, **environment: str) -> subprocess.Popen:
-    """The command itself, in a process of its own, its words in `said` beside the grid."""
+    """The command itself, in a process of its own, its words in `said` beside the grid.
+
+    It hears Ctrl-C even where the tests run in the background of a shell, which ignores it.
+    """
     with open(path.with_name("said"), "ab") as said:
         return subprocess.Popen(
             [sys.executable, "-m", "divmerge_book", str(path)],
             env={**os.environ, **environment},
             stdout=said,
             stderr=said,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
 
 
