@@ -14,7 +14,7 @@ ACCELERATORS = Registry("accelerator")
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One GPU: memory in bytes; bandwidth, and link to the host, in bytes per second.
+    """One GPU: bytes of memory; bytes per second of its memory and of its link to the host.
 
     half: operations per second of products in bfloat16 (float16 where bfloat16 is False), summed in
     float32; single: of those in float32, as PyTorch computes them by default.
@@ -27,11 +27,10 @@ class Accelerator:
     single: float | int
     link: float | int
     bfloat16: bool = True
-    source: str = "NVIDIA's data sheet"
 
 
 # key, name, GB, GB/s, 10^12 operations/s in half and in single precision, GB/s to the host
-for key, name, memory, bandwidth, half, single, link in (
+for key, name, *numbers in (
     ("t4", "T4", 16, 320, 65, 8.1, 16),
     ("l4", "L4", 24, 300, 121, 30.3, 32),
     ("a100_40", "A100 40 GB SXM", 40, 1555, 312, 19.5, 32),
@@ -39,5 +38,5 @@ for key, name, memory, bandwidth, half, single, link in (
     ("h100", "H100 SXM", 80, 3350, 989, 67, 64),
     ("h200", "H200 SXM", 141, 4800, 989, 67, 64),
 ):
-    sizes = memory * GB, bandwidth * GB, half * TERA, single * TERA, link * GB
+    sizes = [n * unit for n, unit in zip(numbers, (GB, GB, TERA, TERA, GB), strict=True)]
     ACCELERATORS.register(key)(Accelerator(name, *sizes, bfloat16=key != "t4"))

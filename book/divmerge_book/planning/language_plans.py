@@ -1,7 +1,9 @@
 """Memory and least time of a language suite on each GPU, planned from sizes alone.
 
-Nothing here was measured. A run on a real GPU is slower; tokenising, completions and scoring are
-not counted.
+Nothing here was measured: a real run is slower, and tokenising, completions, scoring and
+communication are not counted. Merging moves (T + 2) N numbers and its gradient (T + 1) N; the model
+multiplies each weight with each token once forwards and twice backwards, 2 operations a time; a
+divergence reads and writes logits FUSED or PLAIN times.
 """
 
 import math
@@ -15,14 +17,64 @@ from divmerge_book.evaluation.sizes import LanguageSize
 from divmerge_book.planning.gpu_specs import ACCELERATORS, Accelerator
 from divmerge_book.planning.memory import Line, Plan, plan
 from divmerge_book.planning.presets import smaller, too_small
-from divmerge_book.planning.step_seconds import operations, step_seconds
-from divmerge_book.planning.workloads import Fit, Model, Training
+from divmerge_book.planning.workloads import DELTAS, PRECISIONS, Fit, Model, Training
 
+FUSED, PLAIN = 3, 7  # passes of a divergence over [A, V]
 QWEN = {  # Qwen2.5-0.5B, as its config.json on the hub has it
     **{"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24},
     **{"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936},
     **{"tie_word_embeddings": True, "name_or_path": "Qwen/Qwen2.5-0.5B"},
 }
+ACTIVATIONS = ("activations", "logits", "gradient of logits", "experts' answers")
+GROUPS = {  # lines of plans that a table joins
+    **dict.fromkeys(("base", "merged model", "loaded base", "weights in bfloat16"), "weights"),
+    **dict.fromkeys(ACTIVATIONS, "activations and answers"),
+}
+
+
+# --- a step at best, by bytes, operations and a data sheet ----------------------------------------
+
+
+def merge_bytes(model: Model, fit: Fit) -> tuple[float | int, float | int]:
+    """Bytes that a merge and its gradient move on the device, and over the link to the host."""
+    numbers = model.parameters
+    if fit.deltas == "low_rank":
+        numbers = fit.rank * model.layers * model.sides
+    deltas = 2 * fit.tasks * DELTAS[fit.deltas] * numbers
+    moved = (3 * 4 * model.parameters + deltas) / fit.ranks
+    return moved, deltas / fit.ranks if fit.deltas.startswith("streamed") else 0.0
+
+
+def operations(model: Model, work: Training) -> float | int:
+    """Operations of forward and backward pass: layers on all tokens, the head on answers.
+
+    Attention's own products are 4 S H per token and layer forwards (masks save nothing).
+    """
+    tokens, answers = work.tasks * work.rows * work.tokens, work.tasks * work.positions
+    body = 2 * model.layers * model.block + 4 * work.tokens * model.hidden * model.layers
+    head = 3 * 2 * model.hidden * work.num_classes(model) * answers
+    return ((3 + work.checkpointing) * tokens * body + head) / work.ranks
+
+
+def rate(gpu: Accelerator, precision: str) -> float | int:
+    """Operations per second in this precision."""
+    return gpu.half if precision == "bfloat16" else gpu.single
+
+
+def step_seconds(model: Model, fit: Fit, gpu: Accelerator) -> dict[str, float | int]:
+    """Least seconds of merge, model, divergence, and their sum."""
+    moved, streamed = merge_bytes(model, fit)
+    logits = fit.tasks * fit.positions * fit.num_classes(model) / fit.ranks
+    a_pass = logits * PRECISIONS[fit.precision] / gpu.bandwidth
+    parts = {
+        "merge": max(moved / gpu.bandwidth, streamed / gpu.link),
+        "model": operations(model, fit) / rate(gpu, fit.precision),
+        "divergence": FUSED * a_pass,
+    }
+    return {**parts, "step": sum(parts.values()), "divergence, plain": PLAIN * a_pass}
+
+
+# --- a suite --------------------------------------------------------------------------------------
 
 
 def qwen() -> Model:
@@ -32,38 +84,26 @@ def qwen() -> Model:
 
 def size_on(size: LanguageSize, gpu: Accelerator) -> LanguageSize:
     """The size as `preset` gives it to this GPU, with its precision resolved."""
-    if too_small(gpu.memory, gpu.bfloat16):
-        size = smaller(size)
-    auto = "bfloat16" if gpu.bfloat16 else "float32"
-
-    def resolved(precision: str) -> str:
-        return auto if precision == "auto" else precision
-
-    recipe = replace(size.recipe, precision=resolved(size.recipe.precision))
-    return replace(size, recipe=recipe, precision=resolved(size.precision))
-
-
-def training_of(size: LanguageSize, tokens: int, answers: int) -> Training:
-    """One micro-batch of the fine-tuning; answers: of a row, in tokens."""
-    recipe, rows = size.recipe, size.recipe.micro or size.recipe.batch_size
-    how = {"precision": recipe.precision, "checkpointing": recipe.checkpointing}
-    return Training(rows, tokens, rows * answers, **how)
+    size = smaller(size) if too_small(gpu.memory, gpu.bfloat16) else size
+    auto = {"auto": "bfloat16" if gpu.bfloat16 else "float32"}
+    precisions = [auto.get(one.precision, one.precision) for one in (size, size.recipe)]
+    recipe = replace(size.recipe, precision=precisions[1])
+    return replace(size, recipe=recipe, precision=precisions[0])
 
 
 def fit_of(size: LanguageSize, num_tasks: int, tokens: int, answers: int) -> Fit:
     """A step of the fit; answers: of a row, in tokens."""
-    return Fit(
-        size.batch_size,
-        tokens,
-        size.batch_size * answers,
-        precision=size.precision,
-        checkpointing=size.checkpointing,
-        tasks=num_tasks,
-        deltas=size.storage,
-        cached="top" if size.top else "bfloat16",
-        top=size.top or 32,
-        inputs=size.merge_rows or 1,
-    )
+    cached, top = ("top", size.top) if size.top else ("bfloat16", 32)
+    how = {"precision": size.precision, "checkpointing": size.checkpointing}
+    held = {"deltas": size.storage, "cached": cached, "top": top, "inputs": size.merge_rows or 1}
+    rows = size.batch_size
+    return Fit(rows, tokens, rows * answers, tasks=num_tasks, **how, **held)
+
+
+def training_of(size: LanguageSize, rows: int, tokens: int, answers: int) -> Training:
+    """So many rows of the fine-tuning at a time; answers: of a row, in tokens."""
+    how = {"precision": size.recipe.precision, "checkpointing": size.recipe.checkpointing}
+    return Training(rows, tokens, rows * answers, **how)
 
 
 def training_seconds(
@@ -74,9 +114,8 @@ def training_seconds(
     AdamW reads weights, gradients and two means, and writes three of them: 28 bytes a parameter.
     """
     recipe, batch = size.recipe, size.recipe.batch_size
-    step = Fit(batch, tokens, batch * answers, checkpointing=recipe.checkpointing, tasks=1)
-    rate = gpu.half if recipe.precision == "bfloat16" else gpu.single
-    seconds = operations(model, step) / rate + 28 * model.parameters / gpu.bandwidth
+    step = operations(model, training_of(size, batch, tokens, answers))
+    seconds = step / rate(gpu, recipe.precision) + 28 * model.parameters / gpu.bandwidth
     return math.ceil((recipe.rows or rows) / batch) * recipe.epochs * seconds
 
 
@@ -87,20 +126,12 @@ def memory_plans(
 
     The base as it was loaded stays on the GPU in both.
     """
-    chosen = size_on(size, ACCELERATORS[gpu])
-    works = training_of(chosen, tokens, answers), fit_of(chosen, num_tasks, tokens, answers)
+    size = size_on(size, ACCELERATORS[gpu])
+    micro = size.recipe.micro or size.recipe.batch_size
+    works = training_of(size, micro, tokens, answers), fit_of(size, num_tasks, tokens, answers)
     loaded = Line("loaded base", 4 * model.parameters, "N x 4 bytes, as it was read")
     plans = [plan(model, work, gpu) for work in works]
     return tuple(replace(one, lines=(*one.lines, loaded)) for one in plans)
-
-
-GROUPS = {  # lines of plans that a table joins
-    **dict.fromkeys(("base", "merged model", "loaded base", "weights in bfloat16"), "weights"),
-    **dict.fromkeys(
-        ("activations", "logits", "gradient of logits", "experts' answers"),
-        "activations and answers",
-    ),
-}
 
 
 def memory_table(
@@ -140,22 +171,22 @@ def suite_forecast(
     shape = {"num_tasks": num_tasks, "tokens": tokens, "answers": answers}
     for key in gpus:
         gpu, chosen = ACCELERATORS[key], size_on(size, ACCELERATORS[key])
-        plans = memory_plans(size, key, model=model, **shape)
+        training, fit = memory_plans(size, key, model=model, **shape)
         step = step_seconds(model, fit_of(chosen, **shape), gpu)["step"]
         steps = math.ceil((chosen.merge_rows or rows) / chosen.batch_size) * chosen.epochs
-        one = training_seconds(model, chosen, gpu, tokens, answers, rows)
+        expert = training_seconds(model, chosen, gpu, tokens, answers, rows)
         found.append(
             {
                 "GPU": gpu.name,
                 "preset": "smaller" if too_small(gpu.memory, gpu.bfloat16) else "as it is",
                 "precision": chosen.precision,
-                "fine-tuning, GB": plans[0].total / 1e9,
-                "fit, GB": plans[1].total / 1e9,
-                "fits": all(plan.fits for plan in plans),
+                "fine-tuning, GB": training.total / 1e9,
+                "fit, GB": fit.total / 1e9,
+                "fits": training.fits and fit.fits,
                 "a step of the fit, s": step,
                 "the fit, s": steps * step,
-                "an expert, s": one,
-                "experts and fit, s": num_tasks * one + steps * step,
+                "an expert, s": expert,
+                "experts and fit, s": num_tasks * expert + steps * step,
             }
         )
     return pd.DataFrame(found).set_index("GPU")

@@ -1,23 +1,31 @@
 """The memory that a fit or a fine-tuning needs, planned before anything is loaded.
 
 Weights, task vectors, gradients, answers and logits are exact; activations are what blocks store
-for their backward pass, counted on small models (tests/book/test_memory.py), with fused attention
-and no dropout. Not counted are a library's short allocations and gaps between allocations: leave
-some room.
+for their backward pass, with fused attention and no dropout. Not counted are a library's short
+allocations and gaps between allocations: leave some room.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from divmerge_book.planning.gpu_specs import ACCELERATORS, GB
-from divmerge_book.planning.workloads import DELTAS, KINDS, PRECISIONS, Fit, Model, Training
+from divmerge_book.planning.workloads import DELTAS, PRECISIONS, Fit, Model, Training
 from divmerge_core.kernels.delta_storage import CHUNK
 
 CONTEXT = GB  # set aside for the driver and for short-lived tensors; an assumption
+# What one block stores per token, with fused attention: vectors [H] in float32 (inputs of norms and
+# their first half's results); vectors [H] that enter matrices, in float32 and in bfloat16, where
+# each matrix has a copy; vectors [I] of the feed-forward part; numbers of norms. Queries, keys,
+# values and a number per head come on top.
+KINDS: Mapping[str, tuple[int, int, int, int, int]] = {
+    "gated": (4, 3, 6, 4, 2),  # Llama, Qwen2
+    "gelu": (2, 3, 5, 2, 4),  # BERT
+    "gelu_new": (2, 3, 3, 5, 4),  # GPT-2
+}
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One part of a plan: what, how many bytes, and why as many."""
 
     what: str
@@ -64,16 +72,14 @@ def size(nbytes: float | int) -> str:
     return f"{nbytes / GB:.2f} GB" if nbytes >= GB / 10 else f"{nbytes / 1e6:.2f} MB"
 
 
-def plan(model: Model, work: Fit | Training, device: str | float | int = "t4") -> Plan:
+def plan(model: Model, work: Training, device: str | float | int = "t4") -> Plan:
     """The plan of a fit, or of a fine-tuning with AdamW, on a device: in ACCELERATORS, or bytes.
 
     Raises ValueError for an unknown device and for an encoder without a number of classes.
     """
-    if isinstance(device, str):
-        name, capacity = ACCELERATORS[device].name, ACCELERATORS[device].memory
-    elif device > 0:
-        name, capacity = "the device", device
-    else:
+    gpu = ACCELERATORS[device] if isinstance(device, str) else None
+    name, capacity = (gpu.name, gpu.memory) if gpu else ("the device", device)
+    if capacity <= 0:
         raise ValueError(f"a device has more than 0 bytes, got {device}")
     title, host = f"Fine-tuning: {model.name}, N = {model.parameters:,}", 0
     if isinstance(work, Fit):
@@ -84,110 +90,102 @@ def plan(model: Model, work: Fit | Training, device: str | float | int = "t4") -
     return planned if planned.fits else replace(planned, advice=tuple(advise(model, work, planned)))
 
 
-def lines(model: Model, work: Fit | Training) -> Iterator[Line]:
+def lines(model: Model, work: Training) -> Iterator[Line]:
     """Every part of a plan, on one of the devices that share the work."""
-    fit = isinstance(work, Fit)
-    ranks, tasks = (work.ranks, work.tasks) if fit else (1, 1)
+    if isinstance(work, Fit):
+        yield from fit_lines(model, work)
+    else:
+        yield Line("weights", 4 * model.parameters, "N x 4 bytes")
+        yield Line("AdamW's two means", 8 * model.parameters, "N x 8 bytes")
+        yield Line("gradients", 4 * model.parameters, "N x 4 bytes")
+    if work.precision == "bfloat16" and work.ranks == 1:  # no embeddings, but the head
+        products = model.layers * model.block + model.vocabulary * model.hidden
+        yield Line("weights in bfloat16", 2 * products, "2 bytes, what is multiplied")
+    yield activations(model, work)
     size, classes = PRECISIONS[work.precision], work.num_classes(model)
-    yield from fit_lines(model, work) if fit else training_lines(model)
-    if work.precision == "bfloat16" and ranks == 1:
-        yield Line("weights in bfloat16", 2 * model.products, "2 bytes, what is multiplied")
-    yield activations(model, work, tasks * -(-work.rows // ranks) * work.tokens)
-    answers = tasks * -(-work.positions // ranks)
+    answers = work.tasks * -(-work.positions // work.ranks)
     why = f"{answers} answers x {classes} classes x {size} bytes"
     yield Line("logits", answers * classes * size, why)
     yield Line("gradient of logits", answers * classes * size, "the same")
-    if fit:
+    if isinstance(work, Fit):
         each = {"float32": 4 * classes, "bfloat16": 2 * classes, "top": 12 * work.top + 4}
-        cached = tasks * -(-work.inputs * work.positions // (work.rows * ranks))
+        cached = work.tasks * -(-work.inputs * work.positions // (work.rows * work.ranks))
         why = f"{cached} x {each[work.cached]} bytes"
         yield Line("experts' answers", cached * each[work.cached], why)
     yield Line("context", CONTEXT, "set aside (assumed)")
 
 
-def training_lines(model: Model) -> Iterator[Line]:
-    """Weights, gradients and optimizer states of AdamW, in float32."""
-    yield Line("weights", 4 * model.parameters, "N x 4 bytes")
-    yield Line("AdamW's two means", 8 * model.parameters, "N x 8 bytes")
-    yield Line("gradients", 4 * model.parameters, "N x 4 bytes")
-
-
 def fit_lines(model: Model, fit: Fit) -> Iterator[Line]:
-    """Base, merged model, task vectors and gradients."""
+    """Base, merged model, task vectors and gradients of a fit."""
     own, share = model.parameters / fit.ranks, f" / {fit.ranks}" if fit.ranks > 1 else ""
+    ends = model.parameters - model.layers * model.block  # embeddings, last norm, head
     yield Line("base", 4 * own, f"N{share} x 4 bytes")
     yield Line("merged model", 4 * own, f"N{share} x 4 bytes")
     if fit.ranks > 1:
         yield Line("shards in the model", 4 * own, "what ranks gather from")
-        gathered = PRECISIONS[fit.precision] * (model.ends + 2 * model.block)
+        gathered = PRECISIONS[fit.precision] * (ends + 2 * model.block)
         yield Line("gathered weights", gathered, "embeddings, head, and two blocks at a time")
     each = DELTAS[fit.deltas]
+    numbers, why = own, f"x N{share} x {each:.4g} bytes"
     if fit.deltas == "low_rank":
         numbers, why = fit.rank * model.layers * model.sides / fit.ranks, f"of rank {fit.rank}"
     elif fit.deltas.startswith("streamed"):
         numbers, why = min(own, CHUNK), "two buffers of some columns"
         each = 2 * each + 4 * (each != 4)  # and one in float32, where they are not
-    else:
-        numbers, why = own, f"x N{share} x {each:.4g} bytes"
     yield Line("task vectors", fit.tasks * each * numbers, f"{fit.tasks} {why}")
     if fit.ranks > 1:
-        numbers, why = max(model.ends, model.block), "of what is gathered at a time"
+        numbers, why = max(ends, model.block), "of what is gathered at a time"
     elif fit.gradients == "buffer":
         numbers, why = model.parameters, "N x 4 bytes"
     else:
-        numbers = (2 if model.tied else 1) * model.largest
-        why = "of the largest tensor" + (", twice: embeddings and head" if model.tied else "")
+        numbers = (1 + model.tied) * model.largest
+        why = "of the largest tensor" + model.tied * ", twice: embeddings and head"
     yield Line("gradients", 4 * numbers, why)
 
 
 def bytes_per_token(model: Model, precision: str = "float32") -> float | int:
     """Bytes that one layer stores per token for its backward pass, weights' copies aside."""
-    kept, size = KINDS[model.kind], PRECISIONS[precision]
-    inputs = kept.inputs if precision == "float32" else kept.inputs_half
-    wide = 4 * (kept.wide * model.hidden + kept.statistics + model.heads)
-    attention = model.hidden + 2 * model.keys
-    return wide + size * (inputs * model.hidden + attention + kept.inner * model.inner)
+    wide, inputs, half, inner, statistics = KINDS[model.kind]
+    inputs = inputs if precision == "float32" else half
+    single = 4 * (wide * model.hidden + statistics + model.heads)
+    vectors = (inputs + 1) * model.hidden + 2 * model.keys + inner * model.inner
+    return single + PRECISIONS[precision] * vectors
 
 
-def activations(model: Model, work: Fit | Training, tokens: int) -> Line:
-    """What the layers store of that many tokens; with checkpointing, their inputs and one layer."""
+def activations(model: Model, work: Training) -> Line:
+    """What the layers store of a step's tokens; with checkpointing, their inputs and one layer."""
+    tokens = work.tasks * -(-work.rows // work.ranks) * work.tokens
     per_layer = bytes_per_token(model, work.precision)
-    ends = 8 * model.hidden + 4  # the last norm
     if work.checkpointing:
-        each = model.layers * 4 * model.hidden + per_layer + ends
-        return Line("activations", tokens * each, f"{tokens} tokens, each layer's input kept")
-    why = f"{tokens} tokens x {model.layers} layers x {per_layer:.0f} bytes"
-    return Line("activations", tokens * (model.layers * per_layer + ends), why)
+        each, why = model.layers * 4 * model.hidden + per_layer, ", each layer's input kept"
+    else:
+        each, why = model.layers * per_layer, f" x {model.layers} layers x {per_layer:.0f} bytes"
+    ends = 8 * model.hidden + 4  # the last norm
+    return Line("activations", tokens * (each + ends), f"{tokens} tokens{why}")
 
 
-# --- advice ---------------------------------------------------------------------------------------
-
-
-def changes(work: Fit | Training) -> Iterator[tuple[str, dict]]:
-    """Changes that may save memory, as text and fields; the last two merge less or need devices."""
-    if not work.checkpointing:
-        yield "gradient checkpointing", {"checkpointing": True}
+def changes(work: Training) -> dict[str, dict]:
+    """Changes that may save memory: text -> fields; the last two merge less or need devices."""
+    answers, found = max(1, round(work.positions / work.rows)), {}
+    found["gradient checkpointing"] = {"checkpointing": True}
     if isinstance(work, Fit):
-        if work.gradients == "buffer" and work.ranks == 1:
-            yield "gradients consumed tensor by tensor", {"gradients": "stream"}
-        if work.cached != "top":
-            yield f"only the experts' {work.top} most probable classes", {"cached": "top"}
-        for deltas in ("bfloat16", "int8"):
-            if DELTAS[deltas] < DELTAS[work.deltas] and not work.deltas.startswith("streamed"):
-                yield f"task vectors in {deltas}", {"deltas": deltas}
-        if work.deltas in ("float32", "bfloat16"):
-            kind = "streamed" if work.deltas == "float32" else "streamed_bfloat16"
-            yield "task vectors streamed from pinned host memory", {"deltas": kind}
-    if work.rows > 1:
-        answers = max(1, round(work.positions / work.rows))
-        yield f"1 row at a time instead of {work.rows}", {"rows": 1, "answers": answers}
+        found["gradients consumed tensor by tensor"] = {"gradients": "stream"}
+        found[f"only the experts' {work.top} most probable classes"] = {"cached": "top"}
+        if not work.deltas.startswith("streamed"):
+            lighter = [d for d in ("bfloat16", "int8") if DELTAS[d] < DELTAS[work.deltas]]
+            found |= {f"task vectors in {deltas}": {"deltas": deltas} for deltas in lighter}
+        streamed = {"float32": "streamed", "bfloat16": "streamed_bfloat16"}
+        if work.deltas in streamed:
+            to = {"deltas": streamed[work.deltas]}
+            found["task vectors streamed from pinned host memory"] = to
+    found[f"1 row at a time instead of {work.rows}"] = {"rows": 1, "answers": answers}
     if isinstance(work, Fit):
-        if work.tasks > 2:
-            yield f"2 tasks instead of {work.tasks}", {"tasks": 2}
-        yield f"{2 * work.ranks} devices (torchrun, FSDP2)", {"ranks": 2 * work.ranks}
+        found[f"2 tasks instead of {work.tasks}"] = {"tasks": 2}
+        found[f"{2 * work.ranks} devices (torchrun, FSDP2)"] = {"ranks": 2 * work.ranks}
+    return found
 
 
-def advise(model: Model, work: Fit | Training, planned: Plan) -> Iterator[str]:
+def advise(model: Model, work: Training, planned: Plan) -> Iterator[str]:
     """Changes that save memory, those enough alone first, least first; then several together.
 
     All together leave tasks and devices as they are, and come only where no change is enough.
@@ -196,15 +194,15 @@ def advise(model: Model, work: Fit | Training, planned: Plan) -> Iterator[str]:
     def saved(fields: dict) -> float | int:
         return planned.total - sum(line.nbytes for line in lines(model, replace(work, **fields)))
 
-    needed, all_changes = planned.total - planned.capacity, list(changes(work))
-    found = [(saved(fields), what) for what, fields in all_changes]
-    together: dict = {}
-    for _, fields in all_changes:
+    needed = planned.total - planned.capacity
+    every = {what: fields for what, fields in changes(work).items() if saved(fields) > 0}
+    found, together = {what: saved(fields) for what, fields in every.items()}, {}
+    for fields in every.values():
         together |= {} if {"tasks", "ranks"} & set(fields) else fields
-    if together and all(bytes_saved < needed for bytes_saved, _ in found):
-        found.append((saved(together), "all of these with the same tasks and devices"))
-    found.sort(key=lambda one: (one[0] < needed, one[0] if one[0] >= needed else -one[0]))
-    for bytes_saved, what in found:
-        if bytes_saved > 0:
-            verdict = "enough" if bytes_saved >= needed else "not enough alone"
-            yield f"{what}: saves {size(bytes_saved)} ({verdict})"
+    if together and all(nbytes < needed for nbytes in found.values()):
+        found["all of these with the same tasks and devices"] = saved(together)
+    for what, nbytes in sorted(
+        found.items(), key=lambda one: (one[1] < needed, abs(one[1] - needed))
+    ):
+        verdict = "enough" if nbytes >= needed else "not enough alone"
+        yield f"{what}: saves {size(nbytes)} ({verdict})"

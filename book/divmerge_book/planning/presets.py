@@ -32,20 +32,23 @@ def preset(suite: str = "auto", size: str = "default", device: str = "auto") -> 
     suite: `auto`, `glue` or `embedded_lm`. size: a name in LANGUAGE_SIZES for the suite. device:
     `auto`, `cpu` or `cuda`. Raises ValueError for other names.
     """
-    place, base = check_device(device), SUITES["glue"].base
-    why = []
+    place, base, why, label = check_device(device), SUITES["glue"].base, [], size
     if suite == "auto":
+        suite, reason = "glue", f"a GPU, and {base} is available"
         if place.type == "cpu":
             suite, reason = "embedded_lm", "no GPU"
         elif not reachable(base):
             suite, reason = "embedded_lm", f"{base} is neither cached nor reachable on the hub"
-        else:
-            suite, reason = "glue", f"a GPU, and {base} is available"
         why.append(f"suite {suite}: {reason}")
-    label, wanted = size, size_of(suite, size)
-    if suite == "glue" and (small := lacks(place)):
-        label, size = f"{label}, smaller", smaller(wanted)
-        why.append(f"a smaller preset: {small}")
+    wanted = size_of(suite, size)
+    if suite == "glue":
+        small = "a CPU"
+        if place.type != "cpu":
+            memory = torch.cuda.get_device_properties(place).total_memory
+            small = too_small(memory, resolve("auto", place) == "bfloat16")
+        if small:
+            label, size = f"{label}, smaller", smaller(wanted)
+            why.append(f"a smaller preset: {small}")
     return Preset(suite, size, label, str(place), "; ".join(why) or "as asked for")
 
 
@@ -60,14 +63,6 @@ def reachable(name: str) -> bool:
     return True
 
 
-def lacks(place: torch.device) -> str:
-    """Why this device takes a smaller preset; empty where it takes what it is asked."""
-    if place.type == "cpu":
-        return "a CPU"
-    memory = torch.cuda.get_device_properties(place).total_memory
-    return too_small(memory, resolve("auto", place) == "bfloat16")
-
-
 def too_small(memory: float | int, bfloat16: bool) -> str:
     """Why a GPU cannot take the sizes of `glue` as they are; empty where it can."""
     if memory < ENOUGH:
@@ -77,8 +72,7 @@ def too_small(memory: float | int, bfloat16: bool) -> str:
 
 def smaller(size: LanguageSize) -> LanguageSize:
     """The same for a GPU like the T4: fewer rows, int8 task vectors, no emulated bfloat16."""
-    rows = size.recipe.rows
-    rows = min(rows or 1000, 1000)
+    rows = min(size.recipe.rows or 1000, 1000)
     recipe = replace(size.recipe, rows=rows, epochs=1, micro=4, precision="auto")
     most = {"merge_rows": 32, "validation_rows": 32, "test_rows": 100}
     fewer = {name: min(getattr(size, name) or limit, limit) for name, limit in most.items()}

@@ -8,9 +8,8 @@ import transformers
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-INT8 = 1 + 4 / 128  # a byte, and a float32 scale per 128 numbers
 DELTAS: Mapping[str, float | int] = {  # bytes of one number of a task vector
-    **{"float32": 4, "bfloat16": 2, "float16": 2, "int8": INT8},
+    **{"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1 + 4 / 128},  # a scale per 128 numbers
     **{"streamed": 4, "streamed_bfloat16": 2, "low_rank": 4},
 }
 PRECISIONS = {"float32": 4, "bfloat16": 2}
@@ -21,38 +20,13 @@ CHOICES: Mapping[str, Collection[str]] = {
 
 
 @dataclass(frozen=True)
-class Activations:
-    """What one transformer block stores for its backward pass, per token, with fused attention.
-
-    wide: vectors [H] in float32 (inputs of norms and their first half's results). inputs: vectors
-    [H] that enter matrices, attention's result among them; under bfloat16 each matrix has its own
-    copy: inputs_half. inner: vectors [I] of the feed-forward part. statistics: numbers of the
-    norms. Besides: queries [H], keys and values, one number per head. Counted with
-    `saved_tensors_hooks` in tests/book/test_memory.py.
-    """
-
-    wide: int
-    inputs: int
-    inputs_half: int
-    inner: int
-    statistics: int
-
-
-KINDS: Mapping[str, Activations] = {
-    "gated": Activations(wide=4, inputs=3, inputs_half=6, inner=4, statistics=2),  # Llama, Qwen2
-    "gelu": Activations(wide=2, inputs=3, inputs_half=5, inner=2, statistics=4),  # BERT
-    "gelu_new": Activations(wide=2, inputs=3, inputs_half=3, inner=5, statistics=4),  # GPT-2
-}
-
-
-@dataclass(frozen=True)
 class Model:
-    """A transformer in numbers: N parameters, L layers of width H, and so on.
+    """A transformer in numbers: N parameters (tied ones once), L layers of width H, and so on.
 
-    parameters: N, tied tensors once. largest: numbers in its largest tensor. inner: width of the
-    feed-forward part. keys: width of keys, and of values. vocabulary: V, 0 for an encoder without a
-    head. block: parameters of one layer. sides: M + K summed over a layer's matrices [M, K]. kind:
-    a name in KINDS. tied: whether embeddings and head are one tensor, with two gradients.
+    largest: numbers in the largest tensor. inner: width of the feed-forward part. keys: width of
+    keys, and of values. block: parameters of one layer. sides: M + K summed over a layer's matrices
+    [M, K]. vocabulary: V, 0 without a head. kind: a name in `memory.KINDS`. tied: whether
+    embeddings and head are one tensor, with two gradients.
     """
 
     parameters: int
@@ -71,10 +45,9 @@ class Model:
 
     @classmethod
     def of(cls, config: transformers.PretrainedConfig, *, head: bool = True) -> "Model":
-        """From a configuration alone: the model is made without weights.
+        """From a configuration alone, without weights, with a language model's head if it has one.
 
-        head: with a language model's head where the architecture has one; else the bare encoder.
-        Raises ValueError where transformers has no such model.
+        head: False for the bare encoder. Raises ValueError where transformers has no such model.
         """
         try:
             with torch.device("meta"):
@@ -82,6 +55,7 @@ class Model:
                 made = (AutoModelForCausalLM if causal else AutoModel).from_config(config)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"transformers makes no model of {type(config)}: {error}") from error
+
         sizes = [parameter.numel() for parameter in made.parameters()]
         lists = (part for part in made.modules() if isinstance(part, nn.ModuleList))
         block = list(max(lists, key=len)[0].parameters())
@@ -105,22 +79,12 @@ class Model:
             name=config.name_or_path or type(config).__name__.removesuffix("Config"),
         )
 
-    @property
-    def ends(self) -> int:
-        """Parameters outside of the layers: embeddings, last norm, head."""
-        return self.parameters - self.layers * self.block
-
-    @property
-    def products(self) -> int:
-        """Parameters that are multiplied with tokens or answers: no embeddings, but the head."""
-        return self.layers * self.block + self.vocabulary * self.hidden
-
 
 @dataclass(frozen=True)
-class Workload:
-    """What passes through a model at a time: rows of `tokens` tokens, with answer positions.
+class Training:
+    """Fine-tuning of all weights with AdamW: rows of `tokens` tokens at a time.
 
-    answers: A per task and step, None for one a row. classes: None for the model's vocabulary.
+    answers: positions that are answered, None for one a row. classes: None for the vocabulary.
     """
 
     rows: int = 4
@@ -129,6 +93,7 @@ class Workload:
     classes: int | None = None
     precision: str = "float32"
     checkpointing: bool = False
+    tasks = ranks = 1
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -150,13 +115,9 @@ class Workload:
         return self.classes or model.vocabulary
 
 
-class Training(Workload):
-    """Fine-tuning of all weights with AdamW."""
-
-
 @dataclass(frozen=True)
-class Fit(Workload):
-    """A step of a fit of coefficients, the rows being those of each of T tasks.
+class Fit(Training):
+    """A step of a fit of coefficients; rows and answers are those of each of T tasks.
 
     deltas: a name in DELTAS; rank: of low-rank ones. gradients: `stream` or `buffer`. cached: how
     the experts' answers are kept, `float32`, `bfloat16` or `top`, with `top` classes, for so many
