@@ -234,13 +234,13 @@ def test_the_search_sees_no_test_row(fresh):
 
 def test_the_first_seeds_choice_serves_every_seed(fresh, monkeypatch):
     toy_size(monkeypatch, candidates=2)
-    searched, find = [], benchmark.search
+    searched, find = [], hyperparameter_search.search
 
     def counted(merges, tried):
         searched.append(merges.spec)
         return find(merges, tried)
 
-    monkeypatch.setattr(benchmark, "search", counted)
+    monkeypatch.setattr(hyperparameter_search, "search", counted)
     report = run("ties", "divmerge/task", seeds=[0, 1], epochs=1)
     assert searched == ["ties", "divmerge/task"]
     by_seed = {(fit["method"], fit["seed"]): fit["options"] for fit in report.fits}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from divmerge_book.evaluation import provenance
 from divmerge_book.evaluation import report as module
+from divmerge_book.evaluation.metrics import own_scores, scores
 from divmerge_book.evaluation.report import COLUMNS, MARGIN, STATISTICS, Report, caption
 
 SUITE, SUBSET = "toy", "a+b"
@@ -119,7 +120,7 @@ def test_of_a_graded_task_the_kept_margin_is_the_ratio():
 
 def test_glue_tasks_are_scored_by_their_own_metric():
     report = Report.of(rows({"expert": {"cola": (2,), "qqp": (2,), "rte": (2,)}}))
-    own = report.own_metric().set_index("task")
+    own = own_scores(scores(report.rows)).set_index("task")
     assert own.metric.to_dict() == {"cola": "matthews", "qqp": "f1", "rte": "accuracy"}
     tidy = report.metrics().set_index(["task", "metric"]).value
     assert all(own.value[task] == tidy[task, metric] for task, metric in own.metric.items())

@@ -4,23 +4,16 @@ Experts, validation scores and test predictions are cached under keys of everyth
 them, so that an interrupted comparison resumes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
 from tqdm import tqdm
 
 from divmerge_book.data.splits import ROWS, SPLITS
+from divmerge_book.evaluation import hyperparameter_search as searching
 from divmerge_book.evaluation.cache import cached
 from divmerge_book.evaluation.experiment import Experiment, prepare, task_names
-from divmerge_book.evaluation.hyperparameter_search import (
-    Merges,
-    Search,
-    candidates,
-    outcome,
-    own_experts,
-    search,
-)
 from divmerge_book.evaluation.metrics import evaluate
 from divmerge_book.evaluation.report import Report
 from divmerge_book.evaluation.sizes import SIZES, LanguageSize, Size
@@ -40,26 +33,25 @@ SET_HERE = {"grouping", "seed", "callback", "progress", "score", "large", "check
 
 def every_method() -> list[str]:
     """Every method that a suite can run, with each of its registered groupings."""
-    found = []
-    for name, facts in METHODS.facts.items():
-        if facts.get("optional") != "large":
-            found += [f"{name}/{grouping}" for grouping in facts.get("groupings", ())] or [name]
-    return found
+    return [
+        f"{name}/{grouping}" if grouping else name
+        for name, facts in METHODS.facts.items()
+        if facts.get("optional") != "large"
+        for grouping in facts.get("groupings", ("",))
+    ]
 
 
-def check_request(methods: Sequence[str], seeds: Sequence[int], overrides: Mapping) -> None:
+def check_request(
+    methods: Sequence[str], seeds: Sequence[int], overrides: Mapping, budget: int | None = None
+) -> None:
     """Raise ValueError for methods, options or choices that do not exist or are out of range."""
     if not methods or not seeds:
         raise ValueError(f"give one method and one seed or more, got {list(methods)} and {seeds}")
-    for name, given in (("method", methods), ("seed", seeds)):
-        twice = sorted({one for one in given if list(given).count(one) > 1})
-        if twice:
-            raise ValueError(
-                f"give every {name} once; {twice} came more than once in {list(given)}"
-            )
+    for name, given in (("method", list(methods)), ("seed", list(seeds))):
+        if twice := sorted({one for one in given if given.count(one) > 1}):
+            raise ValueError(f"give every {name} once; {twice} came more than once in {given}")
     known = {key for spec in methods for key in options_of(parse(spec)[0])} - SET_HERE
-    wrong = set(overrides) - known
-    if wrong:
+    if wrong := set(overrides) - known:
         raise ValueError(
             f"no such options {sorted(wrong)}; these methods take {sorted(known)}; write a "
             "grouping as in 'divmerge/block'"
@@ -69,6 +61,8 @@ def check_request(methods: Sequence[str], seeds: Sequence[int], overrides: Mappi
     inputs = overrides.get("inputs", 1)
     if not 1 <= inputs <= ROWS["merge"]:
         raise ValueError(f"inputs must be 1 to {ROWS['merge']} per task, got {inputs}")
+    if budget is not None and budget < 1:
+        raise ValueError(f"budget must be 1 candidate or more, got {budget}; 6 tries all")
 
 
 def takes(spec: str, num_tasks: int) -> bool:
@@ -95,10 +89,11 @@ def check_fit_for(methods: Sequence[str], subsets: Sequence[Sequence[str]]) -> N
 
 @dataclass
 class Comparison:
-    """Rows and fits of one comparison, collected subset by subset.
+    """Rows and fits of one comparison, collected experiment by experiment.
 
     size: budget of the searches. searches: their results, by subset and method, from the first seed
-    on. points: how often a fit's validation ANP is recorded. published: see `compare`.
+    on. points: how often a fit's validation ANP is recorded. published: see `compare`. written:
+    rows of language suites, answered by generation.
     """
 
     suite: str
@@ -108,31 +103,61 @@ class Comparison:
     points: int = 0
     published: bool = False
     rows: list[dict] = field(default_factory=list)
+    written: list[dict] = field(default_factory=list)
     fits: list[dict] = field(default_factory=list)
-    searches: dict[tuple[str, str], Search] = field(default_factory=dict)
+    searches: dict[tuple[str, str], searching.Search] = field(default_factory=dict)
 
-    def merge(self, experiment: Experiment, seed: int) -> Iterator[tuple[Merges, dict, list[dict]]]:
-        """Add the references, then every method: yields merges, the best options, and new rows."""
+    def merge(self, experiment: Experiment, seed: int) -> None:
+        """Add the references, then every method."""
         tasks = experiment.problem.vectors.tasks
         labels = {"suite": self.suite, "subset": "+".join(tasks), "seed": seed}
-        self.rows += references(experiment, labels)
+        self.add(references(experiment), labels)
         chosen = [spec for spec in self.methods if takes(spec, len(tasks))]
-        for spec in (
-            bar := tqdm(chosen, f"merging {len(tasks)} tasks of {self.suite}, seed {seed}")
-        ):
+        title = f"merging {len(tasks)} tasks of {self.suite}, seed {seed}"
+        for spec in (bar := tqdm(chosen, title)):
             bar.set_postfix_str(spec)
-            tried = candidates(spec, self.size, seed, self.overrides, experiment.problem)
-            merges, key = Merges(experiment, spec, self.points), (labels["subset"], spec)
-            first = key not in self.searches
-            if first:
-                self.searches[key] = search(merges, tried)
-            found = self.searches[key]
-            rows, fits = outcomes(merges, tried, found, self.published)
-            self.rows += (rows := [{**labels, **row} for row in rows])
-            for fit in fits:
-                records = {"search": found.records} if first and fit["method"] == spec else {}
-                self.fits.append({**labels, **fit, **records})
-            yield merges, tried[found.best], rows
+            self.add_method(experiment, spec, labels)
+
+    def add_method(self, experiment: Experiment, spec: str, labels: Mapping) -> None:
+        """The best candidate's predictions, options, cost and fit; its search, where it is new.
+
+        And the published options', where they are wanted and a search chose others.
+        """
+        tried = searching.candidates(
+            spec, self.size, labels["seed"], self.overrides, experiment.problem
+        )
+        merges, key = searching.Merges(experiment, spec, self.points), (labels["subset"], spec)
+        first = key not in self.searches
+        found = self.searches[key] if not first else searching.search(merges, tried)
+        self.searches[key], shown = found, {spec: found.best}
+        if self.published and found.best and "score" in found.records[0]:
+            shown[spec + PUBLISHED] = 0
+        for label, index in shown.items():
+            done, method = searching.outcome(merges, tried[index]), {"method": label}
+            self.add(done, labels | method)
+            cost = {**done["cost"], "model_bytes": experiment.problem.vectors.base.nbytes}
+            fit = {**labels, **method, "options": tried[index], "cost": cost, **(done["fit"] or {})}
+            records = {"search": found.records} if first and label == spec else {}
+            self.fits.append(fit | records)
+
+    def add(self, found: Mapping, labels: Mapping) -> None:
+        """Add `rows` and `written` of a reference or an outcome."""
+        self.rows += [{**row, **labels} for row in found["rows"]]
+        self.written += [{**row, **labels} for row in found["written"]]
+
+
+def references(experiment: Experiment) -> dict[str, list[dict]]:
+    """Rows of the methods `expert` (each on its own task) and `base` (with the experts' heads)."""
+
+    def find() -> dict[str, list[dict]]:
+        problem, splits = experiment.problem, experiment.test
+        expert = searching.own_experts(experiment, splits, method="expert").to_dict("records")
+        base = evaluate(problem, problem.vectors.base, splits, method="base").to_dict("records")
+        written = searching.written_rows(experiment, expert, problem.vectors.expert)
+        written += searching.written_rows(experiment, base, lambda _: problem.vectors.base)
+        return {"rows": expert + base, "written": written}
+
+    return cached(experiment, find, "references")
 
 
 def compare(
@@ -161,23 +186,24 @@ def compare(
     before anything is trained, for what is unknown or out of range, and for a method whose
     requirements the suite does not meet; Diverged where a merge diverged.
     """
-    names, seeds = task_names(suite, tasks), list(SIZES[size].seeds if seeds is None else seeds)
-    check_request(methods, seeds, overrides)
+    names, own = task_names(suite, tasks), SIZES[size]
+    seeds = list(own.seeds if seeds is None else seeds)
+    check_request(methods, seeds, overrides, budget)
     device = str(check_device(device))
     every = [*(task_names(suite, subset) for subset in subsets), names]
     wanted = list(dict.fromkeys(map(tuple, every)))  # a subset named twice is merged once
     check_fit_for(methods, wanted)
-    settings = effort(SIZES[size], budget, overrides)
-    found = Comparison(suite, methods, settings, overrides, points, published)
+    more = max(own.merge_rows, overrides.get("inputs", 0)) if own.merge_rows else None
+    own = replace(own, candidates=budget or own.candidates, merge_rows=more)
+    found = Comparison(suite, methods, own, overrides, points, published)
     for seed in seeds:
-        whole = prepare(suite, names, size=settings, seed=seed, device=device, encoder=encoder)
+        whole = prepare(suite, names, size=own, seed=seed, device=device, encoder=encoder)
         for subset in wanted:
-            for _ in found.merge(whole.select(subset), seed):
-                pass
+            found.merge(whole.select(subset), seed)
     recipes = {expert.task: expert.manifest["recipe"] for expert in whole.experts}
-    facts = {"size": size, "suite": suite, "encoder": encoder or settings.encoder, "seeds": seeds}
-    facts |= conditions(settings, settings.candidates, recipes, device)
-    return Report.of(pd.DataFrame(found.rows), found.fits, device=device, **facts)
+    facts = {"size": size, "suite": suite, "encoder": encoder or own.encoder, "seeds": seeds}
+    facts |= conditions(own, own.candidates, recipes, device)
+    return Report.of(pd.DataFrame(found.rows), found.fits, **facts)
 
 
 def conditions(
@@ -186,58 +212,5 @@ def conditions(
     """What a Report's numbers depend on beside the methods: training, rows, precision, budget."""
     rows = {split: getattr(size, f"{split}_rows") or ROWS[split] for split in SPLITS[1:]}
     precision = resolve(size.precision, check_device(device))
-    return {"precision": precision, "recipe": recipe, "budget": budget, "rows_per_task": rows}
-
-
-def effort(size: Size, budget: int | None, overrides: Mapping) -> Size:
-    """The size with `budget` candidates, and with as many merge rows as the fits use.
-
-    Raises ValueError for a budget below 1.
-    """
-    if budget is not None:
-        if budget < 1:
-            raise ValueError(f"budget must be 1 candidate or more, got {budget}; 6 tries all")
-        size = replace(size, candidates=budget)
-    inputs = overrides.get("inputs", 0)
-    if size.merge_rows and inputs > size.merge_rows:
-        size = replace(size, merge_rows=inputs)
-    return size
-
-
-def outcomes(
-    merges: Merges, tried: Sequence[dict], found: Search, published: bool
-) -> tuple[list[dict], list[dict]]:
-    """Test predictions of the best candidate, and its options, cost and fit.
-
-    published: of the published options too, where a search chose others.
-    """
-    shown = {merges.spec: found.best}
-    if published and found.best and "score" in found.records[0]:
-        shown[merges.spec + PUBLISHED] = 0
-    rows, fits = [], []
-    for label, index in shown.items():
-        done = outcome(merges, tried[index])
-        rows += [{"method": label, **row} for row in done["rows"]]
-        cost = {**done["cost"], "model_bytes": merges.experiment.problem.vectors.base.nbytes}
-        fit = {"method": label, "options": tried[index], "cost": cost}
-        fits.append({**fit, **(done["fit"] or {})})
-    return rows, fits
-
-
-def references(
-    experiment: Experiment, labels: Mapping, splits: Mapping | None = None
-) -> list[dict]:
-    """Rows of the methods `expert` (each on its own task) and `base` (with the experts' heads).
-
-    splits: those to predict, by method; None: the test splits.
-    """
-    given = splits or dict.fromkeys(("expert", "base"), experiment.test)
-
-    def find() -> list[dict]:
-        problem = experiment.problem
-        expert = own_experts(experiment, given["expert"], method="expert")
-        base = evaluate(problem, problem.vectors.base, given["base"], method="base")
-        return expert.to_dict("records") + base.to_dict("records")
-
-    name = "references" if splits is None else "written references"
-    return [{**labels, **row} for row in cached(experiment, find, name)]
+    facts = {"precision": precision, "recipe": recipe, "budget": budget, "rows_per_task": rows}
+    return facts | {"device": device}

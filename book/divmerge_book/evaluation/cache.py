@@ -25,10 +25,7 @@ def cache_path(
 
 
 def cached(
-    experiment: Experiment,
-    make: Callable[[], object],
-    *what: object,
-    method: str | None = None,
+    experiment: Experiment, make: Callable[[], object], *what: object, method: str | None = None
 ) -> object:
     """The result of `make()`, as JSON has it: computed once, by one process; see `cache_path`."""
     path = cache_path(experiment, make, *what, method=method)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from divmerge_book.data.code_digest import code_digest, key_of
 from divmerge_book.data.tasks import SUITES, TASKS
 from divmerge_book.evaluation.language_scoring import WrittenSplit, likelihood_split, written_split
-from divmerge_book.evaluation.metrics import AnySplit, LabelledSplit
+from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.evaluation.sizes import SIZES, LanguageSize, Size, size_of
 from divmerge_book.models.encoders import (
     Base,
@@ -51,11 +51,11 @@ class Experiment:
     base: Base | Language
     experts: Sequence[Expert]
     problem: MergeProblem
-    validation: Sequence[AnySplit]
-    test: Sequence[AnySplit]
+    validation: Sequence[LabelledSplit | WrittenSplit]
+    test: Sequence[LabelledSplit | WrittenSplit]
     digest: str
     unfinished: Path | None = None
-    written: Sequence[AnySplit] = ()
+    written: Sequence[WrittenSplit] = ()
     completions: Sequence = ()
 
     def select(self, tasks: Sequence[str]) -> "Experiment":

@@ -6,7 +6,7 @@ Its merge is scored by the ANP on validation rows; the best is used.
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from divmerge_book.evaluation.cache import cache_path, cached
 from divmerge_book.evaluation.experiment import Experiment
-from divmerge_book.evaluation.metrics import AnySplit, evaluate, grades, majority_class
+from divmerge_book.evaluation.metrics import evaluate, grades, majority_class
 from divmerge_book.evaluation.profiling import Meter, peak_bytes, seconds
 from divmerge_book.evaluation.report import MARGIN
 from divmerge_book.evaluation.sizes import Size
@@ -27,52 +27,34 @@ from divmerge_core.methods import METHODS, options_of, parse
 from divmerge_core.methods.divmerge import limit
 
 
-@dataclass
-class Recorder:
-    """A fit's trajectory: the loss of every step; at some, mean coefficients and validation ANP."""
-
-    experiment: Experiment
-    points: int
-    losses: list[float] = field(default_factory=list)
-    trajectory: list[dict] = field(default_factory=list)
-    coeffs: Tensor | None = None
-    every: int = 0
-
-    def __call__(self, step: Step) -> None:
-        if step.loss is not None:
-            self.losses.append(round(step.loss, 6))
-        self.coeffs = step.coeffs
-        if self.points and (step.loss is None or step.number % self.every == 0):
-            anp = validation_anp(self.experiment, step.flat)
-            mean = step.coeffs.mean(dim=1).tolist()  # [T], over groups
-            self.trajectory.append({"step": step.number, "anp": anp, "coefficients": mean})
-
-
-@dataclass(frozen=True)
-class Made:
-    """A merge, its cost, and the fit's trajectory where there is one."""
-
-    merged: Merged
-    cost: dict
-    fit: dict | None
-
-
 def shares(rows: pd.DataFrame) -> list[float]:
     """The accuracy, or the mean grade, of every row of a Report."""
     return [float(grades(row.predicted, row.gold).mean()) for row in rows.itertuples()]
 
 
-def own_experts(
-    experiment: Experiment, splits: Sequence[AnySplit], **labels: object
-) -> pd.DataFrame:
+def own_experts(experiment: Experiment, splits: Sequence, **labels: object) -> pd.DataFrame:
     """Every expert's predictions on its own task."""
-    parts = []
-    for number, task in enumerate(experiment.problem.vectors.tasks):
-        alone = experiment.problem.select([task])
-        parts.append(
-            evaluate(alone, experiment.problem.vectors.expert(task), [splits[number]], **labels)
-        )
+    problem = experiment.problem
+    parts = [
+        evaluate(problem.select([task]), problem.vectors.expert(task), [split], **labels)
+        for task, split in zip(problem.vectors.tasks, splits, strict=True)
+    ]
     return pd.concat(parts, ignore_index=True)
+
+
+def written_rows(
+    experiment: Experiment, rows: Sequence[dict], model: Callable[[str], Merged]
+) -> list[dict]:
+    """The rows of a language suite answered by generation; `model` gives the weights for a task.
+
+    Free text was generated for `rows` already, and is taken from them.
+    """
+    return [
+        row
+        if split.references is not None
+        else {**row, **split.predictions(experiment.problem, model(row["task"]), number)}
+        for number, (row, split) in enumerate(zip(rows, experiment.written, strict=False))
+    ]
 
 
 def validation_scores(experiment: Experiment, merged: Merged) -> tuple[float, float]:
@@ -82,19 +64,17 @@ def validation_scores(experiment: Experiment, merged: Merged) -> tuple[float, fl
     class of these rows, NaN where there is none. Raises ValueError where an expert gets none right.
     """
     own = partial(own_experts, experiment, experiment.validation)
-    experts = cached(experiment, lambda: shares(own()), "experts on validation")
-    if not all(experts):
+    expert = np.array(cached(experiment, lambda: shares(own()), "experts on validation"))
+    if not expert.all():
         raise ValueError(
-            f"an expert gets no validation row right: {experts} for "
-            f"{experiment.problem.vectors.tasks}; "
-            "give it more training rows or leave its task out"
+            f"an expert gets no validation row right: {expert} for "
+            f"{experiment.problem.vectors.tasks}; give it more rows or leave its task out"
         )
     rows = evaluate(experiment.problem, merged, experiment.validation)
-    floors = [majority_class(row.predicted, row.gold).mean() for row in rows.itertuples()]
-    found, expert, floor = map(np.array, (shares(rows), experts, floors))
-    counted = expert - floor >= MARGIN
-    leads = (found - floor)[counted] / (expert - floor)[counted]
-    return float((found / expert).mean()), float(leads.mean()) if counted.any() else math.nan
+    floor = np.array([majority_class(row.predicted, row.gold).mean() for row in rows.itertuples()])
+    found, counted = np.array(shares(rows)), expert - floor >= MARGIN
+    kept = ((found - floor)[counted] / (expert - floor)[counted]).mean() if any(counted) else np.nan
+    return float((found / expert).mean()), float(kept)
 
 
 def validation_anp(experiment: Experiment, merged: Merged) -> float:
@@ -118,31 +98,62 @@ def candidates(
         own[facts["passes"]] = size.epochs * max(map(len, problem.batches))
     if "calls" in facts:  # of the score, per step
         own["steps"] = max(1, size.calls // facts["calls"](len(problem.vectors.tasks)))
-    own = {key: value for key, value in {**own, **overrides}.items() if value is not None}
-    own = {key: value for key, value in own.items() if key in allowed}
+    own = {k: v for k, v in {**own, **overrides}.items() if k in allowed and v is not None}
     count = 1 if "calls" in facts else size.candidates
     found = [{**option, **fixed, **own} for option in (facts["search"] or ({},))[:count]]
     return [option for n, option in enumerate(found) if option not in found[:n]]
 
 
-def recorder_for(
-    experiment: Experiment, name: str, options: Mapping, points: int
-) -> tuple[Recorder, str]:
-    """A recorder of a fit of coefficients, and the fit's grouping."""
-    default = inspect.signature(METHODS[name]).parameters["grouping"].default
-    grouping = options.get("grouping", default)
-    seen = limit(experiment.problem, options.get("inputs"), grouping).batches
-    steps = options["epochs"] * max(map(len, seen))
-    return Recorder(experiment, points, every=max(1, steps // max(1, points))), grouping
+@dataclass
+class Recorder:
+    """A fit's trajectory: the loss of every step; at some, mean coefficients and validation ANP."""
+
+    experiment: Experiment
+    grouping: str
+    every: int  # steps between two points; 0 for none
+    losses: list[float] = field(default_factory=list)
+    trajectory: list[dict] = field(default_factory=list)
+    coeffs: Tensor | None = None
+
+    @classmethod
+    def of(cls, experiment: Experiment, name: str, options: Mapping, points: int) -> "Recorder":
+        """A recorder of about so many points of a method's fit."""
+        grouping = {**defaults(name), **options}["grouping"]
+        seen = limit(experiment.problem, options.get("inputs"), grouping).batches
+        steps = options["epochs"] * max(map(len, seen))
+        return cls(experiment, grouping, max(1, steps // points) if points else 0)
+
+    def __call__(self, step: Step) -> None:
+        if step.loss is not None:
+            self.losses.append(round(step.loss, 6))
+        self.coeffs = step.coeffs
+        if self.every and (step.loss is None or step.number % self.every == 0):
+            anp = validation_anp(self.experiment, step.flat)
+            mean = step.coeffs.mean(dim=1).tolist()  # [T], over groups
+            self.trajectory.append({"step": step.number, "anp": anp, "coefficients": mean})
+
+    def summary(self) -> dict:
+        """The coefficients by task and group, the losses and the trajectory."""
+        vectors = self.experiment.problem.vectors
+        groups, _ = groups_of(vectors.layout, self.grouping)
+        coefficients = [[round(value, 5) for value in row] for row in self.coeffs.tolist()]
+        fit = {"tasks": list(vectors.tasks), "groups": list(groups), "coefficients": coefficients}
+        return fit | {"losses": self.losses, "course": self.trajectory}
 
 
-def fit_summary(recorder: Recorder, grouping: str) -> dict:
-    """A fit's coefficients by task and group, its losses and its trajectory."""
-    vectors = recorder.experiment.problem.vectors
-    groups, _ = groups_of(vectors.layout, grouping)
-    coefficients = [[round(value, 5) for value in row] for row in recorder.coeffs.tolist()]
-    fit = {"tasks": list(vectors.tasks), "groups": list(groups), "coefficients": coefficients}
-    return fit | {"losses": recorder.losses, "course": recorder.trajectory}
+def defaults(name: str) -> dict[str, object]:
+    """A method's options as they are where none is given."""
+    parameters = inspect.signature(METHODS[name]).parameters
+    return {option: parameter.default for option, parameter in parameters.items()}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A merge, its cost, and the fit's trajectory where there is one."""
+
+    merged: Merged
+    cost: dict
+    fit: dict | None
 
 
 def run_method(experiment: Experiment, spec: str, options: Mapping, points: int = 0) -> Made:
@@ -154,36 +165,33 @@ def run_method(experiment: Experiment, spec: str, options: Mapping, points: int 
     the method and its options.
     """
     name, _ = parse(spec)
-    meter, given, recorder = Meter(), {**options}, None
-    if "callback" in options_of(name):
-        recorder, grouping = recorder_for(experiment, name, options, points)
-        given["callback"] = recorder
-    if "score" in options_of(name):
+    meter, given, taken = Meter(), {**options}, options_of(name)
+    recorder = unfinished = None
+    if "callback" in taken:
+        recorder = given["callback"] = Recorder.of(experiment, name, options, points)
+    if "score" in taken:
         given["score"] = meter.score(partial(validation_anp, experiment))
-    unfinished = None
-    if "checkpoint" in options_of(name) and experiment.unfinished is not None:
-        unfinished = given["checkpoint"] = (
-            experiment.unfinished
-            / f"{cache_path(experiment, run_method, spec, options, method=spec).stem}.pt"
-        )
-    device, held = experiment.problem.vectors.base.device, []
-    cost: dict[str, float] = {}
+    if "checkpoint" in taken and experiment.unfinished is not None:
+        key = cache_path(experiment, run_method, spec, options, method=spec).stem
+        unfinished = given["checkpoint"] = experiment.unfinished / f"{key}.pt"
+    device, found = experiment.problem.vectors.base.device, {}
 
     def merge() -> None:
-        held.append(METHODS[name](meter.problem(experiment.problem), **given))
+        found["merged"] = METHODS[name](meter.problem(experiment.problem), **given)
 
     def timed() -> None:
-        cost["seconds"] = round(seconds(merge, device), 2)
+        found["seconds"] = round(seconds(merge, device), 2)
 
     try:
-        cost["peak_bytes"] = peak_bytes(timed, device)
+        peak = peak_bytes(timed, device)
     except Diverged as error:
         raise Diverged(f"{spec} with {dict(options)}: {error}") from error
     if unfinished is not None:
         unfinished.unlink(missing_ok=True)
-    merged = held.pop()
-    cost |= {"stored_bytes": merged.nbytes, "inputs": len(meter.seen)}
-    return Made(merged, cost | {"calls": meter.calls}, recorder and fit_summary(recorder, grouping))
+    merged = found["merged"]
+    cost = {"seconds": found["seconds"], "peak_bytes": peak, "stored_bytes": merged.nbytes}
+    cost |= {"inputs": len(meter.seen), "calls": meter.calls}
+    return Made(merged, cost, recorder and recorder.summary())
 
 
 @dataclass
@@ -199,6 +207,10 @@ class Merges:
     points: int = 0
     made: list[tuple[dict, Made]] = field(default_factory=list)
 
+    def __post_init__(self):
+        self.name, _ = parse(self.spec)
+        self.linear = METHODS.facts[self.name].get("linear")
+
     def __call__(self, options: dict) -> Made:
         for before, made in self.made:
             if before == options:
@@ -212,18 +224,13 @@ class Merges:
 
     def ratio(self, before: dict, options: dict) -> float | None:
         """The wanted change as a multiple of the one before; None where it is no multiple."""
-        name, _ = parse(self.spec)
-        option = METHODS.facts[name].get("linear")
-        if option is None:
-            return None
-        default = {option: inspect.signature(METHODS[name]).parameters[option].default}
-        old, new = {**default, **before}, {**default, **options}
-        scale, wanted = old.pop(option), new.pop(option)
+        old, new = ({**defaults(self.name), **one} for one in (before, options))
+        scale, wanted = old.pop(self.linear, 0), new.pop(self.linear, 0)
         return wanted / scale if old == new and scale else None
 
     def forget(self, wanted: Sequence[dict]) -> None:
         """Drop merges other than the wanted ones, where no other scale can be derived from them."""
-        if "linear" not in METHODS.facts[parse(self.spec)[0]]:
+        if self.linear is None:
             self.made = [(options, made) for options, made in self.made if options in wanted]
 
 
@@ -254,9 +261,9 @@ def search(merges: Merges, tried: Sequence[dict]) -> Search:
         return Search([{"options": tried[0]}], 0)
     records: list[dict] = []
     for options in tried:
-        found = partial(attempt, merges, options)
         what = ("search", merges.spec, options)
-        records.append(cached(merges.experiment, found, *what, method=merges.spec))
+        make = partial(attempt, merges, options)
+        records.append(cached(merges.experiment, make, *what, method=merges.spec))
         best = max(range(len(records)), key=lambda n: records[n].get("score", -math.inf))
         merges.forget([tried[0], tried[best]])
     if "score" not in records[best]:
@@ -266,18 +273,20 @@ def search(merges: Merges, tried: Sequence[dict]) -> Search:
 
 
 def outcome(merges: Merges, options: dict) -> dict:
-    """A method's test predictions, cost and fit, from the cache or computed now."""
+    """A method's test predictions, `rows` and `written`, its cost and fit: cached or computed."""
     experiment, spec = merges.experiment, merges.spec
 
     def find() -> dict:
-        made, rows = merges(options), []
+        made, parts = merges(options), []
 
         def answer() -> None:
-            rows.append(evaluate(experiment.problem, made.merged, experiment.test))
+            parts.append(evaluate(experiment.problem, made.merged, experiment.test))
 
         took = seconds(answer, experiment.problem.vectors.base.device)
         count = sum(split.rows for split in experiment.test)
         cost = {**made.cost, "answer_ms": round(1000 * took / count, 3)}  # per test row
-        return {"rows": rows[0].to_dict("records"), "cost": cost, "fit": made.fit}
+        rows = parts[0].to_dict("records")
+        written = written_rows(experiment, rows, lambda task: made.merged)
+        return {"rows": rows, "written": written, "cost": cost, "fit": made.fit}
 
     return cached(experiment, find, "test", spec, options, merges.points, method=spec)

@@ -56,7 +56,6 @@ class WrittenSplit:
 
     @property
     def rows(self) -> int:
-        """The number of rows."""
         return sum(map(len, self.prompts))
 
     def answers(self, problem: MergeProblem, merged: Merged, task: int) -> list[str]:
@@ -77,22 +76,6 @@ class WrittenSplit:
             classes = [self.prompt.read(text) for text in texts]
             return {"predicted": classes, "gold": self.gold.tolist()}
         return {"predicted": rouge1(texts, self.references), "gold": "rouge1"}
-
-
-@dataclass(frozen=True)
-class ScoredSplit:
-    """Predictions that are known already: free text scored before is not generated again."""
-
-    known: Mapping[str, object]
-
-    @property
-    def rows(self) -> int:
-        """The number of rows."""
-        return len(self.known["predicted"])
-
-    def predictions(self, problem: MergeProblem, merged: Merged, task: int) -> dict[str, object]:
-        """These predictions."""
-        return {key: self.known[key] for key in ("predicted", "gold")}
 
 
 def written_split(

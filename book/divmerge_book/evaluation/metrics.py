@@ -1,8 +1,7 @@
 """Predictions of a merged model, and their scores."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -14,20 +13,7 @@ from divmerge_core.merging.problem import Batch, Merged, MergeProblem
 
 OWN = {"cola": "matthews", "mrpc": "f1", "qqp": "f1"}  # GLUE's own metrics; else accuracy
 
-Numbers = Sequence[int] | np.ndarray
-Grades = Sequence[float | int] | np.ndarray
-
-
-@runtime_checkable
-class AnySplit(Protocol):
-    """A labelled split: its number of rows, and a model's predictions on them."""
-
-    @property
-    def rows(self) -> int: ...
-
-    def predictions(
-        self, problem: MergeProblem, merged: Merged, task: int
-    ) -> dict[str, object]: ...
+Numbers = Sequence[float | int] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -57,13 +43,15 @@ def predict(
 
 
 def evaluate(
-    problem: MergeProblem, merged: Merged, splits: Sequence[AnySplit], **labels: object
+    problem: MergeProblem, merged: Merged, splits: Sequence, **labels: object
 ) -> pd.DataFrame:
     """Rows of a Report: the merged model's predictions on every task, with the gold classes.
 
-    merged: merged parameters [N], or a Predictor. labels fill the columns suite, subset, method
-    and seed. Free text has grades between 0 and 1 for `predicted` and their name for `gold`.
-    Raises ValueError for a merged vector that holds NaN or inf.
+    merged: merged parameters [N], or a Predictor. splits: a LabelledSplit or a WrittenSplit per
+    task. labels fill the columns suite, subset, method and seed. Free text has grades between 0
+    and 1 for `predicted` and their name for `gold`. Raises ValueError for a merged vector that
+    holds NaN or inf.
+        Raises ValueError for a merged vector that holds NaN or inf.
     """
     if isinstance(merged, Tensor) and not torch.isfinite(merged).all():
         raise ValueError("the merged parameters hold NaN or inf; nothing can be scored")
@@ -79,19 +67,18 @@ def graded(gold: str | Numbers) -> bool:
     return isinstance(gold, str)
 
 
-def grades(predicted: Grades, gold: str | Numbers) -> np.ndarray:
+def grades(predicted: Numbers, gold: str | Numbers) -> np.ndarray:
     """The score of every row, 0 to 1: right or wrong, or the grade of a free text."""
     if graded(gold):
         return np.asarray(predicted, dtype=float)
     return (np.asarray(predicted) == np.asarray(gold)).astype(float)
 
 
-def majority_class(predicted: Grades, gold: str | Numbers) -> np.ndarray:
+def majority_class(predicted: Numbers, gold: str | Numbers) -> np.ndarray:
     """The score per row, 0 or 1, of always predicting the majority class; 0 if graded."""
     if graded(gold):
         return np.zeros(len(predicted))
-    classes = np.asarray(gold)
-    return (classes == np.bincount(classes).argmax()).astype(float)
+    return (np.asarray(gold) == np.bincount(gold).argmax()).astype(float)
 
 
 def confusion(predicted: Numbers, gold: Numbers) -> np.ndarray:
@@ -127,23 +114,19 @@ def f1(table: np.ndarray) -> float:
     return float(2 * table[1, 1] / both) if both else 0.0
 
 
-METRICS: Mapping[str, Callable[[np.ndarray], float]] = {
-    **{"accuracy": accuracy, "macro_f1": macro_f1, "matthews": matthews, "f1": f1}
-}
+METRICS = {"accuracy": accuracy, "macro_f1": macro_f1, "matthews": matthews, "f1": f1}
 
 
 def scores(rows: pd.DataFrame) -> pd.DataFrame:
     """Tidy scores of every row: METRICS (F1 of two gold classes only), or the mean grade."""
-    found = []
-    for row in rows.itertuples():
-        key = (row.suite, row.subset, row.method, row.seed, row.task)
+    found, columns = [], ["suite", "subset", "method", "seed", "task", "metric", "value"]
+    for row, key in zip(rows.itertuples(), rows[columns[:5]].itertuples(index=False), strict=True):
         if graded(row.gold):
             found.append((*key, row.gold, float(grades(row.predicted, row.gold).mean())))
             continue
         table = confusion(row.predicted, row.gold)
-        binary = not table[2:].any()
-        found += [(*key, name, f(table)) for name, f in METRICS.items() if binary or name != "f1"]
-    columns = ["suite", "subset", "method", "seed", "task", "metric", "value"]
+        names = [name for name in METRICS if name != "f1" or not table[2:].any()]
+        found += [(*key, name, METRICS[name](table)) for name in names]
     return pd.DataFrame(found, columns=columns)
 
 

@@ -9,14 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from divmerge_book.evaluation.metrics import (
-    combine,
-    grades,
-    main_scores,
-    majority_class,
-    own_scores,
-    scores,
-)
+from divmerge_book.evaluation.metrics import combine, grades, main_scores, majority_class, scores
 from divmerge_book.evaluation.provenance import origin
 from divmerge_book.evaluation.statistics import Estimate, crossed, row_means
 from divmerge_core.storage import fresh_file
@@ -76,18 +69,14 @@ class Report:
     @classmethod
     def of(cls, rows: pd.DataFrame, fits: Sequence[Mapping] = (), **facts: object) -> "Report":
         """A Report with provenance: `facts`, versions, device, machine and date are kept."""
-        return cls(
-            rows[list(COLUMNS)].reset_index(drop=True), list(map(dict, fits)), origin(**facts)
-        )
+        rows = rows[list(COLUMNS)].reset_index(drop=True)
+        return cls(rows, list(map(dict, fits)), origin(**facts))
 
     def majority(self) -> pd.Series:
         """Accuracy of the majority class of the test rows, by suite and task; 0 if graded."""
         first = self.rows.drop_duplicates(["suite", "task"]).set_index(["suite", "task"])
-        shares = [
-            majority_class(predicted, gold).mean()
-            for predicted, gold in zip(first.predicted, first.gold, strict=True)
-        ]
-        return pd.Series(shares, first.index, name="gold", dtype=float)
+        shares = [majority_class(row.predicted, row.gold).mean() for row in first.itertuples()]
+        return pd.Series(shares, first.index, name="floor", dtype=float)
 
     def counted(self, suite: str) -> list[str]:
         """Tasks that count in the ANP: over seeds, the expert beats the majority by MARGIN."""
@@ -95,13 +84,6 @@ class Report:
         reached = main_scores(scores(rows)).groupby("task", sort=False).value.mean()
         floor = self.majority().loc[suite]
         return [task for task in reached.index if reached[task] >= floor[task] + MARGIN]
-
-    def own_metric(self) -> pd.DataFrame:
-        """Tidy scores by each task's own metric: GLUE's Matthews correlation or F1, else accuracy.
-
-        Columns as of `metrics`; a row per row of the Report.
-        """
-        return own_scores(scores(self.rows)).reset_index(drop=True)
 
     def against_experts(self) -> pd.DataFrame:
         """A row per row of the Report: accuracy or grade beside the expert's and the majority's.
@@ -111,20 +93,15 @@ class Report:
         is above the floor in the mean over seeds, since that of one seed may not be; NaN where that
         mean is not), counted.
         """
-        exact = main_scores(scores(self.rows)).reset_index(drop=True)
-        key = ["suite", "subset", "seed", "task"]
-        expert = exact[exact.method == "expert"].set_index(key).value
-        own = expert.loc[list(exact[key].itertuples(index=False))].to_numpy()
-        mean = expert.groupby(["suite", "subset", "task"]).mean()
-        usual = mean.loc[list(zip(exact.suite, exact.subset, exact.task, strict=True))].to_numpy()
-        counts = {(suite, t) for suite in exact.suite.unique() for t in self.counted(suite)}
-        pairs = list(zip(exact.suite, exact.task, strict=True))
-        floor = self.majority().loc[pairs].to_numpy()
-        value, above = exact.value.to_numpy(), usual - floor
-        with np.errstate(divide="ignore", invalid="ignore"):  # an expert that gets nothing right
-            kept = np.where(above > 0, (value - floor) / above, np.nan)
-            found = exact.assign(floor=floor, ratio=value / own, kept_margin=kept)
-        return found.assign(counted=[pair in counts for pair in pairs])
+        found, key = main_scores(scores(self.rows)), ["suite", "subset", "task"]
+        expert = found[found.method == "expert"].set_index([*key, "seed"]).value
+        own = expert.loc[pd.MultiIndex.from_frame(found[[*key, "seed"]])].to_numpy()
+        found = found.join(self.majority(), on=["suite", "task"]).assign(ratio=found.value / own)
+        mean = found[key].join(expert.groupby(key).mean(), on=key).value
+        kept = (found.value - found.floor) / (mean - found.floor).where(lambda above: above > 0)
+        counts = {(suite, t) for suite in found.suite.unique() for t in self.counted(suite)}
+        counted = [pair in counts for pair in zip(found.suite, found.task, strict=True)]
+        return found.assign(kept_margin=kept, counted=counted).reset_index(drop=True)
 
     def metrics(self) -> pd.DataFrame:
         """Tidy scores: suite, subset, method, seed, task, metric, value.
@@ -134,87 +111,65 @@ class Report:
         Under the task name `all`, of counted tasks: anp, the mean ratio (DivMerge Eq. 5); worst,
         the smallest of them; kept_margin, the mean; below_majority, how many are below it.
         """
-        tidy, found = scores(self.rows), self.against_experts()
-        single = [
-            found.drop(columns="value").rename(columns={name: "value"}).assign(metric=name)
-            for name in ("ratio", "kept_margin")
-        ]
+        found, key = self.against_experts(), ["suite", "subset", "method", "seed"]
+        single = found[[*key, "task", "ratio", "kept_margin"]].melt([*key, "task"], None, "metric")
         some = found[found.counted].assign(below=lambda table: table.value < table.floor)
-        groups = some.groupby(["suite", "subset", "method", "seed"], sort=False)
-        overall = {
-            "anp": groups.ratio.mean(),
-            "worst": groups.ratio.min(),
-            "kept_margin": groups.kept_margin.mean(),
-            "below_majority": groups.below.sum().astype(float),
-        }
-        whole = [
-            values.rename("value").reset_index().assign(task="all", metric=name)
-            for name, values in overall.items()
-        ]
-        return pd.concat([tidy, *single, *whole], ignore_index=True)[list(tidy.columns)]
+        whole = some.groupby(key, sort=False).agg(
+            anp=("ratio", "mean"),
+            worst=("ratio", "min"),
+            kept_margin=("kept_margin", "mean"),
+            below_majority=("below", "sum"),
+        )
+        whole = whole.astype(float).reset_index().melt(key, None, "metric").assign(task="all")
+        return pd.concat([scores(self.rows), single, whole], ignore_index=True)
 
     def below_majority(self) -> pd.DataFrame:
         """Per method, the counted tasks on which its accuracy over seeds is below the majority's.
 
         Columns: suite, subset, method, below (how many), counted (out of how many), tasks (names).
         """
-        found = self.against_experts()
-        keys = ["suite", "subset", "method"]
+        found, keys = self.against_experts(), ["suite", "subset", "method"]
         means = found[found.counted].groupby([*keys, "task"], sort=False)[["value", "floor"]].mean()
         rows = []
-        for key, some in means.groupby(keys, sort=False):
-            names = [task for (*_, task), row in some.iterrows() if row.value < row.floor]
+        for key, some in means.reset_index().groupby(keys, sort=False):
+            names = some.task[some.value < some.floor].tolist()
             rows.append((*key, len(names), len(some), names))
         return pd.DataFrame(rows, columns=[*keys, "below", "counted", "tasks"])
 
-    def intervals(
-        self, *, statistic: str = "anp", level: float = 0.95, draws: int = 2000, seed: int = 0
-    ) -> pd.DataFrame:
+    def intervals(self, *, level: float = 0.95, **options: object) -> pd.DataFrame:
         """Bootstrap intervals: suite, subset, method, value, low, high (and num_seeds).
 
-        statistic: `anp`, `kept_margin`, `worst`, or `accuracy` (mean over counted tasks). Test rows
-        are drawn once for all seeds, which answer the same ones, and for all methods, so that
-        `difference` is paired; see `statistics.crossed`. With one seed, only test rows vary. The
-        interval of `worst`, a minimum, is approximate.
+        options: statistic, draws and seed of `sampled`. Test rows are drawn once for all seeds,
+        which answer the same ones, and for all methods, so that `difference` is paired; see
+        `statistics.crossed`. With one seed, only test rows vary. The interval of `worst`, a
+        minimum, is approximate.
         """
-        pairs = self.rows[["suite", "subset"]].drop_duplicates().itertuples(index=False)
-        parts = []
-        for suite, subset in pairs:
-            sampled = self.sampled(suite, subset, statistic=statistic, draws=draws, seed=seed)
-            parts.append(sampled.table(level).assign(suite=suite, subset=subset))
         columns = ["suite", "subset", "method", "value", "low", "high", "num_seeds"]
+        pairs = self.rows[columns[:2]].drop_duplicates().itertuples(index=False)
+        parts = [
+            self.sampled(*pair, **options).table(level).assign(suite=pair.suite, subset=pair.subset)
+            for pair in pairs
+        ]
         return pd.concat(parts, ignore_index=True)[columns]
 
     def difference(
-        self,
-        suite: str,
-        subset: str,
-        method: str,
-        other: str,
-        *,
-        statistic: str = "anp",
-        draws: int = 2000,
-        seed: int = 0,
+        self, suite: str, subset: str, method: str, other: str, **options: object
     ) -> tuple[float, float, float]:
-        """The statistic of `method` minus that of `other`: value and paired 95 % interval."""
-        sampled = self.sampled(suite, subset, statistic=statistic, draws=draws, seed=seed)
-        found = sampled.estimate(method, other)
-        low, high = found.interval()
-        return float(found.value), float(low), float(high)
+        """The statistic of `method` minus that of `other`: value and paired 95 % interval.
+
+        options: of `sampled`.
+        """
+        found = self.sampled(suite, subset, **options).estimate(method, other)
+        return float(found.value), *map(float, found.interval())
 
     def sampled(
-        self,
-        suite: str,
-        subset: str,
-        *,
-        statistic: str = "anp",
-        draws: int = 2000,
-        seed: int = 0,
+        self, suite: str, subset: str, *, statistic: str = "anp", draws: int = 2000, seed: int = 0
     ) -> Sampled:
         """A statistic of all methods of a subset with its bootstrap draws over test rows.
 
-        Raises ValueError for an unknown statistic, where no task counts, and where seeds answer
-        different rows of a task.
+        statistic: `anp`, `kept_margin`, `worst`, or `accuracy` (mean over counted tasks). Raises
+        ValueError for an unknown one, where no task counts, and where seeds answer different rows
+        of a task.
         """
         rows = self.rows[(self.rows.suite == suite) & (self.rows.subset == subset)]
         counted = self.counted(suite)
@@ -226,26 +181,23 @@ class Report:
             )
         generator = np.random.default_rng(seed)
         methods, seeds = list(rows.method.unique()), list(rows.seed.unique())
-        table, right, floor, total = rows.set_index(["method", "seed", "task"]), [], [], 0
+        table, means, total = rows.set_index(["task", "seed", "method"]), [], -len(tasks)
         for task in tasks:
-            first = table.loc[(methods[0], seeds[0], task)]
-            own = [table.loc[(method, number, task)] for number in seeds for method in methods]
-            if any(list(row.gold) != list(first.gold) for row in own):
+            own = table.loc[[(task, number, method) for number in seeds for method in methods]]
+            first = own.iloc[0]
+            if any(list(gold) != list(first.gold) for gold in own.gold):
                 raise ValueError(
                     f"seeds and methods must answer the same rows of {task!r} for a joint "
                     "interval; report them as different suites or subsets"
                 )
-            row_scores = [grades(row.predicted, row.gold) for row in own]
-            row_scores.append(majority_class(first.predicted, first.gold))
-            means = row_means(
-                np.stack(row_scores, axis=1), draws, generator
-            )  # [1 + draws, S M + 1]
-            right.append(means[:, :-1].reshape(-1, len(seeds), len(methods)))
-            floor.append(means[:, -1])
-            total += len(row_scores[0])
-        found = combine(np.stack(right), np.stack(floor), methods.index("expert"), statistic)
-        drawn = found[1:].swapaxes(0, 1)  # [S, draws, M]
-        return Sampled(methods, found[0], drawn, max(total - len(tasks), 1))
+            columns = [*map(grades, own.predicted, own.gold)]
+            columns.append(majority_class(first.predicted, first.gold))
+            means.append(row_means(np.stack(columns, axis=1), draws, generator))
+            total += len(columns[0])
+        every = np.stack(means)  # [tasks, 1 + draws, S M + 1]
+        right = every[..., :-1].reshape(*every.shape[:2], len(seeds), len(methods))
+        found = combine(right, every[..., -1], methods.index("expert"), statistic)
+        return Sampled(methods, found[0], found[1:].swapaxes(0, 1), max(total, 1))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write JSON, a line per row, atomically: an interrupted save leaves the old file."""
@@ -266,12 +218,10 @@ class Report:
 
 def from_text(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of an older file, with a base-36 digit per prediction, as lists of class numbers."""
-    columns = {name: list(rows[name]) for name in ("predicted", "gold")}
-    for n, predicted in enumerate(columns["predicted"]):
-        if isinstance(predicted, str):
-            for name, values in columns.items():
-                columns[name][n] = [int(digit, 36) for digit in values[n]]
-    return rows.assign(**{n: pd.Series(v, rows.index, dtype=object) for n, v in columns.items()})
+    older = rows.predicted.map(lambda one: isinstance(one, str))
+    texts = rows.loc[older, ["predicted", "gold"]]
+    lists = texts.map(lambda digits: [int(digit, 36) for digit in digits])
+    return rows.assign(**{name: rows[name].where(~older, lists[name]) for name in lists})
 
 
 def caption(report: Report) -> str:

@@ -146,7 +146,7 @@ def rank_summary(report: Report) -> str:
 def task_table(report: Report, subset: str) -> pd.DataFrame:
     """Accuracy (or mean grade) of every method on every task of a subset, averaged over seeds.
 
-    Columns after the tasks: the metrics of their own that some have (see `Report.own_metric`). The
+    Columns after the tasks: the metrics of their own that some have (see `own_scores`). The
     last row is the majority class of the test rows.
     """
     rows = report.rows[report.rows.subset == subset]
