@@ -1,14 +1,16 @@
-"""Task vectors in less memory than one float32 per parameter: int8 blocks, low-rank factors.
+"""Task vectors in less memory than one float32 per parameter: int8 blocks, factors, table rows.
 
 Half precision needs nothing here: a `[T, N]` tensor of bfloat16 or float16 is a store as it is.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 from divmerge_core.kernels.host_offload import StreamedDeltas
@@ -115,16 +117,114 @@ class Factors:
         products = (self.left.to(grad.dtype).T @ grad * self.right.to(grad.dtype)).sum(dim=1)
         return torch.stack([part.sum() for part in products.split(list(self.ranks))])
 
+    def rows(self, numbers: Sequence[int]) -> "Factors":
+        """Some of the tasks, in the order given."""
+        lefts, rights = zip(*(self.split()[n] for n in numbers), strict=True)
+        ranks = tuple(self.ranks[n] for n in numbers)
+        return Factors(torch.cat(lefts, dim=1), torch.cat(rights), ranks)
+
+    def dense(self) -> Iterator[Float[Tensor, "M K"]]:
+        """Every task's matrix, multiplied out."""
+        for left, right in self.split():
+            dtype = wide(left.dtype)
+            yield left.to(dtype) @ right.to(dtype)
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """An embedding table's deltas: tau_t = decay[t] * table, plus values[t] at the rows places[t].
+
+    Weight decay alone moves the rows that a task's texts never use, by one factor for all of them.
+    """
+
+    table: Float[Tensor, "V K"]  # the base's: a view
+    decay: Float[Tensor, " T"]
+    places: tuple[Int[Tensor, " _"], ...]
+    values: tuple[Float[Tensor, "_ K"], ...]
+
+    @classmethod
+    def of(cls, table: Float[Tensor, "V K"], deltas: Float[Tensor, "T V K"]) -> "TableRows":
+        """The rows that differ from decay by more than the rounding errors of training."""
+        rounding = 64 * torch.finfo(table.dtype).eps * table.abs().amax(dim=1, keepdim=True)
+        decay, places, values = [], [], []
+        for delta in deltas:
+            ratio = (delta * table).sum(dim=1) / table.square().sum(dim=1).clamp_min(1e-30)
+            decay.append(ratio.median())
+            rest = delta - decay[-1] * table
+            places.append((rest.abs() > rounding).any(dim=1).nonzero()[:, 0])
+            values.append(rest[places[-1]])
+        return cls(table, torch.stack(decay), tuple(places), tuple(values))
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the table."""
+        return self.table.shape
+
+    @property
+    def left(self) -> Tensor:
+        """Any of its tensors, to ask for a dtype and device."""
+        return self.decay
+
+    def extended(self, scale: float, more: int) -> "TableRows":
+        """`scale` times these, and `more` further tasks that leave the table be."""
+        decay = torch.cat([scale * self.decay, self.decay.new_zeros(more)])
+        places = (*self.places, *[self.places[0][:0]] * more)
+        values = (*(scale * own for own in self.values), *[self.values[0][:0]] * more)
+        return replace(self, decay=decay, places=places, values=values)
+
+    def within(self, low: int, high: int) -> Iterator[tuple[int, "TableRows"]]:
+        """The whole table, where low..high is all of it. Raises ValueError for a part."""
+        if low < high:
+            if (low, high) != (0, self.table.numel()):
+                raise ValueError(f"numbers {low}..{high} cut a table of {list(self.shape)} in two")
+            yield 0, self
+
+    def merge(self, base: Float[Tensor, "V K"], coeffs: Float[Tensor, " T"], out: Tensor) -> None:
+        """out = base + sum_t coeffs[t] tau_t."""
+        torch.mul(base, 1 + coeffs @ self.decay.to(coeffs), out=out)
+        for weight, places, values in zip(coeffs, self.places, self.values, strict=True):
+            out.index_add_(0, places, (weight * values).to(out.dtype))
+
+    def inner(self, grad: Float[Tensor, "V K"]) -> Float[Tensor, " T"]:
+        """<grad, tau_t> of every task."""
+        own = [
+            (grad[places] * values.to(grad.dtype)).sum()
+            for places, values in zip(self.places, self.values, strict=True)
+        ]
+        return torch.stack(own) + self.decay.to(grad) * (grad * self.table).sum()
+
+    def rows(self, numbers: Sequence[int]) -> "TableRows":
+        """Some of the tasks, in the order given."""
+        places, values = ([every[n] for n in numbers] for every in (self.places, self.values))
+        decay = self.decay[list(numbers)]
+        return replace(self, decay=decay, places=tuple(places), values=tuple(values))
+
+    def dense(self) -> Iterator[Float[Tensor, "V K"]]:
+        """Every task's table of changes."""
+        for decay, places, values in zip(self.decay, self.places, self.values, strict=True):
+            yield (decay * self.table).index_add(0, places, values)
+
 
 @dataclass(frozen=True)
 class LowRankDeltas:
-    """T task vectors of LoRA experts, never multiplied out: factors by where a tensor starts.
+    """T task vectors, never multiplied out: factors or table rows, by where a tensor starts.
 
-    Holds r (M + K) numbers per task and M x K tensor. Tensors without factors have no delta.
+    Holds r (M + K) numbers per task and M x K tensor with factors. Tensors without have no delta.
     """
 
     shape: tuple[int, int]  # T, N
-    factors: Mapping[int, Factors]
+    factors: Mapping[int, Factors | TableRows]
+
+    @cached_property
+    def places(self) -> list[int]:
+        """Where tensors with factors start, in order."""
+        return sorted(self.factors)
+
+    def between(self, start: int, stop: int) -> Iterator[tuple[int, Factors | TableRows]]:
+        """(place, factors) of every tensor that has numbers in start..stop."""
+        first = max(bisect_right(self.places, start) - 1, 0)
+        for place in self.places[first : bisect_right(self.places, stop - 1)]:
+            yield place, self.factors[place]
 
     def merge(self, base: Tensor, coeffs: Tensor, segments: Segments, out: Tensor) -> None:
         """out = base + sum_t Lambda[t, g] tau_t, a matrix product per adapted tensor and group."""
@@ -139,7 +239,7 @@ class LowRankDeltas:
     def inner(self, grad: Tensor, start: int, stop: int) -> Float[Tensor, " T"]:
         """<grad, tau_t> of every task, for the gradient of the parameters at start..stop."""
         result = grad.new_zeros(self.shape[0])
-        for place, factors in self.factors.items():
+        for place, factors in self.between(start, stop):
             low, high = max(start, place), min(stop, place + factors.shape.numel())
             for begin, part in factors.within(low - place, high - place):
                 here = slice(place + begin - start, place + begin - start + part.shape.numel())
@@ -148,16 +248,7 @@ class LowRankDeltas:
 
     def rows(self, numbers: Sequence[int]) -> "LowRankDeltas":
         """Some of the task vectors, in the order given."""
-
-        def chosen(factor: Factors) -> Factors:
-            pairs = [factor.split()[n] for n in numbers]
-            return Factors(
-                torch.cat([left for left, _ in pairs], dim=1),
-                torch.cat([right for _, right in pairs]),
-                tuple(factor.ranks[n] for n in numbers),
-            )
-
-        factors = {start: chosen(factor) for start, factor in self.factors.items()}
+        factors = {start: factor.rows(numbers) for start, factor in self.factors.items()}
         return LowRankDeltas((len(numbers), self.shape[1]), factors)
 
     def dense(self) -> Float[Tensor, "T N"]:
@@ -165,9 +256,8 @@ class LowRankDeltas:
         first = sample(self)
         result = torch.zeros(self.shape, dtype=wide(first.dtype), device=first.device)
         for start, factor in self.factors.items():
-            for row, (left, right) in zip(result, factor.split(), strict=True):
-                tensor = row[start : start + factor.shape.numel()].view(factor.shape)
-                torch.matmul(left.to(row.dtype), right.to(row.dtype), out=tensor)
+            for row, matrix in zip(result, factor.dense(), strict=True):
+                row[start : start + factor.shape.numel()] = matrix.flatten()
         return result
 
 

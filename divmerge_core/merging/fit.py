@@ -30,6 +30,7 @@ from divmerge_core.merging.merged_model import (
 )
 from divmerge_core.merging.optimizers import lbfgs
 from divmerge_core.merging.problem import Diverged, MergeProblem
+from divmerge_core.merging.task_vectors import TaskVectors
 from divmerge_core.registry import Registry
 
 OPTIMIZERS = Registry("optimizer")  # name -> function(model, context) -> number of steps
@@ -195,6 +196,7 @@ def full_lbfgs(model: MergedModel, context: FitContext) -> int:
 @torch.no_grad()
 def fingerprint(
     problem: MergeProblem,
+    vectors: TaskVectors,
     coefficients: Coefficients,
     objective: Objective,
     targets: Sequence[Sequence[Answers]],
@@ -205,7 +207,6 @@ def fingerprint(
     `model`, the forward pass with heads and precision, is identified by the base's logits on one
     batch of every task.
     """
-    vectors = problem.vectors
     answers = [
         problem.logits(vectors.base, task, batches[0])
         for task, batches in enumerate(problem.batches)
@@ -234,6 +235,7 @@ def fit_coefficients(
     coefficients: Coefficients,
     objective: Objective,
     *,
+    vectors: TaskVectors | None = None,
     targets: Sequence[Sequence[Answers]] | None = None,
     optimizer: str = "adam",
     epochs: int = 4,
@@ -250,15 +252,17 @@ def fit_coefficients(
     the merged parameters are written into one buffer whose views are the model's leaves; autograd
     does not run through the merge. `coefficients` is trained in place; returns merged parameters.
 
-    targets: logits per task and batch, or TopKLogProbs, in place of the experts'. optimizer: a name
-    in OPTIMIZERS. `adam`, the paper's, sees one batch of every task per step; `annealed_adam` lets
-    its step size fall to 0. `lbfgs` sees all inputs per step, finds its own step size, and keeps
-    the best point: give it few inputs and 20 epochs or more. epochs: passes over the inputs, at
-    least 1. lr: Adam's step size, above 0. gradients: `stream` takes every tensor's gradient as it
-    comes and frees it; `buffer` keeps all N for one pass at the end (a problem on several devices
-    always streams). checkpoint: a file of all losses and gradients so far: an interrupted fit,
-    called again with the same arguments, replays them and ends at the same coefficients bit for bit
-    (`fingerprint` identifies a fit). callback: called with a Step before every update.
+    vectors: what the coefficients scale, where not the problem's task vectors: components of these
+    on the same base and layout. targets: logits per task and batch, or TopKLogProbs, in place of
+    the experts'. optimizer: a name in OPTIMIZERS. `adam`, the paper's, sees one batch of every task
+    per step; `annealed_adam` lets its step size fall to 0. `lbfgs` sees all inputs per step, finds
+    its own step size, and keeps the best point: give it few inputs and 20 epochs or more. epochs:
+    passes over the inputs, at least 1. lr: Adam's step size, above 0. gradients: `stream` takes
+    every tensor's gradient as it comes and frees it; `buffer` keeps all N for one pass at the end
+    (a problem on several devices always streams). checkpoint: a file of all losses and gradients so
+    far: an interrupted fit, called again with the same arguments, replays them and ends at the same
+    coefficients bit for bit (`fingerprint` identifies a fit). callback: called with a Step before
+    every update.
 
     Raises ValueError for a checkpoint of another fit or on several devices, unknown names, values
     outside these ranges, a task without inputs, and targets that do not fit the batches; and
@@ -277,14 +281,17 @@ def fit_coefficients(
             "a fit on several devices keeps no checkpoint: leave it out; ranks that were killed "
             "between two writes would go on from different steps"
         )
-    find = OPTIMIZERS[optimizer]
+    find, vectors = OPTIMIZERS[optimizer], vectors or problem.vectors
+    if vectors.layout != problem.vectors.layout:
+        raise ValueError("vectors have another layout than the problem's: make them from its own")
     targets = expert_logits(problem) if targets is None else targets
     validate_targets(problem, targets)
     settings = {"optimizer": optimizer, "epochs": epochs, "lr": lr, "seed": seed}
     settings |= {"gradients": gradients}
-    known = fingerprint(problem, coefficients, objective, targets, settings) if checkpoint else {}
+    parts = (problem, vectors, coefficients, objective, targets)
+    known = fingerprint(*parts, settings) if checkpoint else {}
     stored = FitCheckpoint.open(checkpoint, known)
-    model = MergedModel.of(problem, coefficients, objective, targets, gradients)
+    model = MergedModel.of(*parts, gradients)
     context = FitContext(epochs, lr, seed, callback, progress, stored)
     steps = find(model, context)
     stored.save()

@@ -156,11 +156,13 @@ def rounds(counts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
 class MergedModel:
     """The merged model in one buffer [N], whose views are the model's parameters.
 
+    vectors: what the coefficients scale: the problem's task vectors, or components of them.
     targets: the logits that the merged model's are held to, `[task][batch] -> [A, V]`. collect:
     of GRADIENTS, what the backward passes since its last call add up to, as dL/dLambda [T, G].
     """
 
     problem: MergeProblem
+    vectors: TaskVectors
     coefficients: Coefficients
     objective: Objective
     targets: Sequence[Sequence[Answers]]
@@ -172,13 +174,13 @@ class MergedModel:
     def of(
         cls,
         problem: MergeProblem,
+        vectors: TaskVectors,
         coefficients: Coefficients,
         objective: Objective,
         targets: Sequence[Sequence[Answers]],
         gradients: str,
     ) -> "MergedModel":
         """The buffer, with nothing merged into it yet."""
-        vectors = problem.vectors
         flat = torch.empty_like(vectors.base)
         leaves = vectors.layout.unflatten(flat)
         moved = [True] * len(leaves) if problem.reducer else moved_tensors(vectors)
@@ -188,11 +190,11 @@ class MergedModel:
             collect = problem.reducer.gather(vectors, coefficients.segments)
         else:
             collect = GRADIENTS[gradients](leaves, vectors, coefficients.segments)
-        return cls(problem, coefficients, objective, targets, flat, leaves, collect)
+        return cls(problem, vectors, coefficients, objective, targets, flat, leaves, collect)
 
     def merge(self) -> Float[Tensor, "T G"]:
         """Merge into the buffer; returns the coefficients, with the graph of their link."""
-        vectors, coeffs = self.problem.vectors, self.coefficients()
+        vectors, coeffs = self.vectors, self.coefficients()
         segments, out = self.coefficients.segments, self.flat
         grouped_merge(
             vectors.base, vectors.deltas, coeffs.detach(), segments, out=out, validate=False

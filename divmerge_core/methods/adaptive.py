@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from divmerge_core.divergences import entropy
 from divmerge_core.merging.fit import Step
-from divmerge_core.merging.linalg import elected
 from divmerge_core.merging.problem import MergeProblem, Pairs
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.checks import check_keep
-from divmerge_core.methods.divmerge import learn
+from divmerge_core.methods.divmerge import learn, with_defaults
 
 SEARCH = (
     {},
@@ -75,6 +73,7 @@ def with_dropout(problem: MergeProblem, seed: int) -> MergeProblem:
 def adamerging(
     problem: MergeProblem,
     *,
+    basis: str = "raw",
     grouping: str = "layer",
     link: str = "identity",
     init: float | None = 0.3,
@@ -99,8 +98,8 @@ def adamerging(
     entropy $H$ of the predictions is minimised instead. The experts' predictions are not used.
 
     There is one coefficient per task and tensor (matrices, biases, norms and embeddings alike), or
-    fewer by `grouping`. The entropy is taken per example and then averaged; dropout is off. Each
-    step of Adam sees one batch of every task.
+    fewer by `grouping`; `basis` as in `divmerge`. The entropy is taken per example and then
+    averaged; dropout is off. Each step of Adam sees one batch of every task.
 
     lr: published as 0.001. init: published as 0.3; None for 1/T. link: the paper has none; `clamp`
     cuts coefficients to [0, 1] as the authors' code does, `sigmoid` and `softmax` bound them
@@ -131,6 +130,7 @@ def adamerging(
     return learn(
         noisy,
         lambda expert, merged: of_rows(merged),
+        basis=basis,
         grouping=grouping,
         link=link,
         init=init,
@@ -153,23 +153,8 @@ def adamerging(
     cite="yang2024",
     search=SEARCH,
 )
-def adamerging_plus_plus(
-    problem: MergeProblem,
-    *,
-    keep: float = 0.2,
-    grouping: str = "layer",
-    link: str = "identity",
-    init: float | None = 0.3,
-    inputs: int | None = None,
-    optimizer: str = "adam",
-    epochs: int = 4,
-    lr: float = 1e-3,
-    mean_logit: bool = False,
-    dropout: bool = False,
-    seed: int = 0,
-    callback: Callable[[Step], None] | None = None,
-    progress: bool = True,
-) -> Float[Tensor, " N"]:
+@with_defaults(adamerging, basis="ties:0.2")
+def adamerging_plus_plus(problem: MergeProblem, **options: object) -> Float[Tensor, " N"]:
     r"""Run AdaMerging on task vectors without the entries that TIES drops.
 
     $$
@@ -181,37 +166,20 @@ def adamerging_plus_plus(
     Idea: Small entries are mostly noise, and entries of the minority's sign cancel what other
     experts learned. Both are removed before the coefficients are fitted.
 
-    Each task vector keeps its largest `keep` share of entries over the whole model, published as
-    0.2, and of these the ones whose sign is that of their sum over tasks. They are not summed:
-    every task keeps its own coefficients, and the fit is that of `adamerging`, whose options mean
-    the same here.
+    Each task vector keeps its largest share of entries over the whole model, published as 0.2
+    (`basis="ties:0.2"`), and of these the ones whose sign is that of their sum over tasks. They are
+    not summed: every task keeps its own coefficients. All options are those of `adamerging`.
 
     Pitfalls: Those of `adamerging`. Signs are elected before any coefficient is known, so a task
     whose coefficient ends near 0 still votes.
 
-    Peers: The authors' code, and FusionBench after it, cuts `keep` times N down to a whole number
-    and keeps one entry more, where this rounds. Where the sum is exactly 0 it elects the sign that
-    most coordinates have, where this keeps nothing.
+    Peers: The authors' code, and FusionBench after it, cuts the share times N down to a whole
+    number and keeps one entry more, where this rounds. Where the sum is exactly 0 it elects the
+    sign that most coordinates have, where this keeps nothing.
 
-    Raises ValueError unless keep is in (0, 1], and what `adamerging` raises.
+    Raises ValueError unless the share is in (0, 1], and what `adamerging` raises.
 
     Source: Yang et al. 2024, arXiv 2310.02575.
     """
     problem.require_inputs("adamerging++")
-    check_keep(keep)
-    vectors = problem.vectors.map(lambda deltas: elected(deltas, keep))
-    return adamerging(
-        replace(problem, vectors=vectors),
-        grouping=grouping,
-        link=link,
-        init=init,
-        inputs=inputs,
-        optimizer=optimizer,
-        epochs=epochs,
-        lr=lr,
-        mean_logit=mean_logit,
-        dropout=dropout,
-        seed=seed,
-        callback=callback,
-        progress=progress,
-    )
+    return adamerging(problem, **options)

@@ -1,7 +1,9 @@
 """DivMerge: coefficients that keep the merged model's predictions close to every expert's."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from divmerge_core.merging.coefficients import Coefficients
 from divmerge_core.merging.fit import Step, fit_coefficients
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.methods import METHODS
+from divmerge_core.methods.basis import basis as components_of
 
 PAPER_INPUTS = {"task": 200, "block": 200, "layer": 400}  # per task; the paper has no blocks
 
@@ -40,6 +43,7 @@ def learn(
     problem: MergeProblem,
     loss: Objective,
     *,
+    basis: str,
     grouping: str,
     link: str,
     init: float | None,
@@ -48,10 +52,12 @@ def learn(
 ) -> Float[Tensor, " N"]:
     """Fit coefficients to any objective: what DivMerge and AdaMerging share."""
     problem = limit(problem, inputs, grouping)
-    coefficients = Coefficients(
-        problem.vectors.layout, len(problem.vectors.tasks), grouping=grouping, link=link, init=init
-    ).to(problem.vectors.base.device)
-    return fit_coefficients(problem, coefficients, loss, **options)
+    vectors, start = components_of(problem, basis)
+    init = start if init is None else init
+    shape = (vectors.layout, len(vectors.tasks))
+    coefficients = Coefficients(*shape, grouping=grouping, link=link, init=init)
+    coefficients.to(vectors.base.device)
+    return fit_coefficients(problem, coefficients, loss, vectors=vectors, **options)
 
 
 @METHODS.register(
@@ -76,6 +82,7 @@ def divmerge(
     *,
     divergence: str = "js",
     temperature: float = 1.0,
+    basis: str = "raw",
     grouping: str = "task",
     link: str = "identity",
     init: float | None = None,
@@ -103,15 +110,17 @@ def divmerge(
     computed once; each step of Adam sees one batch of every task.
 
     divergence: a name in DIVERGENCES, `js` in the paper's main results; a parameter follows a
-    colon, as in `skew_js:0.1`. temperature: what both sides' logits are divided by. grouping: one
-    coefficient per task, per task and block, or per task and tensor. link: none in the paper;
+    colon, as in `skew_js:0.1`. temperature: what both sides' logits are divided by. basis: what the
+    coefficients scale, a name in BASES: `raw` task vectors in the paper; see `divmerge+`. grouping:
+    one coefficient per task, per task and block, or per task and tensor. link: none in the paper;
     `clamp` cuts coefficients to [0, 1], `sigmoid` and `softmax` bound them smoothly. init: None for
-    1/T (the paper's Algorithm 1), where its Table 9 says 0.5. inputs: per task, None for the
-    paper's 200, or 400 by layer. optimizer: `adam`, the paper's; `annealed_adam` with `lr` 0.1 gets
-    near its loss in a tenth of the steps; `lbfgs` sees all inputs in every step and needs the
-    fewest passes for a low loss: give it 32 inputs and 10 to 20 epochs, and more inputs by layer,
-    where it overfits few. `epochs` and `lr`: passes over the inputs, and Adam's step size.
-    checkpoint: a file from which an interrupted fit resumes. callback: called with every step.
+    the basis's start, 1/T with `raw` (the paper's Algorithm 1; its Table 9 says 0.5). inputs: per
+    task, None for the paper's 200, or 400 by layer. optimizer: `adam`, the paper's; `annealed_adam`
+    with `lr` 0.1 gets near its loss in a tenth of the steps; `lbfgs` sees all inputs in every step
+    and needs the fewest passes for a low loss: give it 32 inputs and 10 to 20 epochs, and more
+    inputs by layer, where it overfits few. `epochs` and `lr`: passes over the inputs, and Adam's
+    step size. checkpoint: a file from which an interrupted fit resumes. callback: called with every
+    step.
 
     Pitfalls: It copies the experts, mistakes included, and needs inputs of the test distribution.
     Tasks are weighted equally, whatever their number of classes: one with large divergences
@@ -133,6 +142,7 @@ def divmerge(
     return learn(
         problem,
         objective(divergence, temperature),
+        basis=basis,
         grouping=grouping,
         link=link,
         init=init,
@@ -145,3 +155,76 @@ def divmerge(
         callback=callback,
         progress=progress,
     )
+
+
+def with_defaults(method: Callable, **given: object) -> Callable[[Callable], Callable]:
+    """Decorator: a function that takes a method's options, with other defaults for the given."""
+
+    def decorate(function: Callable) -> Callable:
+        @wraps(function)
+        def preset(problem: MergeProblem, **options: object) -> Float[Tensor, " N"]:
+            return function(problem, **{**given, **options})
+
+        signature = inspect.signature(method)
+        own = [
+            one.replace(default=given.get(name, one.default))
+            for name, one in signature.parameters.items()
+        ]
+        preset.__signature__ = signature.replace(parameters=own)
+        return preset
+
+    return decorate
+
+
+@METHODS.register(
+    "divmerge+",
+    source="this book",
+    needs="unlabelled inputs",
+    cost="gradients",
+    symmetric=True,
+    cite="touayouch2026,gargiulo2025",
+    search=(
+        {},
+        {"lr": 0.05},
+        {"basis": "tsv"},
+        {"lr": 0.2},
+        {"basis": "tsv:3"},
+        {"basis": "isotropic:2"},
+    ),
+)
+@with_defaults(
+    divmerge, basis="tsv:2", grouping="layer", inputs=100, optimizer="annealed_adam", lr=0.1
+)
+def divmerge_plus(problem: MergeProblem, **options: object) -> Float[Tensor, " N"]:
+    r"""DivMerge on cleaned directions: how much is fitted, of what TSV-M would add whole.
+
+    $$
+    \min_{\Lambda} \sum_{t=1}^{T} \mathbb{E}_{x \sim X_t}\,
+      D\big(p_t(\cdot \mid x),\, q_\Lambda(\cdot \mid x)\big), \qquad
+    W(\Lambda) = W_0 + \sum_{t=1}^{T} \sum_{b=1}^{2} \lambda_{t,b}\,
+      \tilde U_{t,b} \operatorname{diag}(s_{t,b})\, \tilde V_{t,b}^\top
+    $$
+
+    Idea: DivMerge fits how much of each task vector to take, and leaves interference between
+    vectors as it is. TSV-M removes interference and takes a fixed amount. This does both.
+
+    Each matrix keeps a share 1/T of its singular directions per task, orthogonalised over tasks, in
+    two bands: the leading quarter and the rest. Every tensor, task and band has a coefficient that
+    starts at 1: the fit starts at TSV-M. Vectors and embedding tables keep their task vectors and
+    start at the mean. All options are those of `divmerge`; what differs is `basis`, `grouping`,
+    `inputs`, `optimizer` and `lr`.
+
+    Pitfalls: Those of `divmerge`. The rank per task falls with 1/T.
+
+    Peers: This method is the book's own, not the DivMerge paper's. aTLAS (Zhang et al. 2024, arXiv
+    2407.02880) learns a coefficient per task and tensor of raw task vectors with labels or other
+    losses. AdaRank (Lee et al. 2025, arXiv 2503.22178) learns binary masks of single singular
+    directions by minimising entropy. Neither orthogonalises directions over tasks first.
+
+    Raises ValueError and Diverged as `divmerge` does.
+
+    Source: Touayouch et al. 2026 (arXiv 2509.02108) for the objective, Gargiulo et al. 2025 (arXiv
+    2412.00081) for the directions.
+    """
+    problem.require_inputs("divmerge+")
+    return divmerge(problem, **options)

@@ -77,19 +77,29 @@ def tsv_m(problem: MergeProblem, *, scale: float = 1.0) -> Float[Tensor, " N"]:
     return merge_matrices(problem, scale, orthogonalised)
 
 
-def orthogonalised(deltas: Float[Tensor, "T M K"]) -> Float[Tensor, "M K"]:
-    """TSV-M of one matrix."""
+def orthogonal_factors(
+    deltas: Float[Tensor, "T M K"],
+) -> tuple[Float[Tensor, "M R"], list[Float[Tensor, " _"]], Float[Tensor, "R K"]] | None:
+    """TSV-M's directions and every task's singular values; None where r is below T."""
     shape = tuple(deltas.shape[1:])
     share = min(shape) // len(deltas)
     if share == 0:
-        return deltas.mean(dim=0)
+        return None
     kept = []
     for delta in deltas:
         left, values, right = truncated(delta, share)
         rank = rank_of(values, shape)
         kept.append((left[:, :rank], values[:rank], right[:rank]))
     lefts, values, rights = zip(*kept, strict=True)
-    left, right = isometry(torch.cat(lefts, dim=1)), isometry(torch.cat(rights))
+    return isometry(torch.cat(lefts, dim=1)), list(values), isometry(torch.cat(rights))
+
+
+def orthogonalised(deltas: Float[Tensor, "T M K"]) -> Float[Tensor, "M K"]:
+    """TSV-M of one matrix: the mean where r is below T."""
+    factors = orthogonal_factors(deltas)
+    if factors is None:
+        return deltas.mean(dim=0)
+    left, values, right = factors
     return left * torch.cat(values) @ right
 
 

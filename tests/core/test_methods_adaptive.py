@@ -182,7 +182,7 @@ def test_it_is_adamerging_of_the_elected_task_vectors():
     chosen = replace(problem, vectors=problem.vectors.map(lambda d: elected(d, 0.5)))
     quick = {"epochs": 2, "lr": 1e-2, "progress": False}
     expected = adamerging(chosen, **quick)
-    assert_close(adamerging_plus_plus(problem, keep=0.5, **quick), expected, rtol=0, atol=0)
+    assert_close(adamerging_plus_plus(problem, basis="ties:0.5", **quick), expected, rtol=0, atol=0)
 
 
 # --- distillation ---------------------------------------------------------------------------------

@@ -1,0 +1,233 @@
+"""Bases: identities of their components, low rank against dense, embedding tables, fits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import linear_problem, mean_divergence, normal, problem_of
+from torch import nn
+from torch.testing import assert_close
+
+from divmerge_core.kernels.delta_storage import Factors, LowRankDeltas, TableRows, dense
+from divmerge_core.kernels.merge import grouped_inner, grouped_merge
+from divmerge_core.kernels.segments import Segments
+from divmerge_core.merging.coefficients import groups_of
+from divmerge_core.merging.fit import fit_coefficients
+from divmerge_core.methods.adaptive import adamerging
+from divmerge_core.methods.arithmetic import average
+from divmerge_core.methods.basis import BASES, basis
+from divmerge_core.methods.divmerge import divmerge
+from divmerge_core.methods.spectral import tsv_m
+
+CLEAN = ("tsv", "tsv:2", "tsv:3")
+SHAPES = {"wide": (6, 9), "tall": (8, 4), "bias": (5,)}
+SIZE = 6 * 9 + 8 * 4 + 5
+
+
+def mixed(num_tasks: int = 3, module: nn.Module | None = None):
+    """Two matrices and a vector."""
+    rows = [normal(SIZE, seed=seed) for seed in range(num_tasks)]
+    return problem_of(*rows, base=0.5, module=module, **SHAPES)
+
+
+def added(problem, spec: str, weight: float = 1.0) -> torch.Tensor:
+    """All components of a basis, each `weight` times."""
+    found, _ = basis(problem, spec)
+    return found.merge([weight] * len(found.tasks)) - problem.vectors.base
+
+
+def near(found, expected, tolerance: float = 1e-9) -> None:
+    assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("spec", CLEAN)
+def test_clean_directions_with_coefficients_of_1_are_tsv_m(spec):
+    problem = mixed()
+    near(problem.vectors.base + added(problem, spec), tsv_m(problem))
+    assert basis(problem, spec)[1] == 1
+
+
+@pytest.mark.parametrize("spec", ["svd", "svd:2", "svd:4", "raw"])
+def test_all_own_directions_add_up_to_the_task_vectors(spec):
+    problem = mixed()
+    near(added(problem, spec), problem.vectors.deltas.sum(dim=0))
+    assert basis(problem, spec)[1] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("spec", ["tsv", "tsv:2", "svd:3", "raw", "ties"])
+def test_one_task_alone_gives_its_expert(spec):
+    problem = mixed(num_tasks=1)
+    kept = problem.vectors.deltas[0]
+    if spec == "ties":
+        kept = torch.where(kept.abs() >= kept.abs().sort(descending=True).values[17], kept, 0)
+    near(added(problem, spec), kept)
+
+
+@pytest.mark.parametrize("name", ["tsv", "isotropic", "svd"])
+def test_the_bands_of_a_task_add_up_to_its_component(name):
+    problem = mixed()
+    whole = dense(basis(problem, name)[0].deltas)
+    parts = dense(basis(problem, f"{name}:3")[0].deltas).view(3, 3, SIZE)
+    near(parts.sum(dim=0), whole)
+    assert basis(problem, f"{name}:2")[0].tasks == (
+        *("task0", "task1", "task2"),
+        *("task0 band 2", "task1 band 2", "task2 band 2"),
+    )
+
+
+def test_the_leading_band_is_a_quarter_of_the_directions():
+    problem = problem_of(normal(16, 16), normal(16, 16, seed=1))
+    (factors,) = basis(problem, "tsv:2")[0].deltas.factors.values()
+    assert factors.ranks == (2, 2, 6, 6)
+    sizes = [left.norm(dim=0) * right.norm(dim=1) for left, right in factors.split()]
+    assert sizes[0].min() > sizes[2].max() and sizes[1].min() > sizes[3].max()
+
+
+def test_isotropic_directions_have_one_size():
+    problem = problem_of(normal(8, 8), normal(8, 8, seed=1))
+    total = added(problem, "isotropic").view(8, 8)
+    values = torch.linalg.svdvals(total)
+    near(values, torch.linalg.svdvals(added(problem, "tsv").view(8, 8)).mean().expand(8))
+
+
+def test_the_factors_hold_two_numbers_per_parameter_of_a_square_matrix():
+    problem = problem_of(*(normal(16, 16, seed=seed) for seed in range(4)))
+    (factors,) = basis(problem, "tsv:2")[0].deltas.factors.values()
+    assert factors.left.numel() + factors.right.numel() == 2 * 16 * 16
+
+
+@pytest.mark.parametrize("spec", ["tsv:2", "isotropic", "svd:2"])
+def test_components_merge_and_give_gradients_as_their_dense_form(spec):
+    problem = mixed()
+    found = basis(problem, spec)[0]
+    segments = Segments.of(found.layout.bounds, groups_of(found.layout, "layer")[1])
+    coeffs = normal(len(found.tasks), 3)
+    store, matrix = found.deltas, dense(found.deltas)
+    near(
+        grouped_merge(found.base, store, coeffs, segments),
+        grouped_merge(found.base, matrix, coeffs, segments),
+    )
+    slope = normal(SIZE)
+    near(grouped_inner(slope, store, segments), grouped_inner(slope, matrix, segments))
+    some = [1, 0]
+    near(dense(store.rows(some)), matrix[some])
+
+
+# --- embedding tables -----------------------------------------------------------------------------
+
+
+def table_of(decay=(-0.01, -0.02), rows=((1, 4), (4,))):
+    """A table [6, 3] that weight decay shrinks, and rows that two tasks trained."""
+    table = normal(6, 3)
+    deltas = torch.stack([factor * table for factor in decay])
+    for delta, places in zip(deltas, rows, strict=True):
+        delta[list(places)] += 1
+    return table, deltas
+
+
+def test_a_table_keeps_decay_as_one_number_and_trained_rows_alone():
+    table, deltas = table_of()
+    found = TableRows.of(table, deltas)
+    near(found.decay, torch.tensor([-0.01, -0.02], dtype=torch.float64))
+    assert [places.tolist() for places in found.places] == [[1, 4], [4]]
+    near(torch.stack(list(found.dense())), deltas)
+    near(torch.stack(list(found.rows([1]).dense())), deltas[1:])
+
+
+def test_rounding_errors_of_training_are_no_trained_rows():
+    table = normal(6, 3).float()
+    trained = table.clone()
+    for _ in range(200):
+        trained *= 1 - 1e-5
+    assert [len(places) for places in TableRows.of(table, (trained - table)[None]).places] == [0]
+
+
+def test_a_table_merges_and_gives_gradients_as_autograd_does():
+    table, deltas = table_of()
+    store = LowRankDeltas((2, 18), {0: TableRows.of(table, deltas)})
+    coeffs = normal(2, 1).requires_grad_()
+    segments, slope = Segments(((0, 18, 0),)), normal(18, seed=3)
+    expected = table.flatten() + coeffs[:, 0] @ deltas.flatten(1)
+    near(grouped_merge(table.flatten(), store, coeffs, segments), expected)
+    (gradient,) = torch.autograd.grad(expected @ slope, coeffs)
+    near(grouped_inner(slope, store, segments), gradient)
+    with pytest.raises(ValueError, match="cut a table"):
+        grouped_inner(slope, store, Segments(((0, 9, 0), (9, 18, 1))))
+
+
+def test_embedding_tables_keep_their_task_vectors():
+    table, deltas = table_of()
+    module = nn.Module()
+    module.words = nn.Embedding(6, 3)
+    shapes = {"words.weight": (6, 3), "dense": (4, 4)}
+    rows = [torch.cat([d.flatten(), normal(16, seed=9)]) for d in deltas]
+    problem = problem_of(*rows, module=module, **shapes)
+    base = torch.cat([table.flatten(), normal(16, seed=8)])
+    problem = replace(problem, vectors=replace(problem.vectors, base=base))
+    found = basis(problem, "tsv:2")[0].deltas.factors
+    assert isinstance(found[0], TableRows) and isinstance(found[18], Factors)
+    near(added(problem, "tsv:2")[:18], deltas.mean(dim=0).flatten())
+    near(added(problem, "svd:2")[:18], deltas.sum(dim=0).flatten())
+
+
+# --- fits -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", BASES)
+@pytest.mark.parametrize("method", [divmerge, adamerging])
+def test_every_basis_is_fitted(method, spec):
+    problem = linear_problem(num_tasks=2)
+    merged = method(problem, basis=spec, init=None, lr=0.05, epochs=10, progress=False)
+    found, start = basis(problem, spec)
+    before = found.merge([start] * len(found.tasks))
+    if method is divmerge:
+        assert mean_divergence(problem, merged) < mean_divergence(problem, before)
+    assert not torch.equal(merged, before)
+
+
+def test_tasks_that_agree_keep_what_they_share():
+    """Equal experts: the mean of their vectors is the expert, in tensors that are not split."""
+    problem = problem_of(normal(5), normal(5), **{"bias": (5,)})
+    near(problem.vectors.base + added(problem, "tsv"), average(problem))
+
+
+def test_a_checkpoint_of_another_basis_is_refused(tmp_path):
+    problem, file = linear_problem(num_tasks=2), tmp_path / "fit.pt"
+    options = {"epochs": 1, "progress": False, "checkpoint": file}
+    divmerge(problem, basis="tsv", **options)
+    with pytest.raises(ValueError, match="task vectors"):
+        divmerge(problem, basis="isotropic", **options)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("spectral", "unknown basis 'spectral'"),
+        ("tsv:0", "tsv, isotropic, svd take a whole number of bands"),
+        ("tsv:x", "whole number of bands"),
+        ("tsv:", "whole number of bands"),
+        ("raw:2", "the others no number"),
+        ("ties:1.5", r"keep must be in \(0, 1\]"),
+    ],
+)
+def test_what_is_no_basis_is_refused(spec, says):
+    with pytest.raises(ValueError, match=says):
+        divmerge(linear_problem(), basis=spec, progress=False)
+
+
+def test_essential_directions_need_inputs_and_a_module():
+    problem = linear_problem()
+    with pytest.raises(ValueError, match="module"):
+        basis(replace(problem, module=None), "essential")
+    with pytest.raises(ValueError, match="inputs"):
+        basis(replace(problem, batches=[[] for _ in problem.batches]), "essential")
+
+
+def test_components_of_another_layout_are_refused():
+    problem, other = linear_problem(), linear_problem(features=5)
+    from divmerge_core.divergences import js
+    from divmerge_core.merging.coefficients import Coefficients
+
+    coefficients = Coefficients(problem.vectors.layout, 3)
+    with pytest.raises(ValueError, match="layout"):
+        fit_coefficients(problem, coefficients, js, vectors=other.vectors)
