@@ -13,7 +13,7 @@ class UnknownName(KeyError, ValueError):
 
 
 class Registry(dict[str, Any]):
-    """Name -> entry, with facts beside each entry in `facts[name]`.
+    """Name -> entry, with facts beside each entry in `facts[name]`; defaults: of these facts.
 
     >>> HUES = Registry("hue")
     >>> @HUES.register("red", warm=True)
@@ -25,9 +25,9 @@ class Registry(dict[str, Any]):
     divmerge_core.registry.UnknownName: unknown hue 'rad'; choose one of: red (did you mean 'red'?)
     """
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, **defaults: Any):
         super().__init__()
-        self.kind = kind
+        self.kind, self.defaults = kind, defaults
         self.facts: dict[str, dict[str, Any]] = {}
 
     def register(self, name: str, **facts: Any) -> Callable[[Any], Any]:
@@ -37,7 +37,7 @@ class Registry(dict[str, Any]):
 
         def keep(entry: Any) -> Any:
             self[name] = entry
-            self.facts[name] = facts
+            self.facts[name] = {**self.defaults, **facts}
             return entry
 
         return keep

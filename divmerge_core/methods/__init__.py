@@ -19,7 +19,7 @@ import inspect
 
 from divmerge_core.registry import Registry
 
-METHODS = Registry("method")
+METHODS = Registry("method", needs="nothing", cost="weights", symmetric=True, search=())
 
 from divmerge_core.methods import (
     adaptive,

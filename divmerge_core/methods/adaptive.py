@@ -65,7 +65,6 @@ def with_dropout(problem: MergeProblem, seed: int) -> MergeProblem:
     source="Yang et al. 2024",
     needs="unlabelled inputs",
     cost="gradients",
-    symmetric=True,
     groupings=("task", "layer"),
     cite="yang2024",
     search=SEARCH,
@@ -149,7 +148,6 @@ def adamerging(
     source="Yang et al. 2024",
     needs="unlabelled inputs",
     cost="gradients",
-    symmetric=True,
     cite="yang2024",
     search=SEARCH,
 )

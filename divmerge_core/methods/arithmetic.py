@@ -39,15 +39,7 @@ def task_weights(
 # --- sums -----------------------------------------------------------------------------------------
 
 
-@METHODS.register(
-    "average",
-    source="Wortsman et al. 2022",
-    cite="wortsman2022",
-    needs="nothing",
-    cost="weights",
-    symmetric=True,
-    search=(),
-)
+@METHODS.register("average", source="Wortsman et al. 2022", cite="wortsman2022")
 def average(problem: MergeProblem) -> Float[Tensor, " N"]:
     r"""The mean of the experts: every task vector with the coefficient 1/T.
 
@@ -75,8 +67,6 @@ def average(problem: MergeProblem) -> Float[Tensor, " N"]:
     source="Ilharco et al. 2023",
     cite="ilharco2023",
     needs="validation labels, for the scale",
-    cost="weights",
-    symmetric=True,
     linear="scale",
     search=tuple({"scale": scale} for scale in (0.3, 0.2, 0.4, 0.5, 0.7, 1.0)),
 )
@@ -112,8 +102,6 @@ def task_arithmetic(problem: MergeProblem, *, scale: float = 0.3) -> Float[Tenso
     source="Yadav et al. 2023",
     cite="yadav2023",
     needs="validation labels, for the scale",
-    cost="weights",
-    symmetric=True,
     linear="scale",
     search=tuple({"scale": scale} for scale in (1.0, 0.5, 1.5, 2.0, 2.5, 3.0)),
 )
@@ -201,7 +189,6 @@ def thinned(
     source="Yu et al. 2024",
     cite="yu2024",
     needs="validation labels, for the scale",
-    cost="weights",
     symmetric=False,  # which entries a task loses depends on its place
     linear="scale",
     between=False,  # what survives is scaled up tenfold

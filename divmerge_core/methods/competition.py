@@ -40,8 +40,6 @@ def competition(deltas: Tensor, kept: Tensor, inter: str) -> Float[Tensor, "T N"
     source="Du et al. 2024",
     cite="du2024",
     needs="validation labels, for the scale",
-    cost="weights",
-    symmetric=True,
     linear="scale",
     between=False,  # alone, what an expert keeps is scaled by 1.2
     search=(

@@ -21,15 +21,7 @@ Places = Sequence[tuple[slice, tuple[int, ...]]]  # where matrices lie in the fl
 # --- sums that grow by one expert -----------------------------------------------------------------
 
 
-@METHODS.register(
-    "running_average",
-    source="Tang et al. 2025, as a baseline",
-    needs="nothing",
-    cost="weights",
-    symmetric=True,
-    cite="tang2025",
-    search=(),
-)
+@METHODS.register("running_average", source="Tang et al. 2025, as a baseline", cite="tang2025")
 def running_average(problem: MergeProblem) -> Float[Tensor, " N"]:
     r"""Keep the mean of the experts that have come so far.
 
@@ -58,8 +50,6 @@ def running_average(problem: MergeProblem) -> Float[Tensor, " N"]:
     "sequential_task_arithmetic",
     source="Tang et al. 2025, as a baseline",
     needs="validation labels, for the scale",
-    cost="weights",
-    symmetric=True,
     linear="scale",
     cite="tang2025",
     search=tuple({"scale": scale} for scale in (0.3, 0.2, 0.4, 0.5, 0.7, 1.0)),
@@ -98,7 +88,6 @@ def sequential_task_arithmetic(problem: MergeProblem, *, scale: float = 0.3) -> 
     "sequential_ties",
     source="Tang et al. 2025, as a baseline",
     needs="validation labels, for the scale",
-    cost="weights",
     symmetric=False,
     cite="tang2025",
     search=tuple({"scale": scale} for scale in (0.5, 0.3, 0.2, 0.4, 0.7, 1.0)),
@@ -221,7 +210,6 @@ def check_share(share: float) -> None:
     "opcm",
     source="Tang et al. 2025",
     needs="validation labels, for the share",
-    cost="weights",
     symmetric=False,
     cite="tang2025",
     search=tuple({"share": share} for share in (0.5, 0.25, 0.75, 0.0, 0.9, 1.0)),

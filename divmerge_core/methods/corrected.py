@@ -125,7 +125,6 @@ def fit_correction(
     source="Yang et al. 2024, Representation Surgery",
     needs="unlabelled inputs",
     cost="inputs",
-    symmetric=True,
     returns="predictor",
     cite="yang2024surgery",
     search=(

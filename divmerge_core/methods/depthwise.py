@@ -38,8 +38,6 @@ def depths(layout: Layout) -> list[float]:
     source="Wang et al. 2025",
     cite="wang2025lines",
     needs="validation labels, for the scale",
-    cost="weights",
-    symmetric=True,
     between=False,  # alone, an expert's last block is scaled by 1 + beta
     search=tuple({"beta": beta} for beta in (0.5, 0.2, 0.3, 0.4, 0.7, 1.0)),
 )

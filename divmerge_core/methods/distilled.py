@@ -19,7 +19,6 @@ from divmerge_core.methods.divmerge import limit
     source="Hinton et al. 2015",
     needs="unlabelled inputs",
     cost="training",
-    symmetric=True,
     cite="hinton2015",
     search=({}, {"lr": 1e-3}, {"lr": 3e-4}, {"lr": 3e-5}, {"init": 0.3}, {"init": 0.3, "lr": 1e-3}),
 )

@@ -65,7 +65,6 @@ def learn(
     source="Touayouch et al. 2026",
     needs="unlabelled inputs",
     cost="gradients",
-    symmetric=True,
     groupings=("task", "block", "layer"),
     cite="touayouch2026",
     search=(
@@ -181,7 +180,6 @@ def with_defaults(method: Callable, **given: object) -> Callable[[Callable], Cal
     source="this book",
     needs="unlabelled inputs",
     cost="gradients",
-    symmetric=True,
     cite="touayouch2026,gargiulo2025",
     search=(
         {},

@@ -71,7 +71,6 @@ def steered(
     source="Fan et al. 2024",
     needs="nothing, but a second, larger base to steer",
     cost="inputs",
-    symmetric=True,
     returns="predictor",
     optional="large",
     cite="fan2024, liu2024",

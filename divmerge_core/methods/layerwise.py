@@ -174,7 +174,6 @@ def fit_stage(
     source="Xu et al. 2025",
     needs="unlabelled inputs",
     cost="gradients",
-    symmetric=True,
     cite="xu2025",
     search=({}, {"lr": 1e-3}, {"lr": 3e-3}, {"lr": 3e-2}, {"init": 0.2}, {"init": 0.5}),
 )

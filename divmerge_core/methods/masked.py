@@ -30,8 +30,6 @@ def middle(values: Float[Tensor, "R K"], keep: float, remove: float) -> Float[Te
     source="Davari and Belilovsky 2024",
     cite="davari2024",
     needs="validation labels, for the scale",
-    cost="weights",
-    symmetric=True,
     linear="scale",
     search=(
         *({"scale": scale} for scale in (0.4, 0.3, 0.5, 0.7)),
@@ -111,8 +109,6 @@ def tall_masks(deltas: Float[Tensor, "T N"], threshold: float) -> Bool[Tensor, "
     source="Wang et al. 2024",
     cite="wang2024tall",
     needs="validation labels, for the scale",
-    cost="weights",
-    symmetric=True,
     linear="scale",
     search=(
         *({"scale": scale} for scale in (0.3, 0.2, 0.5, 0.7)),
@@ -193,16 +189,7 @@ def total_size(row: Float[Tensor, " N"], layout: Layout, norm: str) -> Float[Ten
     return torch.stack(sizes).sum()
 
 
-@METHODS.register(
-    "emr",
-    source="Huang et al. 2024",
-    cite="huang2024",
-    needs="nothing",
-    cost="weights",
-    symmetric=True,
-    returns="predictor",
-    search=(),
-)
+@METHODS.register("emr", source="Huang et al. 2024", cite="huang2024", returns="predictor")
 def emr(problem: MergeProblem, *, norm: str = "total") -> Masked:
     r"""Elect, mask, rescale: one vector, a bit mask per task and a number per task.
 

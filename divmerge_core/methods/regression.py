@@ -24,7 +24,6 @@ RIDGE = 1e-8  # of every column's mean square: enough to decide where the inputs
     cite="jin2023",
     needs="unlabelled inputs",
     cost="inputs",
-    symmetric=True,
     search=SHARES,
 )
 def regmean(
@@ -68,7 +67,6 @@ def regmean(
     cite="nguyen2025",
     needs="unlabelled inputs",
     cost="inputs",
-    symmetric=True,
     search=SHARES,
 )
 def regmean_plus_plus(

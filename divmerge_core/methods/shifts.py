@@ -94,9 +94,7 @@ def doge_gradient(
     "doge",
     source="Wei et al. 2025",
     cite="wei2025",
-    needs="nothing",
     cost="gradients",
-    symmetric=True,
     between=False,
     search=(
         *({"eta": eta} for eta in (0.3, 0.5, 0.2, 0.8)),
@@ -211,9 +209,7 @@ def linear_parts(problem: MergeProblem) -> list[tuple[str, slice, tuple[int, ...
     "wudi",
     source="Cheng et al. 2025",
     cite="cheng2025",
-    needs="nothing",
     cost="gradients",
-    symmetric=True,
     search=({}, *({"lr": lr, "units": "relative"} for lr in (0.025, 0.1, 0.01, 0.05, 0.005))),
 )
 @torch.no_grad()

@@ -36,7 +36,6 @@ def arc(cosine: float, t: float) -> tuple[float, float]:
     source="Shoemake 1985",
     cite="shoemake1985,goddard2024",
     needs="validation labels, for the share",
-    cost="weights",
     symmetric=False,  # but at t = 0.5
     exactly=2,
     search=tuple({"t": t} for t in (0.5, 0.3, 0.4, 0.6, 0.7, 0.2)),
@@ -86,15 +85,7 @@ def slerp(problem: MergeProblem, *, t: float = 0.5) -> Float[Tensor, " N"]:
     return result
 
 
-@METHODS.register(
-    "multi_slerp",
-    source="Goddard et al. 2024",
-    cite="goddard2024",
-    needs="nothing",
-    cost="weights",
-    symmetric=True,
-    search=(),
-)
+@METHODS.register("multi_slerp", source="Goddard et al. 2024", cite="goddard2024")
 def multi_slerp(
     problem: MergeProblem, *, weights: Sequence[float | int] | None = None, origin: str = "base"
 ) -> Float[Tensor, " N"]:
@@ -156,15 +147,7 @@ def stock_ratio(rows: Float[Tensor, "T R K"]) -> Float[Tensor, "R 1"]:
     return ratio[:, None]
 
 
-@METHODS.register(
-    "model_stock",
-    source="Jang et al. 2024",
-    cite="jang2024",
-    needs="nothing",
-    cost="weights",
-    symmetric=True,
-    search=(),
-)
+@METHODS.register("model_stock", source="Jang et al. 2024", cite="jang2024")
 def model_stock(problem: MergeProblem, *, filter_wise: bool = False) -> Float[Tensor, " N"]:
     r"""Between base and mean expert, as far as the angles between task vectors say.
 

@@ -22,7 +22,6 @@ from divmerge_core.methods.forward import rows
     cite="matena2022",
     needs="unlabelled inputs",
     cost="gradients",
-    symmetric=True,
     search=tuple(
         {"floor": floor, "normalise": normalise}
         for normalise in (True, False)

@@ -32,7 +32,6 @@ SCALINGS = tuple(
     cite="li2026",
     needs="unlabelled inputs, and validation labels for the scale",
     cost="inputs",
-    symmetric=True,
     between=False,
     search=SCALINGS,
 )
@@ -102,7 +101,6 @@ def esm(
     cite="li2026,li2026essential",
     needs="unlabelled inputs, and validation labels for the scale",
     cost="inputs",
-    symmetric=True,
     returns="predictor",
     search=SCALINGS,
 )
