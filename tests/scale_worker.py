@@ -10,19 +10,19 @@ import torch
 import transformers
 from divmerge_book.models.encoders import pooled
 from divmerge_book.runner.distributed import causal_forward, without_weights
-from torch import Tensor, nn
-
-from divmerge_core.checkpoints.fsdp import (
+from divmerge_book.runner.fsdp import (
     Shards,
     Source,
     from_state,
     sharded_problem,
 )
+from divmerge_book.runner.process_group import ProcessGroup, process_group
+from torch import Tensor, nn
+
 from divmerge_core.divergences import js
 from divmerge_core.merging.coefficients import Coefficients
 from divmerge_core.merging.fit import fit_coefficients
 from divmerge_core.merging.problem import Batch, Forward, MergeProblem
-from divmerge_core.merging.process_group import ProcessGroup, process_group
 from divmerge_core.merging.task_vectors import TaskVectors
 
 TASKS = ("one", "two", "three")

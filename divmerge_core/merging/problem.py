@@ -52,7 +52,7 @@ Forward = Callable[[Mapping[str, Tensor], Pairs], list[Tensor]]
 
 @runtime_checkable
 class GradientReducer(Protocol):
-    """Sums losses and gradients of a fit over devices: see `checkpoints.fsdp.Shards`."""
+    """Sums losses and gradients of a fit over devices: see the book, `runner.fsdp.Shards`."""
 
     def gather(self, vectors: TaskVectors, segments: Segments) -> Callable[[], Tensor]:
         """Register gradient hooks; the function returned gives dL/dLambda [T, G] of all."""

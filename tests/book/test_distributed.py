@@ -19,23 +19,23 @@ from divmerge_book.runner.distributed import (
     text_batches,
     without_weights,
 )
-from helpers import WORDS
-from scale_worker import CASES, batches_of, made
-from torch.testing import assert_close
-
-from divmerge_core.checkpoints.fsdp import (
+from divmerge_book.runner.fsdp import (
     from_folder,
     from_state,
     own_rows,
     own_stretch,
     require_shapes,
 )
+from divmerge_book.runner.process_group import process_device, process_group, validate_world
+from helpers import WORDS
+from scale_worker import CASES, batches_of, made
+from torch.testing import assert_close
+
 from divmerge_core.checkpoints.safetensors_io import StoredModel
 from divmerge_core.divergences import js
 from divmerge_core.merging.coefficients import Coefficients
 from divmerge_core.merging.fit import fit_coefficients
 from divmerge_core.merging.problem import Batch, MergeProblem
-from divmerge_core.merging.process_group import process_device, process_group, validate_world
 from divmerge_core.merging.task_vectors import TaskVectors
 
 ROOT = Path(__file__).resolve().parents[2]

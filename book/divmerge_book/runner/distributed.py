@@ -28,20 +28,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from divmerge_book.models.merged import write
 from divmerge_book.planning.memory import plan
 from divmerge_book.planning.workloads import Fit, Model
-from divmerge_book.user_models.folders import config_of
-from divmerge_core.checkpoints import MergeRecord
-from divmerge_core.checkpoints.fsdp import (
+from divmerge_book.runner.fsdp import (
     PRECISIONS,
     Shards,
     from_folder,
     sharded_problem,
 )
+from divmerge_book.runner.process_group import ProcessGroup, process_group
+from divmerge_book.user_models.folders import config_of
+from divmerge_core.checkpoints import MergeRecord
 from divmerge_core.checkpoints.safetensors_io import StoredModel, weight_files
 from divmerge_core.divergences import objective
 from divmerge_core.merging.coefficients import GROUPINGS, Coefficients
 from divmerge_core.merging.fit import fit_coefficients
 from divmerge_core.merging.problem import Batch, Forward
-from divmerge_core.merging.process_group import ProcessGroup, process_group
 from divmerge_core.merging.task_vectors import STORAGES, Layout
 
 

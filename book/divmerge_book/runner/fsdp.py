@@ -15,11 +15,11 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from divmerge_book.runner.process_group import ProcessGroup
 from divmerge_core.checkpoints.safetensors_io import StoredModel
 from divmerge_core.kernels.segments import Segments
 from divmerge_core.merging.merged_model import accumulate_with_hooks
 from divmerge_core.merging.problem import Batch, Forward, MergeProblem
-from divmerge_core.merging.process_group import ProcessGroup
 from divmerge_core.merging.task_vectors import STORAGES, Layout, TaskVectors
 
 PRECISIONS = {
