@@ -10,8 +10,9 @@ from divmerge_book.figures import title
 from divmerge_book.findings import behaviour, beyond, bullets, evidence, interference, listed, span
 from divmerge_book.findings import scaling as count
 from divmerge_book.published import paper, paper_reanalysis
-from divmerge_book.studies import additive, model_selection, pairwise_interference
+from divmerge_book.studies import model_selection, pairwise_interference
 from divmerge_book.studies import scores as scoring
+from divmerge_book.studies import task_attribution as attribution
 from divmerge_book.studies.continual_merging import BATCH, backward_transfer
 
 RESULTS = Path(__file__).resolve().parents[2] / "book" / "results"
@@ -107,10 +108,10 @@ def test_pairs_add_up_where_their_sum_is_the_loss():
 
 
 def test_who_harms_and_who_loses_may_be_one_task_or_two():
-    table = pd.DataFrame({"task": list("abc"), "caused": [-0.3, -0.1, 0.0]})
-    same = count.part("ties", table.assign(suffered=[-0.5, -0.1, 0.0]))
+    table = pd.DataFrame({"task": list("abc"), "marginal_effect": [-0.3, -0.1, 0.0]})
+    same = count.part("ties", table.assign(own_change=[-0.5, -0.1, 0.0]))
     assert "`a` is number 1 of 3 by its own loss; `a` loses most" in same
-    other = count.part("ties", table.assign(suffered=[0.0, -0.1, -0.5]))
+    other = count.part("ties", table.assign(own_change=[0.0, -0.1, -0.5]))
     assert "`a` is number 3 of 3 by its own loss; `c` loses most" in other
     assert "and is number 3 by harm" in other
 
@@ -469,7 +470,7 @@ def test_the_stored_sums_of_pairs_are_those_of_a_loop(sample):
     every.loc[~every.fixed, "method"] = "average"
     ratios = scoring.ratios(every, sample["answers"])
     text = count.added_up(
-        {m: additive.pair_forecasts(ratios[ratios.method == m]) for m in ratios.method.unique()},
+        {m: attribution.pair_forecasts(ratios[ratios.method == m]) for m in ratios.method.unique()},
         "the stored run",
     )
     for fixed, name in ((False, "Average"), (True, "Task arithmetic")):

@@ -24,7 +24,7 @@ from divmerge_book.studies.scaling import (
     unpacked,
 )
 from divmerge_book.studies.sizes import settings
-from divmerge_book.studies.task_attribution import Geometry
+from divmerge_book.studies.task_attribution import squares_of
 from helpers import linear_experiment, refuse
 
 from divmerge_core.divergences import DIVERGENCES
@@ -39,19 +39,16 @@ def experiment(tiny, cache) -> Experiment:
     return linear_experiment(tiny, 4)
 
 
-def test_a_sample_holds_as_many_distinct_subsets_of_every_size_as_asked():
-    found = subsets_of(TASKS, 5)
+@pytest.mark.parametrize("whole", [(), (2, -1)])
+def test_a_sample_holds_distinct_subsets_of_every_size_as_many_as_asked_or_all(whole):
+    found = subsets_of(TASKS, 5, whole=whole)
     assert len(set(found)) == len(found)
-    sizes = [len(subset) for subset in found]
-    assert {n: sizes.count(n) for n in range(2, 7)} == {2: 5, 3: 5, 4: 5, 5: 5, 6: 1}
-    assert all(list(subset) == [t for t in TASKS if t in subset] for subset in found)
-
-
-def test_whole_sizes_hold_all_their_subsets():
-    found = subsets_of(TASKS, 1, whole=(2, -1))
-    assert {s for s in found if len(s) == 2} == set(combinations(TASKS, 2))
-    assert {s for s in found if len(s) == 5} == set(combinations(TASKS, 5))
-    assert sum(len(s) == 3 for s in found) == 1
+    for n in range(2, 7):
+        every = set(combinations(TASKS, n))  # in the order of the tasks
+        some = {subset for subset in found if len(subset) == n}
+        assert some <= every and len(some) == (
+            len(every) if whole and n in (2, 5) else min(5, len(every))
+        )
 
 
 def test_a_larger_sample_begins_with_the_smaller_one():
@@ -97,12 +94,15 @@ def test_an_expert_is_right_on_its_own_task_and_at_no_distance_from_itself(exper
 def test_js_is_the_mean_over_test_rows(experiment):
     merged, problem = METHODS["average"](experiment.problem), experiment.problem
     for number, row in enumerate(judged(experiment, merged, references(experiment))):
-        found = []
-        for batch in experiment.test[number].batches:
-            expert = problem.vectors.expert(row["task"])
-            pair = [problem.logits(flat, number, batch) for flat in (expert, merged)]
-            found += DIVERGENCES["js"](*pair).tolist()
-        assert row["js"] == pytest.approx(np.mean(found), abs=1e-5)
+        pairs = [
+            [
+                problem.logits(flat, number, batch)
+                for flat in (problem.vectors.expert(row["task"]), merged)
+            ]
+            for batch in experiment.test[number].batches
+        ]
+        expected = torch.cat([DIVERGENCES["js"](*pair) for pair in pairs]).mean().item()
+        assert row["js"] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_a_fixed_share_of_one_over_t_is_the_average(experiment):
 
 def test_geometry_is_that_of_the_task_vectors(experiment):
     deltas, table = experiment.problem.vectors.deltas, geometry(experiment)
-    found = Geometry.of(table)
-    np.testing.assert_allclose(found.inner, (deltas @ deltas.T).numpy(), rtol=1e-9)
-    assert found.tasks == experiment.problem.vectors.tasks
+    tasks, squares = squares_of(table)
+    np.testing.assert_allclose(squares["inner"], (deltas @ deltas.T).numpy(), rtol=1e-9)
+    assert tuple(tasks) == experiment.problem.vectors.tasks
     assert table[table.task == table.other].conflict.eq(0).all()

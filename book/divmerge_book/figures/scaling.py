@@ -1,4 +1,4 @@
-"""Figures of what happens as more tasks are merged; tables of `studies.scores`, `additive` and
+"""Figures of what happens as more tasks are merged; tables of `studies.scores` and
 `task_attribution`. Every function draws on the Axes it is given and returns it.
 """
 
@@ -12,8 +12,7 @@ from matplotlib.axes import Axes
 from divmerge_book.figures import primitives as plot
 from divmerge_book.figures.styles import LOOKS as LOOKS
 from divmerge_book.figures.styles import PALETTE, SOURCES, mark, methods, style, title
-from divmerge_book.studies.additive import FORECASTS
-from divmerge_book.studies.task_attribution import COVARIATES
+from divmerge_book.studies.task_attribution import COVARIATES, FORECASTS
 
 SCORES = {"anp": "ANP, % of the experts", "kept_margin": "kept margin, %"}
 
@@ -167,9 +166,9 @@ def task_effects(ax: Axes, table: pd.DataFrame) -> Axes:
     table: of `shapley_values`.
     """
     y = np.arange(len(table))
-    ax.barh(y, table.caused, color=PALETTE[0], height=0.6, label="effect on others")
+    ax.barh(y, table.marginal_effect, color=PALETTE[0], height=0.6, label="effect on others")
     own = mark(1, "D", markersize=6)
-    plot.intervals(ax, y, table.suffered, label="own loss", **own)
+    plot.intervals(ax, y, table.own_change, label="own loss", **own)
     plot.reference(ax, 0)
     plot.label_rows(ax, table.task)
     return plot.finish(ax, "mean change, points", percent="x")

@@ -7,9 +7,8 @@ import pandas as pd
 
 from divmerge_book.figures import title
 from divmerge_book.findings import SCORES, bullets, listed, span
-from divmerge_book.studies.additive import FORECASTS
 from divmerge_book.studies.scores import SOURCES, differences
-from divmerge_book.studies.task_attribution import COVARIATES
+from divmerge_book.studies.task_attribution import COVARIATES, FORECASTS
 
 NEAR = 0.1  # pairs add up where the mean of their sums is this near to the mean loss, in shares
 
@@ -190,7 +189,7 @@ def added_up(
 ) -> str:
     """For which methods the losses of pairs add up at the largest T, on average over tasks.
 
-    forecasts: of `additive.forecasts`, by method; words: for what is lost.
+    forecasts: of `task_attribution.forecasts`, by method; words: for what is lost.
     """
     sums, verdict = [], {True: [], False: []}
     for method, table in forecasts.items():
@@ -213,7 +212,7 @@ def added_up(
 
 
 def skilled(skills: pd.DataFrame, source: str) -> str:
-    """How much of the losses' variance each forecast explains. skills: of `additive.skill`."""
+    """How much of the losses' variance each forecast explains. skills: of `skill`."""
     if skills.empty:
         return "The subsets of this run are too few to fit the rival forecasts."
     whole = skills[skills["T"] == 0]
@@ -226,7 +225,7 @@ def skilled(skills: pd.DataFrame, source: str) -> str:
 
 
 def strongest(related: pd.DataFrame, source: str) -> str:
-    """The number with the largest rank correlation, by method. related: of `culprits.related`."""
+    """The number with the largest rank correlation, by method. table of `related`."""
     rho = related.dropna(subset=["rho"]).reset_index(drop=True)
     if rho.empty:
         return f"{source[0].upper()}{source[1:]} has too few subsets of a size for a correlation."
@@ -243,19 +242,20 @@ def part(method: str, table: pd.DataFrame) -> str:
     table: of `task_attribution.shapley_values`.
     """
     rows = 100 * table.set_index("task")
-    bad, hurt, count = rows.caused.idxmin(), rows.suffered.idxmin(), len(rows)
+    effect, own, count = rows.marginal_effect, rows.own_change, len(rows)
+    bad, hurt = effect.idxmin(), own.idxmin()
     places = rows.rank().astype(int)
     return (
-        f"{title(method)}: adding `{bad}` changes the others most ({rows.caused[bad]:+.1f} points, "
-        f"the next {rows.caused.nsmallest(2).iloc[-1]:+.1f}) and `{bad}` is number "
-        f"{places.suffered[bad]} of {count} by its own loss; `{hurt}` loses most "
-        f"({-rows.suffered[hurt]:.1f} points) and is number {places.caused[hurt]} by harm"
+        f"{title(method)}: adding `{bad}` changes the others most ({effect[bad]:+.1f} points, "
+        f"the next {effect.nsmallest(2).iloc[-1]:+.1f}) and `{bad}` is number "
+        f"{places.own_change[bad]} of {count} by its own loss; `{hurt}` loses most "
+        f"({-own[hurt]:.1f} points) and is number {places.marginal_effect[hurt]} by harm"
     )
 
 
 def parts(played: Mapping[str, pd.DataFrame], source: str, words: str = "ANP") -> str:
     """`part` of every method, and how far harm and loss go together, by the score of the words."""
-    ties = [t.caused.corr(t.suffered, method="spearman") for t in played.values()]
+    ties = [t.marginal_effect.corr(t.own_change, method="spearman") for t in played.values()]
     return (
         f"By {words} in {source}:\n\n{bullets(part(*item) for item in played.items())}\n\nRank "
         f"correlation of harm done and loss over tasks: {span(ties, 2, sign=True)}."

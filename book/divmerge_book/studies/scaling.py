@@ -19,16 +19,16 @@ from tqdm import tqdm
 
 from divmerge_book.evaluation.experiment import SIZES, Experiment, Size
 from divmerge_book.evaluation.hyperparameter_search import Merges, candidates, search
+from divmerge_book.interference.behaviour import all_logits
 from divmerge_book.interference.weights import cosine, sign_conflict
 from divmerge_book.studies.sizes import settings
 from divmerge_book.studies.study import study
-from divmerge_core.divergences import DIVERGENCES
+from divmerge_core.divergences import js
 from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.merging.problem import Merged
-from divmerge_core.methods import METHODS
 
 Subset = tuple[str, ...]
-References = Mapping[str, list[Tensor]]  # every task's expert's logits on its test rows, by batch
+References = Mapping[str, Tensor]  # every task's expert's logits [B, V] on its test rows
 JOIN = "+"  # between the tasks of a subset
 EXPERT, MAJORITY = "expert", "commonest answer"  # references, as stored tables name them
 FIXED = 0.3  # the scale at which all subsets are merged: task arithmetic's published one
@@ -60,9 +60,8 @@ def subsets_of(
     found, wanted = [], {number if number > 0 else len(tasks) + number for number in whole}
     for number in range(2, len(tasks) + 1):
         every = list(combinations(tasks, number))
-        generator = random.Random(f"{seed} {number}")
         few = len(every) if number in wanted else min(count, len(every))
-        found += generator.sample(every, few)
+        found += random.Random(f"{seed} {number}").sample(every, few)
     return found
 
 
@@ -70,6 +69,19 @@ def first_of_each(subsets: Sequence[Subset], count: int) -> list[Subset]:
     """The first `count` subsets of every number of tasks."""
     sizes = [len(subset) for subset in subsets]
     return [s for n, s in enumerate(subsets) if sizes[:n].count(len(s)) < count]
+
+
+def plan(
+    tasks: Sequence[str], chosen: SimpleNamespace
+) -> tuple[list[Subset], list[Subset], list[Subset]]:
+    """The subsets that a size merges: by every method, over fixed scales, and at one fixed scale.
+
+    The last are all subsets, single tasks too, or only those of the first with single tasks, where
+    the size does not ask for every one.
+    """
+    main = subsets_of(tasks, chosen.subsets, whole=chosen.whole)
+    every = subsets_of(tasks, 1, whole=range(2, len(tasks) + 1)) if chosen.every else main
+    return main, first_of_each(main, chosen.subsets), [(task,) for task in tasks] + every
 
 
 def packed(right: Bool[Tensor, " B"]) -> str:
@@ -82,14 +94,11 @@ def unpacked(text: str) -> list[bool]:
     return [bit == "1" for bit in f"{int(text, 16):b}"[1:]]
 
 
-@torch.no_grad()
 def references(experiment: Experiment) -> References:
     """Every expert's logits on its own test rows."""
-    problem = experiment.problem
+    problem, test = experiment.problem, experiment.test
     return {
-        task: [
-            problem.logits(problem.vectors.expert(task), n, b) for b in experiment.test[n].batches
-        ]
+        task: all_logits(problem, problem.vectors.expert(task), n, test[n].batches)
         for n, task in enumerate(problem.vectors.tasks)
     }
 
@@ -97,25 +106,25 @@ def references(experiment: Experiment) -> References:
 @torch.no_grad()
 def judged(experiment: Experiment, merged: Merged, experts: References) -> list[dict]:
     """A row per task: `right`, packed, and `js` to the expert, nats, mean over test rows."""
-    rows = []
-    for number, task in enumerate(experiment.problem.vectors.tasks):
-        split = experiment.test[number]
-        logits = [experiment.problem.logits_of(merged, number, batch) for batch in split.batches]
-        far = [DIVERGENCES["js"](p, q) for p, q in zip(experts[task], logits, strict=True)]
-        right = torch.cat([some.argmax(-1) for some in logits]) == split.gold
-        js = round(torch.cat(far).double().mean().item(), 5)
-        rows.append({"task": task, "right": packed(right), "js": js})
+    problem, rows = experiment.problem, []
+    for number, (task, split) in enumerate(
+        zip(problem.vectors.tasks, experiment.test, strict=True)
+    ):
+        logits = torch.cat([problem.logits_of(merged, number, batch) for batch in split.batches])
+        right = packed(logits.argmax(-1) == split.gold)
+        far = js(experts[task], logits).double().mean().item()
+        rows.append({"task": task, "right": right, "js": round(far, 5)})
     return rows
 
 
-def own_rows(experiment: Experiment, experts: References) -> list[dict]:
+def reference_rows(experiment: Experiment, experts: References) -> list[dict]:
     """Every expert on its own task, and the rows on which the majority class is right."""
     rows = []
     for task, split in zip(experiment.problem.vectors.tasks, experiment.test, strict=True):
-        answers = torch.cat([logits.argmax(-1) for logits in experts[task]])
-        common = split.gold == split.gold.bincount().argmax()
-        for name, right in ((EXPERT, answers == split.gold), (MAJORITY, common)):
-            rows.append({"method": name, "subset": task, "task": task, "right": packed(right)})
+        common = split.gold.bincount().argmax()
+        for name, answers in ((EXPERT, experts[task].argmax(-1)), (MAJORITY, common)):
+            right = packed(answers == split.gold)
+            rows.append({"method": name, "subset": task, "task": task, "right": right})
     return rows
 
 
@@ -127,14 +136,15 @@ def merge_and_judge(
     method: str,
     subset: Sequence[str],
     options: dict,
+    **labels: object,
 ) -> list[dict]:
     """One merge's rows, with every task's mean coefficient over groups where a fit found them."""
     chosen = experiment.select(subset)
     made = Merges(chosen, method)(options)
-    rows = pd.DataFrame(judged(chosen, made.merged, experts)).assign(subset=JOIN.join(subset))
-    if made.fit is not None:
-        rows["coefficient"] = [round(sum(c) / len(c), 5) for c in made.fit["coefficients"]]
-    return rows.to_dict("records")
+    rows = [{**row, "subset": JOIN.join(subset)} for row in judged(chosen, made.merged, experts)]
+    for row, own in zip(rows, made.fit["coefficients"] if made.fit else [], strict=False):
+        row["coefficient"] = round(sum(own) / len(own), 5)
+    return rows
 
 
 def scaling(
@@ -156,7 +166,7 @@ def scaling(
     task as the subset. Found: method, T, options, tried.
     """
     first, few = next(iter(experiments)), first_of_each(subsets, repeated)
-    best, found, parts, merged = {}, [], [], []
+    best, found, answers = {}, [], []
     for subset in tqdm(first_of_each(subsets, 1), "options", leave=False):
         chosen = experiments[first].select(subset)
         for method in methods:
@@ -167,7 +177,7 @@ def scaling(
             found.append({**named, "tried": len(tried)})
     for seed, experiment in experiments.items():
         experts, jobs = references(experiment), []
-        parts.append(pd.DataFrame(own_rows(experiment, experts)).assign(seed=seed))
+        answers.append(pd.DataFrame(reference_rows(experiment, experts)).assign(seed=seed))
         for subset in subsets if seed == first else few:
             problem = experiment.problem.select(subset)
             for method in methods:
@@ -175,25 +185,10 @@ def scaling(
                 options = tried[best[method, len(subset)]]
                 jobs.append({"method": method, "subset": list(subset), "options": options})
         measure = partial(merge_and_judge, experts=experts)
-        merged.append(study(measure, {seed: experiment}, jobs, method="method"))
+        answers.append(study(measure, {seed: experiment}, jobs, method="method"))
+    answers.sort(key=lambda table: "options" in table)  # references first
     columns = ["seed", "method", "subset", "task", "right", "js", "coefficient"]
-    answers = pd.concat([*parts, *merged], ignore_index=True)
-    return answers.reindex(columns=columns), pd.DataFrame(found)
-
-
-def sum_and_judge(
-    experiment: Experiment,
-    *,
-    experts: References,
-    seed: int,
-    subset: Sequence[str],
-    scale: float | None,
-) -> list[dict[str, object]]:
-    """The rows of a sum of task vectors with one coefficient; see `fixed`."""
-    chosen, share = experiment.select(subset), 1 / len(subset) if scale is None else scale
-    rows = judged(chosen, METHODS["task_arithmetic"](chosen.problem, scale=share), experts)
-    label = {"subset": JOIN.join(subset), "fixed": scale is not None, "scale": share}
-    return [{**row, **label} for row in rows]
+    return pd.concat(answers, ignore_index=True).reindex(columns=columns), pd.DataFrame(found)
 
 
 def fixed(
@@ -204,9 +199,15 @@ def fixed(
     None among the scales is 1/T: the average. Columns: subset, task, scale (the coefficient), fixed
     (False for the average), right, js. A subset may be a single task.
     """
-    jobs = [{"subset": list(subset), "scale": scale} for subset in subsets for scale in scales]
-    measure = partial(sum_and_judge, experts=references(experiment))
-    return study(measure, {0: experiment}, jobs, method="task_arithmetic").drop(columns="seed")
+    jobs = []
+    for subset in subsets:
+        for scale in scales:
+            share = 1 / len(subset) if scale is None else scale
+            job = {"method": "task_arithmetic", "subset": list(subset), "options": {"scale": share}}
+            jobs.append({**job, "scale": share, "fixed": scale is not None})
+    measure = partial(merge_and_judge, experts=references(experiment))
+    table = study(measure, {0: experiment}, jobs, method="task_arithmetic")
+    return table[["subset", "task", "scale", "fixed", "right", "js"]]
 
 
 def geometry(experiment: Experiment) -> pd.DataFrame:
@@ -223,17 +224,3 @@ def geometry(experiment: Experiment) -> pd.DataFrame:
     pairs = pd.MultiIndex.from_product([tasks, tasks], names=["task", "other"])
     columns = {name: square.flatten().tolist() for name, square in found.items()}
     return pd.DataFrame(columns, pairs).reset_index()
-
-
-def plan(
-    tasks: Sequence[str], chosen: SimpleNamespace
-) -> tuple[list[Subset], list[Subset], list[Subset]]:
-    """The subsets that a size merges: by every method, over fixed scales, and at one fixed scale.
-
-    The last are all subsets, single tasks too, or only those of the first with single tasks, where
-    the size does not ask for every one.
-    """
-    main = subsets_of(tasks, chosen.subsets, whole=chosen.whole)
-    alone: list[Subset] = [(task,) for task in tasks]
-    every = subsets_of(tasks, 1, whole=range(2, len(tasks) + 1)) if chosen.every else main
-    return main, first_of_each(main, chosen.subsets), alone + every

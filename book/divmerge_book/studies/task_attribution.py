@@ -1,100 +1,197 @@
-"""Numbers of a subset that may go with its ANP, and the part that each single task plays.
+"""What goes with the losses of a subset: its pairs, its numbers, and the part of every task.
 
-Tables are those of `scores` and of `scaling.geometry`, at one seed.
+A loss is 1 minus a task's ratio, the share of its expert's accuracy that a merge gives up, or 1
+minus its kept margin, where `column` says so. Tables are those of `scores` and `scaling.geometry`,
+of one method at one seed.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from divmerge_book.evaluation.statistics import middle, pearson, ranks
-from divmerge_book.studies.additive import drawn_subsets
+from divmerge_book.evaluation.statistics import middle, pearson, ranks, reached
+from divmerge_book.studies.scaling import JOIN
 from divmerge_book.studies.scores import tasks_of
 
+FORECASTS = {
+    "sum": "pairs add up",
+    "worst": "the worst pair decides",
+    "mean": "mean of the pairs",
+    "line": "line in the sum",
+    "usual": "the task's usual loss",
+}
 WEIGHTS = {
     "cosine": "cosine, mean of pairs",
     "conflict": "sign conflict, mean of pairs",
     "growth": "growth of the summed length",
     "lengths": "longest over shortest",
 }
-BEHAVIOUR = {
+COVARIATES = {
+    **WEIGHTS,
     "js": "JS of the merge to the experts",
     "pairs": "loss of the pairs, mean",
     "floor": "floor: accuracy of the majority class",
 }
-COVARIATES = {**WEIGHTS, **BEHAVIOUR}
+
+# --- do the losses of pairs add up? ---------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """How task vectors stand to each other: products, cosines, shares of opposite signs."""
+def pair_forecasts(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
+    """What the pairs say that a task loses in larger subsets, beside what it does lose.
 
-    tasks: tuple[str, ...]
-    inner: Float[np.ndarray, "T T"]
-    cosine: Float[np.ndarray, "T T"]
-    conflict: Float[np.ndarray, "T T"]
+    Columns: subset, T, task, loss, and the loss alone (0 where the table has no single tasks) plus
+    what the pairs with each partner lose beyond that: sum, worst and mean over partners. Rows whose
+    pairs are not all in the table are left out.
+    """
+    rows = table[["subset", "T", "task"]].assign(loss=1 - table[column])
+    alone = rows[rows["T"] == 1].set_index("task").loss
+    rows = rows.assign(alone=rows.task.map(alone).fillna(0.0).astype(float))
+    pairs = rows.assign(partner=rows.subset.map(tasks_of)).explode("partner", ignore_index=True)
+    pairs = pairs[pairs.partner != pairs.task]
+    of_two = pairs[pairs["T"] == 2].assign(beyond=pairs.loss - pairs.alone)
+    of_two = of_two[["task", "partner", "beyond"]]
+    larger = pairs[pairs["T"] > 2].merge(of_two, "left", ["task", "partner"])
+    groups = larger.groupby(["subset", "T", "task", "loss", "alone"], sort=False).beyond
+    found = groups.agg(["sum", "max", "mean"]).set_axis(["sum", "worst", "mean"], axis=1)
+    found = found[groups.count() == groups.size()].reset_index()
+    said = found[["sum", "worst", "mean"]].add(found.alone, axis=0)
+    return found[["subset", "T", "task", "loss"]].join(said)
 
-    @classmethod
-    def of(cls, table: pd.DataFrame) -> "Geometry":
-        """From a table of `scaling.geometry`."""
-        tasks = tuple(dict.fromkeys(table.task))
-        wide = table.pivot(index="task", columns="other").reindex(list(tasks))
-        names = ("inner", "cosine", "conflict")
-        squares = {name: wide[name][list(tasks)].to_numpy(dtype=float) for name in names}
-        return cls(tasks, **squares)
 
-    def traded(self, order: Sequence[int]) -> "Geometry":
-        """The same vectors under each other's names."""
-        cut = np.ix_(order, order)
-        return replace(
-            self, inner=self.inner[cut], cosine=self.cosine[cut], conflict=self.conflict[cut]
-        )
+def forecasts(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
+    """`pair_forecasts` with two that are learned from the other subsets of the same T.
 
-    def numbers(self, subset: str) -> dict[str, float]:
-        """Of a subset's task vectors: cosine, conflict, growth, lengths.
+    line: a straight line in `sum`, least squares. usual: the task's mean loss in them, or all
+    tasks' where it is in none. NaN where a T has fewer than three subsets.
+    """
+    found = pair_forecasts(table, column).assign(line=np.nan, usual=np.nan)
+    for (number, subset), own in found.groupby(["T", "subset"], sort=False):
+        others = found[(found["T"] == number) & (found.subset != subset)]
+        if others.subset.nunique() < 2:
+            continue
+        sums, loss = others["sum"], others.loss
+        spread = sums.var(ddof=0)
+        slope = sums.cov(loss, ddof=0) / spread if spread else 0.0
+        usual = own.task.map(others.groupby("task").loss.mean()).fillna(loss.mean())
+        found.loc[own.index, "line"] = loss.mean() + slope * (own["sum"] - sums.mean())
+        found.loc[own.index, "usual"] = usual.astype(float)
+    return found
 
-        cosine, conflict: means over pairs. growth: the length of their sum over the root of their
-        summed squared lengths; 1 at right angles, the root of T where all are equal. lengths: the
-        longest over the shortest.
-        """
-        places = [self.tasks.index(task) for task in tasks_of(subset)]
-        cut, pairs = np.ix_(places, places), np.triu_indices(len(places), 1)
-        squares = self.inner[cut].diagonal()
-        return {
-            "cosine": float(self.cosine[cut][pairs].mean()),
-            "conflict": float(self.conflict[cut][pairs].mean()),
-            "growth": float(np.sqrt(max(self.inner[cut].sum(), 0.0) / squares.sum())),
-            "lengths": float(np.sqrt(squares.max() / squares.min())),
-        }
+
+def r_squared(loss: np.ndarray, forecast: np.ndarray) -> float:
+    """Share of the variance of the losses that a forecast explains; NaN if they do not vary."""
+    spread = float(((loss - loss.mean()) ** 2).sum())
+    return 1 - float(((loss - forecast) ** 2).sum()) / spread if spread else float("nan")
+
+
+def drawn_subsets(table: pd.DataFrame, draws: int) -> list[np.ndarray | slice]:
+    """Row positions of the table as it is, and of bootstrap samples of as many subsets of every T.
+
+    A subset is drawn with all its rows; a T with a single subset keeps it.
+    """
+    generator, samples = np.random.default_rng(0), [slice(None)]
+    groups = [
+        [rows.index.to_numpy() for _, rows in some.groupby("subset", sort=False)]
+        for _, some in table.reset_index(drop=True).groupby("T", sort=False)
+    ]
+    for _ in range(draws):
+        chosen = [(one, generator.integers(len(one), size=len(one))) for one in groups]
+        samples.append(np.concatenate([one[n] for one, places in chosen for n in places]))
+    return samples
+
+
+def with_ends(values: Iterable[float]) -> tuple[float, float, float]:
+    """The first of the values, and the middle 95 % of the others."""
+    value, *drawn = map(float, values)
+    return value, *map(float, middle(np.array(drawn)))
+
+
+def skill(table: pd.DataFrame, *, draws: int = 500) -> pd.DataFrame:
+    """How well each forecast does, for every T and, as T = 0, over all of them.
+
+    table: of `forecasts`; rows without a learned forecast are left out. Columns: forecast, T,
+    subsets, r2, r2_low, r2_high, r, r_low, r_high: `r_squared` and the correlation with their 95 %
+    bootstrap intervals over subsets, all of a subset's tasks together.
+    """
+    whole, rows = table.dropna().reset_index(drop=True), []
+    for number, some in [(0, whole), *whole.groupby("T")] if len(whole) else []:
+        samples, loss = drawn_subsets(some, draws), some.loss.to_numpy()
+        for forecast in FORECASTS:
+            row = {"forecast": forecast, "T": number, "subsets": some.subset.nunique()}
+            for name, measure in (("r2", r_squared), ("r", pearson)):
+                values = (measure(loss[s], some[forecast].to_numpy()[s]) for s in samples)
+                ends = (name, f"{name}_low", f"{name}_high")
+                row |= dict(zip(ends, with_ends(values), strict=True))
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+# --- covariates of a subset -----------------------------------------------------------------------
+
+
+def members(subsets: Iterable[str], tasks: Sequence[str]) -> Bool[np.ndarray, "S T"]:
+    """Which tasks are in which subset."""
+    return np.array([np.isin(tasks, tasks_of(subset)) for subset in subsets])
+
+
+def mean_of_pairs(
+    inside: Bool[np.ndarray, "S T"], square: Float[np.ndarray, "T T"]
+) -> Float[np.ndarray, " S"]:
+    """The mean over every subset's pairs of tasks; NaN where one of them is NaN."""
+    one, count = inside.astype(float), inside.sum(1)
+    apart = np.where(np.eye(len(square), dtype=bool), 0.0, square)
+    total, unknown = (
+        np.einsum("st,tu,su->s", one, entries, one)
+        for entries in (np.nan_to_num(apart), np.isnan(apart))
+    )
+    return np.where(unknown > 0, np.nan, total / (count * (count - 1)))
+
+
+def weight_numbers(
+    inside: Bool[np.ndarray, "S T"], squares: Mapping[str, Float[np.ndarray, "T T"]]
+) -> dict[str, Float[np.ndarray, " S"]]:
+    """The numbers of WEIGHTS for every subset of two tasks or more.
+
+    growth: the length of the sum of its task vectors over the root of their summed squared lengths;
+    1 at right angles, the root of T where all are equal. lengths: the longest over the shortest.
+    """
+    squared = np.diag(squares["inner"])
+    total = np.einsum("st,tu,su->s", *(inside, squares["inner"], inside))
+    longest, shortest = np.where(inside, squared, 0), np.where(inside, squared, np.inf)
+    return {
+        "cosine": mean_of_pairs(inside, squares["cosine"]),
+        "conflict": mean_of_pairs(inside, squares["conflict"]),
+        "growth": np.sqrt(np.maximum(total, 0.0) / (inside @ squared)),
+        "lengths": np.sqrt(longest.max(1) / shortest.min(1)),
+    }
+
+
+def squares_of(geometry: pd.DataFrame) -> tuple[list[str], dict[str, Float[np.ndarray, "T T"]]]:
+    """The tasks of a table of `scaling.geometry`, and inner, cosine and conflict as squares."""
+    tasks = list(dict.fromkeys(geometry.task))
+    wide = geometry.pivot(index="task", columns="other")
+    names = ("inner", "cosine", "conflict")
+    return tasks, {name: wide[name].loc[tasks, tasks].to_numpy(dtype=float) for name in names}
 
 
 def with_numbers(
-    scores: pd.DataFrame, geometry: Geometry, floor: Mapping[str, float]
+    scores: pd.DataFrame, geometry: pd.DataFrame, floor: Mapping[str, float]
 ) -> pd.DataFrame:
     """One method's `by_subset` rows of two tasks or more, with a column per number beside js.
 
     pairs: mean over the subset's pairs of what the same method loses on them (1 minus their ANP);
     NaN where one was not merged. floor: mean of the given ratios over the subset's tasks.
     """
-    kept = scores[scores["T"] > 1].reset_index(drop=True)
-    lost = {frozenset(tasks_of(r.subset)): 1 - r.anp for r in kept[kept["T"] == 2].itertuples()}
-
-    def of_pairs(tasks: list[str]) -> float:
-        two = [frozenset([a, b]) for n, a in enumerate(tasks) for b in tasks[n + 1 :]]
-        return float(np.mean([lost.get(pair, np.nan) for pair in two]))
-
-    rows = [
-        {
-            **geometry.numbers(name),
-            "pairs": of_pairs(tasks_of(name)),
-            "floor": float(np.mean([floor[task] for task in tasks_of(name) if task in floor])),
-        }
-        for name in kept.subset
-    ]
-    return pd.concat([kept, pd.DataFrame(rows)], axis=1)
+    kept, (tasks, squares) = scores[scores["T"] > 1].reset_index(drop=True), squares_of(geometry)
+    inside, lost = members(kept.subset, tasks), np.full((len(tasks), len(tasks)), np.nan)
+    for two, anp in zip(inside[kept["T"] == 2], kept.anp[kept["T"] == 2], strict=True):
+        lost[np.ix_(two, two)] = 1 - anp
+    floors = pd.Series(floor, dtype=float)
+    means = [floors.reindex(tasks_of(subset)).mean() for subset in kept.subset]
+    numbers = weight_numbers(inside, squares) | {"pairs": mean_of_pairs(inside, lost)}
+    return kept.assign(**numbers, floor=means)
 
 
 def places(values: np.ndarray) -> np.ndarray:
@@ -102,101 +199,87 @@ def places(values: np.ndarray) -> np.ndarray:
     return 2 * (ranks(values) - 1) / max(len(values) - 1, 1) - 1
 
 
-def rank_correlation(sizes: np.ndarray, values: np.ndarray, anp: np.ndarray) -> float:
-    """Spearman's of a number and the ANP among subsets of like size, over all sizes.
+def rank_correlation(sizes: np.ndarray, values: np.ndarray, score: np.ndarray) -> float:
+    """Spearman's of a number and a score among subsets of like size, over all sizes.
 
     Ranks are taken within every T that has three subsets or more with a number, so that what T
     itself says is left out. NaN where nothing varies.
     """
-    ranked = []
-    for size in np.unique(sizes):
-        some = (sizes == size) & np.isfinite(values)
-        if some.sum() > 2:
-            ranked.append((places(values[some]), places(anp[some])))
-    if not ranked:
-        return float("nan")
-    return float(pearson(*(np.concatenate(parts) for parts in zip(*ranked, strict=True))))
-
-
-def columns_of(
-    table: pd.DataFrame, name: str, column: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """T, a number and a score. `pairs` is asked about T above 2 only, where it is a forecast."""
-    sizes, values = table["T"].to_numpy(), table[name].to_numpy(dtype=float)
-    asked = np.where(sizes > 2, values, np.nan) if name == "pairs" else values
-    return sizes, asked, table[column].to_numpy()
+    known = np.isfinite(values)
+    groups = [known & (sizes == size) for size in np.unique(sizes)]
+    groups = [some for some in groups if some.sum() > 2]
+    sides = ([places(side[some]) for some in groups] for side in (values, score))
+    return float(pearson(*map(np.concatenate, sides))) if groups else float("nan")
 
 
 def related(table: pd.DataFrame, column: str = "anp", *, draws: int = 500) -> pd.DataFrame:
-    """Every number's `rank_correlation` with a score and its 95 % interval.
+    """Every number's `rank_correlation` with a score and its 95 % interval: number, rho, low, high.
 
-    table: of `with_numbers`; column: anp or kept_margin. Columns: number, rho, low, high. Bootstrap
-    over subsets within T. Subsets share tasks, so the intervals are narrower than those over other
-    tasks would be: see `mantel`.
+    table: of `with_numbers`; column: anp or kept_margin. `pairs` counts above T = 2 only, where it
+    is a forecast. Bootstrap over subsets within T. Subsets share tasks, so the intervals are
+    narrower than those over other tasks would be: see `mantel`.
     """
+    sizes, score = table["T"].to_numpy(), table[column].to_numpy()
     samples, rows = drawn_subsets(table, draws), []
     for name in COVARIATES:
-        columns = columns_of(table, name, column)
-        low, high = middle(np.array([rank_correlation(*(c[s] for c in columns)) for s in samples]))
-        rows.append((name, rank_correlation(*columns), float(low), float(high)))
+        values = table[name].to_numpy(dtype=float)
+        values = np.where(sizes > 2, values, np.nan) if name == "pairs" else values
+        found = (rank_correlation(sizes[s], values[s], score[s]) for s in samples)
+        rows.append((name, *with_ends(found)))
     return pd.DataFrame(rows, columns=["number", "rho", "low", "high"])
 
 
 def mantel(
-    table: pd.DataFrame, geometry: Geometry, *, draws: int = 199, seed: int = 0
+    table: pd.DataFrame, geometry: pd.DataFrame, *, draws: int = 199, seed: int = 0
 ) -> dict[str, float]:
-    """For every number of weights, the p-value of its `rank_correlation`, two-sided.
+    """For every number of weights, the p-value of its `rank_correlation` with the ANP, two-sided.
 
     The share of random trades of names among task vectors, the real one included, that go with the
     ANP at least as closely. Tasks trade, not subsets, which share tasks. NaN without a correlation.
     Source: Mantel 1967.
     """
-    generator, sizes, anp = np.random.default_rng(seed), table["T"].to_numpy(), table.anp.to_numpy()
-    real = {name: abs(rank_correlation(sizes, table[name].to_numpy(), anp)) for name in WEIGHTS}
-    hits = dict.fromkeys(WEIGHTS, 1)
-    for _ in range(draws):
-        other = geometry.traded(generator.permutation(len(geometry.tasks)).tolist())
-        found = [other.numbers(name) for name in table.subset]
-        for name in WEIGHTS:
-            values = np.array([numbers[name] for numbers in found])
-            hits[name] += abs(rank_correlation(sizes, values, anp)) >= real[name] - 1e-12
-    return {n: hits[n] / (1 + draws) if np.isfinite(real[n]) else float("nan") for n in WEIGHTS}
+    generator, (tasks, squares) = np.random.default_rng(seed), squares_of(geometry)
+    inside, sizes, anp = members(table.subset, tasks), table["T"].to_numpy(), table.anp.to_numpy()
+
+    def correlations(order: np.ndarray) -> list[float]:
+        traded = {name: square[np.ix_(order, order)] for name, square in squares.items()}
+        numbers = weight_numbers(inside, traded)
+        return [abs(rank_correlation(sizes, numbers[name], anp)) for name in WEIGHTS]
+
+    trades = [generator.permutation(len(tasks)) for _ in range(draws)]
+    null = np.array([correlations(order) for order in (np.arange(len(tasks)), *trades)])
+    return dict(zip(WEIGHTS, reached(null[0], null).tolist(), strict=True))
 
 
 # --- single tasks ---------------------------------------------------------------------------------
 
 
 def marginal(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
-    """What adding a task does to those it joins: added, T (before), subset, change.
+    """What adding a task does to those it joins: added, T (before), subset (before), change.
 
     table: of `ratios`, one method; column: ratio or kept_margin. change: mean over the tasks of
     `subset` of their value with the added one minus that without. A row for every two subsets of
     the table that differ by one task.
     """
-    found = {
-        frozenset(tasks_of(name)): some.set_index("task")[column]
-        for name, some in table.groupby("subset", sort=False)
-    }
-    named = {frozenset(tasks_of(name)): name for name in table.subset.unique()}
-    rows = []
-    for larger, after in found.items():
-        for added in tasks_of(named[larger]):
-            before = found.get(larger - {added})
-            if before is not None and len(before):
-                change = float((after.loc[before.index] - before).mean())
-                rows.append((added, len(larger) - 1, named[larger - {added}], change))
-    return pd.DataFrame(rows, columns=["added", "T", "subset", "change"])
+    own = table[["subset", "task", column]]
+    steps = own.assign(added=own.subset.map(tasks_of)).explode("added", ignore_index=True)
+    pairs = zip(steps.subset, steps.added, strict=True)
+    steps["subset"] = [JOIN.join(t for t in tasks_of(s) if t != added) for s, added in pairs]
+    both = steps.merge(own, on=["subset", "task"], suffixes=("", "_before"))
+    both = both.assign(T=[len(tasks_of(subset)) for subset in both.subset])
+    both["change"] = both[column] - both[f"{column}_before"]
+    return both.groupby(["added", "T", "subset"], sort=False).change.mean().reset_index()
 
 
 def shapley_values(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
-    """By task: `caused`, what adding it does to others, and `suffered`, what it loses itself.
+    """By task: `marginal_effect`, on the tasks it joins, and `own_change`, its value minus 1.
 
-    table, column: as of `marginal`. caused: `marginal`, mean over subsets of a T and then over T,
-    as in a Shapley value. suffered: its own value minus 1, averaged alike over T of two and more.
-    Where the table holds all subsets both are exact. Source: Shapley 1953.
+    table, column: as of `marginal`. Both are means over subsets of a T and then over T, as in a
+    Shapley value; the second over T of two and more. Where the table holds all subsets both are
+    exact. Source: Shapley 1953.
     """
     steps, own = marginal(table, column), table[table["T"] > 1]
-    caused = steps.groupby(["added", "T"]).change.mean().groupby("added").mean()
-    suffered = own.groupby(["task", "T"])[column].mean().groupby("task").mean() - 1
-    found = pd.DataFrame({"caused": caused, "suffered": suffered})
-    return found.rename_axis("task").sort_values("caused").reset_index()
+    effect = steps.groupby(["added", "T"]).change.mean().groupby("added").mean()
+    value = own.groupby(["task", "T"])[column].mean().groupby("task").mean()
+    found = pd.DataFrame({"marginal_effect": effect, "own_change": value - 1})
+    return found.rename_axis("task").sort_values("marginal_effect").reset_index()
