@@ -165,11 +165,11 @@ class TableRows:
         """Any of its tensors, to ask for a dtype and device."""
         return self.decay
 
-    def extended(self, scale: float, more: int) -> "TableRows":
-        """`scale` times these, and `more` further tasks that leave the table be."""
-        decay = torch.cat([scale * self.decay, self.decay.new_zeros(more)])
+    def extended(self, more: int) -> "TableRows":
+        """With `more` further tasks that leave the table be."""
+        decay = torch.cat([self.decay, self.decay.new_zeros(more)])
         places = (*self.places, *[self.places[0][:0]] * more)
-        values = (*(scale * own for own in self.values), *[self.values[0][:0]] * more)
+        values = (*self.values, *[self.values[0][:0]] * more)
         return replace(self, decay=decay, places=places, values=values)
 
     def within(self, low: int, high: int) -> Iterator[tuple[int, "TableRows"]]:

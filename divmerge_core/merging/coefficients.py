@@ -1,7 +1,7 @@
 """How much of each task vector each group of parameters receives: Lambda, `[T, G]`."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -74,8 +74,9 @@ class Coefficients(nn.Module):
     grouping: a name in GROUPINGS. link: `identity` (unconstrained, the paper's), `clamp` (cut to
     [0, 1]), `sigmoid` (each in (0, 1)) or `softmax` (over tasks, so that they sum to 1 in every
     group). init: the initial value of every coefficient; None means 1/T, as in the paper's
-    Algorithm 1 (its Table 9 says 0.5). Raises ValueError for an initial value that the link cannot
-    reach.
+    Algorithm 1 (its Table 9 says 0.5); or one value per tensor of the layout: tensors of one group
+    that start elsewhere become a group of their own. Raises ValueError for an initial value that
+    the link cannot reach.
     """
 
     def __init__(
@@ -85,20 +86,28 @@ class Coefficients(nn.Module):
         *,
         grouping: str = "task",
         link: str = "identity",
-        init: float | None = None,
+        init: float | Sequence[float] | None = None,
     ):
         super().__init__()
         if num_tasks < 1:
             raise ValueError(f"merging needs at least one task, got {num_tasks}")
-        self.groups, numbers = groups_of(layout, grouping)
-        self.segments = Segments.of(layout.bounds, numbers)
+        names, numbers = groups_of(layout, grouping)
+        value = 1 / num_tasks if init is None else init
+        values = list(value) if isinstance(value, Sequence) else [float(value)] * len(numbers)
+        pairs = list(dict.fromkeys(zip(numbers, values, strict=True)))
+        repeated = [number for number, _ in pairs]
+        self.groups = tuple(
+            names[n] if repeated.count(n) == 1 else f"{names[n]} from {start:.4g}"
+            for n, start in pairs
+        )
+        own = [pairs.index(pair) for pair in zip(numbers, values, strict=True)]
+        self.segments = Segments.of(layout.bounds, own)
         self.link = LINKS[link]
-        value = 1 / num_tasks if init is None else float(init)
-        shape = (num_tasks, len(self.groups))
-        raw = LINKS.facts[link]["inverse"](torch.full(shape, value, dtype=torch.float32))
-        self.raw = nn.Parameter(raw)
+        start = torch.tensor([start for _, start in pairs]).expand(num_tasks, len(pairs))
+        raw = LINKS.facts[link]["inverse"](start)
+        self.raw = nn.Parameter(raw.clone())
         reached = self.link(raw)
-        if not torch.isfinite(raw).all() or (reached - value).abs().max() > 1e-5:
+        if not torch.isfinite(raw).all() or (reached - start).abs().max() > 1e-5:
             raise ValueError(
                 f"link {link!r} cannot start at {value}: sigmoid needs a value in (0, 1), "
                 f"clamp one in [0, 1], softmax 1/T = {1 / num_tasks:.4g}; identity takes any "

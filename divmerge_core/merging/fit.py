@@ -48,6 +48,8 @@ class Step:
     loss: float | None  # nats, summed over tasks; None at the end, where no batch was drawn
     coeffs: Float[Tensor, "T G"]
     flat: Float[Tensor, " N"]
+    scaled: tuple[str, ...]  # what the rows of coeffs scale: tasks, or components of a basis
+    groups: tuple[str, ...]
 
 
 def validate_targets(problem: MergeProblem, targets: Sequence[Sequence[Answers]]) -> None:
@@ -84,7 +86,8 @@ class FitContext:
     def report(self, model: MergedModel, number: int, loss: float | None, coeffs: Tensor) -> None:
         """Call the callback."""
         if self.callback is not None:
-            self.callback(Step(number, loss, coeffs.detach().clone(), model.flat))
+            names = (model.vectors.tasks, model.coefficients.groups)
+            self.callback(Step(number, loss, coeffs.detach().clone(), model.flat, *names))
 
 
 def is_bounded(loss: float | None, coeffs: Float[Tensor, "T G"]) -> bool:

@@ -22,18 +22,19 @@ from divmerge_core.methods.essential import essential_factors, levelled
 from divmerge_core.methods.spectral import orthogonal_factors
 from divmerge_core.registry import Registry
 
-BASES = Registry("basis")  # name -> function(problem, bands) -> components as TaskVectors
+BASES = Registry("basis")  # name -> function(problem, number) -> Basis
+Basis = tuple[TaskVectors, list[float]]  # components; where coefficients start, tensor by tensor
 Parts = Sequence[tuple[Tensor, Tensor]]  # of one matrix: every task's (left [M, r], right [r, K])
 
 
-def basis(problem: MergeProblem, spec: str) -> tuple[TaskVectors, float]:
+def basis(problem: MergeProblem, spec: str) -> Basis:
     """The components that `spec` names, and where their coefficients start.
 
-    spec: a name in BASES, with a number after a colon where it takes one. `tsv`, `isotropic` and
-    `svd` take bands, 1 by default: with `tsv:2` the leading quarter of a task's directions has a
-    coefficient of its own, with `tsv:3` the leading quarter of that too. `ties` takes the share of
-    entries to keep, in (0, 1]. Raises ValueError for other names and numbers, and on several
-    devices.
+    Cleaned matrices start at 1 (`svd` does not clean), all else at 1/T. spec: a name in BASES, with
+    a number after a colon where it takes one. `tsv`, `isotropic` and `svd` take bands, 1 by
+    default: with `tsv:2` the leading quarter of a task's directions has a coefficient of its own,
+    with `tsv:3` the leading quarter of that too. `ties` takes the share of entries to keep, in (0,
+    1]. Raises ValueError for other names and numbers, and on several devices.
     """
     name, colon, text = spec.partition(":")
     make, facts = BASES[name], BASES.facts[name]
@@ -50,7 +51,7 @@ def basis(problem: MergeProblem, spec: str) -> tuple[TaskVectors, float]:
         )
     if name != "raw" and problem.reducer:
         raise ValueError(f"basis {spec!r} needs whole matrices: on several devices take 'raw'")
-    return make(problem, number), 1.0 if facts["mean"] else 1 / len(problem.vectors.tasks)
+    return make(problem, number)
 
 
 def banded(parts: Parts, bands: int) -> Factors:
@@ -72,35 +73,39 @@ def components(
     problem: MergeProblem,
     bands: int,
     split: Callable[[str, Float[Tensor, "T M K"]], Parts | None],
-    mean: bool,
-) -> TaskVectors:
+    start: float | None = None,
+) -> Basis:
     """Components from what `split(name, deltas)` gives for every matrix, None to keep it.
 
-    mean: divide kept task vectors by T, so that coefficients of 1 add their mean. Embedding tables
+    start: of the matrices that are split; None for 1/T, where all others start. Embedding tables
     are known by the problem's module; without one they count as matrices.
     """
     vectors, tasks = problem.vectors, problem.vectors.tasks
     modules = problem.module.named_modules() if problem.module else ()
     tables = {f"{name}.weight" for name, part in modules if isinstance(part, nn.Embedding)}
-    layout, share, stored = vectors.layout, 1 / len(tasks) if mean else 1.0, {}
+    layout, stored, starts = vectors.layout, {}, []
     deltas, none = dense(vectors.deltas), (0,) * (len(tasks) * (bands - 1))
     for name, shape, (low, high) in zip(layout.names, layout.shapes, layout.bounds, strict=True):
         own, parts = deltas[:, low:high], None
         if name in tables:
             table = TableRows.of(vectors.base[low:high].view(shape), own.unflatten(1, shape))
-            stored[low] = table.extended(share, len(none))
-            continue
-        if len(shape) == 2:
-            parts = split(name, own.unflatten(1, shape))
-        ones = own.new_full((1, len(tasks)), share)
-        kept = Factors(ones, own, (1,) * len(tasks) + none)
-        stored[low] = kept if parts is None else banded(parts, bands)
+            stored[low] = table.extended(len(none))
+        else:
+            parts = split(name, own.unflatten(1, shape)) if len(shape) == 2 else None
+            kept = Factors(own.new_ones(1, len(tasks)), own, (1,) * len(tasks) + none)
+            stored[low] = kept if parts is None else banded(parts, bands)
+        starts.append(1 / len(tasks) if parts is None or start is None else start)
     names = [task if b == 0 else f"{task} band {b + 1}" for b in range(bands) for task in tasks]
     store = LowRankDeltas((len(names), layout.size), stored)
-    return TaskVectors(layout, tuple(names), vectors.base, store)
+    return TaskVectors(layout, tuple(names), vectors.base, store), starts
 
 
-def orthogonal(problem: MergeProblem, bands: int, *, level: bool) -> TaskVectors:
+def as_they_are(vectors: TaskVectors) -> Basis:
+    """One component per task, from 1/T."""
+    return vectors, [1 / len(vectors.tasks)] * len(vectors.layout.names)
+
+
+def orthogonal(problem: MergeProblem, bands: int, *, level: bool) -> Basis:
     """TSV-M's directions; level: with the mean of a matrix's singular values in place of each."""
 
     def split(name: str, deltas: Float[Tensor, "T M K"]) -> Parts | None:
@@ -112,17 +117,17 @@ def orthogonal(problem: MergeProblem, bands: int, *, level: bool) -> TaskVectors
         scaled = left * (weight.mean() if level else weight)
         return list(zip(scaled.split(ranks, dim=1), right.split(ranks), strict=True))
 
-    return components(problem, bands, split, mean=True)
+    return components(problem, bands, split, start=1.0)
 
 
-@BASES.register("raw", mean=False, number=None)
-def raw(problem: MergeProblem, number: None) -> TaskVectors:
+@BASES.register("raw", number=None)
+def raw(problem: MergeProblem, number: None) -> Basis:
     """The task vectors themselves."""
-    return problem.vectors
+    return as_they_are(problem.vectors)
 
 
-@BASES.register("tsv", mean=True, number=1)
-def tsv(problem: MergeProblem, bands: int) -> TaskVectors:
+@BASES.register("tsv", number=1)
+def tsv(problem: MergeProblem, bands: int) -> Basis:
     """Singular directions orthogonalised over tasks: coefficients of 1 are TSV-M.
 
     Source: Gargiulo et al. 2025. Tables apart, which TSV-M treats as matrices.
@@ -130,15 +135,15 @@ def tsv(problem: MergeProblem, bands: int) -> TaskVectors:
     return orthogonal(problem, bands, level=False)
 
 
-@BASES.register("isotropic", mean=True, number=1)
-def isotropic(problem: MergeProblem, bands: int) -> TaskVectors:
+@BASES.register("isotropic", number=1)
+def isotropic(problem: MergeProblem, bands: int) -> Basis:
     """`tsv` with equal singular values, as in Iso-C (Marczak et al. 2025)."""
     return orthogonal(problem, bands, level=True)
 
 
-@BASES.register("essential", mean=True, number=None)
+@BASES.register("essential", number=None)
 @torch.no_grad()
-def essential(problem: MergeProblem, number: None) -> TaskVectors:
+def essential(problem: MergeProblem, number: None) -> Basis:
     """ESM's subspaces of every linear layer, from unlabelled inputs (Li et al. 2026).
 
     Without its polarisation, which coefficients per tensor replace. Raises ValueError where a task
@@ -162,22 +167,22 @@ def essential(problem: MergeProblem, number: None) -> TaskVectors:
         left, right = levelled(torch.cat(lefts, dim=1)), levelled(torch.cat(rights))
         return list(zip(left.split(ranks, dim=1), right.split(ranks), strict=True))
 
-    return components(problem, 1, split, mean=True)
+    return components(problem, 1, split, start=1.0)
 
 
-@BASES.register("svd", mean=False, number=1)
-def svd(problem: MergeProblem, bands: int) -> TaskVectors:
+@BASES.register("svd", number=1)
+def svd(problem: MergeProblem, bands: int) -> Basis:
     """All of every task's own singular directions: the control without orthogonalisation."""
 
     def split(name: str, deltas: Float[Tensor, "T M K"]) -> Parts:
         triples = [truncated(delta, min(delta.shape)) for delta in deltas]
         return [(left * values, right) for left, values, right in triples]
 
-    return components(problem, bands, split, mean=False)
+    return components(problem, bands, split)
 
 
-@BASES.register("ties", mean=False, number=0.2)
-def ties(problem: MergeProblem, keep: float) -> TaskVectors:
+@BASES.register("ties", number=0.2)
+def ties(problem: MergeProblem, keep: float) -> Basis:
     """What TIES keeps: the largest share of every task vector's entries, of the elected sign."""
     check_keep(keep)
-    return problem.vectors.map(lambda deltas: elected(deltas, keep))
+    return as_they_are(problem.vectors.map(lambda deltas: elected(deltas, keep)))

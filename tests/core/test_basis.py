@@ -8,10 +8,11 @@ from helpers import linear_problem, mean_divergence, normal, problem_of
 from torch import nn
 from torch.testing import assert_close
 
+from divmerge_core.divergences import js
 from divmerge_core.kernels.delta_storage import Factors, LowRankDeltas, TableRows, dense
 from divmerge_core.kernels.merge import grouped_inner, grouped_merge
 from divmerge_core.kernels.segments import Segments
-from divmerge_core.merging.coefficients import groups_of
+from divmerge_core.merging.coefficients import Coefficients, groups_of
 from divmerge_core.merging.fit import fit_coefficients
 from divmerge_core.methods.adaptive import adamerging
 from divmerge_core.methods.arithmetic import average
@@ -30,10 +31,17 @@ def mixed(num_tasks: int = 3, module: nn.Module | None = None):
     return problem_of(*rows, base=0.5, module=module, **SHAPES)
 
 
-def added(problem, spec: str, weight: float = 1.0) -> torch.Tensor:
-    """All components of a basis, each `weight` times."""
+def added(problem, spec: str) -> torch.Tensor:
+    """The sum of all components of a basis."""
     found, _ = basis(problem, spec)
-    return found.merge([weight] * len(found.tasks)) - problem.vectors.base
+    return found.merge([1.0] * len(found.tasks)) - problem.vectors.base
+
+
+def started(problem, spec: str) -> torch.Tensor:
+    """The merge at the start of a fit."""
+    found, starts = basis(problem, spec)
+    coeffs = Coefficients(found.layout, len(found.tasks), grouping="task", init=starts)
+    return grouped_merge(found.base, found.deltas, coeffs().detach(), coeffs.segments)
 
 
 def near(found, expected, tolerance: float = 1e-9) -> None:
@@ -41,17 +49,17 @@ def near(found, expected, tolerance: float = 1e-9) -> None:
 
 
 @pytest.mark.parametrize("spec", CLEAN)
-def test_clean_directions_with_coefficients_of_1_are_tsv_m(spec):
+def test_clean_directions_start_at_tsv_m(spec):
     problem = mixed()
-    near(problem.vectors.base + added(problem, spec), tsv_m(problem))
-    assert basis(problem, spec)[1] == 1
+    near(started(problem, spec), tsv_m(problem), 1e-6)
+    assert basis(problem, spec)[1] == [1, 1, pytest.approx(1 / 3)]
 
 
 @pytest.mark.parametrize("spec", ["svd", "svd:2", "svd:4", "raw"])
 def test_all_own_directions_add_up_to_the_task_vectors(spec):
     problem = mixed()
     near(added(problem, spec), problem.vectors.deltas.sum(dim=0))
-    assert basis(problem, spec)[1] == pytest.approx(1 / 3)
+    assert basis(problem, spec)[1] == [pytest.approx(1 / 3)] * 3
 
 
 @pytest.mark.parametrize("spec", ["tsv", "tsv:2", "svd:3", "raw", "ties"])
@@ -166,8 +174,8 @@ def test_embedding_tables_keep_their_task_vectors():
     problem = replace(problem, vectors=replace(problem.vectors, base=base))
     found = basis(problem, "tsv:2")[0].deltas.factors
     assert isinstance(found[0], TableRows) and isinstance(found[18], Factors)
-    near(added(problem, "tsv:2")[:18], deltas.mean(dim=0).flatten())
-    near(added(problem, "svd:2")[:18], deltas.sum(dim=0).flatten())
+    assert basis(problem, "tsv:2")[1] == [0.5, 1]
+    near(added(problem, "tsv:2")[:18], deltas.sum(dim=0).flatten())
 
 
 # --- fits -----------------------------------------------------------------------------------------
@@ -178,8 +186,7 @@ def test_embedding_tables_keep_their_task_vectors():
 def test_every_basis_is_fitted(method, spec):
     problem = linear_problem(num_tasks=2)
     merged = method(problem, basis=spec, init=None, lr=0.05, epochs=10, progress=False)
-    found, start = basis(problem, spec)
-    before = found.merge([start] * len(found.tasks))
+    before = started(problem, spec)
     if method is divmerge:
         assert mean_divergence(problem, merged) < mean_divergence(problem, before)
     assert not torch.equal(merged, before)
@@ -188,7 +195,7 @@ def test_every_basis_is_fitted(method, spec):
 def test_tasks_that_agree_keep_what_they_share():
     """Equal experts: the mean of their vectors is the expert, in tensors that are not split."""
     problem = problem_of(normal(5), normal(5), **{"bias": (5,)})
-    near(problem.vectors.base + added(problem, "tsv"), average(problem))
+    near(started(problem, "tsv"), average(problem), 1e-6)
 
 
 def test_a_checkpoint_of_another_basis_is_refused(tmp_path):
@@ -225,9 +232,6 @@ def test_essential_directions_need_inputs_and_a_module():
 
 def test_components_of_another_layout_are_refused():
     problem, other = linear_problem(), linear_problem(features=5)
-    from divmerge_core.divergences import js
-    from divmerge_core.merging.coefficients import Coefficients
-
     coefficients = Coefficients(problem.vectors.layout, 3)
     with pytest.raises(ValueError, match="layout"):
         fit_coefficients(problem, coefficients, js, vectors=other.vectors)

@@ -137,3 +137,13 @@ def test_a_value_that_the_link_cannot_reach_is_refused(link, value):
 def test_no_task_at_all_is_refused():
     with pytest.raises(ValueError, match="at least one task, got 0"):
         Coefficients(LAYOUT, 0)
+
+
+def test_tensors_of_one_group_that_start_elsewhere_are_a_group_of_their_own():
+    layout = layout_of(a=(2,), b=(3,), c=(4,))
+    found = Coefficients(layout, 2, grouping="task", init=[1.0, 0.5, 1.0])
+    assert found.groups == ("model from 1", "model from 0.5")
+    assert found.segments.rows == ((0, 2, 0), (2, 5, 1), (5, 9, 0))
+    assert found().tolist() == [[1.0, 0.5]] * 2
+    alike = Coefficients(layout, 2, grouping="layer", init=[1.0, 0.5, 1.0])
+    assert alike.groups == ("a", "b", "c")

@@ -12,7 +12,6 @@ from functools import partial
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
 from divmerge_book.evaluation.cache import cache_path, cached
 from divmerge_book.evaluation.experiment import Experiment
@@ -20,7 +19,6 @@ from divmerge_book.evaluation.metrics import evaluate, grades, majority_class
 from divmerge_book.evaluation.profiling import Meter, peak_bytes, seconds
 from divmerge_book.evaluation.report import MARGIN
 from divmerge_book.evaluation.sizes import Size
-from divmerge_core.merging.coefficients import groups_of
 from divmerge_core.merging.fit import Step
 from divmerge_core.merging.problem import Diverged, Merged, MergeProblem
 from divmerge_core.methods import METHODS, options_of, parse
@@ -109,35 +107,33 @@ class Recorder:
     """A fit's trajectory: the loss of every step; at some, mean coefficients and validation ANP."""
 
     experiment: Experiment
-    grouping: str
     every: int  # steps between two points; 0 for none
     losses: list[float] = field(default_factory=list)
     trajectory: list[dict] = field(default_factory=list)
-    coeffs: Tensor | None = None
+    last: Step | None = None
 
     @classmethod
     def of(cls, experiment: Experiment, name: str, options: Mapping, points: int) -> "Recorder":
         """A recorder of about so many points of a method's fit."""
-        grouping = {**defaults(name), **options}["grouping"]
-        seen = limit(experiment.problem, options.get("inputs"), grouping).batches
+        used = {**defaults(name), **options}
+        seen = limit(experiment.problem, used["inputs"], used["grouping"]).batches
         steps = options["epochs"] * max(map(len, seen))
-        return cls(experiment, grouping, max(1, steps // points) if points else 0)
+        return cls(experiment, max(1, steps // points) if points else 0)
 
     def __call__(self, step: Step) -> None:
         if step.loss is not None:
             self.losses.append(round(step.loss, 6))
-        self.coeffs = step.coeffs
+        self.last = step
         if self.every and (step.loss is None or step.number % self.every == 0):
             anp = validation_anp(self.experiment, step.flat)
             mean = step.coeffs.mean(dim=1).tolist()  # [T], over groups
             self.trajectory.append({"step": step.number, "anp": anp, "coefficients": mean})
 
     def summary(self) -> dict:
-        """The coefficients by task and group, the losses and the trajectory."""
-        vectors = self.experiment.problem.vectors
-        groups, _ = groups_of(vectors.layout, self.grouping)
-        coefficients = [[round(value, 5) for value in row] for row in self.coeffs.tolist()]
-        fit = {"tasks": list(vectors.tasks), "groups": list(groups), "coefficients": coefficients}
+        """The coefficients by task (or component) and group, the losses and the trajectory."""
+        coefficients = [[round(value, 5) for value in row] for row in self.last.coeffs.tolist()]
+        names = {"tasks": list(self.last.scaled), "groups": list(self.last.groups)}
+        fit = {**names, "coefficients": coefficients}
         return fit | {"losses": self.losses, "course": self.trajectory}
 
 

@@ -148,7 +148,8 @@ def write_merged(
     vectors, flat = bench.problem.vectors, found.made[spec].merged
     grouping = grouping_of(spec)
     fit = found.made[spec].fit
-    near = torch.tensor(fit["coefficients"]) if fit else None
+    scales_tasks = fit and fit["tasks"] == list(vectors.tasks)  # else components of a basis
+    near = torch.tensor(fit["coefficients"]) if scales_tasks else None
     data = {
         source.task.name: {
             "rows": {split: len(plan.rows[split][n] or ()) for split in plan.rows},
