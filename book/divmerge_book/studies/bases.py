@@ -13,12 +13,15 @@ from divmerge_book.evaluation.metrics import evaluate
 from divmerge_book.evaluation.profiling import seconds
 from divmerge_book.studies.predictions import with_experts
 from divmerge_book.studies.study import study
+from divmerge_core.kernels.merge import grouped_merge
+from divmerge_core.merging.coefficients import Coefficients
 from divmerge_core.merging.problem import Diverged, Merged
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.basis import basis
 
 FITTED = {"js": "divmerge", "entropy": "adamerging"}  # objective -> method
-COLUMNS = ("objective", "basis")
+COLUMNS = ("objective", "basis")  # what a method says
+JOB = ("method", "tasks", "grouping")
 
 
 def first(experiment: Experiment, count: int) -> Experiment:
@@ -32,8 +35,9 @@ def merge(
     """`objective=basis`: fitted coefficients; those of the start where the objective is `none`."""
     objective, _, name = method.partition("=")
     if objective == "none":
-        vectors, start = basis(experiment.problem, name)
-        return vectors.merge([start] * len(vectors.tasks))
+        vectors, init = basis(experiment.problem, name)
+        start = Coefficients(vectors.layout, len(vectors.tasks), grouping="layer", init=init)
+        return grouped_merge(vectors.base, vectors.deltas, start().detach(), start.segments)
     options = {"basis": name, "grouping": grouping, "lr": lr, "init": None, **config}
     return METHODS[FITTED[objective]](experiment.problem, seed=seed, progress=False, **options)
 
@@ -70,27 +74,33 @@ def ablation(
     rates: Sequence[float],
     config: Mapping,
 ) -> pd.DataFrame:
-    """Predictions of every job and of the experts. Labels: tasks, grouping, lr; fact: seconds.
+    """Predictions of every job and of the experts. Labels: tasks, grouping; facts: lr, seconds.
 
-    jobs: method (`objective=basis`), tasks (the first so many) and grouping. rates: step sizes; the
-    best on validation rows at the first seed serves every seed. config: other options of the fits.
+    jobs: of `planned`. rates: step sizes; the best on validation rows at the first seed serves
+    every seed. config: other options of the fits.
     """
     seed, *_ = experiments
-    tried = [job | {"lr": lr} for job in jobs for lr in rates]
+    fitted = [job for job in jobs if not job["method"].startswith("none=")]
+    tried = [job | {"lr": lr} for job in fitted for lr in rates]
     scores = study(rated, {seed: experiments[seed]}, tried, config=config)
-    best = scores.loc[scores.groupby(["method", "tasks", "grouping"], sort=False).anp.idxmax()]
-    chosen = best[["method", "tasks", "grouping", "lr"]].to_dict("records")
+    best = scores.loc[scores.groupby([*JOB], sort=False).anp.idxmax()]
+    chosen = best[[*JOB, "lr"]].to_dict("records")
+    chosen += [job | {"lr": 0.0} for job in jobs if job not in fitted]
     rows = study(predicted, experiments, chosen, config=config)
     return with_experts(rows, experiments, ["tasks", "grouping"], ["lr", "seconds"])
 
 
-def planned(bases: Sequence[str], groupings: Sequence[str], counts: Sequence[int]) -> list[dict]:
-    """Jobs: every basis and objective per layer at the largest T; two bases elsewhere."""
-    most = max(counts)
-    objectives = ("none", *FITTED)
-    jobs = [(f"{o}={b}", most, "layer") for b in bases for o in objectives]
-    pair = [f"{o}={b}" for b in ("raw", "tsv:2") for o in objectives]
-    jobs += [(one, count, "layer") for count in counts for one in pair]
-    jobs += [(one, most, g) for g in groupings for one in pair]
-    names = ("method", "tasks", "grouping")
-    return [dict(zip(names, job, strict=True)) for job in dict.fromkeys(jobs)]
+def planned(
+    bases: Sequence[str], groupings: Sequence[str], counts: Sequence[int]
+) -> list[dict[str, object]]:
+    """Jobs: method (`objective=basis`), tasks (the first so many) and grouping.
+
+    At the largest number of tasks, per layer: every basis at its start and fitted by JS, and two by
+    entropy. With other numbers of tasks and groupings: two bases, fitted by JS.
+    """
+    most, two = max(counts), ("raw", "tsv:2")
+    jobs = [(f"{o}={b}", most, "layer") for o in ("none", "js") for b in bases]
+    jobs += [(f"entropy={b}", most, "layer") for b in two]
+    jobs += [(f"js={b}", count, "layer") for count in counts for b in two]
+    jobs += [(f"js={b}", most, grouping) for grouping in groupings for b in two]
+    return [dict(zip(JOB, job, strict=True)) for job in dict.fromkeys(jobs)]
