@@ -27,8 +27,8 @@ from divmerge_book.data.code_digest import (
     module,
 )
 from divmerge_book.data.tasks import TASKS
+from divmerge_book.evaluation import cache, hyperparameter_search
 from divmerge_book.evaluation import experiment as preparing
-from divmerge_book.evaluation import hyperparameter_search
 from divmerge_book.evaluation.cache import cache_path, cached
 from divmerge_book.evaluation.experiment import SIZES, Size, prepare, prepare_language
 from divmerge_book.evaluation.hyperparameter_search import Merges
@@ -57,10 +57,14 @@ from divmerge_core.methods import METHODS, parse
 
 @pytest.fixture
 def forget():
-    """Forgets digests of edited code after a test."""
-    yield lambda: [f.cache_clear() for f in (digests.reached_digest, digests.registrations)]
-    for function in (digests.reached_digest, digests.registrations):
-        function.cache_clear()
+    """Forgets digests of edited code, and after a test."""
+
+    def clear() -> None:
+        for function in (digests.reached_digest, digests.registrations):
+            function.cache_clear()
+
+    yield clear
+    clear()
 
 
 @pytest.fixture
@@ -68,190 +72,61 @@ def edited(monkeypatch, forget):
     """Makes one module read otherwise: a piece of its text is replaced."""
 
     def edit(name: str, old: str, new: str) -> None:
-        name, plain, real = name.replace("/", "."), Path.read_text, digests.module
-        text = digests.path_of(name).read_text("utf-8")
+        real, text = digests.module, digests.path_of(name).read_text("utf-8")
         assert text.count(old) == 1, f"{name} holds {old!r} {text.count(old)} times"
         with monkeypatch.context() as patch:
             patch.setattr(Path, "read_text", lambda *_: text.replace(old, new))
             changed = digests.Module(name)
         monkeypatch.setattr(digests, "module", lambda n: changed if n == name else real(n))
-        assert Path.read_text is plain
         forget()
 
     return edit
 
 
-REACHED = {
-    "orthogonal": (
-        METHODS["iso_cts"],
-        "divmerge_core/merging/linalg",
-        "return left @ right",
-        "return -left @ right",
-    ),
-    "sign": (
-        METHODS["ties"],
-        "divmerge_core/methods/arithmetic",
-        "trimmed).sign()) > 0",
-        "trimmed).sign()) < 0",
-    ),
-    "noise": (
-        corrupted_experts.detection,
-        "divmerge_book/studies/corrupted_experts",
-        "NOISE = 2.0",
-        "NOISE = 9.0",
-    ),
-    "sharper": (
-        robustness.fit_with_corrupted,
-        "divmerge_book/studies/robustness",
-        "SHARPER = 5.0",
-        "SHARPER = 50.0",
-    ),
-    "search": (
-        hyperparameter_search.search,
-        "divmerge_book/evaluation/hyperparameter_search",
-        "best = max(range",
-        "best = min(range",
-    ),
-    "inputs": (
-        METHODS["regmean"],
-        "divmerge_core/merging/layer_inputs",
-        "gram += x.T @ x",
-        "gram += x.T @ x / 2",
-    ),
-    "bench": (prepare, "divmerge_book/evaluation/experiment", "batch_size=64", "batch_size=32"),
-    "spectra": (
-        mergeability.merged_pair,
-        "divmerge_book/interference/spectra",
-        "residual**2",
-        "residual**3",
-    ),
-    "weights": (
-        mergeability.pair_statistics,
-        "divmerge_book/interference/weights",
-        "= deltas @ d",
-        "= -deltas @ d",
-    ),
-    "answers": (
-        landscapes.grid,
-        "divmerge_book/interference/behaviour",
-        "p.argmax(-1) !=",
-        "p.argmax(-1) ==",
-    ),
-    "training": (
-        "divmerge_book.models.finetuning.train",
-        "divmerge_book/models/finetuning",
-        "adam.zero_grad()",
-        "pass",
-    ),
-    "pooled": (
-        "divmerge_book.models.finetuning.train",
-        "divmerge_book/models/encoders",
-        "(hidden * mask)",
-        "(hidden)",
-    ),
-    "live": (
-        METHODS["divmerge"],
-        "divmerge_core/merging/merged_model",
-        "number % count",
-        "number // count",
-    ),
-    "kernel": (METHODS["divmerge"], "divmerge_core/kernels/merge", "BLOCK = 4096", "BLOCK = 2048"),
-    "entry": (
-        METHODS["divmerge"],
-        "divmerge_core/merging/coefficients",
-        "(torch.sigmoid)",
-        "(torch.tanh)",
-    ),
-    "lazy import": (
-        methods.parse,
-        "divmerge_core/merging/coefficients",
-        "def block(",
-        "def blocks(",
-    ),
-    "prompt": (
-        prepare_language,
-        "divmerge_book/models/language/prompts",
-        "wanted or spam?",
-        "wanted or not?",
-    ),
-    "reading": (completions, "divmerge_book/models/language/reading", "def truncate(", "def cut("),
-    "other methods": (
-        hyperparameter_search.outcome,
-        "divmerge_core/methods/arithmetic",
-        "* (votes @ trimmed)",
-        "+ (votes @ trimmed)",
-    ),
-}
+OUTCOME, TRAIN = hyperparameter_search.outcome, "divmerge_book.models.finetuning.train"
+REACHED = [  # a result, a module, and an edit there that may change the result
+    (METHODS["iso_cts"], "core.merging.linalg", "return left @ right", "return -left @ right"),
+    (METHODS["ties"], "core.methods.arithmetic", "trimmed).sign()) > 0", "trimmed).sign()) < 0"),
+    (corrupted_experts.detection, "book.studies.corrupted_experts", "NOISE = 2.0", "NOISE = 9.0"),
+    (robustness.fit_with_corrupted, "book.studies.robustness", "SHARPER = 5.0", "SHARPER = 50.0"),
+    (hyperparameter_search.search, "book.evaluation.hyperparameter_search", "= max(r", "= min(r"),
+    (METHODS["regmean"], "core.merging.layer_inputs", "gram += x.T @ x", "gram += x.T @ x / 2"),
+    (prepare, "book.evaluation.experiment", "batch_size=64", "batch_size=32"),
+    (mergeability.merged_pair, "book.interference.spectra", "residual**2", "residual**3"),
+    (mergeability.pair_statistics, "book.interference.weights", "= deltas @ d", "= -deltas @ d"),
+    (landscapes.grid, "book.interference.behaviour", "p.argmax(-1) !=", "p.argmax(-1) =="),
+    (TRAIN, "book.models.finetuning", "adam.zero_grad()", "pass"),
+    (TRAIN, "book.models.encoders", "(hidden * mask)", "(hidden)"),
+    (METHODS["divmerge"], "core.merging.merged_model", "number % count", "number // count"),
+    (METHODS["divmerge"], "core.kernels.merge", "BLOCK = 4096", "BLOCK = 2048"),
+    (METHODS["divmerge"], "core.merging.coefficients", "(torch.sigmoid)", "(torch.tanh)"),
+    (methods.parse, "core.merging.coefficients", "def block(", "def blocks("),  # a lazy import
+    (prepare_language, "book.models.language.prompts", "wanted or spam?", "wanted or not?"),
+    (completions, "book.models.language.reading", "def truncate(", "def cut("),
+    (OUTCOME, "core.methods.arithmetic", "* (votes @ trimmed)", "+ (votes @ trimmed)"),
+]
+UNREACHED = [  # and an edit that cannot: of figures, words, other entries, and the cache
+    (OUTCOME, "book.figures.baselines", "def is_single_model(", "def is_one_model("),
+    (OUTCOME, "book.evaluation.report", 'STATISTICS = ("anp"', 'STATISTICS = ("ratio"'),
+    (OUTCOME, "book.runner.method_pages", "def index(", "def contents("),
+    (METHODS["ties"], "core.methods.arithmetic", "Trim, elect sign", "Cut, elect sign"),
+    (METHODS["ties"], "core.methods.arithmetic", "# one task at a time", "# one by one"),
+    (TRAIN, "book.models.encoders", "or give a folder or a hub", "or a folder or a hub"),
+    (METHODS["ties"], "core.methods.arithmetic", '"dare"', '"dares"'),
+    (OUTCOME, "core.storage", "PATIENCE = 5", "PATIENCE = 50"),
+    (prepare, "book.data.tasks", 'ABBR": "abbreviation"', 'ABBR": "short form"'),
+    (prepare, "book.evaluation.sizes", '"calls": 60', '"calls": 70'),
+]
 
 
-@pytest.mark.parametrize("case", REACHED)
-def test_code_that_a_result_reaches_is_in_its_digest(edited, case):
-    thing, *edit = REACHED[case]
+@pytest.mark.parametrize(
+    ("case", "counts"), [*((case, True) for case in REACHED), *((c, False) for c in UNREACHED)]
+)
+def test_code_is_in_a_digest_where_the_result_reaches_it(edited, case, counts):
+    thing, module_name, old, new = case
     before = code_digest(thing)
-    edited(*edit)
-    assert code_digest(thing) != before
-
-
-UNREACHED = {
-    "figures": (
-        hyperparameter_search.outcome,
-        "divmerge_book/figures/baselines",
-        "def is_single_model(",
-        "def is_one_model(",
-    ),
-    "intervals": (
-        hyperparameter_search.outcome,
-        "divmerge_book/evaluation/report",
-        'STATISTICS = ("anp"',
-        'STATISTICS = ("ratio"',
-    ),
-    "pages": (
-        hyperparameter_search.outcome,
-        "divmerge_book/runner/method_pages",
-        "def index(",
-        "def contents(",
-    ),
-    "docstring": (
-        METHODS["ties"],
-        "divmerge_core/methods/arithmetic",
-        "Trim, elect sign",
-        "Cut, elect sign",
-    ),
-    "comment": (
-        METHODS["ties"],
-        "divmerge_core/methods/arithmetic",
-        "# one task at a time",
-        "# one by one",
-    ),
-    "error": (
-        "divmerge_book.models.finetuning.train",
-        "divmerge_book/models/encoders",
-        "choose one of {', '.join",
-        "one of {', '.join",
-    ),
-    "another method": (METHODS["ties"], "divmerge_core/methods/arithmetic", '"dare"', '"dares"'),
-    "the cache": (
-        hyperparameter_search.outcome,
-        "divmerge_core/storage",
-        "PATIENCE = 5",
-        "PATIENCE = 50",
-    ),
-    "another task": (
-        prepare,
-        "divmerge_book/data/tasks",
-        'ABBR": "abbreviation"',
-        'ABBR": "short form"',
-    ),
-    "another size": (prepare, "divmerge_book/evaluation/sizes", '"calls": 60', '"calls": 70'),
-}
-
-
-@pytest.mark.parametrize("case", UNREACHED)
-def test_code_that_a_result_does_not_reach_is_not(edited, case):
-    thing, *edit = UNREACHED[case]
-    before = code_digest(thing)
-    edited(*edit)
-    assert code_digest(thing) == before
+    edited(f"divmerge_{module_name}", old, new)
+    assert (code_digest(thing) != before) == counts
 
 
 def test_a_move_changes_no_digest(tmp_path, monkeypatch, forget):
@@ -278,7 +153,7 @@ def test_one_method_counts_where_only_one_is_called(edited):
     """What TIES found does not change with another method, what calls any method does."""
     apart = partial(code_digest, hyperparameter_search.outcome, apart="METHODS")
     before = apart(), code_digest(hyperparameter_search.outcome)
-    edited("divmerge_core/methods/spectral", "def tsv_m(", "def tsv_n(")
+    edited("divmerge_core.methods.spectral", "def tsv_m(", "def tsv_n(")
     assert apart() == before[0] and code_digest(hyperparameter_search.outcome) != before[1]
 
 
@@ -298,14 +173,9 @@ def test_what_a_function_was_closed_over_counts():
     def closed(over):
         return lambda: over()
 
-    found = {
-        code_digest(closed(over))
-        for over in (corrupted_experts.detection, prediction_churn.predictions_of, Recipe)
-    }
-    assert len(found) == 3
-    assert code_digest(partial(max, corrupted_experts.detection)) == code_digest(
-        corrupted_experts.detection
-    )
+    over = (corrupted_experts.detection, prediction_churn.predictions_of, Recipe)
+    assert len({code_digest(closed(one)) for one in over}) == 3
+    assert code_digest(partial(max, over[0])) == code_digest(over[0])
 
 
 def test_what_is_left_out_by_name_is_there():
@@ -361,11 +231,10 @@ def test_all_that_runs_in_a_preparation_or_an_outcome_is_reached(toys, cache, mo
         return cached(bench, make, *what, method=method)
 
     monkeypatch.setattr(hyperparameter_search, "cached", noted)
+    size = replace(SIZES["toy"], epochs=1)
     for spec in ("divmerge/block", "ties", "regmean"):
-        options = hyperparameter_search.candidates(
-            spec, replace(SIZES["toy"], epochs=1), 0, {}, bench.problem
-        )[0]
-        ran = executed(partial(hyperparameter_search.outcome, Merges(bench, spec), options))
+        options = hyperparameter_search.candidates(spec, size, 0, {}, bench.problem)[0]
+        ran = executed(partial(OUTCOME, Merges(bench, spec), options))
         reached = (prepare, METHODS[parse(spec)[0]], cached)
         assert unreached(ran, makes[-1], *reached, apart="METHODS") == [], spec
 
@@ -476,9 +345,7 @@ def test_all_that_decides_a_result_is_in_its_key(toys, monkeypatch):
     )
 
     def key(bench=bench, spec="divmerge/block", points=0, **changes) -> Path:
-        return hyperparameter_search.outcome(Merges(bench, spec, points), {**options, **changes})[
-            "place"
-        ]
+        return OUTCOME(Merges(bench, spec, points), {**options, **changes})["place"]
 
     found = [
         key(),
@@ -490,15 +357,11 @@ def test_all_that_decides_a_result_is_in_its_key(toys, monkeypatch):
         key(inputs=4),
     ]
     for library in digests.LIBRARIES:
-        versions = {**digests.versions(), library: "other"}
+        other = {**digests.versions(), library: "other"}
         with monkeypatch.context() as patch:
-            patch.setattr(
-                "divmerge_book.evaluation.cache.versions", lambda versions=versions: versions
-            )
+            patch.setattr(cache, "versions", lambda other=other: other)
             found.append(key())
-    monkeypatch.setattr(
-        "divmerge_book.evaluation.cache.code_digest", lambda *things, **options: "other code"
-    )
+    monkeypatch.setattr(cache, "code_digest", lambda *things, **options: "other code")
     found.append(key())
     assert len(set(found)) == len(found)
 

@@ -80,10 +80,7 @@ def test_a_predictor_writes_nothing(llama, glue_rows):
 
 def mixed(seeds: int = 2) -> Report:
     """Two methods; task `words` has classes, task `text` grades."""
-    answers = {
-        "expert": ("1100", [0.5, 0.7, 0.6, 0.6]),
-        "half": ("1011", [0.25, 0.35, 0.3, 0.3]),
-    }
+    answers = {"expert": ("1100", [0.5, 0.7, 0.6, 0.6]), "half": ("1011", [0.25, 0.35, 0.3, 0.3])}
     rows = [
         {"suite": "s", "subset": "a", "method": method, "seed": seed, **own}
         for seed in range(seeds)

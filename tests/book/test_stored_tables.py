@@ -6,12 +6,7 @@ import pandas as pd
 import pytest
 from divmerge_book.evaluation.provenance import origin
 from divmerge_book.evaluation.report import Report
-from divmerge_book.evaluation.stored_tables import (
-    load,
-    save,
-    stored_or_measure,
-    stored_or_report,
-)
+from divmerge_book.evaluation.stored_tables import load, save, stored_or_measure, stored_or_report
 
 FACTS = {
     **{"suite": "toys", "encoder": "tiny", "tasks": ["a", "b"], "size": "full"},

@@ -25,11 +25,11 @@ HARD, OWN, EASY = 3.3, 1.5, 1.0  # spread of rows, of rows for a method; how eas
 MAJORITY = 0.55  # share of the majority class
 SCALE = np.sqrt(1 + 0.346 * (HARD**2 + OWN**2))  # an accuracy's logit to a row's, roughly
 EFFECTS = ("shared by tasks", "each task's own")
-STATISTICS = {
-    "ANP": ("anp", None),
-    "kept margin": ("kept_margin", None),
-    "difference of ANP": ("anp", 2),
-    "difference of kept margins": ("kept_margin", 2),
+STATISTICS = {  # of the first merge, or less that of the second
+    "ANP": ("anp", (0, 1, 0)),
+    "kept margin": ("kept_margin", (0, 1, 0)),
+    "difference of ANP": ("anp", (0, 1, -1)),
+    "difference of kept margins": ("kept_margin", (0, 1, -1)),
 }
 
 
@@ -75,13 +75,7 @@ def answered(
 
 
 def simulated(
-    num_seeds: int,
-    spread: float,
-    effects: str,
-    *,
-    experiments: int = 1000,
-    draws: int = 400,
-    seed: int = 0,
+    num_seeds: int, spread: float, effects: str, *, experiments=1000, draws=400, seed=0
 ) -> pd.DataFrame:
     """Share of experiments whose interval contains the true value: a row per statistic.
 
@@ -89,37 +83,22 @@ def simulated(
     EFFECTS. Columns: seeds, spread, effects, statistic, coverage (%), width (mean, of the
     interval), error (standard, of a coverage of 95 %, in points).
     """
-    generator, exact = np.random.default_rng(seed), truth(spread)
-    hits, widths = dict.fromkeys(STATISTICS, 0), dict.fromkeys(STATISTICS, 0.0)
+    generator, exact, rows = np.random.default_rng(seed), truth(spread), []
     what = f"{num_seeds} seeds, spread {spread}, {effects}"
     for _ in tqdm(range(experiments), what, leave=False):
         right, floor = answered(num_seeds, spread, effects, draws, generator)
-        for name, (statistic, other) in STATISTICS.items():
-            found, true = combine(right, floor, 0, statistic), exact[statistic]
-            gaps = found[..., 1] - (0 if other is None else found[..., other])
-            goal = true[1] - (0 if other is None else true[other])
-            low, high = crossed(gaps[0], gaps[1:].T, len(LOGITS) * (ROWS - 1)).interval()
-            hits[name] += int(low <= goal <= high)
-            widths[name] += (high - low) / experiments
+        for name, (statistic, contrast) in STATISTICS.items():
+            found = combine(right, floor, 0, statistic) @ contrast  # [1 + draws, S]
+            low, high = crossed(found[0], found[1:].T, len(LOGITS) * (ROWS - 1)).interval()
+            covered = low <= exact[statistic] @ contrast <= high
+            rows.append({"statistic": name, "coverage": 100 * covered, "width": high - low})
+    table = pd.DataFrame(rows).groupby("statistic", sort=False).mean().reset_index()
     label = {"seeds": num_seeds, "spread": spread, "effects": effects}
-    error = 100 * (0.95 * 0.05 / experiments) ** 0.5
-    return pd.DataFrame(
-        {**label, "statistic": name, "coverage": 100 * hits[name] / experiments}
-        | {"width": widths[name], "error": error}
-        for name in STATISTICS
-    )
+    return table.assign(**label, error=100 * (0.95 * 0.05 / experiments) ** 0.5)
 
 
-def main(experiments: int) -> None:
-    """Print coverage and width for few and more seeds that differ little and much."""
-    parts = [
-        simulated(num_seeds, spread, effects, experiments=experiments)
-        for effects in EFFECTS
-        for num_seeds in (3, 5)
-        for spread in (0.05, 0.3)
-    ]
-    print(pd.concat(parts).to_string(index=False, float_format="{:.3f}".format))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1000)
+if __name__ == "__main__":  # few and more seeds that differ little and much
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+    settings = [(seeds, spread, e) for e in EFFECTS for seeds in (3, 5) for spread in (0.05, 0.3)]
+    tables = [simulated(*setting, experiments=count) for setting in settings]
+    print(pd.concat(tables).to_string(index=False, float_format="{:.3f}".format))

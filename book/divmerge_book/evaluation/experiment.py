@@ -65,8 +65,8 @@ class Experiment:
             return replace(self, digest=digest)
         numbers = [every.index(task) for task in tasks]
         lists = ("experts", "validation", "test", "written", "completions")
-        chosen = {name: getattr(self, name) for name in lists}
-        chosen = {name: [own[n] for n in numbers] for name, own in chosen.items() if own}
+        found = {name: getattr(self, name) for name in lists}
+        chosen = {name: [own[n] for n in numbers] for name, own in found.items() if own}
         return replace(self, problem=self.problem.select(tasks), digest=digest, **chosen)
 
 
@@ -77,10 +77,8 @@ def task_names(suite: str, tasks: Sequence[str] | None) -> list[str]:
     """
     allowed = SUITES[suite].tasks
     chosen = list(tasks or allowed)
-    for task in chosen:
-        TASKS[task]
-    outside = [task for task in chosen if task not in allowed]
-    if outside or len(chosen) < 2 or len(set(chosen)) < len(chosen):
+    known = [TASKS[task].name in allowed for task in chosen]
+    if not all(known) or len(chosen) < 2 or len(set(chosen)) < len(chosen):
         raise ValueError(
             f"suite {suite!r} merges two or more distinct tasks of {', '.join(allowed)}; "
             f"got {chosen}"
@@ -100,8 +98,7 @@ def labelled_split(
     """The first `rows` rows of a task's labelled split."""
     data = first_rows(task, split, rows)
     batches, order = make_batches(data, base, batch_size=64, max_length=max_length)
-    labels = torch.tensor(data["label"], device=batches[0].weight.device)
-    return LabelledSplit(batches, labels[order])
+    return LabelledSplit(batches, torch.tensor(data["label"], device=base.device)[order])
 
 
 def make_problem(
@@ -171,20 +168,18 @@ def prepare(
         fine_tune(base, TASKS[name], recipes[name], seed=seed)
         for name in tqdm(names, f"experts, seed {seed}", leave=False)
     ]
-    precision = resolve(size.precision, place)
-    problem = make_problem(
-        base, experts, merge_rows=size.merge_rows, max_length=length, precision=precision
-    )
-    validation, test = (
-        [labelled_split(name, split, rows, base, length) for name in names]
-        for split, rows in (("validation", size.validation_rows), ("test", size.test_rows))
-    )
-    counts = (size.merge_rows, size.validation_rows, size.test_rows, length)
-    digest = digest_of(prepare, names, base, experts, counts, place.type, precision)
-    return Experiment(base, experts, problem, validation, test, digest)
-
-
-# --- language suites ------------------------------------------------------------------------------
+    settings = {"max_length": length, "precision": resolve(size.precision, place)}
+    problem = make_problem(base, experts, merge_rows=size.merge_rows, **settings)
+    splits = [
+        [
+            labelled_split(name, split, getattr(size, f"{split}_rows"), base, length)
+            for name in names
+        ]
+        for split in ("validation", "test")
+    ]
+    counts = (size.merge_rows, size.validation_rows, size.test_rows)
+    digest = digest_of(prepare, names, base, experts, counts, place.type, settings)
+    return Experiment(base, experts, problem, *splits, digest)
 
 
 class States(Mapping):
@@ -228,32 +223,22 @@ def prepare_language(
     def load(name: str) -> Expert:
         return language_expert(base, TASKS[name], size.recipe, seed=seed, progress=progress)
 
+    settings = {name: getattr(size, name) for name in ("batch_size", "precision", "top")}
+    settings |= {name: getattr(size.recipe, name) for name in ("max_length", "max_new")}
     experts, answered = [], []
     for name in (bar := tqdm(names, f"experts, seed {seed}", leave=False, disable=not progress)):
         bar.set_postfix_str(name)
-        expert = load(name)
-        answered.append(
-            completions(
-                *(base, expert.state, PROMPTS[name], first_rows(name, "merge", size.merge_rows)),
-                key=[expert.manifest["model.safetensors"]],
-                max_length=size.recipe.max_length,
-                max_new=size.recipe.max_new,
-                batch_size=size.batch_size,
-                precision=size.precision,
-                top=size.top,
-                progress=progress,
-            )
-        )
+        expert, rows = load(name), first_rows(name, "merge", size.merge_rows)
+        key = [expert.manifest["model.safetensors"]]
+        asked = (base, expert.state, PROMPTS[name], rows)
+        answered.append(completions(*asked, key=key, progress=progress, **settings))
         experts.append(replace(expert, state={}))
     vectors = TaskVectors.from_states(base.state, States(names, load), storage=size.storage)
-    forward = language_forward(
-        base.model, precision=size.precision, checkpointing=size.checkpointing
-    )
+    options = {"precision": size.precision, "checkpointing": size.checkpointing}
+    forward = language_forward(base.model, **options)
     problem = MergeProblem(vectors, [one.batches for one in answered], forward, base.model)
     kinds = [("validation", False), ("test", False), ("test", True)]
-    splits = [
-        [language_split(base, n, split, size, write) for n in names] for split, write in kinds
-    ]
+    splits = [[language_split(base, name, *kind, size) for name in names] for kind in kinds]
     deciding = replace(size, seeds=(), candidates=0, epochs=0)  # these are options of methods
     digest = digest_of(prepare_language, names, base, experts, deciding, place.type)
     folder = cache_dir() / "unfinished"
@@ -261,7 +246,7 @@ def prepare_language(
 
 
 def language_split(
-    base: Language, task: str, split: str, size: LanguageSize, write: bool = False
+    base: Language, task: str, split: str, write: bool, size: LanguageSize
 ) -> LabelledSplit | WrittenSplit:
     """A task's labelled rows: by likelihood; by generation where `write`, or free-form."""
     prompt, longest = PROMPTS[task], size.recipe.max_length

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import datasets
 import torch
@@ -21,20 +22,21 @@ Rows = datasets.Dataset | Sequence[Mapping[str, object]]
 
 def prompt_batches(
     base: Language, prompt: Prompt, rows: Rows, max_length: int, batch_size: int
-) -> tuple[list[list[Sequence[int]]], list[int]]:
-    """Prompts as tokens in batches of like length, and the rows' numbers in that order."""
+) -> tuple[list[list[Sequence[int]]], list]:
+    """Prompts as tokens in batches of like length, and the rows' right answers in that order."""
     asked = ask(base, prompt, rows, max_length).prompts
     groups = list(by_length(list(map(len, asked)), batch_size))
-    return [[asked[n] for n in group] for group in groups], [n for group in groups for n in group]
+    right = [row["label" if prompt.words else "answer"] for row in rows]
+    return [[asked[n] for n in group] for group in groups], [right[n] for g in groups for n in g]
 
 
 def likelihood_split(
     base: Language, prompt: Prompt, rows: Rows, *, max_length: int, batch_size: int = 16
 ) -> LabelledSplit:
     """Labelled rows; the prediction is the class whose word is most likely after the prompt."""
-    batches, order = prompt_batches(base, prompt, rows, max_length, batch_size)
-    gold = torch.tensor([rows[number]["label"] for number in order], device=base.device)
-    return LabelledSplit([choices(base, few, prompt.words) for few in batches], gold)
+    batches, gold = prompt_batches(base, prompt, rows, max_length, batch_size)
+    words = [choices(base, few, prompt.words) for few in batches]
+    return LabelledSplit(words, torch.tensor(gold, device=base.device))
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,11 @@ class WrittenSplit:
             raise ValueError(
                 "only one merged vector can write; score a predictor by the likelihood of words"
             )
-        parameters = problem.vectors.layout.unflatten(merged)
+        ask = partial(greedy, self.base, problem.vectors.layout.unflatten(merged))
         options = {"max_new": self.max_new, "precision": self.precision}
-        found = [greedy(self.base, parameters, few, **options) for few in self.prompts]
-        return [written(self.base, answer) for few in found for answer in few]
+        return [
+            written(self.base, answer) for few in self.prompts for answer in ask(few, **options)
+        ]
 
     def predictions(self, problem: MergeProblem, merged: Merged, task: int) -> dict[str, object]:
         """The columns `predicted` and `gold` of a Report."""
@@ -89,12 +92,9 @@ def written_split(
     batch_size: int = 32,
 ) -> WrittenSplit:
     """Labelled rows of a task, to be answered by generation."""
-    batches, order = prompt_batches(base, prompt, rows, max_length, batch_size)
-    if prompt.words:
-        right = {"gold": torch.tensor([rows[number]["label"] for number in order])}
-    else:
-        right = {"references": [rows[number]["answer"] for number in order]}
-    return WrittenSplit(base, prompt, batches, max_new, precision, **right)
+    batches, right = prompt_batches(base, prompt, rows, max_length, batch_size)
+    gold = {"gold": torch.tensor(right)} if prompt.words else {"references": right}
+    return WrittenSplit(base, prompt, batches, max_new, precision, **gold)
 
 
 def rouge1(texts: Sequence[str], references: Sequence[str]) -> list[float]:

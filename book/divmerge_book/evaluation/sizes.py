@@ -45,26 +45,15 @@ class Size:
         return replace(self.glue_recipe, epochs=self.glue_recipe.epochs * (1 + few))
 
 
-SIZES = Registry("size")
 QUICK = Recipe(rows=400)
+SMOKE = {"merge_rows": 40, "validation_rows": 50, "test_rows": 100, "epochs": 2, "steps": 40}
+FEW = {"merge_rows": 32, "validation_rows": 32, "test_rows": 150, "candidates": 1, "calls": 60}
+SIZES = Registry("size")
 SIZES.register("smoke")(
-    Size(
-        "bert_tiny",
-        *((0,), QUICK, QUICK),
-        **{"merge_rows": 40, "validation_rows": 50, "test_rows": 100, "epochs": 2},
-        **{"precision": "float32", "candidates": 1, "calls": 10, "steps": 40},
-    )
+    Size("bert_tiny", (0,), QUICK, QUICK, **SMOKE, precision="float32", candidates=1, calls=10)
 )
-SIZES.register("default")(
-    Size(
-        "minilm",
-        (0,),
-        **{"merge_rows": 32, "validation_rows": 32, "test_rows": 150, "candidates": 1, "calls": 60},
-    )
-)
+SIZES.register("default")(Size("minilm", (0,), **FEW))
 SIZES.register("full")(Size("minilm", (0, 1, 2), inputs=100))
-
-LANGUAGE_SIZES = Registry("size of a language suite")  # "suite/size"
 
 
 @dataclass(frozen=True)
@@ -94,38 +83,27 @@ class LanguageSize:
     checkpointing: bool = False
 
 
-UPPER = LanguageRecipe(rows=800, lr=3e-4, trains="top:6")
-UPPER_SMOKE = replace(UPPER, rows=64, lr=1e-3, trains="all", max_length=48, max_new=8)
+UPPER = LanguageSize(LanguageRecipe(rows=800, lr=3e-4, trains="top:6"))
+QUICK_UPPER = replace(UPPER.recipe, rows=64, lr=1e-3, trains="all", max_length=48, max_new=8)
+HALF = {"precision": "bfloat16", "checkpointing": True}
 GLUE_RECIPE = LanguageRecipe(
-    **{"rows": 6000, "epochs": 2, "lr": 1e-5, "batch_size": 32, "micro": 16, "max_length": 256},
-    **{"max_new": 8, "precision": "bfloat16", "checkpointing": True},
+    rows=6000, epochs=2, lr=1e-5, batch_size=32, micro=16, max_length=256, max_new=8, **HALF
 )
-GLUE = LanguageSize(
-    GLUE_RECIPE,
-    **{"merge_rows": 100, "validation_rows": 100, "test_rows": 200},
-    **{"storage": "bfloat16", "precision": "bfloat16", "checkpointing": True},
-)
-for name, size in {
-    "embedded_lm/smoke": LanguageSize(
-        UPPER_SMOKE, blocks=2, merge_rows=8, validation_rows=8, test_rows=12, epochs=2
-    ),
-    "embedded_lm/default": LanguageSize(UPPER),
-    "embedded_lm/full": LanguageSize(
-        UPPER, seeds=(0, 1, 2), merge_rows=32, test_rows=200, candidates=3
-    ),
-    "glue/smoke": replace(
-        GLUE, recipe=replace(GLUE_RECIPE, rows=64, epochs=1), merge_rows=8, test_rows=16
-    ),
-    "glue/default": GLUE,
-    "glue/full": replace(
-        GLUE,
-        recipe=replace(GLUE_RECIPE, rows=None),
-        merge_rows=200,
-        test_rows=None,
-        seeds=(0, 1, 2),
-    ),
-}.items():
-    LANGUAGE_SIZES.register(name)(size)
+QUICK_GLUE = replace(GLUE_RECIPE, rows=64, epochs=1)
+ROWS = {"merge_rows": 100, "validation_rows": 100, "test_rows": 200}
+GLUE = LanguageSize(GLUE_RECIPE, **ROWS, storage="bfloat16", **HALF)
+BLOCKS = {"blocks": 2, "merge_rows": 8, "validation_rows": 8, "test_rows": 12, "epochs": 2}
+FULL = {"seeds": (0, 1, 2), "test_rows": None, "merge_rows": 200}
+LANGUAGE_SIZES = Registry("size of a language suite")  # "suite/size"
+for name, base, changes in (
+    ("embedded_lm/smoke", UPPER, {"recipe": QUICK_UPPER, **BLOCKS}),
+    ("embedded_lm/default", UPPER, {}),
+    ("embedded_lm/full", UPPER, {**FULL, "merge_rows": 32, "test_rows": 200, "candidates": 3}),
+    ("glue/smoke", GLUE, {"recipe": QUICK_GLUE, "merge_rows": 8, "test_rows": 16}),
+    ("glue/default", GLUE, {}),
+    ("glue/full", GLUE, {"recipe": replace(GLUE_RECIPE, rows=None), **FULL}),
+):
+    LANGUAGE_SIZES.register(name)(replace(base, **changes))
 
 
 def size_of(suite: str, size: LanguageSize | str) -> LanguageSize:

@@ -5,8 +5,9 @@ their intervals), correlations of many columns at once, and corrections for mult
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 
 import numpy as np
@@ -65,13 +66,12 @@ class Estimate:
 
     def p(self) -> float:
         """Two-sided p-value of one value against 0: the interval of level 1 - p just touches 0."""
-        size = abs(float(self.value))
-        if float(self.between + self.within) <= 0:
-            return math.exp(SMALLEST) if size else 1.0
+        if not (size := abs(float(self.value))):
+            return 1.0
         gap = lambda log_p: float(self.half(1 - math.exp(log_p))) - size  # noqa: E731
         if gap(SMALLEST) < 0:
             return math.exp(SMALLEST)
-        return math.exp(optimize.brentq(gap, SMALLEST, 0.0)) if size else 1.0
+        return math.exp(optimize.brentq(gap, SMALLEST, 0.0))
 
 
 SMALLEST = math.log(1e-12)  # p-values are not resolved below
@@ -99,10 +99,9 @@ def crossed(
 
 def mean_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Student's interval of the mean of independent values; NaN for fewer than two, or a NaN."""
-    count = len(values)
-    if count < 2 or not np.isfinite(values).all():
-        return float("nan"), float("nan")
-    half = stats.t.ppf((1 + level) / 2, count - 1) * np.std(values, ddof=1) / math.sqrt(count)
+    if len(values) < 2 or not np.isfinite(values).all():
+        return math.nan, math.nan
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values)
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
@@ -149,8 +148,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return pearson(ranks(x), ranks(y))
 
 
-Correlation = Callable[[np.ndarray, np.ndarray], np.ndarray]
-CORRELATIONS: Mapping[str, Correlation] = {"pearson": pearson, "spearman": spearman}
+CORRELATIONS = {"pearson": pearson, "spearman": spearman}
 
 
 def format_correlation(value: float, digits: int = 2) -> str:
@@ -196,15 +194,12 @@ def exact_p(x: np.ndarray, y: np.ndarray, how: str) -> float:
 
     One-sided, as the claim is: closer is better. At least 1 / n!; NaN where x or y is constant.
     """
-    if np.isnan(CORRELATIONS[how](x, y)):
-        return float("nan")
+    correlation = partial(CORRELATIONS[how], x)
+    if np.isnan(correlation(y)):
+        return math.nan
+    every = {"permutation_type": "pairings", "n_resamples": math.factorial(len(y))}
     found = stats.permutation_test(
-        (y,),
-        lambda some, axis: CORRELATIONS[how](x, some),
-        permutation_type="pairings",
-        vectorized=True,
-        n_resamples=math.factorial(len(y)),
-        alternative="greater",
+        (y,), lambda some, axis: correlation(some), vectorized=True, alternative="greater", **every
     )
     return float(found.pvalue)
 
@@ -301,9 +296,6 @@ def chance_error(
     """
     if draws < 1:
         raise ValueError(f"draws must be 1 or more, got {draws}")
-    generator = torch.Generator().manual_seed(seed)
-    sure, found = confidence.double().cpu(), []
-    for _ in range(draws):
-        right = torch.rand(len(sure), generator=generator, dtype=torch.float64) < sure
-        found.append(expected_calibration_error(sure, right, bins=bins))
-    return sum(found) / draws
+    sure, generator = confidence.double().cpu(), torch.Generator().manual_seed(seed)
+    drawn = (torch.rand(sure.shape, generator=generator, dtype=sure.dtype) for _ in range(draws))
+    return sum(expected_calibration_error(sure, one < sure, bins=bins) for one in drawn) / draws

@@ -87,25 +87,25 @@ def stored_or_measure(
     """What a chapter draws: the tables stored at `path`, or this run's.
 
     The stored tables are drawn where their size is at least this run's and every other fact in
-    `asked` (names of the facts that the reader set; None: all) is equal: see `differing`. tables:
+    `asked` (names of the facts that the reader set; None: all) is equal: see `agreement`. tables:
     this run's, or a function that measures them, called where they are drawn or stored, and at size
     `smoke`, which runs all code of a chapter. live: draw this run's in any case. publish: store
     this run's, with the facts. facts: what is measured on what; `described` reads suite, encoder,
     tasks, size, seeds and rows.
     """
-    made = {name: value for name, value in origin(**facts).items() if name in facts}
+    made = origin(**facts)
     stored = load(path) if path.is_file() and not publish else None
-    others = differing(stored[1], made, asked) if stored else []
-    keep = stored is not None and not others and not live
+    agrees, note = agreement(stored and stored[1], {name: made[name] for name in facts}, asked)
+    keep = agrees and not live
     if not keep or facts.get("size") == "smoke":
         tables = tables() if callable(tables) else tables
     if keep:
-        return ResultTable(*stored, "the stored run", instead_of(stored[1], made))
+        return ResultTable(*stored, "the stored run", note)
     if publish:
         save(path, tables, **facts)
         if not live:
             return ResultTable(*load(path), "the stored run")
-    return ResultTable(tables, origin(**facts), "this run", unlike(others))
+    return ResultTable(tables, made, "this run", "" if agrees else note)
 
 
 def stored_or_report(
@@ -124,13 +124,11 @@ def stored_or_report(
     report = Report(report.rows, report.fits, {**report.provenance, **facts})
     if publish:
         report.save(path)
-    if not path.is_file():
-        return report, f"Drawn from this run: {caption(report)}."
-    stored = Report.load(path)
-    kept, made = ({**merged(one), **one.provenance} for one in (stored, report))
-    if others := differing(kept, made, asked):
-        return report, f"Drawn from this run: {caption(report)}{unlike(others)}."
-    return stored, f"Drawn from the stored run: {caption(stored)}{instead_of(kept, made)}."
+    stored = Report.load(path) if path.is_file() else None
+    kept, made = (one and {**merged(one), **one.provenance} for one in (stored, report))
+    agrees, note = agreement(kept, made, asked)
+    drawn = stored if agrees else report
+    return drawn, f"Drawn from {'the stored' if agrees else 'this'} run: {caption(drawn)}{note}."
 
 
 def merged(report: Report) -> dict:
@@ -141,31 +139,28 @@ def merged(report: Report) -> dict:
     return {"tasks": subsets[-1], "counts": [len(s) for s in subsets[:-1]], "methods": methods}
 
 
-def differing(stored: Mapping, made: Mapping, asked: Collection[str] | None = None) -> list[str]:
-    """Names of facts asked for (None: all made) that are not so in a stored run.
+def agreement(
+    stored: Mapping | None, made: Mapping, asked: Collection[str] | None = None
+) -> tuple[bool, str]:
+    """Whether a stored run has this one's facts, and how a caption says in what they differ.
 
-    A fact that either side lacks differs. A stored size may be larger than the one asked for.
+    The facts asked for (None: all made) count. One that either side lacks differs. A stored size
+    may be larger than the one asked for.
     """
-    made = plain(made)
+    if stored is None:
+        return False, ""
+    made = json.loads(json.dumps(dict(made)))  # as JSON gives it back
     names = sorted((set(made) - PLACE if asked is None else set(asked)) - {"size"})
     both = made.keys() & stored.keys()
     wrong = [name for name in names if name not in both or made[name] != stored[name]]
     rank = {size: number for number, size in enumerate(SIZES)}
-    smaller = rank.get(stored.get("size"), -1) < rank.get(made.get("size"), -1)
-    return ["size"] * smaller + wrong
-
-
-def unlike(others: Collection[str]) -> str:
-    """The end of a caption: why the stored run is not drawn."""
-    return f"; the stored run has other {', '.join(others)}" if others else ""
-
-
-def instead_of(stored: Mapping, made: Mapping) -> str:
-    """The end of a caption: this run's facts that the stored one does not have."""
-    made, both = plain(made), (made.keys() & stored.keys()) - PLACE - {"recipe"}
-    names = sorted((n for n in both if made[n] != stored[n]), key=lambda n: (n != "size", n))
-    words = [f"{name} {in_words(made[name])}" for name in names]
-    return f"; asked for was {', '.join(words)}" if words else ""
+    if rank.get(stored.get("size"), -1) < rank.get(made.get("size"), -1):
+        wrong.insert(0, "size")
+    if wrong:
+        return False, f"; the stored run has other {', '.join(wrong)}"
+    rest = [name for name in both - PLACE - {"recipe"} if made[name] != stored[name]]
+    words = [f"{n} {in_words(made[n])}" for n in sorted(rest, key=lambda n: (n != "size", n))]
+    return True, f"; asked for was {', '.join(words)}" if words else ""
 
 
 def in_words(value: object) -> str:
@@ -175,11 +170,6 @@ def in_words(value: object) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) if len(value) <= 4 else f"{len(value)} of them"
     return str(value)
-
-
-def plain(facts: Mapping) -> dict:
-    """Facts as JSON gives them back."""
-    return json.loads(json.dumps(dict(facts)))
 
 
 def described(facts: Mapping) -> str:

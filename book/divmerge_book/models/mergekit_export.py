@@ -1,7 +1,7 @@
 """The same merge as a configuration for mergekit, where it has one."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,33 +33,30 @@ def mergekit_recipe(
     """
     try:
         text = configuration(record, source, dtype)
+        if source.in_memory:
+            gap = deviation(source, streamed(source.base, record, source.cores))
+            if gap > EXACT:
+                raise NoRecipe(
+                    "the coefficients, applied to the experts' folders, give weights that differ "
+                    f"from these by {gap:.2g} of the largest weight"
+                )
     except NoRecipe as reason:
         return "", str(reason)
-    if source.in_memory:
-        gap = deviation(source, streamed(source.base, record, source.cores))
-        if gap > EXACT:
-            return "", (
-                "the coefficients, applied to the experts' folders, give weights that differ from "
-                f"these by {gap:.2g} of the largest weight"
-            )
     return text, ""
 
 
 def configuration(record: MergeRecord, source: Source, dtype: torch.dtype | None) -> str:
     """The YAML. Raises NoRecipe where mergekit cannot reproduce the merge."""
     base, merged, experts = source.base, source.cores, readable(record)
-    configs = [config_of(model.folder) for model in (base, *experts)]
-    kind = architecture(configs)
-    config = copy.deepcopy(configs[0])
-    config.is_decoder = True  # some classes warn without it; names are the same
+    config, kind, renamed = architecture([base, *experts])
     with torch.device("meta"):
         model = getattr(transformers, kind)(config)
     prefix = f"{model.base_model_prefix}."
     ties = (model._tied_weights_keys or {}) if config.tie_word_embeddings else {}
     on_disk = [name for name in model.state_dict() if name not in ties]
-    validate_names(kind, on_disk, prefix, merged, [base, *experts])
+    if found := next(mismatches(on_disk, prefix, merged, [base, *experts]), None):
+        raise NoRecipe(found.format(kind=kind))
     names = [name.removeprefix(prefix) for name in on_disk]
-    renamed = any(config.architectures != [kind] for config in configs)
     columns = dict(zip(merged, group_numbers(record, merged), strict=True))
 
     def reference(folder: Path) -> object:
@@ -100,9 +97,7 @@ def readable(record: MergeRecord) -> list[StoredModel]:
         raise NoRecipe("base and experts are not all different folders")
     for folder in folders:
         if (folder / "adapter_config.json").is_file():
-            raise NoRecipe(
-                f"{folder.name} is an adapter, which was multiplied out before the merge"
-            )
+            raise NoRecipe(f"{folder.name} is an adapter, multiplied out before the merge")
         if not (folder / "config.json").is_file():
             raise NoRecipe(f"{folder.name} has no config.json, so mergekit cannot read it")
     try:
@@ -111,58 +106,54 @@ def readable(record: MergeRecord) -> list[StoredModel]:
         raise NoRecipe(str(error)) from error
 
 
-def config_of(folder: Path) -> transformers.PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise NoRecipe(f"transformers does not know the model in {folder.name}") from error
-
-
-def architecture(configs: Sequence[transformers.PretrainedConfig]) -> str:
-    """The transformers class that mergekit is to read all of them as: heads are left out.
+def architecture(models: Sequence[StoredModel]) -> tuple[transformers.PretrainedConfig, str, bool]:
+    """The base's config, the transformers class that mergekit is to read all models as, without
+    heads, and whether any config names another.
 
     A language model as what it is; an encoder as the language model of its family, of which
     mergekit takes what is there (its own definition of BertModel fails, as of 0.1.5).
     """
-    names = {(config.architectures or [""])[0] for config in configs}
+    configs = []
+    for model in models:
+        try:
+            configs.append(AutoConfig.from_pretrained(model.folder))
+        except (OSError, ValueError, KeyError) as error:
+            raise NoRecipe(
+                f"transformers does not know the model in {model.folder.name}"
+            ) from error
     kinds = {MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) for config in configs}
     if len(kinds) > 1 or None in kinds:
-        raise NoRecipe(f"mergekit has no common kind for {', '.join(sorted(names))}")
-    return kinds.pop().__name__
+        names = sorted({(config.architectures or [""])[0] for config in configs})
+        raise NoRecipe(f"mergekit has no common kind for {', '.join(names)}")
+    kind, config = kinds.pop().__name__, copy.deepcopy(configs[0])
+    config.is_decoder = True  # some classes warn without it; names are the same
+    return config, kind, any(config.architectures != [kind] for config in configs)
 
 
-def validate_names(
-    kind: str,
-    names: Sequence[str],
-    prefix: str,
-    merged: Sequence[str],
-    models: Sequence[StoredModel],
-) -> None:
-    """Raise NoRecipe where mergekit would miss a tensor of the encoder, or a merged one.
+def mismatches(
+    names: Sequence[str], prefix: str, merged: Sequence[str], models: Sequence[StoredModel]
+) -> Iterator[str]:
+    """Why mergekit would miss a tensor of the encoder, or a merged one.
 
-    names: the tensors of the class `kind`; models: base and experts.
+    names: the tensors of the class that it reads all folders as; models: base and experts.
     """
+    start = "mergekit reads all folders as {kind}, "
+    inside = [name for name in names if name.startswith(prefix) or name in merged]
     for stored in models:
+        folder = stored.folder.name
         if stored.early:
-            raise NoRecipe(
-                f"mergekit does not know the early names in {stored.folder.name}, such as "
-                "LayerNorm.gamma; load it and save_pretrained it once"
+            yield (
+                f"mergekit does not know the early names in {folder}, such as LayerNorm.gamma; "
+                "load it and save_pretrained it once"
             )
-        inside = [name for name in names if name.startswith(prefix) or name in merged]
-        missing = [name for name in inside if name not in stored.tensors]
-        base = models[0].tensors
-        strange = [name for name in names if name in stored.tensors and name not in base]
-        if missing or strange:
-            raise NoRecipe(
-                f"mergekit reads all folders as {kind}, and {stored.folder.name} "
-                + (f"lacks {missing[0]}" if missing else f"has {strange[0]}, the base has not")
-            )
-    left = sorted(set(merged) - {name.removeprefix(prefix) for name in names})
-    if left:
-        raise NoRecipe(f"mergekit reads all folders as {kind}, which leaves out {left[0]}")
-
-
-# --- filters --------------------------------------------------------------------------------------
+        for name in inside:
+            if name not in stored.tensors:
+                yield start + f"and {folder} lacks {name}"
+        for name in names:
+            if name in stored.tensors and name not in models[0].tensors:
+                yield start + f"and {folder} has {name}, the base has not"
+    for name in sorted(set(merged) - {name.removeprefix(prefix) for name in names}):
+        yield start + f"which leaves out {name}"
 
 
 def setting(values: Mapping[str, float], prefix: str) -> object:
@@ -173,32 +164,22 @@ def setting(values: Mapping[str, float], prefix: str) -> object:
     """
     if len(set(values.values())) == 1:
         return next(iter(values.values()))
-    for filters in (beginnings(values), values):
-        ordered = dict(sorted(filters.items(), key=lambda pair: -len(pair[0])))
-        if matches(ordered, values, prefix):
+
+    def beginning(name: str) -> str:
+        """The shortest dotted beginning under which all tensors have one value, or the name."""
+        starts = (name[: n + 1] for n, letter in enumerate(name) if letter == ".")
+        alike = (s for s in starts if len({values[n] for n in values if n.startswith(s)}) == 1)
+        return next(alike, name)
+
+    for filters in ({beginning(name): value for name, value in values.items()}, values):
+        listed = [
+            {"filter": n, "value": filters[n]} for n in sorted(filters, key=len, reverse=True)
+        ]
+        listed.append({"value": 0.0})
+        found = {
+            name: next(one["value"] for one in listed if one.get("filter", "") in name)
+            for name in [before + name for name in values for before in ("", prefix)]
+        }
+        if all(found[name] == found[prefix + name] == value for name, value in values.items()):
             break
-    return [{"filter": name, "value": value} for name, value in ordered.items()] + [{"value": 0.0}]
-
-
-def beginnings(values: Mapping[str, float]) -> dict[str, float]:
-    """The shortest dotted beginnings under which all tensors have one value -> that value."""
-    found = {}
-    for name, value in values.items():
-        parts = name.split(".")
-        for depth in range(1, len(parts)):
-            start = ".".join(parts[:depth]) + "."
-            if all(v == value for n, v in values.items() if n.startswith(start)):
-                found[start] = value
-                break
-        else:
-            found[name] = value
-    return found
-
-
-def matches(filters: Mapping[str, float], values: Mapping[str, float], prefix: str) -> bool:
-    """Whether the first filter that occurs in a name gives its value, for every name; else 0."""
-
-    def found(name: str) -> float:
-        return next((value for part, value in filters.items() if part in name), 0.0)
-
-    return all(found(before + n) == v for n, v in values.items() for before in ("", prefix))
+    return listed
