@@ -100,15 +100,8 @@ def toys(tiny_folder, shared_cache, experts, monkeypatch):
     for name in MARKERS:
         monkeypatch.setitem(TASKS, name, toy_task(name))
     monkeypatch.setitem(SUITES, "toy", Suite("toy", tuple(MARKERS)))
-    size = Size(
-        str(tiny_folder),
-        (0,),
-        TINY_RECIPE,
-        TINY_RECIPE,
-        epochs=2,
-        precision="float32",
-        candidates=1,
-    )
+    fits = {"epochs": 2, "precision": "float32", "candidates": 1}
+    size = Size(str(tiny_folder), (0,), TINY_RECIPE, TINY_RECIPE, **fits)
     monkeypatch.setitem(SIZES, "toy", size)
     monkeypatch.setenv("DIVMERGE_CACHE", str(shared_cache))
     return tuple(MARKERS)
@@ -121,6 +114,7 @@ def fresh(toys, shared_cache, tmp_path, monkeypatch):
     for kind in ("experts", "tasks"):
         (tmp_path / "cache" / kind).symlink_to(shared_cache / kind, target_is_directory=True)
     monkeypatch.setenv("DIVMERGE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")

@@ -52,8 +52,6 @@ from helpers import TINY_RECIPE, merge, toy, toy_splits, toy_task
 from divmerge_core import methods
 from divmerge_core.methods import METHODS, parse
 
-# --- the code that a result reaches ---------------------------------------------------------------
-
 
 @pytest.fixture
 def forget():
@@ -245,8 +243,6 @@ def test_all_that_runs_in_a_language_preparation_is_reached(llama_folder, glue_r
     assert unreached(ran, prepare_language) == []
 
 
-# --- every input of a result ----------------------------------------------------------------------
-
 RECIPES = {
     **{"rows": 20, "epochs": 1, "lr": 2e-2, "batch_size": 8, "max_length": 10, "warmup": 0.2},
     **{"weight_decay": 0.1, "precision": "bfloat16"},
@@ -419,9 +415,6 @@ def test_every_field_of_a_language_size_is_in_its_experiments_digest(llama_folde
     for field, value in values.items():
         changed = digest(replace(size, **{field: value})) != before
         assert changed == (field not in LANGUAGE_OPTIONS), field
-
-
-# --- one's own models, and GLUE -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", ["merge", "validation", "test"])

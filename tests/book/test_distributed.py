@@ -31,7 +31,6 @@ from helpers import WORDS
 from scale_worker import CASES, batches_of, made
 from torch.testing import assert_close
 
-from divmerge_core.checkpoints.safetensors_io import StoredModel
 from divmerge_core.divergences import js
 from divmerge_core.merging.coefficients import Coefficients
 from divmerge_core.merging.fit import fit_coefficients
@@ -56,9 +55,8 @@ def started(mode: str, folder: Path, world: int = 2) -> list[object]:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = [sys.executable, str(ROOT / "tests" / "scale_worker.py"), mode, str(folder)]
         environment = {**os.environ, **QUIET, **place, **address}
-        processes.append(
-            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        )
+        given = {"env": environment, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, **given))
     try:
         errors = [process.communicate(timeout=300)[1] for process in processes]
     finally:
@@ -69,9 +67,6 @@ def started(mode: str, folder: Path, world: int = 2) -> list[object]:
     return [json.loads(file.read_text()) if file.exists() else None for file in files]
 
 
-# --- two processes --------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module", params=[2, 3])
 def fits(request, tmp_path_factory) -> list[dict]:
     """Every case of scale_worker.py, as each of two and of three ranks saw it."""
@@ -80,7 +75,7 @@ def fits(request, tmp_path_factory) -> list[dict]:
 
 @pytest.mark.scale
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_find_the_coefficients_that_one_process_finds(fits, case):
+def test_ranks_find_what_one_process_finds_and_hold_their_own_share_only(fits, case):
     if case not in fits[0]:
         pytest.skip("three ranks try two cases")
     for rank in fits:
@@ -89,45 +84,28 @@ def test_ranks_find_the_coefficients_that_one_process_finds(fits, case):
         assert found["losses"] < 1e-6 and found["weights"] < 1e-5
         assert found["again"] == 0, "a second fit of the same model"
         assert found["uneven"] and found["groups"][0] == found["groups"][1]
-
-
-@pytest.mark.scale
-@pytest.mark.parametrize("case", CASES)
-def test_a_rank_reads_and_holds_its_own_share_only(fits, case):
-    if case not in fits[0]:
-        pytest.skip("three ranks try two cases")
-    for rank in fits:
-        found = rank[case]
         assert found["before"] == 0, "the model comes without weights"
         assert found["columns"] == found["own"] < found["whole"] * 0.65
         assert sum(found["read"]) == 4 * found["own"], "base and three experts"
     assert sum(rank[case]["own"] for rank in fits) == fits[0][case]["whole"]
 
 
-@pytest.mark.scale
-def test_a_rank_that_fails_stops_all_and_says_why(tmp_path):
-    first, second = started("fails", tmp_path)
-    assert second == "RuntimeError: no more of this disk"
-    assert first.startswith(
-        "PeerFailed: rank 0 stops with the others. First failed rank 1: Runtime"
-    )
-    assert "no more of this disk" in first
+FAILURES = {  # what each of two ranks says
+    "fails": (
+        "PeerFailed: rank 0 stops with the others. First failed rank 1: RuntimeError: no more of",
+        "RuntimeError: no more of this disk",
+    ),
+    "killed": ("PeerFailed: rank 0 stops: another rank is gone without a word", None),
+    "differ": ("the ranks ended with different coefficients",) * 2,
+}
 
 
 @pytest.mark.scale
-def test_a_rank_that_is_killed_stops_the_others(tmp_path):
-    first, second = started("killed", tmp_path)
-    assert second is None
-    assert first.startswith("PeerFailed: rank 0 stops: another rank is gone without a word")
+@pytest.mark.parametrize("mode", FAILURES)
+def test_a_rank_that_fails_is_killed_or_comes_apart_stops_all_and_says_why(tmp_path, mode):
+    for said, expected in zip(started(mode, tmp_path), FAILURES[mode], strict=True):
+        assert expected in said if expected else said is None
 
-
-@pytest.mark.scale
-def test_ranks_that_came_apart_are_told(tmp_path):
-    found = started("differ", tmp_path)
-    assert all("the ranks ended with different coefficients" in one for one in found)
-
-
-# --- the command line -----------------------------------------------------------------------------
 
 LINES = {"one": ["the old film\tgood", "very new song\tbad here"], "two": ["on the film\tnowhere"]}
 
@@ -148,14 +126,11 @@ def folders(tmp_path_factory) -> Path:
     vocabulary = {word: number for number, word in enumerate(WORDS)}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", eos_token="[SEP]"
-    )
-    for name in ("base", "one", "two"):
-        if name != "base":
-            model.load_state_dict(
-                {key: value + 0.05 * torch.randn_like(value) for key, value in start.items()}
-            )
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "[SEP]"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    for name, noise in (("base", 0.0), ("one", 0.05), ("two", 0.05)):
+        moved = {key: value + noise * torch.randn_like(value) for key, value in start.items()}
+        model.load_state_dict(moved)
         model.tie_weights()
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -175,10 +150,8 @@ def command(folder: Path, output: Path, **changes) -> list[str]:
 def torchrun(*given: str) -> subprocess.CompletedProcess:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     place = ["--master-port", str(free_port()), "-m", "divmerge_book.runner.distributed"]
-    environment = {**os.environ, **QUIET}
-    return subprocess.run(
-        [*launch, *place, *given], env=environment, capture_output=True, text=True, timeout=300
-    )
+    options = {"env": {**os.environ, **QUIET}, "capture_output": True, "text": True}
+    return subprocess.run([*launch, *place, *given], timeout=300, **options)
 
 
 @pytest.mark.scale
@@ -189,37 +162,26 @@ def test_torchrun_writes_the_model_that_one_process_would(folders, tmp_path):
     assert "task vectors" in done.stderr and "total" in done.stderr  # the plan, told once
     told = json.loads((output / "coefficients.json").read_text())
 
-    states = {}
-    for name in ("base", "one", "two"):
-        stored = StoredModel.at(folders / name)
-        states[name] = {
-            core: stored.tensors[key].piece().float().view(stored.tensors[key].shape)
-            for core, key in stored.cores.items()
-        }
-    base = states.pop("base")
-    module = transformers.AutoModelForCausalLM.from_pretrained(folders / "base")
-    vectors = TaskVectors.from_states(base, states)
+    auto = transformers.AutoModelForCausalLM
+    models = {name: auto.from_pretrained(folders / name) for name in ("base", "one", "two")}
+    states = {
+        name: {key: tensor.detach() for key, tensor in model.named_parameters()}
+        for name, model in models.items()
+    }
+    module = models["base"]
+    vectors = TaskVectors.from_states(states.pop("base"), states)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders / "base")
-    batches = [
-        text_batches(lines, tokenizer, batch_size=4, max_length=256, device=torch.device("cpu"))
-        for lines in LINES.values()
-    ]
-
-    def forward(parameters, pairs):
-        named = {f"model.{core}": tensor for core, tensor in parameters.items()}
-        return causal_forward(module)(named, pairs)
-
+    options = {"batch_size": 4, "max_length": 256, "device": torch.device("cpu")}
+    batches = [text_batches(lines, tokenizer, **options) for lines in LINES.values()]
     coefficients = Coefficients(vectors.layout, 2, grouping="layer")
-    merged = fit_coefficients(
-        MergeProblem(vectors, batches, forward), coefficients, js, epochs=3, progress=False
-    )
-    groups = [told["groups"].index(group) for group in coefficients.groups]
-    assert_close(
-        torch.tensor(told["values"])[:, groups], coefficients().detach(), atol=1e-5, rtol=0
-    )
-    written = transformers.AutoModelForCausalLM.from_pretrained(output).state_dict()
-    for core, tensor in vectors.layout.unflatten(merged).items():
-        assert_close(written[f"model.{core}"], tensor, atol=1e-5, rtol=0)
+    problem = MergeProblem(vectors, batches, causal_forward(module))
+    merged = fit_coefficients(problem, coefficients, js, epochs=3, progress=False)
+    groups = [told["groups"].index(group.removeprefix("model.")) for group in coefficients.groups]
+    values = torch.tensor(told["values"])[:, groups]
+    assert_close(values, coefficients().detach(), atol=1e-5, rtol=0)
+    written = auto.from_pretrained(output).state_dict()
+    for name, tensor in vectors.layout.unflatten(merged).items():
+        assert_close(written[name], tensor, atol=1e-5, rtol=0)
 
 
 @pytest.mark.scale
@@ -228,9 +190,6 @@ def test_torchrun_stops_with_the_reason_where_the_number_of_processes_is_wrong(f
     assert done.returncode != 0
     assert "3 processes are wanted, torchrun started 2; say --nproc-per-node 3" in done.stderr
     assert not (tmp_path / "merged").exists()
-
-
-# --- one process is enough ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -284,22 +243,18 @@ def test_a_folder_gives_the_numbers_that_the_model_has(folders):
 def test_answers_are_the_positions_that_predict_them(folders):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders / "base")
     device = torch.device("cpu")
-    (batch,) = text_batches(
-        ["the film\tgood bad", "song"], tokenizer, batch_size=2, max_length=9, device=device
-    )
+    lines, options = ["the film\tgood bad", "song"], {"batch_size": 2, "device": device}
+    (batch,) = text_batches(lines, tokenizer, max_length=9, **options)
     ids = batch.inputs["input_ids"][0]
     following = ids[1:][batch.answer[0, :-1]]
     words = tokenizer.convert_ids_to_tokens(following.tolist())
     assert words == ["good", "bad", "[SEP]"], "and that it ends"
-    assert batch.answer[1].nonzero().flatten().tolist() == [
-        int(batch.inputs["attention_mask"][1].sum()) - 1
-    ]
+    last = int(batch.inputs["attention_mask"][1].sum()) - 1
+    assert batch.answer[1].nonzero().flatten().tolist() == [last]
     assert_close(batch.weight.sum(), torch.tensor(1.0))
     with pytest.raises(ValueError, match="line 1 has .* max_length=2 leaves no room"):
-        text_batches(["the\tgood bad"], tokenizer, batch_size=1, max_length=2, device=device)
+        text_batches(["the\tgood bad"], tokenizer, max_length=2, **options)
 
-
-# --- bad input ------------------------------------------------------------------------------------
 
 PLACE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "1"}
 
@@ -318,24 +273,17 @@ def test_a_fit_on_several_devices_watches_the_loss_of_all(problem):
     losses = []
     for reducer in (None, Elsewhere()):
         coefficients = Coefficients(problem.vectors.layout, 3)
-        fit_coefficients(
-            replace(problem, reducer=reducer),
-            *(coefficients, js),
-            epochs=1,
-            callback=lambda step: losses.append(step.loss),
-            progress=False,
-        )
+        options = {"epochs": 1, "callback": lambda step: losses.append(step.loss)}
+        own = replace(problem, reducer=reducer)
+        fit_coefficients(own, coefficients, js, progress=False, **options)
     assert_close(losses[4], losses[0] + 1.0)  # three steps and an end each
     assert_close(coefficients().detach(), torch.full((3, 1), 1 / 3))  # no gradient came
 
 
-def test_what_torchrun_did_not_start_is_refused(monkeypatch):
+def test_what_torchrun_did_not_start_and_another_number_of_processes_are_refused(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="is started by torchrun"), process_group():
         pass
-
-
-def test_another_number_of_processes_is_refused():
     assert validate_world(PLACE, 2) == (0, 2)
     with pytest.raises(ValueError, match="4 processes are wanted, torchrun started 2"):
         validate_world(PLACE, 4)
@@ -343,14 +291,14 @@ def test_another_number_of_processes_is_refused():
 
 def test_a_process_without_a_gpu_is_refused(monkeypatch):
     assert process_device("cpu", PLACE) == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="there are 1; start torchrun with --nproc-per-node 1"):
-        process_device("cuda", PLACE)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match="or say device='cpu'"):
-        process_device("cuda", PLACE)
-    with pytest.raises(ValueError, match="device must be one of cpu, cuda, got 'cuda:1'"):
-        process_device("cuda:1", PLACE)
+    for device, count, message in (
+        ("cuda", 1, "there are 1; start torchrun with --nproc-per-node 1"),
+        ("cuda", 0, "or say device='cpu'"),
+        ("cuda:1", 0, "device must be one of cpu, cuda, got 'cuda:1'"),
+    ):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        with pytest.raises(ValueError, match=message):
+            process_device(device, PLACE)
 
 
 @pytest.mark.parametrize(
@@ -377,9 +325,9 @@ def test_a_wrong_command_line_is_refused_before_anything_is_loaded(
 def test_an_expert_of_another_shape_is_named(folders):
     source = from_folder(folders / "one")
     require_shapes(source, {"model.norm.weight": (12,)})
-    with pytest.raises(
-        ValueError, match=r"model.norm.weight has shape \(12,\), the model has \(13"
+    for wanted, message in (
+        ({"model.norm.weight": (13,)}, r"norm.weight has shape \(12,\), the model has \(13"),
+        ({"lm_head.bias": (3,)}, "lm_head.bias has shape unknown"),
     ):
-        require_shapes(source, {"model.norm.weight": (13,)})
-    with pytest.raises(ValueError, match="lm_head.bias has shape unknown"):
-        require_shapes(source, {"lm_head.bias": (3,)})
+        with pytest.raises(ValueError, match=message):
+            require_shapes(source, wanted)

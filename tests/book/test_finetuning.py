@@ -1,8 +1,6 @@
 """Experts: they learn, are cached under all that determines them, and are refused once damaged."""
 
-import errno
 import json
-import os
 import shutil
 from dataclasses import replace
 
@@ -11,7 +9,7 @@ import torch
 from divmerge_book.models import finetuning as module
 from divmerge_book.models.encoders import load_base, make_batches, pooled
 from divmerge_book.models.finetuning import data_digest, fine_tune, load_expert, rate
-from helpers import COUNTS, MARKERS, TINY_RECIPE, refuse, toy_splits, toy_task
+from helpers import COUNTS, MARKERS, TINY_RECIPE, toy_splits, toy_task
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -40,9 +38,6 @@ def tune(base, name="mood", recipe=FAST, **options):
 def same(one, other) -> None:
     assert_close(dict(one.state), dict(other.state), rtol=0, atol=0)
     assert_close(dict(one.head), dict(other.head), rtol=0, atol=0)
-
-
-# --- learning -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", range(len(MARKERS)))
@@ -76,9 +71,6 @@ def test_the_step_size_rises_and_falls_to_zero():
     assert found == pytest.approx([0.5, 1, *(n / 8 for n in range(8, -1, -1))])
 
 
-# --- the cache ------------------------------------------------------------------------------------
-
-
 def test_an_expert_is_trained_once_and_reproducible(tiny, tmp_path, monkeypatch, trained):
     found = []
     for folder in ("one", "one", "two"):
@@ -95,32 +87,11 @@ def test_an_expert_is_trained_once_and_reproducible(tiny, tmp_path, monkeypatch,
     assert manifest["recipe"]["precision"] == "float32"
 
 
-def test_another_recipe_seed_task_text_or_base_is_another_expert(
-    tiny, tiny_folder, tmp_path, cache, trained
-):
-    other = load_base(str(tiny_folder))
-    with torch.no_grad():
-        other.encoder.embeddings.LayerNorm.bias[0] += 1
-    other.encoder.save_pretrained(tmp_path / "other")
-    other.tokenizer.save_pretrained(tmp_path / "other")
-    tune(tiny)
-    tune(tiny, recipe=replace(FAST, epochs=2))
-    tune(tiny, seed=1)
-    tune(tiny, "place")
-    fine_tune(tiny, toy_task("mood", seed=1), FAST, progress=False)
-    tune(load_base(str(tmp_path / "other")))
-    assert trained == ["mood", "mood", "mood", "place", "mood", "mood"]
-    assert len(list((cache / "experts").iterdir())) == 6
-
-
 def test_rows_have_a_digest_of_their_content_and_order(cache):
     rows = toy_task("mood").load("train")
     assert data_digest(rows) == data_digest(rows.select(range(len(rows))))
     assert data_digest(rows) != data_digest(rows.select(range(len(rows) - 1)))
     assert data_digest(rows) != data_digest(rows.select(reversed(range(len(rows)))))
-
-
-# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -165,35 +136,11 @@ def interrupted(*args):
     raise KeyboardInterrupt
 
 
-def full(tensors, path):
-    path.write_bytes(b"half")
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize(
-    ("place", "name", "failure", "error"),
-    [
-        (torch.optim.AdamW, "step", interrupted, KeyboardInterrupt),
-        (module, "save_file", interrupted, KeyboardInterrupt),
-        (module, "save_file", full, ValueError),
-    ],
-)
-def test_an_interrupted_training_or_save_leaves_nothing(
-    tiny, cache, monkeypatch, place, name, failure, error
-):
+@pytest.mark.parametrize(("place", "name"), [(torch.optim.AdamW, "step"), (module, "save_file")])
+def test_an_interrupted_training_or_save_leaves_nothing(tiny, cache, monkeypatch, place, name):
     with monkeypatch.context() as patch:
-        patch.setattr(place, name, failure)
-        with pytest.raises(
-            error, match="^$|No space left on .*; set DIVMERGE_CACHE .* few GB free"
-        ):
+        patch.setattr(place, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
             tune(tiny)
     assert not list(cache.glob("experts/*")) and not tiny.encoder.training
     assert tune(tiny).task == "mood"
-
-
-def test_a_read_only_cache_is_refused_before_training(tiny, cache, monkeypatch, trained):
-    toy_task("mood").load("train")
-    monkeypatch.setattr(storage, "FileLock", refuse)
-    with pytest.raises(ValueError, match="Read-only file system; set DIVMERGE_CACHE to a writable"):
-        tune(tiny)
-    assert trained == []

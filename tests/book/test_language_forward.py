@@ -114,9 +114,6 @@ def test_a_family_that_works_otherwise_is_refused_by_name():
         Parts.of(toy("llama").model.model)
 
 
-# --- precision and checkpointing ------------------------------------------------------------------
-
-
 def leaves(base):
     return {name: tensor.clone().requires_grad_() for name, tensor in base.state.items()}
 

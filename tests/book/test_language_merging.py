@@ -29,9 +29,6 @@ def quiet_merge(bench, name: str, **options) -> torch.Tensor:
     return METHODS[name](bench.problem, progress=False, **options)
 
 
-# --- completions ----------------------------------------------------------------------------------
-
-
 def slow_answer(base, prompt, max_new: int) -> tuple[int, ...]:
     """One prompt, without padding and without memory."""
     ids = list(prompt)
@@ -120,9 +117,6 @@ def test_fewer_words_are_less_memory_and_never_more_divergence(llama, qwen, cach
             assert (objective_against(own.expert, logits, DIVERGENCES[name]) <= exact + 1e-2).all()
 
 
-# --- merging --------------------------------------------------------------------------------------
-
-
 def test_one_expert_at_coefficient_one_diverges_from_nobody(language_experiment):
     problem, base = language_experiment.problem, language_experiment.base
     for number, name in enumerate(problem.vectors.tasks):
@@ -156,18 +150,16 @@ def test_divmerge_lowers_the_divergence_over_the_vocabulary(language_experiment)
     def callback(step):
         losses.append(step.loss)
 
-    quiet_merge(
-        language_experiment, "divmerge", grouping="block", epochs=5, lr=5e-2, callback=callback
-    )
+    options = {"grouping": "block", "epochs": 5, "lr": 5e-2, "callback": callback}
+    quiet_merge(language_experiment, "divmerge", **options)
     assert sum(losses[-4:-1]) < sum(losses[:3])
 
 
 def test_divmerge_takes_its_options_here_too(language_experiment):
     seen = []
     options = {"divergence": "kl", "temperature": 2.0, "optimizer": "lbfgs", "link": "sigmoid"}
-    quiet_merge(
-        language_experiment, "divmerge", inputs=2, epochs=2, callback=seen.append, **options
-    )
+    options |= {"inputs": 2, "epochs": 2, "callback": seen.append}
+    quiet_merge(language_experiment, "divmerge", **options)
     assert 0 < seen[-1].coeffs.min() and seen[-1].coeffs.max() < 1
     quiet_merge(language_experiment, "adamerging", grouping="task", inputs=2, epochs=1)
 
@@ -197,9 +189,6 @@ def test_a_killed_fit_resumes_to_the_same_model(language_experiment, tmp_path, m
     assert torch.equal(resumed, whole)
 
 
-# --- whole suites ---------------------------------------------------------------------------------
-
-
 def test_a_comparison_scores_words_and_writing(llama_folder, glue_rows, shared_cache):
     recipe = replace(SIZE.recipe, max_length=160)
     size = replace(SIZE, base=str(llama_folder), epochs=1, recipe=recipe)
@@ -216,13 +205,10 @@ def test_a_comparison_scores_words_and_writing(llama_folder, glue_rows, shared_c
 def toy_rows(name: str):
     """A packaged task with made-up rows in its place."""
     answers = TASKS[name].answers
-    splits = {
-        split: [
-            (f"{split} text {n}", None, answers[n % 2] if answers else f"{split} number {n}")
-            for n in range(24)
-        ]
-        for split in SPLITS
-    }
+    splits = {}
+    for split in SPLITS:
+        right = [answers[n % 2] if answers else f"{split} number {n}" for n in range(24)]
+        splits[split] = [(f"{split} text {n}", None, one) for n, one in enumerate(right)]
     return replace(TASKS[name], read=lambda: splits, origin=lambda: "toy")
 
 

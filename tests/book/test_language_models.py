@@ -13,8 +13,6 @@ from language_toys import save_model, tokenizer
 from divmerge_core.merging.coefficients import groups_of
 from divmerge_core.merging.task_vectors import Layout
 
-# --- loading --------------------------------------------------------------------------------------
-
 
 def test_tied_weights_are_one_tensor_and_others_two(llama, qwen):
     assert "lm_head.weight" not in llama.state and "model.embed_tokens.weight" in llama.state
@@ -75,9 +73,6 @@ def test_the_upper_blocks_are_what_they_say(llama, qwen):
     assert trained(llama.model, "all") == list(llama.state)
     with pytest.raises(ValueError, match=r"all or top:1 \.\. top:2, got 'top:3'"):
         trained(llama.model, "top:3")
-
-
-# --- experts that do not fit ----------------------------------------------------------------------
 
 
 def test_an_expert_from_a_folder_has_its_own_weights(llama, tmp_path):

@@ -42,9 +42,6 @@ def test_a_prompt_that_does_not_fit_its_task_is_refused():
         add("sst2", "A {text}:", "good", "Good.")
 
 
-# --- tokens ---------------------------------------------------------------------------------------
-
-
 def test_a_prompt_that_is_too_long_loses_text_and_never_the_question(llama):
     prompt = PROMPTS["mrpc"]
     rows = [{"text": "word " * 60, "pair": "two"}, {"text": "one", "pair": "two"}]

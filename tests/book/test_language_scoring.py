@@ -48,16 +48,8 @@ def test_what_is_written_counts_where_it_is_exactly_a_word(llama, glue_rows, mon
     exam = exam_of(llama, written_split, max_new=4)
     texts = [" positive", "Negative.", "very positive", "", "film", "no", "yes", "negative"]
     monkeypatch.setattr(type(exam), "answers", lambda *given: texts)
-    assert exam.predictions(problem, flat, 0)["predicted"] == [
-        1,
-        0,
-        2,
-        2,
-        2,
-        2,
-        2,
-        0,
-    ]  # 2: none of the two
+    found = exam.predictions(problem, flat, 0)["predicted"]
+    assert found == [1, 0, 2, 2, 2, 2, 2, 0]  # 2: none of the two
 
 
 class Anyone:
@@ -73,9 +65,6 @@ def test_a_predictor_writes_nothing(llama, glue_rows):
     problem, _ = one_model(llama)
     with pytest.raises(ValueError, match="score a predictor by the likelihood"):
         exam_of(llama, written_split, max_new=4).predictions(problem, Anyone(), 0)
-
-
-# --- classes and grades in one report -------------------------------------------------------------
 
 
 def mixed(seeds: int = 2) -> Report:

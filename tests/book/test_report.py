@@ -55,9 +55,6 @@ def interval(report: Report, method: str = "merge", **options) -> pd.Series:
     return report.intervals(**options).set_index("method").loc[method]
 
 
-# --- scores by hand -------------------------------------------------------------------------------
-
-
 def test_scores_by_hand(report):
     assert value(report, "merge", "anp") == pytest.approx((9 / 18 + 15 / 20) / 2)
     assert value(report, "merge", "anp", seed=1) == pytest.approx((8 / 16 + 20 / 20) / 2)
@@ -90,6 +87,7 @@ def test_a_constant_prediction_keeps_no_margin_though_its_anp_is_high():
     gold = [0] * 18 + [1] * 2
     frame["gold"], frame["predicted"] = [gold, gold], [gold, [0] * 20]
     report = Report.of(frame)
+    assert report.majority()[SUITE, "a"] == 18 / 20
     assert value(report, "constant", "anp") == pytest.approx(0.9)
     assert value(report, "constant", "kept_margin") == pytest.approx(0)
 
@@ -126,12 +124,6 @@ def test_glue_tasks_are_scored_by_their_own_metric():
     assert all(own.value[task] == tidy[task, metric] for task, metric in own.metric.items())
 
 
-def test_the_majority_class_is_that_of_the_test_rows():
-    frame = rows({"expert": {"a": (0,)}})
-    frame["gold"] = frame["predicted"] = [[0] * 15 + [1, 1, 1, 2, 2]]
-    assert Report.of(frame).majority()[SUITE, "a"] == pytest.approx(15 / 20)
-
-
 def test_a_task_counts_where_its_expert_beats_the_majority_by_the_margin_in_the_mean():
     enough = round(100 * (0.5 - MARGIN))
     report = Report.of(rows({"expert": {"a": (enough,), "b": (enough + 1,), "c": (0,)}}, 100))
@@ -155,15 +147,11 @@ def test_suites_are_kept_apart(report):
     assert table["toy", "merge"] == pytest.approx(interval(report, draws=50).value)
 
 
-# --- intervals ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_an_interval_contains_its_point_the_mean_over_seeds(report, statistic):
-    table = report.intervals(statistic=statistic, draws=500)
+    table = report.intervals(statistic=statistic, draws=500).set_index("method")
     assert (table.low <= table.value + 1e-9).all() and (table.value <= table.high + 1e-9).all()
     assert table.num_seeds.tolist() == [2] * 4
-    table = table.set_index("method")
     if statistic == "accuracy":
         assert table.value["merge"] == pytest.approx((9 + 15 + 8 + 20) / 80)
         return
@@ -171,31 +159,6 @@ def test_an_interval_contains_its_point_the_mean_over_seeds(report, statistic):
         mean = np.mean([value(report, method, statistic, seed=seed) for seed in (0, 1)])
         assert table.value[method] == pytest.approx(mean)
     assert table.loc["expert", ["low", "value", "high"]].tolist() == pytest.approx([1, 1, 1])
-
-
-@pytest.mark.parametrize("statistic", STATISTICS)
-def test_seeds_with_equal_predictions_narrow_no_interval(statistic):
-    def width(count: int) -> float:
-        mistakes = {"expert": {"a": (10,) * count, "b": (0,) * count}}
-        mistakes["merge"] = {"a": (20,) * count, "b": (30,) * count}
-        row = interval(Report.of(rows(mistakes, 100)), statistic=statistic, draws=500)
-        return row.high - row.low
-
-    assert width(3) == pytest.approx(width(1), rel=1e-9)
-
-
-def test_the_interval_of_a_mean_over_seeds_has_the_width_of_its_own_spread():
-    """Seeds that are wrong on rows of their own."""
-    size, rng, found = 400, np.random.default_rng(0), []
-    gold = [0, 1] * (size // 2)
-    for seed in range(5):
-        wrong = rng.random(size) < 0.3
-        said = [1 - g if w else g for g, w in zip(gold, wrong, strict=True)]
-        found.append((SUITE, SUBSET, "expert", seed, "a", gold, gold))
-        found.append((SUITE, SUBSET, "merge", seed, "a", said, gold))
-    row = interval(Report.of(pd.DataFrame(found, columns=COLUMNS)))
-    exact = 2 * 1.96 * np.sqrt(0.3 * 0.7 / size / 5)
-    assert 0.5 * exact < row.high - row.low < 2 * exact
 
 
 def test_seeds_on_other_rows_have_no_joint_interval(report):
@@ -213,21 +176,14 @@ def test_an_interval_depends_on_seed_and_level(report):
     assert wide.high - wide.low > narrow.high - narrow.low
 
 
-def test_more_test_rows_are_a_narrower_interval():
-    for size in (20, 400):
-        mistakes = {"expert": {"a": (0,)}, "merge": {"a": (size // 4,)}}
-        row = interval(Report.of(rows(mistakes, size)))
-        exact = 2 * 1.96 * np.sqrt(0.75 * 0.25 / size)  # of a share, by the normal approximation
-        assert row.high - row.low == pytest.approx(exact, rel=0.2)
-
-
 def test_seeds_that_differ_widen_the_interval():
-    def width(per_seed: tuple[int, ...]) -> float:
-        mistakes = {"expert": {"a": (0, 0)}, "merge": {"a": per_seed}}
-        row = interval(Report.of(rows(mistakes, 400)))
+    def width(*per_seed: int) -> float:
+        expert = {"a": (0,) * len(per_seed)}
+        row = interval(Report.of(rows({"expert": expert, "merge": {"a": per_seed}}, 400)))
         return row.high - row.low
 
-    assert width((40, 160)) > 2 * width((100, 100))
+    assert width(40, 160) > 2 * width(100, 100)
+    assert width(100, 100, 100) == pytest.approx(width(100))  # equal seeds say no more than one
 
 
 def test_a_difference_is_antisymmetric_and_contains_its_point(report):
@@ -240,17 +196,8 @@ def test_a_difference_is_antisymmetric_and_contains_its_point(report):
     assert there[0] == pytest.approx(table["merge"] - table["mean"])
 
 
-def test_a_difference_is_paired():
-    """Two methods that differ in one prediction of 200; each alone is uncertain."""
-    mistakes = {"expert": {"a": (0,)}, "m": {"a": (60,)}, "n": {"a": (61,)}}
-    report = Report.of(rows(mistakes, 200))
-    _, low, high = report.difference(SUITE, SUBSET, "m", "n")
-    alone = interval(report, "m")
-    assert high - low < (alone.high - alone.low) / 3
-
-
 def test_the_width_of_a_difference_is_that_of_the_normal_approximation():
-    """Within 10 %; intervals of another level than 95 % are further off."""
+    """Within 10 %, and paired: the methods are wrong on many rows together."""
     size, rng = 500, np.random.default_rng(1)
     gold = np.arange(size) % 2
     wrong = {"expert": np.zeros(size, bool), "m": rng.random(size) < 0.3}
@@ -277,8 +224,6 @@ def test_an_unknown_statistic_and_a_report_without_a_counted_task_are_refused(re
         none.intervals()
 
 
-# --- files ----------------------------------------------------------------------------------------
-
 FITS = [{"method": "merge", "coefficients": [[0.1, 1 / 3], [2.0, -1e-17]], "losses": [0.5, 0.25]}]
 
 
@@ -298,22 +243,18 @@ def test_a_report_comes_back_from_its_file_exactly(report, tmp_path):
     assert data["rows"][0] == dict(zip(COLUMNS, report.rows.iloc[0], strict=True))
 
 
-@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_an_interrupted_save_leaves_the_old_file_and_no_other(
-    report, tmp_path, monkeypatch, failure
-):
+def test_an_interrupted_save_leaves_the_old_file_and_no_other(report, tmp_path, monkeypatch):
     path = tmp_path / "report.json"
     report.save(path)
     before = path.read_bytes()
 
     def fail(old, new):
-        raise failure
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module.os, "replace", fail)
-    with pytest.raises((ValueError, KeyboardInterrupt), match="No space left|^$"):
+    with pytest.raises(ValueError, match="No space left"):
         Report.of(report.rows, FITS).save(path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_older_files_contain_base_36_text_and_say_the_same(report, tmp_path):
@@ -329,9 +270,6 @@ def test_older_files_contain_base_36_text_and_say_the_same(report, tmp_path):
     pd.testing.assert_frame_equal(back[:-2], report.rows)
     assert back.predicted.iloc[-1] == back.gold.iloc[-1] == [9, 10, 11, 35]
     assert (back.predicted.iloc[-2], back.gold.iloc[-2]) == ([0.5, 1.0], "rouge1")
-
-
-# --- provenance -----------------------------------------------------------------------------------
 
 
 def test_a_report_carries_its_provenance_and_a_caption(report):

@@ -16,7 +16,6 @@ from divmerge_book.evaluation.statistics import (
     exact_p,
     expected_calibration_error,
     fisher_interval,
-    format_correlation,
     holm,
     largest_of,
     mean_interval,
@@ -41,9 +40,6 @@ def generator(seed: int = 0) -> np.random.Generator:
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return generator(seed).standard_normal(shape)
-
-
-# --- rows crossed with seeds ----------------------------------------------------------------------
 
 
 def test_draws_of_rows_have_the_variance_of_a_mean_and_the_same_rows_for_all_columns():
@@ -88,6 +84,8 @@ def test_seeds_alone_give_students_interval_and_rows_alone_too():
     assert found.interval() == pytest.approx(mean_interval(values))
     rows = Estimate(np.float64(1), np.float64(0), np.float64(4), 1, 25)
     assert rows.half() == pytest.approx(2 * stats.t.ppf(0.975, 25))
+    constant = crossed(np.ones((3, 2)), np.ones((3, 10, 2)), 9)
+    assert [end.tolist() for end in constant.interval()] == [[1, 1], [1, 1]]
 
 
 def test_the_quantile_is_the_mean_of_satterthwaites_and_cochrans():
@@ -95,11 +93,6 @@ def test_the_quantile_is_the_mean_of_satterthwaites_and_cochrans():
     satterthwaite = stats.t.ppf(0.975, 1 / ((1 / 3) ** 2 / 2 + (2 / 3) ** 2 / 99))
     cochran = stats.t.ppf(0.975, 2) / 3 + 2 * stats.t.ppf(0.975, 99) / 3
     assert found.half() == pytest.approx((satterthwaite + cochran) / 2 * 1.5**0.5)
-
-
-def test_what_does_not_vary_has_no_width():
-    found = crossed(np.ones((3, 2)), np.ones((3, 10, 2)), 9)
-    assert found.interval()[0].tolist() == found.interval()[1].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("between", [0.0, 0.5])
@@ -140,9 +133,6 @@ def test_the_truth_of_the_simulation_is_that_of_a_large_sample():
     assert truth(0.0)["anp"][0] == truth(0.0)["kept_margin"][0] == 1
 
 
-# --- means ----------------------------------------------------------------------------------------
-
-
 def test_the_interval_of_a_mean_is_scipys():
     values = noise(7)
     test = stats.ttest_1samp(values, 0).confidence_interval(0.95)
@@ -157,9 +147,6 @@ def test_the_middle_of_draws_leaves_out_what_is_undefined():
     low, high = middle(drawn)
     assert (low[0], high[0]) == pytest.approx(tuple(np.percentile(np.arange(1, 101), [2.5, 97.5])))
     assert np.isnan([low[1], high[1]]).all()
-
-
-# --- correlations ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", CORRELATIONS)
@@ -200,9 +187,6 @@ def test_fishers_interval_is_scipys_and_wider_for_ranks():
     assert fisher_interval(0.5, 10, "spearman")[0] < fisher_interval(0.5, 10, "pearson")[0] < 0.5
     with pytest.raises(ValueError, match="4 points"):
         fisher_interval(0.5, 3, "pearson")
-
-
-# --- permutations ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", CORRELATIONS)
@@ -248,20 +232,13 @@ def test_holm_by_hand():
     assert holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0]
 
 
-# --- calibration ----------------------------------------------------------------------------------
-
-
-def test_a_perfectly_calibrated_toy_has_no_calibration_error():
-    sure = torch.tensor([0.75] * 4 + [0.5] * 2, dtype=torch.float64)
-    right = torch.tensor([1, 1, 1, 0, 1, 0]).bool()
-    assert expected_calibration_error(sure, right) == 0
-
-
 def test_the_calibration_error_by_hand():
     sure = torch.tensor([0.95, 0.95, 0.65, 0.65], dtype=torch.float64)
     right = torch.tensor([1, 0, 1, 1]).bool()
     assert_close(expected_calibration_error(sure, right), (0.45 + 0.35) / 2)
     assert_close(expected_calibration_error(sure, right, bins=1), 0.05)  # 0.8 against 0.75
+    sure = torch.tensor([0.75] * 4 + [0.5] * 2, dtype=torch.float64)  # perfectly calibrated
+    assert expected_calibration_error(sure, torch.tensor([1, 1, 1, 0, 1, 0]).bool()) == 0
 
 
 def test_bins_hold_their_upper_edge_and_empty_ones_have_no_mean():
@@ -291,13 +268,6 @@ def test_calibration_asks_for_rows_bins_and_probabilities():
             reliability(wrong, right[: len(wrong)], bins=bins)
     with pytest.raises(ValueError, match="draws"):
         chance_error(torch.tensor([0.5]), draws=0)
-
-
-# --- text and shares ------------------------------------------------------------------------------
-
-
-def test_an_undefined_correlation_is_printed_as_undefined():
-    assert [format_correlation(r) for r in (0.254, -1.0, np.nan)] == ["+0.25", "-1.00", "undefined"]
 
 
 def test_the_half_width_of_a_share_is_the_normal_approximation():

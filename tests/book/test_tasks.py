@@ -1,5 +1,7 @@
 """Tasks: what they declare, how rows become splits on disk, and GLUE read from a folder."""
 
+import shutil
+
 import datasets
 import pytest
 from divmerge_book.data.downloads import ASSETS
@@ -17,8 +19,7 @@ def test_every_task_is_in_a_suite_and_declares_its_question_and_source():
 
 def test_the_embedded_suite_is_as_varied_as_the_book_says():
     chosen = [TASKS[name] for name in SUITES["embedded"].tasks]
-    assert len(chosen) == 8
-    assert sum(task.pair for task in chosen) >= 2
+    assert len(chosen) == 8 and sum(task.pair for task in chosen) >= 2
     assert len({task.kind for task in chosen}) >= 6
     sources = {f"{asset.package} {asset.version}" for asset in ASSETS.values()}
     assert {task.source for task in chosen} <= sources
@@ -29,9 +30,6 @@ def test_the_second_suite_is_glue():
     assert {task.source for task in chosen} == {"GLUE"}
     assert [task.name for task in chosen if not task.pair] == ["cola", "sst2"]
     assert [task.name for task in chosen if task.pair] == ["qqp", "qnli", "mnli", "rte", "mrpc"]
-
-
-# --- splits on disk -------------------------------------------------------------------------------
 
 
 def test_rows_come_back_as_they_were_read(cache):
@@ -60,18 +58,6 @@ def test_rows_are_read_once_and_other_data_anew(cache):
     assert toy_task("mood", seed=0).folder() != toy_task("mood", seed=1).folder()
 
 
-def test_interrupted_splitting_leaves_nothing(cache, monkeypatch):
-    def interrupted(self, path):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(datasets.Dataset, "save_to_disk", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            toy_task("mood").load("train")
-    assert list((cache / "tasks").iterdir()) == []
-    assert len(toy_task("mood").load("train")) == 160
-
-
 def test_half_of_the_questions_get_a_passage_of_another():
     rows = [(f"question {n}", f"passage {n} of {n % 7}", "yes") for n in range(200)]
     own = {question: passage for question, passage, _ in rows}
@@ -85,7 +71,12 @@ def test_half_of_the_questions_get_a_passage_of_another():
     assert {passage for _, passage, _ in found} <= set(own.values())  # splits stay disjoint
 
 
-# --- GLUE -----------------------------------------------------------------------------------------
+def made(count: int, **texts: str) -> list[dict]:
+    """GLUE's rows with these texts, numbered."""
+    return [
+        {name: text.format(n) for name, text in texts.items()} | {"label": n % 2, "idx": n}
+        for n in range(count)
+    ]
 
 
 @pytest.fixture
@@ -102,21 +93,16 @@ def glue(tmp_path, cache, monkeypatch):
         datasets.Dataset.from_list(rows).to_parquet(path)
 
     for split, count in (("train", 900), ("validation", 40)):
-        write("cola", split, [cola_row(split, n) for n in range(count)])
-    write("cola", "test", [cola_row("test", n) | {"label": -1} for n in range(5)])
-    for split, count in (("train", 900), ("validation", 40)):
-        write("rte", split, [rte_row(split, n) for n in range(count)])
+        write("cola", split, made(count, sentence=f"{split} sentence {{}}"))
+        texts = {"sentence1": f"{split} premise {{}}", "sentence2": f"{split} hypothesis {{}}"}
+        rows = made(count, **texts)
+        rows[1::2] = [
+            row | {"sentence1": other["sentence1"]}
+            for row, other in zip(rows[1::2], rows[::2], strict=True)
+        ]
+        write("rte", split, rows)  # every premise has two hypotheses: rows share texts
+    write("cola", "test", [row | {"label": -1} for row in made(5, sentence="test sentence {}")])
     return write
-
-
-def cola_row(split: str, n: int) -> dict:
-    return {"sentence": f"{split} sentence {n}", "label": n % 2, "idx": n}
-
-
-def rte_row(split: str, n: int) -> dict:
-    """Two hypotheses for every premise, so that rows share texts."""
-    texts = {"sentence1": f"{split} premise {n // 2}", "sentence2": f"{split} hypothesis {n}"}
-    return {**texts, "label": n % 2, "idx": n}
 
 
 def test_glue_is_read_from_a_folder_in_the_hubs_layout(glue):
@@ -145,29 +131,21 @@ def test_glues_pairs_share_no_text_across_splits(glue):
 
 def test_a_labelled_test_split_stands_in_for_a_validation_split_that_is_missing(glue):
     for split, count in (("train", 900), ("test", 30)):
-        rows = [{"sentence": f"{split} review {n}", "label": n % 2, "idx": n} for n in range(count)]
-        glue("sst2", split, rows)
+        glue("sst2", split, made(count, sentence=f"{split} review {{}}"))
     assert all(text.startswith("test review") for text in TASKS["sst2"].load("test")["text"])
 
 
 def test_one_split_alone_is_split_in_four(glue):
-    rows = [
-        {"question": f"question {n}", "sentence": f"sentence {n}", "label": n % 2, "idx": n}
-        for n in range(1300)
-    ]
-    glue("qnli", "validation", rows)
+    glue("qnli", "validation", made(1300, question="question {}", sentence="sentence {}"))
     counts = {split: len(TASKS["qnli"].load(split)) for split in SPLITS}
     assert counts == {"train": 100, "validation": 300, "merge": 400, "test": 500}
 
 
 def test_another_glue_folder_is_other_data(glue, tmp_path, monkeypatch):
     first = TASKS["cola"].folder()
-    monkeypatch.setenv("DIVMERGE_GLUE_DIR", str(tmp_path / "other"))
-    glue_row = [cola_row("train", n) for n in range(1300)]
-    (tmp_path / "other" / "cola").mkdir(parents=True)
-    datasets.Dataset.from_list(glue_row).to_parquet(
-        tmp_path / "other" / "cola" / "train-00000-of-00001.parquet"
-    )
+    glue("cola", "validation", made(50, sentence="another {}"))
+    other = shutil.copytree(tmp_path / "glue", tmp_path / "other")
+    monkeypatch.setenv("DIVMERGE_GLUE_DIR", str(other))
     assert TASKS["cola"].folder() != first
 
 
@@ -177,11 +155,11 @@ def test_without_hub_and_folder_the_error_says_how_to_get_either(cache, monkeypa
 
     monkeypatch.delenv("DIVMERGE_GLUE_DIR", raising=False)
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(
-        ValueError,
-        match=r"(?s)cannot read GLUE task 'rte' from the hub's nyu-mll/glue: Couldn't reach.*"
-        r"Set DIVMERGE_GLUE_DIR to a folder with rte/train-\*\.parquet.*huggingface\.co",
-    ):
+    message = (
+        r"(?s)cannot read GLUE task 'rte' from the hub's nyu-mll/glue: Couldn't reach.*"
+        r"Set DIVMERGE_GLUE_DIR to a folder with rte/train-\*\.parquet.*huggingface\.co"
+    )
+    with pytest.raises(ValueError, match=message):
         TASKS["rte"].load("train")
     assert not any(cache.rglob("*.arrow"))
 
@@ -190,8 +168,6 @@ def test_a_glue_folder_without_the_task_is_named_in_the_error(glue):
     with pytest.raises(ValueError, match=r"GLUE task 'mrpc' from .*glue/mrpc: .*DIVMERGE_GLUE_DIR"):
         TASKS["mrpc"].load("train")
 
-
-# --- what cannot be a task ------------------------------------------------------------------------
 
 TWO = [("a", None, "yes"), ("b", None, "no")]
 FEW = "its {} split of {} rows is empty or holds one class .*more rows"

@@ -12,10 +12,10 @@ import hashlib
 import inspect
 import json
 import types
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import metadata
-from itertools import chain
 from pathlib import Path
 
 import divmerge_core
@@ -47,6 +47,12 @@ def versions(*libraries: str) -> dict[str, str]:
     return {name: metadata.version(name) for name in libraries or LIBRARIES}
 
 
+def key_of(*what: object) -> str:
+    """A key of these facts: numbers, words, lists, dictionaries and dataclasses of them."""
+    text = json.dumps(what, sort_keys=True, default=dataclasses.asdict)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
 def code_digest(*things: object, apart: str | None = None) -> str:
     """A digest of all code that these functions, classes, objects or full names reach.
 
@@ -54,11 +60,12 @@ def code_digest(*things: object, apart: str | None = None) -> str:
     notebook, its text counts. apart: a registry whose entries do not count.
     """
     chosen = list(leaves(thing for thing in things if not isinstance(thing, str)))
-    named = (thing.rpartition(".")[::2] for thing in things if isinstance(thing, str))
-    found = [module(source).find(name) for source, name in named]
-    places = frozenset(chain(*found, *(start(one) for one in chosen)))
+    places = [place for one in chosen for place in start(one)]
+    for source, _, name in (thing.rpartition(".") for thing in things if isinstance(thing, str)):
+        places += module(source).find(name)
     texts = [inspect.getsource(one) for one in chosen if one.__module__ == "__main__"]
-    return hashlib.sha256(repr((reached_digest(places, apart), texts)).encode()).hexdigest()
+    reached = reached_digest(frozenset(places), apart)
+    return hashlib.sha256(repr((reached, texts)).encode()).hexdigest()
 
 
 @cache
@@ -70,7 +77,7 @@ def package_digest() -> str:
 @cache
 def module_digest(*names: str) -> str:
     """A digest of all code of these modules."""
-    return digest_of([(n, k) for n in names for k in range(len(module(n).body))])
+    return digest_of((n, k) for n in names for k in range(len(module(n).body)))
 
 
 @cache
@@ -92,7 +99,7 @@ def reached(places: Iterable[Place], apart: str | None) -> set[Place]:
             found.add(place)
             own = module(place[0])
             ahead += own.statement(place[1])[1]
-            if not any(place[1] in own.bound.get(name, ()) for name in {*VALUES, apart}):
+            if not any(place[1] in own.bound[name] for name in {*VALUES, apart} & {*own.bound}):
                 ahead += registrations().get(place, ())
     return found
 
@@ -117,9 +124,8 @@ def leaves(things: Iterable[object]) -> Iterator[type | types.FunctionType]:
 def start(thing: type | types.FunctionType) -> list[Place]:
     """Where a function or class of this package is defined."""
     name = thing.__module__
-    if name.partition(".")[0] not in NAMES:
-        return []
-    return module(name).find(thing.__qualname__.split(".")[0])
+    own = name.partition(".")[0] in NAMES
+    return module(name).find(thing.__qualname__.split(".")[0]) if own else []
 
 
 @cache
@@ -130,18 +136,9 @@ def module(name: str) -> "Module":
 @cache
 def modules() -> frozenset[str]:
     """Full names of the modules of both packages."""
-    paths = (
-        path.relative_to(folder.parent).with_suffix("")
-        for folder in ROOT
-        for path in folder.rglob("*.py")
-    )
-    return frozenset(".".join(part for part in path.parts if part != "__init__") for path in paths)
-
-
-def key_of(*what: object) -> str:
-    """A key of these facts: numbers, words, lists, dictionaries and dataclasses of them."""
-    text = json.dumps(what, sort_keys=True, default=dataclasses.asdict)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    paths = [path.relative_to(root.parent) for root in ROOT for path in root.rglob("*.py")]
+    names = (".".join(path.with_suffix("").parts) for path in paths)
+    return frozenset(name.removesuffix(".__init__") for name in names)
 
 
 def path_of(name: str) -> Path:
@@ -157,7 +154,7 @@ class Module:
         self.name = name
         self.body = ast.parse(path_of(name).read_text("utf-8")).body
         self.imported: dict[str, tuple[str, str]] = {}  # name -> module and name there
-        self.bound: dict[str, list[int]] = {}
+        self.bound: dict[str, list[int]] = defaultdict(list)
         self.entries: dict[int, list[str]] = {}  # registries that a statement files into
         self.always: list[int] = []  # done whenever the module is imported
         for number, part in enumerate(self.body):
@@ -167,10 +164,10 @@ class Module:
             names, entries = bound_names(part), registries(part)
             if entries:
                 self.entries[number] = entries
-            for name in names:
-                self.bound.setdefault(name, []).append(number)
-            if not names and not entries and acts(part):
+            elif not names and acts(part):
                 self.always.append(number)
+            for bound in names:
+                self.bound[bound].append(number)
 
     def find(self, name: str) -> list[Place]:
         """The statements that bind a name, here or where it is imported from."""
@@ -180,7 +177,7 @@ class Module:
 
     def foreign(self, source: str, name: str) -> list[Place]:
         """The statements that bind a name of another module; none for a module itself."""
-        if source in KEEPERS or joined(source, name) in modules():
+        if source in KEEPERS or f"{source}.{name}" in modules():
             return []
         if not (found := module(source).find(name)):
             raise ValueError(f"module {self.name} imports {name} of {source}, which binds none")
@@ -192,31 +189,31 @@ class Module:
 
         It is rewritten in place.
         """
-        plain, found = Plain().visit(self.body[number]), []
-        nodes, imported = list(ast.walk(plain)), {**self.imported}
-        local = {name: source for node in nodes for name, source in own_imports(node).items()}
-        imported |= local
-        for node in nodes:
+        plain, found = Plain(), []
+        tree = plain.visit(self.body[number])
+        imported = self.imported | plain.imported
+        for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                source = joined(*imported.get(node.value.id, ("", "")))
-                if source and source in modules():
+                source = ".".join(imported.get(node.value.id, ()))
+                if source in modules():
                     found += self.foreign(source, node.attr)
             elif isinstance(node, ast.Name):
-                found += self.foreign(*local[node.id]) if node.id in local else self.find(node.id)
-        return ast.dump(Unimported().visit(plain)), found
+                local = plain.imported.get(node.id)
+                found += self.foreign(*local) if local else self.find(node.id)
+        return ast.dump(tree), found
 
 
 @cache
 def registrations() -> dict[Place, list[Place]]:
     """What every registry is given, by the statement that makes the registry."""
-    found: dict[Place, list[Place]] = {}
+    found = defaultdict(list)
     for name in modules() - KEEPERS:
         if ".register(" not in path_of(name).read_text("utf-8"):
             continue
         own = module(name)
         for number, entries in own.entries.items():
             for place in (place for entry in entries for place in own.find(entry)):
-                found.setdefault(place, []).append((name, number))
+                found[place].append((name, number))
     return found
 
 
@@ -226,10 +223,6 @@ def registries(part: ast.stmt) -> list[str]:
     calls = (node for one in where for node in ast.walk(one) if isinstance(node, ast.Call))
     heads = [call.func for call in calls if getattr(call.func, "attr", "") == "register"]
     return [head.value.id for head in heads if isinstance(head.value, ast.Name)]
-
-
-def joined(source: str, name: str) -> str:
-    return f"{source}.{name}".strip(".")
 
 
 def own_imports(node: ast.AST) -> dict[str, tuple[str, str]]:
@@ -259,7 +252,11 @@ def acts(part: ast.stmt) -> bool:
 
 
 class Plain(ast.NodeTransformer):
-    """Takes away docstrings, words of errors, registries' names, and facts that only pages show."""
+    """Takes away docstrings, words of errors, registries' names, facts that only pages show, and
+    imports from these packages, which it notes."""
+
+    def __init__(self):
+        self.imported: dict[str, tuple[str, str]] = {}
 
     def visit(self, node: ast.AST) -> ast.AST:
         self.generic_visit(node)
@@ -270,11 +267,7 @@ class Plain(ast.NodeTransformer):
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "register":
             node.func = ast.Constant("register")  # an entry does not reach the other entries
             node.keywords = [one for one in node.keywords if one.arg not in WORDS]
+        elif own := own_imports(node):
+            self.imported |= own
+            return ast.Pass()
         return node
-
-
-class Unimported(ast.NodeTransformer):
-    """Takes away imports from this package."""
-
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
-        return ast.Pass() if own_imports(node) else node

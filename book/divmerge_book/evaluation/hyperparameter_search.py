@@ -43,16 +43,17 @@ def own_experts(experiment: Experiment, splits: Sequence, **labels: object) -> p
 def written_rows(
     experiment: Experiment, rows: Sequence[dict], model: Callable[[str], Merged]
 ) -> list[dict]:
-    """The rows of a language suite answered by generation; `model` gives the weights for a task.
+    """The rows of a language suite answered by generation; of others none.
 
-    Free text was generated for `rows` already, and is taken from them.
+    model: the weights for a task. Free text was generated for `rows` already, and is taken from
+    them.
     """
-    return [
-        row
-        if split.references is not None
-        else {**row, **split.predictions(experiment.problem, model(row["task"]), number)}
-        for number, (row, split) in enumerate(zip(rows, experiment.written, strict=False))
-    ]
+    found, splits = [], experiment.written
+    for number, (row, split) in enumerate(zip(rows, splits, strict=True) if splits else ()):
+        given = split.references is not None
+        new = {} if given else split.predictions(experiment.problem, model(row["task"]), number)
+        found.append({**row, **new})
+    return found
 
 
 def validation_scores(experiment: Experiment, merged: Merged) -> tuple[float, float]:

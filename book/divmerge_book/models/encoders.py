@@ -4,7 +4,7 @@ differentiates."""
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import datasets
@@ -54,10 +54,8 @@ def check_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        have = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-        raise ValueError(
-            f"no device {device!r} here; this machine has {', '.join(have)}"
-        ) from error
+        have = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        raise ValueError(f"no device {device!r} here; this machine has {have}") from error
     return chosen
 
 
@@ -83,23 +81,15 @@ def load_base(name: str, device: str = "cpu") -> Base:
     missing, and where the model is no encoder of texts (see `check_encoder`).
     """
     place = check_device(device)
-    source = str(ENCODERS[name]()) if name in ENCODERS else name
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    try:
+
+    def load(source: str) -> tuple[torch.nn.Module, dict]:
         known = MODEL_MAPPING.get(type(AutoConfig.from_pretrained(source)), object)
         kinds = known if isinstance(known, tuple) else (known,)
         takes = {name for kind in kinds for name in inspect.signature(kind).parameters}
         bare = {"add_pooling_layer": False} if "add_pooling_layer" in takes else {}
-        encoder, loading = AutoModel.from_pretrained(source, output_loading_info=True, **bare)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot load encoder {name!r}: {error}; choose one of {', '.join(ENCODERS)}, or give "
-            "a folder or a hub name that transformers' AutoModel can load"
-        ) from error
-    if loading["missing_keys"]:
-        raise ValueError(f"{name!r} lacks weights for {sorted(loading['missing_keys'])[:5]}")
+        return AutoModel.from_pretrained(source, output_loading_info=True, **bare)
+
+    encoder, tokenizer = load_pretrained(ENCODERS, name, load)
     encoder = encoder.float().eval().to(place)
     taken = inspect.signature(encoder.forward).parameters
     tokenizer.model_input_names = [key for key in tokenizer.model_input_names if key in taken]
@@ -113,6 +103,33 @@ def load_base(name: str, device: str = "cpu") -> Base:
     return base
 
 
+def load_pretrained(
+    folders: Registry, name: str, load: Callable[[str], tuple[torch.nn.Module, dict]]
+) -> tuple[torch.nn.Module, transformers.PreTrainedTokenizerBase]:
+    """Model and tokenizer: a name in `folders`, a local folder, or a hub model's name.
+
+    load: transformers' `from_pretrained` of the model, with its loading info.
+    """
+    source = str(folders[name]()) if name in folders else name
+    quiet_transformers()
+    try:
+        model, loading = load(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"cannot load {folders.kind} {name!r}: {error}; choose one of {', '.join(folders)}, or "
+            "give a folder or a hub name that transformers can load"
+        ) from error
+    if loading["missing_keys"]:
+        raise ValueError(f"{name!r} lacks weights for {sorted(loading['missing_keys'])[:5]}")
+    return model, tokenizer
+
+
+def quiet_transformers() -> None:
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
 @torch.no_grad()
 def check_encoder(base: Base) -> None:
     """Raise ValueError, naming the model's class, unless it encodes texts whatever their padding.
@@ -124,10 +141,8 @@ def check_encoder(base: Base) -> None:
         raise ValueError(f"the tokenizer of {base.name!r} names no padding token; give it one")
     rows = datasets.Dataset.from_dict({"text": ["a", "a b c d"]})
     try:
-        both, one = (make_batches(rows, base, batch_size=n)[0] for n in (2, 1))
-        together, *alone = (
-            pooled(base.encoder, base.state, batch.inputs) for batch in [*both, *one]
-        )
+        batches = [b for size in (2, 1) for b in make_batches(rows, base, batch_size=size)[0]]
+        together, *alone = (pooled(base.encoder, base.state, batch.inputs) for batch in batches)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{base.name!r} is a {kind}, which gives no hidden states for texts alone ({error!r}); "
@@ -174,10 +189,8 @@ def join(batches: Sequence[Batch], pad: Mapping[str, int]) -> dict[str, Tensor]:
     def widen(key: str, tensor: Tensor) -> Tensor:
         return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=pad.get(key, 0))
 
-    return {
-        key: torch.cat([widen(key, batch.inputs[key]) for batch in batches])
-        for key in batches[0].inputs
-    }
+    inputs = [batch.inputs for batch in batches]
+    return {key: torch.cat([widen(key, one[key]) for one in inputs]) for key in inputs[0]}
 
 
 def classifier_forward(
@@ -193,11 +206,9 @@ def classifier_forward(
     half_precision = resolve(precision, base.device) == "bfloat16"
 
     def forward(parameters, pairs):
-        longest_first = sorted(
-            range(len(pairs)), key=lambda n: -pairs[n][1].inputs["input_ids"].shape[1]
-        )
+        width = lambda n: -pairs[n][1].inputs["input_ids"].shape[1]  # noqa: E731
+        longest_first, logits = sorted(range(len(pairs)), key=width), [None] * len(pairs)
         middle = (len(pairs) + 1) // 2
-        logits: list = [None] * len(pairs)
         for half in filter(None, (longest_first[:middle], longest_first[middle:])):
             inputs = join([pairs[n][1] for n in half], pad)
             with torch.autocast(base.device.type, torch.bfloat16, enabled=half_precision):

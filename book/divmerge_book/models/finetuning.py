@@ -124,10 +124,10 @@ def save_expert(
 
 def read_expert(folder: Path, device: str) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Manifest and tensors. Raises ValueError where they are missing or not those saved."""
-    if not (folder / "manifest.json").is_file():
+    file, weights = folder / "manifest.json", folder / "model.safetensors"
+    if not file.is_file():
         raise ValueError(f"{folder} holds no expert: manifest.json is missing")
-    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-    weights = folder / "model.safetensors"
+    manifest = json.loads(file.read_text("utf-8"))
     if not weights.is_file() or sha256(weights) != manifest["model.safetensors"]:
         raise ValueError(f"{weights} is missing or damaged; delete {folder} and train it again")
     return manifest, load_file(weights, device=device)
@@ -136,14 +136,11 @@ def read_expert(folder: Path, device: str) -> tuple[dict[str, object], dict[str,
 def load_expert(folder: Path, *, device: str = "cpu") -> Expert:
     """A fine-tuned encoder from its folder; raises as `read_expert`."""
     manifest, tensors = read_expert(folder, device)
-    part = {
-        name: {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(name)}
+    encoder, head = (
+        {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(name)}
         for name in ("encoder", "head")
-    }
-    return Expert(manifest["task"], part["encoder"], part["head"], manifest)
-
-
-# --- training -------------------------------------------------------------------------------------
+    )
+    return Expert(manifest["task"], encoder, head, manifest)
 
 
 def adamw(weights: Iterable[Tensor], recipe) -> torch.optim.AdamW:

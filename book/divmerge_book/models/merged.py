@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from divmerge_book.models.encoders import ENCODERS, pooled
+from divmerge_book.models.encoders import ENCODERS, pooled, quiet_transformers
 from divmerge_book.models.mergekit_export import mergekit_recipe
 from divmerge_core import checkpoints
 from divmerge_core.checkpoints import Head, MergeRecord
@@ -114,8 +114,7 @@ def load_with_head(folder: str | os.PathLike, task: str) -> nn.Module:
     head, listing those that have one.
     """
     head = load_head(folder, task)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    quiet_transformers()
     if head.architecture == MEAN:
         encoder = transformers.AutoModel.from_pretrained(folder)
         return MeanClassifier(encoder, head.tensors, head.labels).eval()

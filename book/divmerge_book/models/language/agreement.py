@@ -24,21 +24,18 @@ def check_forward(base: Language) -> None:
     known = model.get_input_embeddings().num_embeddings
     rows = [[n % known for n in row] for row in ((5, 6, 7, 8), (9, 4))]
     batch, _ = collate(base, [(row[:1], row[1:]) for row in rows])
+    refusal = (
+        f"{base.name!r} is a {type(model).__name__}, of which the logits computed here are not the "
+        "model's own; take a model of another family"
+    )
     try:
         whole = [model(torch.tensor([row], device=base.device)).logits[0] for row in rows]
         ours = language_forward(model)(base.state, [(0, batch)])[0]
         said = greedy(base, base.state, rows, max_new=1)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{refusal(base)}: {error!r}") from error
+        raise ValueError(f"{refusal}: {error!r}") from error
     own = torch.cat([logits[:-1] for logits in whole])
     last = [logits[-1].max() - logits[-1, t] for logits, (t,) in zip(whole, said, strict=True)]
     gap = torch.stack([(ours - own).abs().max(), *last]).max() / own.abs().max()
     if not gap <= CLOSE[own.dtype]:
-        raise ValueError(f"{refusal(base)}: they differ by {gap:.2g} of the largest logit")
-
-
-def refusal(base: Language) -> str:
-    return (
-        f"{base.name!r} is a {type(base.model).__name__}, of which the logits computed here are "
-        "not the model's own; take a model of another family"
-    )
+        raise ValueError(f"{refusal}: they differ by {gap:.2g} of the largest logit")

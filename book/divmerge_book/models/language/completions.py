@@ -4,7 +4,7 @@ Both are cached on disk in parts, so that a killed run resumes with the next par
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from divmerge_book.models.language.prompts import Prompt
 from divmerge_book.models.language.reading import ask, by_length, collate
 from divmerge_book.models.language.seq2seq import encodes, padded, start_of
 from divmerge_core.kernels.expert_cache import TopKLogProbs, cache_expert
-from divmerge_core.merging.problem import Batch, Forward
+from divmerge_core.merging.problem import Batch
 from divmerge_core.storage import cache_dir, dump_json, once
 
 TOGETHER = 16  # prompts that are completed at a time: one part on disk
@@ -65,19 +65,17 @@ def greedy(
     precision: str = "float32",
 ) -> list[tuple[int, ...]]:
     """Greedy answers, each with its EOS; one that has not ended at `max_new` tokens has none."""
-    two, half = encodes(base.model), resolve(precision, base.device) == "bfloat16"
+    two, half, stop = encodes(base.model), resolve(precision, base.device) == "bfloat16", base.stop
     if half and not two:
         parameters = Parts.of(base.model).lowered(parameters)
     ids, mask = padded(base, prompts, "right" if two else "left")
-    options = {"max_new_tokens": max_new, "do_sample": False, "eos_token_id": base.stop}
-    options |= {"pad_token_id": base.stop, "use_cache": True}
+    options = {"max_new_tokens": max_new, "do_sample": False, "use_cache": True}
     options |= {"decoder_start_token_id": start_of(base)} if two else {}
-    call = {"input_ids": ids, "attention_mask": mask, "half": half}
-    call["generation_config"] = GenerationConfig(**options)
+    config = GenerationConfig(eos_token_id=stop, pad_token_id=stop, **options)
+    call = {"input_ids": ids, "attention_mask": mask, "half": half, "generation_config": config}
     weights = {f"model.{name}": tensor for name, tensor in parameters.items()}
     found = functional_call(Generation(base.model), weights, kwargs=call)
     rows = found[:, 1 if two else ids.shape[1] :].tolist()
-    stop = base.stop
     return [tuple(row[: row.index(stop) + 1] if stop in row else row) for row in rows]
 
 
@@ -103,13 +101,13 @@ class Completions:
     @property
     def nbytes(self) -> int:
         """Memory that the cached distributions take."""
-        kept = [batch.expert for batch in self.batches]
-        return sum(
-            one.classes.nbytes + one.log_probs.nbytes
-            if isinstance(one, TopKLogProbs)
-            else one.nbytes
-            for one in kept
-        )
+        return sum(t.nbytes for batch in self.batches for t in tensors_of(batch.expert).values())
+
+
+def tensors_of(distributions: Tensor | TopKLogProbs) -> dict[str, Tensor]:
+    """The tensors of an expert's distributions, by name."""
+    whole = {"log_probs": distributions}
+    return vars(distributions) if isinstance(distributions, TopKLogProbs) else whole
 
 
 def completions(
@@ -132,27 +130,36 @@ def completions(
     its likeliest classes only (see TopKLogProbs, which says what that loses); None keeps all V in
     bfloat16. Finished parts are read from the cache.
     """
-    asked = ask(base, prompt, rows, max_length)
-    code, place = code_digest(completions), base.device.type
+    asked, code = ask(base, prompt, rows, max_length), code_digest(completions)
     what = [*key, base.digest, asked.prompts, max_new, batch_size, precision, top]
-    name = key_of(code, versions(), place, what)
+    name = key_of(code, versions(), base.device.type, what)
     folder = cache_dir() / "completions" / f"{prompt.task}-{name}"
+    forward = language_forward(base.model, precision=precision)
+    shown = {"disable": not progress, "leave": False}
+
+    def write_answers(few: Sequence[Sequence[int]], path: Path) -> None:
+        dump_json(path, greedy(base, expert, few, max_new=max_new, precision=precision))
+
+    @torch.no_grad()
+    def write_distributions(batch: Batch, path: Path) -> None:
+        found = tensors_of(cache_expert(forward(expert, [(0, batch)])[0], top=top))
+        save_file({name: tensor.cpu().contiguous() for name, tensor in found.items()}, path)
+
+    answers, batches = [], []
     parts = [asked.prompts[n : n + TOGETHER] for n in range(0, len(asked.prompts), TOGETHER)]
-    answers = []
-    for number, few in enumerate(tqdm(parts, "completing", disable=not progress, leave=False)):
-        found = partial(greedy, base, expert, few, max_new=max_new, precision=precision)
-        make = partial(write_answers, found)
-        path = once(folder / f"answers-{number}.json", make, folder=False)
+    for number, few in enumerate(tqdm(parts, "completing", **shown)):
+        path = folder / f"answers-{number}.json"
+        once(path, partial(write_answers, few), folder=False)
         answers += map(tuple, json.loads(path.read_text("utf-8")))
     pairs = list(zip(asked.prompts, answers, strict=True))
-    forward = language_forward(base.model, precision=precision)
     groups = list(by_length([len(prompt) + len(answer) for prompt, answer in pairs], batch_size))
-    batches = []
-    for number, group in enumerate(tqdm(groups, "asking", disable=not progress, leave=False)):
+    for number, group in enumerate(tqdm(groups, "asking", **shown)):
         batch, _ = collate(base, [pairs[row] for row in group])
-        make = partial(write_distributions, forward, expert, batch, top)
-        path = once(folder / f"distributions-{number}.safetensors", make, folder=False)
-        batches.append(replace(batch, expert=load_distributions(path, base.device)))
+        path = folder / f"distributions-{number}.safetensors"
+        once(path, partial(write_distributions, batch), folder=False)
+        kept = load_file(path, device=str(base.device))
+        kept = TopKLogProbs(**kept) if "classes" in kept else kept["log_probs"]
+        batches.append(replace(batch, expert=kept))
     return Completions(asked.prompts, answers, batches, counted(base, asked.shortened, answers))
 
 
@@ -165,27 +172,3 @@ def counted(base: Language, shortened: int, answers: Sequence[Sequence[int]]) ->
         "empty": sum(not written(base, answer).strip() for answer in answers),
         "positions": sum(map(len, answers)),
     }
-
-
-def write_answers(find: Callable[[], list[tuple[int, ...]]], path: Path) -> None:
-    dump_json(path, find())
-
-
-@torch.no_grad()
-def write_distributions(
-    forward: Forward, expert: Mapping[str, Tensor], batch: Batch, top: int | None, path: Path
-) -> None:
-    """Compute and write an expert's distributions at the answer positions of a batch."""
-    save_distributions(path, cache_expert(forward(expert, [(0, batch)])[0], top=top))
-
-
-def save_distributions(path: Path, answers: Tensor | TopKLogProbs) -> None:
-    """Write an expert's distributions."""
-    tensors = vars(answers) if isinstance(answers, TopKLogProbs) else {"log_probs": answers}
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
-
-
-def load_distributions(path: Path, device: torch.device) -> Tensor | TopKLogProbs:
-    """The inverse of `save_distributions`."""
-    tensors = load_file(path, device=str(device))
-    return TopKLogProbs(**tensors) if "classes" in tensors else tensors["log_probs"]

@@ -66,20 +66,20 @@ def load_language_expert(base: Language, place: Path | str, task: str | None = N
     not made from this base, has another vocabulary or tensors, or is damaged.
     """
     folder = Path(place)
-    if not (folder / "manifest.json").is_file():
-        if task is None:
-            raise ValueError(f"{place} is no expert of ours: say which task it is for")
+    if (folder / "manifest.json").is_file():
+        manifest, trained = read_expert(folder, str(base.device))
+        task, state = manifest["task"], {**base.state, **trained}
+    elif task is None:
+        raise ValueError(f"{place} is no expert of ours: say which task it is for")
+    else:
         other = load_language(str(place), device=str(base.device))
-        check_same(base, other.state, other.vocabulary, f"expert {task!r} from {place}")
         manifest = {"task": task, "encoder": base.name, "base": base.digest, "from": str(place)}
-        manifest |= {"vocabulary": base.vocabulary, "model.safetensors": other.digest}
-        return Expert(task, other.state, {}, manifest)
-    manifest, state = read_expert(folder, str(base.device))
-    task, whole = manifest["task"], {**base.state, **state}
-    check_same(base, whole, manifest.get("vocabulary", ""), f"expert {task!r}")
+        manifest |= {"vocabulary": other.vocabulary, "model.safetensors": other.digest}
+        state = other.state
+    check_same(base, state, manifest.get("vocabulary", ""), f"expert {task!r} from {place}")
     if manifest["base"] != base.digest:
         raise ValueError(
             f"expert {task!r} was trained from {manifest['encoder']!r} with other weights than "
             f"{base.name!r}; load its own base"
         )
-    return Expert(task, whole, {}, manifest)
+    return Expert(task, state, {}, manifest)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from divmerge_book.data.downloads import ASSETS, fetch
-from divmerge_book.models.encoders import check_device
+from divmerge_book.models.encoders import check_device, load_pretrained, quiet_transformers
 from divmerge_core.registry import Registry
 from divmerge_core.storage import cache_dir, once
 
@@ -75,11 +75,6 @@ def smollm2() -> Path:
     return once(folder, unpack, holds="config.json")
 
 
-def quiet_transformers() -> None:
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-
-
 def load_language(
     name: str, *, device: str = "cpu", dtype: str = "float32", blocks: int | None = None
 ) -> Language:
@@ -90,29 +85,21 @@ def load_language(
     are missing, and where the tokenizer has no token that ends an answer.
     """
     place = check_device(device)
-    source = str(MODELS[name]()) if name in MODELS else name
-    quiet_transformers()
-    try:
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+
+    def load(source: str) -> tuple[torch.nn.Module, dict]:
         two = AutoConfig.from_pretrained(source).is_encoder_decoder
-        model, loading = (AutoModelForSeq2SeqLM if two else AutoModelForCausalLM).from_pretrained(
-            source, dtype=getattr(torch, dtype), output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"cannot load language model {name!r} in {dtype}: {error}; choose one of "
-            f"{', '.join(MODELS)}, or give a folder or a hub name that transformers' "
-            "AutoModelForCausalLM or AutoModelForSeq2SeqLM can load, and float32, bfloat16 or "
-            "float16"
-        ) from error
-    if loading["missing_keys"]:
-        raise ValueError(f"{name!r} lacks weights for {sorted(loading['missing_keys'])[:5]}")
+        kind = AutoModelForSeq2SeqLM if two else AutoModelForCausalLM
+        return kind.from_pretrained(source, dtype=getattr(torch, dtype), output_loading_info=True)
+
+    model, tokenizer = load_pretrained(MODELS, name, load)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name!r} has no EOS token: no answer would ever end")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    if len(tokenizer) > (known := model.get_input_embeddings().num_embeddings):
         raise ValueError(
-            f"{name!r}: the tokenizer knows {len(tokenizer)} tokens, the model "
-            f"{model.get_input_embeddings().num_embeddings}; load the tokenizer it was trained with"
+            f"{name!r}: the tokenizer knows {len(tokenizer)} tokens, the model {known}; load the "
+            "tokenizer it was trained with"
         )
     if blocks is not None:
         model = shortened(model, blocks)
@@ -172,12 +159,10 @@ def check_same(base: Language, state: Mapping[str, Tensor], vocabulary: str, who
             f"{who} was trained with another tokenizer or vocabulary than {base.name!r}: the same "
             "number would mean another token; merge experts of one base"
         )
-    shapes = {name: tuple(tensor.shape) for name, tensor in base.state.items()}
-    other = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    wrong = sorted(name for name in shapes | other if shapes.get(name) != other.get(name))
+    own, other = ({n: tuple(w.shape) for n, w in one.items()} for one in (base.state, state))
+    wrong = sorted(name for name in own | other if own.get(name) != other.get(name))[:3]
     if wrong:
         raise ValueError(
-            f"{who} differs from {base.name!r} in {wrong[:3]}: "
-            f"{[other.get(name) for name in wrong[:3]]} instead of "
-            f"{[shapes.get(name) for name in wrong[:3]]}; merge experts of one base"
+            f"{who} differs from {base.name!r} in {wrong}: {[other.get(n) for n in wrong]} instead "
+            f"of {[own.get(n) for n in wrong]}; merge experts of one base"
         )

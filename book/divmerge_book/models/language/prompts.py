@@ -49,8 +49,7 @@ def normal(text: str) -> str:
 def add(task: str, template: str, *words: str) -> None:
     """Register a prompt. Raises ValueError where it does not fit its task."""
     known = TASKS[task]
-    placed = {"{text}": True, "{pair}": known.pair}
-    if any((mark in template) != wanted for mark, wanted in placed.items()):
+    if "{text}" not in template or ("{pair}" in template) != known.pair:
         raise ValueError(f"the prompt of {task!r} must hold {{text}}, and {{pair}} for two texts")
     if len(words) != len(known.answers) or len(set(map(normal, words))) < len(words):
         raise ValueError(f"{task!r} needs one word for each of {known.answers}, got {words}")
@@ -60,14 +59,8 @@ def add(task: str, template: str, *words: str) -> None:
 def table(tasks: Sequence[str] = ()) -> pd.DataFrame:
     """Task, what is asked, and the words: the prompts as the book prints them."""
     chosen = [PROMPTS[task] for task in tasks or PROMPTS]
-    words = [", ".join(prompt.words) or "any text" for prompt in chosen]
-    return pd.DataFrame(
-        {
-            "task": [prompt.task for prompt in chosen],
-            "prompt": [prompt.template for prompt in chosen],
-            "answers": words,
-        }
-    )
+    rows = [(one.task, one.template, ", ".join(one.words) or "any text") for one in chosen]
+    return pd.DataFrame(rows, columns=["task", "prompt", "answers"])
 
 
 YES, ENTAILS = ("no", "yes"), ("yes", "no")
