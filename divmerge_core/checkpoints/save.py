@@ -19,11 +19,11 @@ from divmerge_core.checkpoints.safetensors_io import (
     weight_files,
     write_shards,
 )
-from divmerge_core.checkpoints.tensor_sources import Source, in_memory, planned, streamed
+from divmerge_core.checkpoints.tensor_sources import MergedTensors, in_memory, planned, streamed
 from divmerge_core.storage import fresh_folder, sha256
 
 # (record, merged tensors, dtype) -> text of mergekit_config.yml and "", or "" and why there is none
-Recipe = Callable[[MergeRecord, Source, torch.dtype | None], tuple[str, str]]
+Recipe = Callable[[MergeRecord, MergedTensors, torch.dtype | None], tuple[str, str]]
 SHARD_BYTES = 10**9
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BESIDE = (  # what a base's folder has besides its weights and its config
@@ -96,7 +96,7 @@ def write(
 
 def sources_of(
     record: MergeRecord, merged: Mapping[str, Tensor] | None, names: Sequence[str] | None
-) -> tuple[StoredModel, Source]:
+) -> tuple[StoredModel, MergedTensors]:
     """The base and the merged tensors. Raises ValueError where they do not fit together."""
     base = StoredModel.at(record.base)
     if base.config is None:

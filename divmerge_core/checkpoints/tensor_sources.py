@@ -14,7 +14,7 @@ from divmerge_core.kernels.segments import Segments
 
 
 @dataclass(frozen=True)
-class Source:
+class MergedTensors:
     """Merged numbers of some tensors of the base: name on disk -> piece(start, stop)."""
 
     base: StoredModel
@@ -27,7 +27,7 @@ class Source:
         return tuple(self.base.core(name) for name in self.pieces)
 
 
-def in_memory(base: StoredModel, merged: Mapping[str, Tensor]) -> Source:
+def in_memory(base: StoredModel, merged: Mapping[str, Tensor]) -> MergedTensors:
     """Merged tensors that are there already. Raises ValueError where they do not fit the base."""
     cores, pieces = base.cores, {}
     unknown = [name for name in merged if base.core(name) not in cores]
@@ -44,7 +44,7 @@ def in_memory(base: StoredModel, merged: Mapping[str, Tensor]) -> Source:
                 f"merged {name} has shape {list(tensor.shape)}, {base.folder} has {list(shape)}"
             )
         pieces[place] = flat_piece(tensor)
-    return Source(base, pieces, in_memory=True)
+    return MergedTensors(base, pieces, in_memory=True)
 
 
 def flat_piece(tensor: Tensor) -> Callable[[int, int], Tensor]:
@@ -52,7 +52,7 @@ def flat_piece(tensor: Tensor) -> Callable[[int, int], Tensor]:
     return lambda start, stop: tensor.detach().reshape(-1)[start:stop]
 
 
-def streamed(base: StoredModel, record: MergeRecord, names: Sequence[str] | None) -> Source:
+def streamed(base: StoredModel, record: MergeRecord, names: Sequence[str] | None) -> MergedTensors:
     """The merge that a record's coefficients say, computed when it is asked for.
 
     names: see `write`. Raises ValueError where experts, coefficients and base do not fit together.
@@ -71,7 +71,7 @@ def streamed(base: StoredModel, record: MergeRecord, names: Sequence[str] | None
         theirs = [e.tensors[p[base.core(name)]] for e, p in zip(experts, places, strict=True)]
         weights = record.coeffs[:, group : group + 1].detach().cpu()
         pieces[name] = merged_piece(base.tensors[name], theirs, weights)
-    return Source(base, pieces)
+    return MergedTensors(base, pieces)
 
 
 def to_merge(
@@ -129,7 +129,7 @@ def merged_piece(
     return piece
 
 
-def planned(source: Source, dtype: torch.dtype | None) -> list[Planned]:
+def planned(source: MergedTensors, dtype: torch.dtype | None) -> list[Planned]:
     """Every tensor of the base, merged where the source has it and copied elsewhere."""
 
     def plan(name: str, tensor: Stored) -> Planned:
@@ -157,7 +157,7 @@ def finite(name: str, numbers: Tensor, dtype: torch.dtype) -> Tensor:
     return converted
 
 
-def deviation(source: Source, said: Source) -> float:
+def deviation(source: MergedTensors, said: MergedTensors) -> float:
     """Largest difference of two merges, over the first PIECE numbers of every tensor.
 
     Next to the largest weight among them; infinite where they merge different tensors.

@@ -21,11 +21,10 @@ from torch import Tensor
 def row_means(values: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
     """Means of the columns of `[n, K]` over rows: `[1 + draws, K]`, as they are and by bootstrap.
 
-    A draw takes n - 1 of n rows with replacement, so that the variance over draws has no bias. All
-    columns, seeds and methods, have the same rows drawn.
+    A draw takes the same n - 1 of n rows of all columns, with replacement: n - 1, so that the
+    variance over draws has no bias.
     """
-    count = len(values)
-    taken = max(count - 1, 1)
+    count, taken = len(values), max(len(values) - 1, 1)
     rows = generator.integers(count, size=(draws, taken)) + count * np.arange(draws)[:, None]
     drawn = np.bincount(rows.ravel(), minlength=draws * count).reshape(draws, count)
     drawn = drawn.astype(float)  # how often a row was drawn
@@ -82,11 +81,10 @@ def crossed(
 ) -> Estimate:
     """The mean over seeds of a score of rows that every seed answers, with its variance.
 
-    exact: the score of each seed on the rows as they are. drawn: on D draws of rows (`row_means`),
-    the same for all seeds. freedom: rows minus the number of tasks. The variance between seeds
-    contains the interaction of seeds and rows, and so does the mean's variance over draws. The
-    interaction is estimated from how much more one seed varies over draws than the mean does, and
-    counted once. With one seed only rows vary.
+    exact: each seed's score on the rows as they are. drawn: on D draws of rows (`row_means`), the
+    same for all seeds. freedom: rows minus the number of tasks. The interaction of seeds and rows,
+    in the variance between seeds and in the mean's over draws, is counted once: it is how much more
+    one seed varies over draws than the mean does. With one seed only rows vary.
     """
     count, value = len(exact), exact.mean(0)
     whole = drawn.mean(0).var(0, ddof=1)  # rows + interaction / S
@@ -169,7 +167,7 @@ def fisher_interval(value: float, count: int, how: str) -> tuple[float, float]:
         raise ValueError(f"Fisher's interval needs 4 points or more, got {count}")
     half = stats.norm.ppf(0.975) * math.sqrt({"pearson": 1.0, "spearman": 1.06}[how] / (count - 3))
     centre = np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12))
-    return float(np.tanh(centre - half)), float(np.tanh(centre + half))
+    return math.tanh(centre - half), math.tanh(centre + half)
 
 
 def orders(count: int) -> np.ndarray:
@@ -218,11 +216,10 @@ def largest_of(
     with the largest size in each permutation (Westfall and Young 1993). Third: what that largest
     exceeds in at most one permutation of twenty. NaN where a statistic is NaN.
     """
-    sizes = np.abs(null)
-    largest = np.nanmax(sizes.reshape(len(null), -1), axis=1, initial=0)
-    wide = largest.reshape(-1, *[1] * np.ndim(value))
-    threshold = float(np.sort(largest)[::-1][len(largest) // 20])
-    return reached(np.abs(value), sizes), reached(np.abs(value), wide), threshold
+    size, sizes = np.abs(value), np.abs(null)
+    largest = np.nanmax(sizes, axis=tuple(range(1, sizes.ndim)), initial=0, keepdims=True)
+    threshold = float(np.sort(largest, axis=None)[::-1][len(largest) // 20])
+    return reached(size, sizes), reached(size, largest), threshold
 
 
 def holm(p: Float[np.ndarray, " M"]) -> Float[np.ndarray, " M"]:
@@ -268,10 +265,8 @@ def reliability(
     sure = confidence.double()
     edges = torch.arange(1, bins, dtype=torch.float64, device=sure.device) / bins
     place = torch.bucketize(sure, edges)  # [n]: edges[k - 1] < confidence <= edges[k]
-    count = torch.bincount(place, minlength=bins)
-    mean = torch.bincount(place, weights=sure, minlength=bins) / count  # 0 / 0 is NaN
-    hits = torch.bincount(place, weights=right.double(), minlength=bins) / count
-    return Reliability(count, mean, hits)
+    total = partial(torch.bincount, place, minlength=bins)
+    return Reliability(total(), total(sure) / total(), total(right.double()) / total())  # 0 / 0
 
 
 def expected_calibration_error(

@@ -11,7 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from divmerge_core.checkpoints.model_card import MergeRecord, group_numbers
 from divmerge_core.checkpoints.safetensors_io import StoredModel
-from divmerge_core.checkpoints.tensor_sources import Source, deviation, streamed
+from divmerge_core.checkpoints.tensor_sources import MergedTensors, deviation, streamed
 
 EXACT = 1e-5  # largest deviation of merged tensors in memory, relative to the largest weight
 
@@ -21,7 +21,7 @@ class NoRecipe(Exception):
 
 
 def mergekit_recipe(
-    record: MergeRecord, source: Source, dtype: torch.dtype | None
+    record: MergeRecord, source: MergedTensors, dtype: torch.dtype | None
 ) -> tuple[str, str]:
     """A mergekit configuration (YAML) and an empty text, or an empty text and why there is none.
 
@@ -45,7 +45,7 @@ def mergekit_recipe(
     return text, ""
 
 
-def configuration(record: MergeRecord, source: Source, dtype: torch.dtype | None) -> str:
+def configuration(record: MergeRecord, source: MergedTensors, dtype: torch.dtype | None) -> str:
     """The YAML. Raises NoRecipe where mergekit cannot reproduce the merge."""
     base, merged, experts = source.base, source.cores, readable(record)
     config, kind, renamed = architecture([base, *experts])
