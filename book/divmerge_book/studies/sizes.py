@@ -83,6 +83,23 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
             **{"adam": 400, "passes": 40, "rows": 300},
         },
     },
+    # tasks: how many of the suite's, None for all. bases at the largest number of tasks; counts: of
+    # tasks, for two bases. rates: step sizes tried. inputs and test rows per task; epochs of fits.
+    "bases": {
+        "all": {"groupings": ("task",), "tasks": None, "rates": (0.2, 0.05, 0.005), "epochs": 2},
+        "smoke": {
+            **{"bases": ("raw", "tsv:2"), "tasks": 2, "counts": (), "rates": (0.1,), "epochs": 1},
+            **{"validation": 30, "rows": 40, "inputs": 8},
+        },
+        "default": {
+            **{"bases": ("raw", "svd:2", "tsv", "tsv:2"), "tasks": 4, "counts": (2,)},
+            **{"validation": 50, "rows": 100, "inputs": 64, "rates": (0.1,)},
+        },
+        "full": {
+            "bases": ("raw", "ties", "svd:2", "essential", "isotropic", "tsv", "tsv:2", "tsv:3"),
+            **{"counts": (2, 4), "validation": 100, "rows": 300, "inputs": 200},
+        },
+    },
     # tasks: how many of the suite's, None for all. subsets: of every number of tasks at the first
     # seed, or all there are for the numbers in `whole` (below 0: counted from the number of tasks);
     # `repeated` of these at each other seed. budget: candidates that a search scores. scales: of

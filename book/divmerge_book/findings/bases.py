@@ -1,0 +1,64 @@
+"""What bases and objectives are worth, in sentences made of `studies.bases`' scored table."""
+
+import pandas as pd
+
+from divmerge_book.figures.bases import BASES
+from divmerge_book.findings import SCORES, bullets
+from divmerge_book.studies.predictions import SCORES as COLUMNS
+
+OURS = "tsv:2"
+AGAINST = (  # objective, basis, what it lacks
+    ("js", "raw", "the objective alone (DivMerge)"),
+    ("none", OURS, "the basis alone (TSV-M of the matrices)"),
+    ("entropy", OURS, "the basis with entropy (AdaMerging on it)"),
+    ("js", "svd:2", "bands without orthogonalisation"),
+    ("js", "tsv", "one band"),
+    ("js", "tsv:3", "three bands"),
+)
+
+
+def parts(table: pd.DataFrame, source: str) -> str:
+    """The paired differences of JS on `tsv:2` from merges that lack one part of it.
+
+    table: per layer, of one number of tasks, compared against `js=tsv:2`.
+    """
+    found, lines = table.set_index(["objective", "basis"]), []
+    ours = found.loc[("js", OURS)]
+    for objective, basis, lacks in AGAINST:
+        if (objective, basis) not in found.index:
+            continue
+        row, said = found.loc[(objective, basis)], []
+        for score, words in SCORES.items():
+            _, _, _, gap, low, high, _, corrected = COLUMNS[score]
+            sure = "" if row[corrected] < 0.05 else ", not significant"
+            ends = f"{-100 * row[high]:+.1f} to {-100 * row[low]:+.1f}"
+            said.append(f"{-100 * row[gap]:+.1f} points of {words} ({ends}{sure})")
+        lines.append(f"over {lacks}: {' and '.join(said)}")
+    return (
+        f"In {source}, T = {ours.tasks}, DivMerge+ reaches {100 * ours.anp:.1f} % ANP and "
+        f"{100 * ours.kept_margin:.1f} % kept margin. It gains\n\n{bullets(lines)}"
+    )
+
+
+def best(table: pd.DataFrame, source: str) -> str:
+    """Which basis is highest under JS, by both scores."""
+    fitted, said = table[table.objective == "js"].set_index("basis"), []
+    for score, words in SCORES.items():
+        first, *_, last = fitted[score].sort_values(ascending=False).index
+        said.append(
+            f"by {words} {BASES[first]} lead ({100 * fitted[score][first]:.1f} %) and "
+            f"{BASES[last]} are last ({100 * fitted[score][last]:.1f} %)"
+        )
+    return f"Of {len(fitted)} bases fitted by JS in {source}, {'; '.join(said)}."
+
+
+def over_tasks(table: pd.DataFrame, source: str) -> str:
+    """What the basis gains at every number of tasks. table: against `js=tsv:2`."""
+    rows, lines = table[(table.objective == "js") & (table.basis == "raw")], []
+    for row in rows.sort_values("tasks").itertuples():
+        ends = f"{-100 * row.kept_from_high:+.1f} to {-100 * row.kept_from_low:+.1f}"
+        lines.append(
+            f"T = {row.tasks}: {-100 * row.difference:+.1f} points of ANP, "
+            f"{-100 * row.kept_difference:+.1f} points of kept margin ({ends})"
+        )
+    return f"Gains of the basis over raw task vectors in {source}:\n\n{bullets(lines)}"
