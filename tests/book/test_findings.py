@@ -109,9 +109,9 @@ def test_pairs_add_up_where_their_sum_is_the_loss():
 
 def test_who_harms_and_who_loses_may_be_one_task_or_two():
     table = pd.DataFrame({"task": list("abc"), "marginal_effect": [-0.3, -0.1, 0.0]})
-    same = count.part("ties", table.assign(own_change=[-0.5, -0.1, 0.0]))
+    same = count.effect("ties", table.assign(own_change=[-0.5, -0.1, 0.0]))
     assert "`a` is number 1 of 3 by its own loss; `a` loses most" in same
-    other = count.part("ties", table.assign(own_change=[0.0, -0.1, -0.5]))
+    other = count.effect("ties", table.assign(own_change=[0.0, -0.1, -0.5]))
     assert "`a` is number 3 of 3 by its own loss; `c` loses most" in other
     assert "and is number 3 by harm" in other
 
@@ -364,10 +364,10 @@ def lost_and_gained(ours: float) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def test_losses_differ_where_their_intervals_do_not_overlap():
-    text = behaviour.turned(*lost_and_gained(0.2), RUN)
+    text = behaviour.churn(*lost_and_gained(0.2), RUN)
     assert "-10.0 points (intervals do not overlap), the gains by +0.0 (intervals overlap)" in text
     assert "behind the average on: no task" in text
-    text = behaviour.turned(*lost_and_gained(0.31), RUN)
+    text = behaviour.churn(*lost_and_gained(0.31), RUN)
     assert "+1.0 points (intervals overlap)" in text and "behind the average on: `a`" in text
 
 
@@ -381,7 +381,7 @@ def test_calibration_is_ranked_pooled_and_by_task():
     assert "by: Experts, one per task 1.0; Average 5.0; DivMerge, per layer 10.0" in text
 
 
-def told_by(p: float, reference: float) -> pd.DataFrame:
+def correlated(p: float, reference: float) -> pd.DataFrame:
     row = {"view": "pair", "method": "ties", "damage": "drop", "rho": 0.8, "p": 0.01}
     row |= {"threshold": 0.7}
     numbers = (("cosine", p), ("answers", reference))
@@ -389,12 +389,12 @@ def told_by(p: float, reference: float) -> pd.DataFrame:
 
 
 def test_a_number_predicts_after_correction_or_does_not():
-    found = told_by(0.01, 0.2)
-    assert "1 of 1 correlations are significant" in behaviour.told(behaviour.predicted(found), RUN)
+    found = correlated(0.01, 0.2)
+    assert "1 of 1 correlations are significant" in behaviour.predictors(found, RUN)
     assert "0 of its 1 correlations" in behaviour.reference(found, RUN)
     assert "100 % of the latter have the unexpected sign" in behaviour.reference(found, RUN)
-    found = told_by(0.2, 0.01)
-    assert "0 of 1 correlations are significant" in behaviour.told(behaviour.predicted(found), RUN)
+    found = correlated(0.2, 0.01)
+    assert "0 of 1 correlations are significant" in behaviour.predictors(found, RUN)
     assert "1 of its 1 correlations" in behaviour.reference(found, RUN)
 
 
@@ -402,7 +402,7 @@ def test_a_number_predicts_after_correction_or_does_not():
 def test_coefficients_follow_what_is_significant(p, where):
     row = {"view": "within", "count": 8, "grouping": "block", "clue": "js", "rho": 0.7}
     found = pd.DataFrame([{**row, "low": 0.1, "high": 0.9, "p_max": p}])
-    text = behaviour.followed(found, RUN)
+    text = behaviour.coefficient_covariates(found, RUN)
     assert ("correlate significantly with: nothing" in text) == (p > 0.05)
 
 

@@ -19,6 +19,18 @@ from divmerge_book.figures.styles import GREEN, PALETTE, TITLES, colour, title
 __all__ = ["GREEN", "PALETTE", "TITLES", "colour", "title"]  # also of the modules below
 
 FLOOR = -0.25  # kept margins below it are drawn at a figure's left edge
+STATISTICS = {"anp": "ANP", "kept_margin": "kept margin", "worst": "worst", "accuracy": "accuracy"}
+
+
+def intervals_of(report: Report, subset: str, statistic: str) -> pd.DataFrame:
+    """Value, low and high of a statistic on a subset, by method."""
+    suite = report.rows[report.rows.subset == subset].suite.iloc[0]
+    return report.sampled(suite, subset, statistic=statistic).table().set_index("method")
+
+
+def below_majority(report: Report, subset: str) -> pd.DataFrame:
+    """By method: `below` the majority class on how many tasks, out of `counted`."""
+    return report.below_majority().query("subset == @subset").set_index("method")
 
 
 def score_intervals(report: Report, subset: str) -> pd.DataFrame:
@@ -27,14 +39,10 @@ def score_intervals(report: Report, subset: str) -> pd.DataFrame:
     Columns: method; value, low, high of the ANP; kept, kept_low, kept_high of the kept margin;
     below, the counted tasks on which the method is below the majority, out of `counted`.
     """
-    suite = report.rows[report.rows.subset == subset].suite.iloc[0]
-    anp, kept = (
-        report.sampled(suite, subset, statistic=name).table() for name in ("anp", "kept_margin")
-    )
-    kept = kept.rename(columns={"value": "kept", "low": "kept_low", "high": "kept_high"})
-    below = report.below_majority().query("suite == @suite and subset == @subset")
-    table = anp.merge(kept.drop(columns="num_seeds"), on="method")
-    return table.merge(below[["method", "below", "counted"]], on="method")
+    kept = intervals_of(report, subset, "kept_margin").drop(columns="num_seeds")
+    kept.columns = ["kept" if name == "value" else f"kept_{name}" for name in kept]
+    below = below_majority(report, subset)[["below", "counted"]]
+    return intervals_of(report, subset, "anp").join([kept, below]).reset_index()
 
 
 def forest(ax: Axes, table: pd.DataFrame, *, statistic: str = "ANP") -> Axes:
@@ -47,30 +55,26 @@ def forest(ax: Axes, table: pd.DataFrame, *, statistic: str = "ANP") -> Axes:
     rows = table[table.method != "expert"].reset_index(drop=True)
     names, both = [title(method) for method in rows.method], "kept" in rows
     for y, row in rows.iterrows():
-        shade = colour(row.method)
-        numbered_interval(ax, y, (row.value, row.low, row.high), shade, marker="o", markersize=7)
+        look = {"color": colour(row.method)}
+        numbered_interval(ax, y, (row.value, row.low, row.high), 7, marker="o", **look)
         if both:
-            found = row.kept, row.kept_low, row.kept_high
-            hollow = {"marker": "s", "markerfacecolor": "white", "markersize": 5}
-            numbered_interval(ax, y + 0.42, found, shade, **hollow)
-    plot.reference(ax, 1, style="--")
+            look |= {"marker": "s", "markerfacecolor": "white"}
+            numbered_interval(ax, y + 0.42, (row.kept, row.kept_low, row.kept_high), 5, **look)
     if both:
-        plot.reference(ax, 0, style=":")
         names = [f"{name} ({k})" if k else name for name, k in zip(names, rows.below, strict=True)]
         statistic += " and kept margin"
     plot.label_rows(ax, names)
-    ax.set_ylim(len(rows) - 0.3, -0.8)
-    return plot.finish(ax, f"{statistic}, % of the experts", percent="x")
+    more = {"ylim": (len(rows) - 0.3, -0.8), "at": {1: "--", 0: ":"} if both else {1: "--"}}
+    return plot.finish(ax, f"{statistic}, % of the experts", percent="x", **more)
 
 
-def numbered_interval(ax: Axes, y: float | int, found: tuple, shade, **look) -> None:
+def numbered_interval(ax: Axes, y: float | int, found: tuple, size: int, **look) -> None:
     """A value with its interval at a height, and the number in % above it."""
     value, low, high = (max(one, FLOOR) for one in found)
-    ax.plot([low, high], [y, y], color=shade, linewidth=look["markersize"] / 2, alpha=0.4)
-    ax.plot(value, y, color=shade, **look)
-    place = {"xytext": (0, 3 + look["markersize"] / 3), "textcoords": "offset points"}
-    size = 4.5 + look["markersize"] / 2
-    ax.annotate(f"{100 * found[0]:.1f}", (value, y), ha="center", fontsize=size, **place)
+    ax.plot([low, high], [y, y], color=look["color"], linewidth=size / 2, alpha=0.4)
+    ax.plot(value, y, markersize=size, **look)
+    place = {"xytext": (0, 3 + size / 3), "textcoords": "offset points", "ha": "center"}
+    ax.annotate(f"{100 * found[0]:.1f}", (value, y), fontsize=4.5 + size / 2, **place)
 
 
 def ratio_map(ax: Axes, metrics: pd.DataFrame, metric: str = "ratio") -> Axes:
@@ -79,8 +83,8 @@ def ratio_map(ax: Axes, metrics: pd.DataFrame, metric: str = "ratio") -> Axes:
     metrics: rows of `Report.metrics` for one suite and subset. metric: `ratio`, or `kept_margin`
     for the share of the expert's lead over the majority class that the merge keeps.
     """
-    rows = (metrics.metric == metric) & (metrics.method != "expert") & (metrics.task != "all")
-    table = metrics[rows].pivot_table("value", "method", "task", sort=False).rename(index=title)
+    rows = metrics.query("metric == @metric and method != 'expert' and task != 'all'")
+    table = rows.pivot_table("value", "method", "task", sort=False).rename(index=title)
     low = 100 * FLOOR if metric == "kept_margin" else None
     how = {"fmt": ".0f", "cmap": "viridis", "vmin": low, "vmax": 100, "annot_kws": {}}
     plot.heat_map(ax, 100 * table, label="% of the expert's", rotation=30, **how)
@@ -96,46 +100,39 @@ def short(group: str) -> str:
 
 def largest(rows: pd.DataFrame) -> pd.DataFrame:
     """Those rows of a Report, or of its intervals, whose subset has the most tasks."""
-    subset = max(rows.subset, key=lambda name: name.count("+"))
-    return rows[rows.subset == subset]
+    return rows[rows.subset == max(rows.subset, key=lambda name: name.count("+"))]
 
 
 def rank_summary(report: Report) -> str:
     """The rank of DivMerge on the largest subset, in sentences with the report's numbers."""
-    rows = largest(report.rows)
-    suite, subset = rows.suite.iloc[0], rows.subset.iloc[0]
-    table = score_intervals(report, subset)
-    ranked = table[~table.method.isin(["expert", "base"])]
+    suite, subset = largest(report.rows)[["suite", "subset"]].iloc[0]
+    ranked = score_intervals(report, subset).set_index("method").drop(["expert", "base"])
     lines = []
-    for name, column, statistic in (
-        ("ANP", "value", "anp"),
-        ("kept margin", "kept", "kept_margin"),
-    ):
-        order = ranked.sort_values(column, ascending=False)
-        ours = order[order.method.str.startswith("divmerge")]
+    for column, statistic in (("value", "anp"), ("kept", "kept_margin")):
+        order = 100 * ranked[column].sort_values(ascending=False)
+        own = order.index.str.startswith("divmerge")
+        ours, other = order[own], order[~own].index[0]
         places = [
-            f"{title(row.method)} is number {1 + list(order.method).index(row.method)} of "
-            f"{len(order)} ({100 * row[column]:.1f} %)"
-            for _, row in ours.iterrows()
+            f"{title(method)} is number {1 + order.index.get_loc(method)} of {len(order)} "
+            f"({value:.1f} %)"
+            for method, value in ours.items()
         ]
-        other = order[~order.method.str.startswith("divmerge")].iloc[0]
-        pair = ours.iloc[0].method, other.method
-        gap, low, high = report.difference(suite, subset, *pair, statistic=statistic)
+        pair = suite, subset, ours.index[0], other
+        gap, low, high = (100 * end for end in report.difference(*pair, statistic=statistic))
         lines.append(
-            f"By {name}: {'; '.join(places)}. The best other method is {title(other.method)} "
-            f"({100 * other[column]:.1f} %); the best DivMerge differs from it by "
-            f"{100 * gap:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]."
+            f"By {STATISTICS[statistic]}: {'; '.join(places)}. The best other method is "
+            f"{title(other)} ({order[other]:.1f} %); the best DivMerge differs from it by "
+            f"{gap:+.1f} points [{low:+.1f}, {high:+.1f}]."
         )
     tasks, counted = subset.split("+"), report.counted(suite)
-    some = ranked[ranked.below > 0].sort_values("below", ascending=False)
-    below = ", ".join(f"{title(row.method)} ({row.below})" for row in some.itertuples())
+    some = ranked.below[ranked.below > 0].sort_values(ascending=False)
     lines.append(
-        f"Below the majority class on one of {len(counted)} counted tasks or more: {below}."
-        if below
+        f"Below the majority class on one of {len(counted)} counted tasks or more: "
+        f"{', '.join(f'{title(method)} ({count})' for method, count in some.items())}."
+        if len(some)
         else "No method is below the majority class on a counted task."
     )
-    left_out = [task for task in tasks if task not in counted]
-    if left_out:
+    if left_out := [task for task in tasks if task not in counted]:
         lines.append(
             f"Not counted, as their experts do not beat the majority class by "
             f"{100 * MARGIN:.0f} points: {', '.join(left_out)}."
@@ -152,8 +149,7 @@ def task_table(report: Report, subset: str) -> pd.DataFrame:
     rows = report.rows[report.rows.subset == subset]
     tidy = scores(pd.concat([rows, majority_rows(rows)], ignore_index=True))
     own = own_scores(tidy).query("metric in ('matthews', 'f1')")
-    own = own.assign(task=own.task + ", " + own.metric)
-    both = pd.concat([main_scores(tidy), own])
+    both = pd.concat([main_scores(tidy), own.assign(task=own.task + ", " + own.metric)])
     return both.pivot_table("value", "method", "task", sort=False).rename(index=title)
 
 
@@ -169,23 +165,26 @@ def majority_rows(rows: pd.DataFrame) -> pd.DataFrame:
     return first.assign(method="majority", predicted=answers)
 
 
+def percent_intervals(table: pd.DataFrame) -> list[str]:
+    """`50.0 [40.0, 60.0]`: a share and its interval in every row, in %."""
+    return ["{:.1f} [{:.1f}, {:.1f}]".format(*row) for row in 100 * table.to_numpy()]
+
+
 def score_table(report: Report, subset: str) -> pd.DataFrame:
     """Scores of every method on a subset, in %, with intervals, and tasks below the majority.
 
     Columns: ANP, kept margin, worst ratio and mean accuracy (or grade) over counted tasks, and on
     how many of them the method is below the majority.
     """
-    suite = report.rows[report.rows.subset == subset].suite.iloc[0]
-    names = {"anp": "ANP", "kept_margin": "kept margin", "worst": "worst", "accuracy": "accuracy"}
-    columns = {}
-    for statistic, name in names.items():
-        rows = report.sampled(suite, subset, statistic=statistic).table().set_index("method")
-        ends = 100 * rows[["value", "low", "high"]].to_numpy()
-        columns[f"{name}, %"] = ["{:.1f} [{:.1f}, {:.1f}]".format(*row) for row in ends]
-    below = report.below_majority().query("suite == @suite and subset == @subset")
-    below = below.set_index("method").loc[rows.index]
+    found = {name: intervals_of(report, subset, name) for name in STATISTICS}
+    index = found["anp"].index
+    columns = {
+        f"{words}, %": percent_intervals(found[name].loc[index, ["value", "low", "high"]])
+        for name, words in STATISTICS.items()
+    }
+    below = below_majority(report, subset).loc[index]
     columns["below the majority"] = [f"{r.below} of {r.counted}" for r in below.itertuples()]
-    return pd.DataFrame(columns, index=[title(method) for method in rows.index])
+    return pd.DataFrame(columns, index=[title(method) for method in index])
 
 
 LANDING = """```{{figure}} results/landing.png

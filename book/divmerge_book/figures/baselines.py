@@ -10,7 +10,7 @@ from pandas.io.formats.style import Styler
 
 from divmerge_book.evaluation.benchmark import PUBLISHED
 from divmerge_book.evaluation.report import Report
-from divmerge_book.figures import FLOOR, GREEN, score_intervals, title
+from divmerge_book.figures import FLOOR, GREEN, percent_intervals, score_intervals, title
 from divmerge_book.figures import primitives as plot
 from divmerge_core.methods import METHODS, parse
 
@@ -41,6 +41,11 @@ def is_single_model(spec: str) -> bool:
     return facts_of(spec).get("returns") != "predictor"
 
 
+def single_models(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of those methods that give one model for all tasks."""
+    return table[[is_single_model(name) for name in table.index]]
+
+
 def summary(report: Report, subset: str) -> pd.DataFrame:
     """A row per method on a subset: scores, and costs averaged over seeds.
 
@@ -60,12 +65,12 @@ def summary(report: Report, subset: str) -> pd.DataFrame:
     table = table.join(costs.groupby("method").mean())
     table["stored"] = table.stored_bytes / table.model_bytes
     for column, published in PUBLISHED_AS.items():
-        found = table[column].reindex([name + PUBLISHED for name in table.index])
-        table[published] = np.where(found.isna(), table[column], found)
+        found = table[column].reindex(table.index + PUBLISHED)
+        table[published] = found.set_axis(table.index).fillna(table[column])
     tried = {fit["method"]: len(fit["search"]) for fit in fits if "search" in fit}
     table["tried"] = table.index.map(tried)
-    table = table[[not name.endswith(PUBLISHED) for name in table.index]]
-    table["block"] = pd.Categorical([block(name) for name in table.index], BLOCKS, ordered=True)
+    table = table[~table.index.str.endswith(PUBLISHED)]
+    table["block"] = pd.Categorical(table.index.map(block), BLOCKS, ordered=True)
     return table.sort_values(["block", "value"], ascending=[True, False])
 
 
@@ -76,16 +81,13 @@ def benchmark_table(table: pd.DataFrame) -> pd.DataFrame:
     def formatted(column: str, digits: int, factor: float | int = 1.0) -> list[str]:
         return ["" if np.isnan(x) else f"{factor * x:.{digits}f}" for x in kept[column]]
 
-    def spans(names: list[str]) -> list[str]:
-        return ["{:.1f} [{:.1f}, {:.1f}]".format(*row) for row in 100 * kept[names].to_numpy()]
-
     return pd.DataFrame(
         {
             "looks at": kept.block.astype(str),
             "method": [title(name) for name in kept.index],
-            "ANP, %": spans(["value", "low", "high"]),
+            "ANP, %": percent_intervals(kept[["value", "low", "high"]]),
             "published, %": formatted("published", 1, 100),
-            "kept margin, %": spans(["kept", "kept_low", "kept_high"]),
+            "kept margin, %": percent_intervals(kept[["kept", "kept_low", "kept_high"]]),
             "published kept, %": formatted("kept_published", 1, 100),
             "below majority": [f"{r.below} of {r.counted}" for r in kept.itertuples()],
             "worst, %": formatted("worst", 1, 100),
@@ -123,33 +125,29 @@ def score_against_cost(axes: Panels, table: pd.DataFrame) -> Panels:
         ax.set(ylabel=f"{words}, % of the experts")
     for label, hue in {"DivMerge": GREEN, **HUES}.items():
         axes[-1].scatter([], [], color=hue, s=36, label=label)
-    hollow = {"facecolors": "none", "edgecolors": "black"}
-    axes[-1].scatter([], [], s=36, label="more than one model", **hollow)
-    axes[-1].set_xlabel("seconds of one merge")
-    axes[-1].legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))
+    hollow = {"facecolors": "none", "edgecolors": "black", "label": "more than one model"}
+    axes[-1].scatter([], [], s=36, **hollow)
+    below = {"fontsize": 8, "ncols": 3, "loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}
+    plot.finish(axes[-1], "seconds of one merge", legend=below)
     return axes
 
 
 def pareto_front(ax: Axes, table: pd.DataFrame) -> None:
     """Points of score and seconds, and the best score of single models up to each time."""
+    single = single_models(table).sort_values(["seconds", "score"], ascending=[True, False])
     for name, row in table.iterrows():
-        fill = shade(name, row) if is_single_model(name) else "none"
+        fill = shade(name, row) if name in single.index else "none"
         ax.scatter(row.seconds, row.score, s=36, facecolors=fill, edgecolors=shade(name, row))
-    single = table[[is_single_model(name) for name in table.index]]
-    single = single.sort_values(["seconds", "score"], ascending=[True, False])
     best = single[single.score > single.score.cummax().shift(fill_value=-np.inf)]
     ax.step(best.seconds, best.score, where="post", color="black", linewidth=0.8, zorder=0)
-    hollow = table.drop(index=single.index).score
+    hollow = table.drop(index=single.index).nlargest(1, "score")
     ax.set_xscale("log")
     ax.set_xlim(left=table.seconds.min() / 4)  # room for names
     ax.margins(y=0.08)
-    names = [*best.index, *([hollow.idxmax()] if len(hollow) else [])]
-    plot.annotate(
-        ax,
-        [(*table.loc[name, ["seconds", "score"]], title(name)) for name in names],
-        up=5,
-        left=True,
-    )
+    names = [
+        (row.seconds, row.score, title(name)) for name, row in pd.concat([best, hollow]).iterrows()
+    ]
+    plot.annotate(ax, names, up=5, left=True)
     plot.finish(ax, percent="y")
 
 
@@ -163,22 +161,16 @@ def ranking(axes: Panels, tables: dict[str, pd.DataFrame]) -> Panels:
     rows = pd.concat([*tables.values()][::-1])  # the last panel's first
     rows = rows[(rows.block != REFERENCE) & ~rows.index.duplicated()]
     order = list(rows.sort_values(["block", "value"], ascending=[True, False]).index)
+    columns = ("value", "low", "high", "o", 0.0), ("kept", "kept_low", "kept_high", "s", 0.4)
     for ax, (heading, table) in zip(axes, tables.items(), strict=True):
-        for y, name in enumerate(order):
-            if name not in table.index:
-                continue
-            row = table.loc[name]
-            both = ("value", "low", "high", "o", 0.0), ("kept", "kept_low", "kept_high", "s", 0.4)
-            for column, low, high, marker, down in both:
+        for name, row in table[table.block != REFERENCE].iterrows():
+            for column, low, high, marker, down in columns:
                 value, other, low, high = row[[column, PUBLISHED_AS[column], low, high]].clip(FLOOR)
-                size = 5 - 4 * down
+                size, y = 5 - 4 * down, order.index(name) + down
                 look = {"color": shade(name, row), "marker": marker, "markersize": size}
-                plot.intervals(ax, y + down, other, markerfacecolor="white", **look)
-                plot.intervals(ax, y + down, value, low, high, width=0.6 * size, **look)
-        plot.reference(ax, 1, style="--")
-        plot.reference(ax, 0, style=":")
+                plot.intervals(ax, y, other, markerfacecolor="white", **look)
+                plot.intervals(ax, y, value, low, high, width=0.6 * size, **look)
         plot.label_rows(ax, map(title, order), size=8, grid=True)
-        ax.set_ylim(len(order), -0.6)
-        ax.set(title=heading, xlabel="% of the experts")
-        plot.finish(ax, percent="x")
+        limits = {"title": heading, "ylim": (len(order), -0.6), "at": {1: "--", 0: ":"}}
+        plot.finish(ax, "% of the experts", percent="x", **limits)
     return axes

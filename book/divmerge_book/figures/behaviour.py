@@ -1,7 +1,4 @@
-"""Figures of prediction churn, calibration and layers; tables of `studies.prediction_churn`.
-
-Every function draws on the Axes it is given and returns it.
-"""
+"""Figures of prediction churn, calibration and layers; tables of `studies.prediction_churn`."""
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -10,6 +7,7 @@ from divmerge_book.figures import primitives as plot
 from divmerge_book.figures.styles import PALETTE, methods, style, title
 
 LOOKS = ("base", "average", "task_arithmetic", "divmerge/task", "divmerge/layer")
+BANDED = ("base", "divmerge/layer")
 SIDES = {"lost": (-1, PALETTE[1]), "gained": (1, PALETTE[0])}
 LAYER_LABELS = {
     "cka": "CKA with the expert",
@@ -18,22 +16,22 @@ LAYER_LABELS = {
 }
 
 
+def models_of(table: pd.DataFrame, *first: str) -> list[str]:
+    """The models of a table, in the order of LOOKS."""
+    return [model for model in (*first, *LOOKS) if model in set(table.model)]
+
+
 def churn(ax: Axes, table: pd.DataFrame) -> Axes:
     """Rows lost to the left, gained to the right, the net change as a diamond; a row per model.
 
     table: of `churn_intervals`; whiskers are 95 % intervals. The length of both bars is the churn.
     """
-    wide = 100 * table.set_index(["model", "what"])[["value", "low", "high"]]
-    models = [model for model in LOOKS if model in set(table.model)]
-    rows = {
-        f"{what}{end}": wide[column].unstack("what").loc[models, what]
-        for what in ("lost", "gained", "net")
-        for end, column in (("", "value"), ("_low", "low"), ("_high", "high"))
-    }
-    rows = pd.DataFrame(rows).rename(index=title)
-    plot.diverging_bars(ax, rows, SIDES, "net")
-    for y, net in enumerate(rows.net):
-        place = {"xytext": (0, 12), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+    wide = 100 * table.pivot(index="model", columns="what", values=["value", "low", "high"])
+    wide.columns = [f"{what}_{end}".removesuffix("_value") for end, what in wide.columns]
+    wide = wide.loc[models_of(table)].rename(index=title)
+    plot.diverging_bars(ax, wide, SIDES, "net")
+    place = {"xytext": (0, 12), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+    for y, net in enumerate(wide.net):
         ax.annotate(f"{net:+.1f}", (net, y), **place)
     ax.set_ylim(top=-0.7)
     return plot.finish(ax, "share of test rows, %, mean over tasks")
@@ -48,19 +46,16 @@ def churn_by_task(ax: Axes, table: pd.DataFrame, model: str) -> Axes:
 
 def loss_by_margin(ax: Axes, table: pd.DataFrame) -> Axes:
     """Share of rows lost, by fifths of the expert's margin. table: of `flips_by_margin`."""
-    auc = table.groupby("model").auc.first()
-    looks = {m: (f"{label} (AUC {auc[m]:.2f})", look) for m, (label, look) in
-             methods(name for name in LOOKS if name in auc).items()}  # fmt: skip
+    auc, margin = table.groupby("model").auc.first(), table.groupby("part").margin.mean()
+    looks = {
+        model: (f"{label} (AUC {auc[model]:.2f})", look)
+        for model, (label, look) in methods(models_of(table)).items()
+    }
     plot.lines(ax, table, "part", "lost", looks, by="model")
-    parts = table.groupby("part").margin.mean()
-    plot.ticks(ax, parts.index, [f"{part}\n({100 * value:.0f})" for part, value in parts.items()])
+    plot.ticks(ax, margin.index, [f"{n}\n({100 * value:.0f})" for n, value in margin.items()])
     ax.set_ylim(bottom=0)
-    return plot.finish(
-        ax,
-        "fifth of these rows by the expert's margin, 1 least sure (mean margin, points)",
-        "lost, % of what the expert has right",
-        percent="y",
-    )
+    words = "fifth of these rows by the expert's margin, 1 least sure (mean margin, points)"
+    return plot.finish(ax, words, "lost, % of what the expert has right", percent="y")
 
 
 def reliability(ax: Axes, table: pd.DataFrame, model: str, *, bins: int = 10) -> Axes:
@@ -80,9 +75,9 @@ def reliability(ax: Axes, table: pd.DataFrame, model: str, *, bins: int = 10) ->
     ax.plot([0, 1], [0, 1], color="0.4", linewidth=0.9, linestyle="--")
     ax.plot(some.confidence, some.accuracy, color=shade, linewidth=1)
     ax.scatter(some.confidence, some.accuracy, s=12 + 200 * share, color=shade, zorder=3)
-    ax.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1], aspect="equal")
     ax.set_title("Experts" if model == "expert" else title(model), fontsize=10)
-    return plot.finish(ax, percent="xy")
+    thirds = {"xticks": [0, 0.5, 1], "yticks": [0, 0.5, 1], "aspect": "equal"}
+    return plot.finish(ax, percent="xy", xlim=(0, 1), ylim=(0, 1), **thirds)
 
 
 def calibration(ax: Axes, table: pd.DataFrame) -> Axes:
@@ -90,14 +85,14 @@ def calibration(ax: Axes, table: pd.DataFrame) -> Axes:
 
     table: of `calibration_table`. Small points: seeds.
     """
-    models = [model for model in ("expert", *LOOKS) if model in set(table.model)]
-    mean = 100 * table.groupby("model")[["chance", "ece"]].mean()
-    names = {m: "Experts" if m == "expert" else title(m) for m in models}
-    plot.dumbbells(ax, {names[m]: (mean.chance[m], mean.ece[m], style(m)) for m in models})
+    models = models_of(table, "expert")
+    mean = 100 * table.groupby("model")[["chance", "ece"]].mean().loc[models]
+    looks = {**methods(models), "expert": ("Experts", style("expert"))}
+    plot.dumbbells(ax, {looks[m][0]: (*mean.loc[m], looks[m][1]) for m in models})
     for y, model in enumerate(models):
         values = 100 * table[table.model == model].ece
         plot.intervals(
-            ax, [y] * len(values), values, **{**style(model), "marker": ".", "markersize": 4}
+            ax, y + 0 * values, values, **{**style(model), "marker": ".", "markersize": 4}
         )
     ax.set_xlim(left=0)
     return plot.finish(ax, "expected calibration error, points")
@@ -108,16 +103,12 @@ def similarity_by_layer(ax: Axes, table: pd.DataFrame, column: str) -> Axes:
 
     table: of `layer_similarity`. Bands, for the base and DivMerge per layer: the middle half.
     """
-    for model in (name for name in LOOKS if name in set(table.model)):
-        some = table[table.model == model].groupby("layer")[column]
-        half = [some.quantile(q) for q in (0.25, 0.75)]
-        band = half if model in ("base", "divmerge/layer") else []
-        mean, look = some.mean(), {"linewidth": 1.4, **style(model)}
-        plot.line(ax, mean.index, mean, *band, band=True, label=title(model), **look)
+    found = table.groupby(["model", "layer"])[column].describe()
+    for model, (label, look) in methods(models_of(table)).items():
+        own = found.loc[model]
+        band = [own["25%"], own["75%"]] if model in BANDED else []
+        plot.line(ax, own.index, own["mean"], *band, band=True, label=label, linewidth=1.4, **look)
     last = int(table.layer.max())
     plot.ticks(ax, range(last + 1), ["embed.", *map(str, range(1, last + 1))])
-    ax.set(xlabel="layer", ylabel=LAYER_LABELS[column])
-    if column == "common":
-        plot.finish(ax, percent="y")
     ax.set_ylim(bottom=0)
-    return ax
+    return plot.finish(ax, "layer", LAYER_LABELS[column], percent="y" if column == "common" else "")

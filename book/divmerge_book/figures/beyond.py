@@ -1,28 +1,19 @@
-"""Figures of methods beyond one merged vector; tables of `studies.plans`.
-
-Every function draws on the Axes it is given and returns it.
-"""
+"""Figures of methods beyond one merged vector; tables of `studies.plans`."""
 
 import pandas as pd
 from matplotlib.axes import Axes
 
 from divmerge_book.figures import primitives as plot
-from divmerge_book.figures.styles import (
-    CLUSTERINGS,
-    CONTINUAL,
-    PALETTE,
-    ROUTING,
-    SEARCHERS,
-    SELECTORS,
-    labels,
-    mark,
-    title,
-)
+from divmerge_book.figures import styles
+from divmerge_book.figures.styles import PALETTE, numbered, title
 from divmerge_book.studies.continual_merging import BATCH
 from divmerge_book.studies.corrupted_experts import CORRUPTIONS
 from divmerge_book.studies.searches import SEARCHES
 
-CLUSTERING_LABELS, SELECTOR_LABELS, ROUTING_LABELS = map(labels, (CLUSTERINGS, SELECTORS, ROUTING))
+CLUSTERING_LABELS, SELECTOR_LABELS, ROUTING_LABELS = (
+    styles.labels(looks) for looks in (styles.CLUSTERINGS, styles.SELECTORS, styles.ROUTING)
+)
+SEARCHERS = {n: (SEARCHES.facts[n]["label"], look) for n, look in styles.SEARCHERS.items()}
 WORDS = {  # column -> label of an axis
     "ratio": "accuracy on the tasks seen, % of expert",
     "anp": "ANP on test rows, %",
@@ -41,12 +32,13 @@ def continual_curve(ax: Axes, table: pd.DataFrame, column: str = "ratio") -> Axe
     from the lowest to the highest; open markers at the right are the methods that see all experts
     at once.
     """
-    means = table.groupby(["method", "order", "arrived"])[column].mean()
-    last = table.arrived.max()
-    for method, (label, look) in CONTINUAL.items():
-        some = plot.spread(means[method].reset_index(), ["arrived"], column)
-        plot.line(ax, some.arrived, some.value, some.low, some.high, band=True, label=label, **look)
-        batch = means[BATCH[method], -1, last]
+    means = table.groupby(["method", "order", "arrived"])[column].mean().reset_index()
+    found, last = plot.spread(means, ["method", "arrived"], column), table.arrived.max()
+    ends = {"ends": ("low", "high"), "band": True}
+    plot.lines(ax, found, "arrived", "value", styles.CONTINUAL, by="method", **ends)
+    whole = found[found.arrived == last].set_index("method").value
+    for method, (_, look) in styles.CONTINUAL.items():
+        batch = whole[BATCH[method]]
         ax.plot(last + 0.35, batch, markerfacecolor="none", markersize=7, **look)
     plot.ticks(ax, range(1, last + 1))
     return plot.finish(ax, "experts that have arrived", WORDS[column], percent="y")
@@ -58,40 +50,32 @@ def scores_by_order(ax: Axes, found: pd.DataFrame, column: str) -> Axes:
     found: of `backward_transfer`; column: ratio, kept_margin or bwt. Black diamonds are the methods
     that see all experts at once.
     """
-    values = found.groupby("method")[column]
-    rows = {label: (values.get_group(m), look) for m, (label, look) in CONTINUAL.items()}
-    plot.points_by_row(ax, rows, jitter=0.16)
-    for y, method in enumerate(CONTINUAL):
-        batch = found[found.method == BATCH[method]][column]
-        ax.plot(batch, [y] * len(batch), "kD", markerfacecolor="none", markersize=7)
-    plot.finish(ax, percent="x")
-    return ax
+    values = {method: own[column] for method, own in found.groupby("method")}
+    rows = {label: (values[method], look) for method, (label, look) in styles.CONTINUAL.items()}
+    plot.strip(ax, rows, jitter=0.16)
+    for y, method in enumerate(styles.CONTINUAL):
+        batch = values[BATCH[method]]
+        ax.plot(batch, y + 0 * batch, "kD", markerfacecolor="none", markersize=7)
+    return plot.finish(ax, percent="x")
 
 
 def model_counts(ax: Axes, table: pd.DataFrame) -> Axes:
     """How many models the mixture keeps, over zeta, a line per sigma."""
-    own = table[table.how == "dp_mixture"]
-    values = list(dict.fromkeys(own.zeta))
-    own = own.assign(place=own.zeta.map(values.index))
-    looks = {
-        sigma: (f"$\\sigma$ = {sigma:g}", mark(n % 3, "os^"[n % 3]))
-        for n, sigma in enumerate(own.sigma.unique())
-    }
-    plot.lines(ax, own, "place", "models", looks, by="sigma")
-    names = ["$\\infty$" if value == "inf" else value for value in values]
-    plot.ticks(ax, range(len(values)), names, rotation=45)
+    own = table[table.how == "dp_mixture"].replace({"zeta": {"inf": r"$\infty$"}})
+    looks = numbered(own.sigma, markers="os^", form="$\\sigma$ = {:g}")
+    plot.lines(ax, own, "zeta", "models", looks, by="sigma", ordinal=True)
+    ax.tick_params(axis="x", rotation=45)
     ax.set_yticks(range(1, int(own.models.max()) + 1))
     return plot.finish(ax, r"$\zeta$, the weight of a new model", "models $L$", legend=9)
 
 
 def score_by_size(ax: Axes, table: pd.DataFrame, column: str = "anp") -> Axes:
     """ANP (or kept_margin) against megabytes stored, for three ways to cluster the experts."""
-    for how, (label, look) in CLUSTERINGS.items():
+    for how, (label, look) in styles.CLUSTERINGS.items():
         some = table[table.how == how].drop_duplicates(["models", "groups"]).sort_values("bytes")
         plot.line(ax, some.bytes / 1e6, some[column], label=label, markersize=6, alpha=0.85, **look)
-    return plot.finish(
-        ax, "stored, MB", WORDS[column], percent="y", legend={"fontsize": 9, "loc": "lower right"}
-    )
+    legend = {"fontsize": 9, "loc": "lower right"}
+    return plot.finish(ax, "stored, MB", WORDS[column], percent="y", legend=legend)
 
 
 def selection_by_corruption(ax: Axes, table: pd.DataFrame, kind: str, column: str) -> Axes:
@@ -103,38 +87,26 @@ def selection_by_corruption(ax: Axes, table: pd.DataFrame, kind: str, column: st
     each = some.groupby(["method", "share", "seed"], sort=False)[column].mean().reset_index()
     found = plot.spread(each, ["method", "share"], column)
     found[["value", "low", "high"]] = found[["value", "low", "high"]].astype(float)
-    plot.lines(
-        ax, found, "share", "value", SELECTORS, by="method", ends=("low", "high"), step=0.012,
-        linewidth=1.2,
-    )  # fmt: skip
+    how = {"by": "method", "ends": ("low", "high"), "step": 0.012, "linewidth": 1.2}
+    plot.lines(ax, found, "share", "value", styles.SELECTORS, **how)
     shares = sorted(some.share.unique())
     plot.ticks(ax, shares, [f"{100 * share:.0f}" for share in shares])
     ax.set_title(CORRUPTIONS.facts[kind]["label"])
-    ax.set_xlabel("corrupted share of the pool, %")
-    if column == "auc":
-        plot.reference(ax, 0.5, x=False, style=":")
-    else:
-        plot.finish(ax, percent="y")
-    return ax
+    of_column = {"at_y": {0.5: ":"}} if column == "auc" else {"percent": "y"}
+    return plot.finish(ax, "corrupted share of the pool, %", **of_column)
 
 
 def search_curves(ax: Axes, table: pd.DataFrame) -> Axes:
     """Best validation accuracy so far over score calls, mean over tasks and seeds."""
-    looks = {
-        name: (SEARCHES.facts[name]["label"], {"color": look["color"]})
-        for name, look in SEARCHERS.items()
-    }
-    plot.lines(ax, table, "call", "validation", looks, by="search")
-    return plot.finish(
-        ax, "score calls per task", "best validation accuracy, %", percent="y", legend=8
-    )
+    plot.lines(ax, table, "call", "validation", SEARCHERS, by="search", marker="")
+    words = "score calls per task", "best validation accuracy, %"
+    return plot.finish(ax, *words, percent="y", legend=8)
 
 
 def generalisation_gaps(ax: Axes, table: pd.DataFrame) -> Axes:
     """Validation (open) and test accuracy (filled) of what every search returns: means."""
     mean = table.dropna(subset=["test"]).groupby("search")[["validation", "test"]].mean()
-    looks = {"expert": ("the experts", {"color": "black", "marker": "o"})}
-    looks |= {name: (SEARCHES.facts[name]["label"], look) for name, look in SEARCHERS.items()}
+    looks = {"expert": ("the experts", {"color": "black", "marker": "o"}), **SEARCHERS}
     plot.dumbbells(ax, {label: (*mean.loc[name], look) for name, (label, look) in looks.items()})
     return plot.finish(ax, "accuracy, %", percent="x")
 
@@ -147,7 +119,7 @@ def proxy_tuning(ax: Axes, table: pd.DataFrame) -> Axes:
         plain = name in ("large base", "small expert", "large expert")
         shade, values = PALETTE[7 if plain else 0 if name.endswith("own") else 1], tasks[name]
         ax.barh(y, values.mean(), color=shade, alpha=0.45, height=0.7)
-        plot.intervals(ax, [y] * len(values), values, color=shade, marker="o", markersize=4)
+        plot.intervals(ax, y + 0 * values, values, color=shade, marker="o", markersize=4)
         ax.annotate(f"{100 * values.mean():.1f}", (0.01, y), va="center", fontsize=9)
     plot.label_rows(ax, names)
     return plot.finish(ax, "accuracy on test rows, %", percent="x")
@@ -158,11 +130,11 @@ def score_against_cost(ax: Axes, table: pd.DataFrame, column: str, score: str = 
 
     Colour and marker say where the weights of an answer come from.
     """
-    plot.scatter(ax, table, column, score, ROUTING, by="finds", markersize=8)
+    plot.scatter(ax, table, column, score, styles.ROUTING, by="finds", markersize=8)
     ax.margins(x=0.12, y=0.1)
     plot.reference(ax, 1, x=False, style="--")
     ax.set_xscale("log", base=2)
-    plot.annotate(ax, [(row[column], row[score], title(row.method)) for _, row in table.iterrows()])
+    plot.annotate(ax, zip(table[column], table[score], table.method.map(title), strict=True))
     ax.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
     unit = {"models": "stored, in models", "slower": "time per row, in plain models"}[column]
     return plot.finish(ax, unit, WORDS[score], percent="y")

@@ -1,7 +1,6 @@
 """Figures of the choice of divergence; tables of `studies.choice`, `robustness` and `trajectories`.
 
-Every function draws on the Axes it is given and returns it. Grey lines are the objectives that are
-not singled out.
+Grey lines are the objectives that are not singled out.
 """
 
 from collections.abc import Sequence
@@ -22,9 +21,13 @@ FLOOR = 1e-8  # smallest value that a logarithmic axis shows
 LEFT_EDGE = -12  # points of ANP: smaller differences are drawn there
 
 
-def look(spec: str) -> dict:
-    """Colour and marker of an objective: black for the labels' loss, grey for those in the rest."""
-    return OBJECTIVES.get(spec, {"color": "0.75", "marker": ""})
+def looks_of(table: pd.DataFrame, **more) -> dict:
+    """Names and looks of a table's objectives: black for the labels' loss, grey for the rest."""
+    other = {"color": "0.75", "marker": ""}
+    return {
+        spec: (named(spec), {**OBJECTIVES.get(spec, other), **more})
+        for spec in dict.fromkeys(table.objective)
+    }
 
 
 def objective_values(ax: Axes, table: pd.DataFrame, specs: Sequence[str], column: str) -> Axes:
@@ -38,8 +41,8 @@ def objective_values(ax: Axes, table: pd.DataFrame, specs: Sequence[str], column
     }
     shown = table.assign(**{column: table[column].clip(lower=FLOOR)})
     plot.lines(ax, shown, "odds", column, looks, by="objective")
-    ax.set_yscale("log")
-    return plot.finish(ax, "merged model's log-odds for the right answer, nats", legend=8)
+    words = "merged model's log-odds for the right answer, nats"
+    return plot.finish(ax, words, yscale="log", legend=8)
 
 
 def fisher_ratios(ax: Axes, table: pd.DataFrame) -> Axes:
@@ -48,14 +51,14 @@ def fisher_ratios(ax: Axes, table: pd.DataFrame) -> Axes:
     table: objective, ratio. Where all points of a row coincide, D is a multiple of the Fisher
     metric; the bar marks the declared multiple.
     """
-    curvatures = {spec: facts_of(spec)["curvature"] for spec in dict.fromkeys(table.objective)}
+    ratios = table.groupby("objective", sort=False).ratio
+    curvatures = {spec: facts_of(spec)["curvature"] for spec in ratios.groups}
     looks = {True: mark(0, "o"), False: mark(1, "s")}
-    ratios = table.groupby("objective").ratio
-    rows = {named(spec): (ratios.get_group(spec), looks[bool(c)]) for spec, c in curvatures.items()}
-    plot.points_by_row(ax, rows, jitter=0.25, bar="none", markersize=3, alpha=0.5)
+    rows = {named(spec): (own, looks[bool(curvatures[spec])]) for spec, own in ratios}
+    plot.strip(ax, rows, jitter=0.25, bar="none", markersize=3, alpha=0.5)
     for y, curvature in enumerate(curvatures.values()):
         if curvature:
-            ax.plot([curvature] * 2, [y - 0.4, y + 0.4], color="black", linewidth=1)
+            ax.vlines(curvature, y - 0.4, y + 0.4, color="black", linewidth=1)
     return plot.finish(ax, "D / (half the Fisher metric), one point per direction", xscale="log")
 
 
@@ -66,23 +69,22 @@ def forest(ax: Axes, table: pd.DataFrame, *, order: Sequence[str], score: str = 
     below `LEFT_EDGE` points are drawn there, with their value.
     """
     table = of_score(table, score)
-    looks = numbered(sorted(table["count"].unique()), markers="os^")
-    for (count, (label, own)), shift in zip(
+    looks = numbered(sorted(table["count"].unique()), markers="os^", form="T = {}")
+    for (count, (label, look)), shift in zip(
         looks.items(), plot.dodge(len(looks), 0.26), strict=True
     ):
         some = table[table["count"] == count].set_index("objective").loc[list(order)]
-        ends = 100 * some[["from_low", "from_high", "difference"]].clip(lower=LEFT_EDGE / 100)
-        for y, (value, row) in enumerate(zip(ends.itertuples(), some.itertuples(), strict=True)):
-            face = own["color"] if row.holm < ALPHA else "white"
-            found = (y + shift, value.difference, value.from_low, value.from_high)
-            plot.intervals(ax, *found, markerfacecolor=face, **own)
-            if 100 * row.difference < LEFT_EDGE:
-                place, said = (LEFT_EDGE + 0.9, y + shift), f"{100 * row.difference:.0f}"
-                ax.text(*place, said, fontsize=8, va="center", color=own["color"])
-        ax.plot([], [], label=f"T = {label}", linestyle="none", **own)
-    plot.reference(ax, 0)
+        for y, row in enumerate(some.itertuples(), 0):
+            values = [100 * value for value in (row.difference, row.from_low, row.from_high)]
+            face = look["color"] if row.holm < ALPHA else "white"
+            drawn = [max(value, LEFT_EDGE) for value in values]
+            plot.intervals(ax, y + shift, *drawn, **{**look, "markerfacecolor": face})
+            if values[0] < LEFT_EDGE:
+                how = {"fontsize": 8, "va": "center", "color": look["color"]}
+                ax.text(LEFT_EDGE + 0.9, y + shift, f"{values[0]:.0f}", **how)
+        ax.plot([], [], label=label, linestyle="none", **look)
     plot.label_rows(ax, map(named, order))
-    return plot.finish(ax, f"{WORDS[score]} minus that of js, points")
+    return plot.finish(ax, f"{WORDS[score]} minus that of js, points", at={0: "-"})
 
 
 def by_temperature(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
@@ -91,16 +93,15 @@ def by_temperature(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes
     table: scores of `temperatures`; of one stored by seed, bars are from lowest to highest.
     """
     if "seed" in table:
-        groups = table.groupby(["objective", "temperature"], sort=False).anp
-        table = groups.agg(anp="mean", low="min", high="max").reset_index()
-    table = of_score(table, score).sort_values("temperature", kind="stable")
-    specs = list(dict.fromkeys(table.objective))
-    for spec, shift in zip(specs, plot.dodge(len(specs), 0.06), strict=True):
+        found = plot.spread(table, ["objective", "temperature"], "anp")
+        table = found.rename(columns={"value": "anp"})
+    table = of_score(table, score)
+    table[["score", "low", "high"]] *= 100
+    looks = looks_of(table, linewidth=1.2)
+    for spec, shift in zip(looks, plot.dodge(len(looks), 0.06), strict=True):
         own = table[table.objective == spec]
-        found = [100 * own[name] for name in ("score", "low", "high")]
-        plot.line(
-            ax, own.temperature * 2**shift, *found, label=named(spec), linewidth=1.2, **look(spec)
-        )
+        own = own.assign(x=own.temperature * 2**shift)
+        plot.lines(ax, own, "x", "score", looks, by="objective", ends=("low", "high"))
     ax.set_xscale("log", base=2)
     plot.ticks(ax, sorted(table.temperature.unique()))
     return plot.finish(ax, "temperature", f"{WORDS[score]} on test rows, %", legend=8)
@@ -111,20 +112,20 @@ def corruption_costs(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Ax
 
     table: of `corruption_costs`, one grouping. Large markers: means over seeds; small ones: seeds.
     """
-    kinds = [kind for kind in CORRUPTIONS if kind in set(table.kind)]
-    specs, column = list(dict.fromkeys(table.objective)), "cost" if score == "anp" else "kept_cost"
-    for spec, shift in zip(specs, plot.dodge(len(specs), 0.8 / len(specs)), strict=True):
-        own = table[(table.objective == spec) & table.kind.isin(kinds)]
-        plot.intervals(ax, own.kind.map(kinds.index) + shift, 100 * own[column],
-                  **{**look(spec), "markersize": 3, "alpha": 0.6})  # fmt: skip
-        mean = 100 * own.groupby("kind")[column].mean()
-        heights = [kinds.index(kind) + shift for kind in mean.index]
-        plot.intervals(ax, heights, mean, label=named(spec), markersize=7, **look(spec))
-    plot.reference(ax, 0)
-    for y in range(1, len(kinds)):
+    rows = {k: CORRUPTIONS.facts[k]["label"] for k in CORRUPTIONS if k in set(table.kind)}
+    column, looks = "cost" if score == "anp" else "kept_cost", looks_of(table)
+    mean = table.groupby(["objective", "kind"], sort=False)[column].mean().reset_index()
+    how = {"row": "kind", "group": "objective", "value": column, "ends": None}
+    for some, size, alpha in ((table, 3, 0.6), (mean, 7, 1)):
+        some = some.assign(**{column: 100 * some[column]})
+        shown = looks if size == 7 else {spec: (None, look) for spec, (_, look) in looks.items()}
+        plot.forest(
+            ax, some, rows, shown, step=0.8 / len(looks), markersize=size, alpha=alpha, **how
+        )
+    for y in range(1, len(rows)):
         ax.axhline(y - 0.5, color="0.85", linewidth=0.8)
-    plot.label_rows(ax, [CORRUPTIONS.facts[kind]["label"] for kind in kinds])
-    return plot.finish(ax, f"the others lose, points of {WORDS[score]}")
+    ax.grid(axis="y", visible=False)
+    return plot.finish(ax, f"the others lose, points of {WORDS[score]}", at={0: "-"})
 
 
 def task_curves(ax: Axes, table: pd.DataFrame, column: str, *, markersize: float | int = 4) -> Axes:
@@ -133,15 +134,12 @@ def task_curves(ax: Axes, table: pd.DataFrame, column: str, *, markersize: float
     table: of `trajectories`, one objective and kind. column: share, loss or coefficient.
     markersize: in points.
     """
-    looks = {task: mark(n, marker) for task, (n, marker) in zip(
-        dict.fromkeys(table.task), zip((0, 1, 2, 3, 4, 5, 8), "os^DvPX", strict=True), strict=False
-    )}  # fmt: skip
+    places = zip(dict.fromkeys(table.task), (0, 1, 2, 3, 4, 5, 8), "os^DvPX", strict=False)
+    looks = {task: (task, mark(n, marker, linewidth=1.2)) for task, n, marker in places}
     scaled = table.assign(**{column: table[column] * (100 if column == "share" else 1)})
-    looks = {task: (task, {**own, "linewidth": 1.2}) for task, own in looks.items()}
     plot.lines(ax, scaled, "step", column, looks, by="task", markersize=markersize)
-    if column == "share":
-        plot.reference(ax, 100 / table.task.nunique(), x=False, style=":")
-    return plot.finish(ax, "step")
+    equal = {100 / table.task.nunique(): ":"} if column == "share" else {}
+    return plot.finish(ax, "step", at_y=equal)
 
 
 def training_curve(ax: Axes, table: pd.DataFrame, column: str) -> Axes:
@@ -154,10 +152,9 @@ def training_curve(ax: Axes, table: pd.DataFrame, column: str) -> Axes:
     whole[column] = whole.loss / first if column == "loss" else 100 * whole[column]
     front, back = {"linewidth": 1.4, "zorder": 3}, {"linewidth": 0.8, "zorder": 1}
     looks = {
-        spec: (named(spec), {**look(spec), **front}) if spec in OBJECTIVES
-        else (None, {**look(spec), **back})
-        for spec in dict.fromkeys(whole.objective)
-    }  # fmt: skip
+        spec: (label, {**look, **front}) if spec in OBJECTIVES else (None, {**look, **back})
+        for spec, (label, look) in looks_of(whole).items()
+    }
     plot.lines(ax, whole, "step", column, looks, by="objective", markersize=4)
     return plot.finish(ax, "step")
 
@@ -166,9 +163,6 @@ def per_objective(
     ax: Axes, table: pd.DataFrame, column: str, *, order: Sequence[str], scale: float | int = 1
 ) -> Axes:
     """One small point per seed of every objective, a bar at the mean."""
-    values = scale * table.set_index("objective")[column]
-    plot.points_by_row(ax, {
-        named(spec): (values[[spec]], mark(0, "o") if spec in DIVERGENCES else mark(1, "s"))
-        for spec in order
-    })  # fmt: skip
+    values, looks = scale * table.set_index("objective")[column], (mark(1, "s"), mark(0, "o"))
+    plot.strip(ax, {named(spec): (values[[spec]], looks[spec in DIVERGENCES]) for spec in order})
     return ax

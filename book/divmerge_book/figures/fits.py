@@ -17,21 +17,20 @@ def coefficient_map(ax: Axes, fit: Mapping) -> Axes:
     names = [short(group) for group in fit["groups"]]
     table = pd.DataFrame(np.array(fit["coefficients"]).T, names, fit["tasks"])
     shown = True if len(table) <= 40 else max(1, len(table) // 14)
-    how = {"annot": table.size <= 80, "yticklabels": shown}
-    limit = float(np.abs(table.values).max())
-    plot.heat_map(ax, table, label="coefficient", **how, **plot.diverging(0, limit))
-    ax.set(title=title(fit["method"]), xlabel="task", ylabel="parameters")
+    how = plot.diverging(0, float(np.abs(table.values).max()))
+    plot.heat_map(ax, table, label="coefficient", annot=table.size <= 80, yticklabels=shown, **how)
     ax.tick_params(axis="y", labelsize=7 if len(table) > 12 else 9)
-    return ax
+    return plot.finish(ax, "task", "parameters", title=title(fit["method"]))
 
 
 def loss_curve(ax: Axes, fits: list[Mapping], *, window: int = 8) -> Axes:
     """Objective over steps: each batch faint, the mean of `window` of them strong."""
     for fit in fits:
-        loss, look = pd.Series(fit["losses"]), {"color": colour(fit["method"])}
-        plot.line(ax, loss.index, loss, alpha=0.2, linewidth=0.8, **look)
-        smooth, name = loss.rolling(window, min_periods=1).mean(), fit["method"]
-        plot.line(ax, loss.index, smooth, label=title(name), linestyle=line_style(name), **look)
+        loss, name = pd.Series(fit["losses"]), fit["method"]
+        smooth, shade = loss.rolling(window, min_periods=1).mean(), colour(name)
+        plot.line(ax, loss.index, loss, alpha=0.2, linewidth=0.8, color=shade)
+        look = {"color": shade, "linestyle": line_style(name)}
+        plot.line(ax, loss.index, smooth, label=title(name), **look)
     return plot.finish(ax, "step", "objective, nats, summed over tasks", legend=8)
 
 

@@ -1,7 +1,4 @@
-"""Figures of the protocol; tables of `studies.protocol`, `learning_curve` and `convergence`.
-
-Every function draws on the Axes it is given and returns it.
-"""
+"""Figures of the protocol; tables of `studies.protocol`, `learning_curve` and `convergence`."""
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -17,7 +14,13 @@ from divmerge_core.merging.fit import OPTIMIZERS
 OPTIMISER_LABELS = {name: OPTIMIZERS.facts[name]["label"] for name in OPTIMIZERS}
 OPTIMISER_LABELS |= {"gauss_newton": "Gauss-Newton"}
 SETTINGS = {"init": "start", "lr": "step size", "epochs": "epochs"}
-FROM_DEFAULT = {"value": "difference", "ends": ("from_low", "from_high")}
+SHIFTS = {kind: INPUT_SHIFTS.facts[kind]["label"] for kind in INPUT_SHIFTS}
+FROM_DEFAULT = {
+    "value": "difference",
+    "ends": ("from_low", "from_high"),
+    "width": 2,
+    "markersize": 6,
+}
 
 
 def ablation(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
@@ -27,12 +30,12 @@ def ablation(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
     per grouping; the line at 0 is the default.
     """
     rows = of_score(table[table.setting != "default"], score)
-    words = [f"{SETTINGS.get(s, s)} {v}" for s, v in zip(rows.setting, rows.value, strict=True)]
-    names = {name: name for name in dict.fromkeys(words)}
-    how = {"row": "words", "group": "grouping", "step": 0.26, "width": 2, "markersize": 6}
-    plot.intervals_by_row(ax, rows.assign(words=words), names, GROUPINGS, **how, **FROM_DEFAULT)
-    plot.reference(ax, 0, style="--")
-    return plot.finish(ax, f"{WORDS[score]} minus the default's, points", percent="x")
+    rows = rows.assign(words=rows.setting.replace(SETTINGS) + " " + rows.value)
+    names = {name: name for name in rows.words}
+    how = {"row": "words", "group": "grouping", "step": 0.26, **FROM_DEFAULT}
+    plot.forest(ax, rows, names, GROUPINGS, **how)
+    words = f"{WORDS[score]} minus the default's, points"
+    return plot.finish(ax, words, percent="x", at={0: "--"})
 
 
 def learning_curve(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
@@ -40,12 +43,9 @@ def learning_curve(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes
 
     table: scores of `learning_curve`. Bands are 95 % intervals.
     """
-    counts, table = sorted(table.inputs.unique()), of_score(table, score).sort_values("inputs")
-    for grouping in (name for name in GROUPINGS if name in set(table.grouping)):
-        own, (label, look) = table[table.grouping == grouping], GROUPINGS[grouping]
-        at = [counts.index(count) for count in own.inputs]
-        plot.line(ax, at, own.score, own.low, own.high, band=True, label=label, **look)
-    plot.ticks(ax, range(len(counts)), map(str, counts))
+    table = of_score(table, score).sort_values("inputs")
+    how = {"by": "grouping", "ends": ("low", "high"), "band": True, "ordinal": True}
+    plot.lines(ax, table, "inputs", "score", GROUPINGS, **how)
     return plot.finish(ax, "unlabelled inputs per task", f"{WORDS[score]}, %", percent="y")
 
 
@@ -55,23 +55,17 @@ def shift_costs(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
     table: scores of `input_shifts`, for one grouping. The row `none` is the start, 1/T, without any
     fit.
     """
-    rows = {
-        "none": "no inputs: 1/T",
-        **{kind: INPUT_SHIFTS.facts[kind]["label"] for kind in INPUT_SHIFTS},
-    }
     table = of_score(table, score)
-    shares = sorted(share for share in table.share.unique() if share > 0)
+    rows, none = {"none": "no inputs: 1/T", **SHIFTS}, table.kind == "none"
     looks = {
         share: (f"{round(100 * share)} % of the inputs", mark((1, 0, 2, 4)[n % 4], "so^D"[n % 4]))
-        for n, share in enumerate(shares)
+        for n, share in enumerate(sorted(table.share[table.share > 0].unique()))
     }
-    start = table.kind == "none"
-    how = {"row": "kind", "group": "share", "width": 2, "markersize": 6, **FROM_DEFAULT}
-    plot.intervals_by_row(ax, table[~start], rows, looks, step=0.22, **how)
-    last = {shares[-1]: (None, looks[shares[-1]][1])}
-    plot.intervals_by_row(ax, table[start], rows, last, **how)
-    plot.reference(ax, 0, style="--")
-    return plot.finish(ax, f"{WORDS[score]} minus right inputs', points", percent="x")
+    unnamed = {share: (None, look) for share, (_, look) in looks.items()}
+    for some, own in ((table[~none], looks), (table[none], unnamed)):
+        plot.forest(ax, some, rows, own, row="kind", group="share", step=0.22, **FROM_DEFAULT)
+    words = f"{WORDS[score]} minus right inputs', points"
+    return plot.finish(ax, words, percent="x", at={0: "--"})
 
 
 def proposition3(ax: Axes, table: pd.DataFrame) -> Axes:
@@ -79,17 +73,13 @@ def proposition3(ax: Axes, table: pd.DataFrame) -> Axes:
 
     table: of `proposition3`; tasks, their number. One marker per seed.
     """
-    for model, look, shift in zip(
-        ("average", "DivMerge"), (mark(0, "o"), mark(1, "s")), plot.dodge(2, 0.2), strict=True
-    ):
-        own = table[table.model == model]
-        heights = own.kind.map(list(INPUT_SHIFTS).index) + shift
-        plot.intervals(
-            ax, heights, own.apart / own.bound, label=model, alpha=0.8, markersize=6, **look
-        )
+    looks = {"average": ("average", mark(0, "o")), "DivMerge": ("DivMerge", mark(1, "s"))}
+    how = {"row": "kind", "group": "model", "value": "ratio", "ends": None, "step": 0.2}
+    table = table.assign(ratio=table.apart / table.bound)
+    plot.forest(ax, table, SHIFTS, looks, alpha=0.8, markersize=6, **how)
     plot.reference(ax, 1, style="--", label="the paper's bound")
     plot.reference(ax, 0.5, style=":", label="bound from the range of log 2")
-    plot.label_rows(ax, [INPUT_SHIFTS.facts[kind]["label"] for kind in INPUT_SHIFTS])
+    ax.grid(axis="y", visible=False)
     return plot.finish(ax, "change of the objective, share of the bound", xscale="log")
 
 

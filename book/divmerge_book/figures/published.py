@@ -1,11 +1,12 @@
 """Figures of published experts: accuracy by task, and by the scale of the task vectors."""
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
 from divmerge_book.figures import primitives as plot
-from divmerge_book.figures.styles import PALETTE, style, title
+from divmerge_book.figures.styles import PALETTE, methods, title
+
+BARS = {"expert": "black", "base": PALETTE[3]}
 
 
 def by_task(ax: Axes, scores: pd.DataFrame, *, what: str = "accuracy") -> Axes:
@@ -13,18 +14,18 @@ def by_task(ax: Axes, scores: pd.DataFrame, *, what: str = "accuracy") -> Axes:
 
     scores: methods by task, shares, with rows `expert` and `base`.
     """
-    merged, places = scores.drop(index=["expert", "base"]), np.arange(scores.shape[1])
-    shifts = plot.dodge(len(merged), 0.5 / max(1, len(merged) - 1))
-    for shift, (method, row) in zip(shifts, merged.iterrows(), strict=True):
-        plot.intervals(ax, places + shift, row, label=title(method), **style(method))
+    merged = scores.index.drop(list(BARS))
+    table = scores.rename_axis("method").melt(var_name="task", ignore_index=False).reset_index()
+    how = {"row": "task", "group": "method", "ends": None}
+    rows = {task: task for task in scores}
+    plot.forest(ax, table, rows, methods(merged), step=0.5 / max(1, len(merged) - 1), **how)
     bar = {"marker": "|", "markersize": 15, "markeredgewidth": 2}
-    for method, shade in (("expert", "black"), ("base", PALETTE[3])):
-        plot.intervals(ax, places, scores.loc[method], label=title(method), color=shade, **bar)
-    plot.label_rows(ax, scores.columns)
-    ax.set_xlabel(f"{what}, %")
-    plot.finish(ax, percent="x")
+    for method, shade in BARS.items():
+        plot.intervals(
+            ax, range(len(rows)), scores.loc[method], label=title(method), color=shade, **bar
+        )
     ax.set_title(f"{what} of every merge, task by task", fontsize=10)
-    return ax
+    return plot.finish(ax, f"{what}, %", percent="x")
 
 
 def scale_curve(ax: Axes, swept: pd.DataFrame, task: str) -> Axes:
@@ -32,12 +33,9 @@ def scale_curve(ax: Axes, swept: pd.DataFrame, task: str) -> Axes:
 
     swept: of `leaderboard_summary.sweep`: method, scale, task, accuracy.
     """
-    for method, rows in swept.groupby("method", sort=False):
-        table = rows.pivot(index="scale", columns="task", values="accuracy")
-        for words, values, dash in (("mean", table.mean(axis=1), "-"), (task, table[task], ":")):
-            look = {**style(method), "markersize": 4, "linestyle": dash}
-            plot.line(ax, table.index, values, label=f"{title(method)}, {words}", **look)
-    ax.set(xlabel="scale of the task vectors", ylabel="accuracy, %")
-    plot.finish(ax, percent="y")
+    for some, words, dash in ((swept, "mean", "-"), (swept[swept.task == task], task, ":")):
+        looks = {m: (f"{label}, {words}", {**look, "markersize": 4, "linestyle": dash})
+                 for m, (label, look) in methods(swept.method).items()}  # fmt: skip
+        plot.lines(ax, some, "scale", "accuracy", looks, by="method")
     ax.set_title(f"the mean, and {task} alone", fontsize=10)
-    return ax
+    return plot.finish(ax, "scale of the task vectors", "accuracy, %", percent="y")

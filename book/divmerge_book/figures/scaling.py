@@ -1,5 +1,5 @@
 """Figures of what happens as more tasks are merged; tables of `studies.scores` and
-`task_attribution`. Every function draws on the Axes it is given and returns it.
+`task_attribution`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,10 @@ from divmerge_book.studies.task_attribution import COVARIATES, FORECASTS
 SCORES = {"anp": "ANP, % of the experts", "kept_margin": "kept margin, %"}
 
 
-def by_count(ax: Axes, numbers: pd.Series | pd.Index) -> Axes:
+def by_count(ax: Axes, numbers: pd.Series | pd.Index, **more) -> Axes:
     """An x axis of numbers of tasks and a y axis of percentages."""
     plot.ticks(ax, sorted(set(numbers)))
-    return plot.finish(ax, "tasks merged, $T$", percent="y")
+    return plot.finish(ax, "tasks merged, $T$", percent="y", **more)
 
 
 def shades(numbers: pd.Series) -> dict:
@@ -38,18 +38,18 @@ def method_curve(
     intervals, kept: of `over_subsets`, of the ANP and, drawn as a broken line, of the kept margin.
     scores: of `by_subset`. Grey lines are the ANP of the other methods.
     """
-    for _, rows in intervals.groupby("method", sort=False):
-        ax.plot(rows["T"], rows.value, color="0.85", linewidth=1, zorder=0)
+    others = {name: (None, {"color": "0.85", "zorder": 0}) for name in intervals.method}
+    plot.lines(ax, intervals, "T", "value", others, by="method", linewidth=1)
     some = scores[(scores.method == method) & (scores.seed == scores.seed.iloc[0])]
-    look = {"color": style(method)["color"], "band": True, "marker": ""}
-    ax.plot(some["T"], some.anp, ".", color=look["color"], markersize=4, alpha=0.5)
+    shade = style(method)["color"]
+    ax.plot(some["T"], some.anp, ".", color=shade, markersize=4, alpha=0.5)
     for table, dash in ((intervals, "-"), (kept, "--")):
-        own = table[table.method == method]
-        plot.line(ax, own["T"], own.value, own.low, own.high, linewidth=1.8, linestyle=dash, **look)
+        look = {method: (None, {"color": shade, "linestyle": dash, "linewidth": 1.8})}
+        ends = {"ends": ("low", "high"), "band": True}
+        plot.lines(ax, table, "T", "value", look, by="method", **ends)
     plot.reference(ax, 0, x=False, linewidth=0.5)
-    plot.reference(ax, 1, x=False, style="--")
     ax.set_title(title(method), fontsize=9)
-    return by_count(ax, intervals["T"])
+    return by_count(ax, intervals["T"], at_y={1: "--"})
 
 
 def score_curve(ax: Axes, intervals: pd.DataFrame, shown: Sequence[str] | None = None) -> Axes:
@@ -60,25 +60,20 @@ def score_curve(ax: Axes, intervals: pd.DataFrame, shown: Sequence[str] | None =
 
 
 def seed_curve(ax: Axes, table: pd.DataFrame, shown: Sequence[str] | None = None) -> Axes:
-    """The mean over the same subsets at every seed: bars from the lowest to the highest seed.
-
-    table: of `over_seeds`.
-    """
+    """`score_curve` with bars from the lowest to the highest seed. table: of `over_seeds`."""
     return score_curve(ax, plot.spread(table, ["method", "T"], "value"), shown)
 
 
 def variance_sources(ax: Axes, spreads: pd.DataFrame) -> Axes:
     """Standard deviation of the ANP against T by what varies: faint a method, strong their mean."""
     wide = spreads.dropna().pivot_table(index=["source", "method"], columns="T", values="sd")
-    for source, look in SOURCES.items():
-        if source in wide.index:
-            some = wide.loc[source]
-            ax.plot(some.columns, some.T, color=look["color"], alpha=0.25, linewidth=0.8)
-            plot.line(ax, some.columns, (some**2).mean() ** 0.5, linewidth=2, label=source, **look)
+    for source in (name for name in SOURCES if name in wide.index):
+        some, look = wide.loc[source], SOURCES[source]
+        ax.plot(some.columns, some.T, color=look["color"], alpha=0.25, linewidth=0.8)
+        plot.line(ax, some.columns, (some**2).mean() ** 0.5, linewidth=2, label=source, **look)
     ax.set_ylim(0, 1.25 * wide.max(axis=None))  # room for names
     ax.set_ylabel("standard deviation of ANP, points", fontsize=10)
-    ax.legend(fontsize=9, ncols=3, loc="upper center")
-    return by_count(ax, spreads["T"])
+    return by_count(ax, spreads["T"], legend={"fontsize": 9, "ncols": 3, "loc": "upper center"})
 
 
 def printed_curve(ax: Axes, table: pd.DataFrame, names: Mapping[str, str]) -> Axes:
@@ -100,29 +95,26 @@ def scale_curve(ax: Axes, scores: pd.DataFrame, column: str = "anp") -> Axes:
     """
     looks = shades(scores["T"])
     plot.lines(ax, scores, "scale", column, looks, by="T", marker=".")
-    average = scores[~scores.fixed]
     plain = {n: (None, look) for n, (_, look) in looks.items()}
     ring = {"marker": "o", "markerfacecolor": "none", "markersize": 9, "alpha": 1}
-    plot.scatter(ax, average, "scale", column, plain, by="T", **ring)
+    plot.scatter(ax, scores[~scores.fixed], "scale", column, plain, by="T", **ring)
     ax.set_xscale("log")
     plot.ticks(ax, sorted(scores.scale[scores.fixed].unique()))
-    return plot.finish(
-        ax, "coefficient of every task vector", SCORES[column], percent="y", legend=8
-    )
+    words = "coefficient of every task vector"
+    return plot.finish(ax, words, SCORES[column], percent="y", legend=8)
 
 
 def coefficient_curve(ax: Axes, found: Mapping[str, pd.Series]) -> Axes:
     """Coefficients against T, a line per way to find them; black is 1/T, the average."""
-    marks = ((1, "^"), (2, "h"), (0, "p"), (3, "v"))
-    for (label, values), look in zip(found.items(), marks, strict=False):
+    looks = ((1, "^"), (2, "h"), (0, "p"), (3, "v"))
+    for (label, values), look in zip(found.items(), looks, strict=False):
         plot.line(ax, values.index, values, label=label, **mark(*look))
     numbers = np.unique(np.concatenate([values.index for values in found.values()]))
     ax.plot(numbers, 1 / numbers, color="black", linestyle="--", label="$1/T$")
     plot.ticks(ax, numbers)
-    ax.set_ylim(0, 1.5 * max(values.max() for values in found.values()))  # room for names
-    return plot.finish(
-        ax, "tasks merged, $T$", "coefficient", legend={"fontsize": 8, "loc": "upper right"}
-    )
+    top = 1.5 * max(values.max() for values in found.values())  # room for names
+    legend = {"fontsize": 8, "loc": "upper right"}
+    return plot.finish(ax, "tasks merged, $T$", "coefficient", legend=legend, ylim=(0, top))
 
 
 def forecast_scatter(ax: Axes, table: pd.DataFrame, column: str) -> Axes:
@@ -143,21 +135,19 @@ def forecast_skill(ax: Axes, table: pd.DataFrame) -> Axes:
     table: of `skill` for several methods. Below 0 a forecast is worse than the mean; values below
     -1 are drawn at the left edge.
     """
-    columns = ["r2", "r2_low", "r2_high"]
-    rows = table[table["T"] == 0].copy()
+    rows, columns = table[table["T"] == 0].copy(), ["r2", "r2_low", "r2_high"]
     rows[columns] = rows[columns].clip(lower=-1)
     how = {"row": "forecast", "group": "method", "value": "r2", "ends": ("r2_low", "r2_high")}
-    plot.intervals_by_row(ax, rows, FORECASTS, methods(rows.method.unique()), **how)
-    plot.reference(ax, 0)
-    return plot.finish(ax, "$R^2$ of a task's loss", xlim=(-1.04, 1.04))
+    plot.forest(ax, rows, FORECASTS, methods(rows.method), **how)
+    return plot.finish(ax, "$R^2$ of a task's loss", xlim=(-1.04, 1.04), at={0: "-"})
 
 
 def correlations(ax: Axes, table: pd.DataFrame) -> Axes:
     """Rank correlation of every covariate with a score within T, by method."""
-    looks = methods(table.method.unique())
-    plot.intervals_by_row(ax, table, COVARIATES, looks, row="number", group="method", value="rho")
-    plot.reference(ax, 0)
-    return plot.finish(ax, "rank correlation among subsets of like size", xlim=(-1.02, 1.02))
+    looks = methods(table.method)
+    plot.forest(ax, table, COVARIATES, looks, row="number", group="method", value="rho")
+    words = "rank correlation among subsets of like size"
+    return plot.finish(ax, words, xlim=(-1.02, 1.02), at={0: "-"})
 
 
 def task_effects(ax: Axes, table: pd.DataFrame) -> Axes:
@@ -167,8 +157,6 @@ def task_effects(ax: Axes, table: pd.DataFrame) -> Axes:
     """
     y = np.arange(len(table))
     ax.barh(y, table.marginal_effect, color=PALETTE[0], height=0.6, label="effect on others")
-    own = mark(1, "D", markersize=6)
-    plot.intervals(ax, y, table.own_change, label="own loss", **own)
-    plot.reference(ax, 0)
+    plot.intervals(ax, y, table.own_change, label="own loss", **mark(1, "D", markersize=6))
     plot.label_rows(ax, table.task)
-    return plot.finish(ax, "mean change, points", percent="x")
+    return plot.finish(ax, "mean change, points", percent="x", at={0: "-"})

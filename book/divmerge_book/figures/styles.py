@@ -1,4 +1,7 @@
-"""One colour, marker and line style per method, divergence and group, the same in every figure."""
+"""One colour, marker and line style per method, divergence and group, the same in every figure.
+
+Looks map a name to its label and its look, as the functions of `primitives` take them.
+"""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,49 +11,20 @@ PALETTE = [*sns.color_palette("colorblind")]
 PALETTE[6], PALETTE[8] = (0.36, 0.17, 0.53), (0.5, 0.45, 0.0)  # its pink and yellow are pale
 BLUE, GREEN, GREY = (PALETTE[n] for n in (0, 2, 7))
 TITLES = {
-    "expert": "Experts, one per task",
-    "base": "Base model",
-    "majority": "Majority class",
-    "divmerge": "DivMerge",
-    "adamerging": "AdaMerging",
-    "adamerging++": "AdaMerging++",
-    "average": "Average",
-    "task_arithmetic": "Task arithmetic",
-    "ties": "TIES",
-    "dare": "DARE",
-    "lines": "LiNeS",
-    "running_average": "Running average",
-    "sequential_task_arithmetic": "Sequential task arithmetic",
-    "sequential_ties": "Sequential TIES",
-    "opcm": "OPCM",
-    "dp_mixture": "Dirichlet process mixture",
-    "distillation": "Distillation",
-    "surgery": "Representation surgery",
-    "layer_evolution": "Layer evolution",
-    "evolved_coefficients": "Evolved coefficients",
-    "selection_policy": "Selection policy",
-    "prodistill": "ProDistill",
-    "breadcrumbs": "Breadcrumbs",
-    "consensus": "Consensus",
-    "pcb": "PCB-Merging",
-    "emr": "EMR-Merging",
-    "wemoe": "WEMoE",
-    "twin": "Twin-Merging",
-    "logits_fusion": "Logits fusion",
-    "tsv_m": "TSV-M",
-    "iso_c": "Iso-C",
-    "iso_cts": "Iso-CTS",
-    "knots": "KnOTS",
-    "slerp": "Slerp",
-    "multi_slerp": "Multi-slerp",
-    "model_stock": "Model stock",
-    "fisher": "Fisher merging",
-    "regmean": "RegMean",
-    "regmean_plus_plus": "RegMean++",
-    "esm": "ESM",
-    "esm_pp": "ESM++",
-    "doge": "DOGE",
-    "wudi": "WUDI",
+    **{"expert": "Experts, one per task", "base": "Base model", "majority": "Majority class"},
+    **{"divmerge": "DivMerge", "adamerging": "AdaMerging", "adamerging++": "AdaMerging++"},
+    **{"average": "Average", "task_arithmetic": "Task arithmetic", "slerp": "Slerp"},
+    **{"multi_slerp": "Multi-slerp", "model_stock": "Model stock", "ties": "TIES", "dare": "DARE"},
+    **{"lines": "LiNeS", "breadcrumbs": "Breadcrumbs", "consensus": "Consensus", "doge": "DOGE"},
+    **{"pcb": "PCB-Merging", "fisher": "Fisher merging", "regmean": "RegMean", "wudi": "WUDI"},
+    **{"regmean_plus_plus": "RegMean++", "esm": "ESM", "esm_pp": "ESM++", "knots": "KnOTS"},
+    **{"tsv_m": "TSV-M", "iso_c": "Iso-C", "iso_cts": "Iso-CTS", "logits_fusion": "Logits fusion"},
+    **{"emr": "EMR-Merging", "wemoe": "WEMoE", "twin": "Twin-Merging", "prodistill": "ProDistill"},
+    **{"surgery": "Representation surgery", "distillation": "Distillation", "opcm": "OPCM"},
+    **{"running_average": "Running average", "sequential_ties": "Sequential TIES"},
+    **{"sequential_task_arithmetic": "Sequential task arithmetic"},
+    **{"dp_mixture": "Dirichlet process mixture", "layer_evolution": "Layer evolution"},
+    **{"evolved_coefficients": "Evolved coefficients", "selection_policy": "Selection policy"},
 }
 
 
@@ -62,8 +36,7 @@ def title(spec: str) -> str:
 
 def colour(spec: str):
     """The colour of a method's family."""
-    name = spec.partition("/")[0]
-    return {"divmerge": GREEN, "adamerging": BLUE}.get(name, GREY)
+    return {"divmerge": GREEN, "adamerging": BLUE}.get(spec.partition("/")[0], GREY)
 
 
 def line(spec: str) -> str:
@@ -71,14 +44,17 @@ def line(spec: str) -> str:
     return {"block": "--", "layer": ":"}.get(spec.partition("/")[2], "-")
 
 
-Look = tuple[int, str]  # place in the palette, marker
-LOOKS: Mapping[str, Look] = {
+def mark(number: int, marker: str, **more) -> dict:
+    """A colour of the palette and a marker."""
+    return {"color": PALETTE[number], "marker": marker, **more}
+
+
+LOOKS: Mapping[str, tuple[int, str]] = {  # place in the palette, marker
     **{"base": (5, "v"), "average": (7, "s"), "multi_slerp": (5, "P"), "task_arithmetic": (1, "^")},
     **{"ties": (4, "D"), "consensus": (6, "<"), "tsv_m": (3, "v"), "iso_c": (8, ">")},
     **{"regmean": (9, "X"), "fisher": (8, "v"), "adamerging/task": (0, "o")},
     **{"adamerging/layer": (0, "p"), "divmerge/task": (2, "D"), "divmerge/layer": (2, "o")},
 }
-OTHER: Look = (7, ".")
 
 
 def style(spec: str) -> dict:
@@ -89,42 +65,44 @@ def style(spec: str) -> dict:
     if spec == "expert":
         return {"color": "black", "marker": "o", "linestyle": "-", "markersize": 5}
     dash = "--" if spec.endswith("/task") else "-"
-    return {**mark(*LOOKS.get(spec, OTHER)), "linestyle": dash, "markersize": 5}
+    return {**mark(*LOOKS.get(spec, (7, "."))), "linestyle": dash, "markersize": 5}
 
 
-def methods(specs: Iterable[str]) -> dict[str, tuple[str, dict]]:
-    """Name -> (title, look) of methods, as the functions of `primitives` take them."""
+# --- looks: name -> (label, look) -----------------------------------------------------------------
+
+Looks = Mapping[str, tuple[str, Mapping]]
+
+
+def methods(specs: Iterable[str]) -> Looks:
+    """Titles and looks of methods."""
     return {spec: (title(spec), style(spec)) for spec in specs}
 
 
-def mark(number: int, marker: str, **more) -> dict:
-    """A colour of the palette and a marker."""
-    return {"color": PALETTE[number], "marker": marker, **more}
-
-
-def labels(looks: Mapping[str, tuple[str, Mapping]]) -> dict[str, str]:
-    """The labels alone, by name."""
-    return {name: label for name, (label, _) in looks.items()}
-
-
-def numbered(names: Iterable, *, markers: str = "os^DvPX*") -> dict:
-    """Name -> (name, look) of tasks, seeds or other groups, in the order of the palette."""
+def numbered(names: Iterable, *, markers: str = "os^DvPX*", form: str = "{}") -> Looks:
+    """Looks of tasks, seeds or other groups, in the order of the palette. form: of labels."""
     return {
-        name: (f"{name}", mark(n % 10, markers[n % len(markers)]))
+        name: (form.format(name), mark(n % 10, markers[n % len(markers)]))
         for n, name in enumerate(dict.fromkeys(names))
     }
 
 
-# --- groups that are no merging methods: name -> (label, look) ------------------------------------
+def marks(**looks: tuple[int, str]) -> dict[str, dict]:
+    """Looks alone: name -> place in the palette and marker."""
+    return {name: mark(*look) for name, look in looks.items()}
 
-Looks = Mapping[str, tuple[str, Mapping]]
-CONTINUAL = {
-    name: (title(name), mark(*look))
-    for name, look in {
-        **{"opcm": (0, "o"), "running_average": (7, "s")},
-        **{"sequential_task_arithmetic": (1, "^"), "sequential_ties": (4, "D")},
-    }.items()
-}
+
+def labels(looks: Looks) -> dict[str, str]:
+    """The labels alone, by name."""
+    return {name: label for name, (label, _) in looks.items()}
+
+
+CONTINUAL: Looks = {
+    name: (title(name), look)
+    for name, look in marks(
+        opcm=(0, "o"), running_average=(7, "s"), sequential_task_arithmetic=(1, "^"),
+        sequential_ties=(4, "D"),
+    ).items()
+}  # fmt: skip
 CLUSTERINGS: Looks = {
     "dp_mixture": ("mixture", mark(0, "o")),
     "k_means": ("k-means", mark(1, "s")),
@@ -139,34 +117,23 @@ SELECTORS: Looks = {
     "all": ("merge all", mark(5, "v")),
     "oracle": ("honest only", mark(3, "*")),
 }
-SEARCHERS: Mapping[str, dict] = {
-    **{"evolution": mark(0, "o"), "evolution_small": mark(9, "P")},
-    **{"random": mark(7, "s"), "greedy": mark(1, "^")},
-}
+SEARCHERS = marks(evolution=(0, "o"), evolution_small=(9, "P"), random=(7, "s"), greedy=(1, "^"))
 ROUTING: Looks = {
     "one": ("one set for all", mark(2, "o")),
     "input": ("read from the input", mark(1, "s")),
     "task": ("the task's number", mark(0, "^")),
 }
 GROUPINGS: Looks = {
-    name: (f"per {name}", mark(*look))
-    for name, look in {"task": (0, "o"), "block": (4, "D"), "layer": (1, "s")}.items()
+    name: (f"per {name}", look)
+    for name, look in marks(task=(0, "o"), block=(4, "D"), layer=(1, "s")).items()
 }
-OPTIMISERS: Mapping[str, dict] = {
-    **{"adam": mark(7, "o"), "annealed_adam": mark(0, "^")},
-    **{"lbfgs": mark(2, "s"), "gauss_newton": mark(3, "D")},
-}
-KINDS: Mapping[str, dict] = {  # of parameters
-    **{"embedding": mark(4, "D"), "attention": mark(0, "o"), "MLP": mark(1, "s")},
-    **{"norm": mark(2, "^"), "other": mark(7, "x")},
-}
-SOURCES: Mapping[str, dict] = {  # of variance
-    **{"subsets": mark(0, "o"), "seeds": mark(1, "s"), "test rows": mark(7, "^")}
-}
+OPTIMISERS = marks(adam=(7, "o"), annealed_adam=(0, "^"), lbfgs=(2, "s"), gauss_newton=(3, "D"))
+KINDS = marks(embedding=(4, "D"), attention=(0, "o"), MLP=(1, "s"), norm=(2, "^"), other=(7, "x"))
+SOURCES = {**marks(subsets=(0, "o"), seeds=(1, "s")), "test rows": mark(7, "^")}  # of variance
 OBJECTIVES: Mapping[str, dict] = {  # divergences, entropy, and the labels' own loss
-    **{"js": mark(2, "o"), "kl": mark(0, "s"), "reverse_kl": mark(1, "^")},
-    **{"chi_squared": mark(3, "D"), "total_variation": mark(4, "v"), "squared_l2": mark(5, "P")},
-    **{"logit_mse": mark(6, "X"), "hidden_cosine": mark(8, "<"), "entropy": mark(9, ">")},
+    **marks(js=(2, "o"), kl=(0, "s"), reverse_kl=(1, "^"), chi_squared=(3, "D")),
+    **marks(total_variation=(4, "v"), squared_l2=(5, "P"), logit_mse=(6, "X")),
+    **marks(hidden_cosine=(8, "<"), entropy=(9, ">")),
     "labels": {"color": "black", "marker": "*"},
 }
 CRITERIA: Looks = {  # of model selection
@@ -178,8 +145,7 @@ CRITERIA: Looks = {  # of model selection
     "test": ("the test rows themselves", {"color": "black", "marker": "*", "linestyle": "--"}),
     "none": ("a random model", {"color": "black", "marker": "_", "linestyle": ":"}),
 }
-IMPLEMENTATIONS: Mapping[str, dict] = {
-    **{"ours": mark(2, "o"), "ours_buffer": mark(2, "o"), "dictionary": mark(7, "s")},
-    **{"compiled": mark(4, "D"), "fusion_bench": mark(0, "^"), "mergekit": mark(1, "v")},
-    "liger": mark(1, "v"),
-}
+IMPLEMENTATIONS = marks(
+    ours=(2, "o"), ours_buffer=(2, "o"), dictionary=(7, "s"), compiled=(4, "D"),
+    fusion_bench=(0, "^"), mergekit=(1, "v"), liger=(1, "v"),
+)  # fmt: skip

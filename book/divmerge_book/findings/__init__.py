@@ -1,29 +1,45 @@
 """Sentences about outcomes, made of the tables they speak of: a function per claim of a chapter.
 
 Every function takes measured tables and returns Markdown. `source` names the run: `the stored run`
-or `this run`. Where the numbers turn, the sentence turns with them.
+or `this run`. Which words a sentence has depends on the numbers.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pandas as pd
 
+from divmerge_book.figures import title
 
-def listed(words: Sequence[str], none: str = "none") -> str:
+SCORES = {"anp": "ANP", "kept_margin": "kept margin"}
+
+
+def listed(words: Iterable[str], none: str = "none") -> str:
     """`a`, `a and b`, `a, b and c`; `none` for no word."""
-    if len(words) < 2:
-        return words[0] if words else none
-    return f"{', '.join(words[:-1])} and {words[-1]}"
+    *most, last = list(words) or [none]
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def span(values: Iterable[float], digits: int = 1, sign: bool = False) -> str:
     """`low to high`, or the one number where both are printed alike."""
     found = list(values)
     ends = [f"{value:{'+' if sign else ''}.{digits}f}" for value in (min(found), max(found))]
-    return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+    return " to ".join(dict.fromkeys(ends))
 
 
-SCORES = {"anp": "ANP", "kept_margin": "kept margin"}
+def each(
+    values: pd.Series, form: str = "{:.1f}", name: Callable | Mapping = title, end: str = "; "
+) -> str:
+    """`Average 2.0; TIES 1.0`: the names in the index, each with its value."""
+    name = name.__getitem__ if isinstance(name, Mapping) else name
+    return end.join(f"{name(key)} {form.format(value)}" for key, value in values.items())
+
+
+def split(words: Sequence[str] | pd.Index, holds: Iterable[bool], none: str = "none") -> list[str]:
+    """The words of which something holds, listed, and the others."""
+    pairs = list(zip(words, holds, strict=True))
+    return [
+        listed([word for word, one in pairs if bool(one) == side], none) for side in (True, False)
+    ]
 
 
 def scores(table: pd.DataFrame) -> dict[str, str]:
@@ -35,7 +51,7 @@ def missing(table: pd.DataFrame, source: str) -> str:
     """What to say where a table has ANP and no kept margin; else nothing."""
     if "kept_margin" in table:
         return ""
-    return f" {source[0].upper()}{source[1:]} holds no accuracies by task, so no kept margin."
+    return f" {source[0].upper()}{source[1:]} has no accuracies by task, so no kept margin."
 
 
 def bullets(lines: Iterable[str]) -> str:

@@ -1,188 +1,156 @@
-"""What answers, layers, forecasts and coefficients say of interference, in sentences."""
+"""Findings on answers, layers, forecasts and coefficients of merged models."""
 
 import pandas as pd
 
 from divmerge_book.evaluation.statistics import format_correlation
 from divmerge_book.figures import title
 from divmerge_book.figures.conflict import COVARIATES
-from divmerge_book.findings import listed, span
+from divmerge_book.findings import each, listed, span
 from divmerge_book.studies import mergeability
 from divmerge_book.studies.mantel import VIEWS
 from divmerge_book.studies.prediction_churn import MERGES
 
 PLAIN, OURS, SUMS = "average", "divmerge/layer", "task_arithmetic"
+LEVEL = 0.05  # of corrected p-values
 
 
 def layers(depth: pd.DataFrame, source: str) -> str:
-    """How alike the last layer is to the expert's, and what share of a shift all inputs share.
-
-    depth: of `flips.depths`.
-    """
-    mean = depth.groupby(["model", "layer"])[["cka", "common"]].mean()
-    end = mean.xs(depth.layer.max(), level="layer")
-    alike = end.cka[[name for name in MERGES if name in end.index]]
-    low, first = end.cka["base"], mean.xs(0, level="layer").common.mean()
-    way = (alike.max() - low) / (1 - low)
+    """How similar last layers are, and the common share of a shift; depth: `layer_similarity`."""
+    mean = depth.groupby(["layer", "model"])[["cka", "common"]].mean()
+    first, end = mean.loc[0], mean.loc[depth.layer.max()]
+    merged, low = end.cka[[name for name in MERGES if name in end.index]], end.cka["base"]
     return (
         f"In {source}, at the last layer, the base has a CKA of {low:.2f} with the expert; of the "
-        f"merges, {title(alike.idxmax())} has most, {alike.max():.2f}: {100 * way:.0f} % of the "
-        f"way to the expert. {100 * first:.0f} % of the squared shift of the embeddings is the "
-        f"same for all inputs, and {100 * end.common.mean():.0f} % of the last layer's."
+        f"merges, {title(merged.idxmax())} has the highest, {merged.max():.2f}: "
+        f"{100 * (merged.max() - low) / (1 - low):.0f} % of the way to the expert. "
+        f"{100 * first.common.mean():.0f} % of the squared shift of the embeddings is the same for "
+        f"all inputs, and {100 * end.common.mean():.0f} % of the last layer's."
     )
 
 
 def layers_and_losses(depth: pd.DataFrame, turns: pd.DataFrame, source: str) -> str:
     """Rank correlations over tasks of the last layer's numbers with the net change in accuracy.
 
-    depth: of `flips.depths`; turns: of `flips.turned`.
+    depth: of `layer_similarity`; turns: of `churn_by_task`.
     """
     stay = depth[(depth.layer == depth.layer.max()) & depth.model.isin(MERGES)]
-    stay = stay.merge(turns, on=["seed", "model", "task"])
+    stay, columns = stay.merge(turns, on=["seed", "model", "task"]), ["cka", "shift", "common"]
+    rho = stay.groupby(["seed", "model"])[[*columns, "net"]].corr("spearman").net
+    rho, count = rho.groupby(level=2).mean()[columns].map(format_correlation), stay.task.nunique()
     best = stay.groupby("model")[["cka", "net"]].mean().idxmax().map(title)
-    tied = []
-    for column in ("cka", "shift", "common"):
-        each = stay.groupby(["seed", "model"])[[column, "net"]].corr("spearman")
-        tied.append(f"{column} {format_correlation(each.xs('net', level=2)[column].mean())}")
-    count = stay.task.nunique()
     return (
         "Rank correlation over tasks of the last layer's number with the change in accuracy, mean "
-        f"over merges and seeds, in {source}: {', '.join(tied)}. With {count} tasks, a single one "
-        f"of these correlations has a standard error of about {1 / (count - 1) ** 0.5:.2f}. "
-        f"Between merges: {best.cka} has the highest mean CKA, {best.net} the highest accuracy."
+        f"over merges and seeds, in {source}: {each(rho, '{}', str, ', ')}. With {count} tasks, a "
+        f"single one of these correlations has a standard error of about "
+        f"{1 / (count - 1) ** 0.5:.2f}. Between merges: {best.cka} has the highest mean CKA, "
+        f"{best.net} the highest accuracy."
     )
 
 
-def turned(turns: pd.DataFrame, spread: pd.DataFrame, source: str) -> str:
-    """What the average and DivMerge per layer lose and gain, and whether their intervals meet.
+def churn(turns: pd.DataFrame, spread: pd.DataFrame, source: str) -> str:
+    """What the average and DivMerge per layer lose and gain, and whether their intervals overlap.
 
-    turns: of `flips.turned`; spread: of `flips.resampled`.
+    turns: of `churn_by_task`; spread: of `churn_intervals`.
     """
-    mean = 100 * turns.groupby("model")[["lost", "gained", "net"]].mean()
-    plain, ours = mean.loc[PLAIN], mean.loc[OURS]
-    by = turns[turns.model.isin([PLAIN, OURS])].groupby(["task", "model"]).net.mean().unstack()
-    behind = [f"`{task}`" for task in by.index[by[OURS] < by[PLAIN]]]
-    ends = spread.set_index(["model", "what"])
-    apart = {
-        what: ends.low[PLAIN, what] > ends.high[OURS, what]
-        or ends.low[OURS, what] > ends.high[PLAIN, what]
-        for what in ("lost", "gained")
-    }
-    words = {True: "intervals do not overlap", False: "intervals overlap"}
+    mean = 100 * turns.groupby("model")[["lost", "gained"]].mean()
+    plain, ours, gap = mean.loc[PLAIN], mean.loc[OURS], mean.loc[OURS] - mean.loc[PLAIN]
+    net = turns.groupby(["task", "model"]).net.mean().unstack()
+    behind = [f"`{task}`" for task in net.index[net[OURS] < net[PLAIN]]]
+    ends = spread[spread.model.isin([PLAIN, OURS])].groupby("what")
+    apart = (ends.low.max() > ends.high.min()).map(
+        {True: "intervals do not overlap", False: "intervals overlap"}
+    )
     return (
         f"In {source} the average loses {plain.lost:.1f} % of all rows and gains "
         f"{plain.gained:.1f} %; DivMerge per layer loses {ours.lost:.1f} % and gains "
-        f"{ours.gained:.1f} %. The losses differ by {ours.lost - plain.lost:+.1f} points "
-        f"({words[apart['lost']]}), the gains by {ours.gained - plain.gained:+.1f} "
-        f"({words[apart['gained']]}). DivMerge per layer is behind the average on: "
-        f"{listed(behind, 'no task')}."
+        f"{ours.gained:.1f} %. The losses differ by {gap.lost:+.1f} points ({apart.lost}), the "
+        f"gains by {gap.gained:+.1f} ({apart.gained}). DivMerge per layer is behind the average "
+        f"on: {listed(behind, 'no task')}."
     )
 
 
-def doubtful(doubt: pd.DataFrame, source: str) -> str:
-    """What is lost of the rows that experts are surest of, and what the margin says.
-
-    doubt: of `flips.by_margin`.
-    """
-    ends = {
-        name: doubt[doubt.part == part].set_index("model")
-        for name, part in (("least", doubt.part.min()), ("most", doubt.part.max()))
-    }
-    least, most = ends["least"].lost, ends["most"].lost
-    said = [
-        f"{title(m)} loses {100 * most[m]:.0f} % of the surest fifth and {100 * least[m]:.0f} % "
-        f"of the least sure (AUC {ends['most'].auc[m]:.2f})"
+def losses_by_margin(doubt: pd.DataFrame, source: str) -> str:
+    """Losses on the rows with the largest and the smallest margin; doubt: `flips_by_margin`."""
+    parts = doubt.set_index("model").groupby("part")
+    least, most = parts.get_group(doubt.part.min()), parts.get_group(doubt.part.max())
+    lines = [
+        f"{title(m)} loses {100 * most.lost[m]:.0f} % of the surest fifth and "
+        f"{100 * least.lost[m]:.0f} % of the least sure (AUC {most.auc[m]:.2f})"
         for m in (PLAIN, OURS, "base")
     ]
     return (
         f"In {source} the experts' mean margin in their surest fifth is "
-        f"{100 * ends['most'].margin.iloc[0]:.0f} points. {'; '.join(said)}."
+        f"{100 * most.margin.iloc[0]:.0f} points. {'; '.join(lines)}."
     )
 
 
 def calibrated(states: pd.DataFrame, source: str) -> str:
-    """Confidence beside accuracy, and calibration pooled and task by task.
-
-    states: of `flips.calibrated`.
-    """
-    mean = 100 * states.groupby("model", sort=False).mean().drop(columns="seed")
-    shown = ("expert", SUMS, PLAIN, OURS)
-    said = [
-        f"{title(m)} {mean.confidence[m]:.0f} % at an accuracy of {mean.accuracy[m]:.0f} %"
-        for m in shown
+    """Confidence beside accuracy, and calibration; states: `calibration_table`."""
+    mean = 100 * states.groupby("model").mean(numeric_only=True).loc[["expert", SUMS, PLAIN, OURS]]
+    sure = [
+        f"{title(row.Index)} {row.confidence:.0f} % at an accuracy of {row.accuracy:.0f} %"
+        for row in mean.itertuples()
     ]
-    order = {
-        name: [
-            f"{title(m)} {mean[name][m]:.1f}"
-            for m in mean[name].loc[list(shown)].sort_values().index
-        ]
-        for name in ("ece", "uneven")
-    }
     return (
-        f"Mean confidence in {source}: {'; '.join(said)}. Pooled ECE, points, lowest first: "
-        f"{'; '.join(order['ece'])}. Task by task, confidence and accuracy differ by: "
-        f"{'; '.join(order['uneven'])}."
+        f"Mean confidence in {source}: {'; '.join(sure)}. Pooled ECE, points, lowest first: "
+        f"{each(mean.ece.sort_values())}. Task by task, confidence and accuracy differ by: "
+        f"{each(mean.uneven.sort_values())}."
     )
 
 
-def predicted(found: pd.DataFrame) -> pd.DataFrame:
-    """By question: how many correlations of weight numbers stand out, and the strongest.
+def strongest_predictors(found: pd.DataFrame) -> pd.DataFrame:
+    """By question: how many predictors are significant, and the strongest.
 
     found: of `mergeability.correlations`.
     """
-    own, lines = found[~found.number.isin(mergeability.INPUTS)].dropna(subset=["rho"]), []
-    for view, some in own.groupby("view", sort=False):
-        best = some.loc[some.rho.abs().idxmax()]
-        lines.append(
-            {
-                "question": VIEWS.facts[view]["label"],
-                "asked": len(some),
-                "p below 0.05": (some.p <= 0.05).sum(),
-                "after correction": (some.p_max <= 0.05).sum(),
-                "strongest": mergeability.label_of(best.number),
-                "method": best.method,
-                "damage": best.damage,
-                "rho": best.rho,
-                "p": best.p,
-                "corrected p": best.p_max,
-                "needed": best.threshold,
-            }
-        )
-    return pd.DataFrame(lines)
+    own = found[~found.number.isin(mergeability.INPUTS)].dropna(subset=["rho"])
+    groups = own.groupby("view", sort=False)
+    best = own.loc[groups.rho.apply(lambda rho: rho.abs().idxmax())].set_index("view")
+    table = pd.DataFrame(
+        {
+            "correlations": groups.size(),
+            "p below 0.05": groups.p.agg(lambda p: (p <= LEVEL).sum()),
+            "after correction": groups.p_max.agg(lambda p: (p <= LEVEL).sum()),
+            "strongest": best.number.map(mergeability.label_of),
+            **{"method": best.method, "damage": best.damage, "rho": best.rho, "p": best.p},
+            **{"corrected p": best.p_max, "needed": best.threshold},
+        }
+    )
+    labels = table.index.map(lambda view: VIEWS.facts[view]["label"])
+    return table.set_index(labels.rename("question")).reset_index()
 
 
-def told(lines: pd.DataFrame, source: str) -> str:
-    """By question: whether a weight number predicts damage. lines: of `predicted`."""
-    said = [
-        f"*{row['question']}*: {row['after correction']} of {row['asked']} correlations are "
+def predictors(found: pd.DataFrame, source: str) -> str:
+    """By question: whether a weight number predicts damage; found: `mergeability.correlations`."""
+    lines = [
+        f"*{row['question']}*: {row['after correction']} of {row['correlations']} correlations are "
         f"significant after correction; the strongest is {row['strongest']} for {row['method']} "
         f"and {row['damage']}, {row['rho']:+.2f}, where {row['needed']:.2f} is needed"
-        for row in lines.to_dict("records")
+        for row in strongest_predictors(found).to_dict("records")
     ]
-    return f"Weight numbers and damage in {source}. {'; '.join(said)}."
+    return f"Weight numbers and damage in {source}. {'; '.join(lines)}."
 
 
 def reference(found: pd.DataFrame, source: str) -> str:
-    """The JS on unlabelled inputs beside weight numbers. found: of `mergeability.correlations`."""
+    """The JS on unlabelled inputs beside weight numbers; found: `mergeability.correlations`."""
     inputs = found.number.isin(mergeability.INPUTS)
-    after, own = found[inputs], found[~inputs].dropna(subset=["rho"])
-    drop = after[after.damage == "drop"]
-    wrong = own.rho * own.number.map(mergeability.expected_sign) < 0
-    kept, count = (after.p_max <= 0.05).sum(), (own.p_max <= 0.05).sum()
+    js, own = found[inputs], found[~inputs].dropna(subset=["rho"])
+    wrong = (own.rho * own.number.map(mergeability.expected_sign) < 0).mean()
     return (
         f"In {source} the JS on unlabelled inputs ranks the accuracy lost with correlations from "
-        f"{span(drop.rho, 2, sign=True)} over methods and questions; {kept} of its {len(after)} "
-        f"correlations with damage are significant after correction, and {count} of {len(own)} of "
-        f"the weight numbers'. {100 * wrong.mean():.0f} % of the latter have the unexpected sign."
+        f"{span(js.rho[js.damage == 'drop'], 2, sign=True)} over methods and questions; "
+        f"{(js.p_max <= LEVEL).sum()} of its {len(js)} correlations with damage are significant "
+        f"after correction, and {(own.p_max <= LEVEL).sum()} of {len(own)} of the weight numbers'. "
+        f"{100 * wrong:.0f} % of the latter have the unexpected sign."
     )
 
 
 def coefficients(block: pd.DataFrame, source: str) -> str:
-    """Sums of coefficients over T, and what their variance goes with. block: per task and block."""
-    largest = block["count"].max()
-    sums = block.groupby("count").coefficient.mean()
-    sums = sums * sums.index
-    mean = block[block["count"] == largest].pivot_table("coefficient", "task", "group")
-    task, group = (100 * mean.mean(axis=n).var(ddof=0) / mean.stack().var(ddof=0) for n in (1, 0))
+    """Sums of coefficients over T, and their variance by task and block; block: a row each."""
+    mean = block.groupby("count").coefficient.mean()
+    sums, largest = mean * mean.index, mean.index[-1]
+    wide = block[block["count"] == largest].pivot_table("coefficient", "task", "group")
+    task, group = (100 * wide.mean(axis=n).var(ddof=0) / wide.stack().var(ddof=0) for n in (1, 0))
     return (
         f"In {source} a group's coefficients sum to {sums.iloc[0]:.2f} at T = {sums.index[0]} and "
         f"to {sums.iloc[-1]:.2f} at T = {largest}; the average's to 1. At T = {largest} the task "
@@ -190,20 +158,20 @@ def coefficients(block: pd.DataFrame, source: str) -> str:
     )
 
 
-def followed(found: pd.DataFrame, source: str) -> str:
-    """Which candidates the coefficients follow within groups at the largest T, after correction.
+def coefficient_covariates(found: pd.DataFrame, source: str) -> str:
+    """Which covariates correlate with coefficients within groups at the largest T.
 
-    found: of `responses.followed`.
+    found: the correlations of `coefficient_analysis`.
     """
-    inside = found[(found["view"] == "within") & (found["count"] == found["count"].max())]
+    largest = found["count"].max()
     said = {True: [], False: []}
-    for row in inside.itertuples():
-        said[row.p_max <= 0.05].append(
+    for row in found[(found["view"] == "within") & (found["count"] == largest)].itertuples():
+        said[row.p_max <= LEVEL].append(
             f"{COVARIATES[row.clue]} per {row.grouping} ($\\rho$ = {row.rho:+.2f} [{row.low:+.2f}, "
             f"{row.high:+.2f}], corrected p = {row.p_max:.2f})"
         )
+    some, others = ("; ".join(said[side]) or "nothing" for side in (True, False))
     return (
-        f"Within groups, T = {found['count'].max()}, in {source}, coefficients correlate "
-        f"significantly with: {'; '.join(said[True]) or 'nothing'}; not with: "
-        f"{'; '.join(said[False]) or 'nothing'}."
+        f"Within groups, T = {largest}, in {source}, coefficients correlate significantly with: "
+        f"{some}; not with: {others}."
     )

@@ -1,4 +1,4 @@
-"""What the tables of the chapter beyond one vector say, in sentences."""
+"""Findings of the chapter on methods beyond one merged vector."""
 
 import math
 from collections.abc import Mapping
@@ -6,18 +6,16 @@ from collections.abc import Mapping
 import pandas as pd
 
 from divmerge_book.figures import title
-from divmerge_book.figures.beyond import CLUSTERING_LABELS as NAMES
-from divmerge_book.figures.beyond import CONTINUAL as ARRIVING
-from divmerge_book.figures.beyond import ROUTING_LABELS as WHERE
-from divmerge_book.figures.beyond import SELECTOR_LABELS as SAID
-from divmerge_book.findings import bullets, listed, missing, scores, span
+from divmerge_book.figures.beyond import CLUSTERING_LABELS, ROUTING_LABELS, SELECTOR_LABELS
+from divmerge_book.figures.styles import CONTINUAL
+from divmerge_book.findings import bullets, each, listed, missing, scores, span, split
 from divmerge_book.studies.continual_merging import BATCH, backward_transfer
 from divmerge_book.studies.corrupted_experts import CORRUPTIONS
 from divmerge_book.studies.inference_cost import gap_closed
 from divmerge_book.studies.searches import SEARCHES
 
-BATCH_OF = tuple(BATCH.values())
-LEVEL = 0.0005  # ratios nearer than this print alike
+LEVEL = 0.05  # points nearer than this print alike
+KINDS = {kind: CORRUPTIONS.facts[kind]["label"] for kind in CORRUPTIONS}
 
 
 def arriving(found: pd.DataFrame, source: str) -> str:
@@ -25,19 +23,17 @@ def arriving(found: pd.DataFrame, source: str) -> str:
 
     found: of `continual_merging.backward_transfer`.
     """
-    mean = found.groupby("method", sort=False)[["ratio", "bwt"]].mean()
-    own = mean.loc[[name for name in ARRIVING if name in mean.index]]
-    gaps = {name: own.ratio[name] - mean.ratio[BATCH[name]] for name in own.index}
-    said = {n: f"{title(n)} ({round(100 * gap, 1) + 0.0:+.1f})" for n, gap in gaps.items()}
-    behind = [said[name] for name, gap in gaps.items() if gap < -LEVEL]
-    level = [said[name] for name, gap in gaps.items() if gap >= -LEVEL]
-    best, kept = own.ratio.idxmax(), own.bwt.idxmax()
+    mean = 100 * found.groupby("method")[["ratio", "bwt"]].mean()
+    own = mean.loc[[name for name in CONTINUAL if name in mean.index]]
+    gap = own.ratio - [mean.ratio[BATCH[name]] for name in own.index]
+    said = [f"{title(name)} ({round(value, 1) + 0.0:+.1f})" for name, value in gap.items()]
+    behind, level = split(said, gap < -LEVEL)
     return (
-        f"In {source} the best final accuracy of a continual rule is that of {title(best)}, "
-        f"{100 * own.ratio[best]:.1f} % of the experts'. Against the method that sees all experts "
-        f"at once, in points, these rules are behind: {listed(behind)}; these are not: "
-        f"{listed(level)}. Backward transfer is {span(100 * own.bwt, sign=True)} points, highest "
-        f"for {title(kept)}.{margins(found)}"
+        f"In {source} the best final accuracy of a continual rule is that of "
+        f"{title(own.ratio.idxmax())}, {own.ratio.max():.1f} % of the experts'. Against the method "
+        f"that sees all experts at once, in points, these rules are behind: {behind}; these are "
+        f"not: {level}. Backward transfer is {span(own.bwt, sign=True)} points, highest for "
+        f"{title(own.bwt.idxmax())}.{margins(found)}"
     )
 
 
@@ -45,23 +41,26 @@ def margins(found: pd.DataFrame) -> str:
     """The best kept margin of a continual rule, and of the methods that see all experts at once."""
     if "kept_margin" not in found:
         return ""
-    mean = found.groupby("method", sort=False)[["kept_margin", "below"]].mean()
-    own, whole = (mean.loc[[n for n in names if n in mean.index]] for names in (ARRIVING, BATCH_OF))
-    one, all_ = own.kept_margin.idxmax(), whole.kept_margin.idxmax()
+    mean = found.groupby("method")[["kept_margin", "below"]].mean()
+    one, whole = (
+        mean[mean.index.isin(names)].nlargest(1, "kept_margin").iloc[0]
+        for names in (list(CONTINUAL), list(BATCH.values()))
+    )
     return (
-        f" The highest kept margin of a continual rule is that of {title(one)}, "
-        f"{100 * own.kept_margin[one]:.1f} %, with {own.below[one]:.1f} tasks below the majority "
-        f"class; of the methods with all experts at once that of {title(all_)}, "
-        f"{100 * whole.kept_margin[all_]:.1f} %, with {whole.below[all_]:.0f}."
+        f" The highest kept margin of a continual rule is that of {title(one.name)}, "
+        f"{100 * one.kept_margin:.1f} %, with {one.below:.1f} tasks below the majority class; of "
+        f"the methods with all experts at once that of {title(whole.name)}, "
+        f"{100 * whole.kept_margin:.1f} %, with {whole.below:.0f}."
     )
 
 
 def ordered(found: pd.DataFrame, source: str) -> str:
     """Spread of every rule's final accuracy over orders. found: of `backward_transfer`."""
-    spread = 100 * found[found.order >= 0].groupby("method", sort=False).ratio.std()
-    said = [f"{title(name)} {spread[name]:.1f}" for name in ARRIVING if name in spread.index]
-    return f"Standard deviation of the final accuracy over orders in {source}, points: " + (
-        f"{', '.join(said)}."
+    spread = 100 * found[found.order >= 0].groupby("method").ratio.std()
+    spread = spread[[name for name in CONTINUAL if name in spread.index]]
+    return (
+        f"Standard deviation of the final accuracy over orders in {source}, points: "
+        f"{each(spread, end=', ')}."
     )
 
 
@@ -69,18 +68,19 @@ def mixture(table: pd.DataFrame, source: str) -> str:
     """The mixture against other groupings with as many models, between one model and T."""
     unique, said = table.drop_duplicates(["how", "groups"]), []
     for column, words in scores(table).items():
-        mean = 100 * unique.groupby(["models", "how"])[column].mean().unstack("how")
-        both, lines = mean.loc[2 : mean.index.max() - 1].dropna(), []
+        mean = 100 * unique.pivot_table(column, "models", "how")
+        both = mean.loc[2 : mean.index.max() - 1].dropna()
         if both.empty:
             return f"In {source} no number of models between one and T came up."
-        for other in (name for name in NAMES if name in both and name != "dp_mixture"):
-            gap = both.dp_mixture - both[other]
-            lines.append(
-                f"above {NAMES[other]} for {(gap > 0).sum()} of {len(gap)} numbers of models "
-                f"({span(gap, sign=True)} points)"
-            )
+        others = [name for name in CLUSTERING_LABELS if name in both and name != "dp_mixture"]
+        gaps = {CLUSTERING_LABELS[name]: both.dp_mixture - both[name] for name in others}
+        lines = [
+            f"above {name} for {(gap > 0).sum()} of {len(gap)} numbers of models "
+            f"({span(gap, sign=True)} points)"
+            for name, gap in gaps.items()
+        ]
         said.append(f"the mixture's mean {words} is {listed(lines)}")
-    counts = listed([f"{count}" for count in both.index])
+    counts = listed(map(str, both.index))
     return f"In {source}, with {counts} models, {'; '.join(said)}.{missing(table, source)}"
 
 
@@ -90,23 +90,21 @@ def detected(table: pd.DataFrame, source: str) -> str:
     table: of `pools`. The control is the policy with shuffled rewards.
     """
     corrupt, lines = table[table.share > 0], []
-    auc = corrupt.dropna(subset=["auc"]).groupby(["kind", "method", "share"]).auc.mean()
+    auc = corrupt.dropna(subset=["auc"]).pivot_table("auc", ["kind", "method"], "share")
     means = 100 * corrupt.groupby(["kind", "method"])[list(scores(table))].mean()
-    for kind in (name for name in CORRUPTIONS if name in set(corrupt.kind)):
-        rows, merged = auc[kind].unstack("share"), means.loc[kind]
-        better = {n: (rows.loc[n] > rows.loc["shuffled"]).all() for n in rows.index}
-        order = [name for name in SAID if name in rows.index and name != "shuffled"]
-        high = [f"{SAID[n]} ({span(rows.loc[n], 2)})" for n in order if better[n]]
-        low = [f"{SAID[n]} ({span(rows.loc[n], 2)})" for n in order if not better[n]]
+    for kind in (name for name in KINDS if name in set(corrupt.kind)):
+        control, merged = auc.loc[kind].loc["shuffled"], means.loc[kind]
+        rows = auc.loc[kind].reindex(SELECTOR_LABELS).drop("shuffled").dropna(how="all")
+        said = [f"{SELECTOR_LABELS[name]} ({span(row, 2)})" for name, row in rows.iterrows()]
+        high, low = split(said, (rows > control).all(axis=1))
+        merges = "; ".join(
+            f"mean {words} of merging all {merged[name]['all']:.1f} %, the policy's choice "
+            f"{merged[name].policy:.1f} %, honest experts alone {merged[name].oracle:.1f} %"
+            for name, words in scores(table).items()
+        )
         lines.append(
-            f"**{CORRUPTIONS.facts[kind]['label']}**: mean AUC above the shuffled policy's "
-            f"({span(rows.loc['shuffled'], 2)}) at every share: {listed(high)}; not: "
-            f"{listed(low)}. Merges: "
-            + "; ".join(
-                f"mean {words} of merging all {merged[name]['all']:.1f} %, the policy's choice "
-                f"{merged[name].policy:.1f} %, honest experts alone {merged[name].oracle:.1f} %"
-                for name, words in scores(table).items()
-            )
+            f"**{KINDS[kind]}**: mean AUC above the shuffled policy's ({span(control, 2)}) at "
+            f"every share: {high}; not: {low}. Merges: {merges}"
         )
     return f"In {source}:\n\n{bullets(lines)}\n\n{missing(table, source)}"
 
@@ -118,14 +116,14 @@ def paid_off(table: pd.DataFrame, source: str) -> str:
     """
     corrupt, said = table[table.share > 0], []
     for column, words in scores(table).items():
-        mean = 100 * corrupt.groupby(["kind", "method"])[column].mean().unstack("method")
-        label = {kind: CORRUPTIONS.facts[kind]["label"] for kind in mean.index}
-        over = {name: mean.policy - mean[name] for name in ("all", "oracle")}
-        won = {name: [label[k] for k in gap.index if gap[k] > 0] for name, gap in over.items()}
+        mean = corrupt.pivot_table(column, "kind", "method").rename(index=KINDS)
+        over, honest = (
+            split(mean.index, mean.policy > mean[name], none)[0]
+            for name, none in (("all", "no kind of corruption"), ("oracle", "no kind"))
+        )
         said.append(
-            f"a higher mean {words} than merging all for "
-            f"{listed(won['all'], 'no kind of corruption')}, and than honest experts alone for "
-            f"{listed(won['oracle'], 'no kind')}"
+            f"a higher mean {words} than merging all for {over}, and than honest experts alone for "
+            f"{honest}"
         )
     return (
         f"In {source} the learned policy's merge has {'; '.join(said)}. It asks for "
@@ -139,37 +137,33 @@ def searched(table: pd.DataFrame, source: str) -> str:
 
     table: of `searches`. Numbers of rows are compared at the seeds that have both.
     """
-    last, label = table.dropna(subset=["test"]), {n: SEARCHES.facts[n]["label"] for n in SEARCHES}
-    counts = list(dict.fromkeys(table["rows"]))
-    few = last[last["rows"] == counts[0]]
-    mean = 100 * few.groupby("search")[["gap", "test"]].mean()
-    rivals = mean.loc[[name for name in SEARCHES if name in mean.index]]
-    best, own = rivals.test.idxmax(), mean.test["expert"]
+    last, counts = table.dropna(subset=["test"]), list(dict.fromkeys(table["rows"]))
+    mean = 100 * last[last["rows"] == counts[0]].groupby("search")[["gap", "test"]].mean()
+    expert, found = mean.loc["expert"], mean.drop("expert")
+    label = {name: SEARCHES.facts[name]["label"] for name in SEARCHES}
     text = (
         f"In {source}, on {counts[0]} validation rows a task, validation accuracy exceeds test "
-        f"accuracy by {span(rivals.gap, sign=True)} points (most: {label[rivals.gap.idxmax()]}); "
-        f"the experts' own gap is {mean.gap['expert']:+.1f}. The best test accuracy of a search is "
-        f"{rivals.test.max():.1f} % ({label[best]}), that of the experts {own:.1f} %: "
-        f"{(rivals.test > own).sum()} of {len(rivals)} searches beat the experts."
+        f"accuracy by {span(found.gap, sign=True)} points (most: {label[found.gap.idxmax()]}); "
+        f"the experts' own gap is {expert.gap:+.1f}. The best test accuracy of a search is "
+        f"{found.test.max():.1f} % ({label[found.test.idxmax()]}), that of the experts "
+        f"{expert.test:.1f} %: {(found.test > expert.test).sum()} of {len(found)} searches beat "
+        "the experts."
     )
     if len(counts) == 1:
         return text
-    seeds = set(last[last["rows"] == counts[1]].seed)
-    both = last[last.seed.isin(seeds) & last.search.isin(SEARCHES)]
-    gap = 100 * both.groupby(["rows", "search"]).gap.mean()
-    less = (gap[counts[1]] < gap[counts[0]]).sum()
+    seeds = last[last["rows"] == counts[1]].seed
+    both = last[last.seed.isin(seeds) & (last.search != "expert")]
+    gap = 100 * both.pivot_table("gap", "search", "rows")
+    few, more = gap[counts[0]], gap[counts[1]]
     return (
-        f"{text} With {counts[1]} rows, at the same seeds, the gap is smaller for {less} of "
-        f"{len(rivals)} searches ({span(gap[counts[0]], sign=True)} becomes "
-        f"{span(gap[counts[1]], sign=True)} points)."
+        f"{text} With {counts[1]} rows, at the same seeds, the gap is smaller for "
+        f"{(more < few).sum()} of {len(found)} searches ({span(few, sign=True)} becomes "
+        f"{span(more, sign=True)} points)."
     )
 
 
 def luck(table: pd.DataFrame) -> str:
-    """The standard error of one validation score, and how far the best of equals lies above.
-
-    table: of `searches`.
-    """
+    """Standard error of a validation score, and the best of equals above it; table: `searches`."""
     rows = table["rows"].iloc[0]
     few = table[table["rows"] == rows]
     start, calls = few[few.search == "expert"].validation.mean(), int(few.call.max())
@@ -185,21 +179,23 @@ def steered(table: pd.DataFrame, source: str) -> str:
     """The best fusion: gain on the small experts, gap closed, and time. table: of `fusion`."""
     closed = gap_closed(table)
     fused = closed.drop(index=["large base", "small expert", "large expert"])
-    best, small = fused.accuracy.idxmax(), closed.accuracy["small expert"]
-    above = [f"*{name}*" for name in fused.index if fused.accuracy[name] > small]
+    best, gain = fused.accuracy.idxmax(), 100 * (fused.accuracy - closed.accuracy["small expert"])
     return (
         f"In {source} the best fusion is *{best}*, {100 * fused.accuracy[best]:.1f} %: "
-        f"{100 * (fused.accuracy[best] - small):+.1f} points from the small experts alone, and "
+        f"{gain[best]:+.1f} points from the small experts alone, and "
         f"{100 * fused.closed[best]:.0f} % of the gap between the large base and the large "
         f"experts, at {fused.milliseconds[best] / closed.milliseconds['large base']:.1f} times the "
-        f"large base's time. More accurate than the small experts: {listed(above)}."
+        f"large base's time. More accurate than the small experts: "
+        f"{listed(f'*{name}*' for name in gain.index[gain > 0])}."
     )
 
 
 def slowest(table: pd.DataFrame, source: str) -> str:
     """Which ways to find weights cost the most time. table: of `storage`."""
-    ranked = table.sort_values("slower", ascending=False).head(3)
-    said = [f"{title(r.method)} {r.slower:.1f} ({WHERE[r.finds]})" for r in ranked.itertuples()]
+    said = [
+        f"{title(row.method)} {row.slower:.1f} ({ROUTING_LABELS[row.finds]})"
+        for row in table.nlargest(3, "slower").itertuples()
+    ]
     return f"The slowest in {source}, in times of a plain model: {'; '.join(said)}."
 
 
@@ -207,8 +203,8 @@ def stored_well(table: pd.DataFrame, source: str) -> str:
     """Who keeps most below 1.5 models, and without the task's number. table: of `storage`."""
     said = []
     for column, words in scores(table).items():
-        small = table[table.models < 1.5].sort_values(column).iloc[-1]
-        blind = table[table.finds != "task"].sort_values(column).iloc[-1]
+        small = table.loc[table[column][table.models < 1.5].idxmax()]
+        blind = table.loc[table[column][table.finds != "task"].idxmax()]
         said.append(
             f"Below one and a half models, {title(small.method)} has the highest {words} in "
             f"{source}: {100 * small[column]:.1f} %. Without the task's number, "

@@ -1,11 +1,18 @@
-"""What our own tables say of divergence and success, in sentences."""
+"""Findings on divergence as a predictor of accuracy, from our own tables."""
 
 import pandas as pd
 
-from divmerge_book.figures.styles import CRITERIA
-from divmerge_book.findings import bullets, listed, scores
+from divmerge_book.figures.styles import CRITERIA, labels
+from divmerge_book.findings import bullets, each, listed, scores, split
 from divmerge_book.studies.model_selection import AMONG
 from divmerge_book.studies.random_merges import MEASURES, SAMPLERS
+
+NAMES = labels(CRITERIA)
+
+
+def spearman(mean: pd.DataFrame, **chosen: str) -> pd.DataFrame:
+    """The rank correlations of `over_models`' second table with these values in its columns."""
+    return mean[(mean[["how", *chosen]] == ["spearman", *chosen.values()]).all(axis=1)]
 
 
 def crossed(cross: pd.DataFrame, majority: pd.Series, source: str) -> str:
@@ -24,10 +31,7 @@ def crossed(cross: pd.DataFrame, majority: pd.Series, source: str) -> str:
 
 
 def own_point(found: pd.DataFrame, source: str) -> str:
-    """Mean rank correlations over experts with and without the task's own.
-
-    found: by measure; columns `with own`, `own alone` and `without`.
-    """
+    """Mean rank correlations over experts, by measure: with own, own alone and without."""
     lines = [
         f"{name}: {row['with own']:.2f} with the own expert, {row['without']:.2f} without it; the "
         f"own expert alone gives {row['own alone']:.2f}"
@@ -37,49 +41,40 @@ def own_point(found: pd.DataFrame, source: str) -> str:
 
 
 def ranked(mean: pd.DataFrame, source: str) -> str:
-    """By draw and selection: every criterion's rank correlation with a task's accuracy.
-
-    mean: the second table of `judging.over_models`.
-    """
-    pick = mean[(mean.how == "spearman") & (mean.goal == "task")]
+    """Every criterion's rank correlation with a task's accuracy; mean: of `over_models`."""
     lines = []
-    for (kind, among), rows in pick.groupby(["draws", "among"], sort=False):
+    for (kind, among), rows in spearman(mean, goal="task").groupby(["draws", "among"], sort=False):
         one = rows.set_index("criterion")
-        said = ", ".join(f"{CRITERIA[name][0]} {one.value[name]:.2f}" for name in one.index)
         lead = one.loc["reverse_kl"]
         lines.append(
-            f"**{SAMPLERS.facts[kind]['label']}, {among}**: {said}. Reverse KL minus JS: "
+            f"**{SAMPLERS.facts[kind]['label']}, {among}**: "
+            f"{each(one.value, '{:.2f}', NAMES, ', ')}. Reverse KL minus JS: "
             f"{lead.lead:+.2f} [{lead.lead_low:+.2f}, {lead.lead_high:+.2f}]"
         )
     return f"Rank correlations with a task's accuracy in {source}:\n\n{bullets(lines)}"
 
 
 def narrowed(mean: pd.DataFrame, source: str) -> str:
-    """Which criteria correlate less among the best models than among all, with a task's accuracy.
-
-    mean: the second table of `judging.over_models`; models drawn per task.
-    """
-    pick = mean[(mean.how == "spearman") & (mean.goal == "task") & (mean.draws == "task")]
-    wide = pick.pivot(index="criterion", columns="among", values="value")
+    """Which criteria correlate less among the best models, drawn per task, than among all."""
+    wide = spearman(mean, goal="task", draws="task")
+    wide = wide.pivot(index="criterion", columns="among", values="value")
     shares = [name for name in AMONG if name in wide and name != "all"]
     if not shares:
         return f"In {source} there are too few models to look at the best of them alone."
-    last = shares[-1]
-    lower = [CRITERIA[name][0] for name in wide.index if wide[last][name] < wide["all"][name]]
-    higher = [CRITERIA[name][0] for name in wide.index if wide[last][name] >= wide["all"][name]]
+    lower, other = split(wide.index.map(NAMES), wide[shares[-1]] < wide["all"])
     return (
-        f"In {source}, for coefficients drawn per task, the correlation among the {last} is lower "
-        f"than among all models for {listed(lower)}, and not lower for {listed(higher)}."
+        f"In {source}, for coefficients drawn per task, the correlation among the {shares[-1]} is "
+        f"lower than among all models for {lower}, and not lower for {other}."
     )
 
 
 def by_task(of: pd.DataFrame, rows: int, source: str) -> str:
     """On how many tasks JS ranks models better than every other measure, and where it is worst.
 
-    of: rows of the first table of `judging.over_models`. rows: labelled validation rows per task.
+    of: rows of the first table of `over_models`. rows: labelled validation rows per task.
     """
     by = of.groupby(["criterion", "task"]).value.mean().unstack("criterion")
-    won = [f"{CRITERIA[n][0]} on {(by.js > by[n]).sum()}" for n in MEASURES if n != "js"]
+    won = [f"{NAMES[n]} on {(by.js > by[n]).sum()}" for n in MEASURES if n != "js"]
     worst = by.js.idxmin()
     return (
         f"In {source} JS is above {listed(won)} of {len(by)} tasks. Its lowest value is "
@@ -88,24 +83,18 @@ def by_task(of: pd.DataFrame, rows: int, source: str) -> str:
 
 
 def leading(mean: pd.DataFrame, source: str) -> str:
-    """Which label-free measure has the highest correlation, in how many draws and selections.
-
-    mean: the second table of `judging.over_models`.
-    """
-    pick = mean[(mean.how == "spearman") & mean.criterion.isin(MEASURES)]
-    parts = []
+    """Which label-free measure has the highest correlation, in how many draws and selections."""
     goals = {"task": "a task's accuracy", "sum": "the ANP", "kept_margin": "the kept margin"}
-    for goal, words in goals.items():
-        if goal not in set(pick.goal):
-            continue
-        cells = pick[pick.goal == goal].pivot_table(
-            index=["draws", "among"], columns="criterion", values="value"
+    parts = []
+    for goal in (goal for goal in goals if goal in set(mean.goal)):
+        pick = spearman(mean, goal=goal)
+        wide = pick[pick.criterion.isin(MEASURES)].pivot_table(
+            "value", ["draws", "among"], "criterion"
         )
-        first = cells.idxmax(axis=1).value_counts()
-        above = int((cells.js > cells.entropy).sum())
-        said = [f"{CRITERIA[name][0]} in {count}" for name, count in first.items()]
+        first = wide.idxmax(axis=1).value_counts()
         parts.append(
-            f"with {words}, {listed(said)} of {len(cells)} rows (JS above entropy in {above})"
+            f"with {goals[goal]}, {listed(f'{NAMES[n]} in {count}' for n, count in first.items())} "
+            f"of {len(wide)} rows (JS above entropy in {(wide.js > wide.entropy).sum()})"
         )
     return (
         f"In {source} the label-free measure with the highest rank correlation is, "
@@ -118,22 +107,18 @@ def chosen(lost: pd.DataFrame, whole: pd.DataFrame, source: str) -> str:
 
     lost: of `model_selection.selection_regret`; whole: of `model_selection.model_scores`.
     """
-    task = lost[lost.draws == "task"]
-    seeds, said = whole[whole.draws == "task"].groupby("seed"), []
+    task, seeds = lost[lost.draws == "task"], whole[whole.draws == "task"].groupby("seed")
+    lines = []
     for column, words in scores(task).items():
-        ranked = task.sort_values(column, ascending=False)
-        each = [
-            f"{CRITERIA[n][0]} {v:.1f} %"
-            for n, v in zip(ranked.criterion, ranked[column], strict=True)
-        ]
-        said.append(
-            f"Test {words} of the one chosen by: {'; '.join(each)}; of a random one "
-            f"{100 * seeds[column].mean().mean():.1f} %, of the best by test "
+        ranked = 100 * task.set_index("criterion")[column].sort_values(ascending=False)
+        lines.append(
+            f"Test {words} of the one chosen by: {each(ranked, '{:.1f} %', NAMES)}; of a random "
+            f"one {100 * seeds[column].mean().mean():.1f} %, of the best by test "
             f"{100 * seeds[column].max().mean():.1f} %"
         )
     return (
         f"In {source} there are {task.models.iloc[0]} models per seed with coefficients per task. "
-        f"{'. '.join(said)}."
+        f"{'. '.join(lines)}."
     )
 
 

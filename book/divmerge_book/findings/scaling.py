@@ -1,4 +1,4 @@
-"""What the tables of the chapter on the number of tasks say, in sentences."""
+"""Findings of the chapter on the number of tasks."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -6,11 +6,12 @@ from itertools import combinations
 import pandas as pd
 
 from divmerge_book.figures import title
-from divmerge_book.findings import SCORES, bullets, listed, span
+from divmerge_book.findings import SCORES, bullets, each, listed, span, split
 from divmerge_book.studies.scores import SOURCES, differences
 from divmerge_book.studies.task_attribution import COVARIATES, FORECASTS
 
 NEAR = 0.1  # pairs add up where the mean of their sums is this near to the mean loss, in shares
+SLACK = 0.02  # of the ratio: merges nearer to the majority class are not below it
 
 
 def leaders(means: pd.DataFrame, source: str, words: str = "ANP") -> str:
@@ -19,14 +20,13 @@ def leaders(means: pd.DataFrame, source: str, words: str = "ANP") -> str:
     means: of `scores.over_subsets`, of the score that `words` name.
     """
     wide = 100 * means.pivot(index="method", columns="T", values="value")
-    best = {number: column.idxmax() for number, column in wide.items()}
+    best, low, high = wide.idxmax(), wide.columns.min(), wide.columns.max()
     where = [
-        f"{title(method)} at T = {listed([f'{n}' for n, m in best.items() if m == method])}"
-        for method in dict.fromkeys(best.values())
+        f"{title(method)} at T = {listed(map(str, best.index[best == method]))}"
+        for method in best.unique()
     ]
-    low, high = wide.columns.min(), wide.columns.max()
-    change = (wide[high] - wide[low]).sort_values()
-    least, most = change.index[-1], change.index[0]
+    change = wide[high] - wide[low]
+    least, most = change.idxmax(), change.idxmin()
     return (
         f"In {source} the method with the highest mean {words} is {'; '.join(where)}. From "
         f"T = {low} to {high} the mean changes by {change[most]:+.1f} points ({title(most)}) to "
@@ -41,15 +41,14 @@ def ahead(scores: pd.DataFrame, means: pd.DataFrame, source: str, statistic: str
     scores: of `scores.by_subset`; means: of `scores.over_subsets`, of the same statistic.
     """
     wide = means.pivot(index="method", columns="T", values="value")
-    order = list(wide.mean(axis=1).sort_values(ascending=False).index)
-    ours = ([m for m in order if m.startswith("divmerge")] or order)[0]
+    order = wide.mean(axis=1).sort_values(ascending=False).index
+    ours = next((m for m in order if m.startswith("divmerge")), order[0])
     others = [method for method in order if method != ours]
     if not others:
         return f"In {source} there is one method and nothing to compare it with."
     gaps = differences(scores, ours, others, statistic=statistic).set_index(["T", "other"])
     lines = []
-    for number in wide.columns:
-        best = wide.loc[others, number].idxmax()
+    for number, best in wide.loc[others].idxmax().items():
         row = 100 * gaps.loc[(number, best)]
         width = f"[{row.low:+.1f}, {row.high:+.1f}], ahead in {row.won:.0f} % of the subsets"
         width = "one subset" if pd.isna(row.low) else width
@@ -62,12 +61,12 @@ def ahead(scores: pd.DataFrame, means: pd.DataFrame, source: str, statistic: str
 
 def sources(spreads: pd.DataFrame, source: str) -> str:
     """Root mean square over methods of each standard deviation, by T. spreads: of `scores`."""
-    part = spreads.dropna()
-    square = part.assign(square=part.sd**2).groupby(["source", "T"]).square.mean()
-    wide = 100 * square.unstack("source").reindex(columns=list(SOURCES)) ** 0.5
+    square = spreads.dropna().assign(square=lambda table: table.sd**2)
+    wide = 100 * square.pivot_table("square", "T", "source").reindex(columns=list(SOURCES)) ** 0.5
     lines = [
-        f"$T = {n}$: " + ", ".join(f"{value:.1f} over {name}" for name, value in row.items())
-        for n, row in ((n, row.dropna()) for n, row in wide.iterrows())
+        f"$T = {n}$: "
+        + ", ".join(f"{value:.1f} over {name}" for name, value in row.dropna().items())
+        for n, row in wide.iterrows()
     ]
     return f"Points of ANP in {source}, over methods:\n\n{bullets(lines)}"
 
@@ -77,18 +76,17 @@ def paired(scores: pd.DataFrame, source: str) -> str:
 
     scores: of `scores.by_subset`. Root mean squares at the smallest T of the first seed.
     """
-    first = scores[(scores.seed == scores.seed.iloc[0]) & (scores["T"] == scores["T"].min())]
+    smallest = scores["T"].min()
+    first = scores[(scores.seed == scores.seed.iloc[0]) & (scores["T"] == smallest)]
     wide = 100 * first.pivot(index="subset", columns="method", values="anp")
-    pairs = [wide[a] - wide[b] for a, b in combinations(wide, 2)]
-    if len(wide) < 2 or not pairs:
+    gaps = pd.DataFrame({pair: wide[pair[0]] - wide[pair[1]] for pair in combinations(wide, 2)})
+    if len(wide) < 2 or gaps.empty:
         return f"{source[0].upper()}{source[1:]} has too few subsets or methods to compare spreads."
-    own = float((wide.std() ** 2).mean() ** 0.5)
-    both = float(pd.Series([gap.std() ** 2 for gap in pairs]).mean() ** 0.5)
-    word = "less than" if both < own else "no less than"
+    own, both = (table.var().mean() ** 0.5 for table in (wide, gaps))
     return (
-        f"In {source}, at $T = {first['T'].iloc[0]}$, a method's ANP varies by {own:.1f} points "
-        f"over subsets (standard deviation), and the difference of two methods on the same subset "
-        f"by {both:.1f}, {word} the ANP itself."
+        f"In {source}, at $T = {smallest}$, a method's ANP varies by {own:.1f} points over subsets "
+        f"(standard deviation), and the difference of two methods on the same subset by "
+        f"{both:.1f}, {'less than' if both < own else 'no less than'} the ANP itself."
     )
 
 
@@ -106,16 +104,17 @@ def below_majority(table: pd.DataFrame, floor: pd.Series, source: str) -> str:
 
     table: of `scores.ratios`; floor: of `scores.floor`. Below: by two points of the ratio or more.
     """
-    gap = table.ratio - table.task.map(floor).astype(float)
-    share = 100 * (gap < -0.02).groupby(table["T"]).mean()
-    low = table.loc[(table.ratio / table.task.map(floor)).idxmin()]
-    ends = listed([f"{share[n]:.0f} % at $T = {n}$" for n in sorted({*share.index[[0, -1]]})])
+    floors = table.task.map(floor).astype(float)
+    below = table.ratio - floors < -SLACK
+    share = 100 * below.groupby(table["T"]).mean()
+    ends = [f"{share[n]:.0f} % at $T = {n}$" for n in sorted({*share.index[[0, -1]]})]
     text = (
-        f"Of all merges and tasks in {source}, {ends} end two points or more below the majority "
-        f"class's ratio."
+        f"Of all merges and tasks in {source}, {listed(ends)} end two points or more below the "
+        f"majority class's ratio."
     )
-    if gap.min() >= -0.02:
+    if not below.any():
         return f"{text} No merge does worse than that."
+    low = table.loc[(table.ratio / floors).idxmin()]
     return (
         f"{text} The furthest below: `{low.task}` in {low.subset.replace('+', ', ')} by "
         f"{title(low.method)}, {100 * low.ratio:.0f} % of its expert where the majority class has "
@@ -129,14 +128,12 @@ def beside(theirs: pd.DataFrame, columns: Mapping[str, str], methods: Sequence[s
 
     columns: the paper's names to ours; methods: those of this chapter's table.
     """
-    step, layer = -theirs.diff().loc[4], ["LL KL", "LL JS"]
+    change, layer = theirs.diff(), ["LL KL", "LL JS"]
     rises = [
-        f"{name} from {count - 1} to {count}"
-        for name in theirs
-        for count in theirs.index[1:]
-        if theirs[name][count] > theirs[name][count - 1]
+        f"{name} from {n - 1} to {n}" for name in theirs for n in theirs.index[change[name] > 0]
     ]
     absent = [name for name, method in columns.items() if method not in set(methods)]
+    step = -change.loc[4]
     return (
         f"From $T = 3$ to $4$ the printed values fall by {span(step.drop(layer))} points, those "
         f"of DivMerge per layer by {step[layer].min():.1f} and {step[layer].max():.1f}. They rise "
@@ -151,16 +148,15 @@ def steps(merged: pd.DataFrame, source: str) -> str:
     """
     lines = []
     for method, rows in merged.groupby("method", sort=False):
-        mean = 100 * rows.groupby("T").anp.mean()
-        if len(mean) < 2:
-            continue
+        anp = 100 * rows.set_index("T").anp
+        mean = anp.groupby("T").mean()
         middle = mean.index[len(mean) // 2]
-        single = 100 * rows.anp[rows["T"] == middle]
-        lines.append(
-            f"{title(method)}: from one $T$ to the next the mean changes by "
-            f"{span(mean.diff().dropna(), sign=True)} points; single subsets of {middle} have "
-            f"{span(single, 0)} %"
-        )
+        if len(mean) > 1:
+            lines.append(
+                f"{title(method)}: from one $T$ to the next the mean changes by "
+                f"{span(mean.diff().dropna(), sign=True)} points; single subsets of {middle} have "
+                f"{span(anp[[middle]], 0)} %"
+            )
     return f"Fixed coefficients, all subsets, {source}:\n\n{bullets(lines)}"
 
 
@@ -191,23 +187,18 @@ def added_up(
 
     forecasts: of `task_attribution.forecasts`, by method; words: for what is lost.
     """
-    sums, verdict = [], {True: [], False: []}
-    for method, table in forecasts.items():
-        last = table[table["T"] == table["T"].max()]
-        if last.empty or last.loss.mean() <= 0:
-            continue
-        times = last["sum"].mean() / last.loss.mean()
-        sums.append(f"{title(method)} {times:.1f}")
-        verdict[abs(times - 1) <= NEAR].append(title(method))
-    if not sums:
+    last = {m: table[table["T"] == table["T"].max()] for m, table in forecasts.items()}
+    loss = {m: (rows["sum"].mean(), rows.loss.mean()) for m, rows in last.items() if len(rows)}
+    times = pd.Series(
+        {m: total / lost for m, (total, lost) in loss.items() if lost > 0}, dtype=float
+    )
+    if times.empty:
         return f"{source[0].upper()}{source[1:]} merged no three tasks whose pairs it merged too."
-    last = max(table["T"].max() for table in forecasts.values())
+    yes, no = split(times.index.map(title), abs(times - 1) <= NEAR)
     return (
-        f"Losses of {words} in {source}: at $T = {last}$ the mean sum over pairs divided by the "
-        f"mean loss is: "
-        f"{'; '.join(sums)}. Within {100 * NEAR:.0f} %, losses of pairs add up for: "
-        f"{'; '.join(verdict[True]) or 'none'}. They do not for: "
-        f"{'; '.join(verdict[False]) or 'none'}."
+        f"Losses of {words} in {source}: at $T = {max(rows['T'].max() for rows in last.values())}$ "
+        f"the mean sum over pairs divided by the mean loss is: {each(times)}. Within "
+        f"{100 * NEAR:.0f} %, losses of pairs add up for: {yes}. They do not for: {no}."
     )
 
 
@@ -215,17 +206,17 @@ def skilled(skills: pd.DataFrame, source: str) -> str:
     """How much of the losses' variance each forecast explains. skills: of `skill`."""
     if skills.empty:
         return "The subsets of this run are too few to fit the rival forecasts."
-    whole = skills[skills["T"] == 0]
-    lines = []
-    for method, rows in whole.groupby("method", sort=False):
-        r2 = rows.set_index("forecast").r2.sort_values(ascending=False)
-        said = [f"{FORECASTS[name]} {value:.2f}" for name, value in r2.items()]
-        lines.append(f"{title(method)}, $R^2$: {'; '.join(said)}")
+    whole = skills[skills["T"] == 0].sort_values("r2", ascending=False).set_index("forecast")
+    methods = dict.fromkeys(skills.method)
+    lines = [
+        f"{title(m)}, $R^2$: {each(whole.r2[whole.method == m], '{:.2f}', FORECASTS)}"
+        for m in methods
+    ]
     return f"Single losses of single tasks, {source}:\n\n{bullets(lines)}"
 
 
 def strongest(related: pd.DataFrame, source: str) -> str:
-    """The number with the largest rank correlation, by method. table of `related`."""
+    """The number with the largest rank correlation, by method; related: of `task_attribution`."""
     rho = related.dropna(subset=["rho"]).reset_index(drop=True)
     if rho.empty:
         return f"{source[0].upper()}{source[1:]} has too few subsets of a size for a correlation."
@@ -236,48 +227,44 @@ def strongest(related: pd.DataFrame, source: str) -> str:
     return f"The number with the largest correlation in {source}, by method: {'; '.join(said)}."
 
 
-def part(method: str, table: pd.DataFrame) -> str:
+def effect(method: str, table: pd.DataFrame) -> str:
     """Who harms most and who loses most under one method, each with its place in the other order.
 
     table: of `task_attribution.shapley_values`.
     """
-    rows = 100 * table.set_index("task")
-    effect, own, count = rows.marginal_effect, rows.own_change, len(rows)
-    bad, hurt = effect.idxmin(), own.idxmin()
-    places = rows.rank().astype(int)
+    rows = 100 * table.set_index("task")[["marginal_effect", "own_change"]]
+    place, count = rows.rank().astype(int), len(rows)
+    bad, hurt = rows.idxmin()
+    first, second = rows.marginal_effect.nsmallest(2)
     return (
-        f"{title(method)}: adding `{bad}` changes the others most ({effect[bad]:+.1f} points, "
-        f"the next {effect.nsmallest(2).iloc[-1]:+.1f}) and `{bad}` is number "
-        f"{places.own_change[bad]} of {count} by its own loss; `{hurt}` loses most "
-        f"({-own[hurt]:.1f} points) and is number {places.marginal_effect[hurt]} by harm"
+        f"{title(method)}: adding `{bad}` changes the others most ({first:+.1f} points, the next "
+        f"{second:+.1f}) and `{bad}` is number {place.own_change[bad]} of {count} by its own loss; "
+        f"`{hurt}` loses most ({-rows.own_change[hurt]:.1f} points) and is number "
+        f"{place.marginal_effect[hurt]} by harm"
     )
 
 
-def parts(played: Mapping[str, pd.DataFrame], source: str, words: str = "ANP") -> str:
-    """`part` of every method, and how far harm and loss go together, by the score of the words."""
-    ties = [t.marginal_effect.corr(t.own_change, method="spearman") for t in played.values()]
+def effects(tables: Mapping[str, pd.DataFrame], source: str, words: str = "ANP") -> str:
+    """`effect` of every method, and how far harm and loss go together; words: of the score."""
+    rho = [t.marginal_effect.corr(t.own_change, method="spearman") for t in tables.values()]
     return (
-        f"By {words} in {source}:\n\n{bullets(part(*item) for item in played.items())}\n\nRank "
-        f"correlation of harm done and loss over tasks: {span(ties, 2, sign=True)}."
+        f"By {words} in {source}:\n\n{bullets(effect(*item) for item in tables.items())}\n\nRank "
+        f"correlation of harm done and loss over tasks: {span(rho, 2, sign=True)}."
     )
 
 
 def summary(
-    means: pd.DataFrame,
-    kept: pd.DataFrame,
-    grid: pd.DataFrame,
-    forecasts: Mapping[str, pd.DataFrame],
-    played: Mapping[str, pd.DataFrame],
-    source: str,
-) -> str:
-    """The chapter's findings, a bullet each; see `leaders`, `dilution`, `added_up` and `part`."""
-    method, table = next(iter(played.items()))
+    means: pd.DataFrame, kept: pd.DataFrame, grid: pd.DataFrame,
+    forecasts: Mapping[str, pd.DataFrame], effects: Mapping[str, pd.DataFrame], source: str,
+) -> str:  # fmt: skip
+    """The chapter's findings, a bullet each; see `leaders`, `dilution`, `added_up` and `effect`."""
+    method, table = next(iter(effects.items()))
     return bullets(
         (
             leaders(means, source),
             leaders(kept, source, "kept margin"),
             dilution(grid, source),
             added_up(forecasts, source),
-            f"Harm and loss by task in {source}. {part(method, table)}.",
+            f"Harm and loss by task in {source}. {effect(method, table)}.",
         )
     )
