@@ -1,12 +1,12 @@
 """The table of all methods: what stands in it is what the report holds."""
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from divmerge_book import figures
 from divmerge_book.evaluation.benchmark import every_method
 from divmerge_book.evaluation.report import Report
 from divmerge_book.figures import baselines as draw
+from matplotlib.figure import Figure
 
 from divmerge_core.methods import METHODS
 
@@ -17,28 +17,32 @@ SUBSET = "mood+place"
 @pytest.fixture
 def report() -> Report:
     """Methods that get known numbers of 10 rows right, and what their merges cost."""
-    rows, fits = [], []
-    right = {**RIGHT, "ties:published": 5}
+    rows, fits, gold = [], [], [0, 1] * 5
     for seed in (0, 1):
-        for method, count in right.items():
-            labels = {"suite": "toy", "subset": SUBSET, "method": method, "seed": seed}
-            answers = "01" * 5
-            said = answers[:count] + answers[count:].translate({48: "1", 49: "0"})
-            rows += [
-                {**labels, "task": task, "predicted": said, "gold": answers}
-                for task in SUBSET.split("+")
-            ]
+        for method, count in {**RIGHT, "ties:published": 5}.items():
+            labels = {
+                "suite": "toy",
+                "subset": SUBSET,
+                "method": method,
+                "seed": seed,
+                "gold": gold,
+            }
+            said = gold[:count] + [1 - answer for answer in gold[count:]]
+            rows += [{**labels, "task": task, "predicted": said} for task in SUBSET.split("+")]
+            cost = {"seconds": count + seed, "peak_bytes": 1e6, "inputs": 8, "calls": 0}
+            cost |= {"stored_bytes": 250 if method == "emr" else 100, "model_bytes": 100}
+            fit = {**labels, "options": {}, "cost": {**cost, "answer_ms": 1.0}}
             if method not in ("expert", "base"):
-                bytes_ = 250 if method == "emr" else 100
-                cost = {"seconds": count + seed, "peak_bytes": 1e6, "stored_bytes": bytes_}
-                cost |= {"inputs": 8, "calls": 0, "answer_ms": 1.0, "model_bytes": 100}
-                fit = {**labels, "options": {}, "cost": cost}
                 fits.append(fit | ({"search": [{}] * 6} if method == "ties" and not seed else {}))
     return Report.of(pd.DataFrame(rows), fits)
 
 
-def test_the_summary_holds_scores_and_mean_costs(report):
-    table = draw.summary(report, SUBSET)
+@pytest.fixture
+def table(report) -> pd.DataFrame:
+    return draw.summary(report, SUBSET)
+
+
+def test_the_summary_holds_scores_and_mean_costs(table):
     assert list(table.index) == ["expert", "base", "emr", "ties", "average", "divmerge/task"]
     assert table.value["ties"] == pytest.approx(0.6) and table.published["ties"] == 0.5
     assert table.published["average"] == table.value["average"]
@@ -50,32 +54,29 @@ def test_the_summary_holds_scores_and_mean_costs(report):
     assert table.below["base"] == table.counted["base"] == 2 and table.below["average"] == 0
 
 
-def test_the_table_is_grouped_by_what_a_method_looks_at(report):
-    table = draw.benchmark_table(draw.summary(report, SUBSET))
-    assert [*table.index.get_level_values(0)] == ["reference", *["no data"] * 3, draw.INPUTS]
-    assert table.loc[("no data", "TIES"), "ANP, %"].startswith("60.0 [")
-    assert table.loc[("no data", "TIES"), "published, %"] == "50.0"
-    assert table.loc[("no data", "TIES"), "kept margin, %"].startswith("20.0 [")
-    assert table.loc[("no data", "TIES"), "published kept, %"] == "0.0"
-    assert table.loc[("no data", "TIES"), "below majority"] == "0 of 2"
-    page = draw.styled(table, "a toy").to_html()
+def test_the_table_is_grouped_by_what_a_method_looks_at(table):
+    shown = draw.benchmark_table(table)
+    assert [*shown.index.get_level_values(0)] == ["reference", *["no data"] * 3, draw.INPUTS]
+    ties = shown.loc[("no data", "TIES")]
+    assert ties["ANP, %"].startswith("60.0 [") and ties["kept margin, %"].startswith("20.0 [")
+    columns = ["published, %", "published kept, %", "below majority"]
+    assert list(ties[columns]) == ["50.0", "0.0", "0 of 2"]
+    page = draw.styled(shown, "a toy").to_html()
     assert "a toy" in page and "TIES" in page and "font-size" in page
 
 
-def test_the_figures_draw_every_method(report):
-    table = draw.summary(report, SUBSET)
-    fig, axes = plt.subplots(1, 3)
-    draw.ranking([axes[0]], {"T = 2": table})
+def test_the_figures_draw_every_method(table):
+    first, *others = Figure().subplots(1, 3)
+    draw.ranking([first], {"T = 2": table})
     names = ["EMR-Merging", "TIES", "Average", "DivMerge, per task"]
-    assert [label.get_text() for label in axes[0].get_yticklabels()] == names
-    drawn = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes[0].lines]
+    assert [label.get_text() for label in first.get_yticklabels()] == names
+    drawn = [(float(line.get_xdata()[0]), line.get_ydata()[0]) for line in first.lines]
     assert (0.6, 1) in drawn  # TIES: the ANP on its row, the kept margin below
-    assert any(abs(x - 0.2) < 1e-9 and y == 1.4 for x, y in drawn)
-    draw.score_against_cost(axes[1:], table)
-    assert axes[1].get_xscale() == "log" and "seconds" in axes[2].get_xlabel()
-    assert [ax.get_ylabel().partition(",")[0] for ax in axes[1:]] == ["ANP", "kept margin"]
-    fig.canvas.draw()
-    plt.close(fig)
+    assert (pytest.approx(0.2), 1.4) in drawn
+    draw.score_against_cost(others, table)
+    assert others[0].get_xscale() == "log" and "seconds" in others[1].get_xlabel()
+    assert [ax.get_ylabel().partition(",")[0] for ax in others] == ["ANP", "kept margin"]
+    first.figure.draw_without_rendering()
 
 
 def test_anp_and_kept_margin_stand_side_by_side(report):
@@ -86,13 +87,10 @@ def test_anp_and_kept_margin_stand_side_by_side(report):
     shown = figures.score_table(report, SUBSET)
     assert shown.loc["Base model", "below the majority"] == "2 of 2"
     assert shown.loc["DivMerge, per task", "kept margin, %"].startswith("40.0 [")
-    fig, ax = plt.subplots()
-    figures.forest(ax, table.reset_index())
+    ax = figures.forest(Figure().subplots(), table.reset_index())
     assert ax.get_yticklabels()[0].get_text() == "Base model (2)"
     assert "kept margin" in ax.get_xlabel()
-    figures.forest(ax, report.intervals())
-    fig.canvas.draw()
-    plt.close(fig)
+    figures.forest(ax, report.intervals()).figure.draw_without_rendering()
 
 
 def test_the_place_says_both_scores_and_who_is_below_the_majority(report):

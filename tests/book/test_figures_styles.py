@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from divmerge_book.figures import behaviour, landscapes, scaling, title
 from divmerge_book.figures.styles import LOOKS, style
-from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 matplotlib.use("Agg")
 FIGURES = [module.name for module in pkgutil.iter_modules(divmerge_book.figures.__path__)]
@@ -21,74 +21,49 @@ STUDIES = [module.name for module in pkgutil.iter_modules(divmerge_book.studies.
 CITED = re.compile(r"(?:table|marks|intervals|scores): of `(?:studies\.)?(?:\w+\.)?(\w+)`")
 
 
-def test_no_two_methods_look_alike():
-    looks = [(to_rgb(style(spec)["color"]), style(spec)["marker"]) for spec in LOOKS]
-    assert len(set(looks)) == len(LOOKS) == 14
+def test_no_two_methods_look_alike_and_families_share_a_colour_of_their_own():
+    looks = {spec: (to_rgb(style(spec)["color"]), style(spec)["marker"]) for spec in LOOKS}
+    assert len(set(looks.values())) == len(LOOKS) == 14
+    families: dict[tuple, set] = {}
+    for spec, (shade, _) in looks.items():
+        families.setdefault(shade, set()).add(spec.partition("/")[0])
+    assert {"divmerge"} in families.values() and {"adamerging"} in families.values()
 
 
-def test_methods_of_one_family_share_a_colour_and_no_other_family_has_it():
-    shades = {}
-    for spec in LOOKS:
-        shades.setdefault(to_rgb(style(spec)["color"]), set()).add(spec.partition("/")[0])
-    for family in ("divmerge", "adamerging"):
-        assert {family} in shades.values()
+def tables(names, **columns) -> pd.DataFrame:
+    return pd.DataFrame({"method": list(names), "model": list(names)}).assign(**columns)
 
 
-@pytest.fixture
-def ax():
-    fig, ax = plt.subplots()
-    yield ax
-    plt.close(fig)
+BEHAVIOUR = {"part": 1, "lost": 0.1, "margin": 0.5, "auc": 0.6, "layer": 0, "cka": 0.5}
+PLANE = {"step": 0, "l1": 0.5, "l2": 0.5}
+AGAINST_T = {"T": 2, "value": 0.9, "low": 0.8, "high": 1.0}
+DRAWN = {
+    "margins": lambda ax: behaviour.loss_by_margin(ax, tables(behaviour.LOOKS, **BEHAVIOUR)),
+    "layers": lambda ax: behaviour.similarity_by_layer(
+        ax, tables(behaviour.LOOKS, **BEHAVIOUR), "cka"
+    ),
+    "plane": lambda ax: landscapes.end_points(ax, tables(landscapes.MARKS, **PLANE)),
+    "against T": lambda ax: scaling.score_curve(ax, tables(LOOKS, **AGAINST_T)),
+}
 
 
-def artists(ax) -> dict[str, tuple]:
-    """Colour and marker of every labelled line, without what its label says beside the method."""
-    return {
+@pytest.mark.parametrize("draw", DRAWN.values(), ids=DRAWN)
+def test_a_method_looks_the_same_in_every_figure(draw):
+    expected = {title(s): (to_rgb(style(s)["color"]), style(s)["marker"]) for s in LOOKS}
+    found = {
         line.get_label().split(" (")[0]: (to_rgb(line.get_color()), line.get_marker())
-        for line in ax.get_lines()
+        for line in draw(Figure().subplots()).get_lines()
         if not line.get_label().startswith("_")
     }
-
-
-def behaving(ax):
-    row = {"part": 1, "lost": 0.1, "margin": 0.5, "auc": 0.6}
-    behaviour.loss_by_margin(ax, pd.DataFrame([{"model": m, **row} for m in behaviour.LOOKS]))
-
-
-def layered(ax):
-    rows = [{"model": m, "layer": n, "cka": 0.5} for m in behaviour.LOOKS for n in (0, 1)]
-    behaviour.similarity_by_layer(ax, pd.DataFrame(rows), "cka")
-
-
-def on_a_plane(ax):
-    rows = [{"method": m, "step": 0, "l1": 0.5, "l2": 0.5} for m in landscapes.MARKS]
-    landscapes.end_points(ax, pd.DataFrame(rows))
-
-
-def against_t(ax):
-    row = {"T": 2, "value": 0.9, "low": 0.8, "high": 1.0}
-    scaling.score_curve(ax, pd.DataFrame([{"method": spec, **row} for spec in LOOKS]))
-
-
-@pytest.mark.parametrize("draw", [behaving, layered, on_a_plane, against_t])
-def test_a_method_looks_the_same_in_every_figure(ax, draw):
-    draw(ax)
-    expected = {title(s): (to_rgb(style(s)["color"]), style(s)["marker"]) for s in LOOKS}
-    found = artists(ax)
     assert len(found) >= 4
     assert found == {name: expected[name] for name in found}
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_the_tables_that_figures_name_are_made_by_functions_that_exist(name):
-    functions = {
-        found
-        for module in STUDIES
-        for found, _ in inspect.getmembers(
-            importlib.import_module(f"divmerge_book.studies.{module}"), inspect.isfunction
-        )
-    }
+    modules = (importlib.import_module(f"divmerge_book.studies.{study}") for study in STUDIES)
+    functions = {found for m in modules for found, _ in inspect.getmembers(m, inspect.isfunction)}
     module = importlib.import_module(f"divmerge_book.figures.{name}")
-    for function, _ in inspect.getmembers(module, inspect.isfunction):
-        for cited in CITED.findall(inspect.getdoc(getattr(module, function)) or ""):
+    for function, thing in inspect.getmembers(module, inspect.isfunction):
+        for cited in CITED.findall(inspect.getdoc(thing) or ""):
             assert cited in functions, f"{name}.{function} is drawn from `{cited}`, which is not"

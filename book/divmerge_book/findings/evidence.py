@@ -110,7 +110,7 @@ def chosen(lost: pd.DataFrame, whole: pd.DataFrame, source: str) -> str:
     task, seeds = lost[lost.draws == "task"], whole[whole.draws == "task"].groupby("seed")
     lines = []
     for column, words in scores(task).items():
-        ranked = 100 * task.set_index("criterion")[column].sort_values(ascending=False)
+        ranked = task.set_index("criterion")[column].sort_values(ascending=False)
         lines.append(
             f"Test {words} of the one chosen by: {each(ranked, '{:.1f} %', NAMES)}; of a random "
             f"one {100 * seeds[column].mean().mean():.1f} %, of the best by test "
