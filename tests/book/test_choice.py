@@ -67,35 +67,23 @@ def test_the_same_answers_differ_by_nothing_and_p_agrees_with_the_interval():
     assert table.holm["far"] == pytest.approx(2 * table.p["far"])  # of two comparisons
 
 
-@pytest.fixture
-def ax():
-    figure, axes = plt.subplots()
-    yield axes
-    plt.close(figure)
-
-
-def test_in_the_forest_only_what_survives_correction_is_filled(ax):
+def test_in_the_forest_only_what_survives_correction_is_filled():
     rows = [
         {"objective": "kl", "count": 2, "holm": 0.01, "difference": 0.02},
         {"objective": "entropy", "count": 2, "holm": 0.4, "difference": -0.1},
     ]
     table = pd.DataFrame(rows).assign(from_low=-0.2, from_high=0.1)
-    assert draw.forest(ax, table, order=["kl", "entropy"]) is ax
+    ax = draw.forest(plt.figure().gca(), table, order=["kl", "entropy"])
     marks = [line for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata()) == 1]
     assert [line.get_xdata()[0] for line in marks] == [2.0, -10.0]
     assert [line.get_markerfacecolor() == "white" for line in marks] == [False, True]
     assert [text.get_text() for text in ax.get_yticklabels()] == ["kl", "entropy (AdaMerging)"]
     assert "points" in ax.get_xlabel()
+    plt.close("all")
 
 
-def test_a_gradient_that_vanishes_is_drawn_at_the_floor(ax):
+def test_a_gradient_that_vanishes_is_drawn_at_the_floor():
     odds = pd.DataFrame({"objective": ["js"] * 2, "odds": [0.0, 1.0], "pull": [1.0, 0.0]})
-    assert draw.objective_values(ax, odds, ["js"], "pull").lines[-1].get_ydata()[-1] == draw.FLOOR
-
-
-def test_runs_stored_before_predictions_are_drawn(ax):
-    hot = {"objective": "js", "temperature": [1.0, 2.0], "seed": 0, "anp": [0.9, 0.8]}
-    assert draw.by_temperature(ax, pd.DataFrame(hot)) is ax
-    ax.clear()
-    cost = {"objective": ["js", "kl"], "kind": "noise", "cost": [0.1, 0.2], "seed": 0}
-    assert draw.corruption_costs(ax, pd.DataFrame(cost)) is ax
+    ax = draw.objective_values(plt.figure().gca(), odds, ["js"], "pull")
+    assert ax.lines[-1].get_ydata()[-1] == draw.FLOOR
+    plt.close("all")

@@ -256,7 +256,7 @@ def test_experts_on_other_tasks_are_held_against_the_majority():
 def correlations(js: float, entropy: float, best: float = 0.0) -> pd.DataFrame:
     values = {"js": js, "entropy": entropy, "kl": 0.1, "reverse_kl": 0.2}
     return pd.DataFrame(
-        {"draws": "task", "among": among, "how": "spearman", "goal": goal, "criterion": name}
+        {"sampler": "task", "among": among, "how": "spearman", "goal": goal, "criterion": name}
         | {"value": values[name] + best * (among != "all")}
         for name, among, goal in product(values, ("all", "best half"), ("task", "sum"))
     )
@@ -532,8 +532,9 @@ def test_the_stored_choice_by_js_is_that_of_a_loop():
         best = min(some.values(), key=lambda rows: sum(row["js"] for row in rows))
         taken.append(mean(row["accuracy"] / own[seed, row["task"]] for row in best))
     tables, _ = load(RESULTS / "evidence" / "embedded_bert_tiny.json")
-    whole = model_selection.model_scores(tables["models"], tables["cross"])
-    whole = whole[whole.draws == "task"]
+    models = tables["models"].rename(columns={"draws": "sampler"})
+    whole = model_selection.model_scores(models, tables["cross"])
+    whole = whole[whole.sampler == "task"]
     text = evidence.chosen(model_selection.selection_regret(whole), whole, "the stored run")
     holds(text, f"JS {100 * mean(taken):.1f} %")
 

@@ -26,27 +26,23 @@ def found(tiny, tmp_path_factory) -> dict[str, pd.DataFrame]:
 
 
 def test_a_whole_model_is_its_tasks_summed_and_its_anp_averaged(found):
-    whole = model_selection.model_scores(found["models"], found["cross"])
-    row = whole[(whole.draws == "task") & (whole.seed == 0)].iloc[3]
-    models = found["models"]
-    own = models[(models.draws == "task") & (models.seed == 0) & (models.model == row.model)]
+    models, whole = found["models"], model_selection.model_scores(found["models"], found["cross"])
+    row = whole[whole.seed == 0].iloc[3]
+    own = models[(models.seed == 0) & (models.model == row.model)]
     assert row.js == pytest.approx(own.js.sum()) and row.entropy == pytest.approx(own.entropy.sum())
     assert row.anp == pytest.approx(own.accuracy.mean())  # these experts are always right
 
 
 def test_over_models_is_a_loop_over_tasks_and_seeds(found):
     each, means = model_selection.over_models(found["models"], found["cross"], draws=50)
-    models = found["models"]
-    some = models[(models.draws == "task") & (models.seed == 1) & (models.task == "task2")]
-    labels = {"draws": "task", "seed": 1, "task": "task2", "among": "all", "how": "pearson"}
-    value = each.set_index([*labels, "criterion"]).value.loc[(*labels.values(), "kl")]
-    assert value == pytest.approx(np.corrcoef(-some.kl, some.accuracy)[0, 1])
-    all_of = each[(each.draws == "task") & (each.among == "all") & (each.how == "spearman")]
-    tasks = all_of[(all_of.task != "sum") & (all_of.criterion == "js")].value.mean()
-    key = ["draws", "among", "how", "goal", "criterion"]
-    row = means.set_index(key).loc[("task", "all", "spearman", "task", "js")]
-    assert row.value == pytest.approx(tasks) and row.low <= row.value <= row.high
-    assert row.lead == row.lead_low == row.lead_high == 0
+    some = found["models"].query("seed == 1 and task == 'task2'")
+    all_of = each[each.among == "all"].set_index(["how", "seed", "task", "criterion"]).value
+    expected = np.corrcoef(-some.kl, some.accuracy)[0, 1]
+    assert all_of["pearson", 1, "task2", "kl"] == pytest.approx(expected)
+    tasks = all_of["spearman"].drop(index="sum", level="task").xs("js", level="criterion")
+    row = means.query("among == 'all' and how == 'spearman' and goal == 'task'").iloc[0]
+    assert row.criterion == "js" and row.value == pytest.approx(tasks.mean())
+    assert row.low <= row.value <= row.high and row.lead == row.lead_low == row.lead_high == 0
 
 
 def test_the_best_half_is_chosen_by_validation_rows():
@@ -66,7 +62,7 @@ def test_probabilities_are_those_of_all_sets(count, drawn):
 
 def whole_of(**columns: list[float]) -> pd.DataFrame:
     blank = {name: [1.0, 2.0, 3.0] for name in (*MEASURES, "validation")}
-    return pd.DataFrame({**blank, **columns}).assign(draws="task", experts="all", seed=0)
+    return pd.DataFrame({**blank, **columns}).assign(sampler="task", experts="all", seed=0)
 
 
 def test_a_choice_by_a_perfect_measure_costs_nothing_and_by_its_opposite_all():
@@ -115,19 +111,18 @@ def places(ax: Axes, marker: str) -> list[list[float]]:
 
 def test_our_figures_draw_every_criterion(ax, found):
     whole = model_selection.model_scores(found["models"], found["cross"])
-    draw.model_scatter(ax, whole[whole.draws == "task"], "js")
+    draw.model_scatter(ax, whole, "js")
     assert sum(len(xy) for xy in places(ax, "o") + places(ax, "s")) == 2 * COUNTS.task
     each, means = model_selection.over_models(found["models"], found["cross"], draws=20)
     ax.clear()
-    chosen = {"draws": "task", "among": "all", "how": "pearson", "goal": "sum"}
+    chosen = {"sampler": "task", "among": "all", "how": "pearson", "goal": "sum"}
     draw.correlation_rows(ax, means, {"a row": chosen})
-    key = ["draws", "among", "how", "goal", "criterion"]
-    value = means.set_index(key).value.loc[(*chosen.values(), "reverse_kl")]
+    value = means.set_index([*chosen, "criterion"]).value.loc[(*chosen.values(), "reverse_kl")]
     assert [round(x, 6) for x, _ in filter(None, places(ax, "^"))] == [round(value, 6)]
     ax.clear()
-    some = each[(each.draws == "task") & (each.among == "all") & (each.how == "pearson")]
-    draw.correlations_by_task(ax, some[some.task != "sum"])
+    some = each[(each.among == "all") & (each.how == "pearson") & (each.task != "sum")]
+    draw.correlations_by_task(ax, some)
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["task0", "task1", "task2"]
     ax.clear()
-    draw.selection_curve(ax, model_selection.choices(whole[whole.draws == "task"], [1, 5, 12]))
+    draw.selection_curve(ax, model_selection.choices(whole, [1, 5, 12]))
     assert len(ax.get_lines()) == len(draw.CRITERIA) and list(ax.get_xticks()) == [1, 5, 12]

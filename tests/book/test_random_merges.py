@@ -1,5 +1,6 @@
 """Random merges: coefficients, and what is measured of every model."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pandas as pd
@@ -40,24 +41,17 @@ def test_draws_are_what_they_say_and_the_same_again():
 
 def test_a_random_merge_is_a_sum_with_its_coefficients(experiment):
     vectors = experiment.problem.vectors
-    coeffs = random_coefficients("task", 3, len(vectors.layout.names), 4, 1)
-    merged = random_merge(experiment, "task", 4, 1)
-    torch.testing.assert_close(merged, vectors.merge(coeffs[:, 0].tolist()), rtol=0, atol=1e-7)
+    layout, close = vectors.layout, partial(torch.testing.assert_close, rtol=0, atol=1e-6)
+    coeffs = random_coefficients("task", 3, len(layout.names), 4, 1)
+    close(random_merge(experiment, "task", 4, 1), vectors.merge(coeffs[:, 0].tolist()))
     factors = random_coefficients("near", 3, 5, 2, 1)
     found = random_merge(experiment, "near", 2, 1, centre=4)
-    expected = vectors.merge((factors * coeffs)[:, 0].tolist())
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    assert random_merge(experiment, "layer", 0).shape == merged.shape
-
-
-def test_a_layer_draw_gives_every_tensor_its_own_coefficient(experiment):
-    vectors = experiment.problem.vectors
-    coeffs = random_coefficients("layer", 3, len(vectors.layout.names), 0, 0).to(vectors.base)
-    found = vectors.layout.unflatten(random_merge(experiment, "layer", 0) - vectors.base)
-    parts = [vectors.layout.unflatten(row) for row in vectors.deltas]
-    for n, name in enumerate(vectors.layout.names):
-        expected = sum(coeffs[t, n] * part[name] for t, part in enumerate(parts))
-        torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-6)
+    close(found, vectors.merge((factors * coeffs)[:, 0].tolist()))
+    coeffs = random_coefficients("layer", 3, len(layout.names), 0, 0).to(vectors.base)
+    found = layout.unflatten(random_merge(experiment, "layer", 0) - vectors.base)
+    parts = [layout.unflatten(row) for row in vectors.deltas]
+    for n, name in enumerate(layout.names):  # every tensor has its own coefficient
+        close(found[name], sum(coeffs[t, n] * part[name] for t, part in enumerate(parts)))
 
 
 def test_every_expert_is_nearest_to_itself_and_is_asked_through_the_tasks_head(experiment):
@@ -66,18 +60,15 @@ def test_every_expert_is_nearest_to_itself_and_is_asked_through_the_tasks_head(e
     for task in problem.vectors.tasks:
         own = table.loc[task, task]
         assert own.js == 0 and own.accuracy == 1 and table.loc[task].js.idxmin() == task
-    task, model = problem.vectors.tasks[:2]
-    expert, other = problem.vectors.expert(task), problem.vectors.expert(model)
-    pairs = [
-        (problem.logits(expert, 0, batch), problem.logits(other, 0, batch))
-        for batch in problem.batches[0]
-    ]
-    p, q = (torch.cat(side) for side in zip(*pairs, strict=True))
+    p, q = (
+        torch.cat([problem.logits(problem.vectors.expert(t), 0, b) for b in problem.batches[0]])
+        for t in problem.vectors.tasks[:2]
+    )
+    found = table.loc[problem.vectors.tasks[:2]]
     for name in MEASURES[:-1]:
-        expected = DIVERGENCES[name](p, q).mean().item()
-        assert table.loc[(task, model), name] == pytest.approx(expected, abs=1e-5)
+        assert found[name] == pytest.approx(DIVERGENCES[name](p, q).mean().item(), abs=1e-5)
     right = (p.argmax(-1) == q.argmax(-1)).double().mean().item()
-    assert table.loc[(task, model), "accuracy"] == pytest.approx(right, abs=1e-5)
+    assert found.accuracy == pytest.approx(right, abs=1e-5)
 
 
 def test_models_are_drawn_once_in_pieces_and_come_back_from_the_cache(experiment, monkeypatch):
@@ -93,9 +84,9 @@ def test_models_are_drawn_once_in_pieces_and_come_back_from_the_cache(experiment
 def test_bad_draws_are_told_what_is_allowed(experiment):
     with pytest.raises(ValueError, match="choose one of: task, layer, near, pair"):
         sampled_models(experiment, "some", 3)
-    for kind, count, centre in (("task", 0, None), ("task", 3, 1), ("near", 3, None)):
+    for sampler, count, centre in (("task", 0, None), ("task", 3, 1), ("near", 3, None)):
         with pytest.raises(ValueError, match="centre to 'near' alone"):
-            sampled_models(experiment, kind, count, centre=centre)
+            sampled_models(experiment, sampler, count, centre=centre)
 
 
 def test_neighbours_form_a_ring():
@@ -103,23 +94,13 @@ def test_neighbours_form_a_ring():
     assert neighbours(["a", "b"]) == [("a", "b")]
 
 
-COUNTS = SimpleNamespace(task=4, layer=2, near=2, pair=2)
-
-
-@pytest.fixture
-def found(tiny, cache) -> dict[str, pd.DataFrame]:
-    one = linear_experiment(tiny, 3, rows=8)
-    return random_merges({0: one, 1: one}, COUNTS)
-
-
-def test_tables_have_every_draw_of_every_seed(found):
+def test_tables_have_every_draw_of_every_seed(experiment):
+    counts = SimpleNamespace(task=4, layer=2, near=2, pair=2)
+    found = random_merges({0: experiment, 1: experiment}, counts)
     models = found["models"]
-    sizes = models[models.seed == 1].groupby("draws", sort=False).size().to_dict()
+    sizes = models[models.seed == 1].groupby("sampler", sort=False).size().to_dict()
     assert sizes == {"task": 12, "layer": 6, "near": 6, "pair": 12}
-    assert set(models[models.draws == "pair"].experts) == {
-        "task0+task1",
-        "task1+task2",
-        "task2+task0",
-    }
+    pairs = {"task0+task1", "task1+task2", "task2+task0"}
+    assert set(models[models.sampler == "pair"].experts) == pairs
     assert len(found["cross"]) == 2 * 9
     assert not models.drop(columns="seed").duplicated().all()

@@ -27,11 +27,10 @@ from divmerge_book.studies.sizes import settings
 from divmerge_book.studies.task_attribution import squares_of
 from helpers import linear_experiment, refuse
 
-from divmerge_core.divergences import DIVERGENCES
+from divmerge_core.divergences import js
 from divmerge_core.methods import METHODS
 
 TASKS = list("abcdef")
-SMALL = Size("none", (0,), epochs=1, candidates=2)
 
 
 @pytest.fixture
@@ -46,9 +45,8 @@ def test_a_sample_holds_distinct_subsets_of_every_size_as_many_as_asked_or_all(w
     for n in range(2, 7):
         every = set(combinations(TASKS, n))  # in the order of the tasks
         some = {subset for subset in found if len(subset) == n}
-        assert some <= every and len(some) == (
-            len(every) if whole and n in (2, 5) else min(5, len(every))
-        )
+        wanted = len(every) if whole and n in (2, 5) else min(5, len(every))
+        assert some <= every and len(some) == wanted
 
 
 def test_a_larger_sample_begins_with_the_smaller_one():
@@ -63,21 +61,13 @@ def test_a_sample_needs_two_tasks_and_a_subset(tasks, count):
         subsets_of(tasks, count)
 
 
-def test_a_plan_of_every_subset_has_single_tasks_too():
+def test_a_plan_has_a_sizes_budget_and_every_subset_with_single_tasks():
+    size, effort = settings_of("full")
+    assert size.candidates == effort.budget and len(effort.methods) > 8
+    assert settings_of("smoke")[0].test_rows == SIZES["smoke"].test_rows
     _, some, every = plan(TASKS, settings("scaling", "full"))
     assert len(every) == len(set(every)) == 2 ** len(TASKS) - 1
     assert max(sum(len(s) == n for s in some) for n in range(2, 7)) == 3
-
-
-def test_settings_hold_a_sizes_budget_and_unknown_sizes_are_told():
-    settings, effort = settings_of("full")
-    assert settings.candidates == effort.budget and len(effort.methods) > 8
-    assert settings_of("smoke")[0].test_rows == SIZES["smoke"].test_rows
-    with pytest.raises(ValueError, match="smoke, default, full"):
-        settings_of("huge")
-
-
-# --- answers --------------------------------------------------------------------------------------
 
 
 def test_packed_rows_come_back():
@@ -85,44 +75,30 @@ def test_packed_rows_come_back():
         assert unpacked(packed(torch.tensor(bits))) == bits
 
 
-def test_an_expert_is_right_on_its_own_task_and_at_no_distance_from_itself(experiment):
-    rows = judged(experiment, experiment.problem.vectors.expert("task1"), references(experiment))
-    assert rows[1]["js"] == 0 and all(unpacked(rows[1]["right"]))  # gold is the expert's answer
-    assert all(row["js"] > 0 for n, row in enumerate(rows) if n != 1)
-
-
-def test_js_is_the_mean_over_test_rows(experiment):
-    merged, problem = METHODS["average"](experiment.problem), experiment.problem
+def test_an_expert_is_right_on_its_own_task_and_js_is_the_mean_over_test_rows(experiment):
+    problem = experiment.problem
+    own, merged = problem.vectors.expert("task1"), METHODS["average"](problem)
+    rows = judged(experiment, own, references(experiment))
+    assert all(unpacked(rows[1]["right"]))  # gold is the expert's answer
+    assert [row["js"] == 0 for row in rows] == [False, True, False, False]
     for number, row in enumerate(judged(experiment, merged, references(experiment))):
+        models = [problem.vectors.expert(row["task"]), merged]
         pairs = [
-            [
-                problem.logits(flat, number, batch)
-                for flat in (problem.vectors.expert(row["task"]), merged)
-            ]
+            [problem.logits(flat, number, batch) for flat in models]
             for batch in experiment.test[number].batches
         ]
-        expected = torch.cat([DIVERGENCES["js"](*pair) for pair in pairs]).mean().item()
+        expected = torch.cat([js(*pair) for pair in pairs]).mean().item()
         assert row["js"] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.fixture(scope="module")
-def measured(tiny, tmp_path_factory):
-    """Two seeds merged by three methods, once for this file: cache, experiment, both tables."""
-    folder = tmp_path_factory.mktemp("scaling")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DIVMERGE_CACHE", str(folder))
-        experiments = {
-            0: linear_experiment(tiny, 4),
-            7: linear_experiment(tiny, 4, digest="others", seed=1),
-        }
-        subsets = subsets_of(experiments[0].problem.vectors.tasks, 2)
-        methods = ["average", "task_arithmetic", "divmerge/task"]
-        tables = scaling(experiments, subsets, methods=methods, size=SMALL, repeated=1)
-    return folder, experiments[0], subsets, *tables
-
-
-def test_every_method_merges_the_same_subsets(measured):
-    rows = measured[3]
+def test_every_method_merges_the_same_subsets_once_with_options_found_once(
+    tiny, experiment, monkeypatch
+):
+    experiments = {0: experiment, 7: linear_experiment(tiny, 4, digest="others", seed=1)}
+    subsets = subsets_of(experiment.problem.vectors.tasks, 2)
+    size = Size("none", (0,), epochs=1, candidates=2)
+    methods = ["average", "task_arithmetic", "divmerge/task"]
+    rows, found = scaling(experiments, subsets, methods=methods, size=size)
     merged = rows[~rows.method.isin([EXPERT, MAJORITY])]
     groups = merged.groupby(["seed", "method"]).subset.apply(lambda s: tuple(s.unique()))
     assert groups[0].nunique() == groups[7].nunique() == 1
@@ -131,20 +107,11 @@ def test_every_method_merges_the_same_subsets(measured):
     assert list(other) == [first[0], first[2], first[4]]
     assert merged[merged.method == "divmerge/task"].coefficient.notna().all()
     assert merged[merged.method == "average"].coefficient.isna().all()
-
-
-def test_options_are_found_once_for_a_method_and_number_of_tasks(measured):
-    found = measured[4]
     assert not found.duplicated(["method", "T"]).any() and len(found) == 9
     assert set(found[found.method == "task_arithmetic"].tried) == {2}
     assert set(found[found.method == "average"].tried) == {1}
-
-
-def test_finished_merges_are_not_made_again(measured, monkeypatch):
-    folder, experiment, subsets, rows, _ = measured
-    monkeypatch.setenv("DIVMERGE_CACHE", str(folder))
     monkeypatch.setattr(module, "judged", refuse)
-    again, _ = scaling({0: experiment}, subsets, methods=["average", "divmerge/task"], size=SMALL)
+    again, _ = scaling({0: experiment}, subsets, methods=methods[::2], size=size)
     before = rows.query("seed == 0 and method != 'task_arithmetic'").reset_index(drop=True)
     pd.testing.assert_frame_equal(again, before)
 

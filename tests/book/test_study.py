@@ -19,14 +19,15 @@ def experiments(words: str) -> dict[int, Experiment]:
     return found
 
 
-EXPERIMENTS = experiments("experts")
-JOBS = [{"kind": kind} for kind in ("a", "b")]
-pytestmark = pytest.mark.usefixtures("cache")
-
-
 @dataclass(frozen=True)
 class Budget:
     steps: int = 2
+
+
+EXPERIMENTS = experiments("experts")
+JOBS = [{"kind": kind} for kind in ("a", "b")]
+GIVEN = {"experiments": EXPERIMENTS, "jobs": JOBS, "scale": 2, "budget": Budget()}
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
@@ -46,13 +47,11 @@ def measure(calls):
 
 
 def test_a_job_is_measured_once_and_its_rows_are_labelled(measure, calls):
-    table = study(measure, EXPERIMENTS, JOBS, scale=2, budget=Budget())
-    assert len(calls) == 4
-    assert calls[-1] == ("experts 3", 3, "b")
+    table = study(measure, **GIVEN)
+    assert len(calls) == 4 and calls[-1] == ("experts 3", 3, "b")
     assert table.to_dict("records")[-1] == {"kind": "b", "seed": 3, "value": 6, "task": "y"}
-    again = study(measure, EXPERIMENTS, JOBS, scale=2, budget=Budget())
+    pd.testing.assert_frame_equal(table, study(measure, **GIVEN))
     assert len(calls) == 4
-    pd.testing.assert_frame_equal(table, again)
 
 
 CHANGES = {
@@ -63,9 +62,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_of_anything_measures_again(measure, calls, name):
-    same = {"experiments": EXPERIMENTS, "jobs": JOBS, "scale": 2, "budget": Budget()}
-    study(measure, **same)
-    study(measure, **{**same, name: CHANGES[name]})
+    study(measure, **GIVEN)
+    study(measure, **{**GIVEN, name: CHANGES[name]})
     assert len(calls) == 8
 
 
@@ -82,9 +80,8 @@ def test_a_change_of_code_measures_again(measure, calls, monkeypatch):
 def test_the_code_of_other_methods_does_not_count(measure, monkeypatch):
     asked = []
     monkeypatch.setattr(caching, "code_digest", lambda *_, apart=None: asked.append(apart) or "one")
-    study(measure, {0: EXPERIMENTS[0]}, [{"kind": "ties"}], method="kind")
-    study(measure, {0: EXPERIMENTS[0]}, [{"kind": "a"}], method="average")
-    study(measure, {0: EXPERIMENTS[0]}, [{"kind": "b"}])
+    for kind, method in (("ties", "kind"), ("a", "average"), ("b", None)):
+        study(measure, {0: EXPERIMENTS[0]}, [{"kind": kind}], method=method)
     assert asked == ["METHODS", None, "METHODS", None, None]  # None: the method's own, or all
 
 

@@ -1,5 +1,7 @@
 """Trajectories of fits: what is recorded on the way, and what is made of it."""
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
@@ -47,6 +49,11 @@ def test_a_trajectory_begins_at_the_start_and_records_the_end(experiment):
     assert sorted(own.step.unique()) == [0, 3, 4]  # 16 inputs in batches of 4: four steps
     first = own[own.step == 0]
     assert first.coefficient.tolist() == [0.5, 0.5] and set(own.strained) == {"mood"}
+    assert not own.diverged.any()
+    far = replace(SHORT, rate=1e6)
+    assert trajectories(
+        {0: experiment}, specs=["logit_mse"], grouping="task", config=far
+    ).diverged.all()
     assert own.groupby("step").share.sum().tolist() == pytest.approx([1, 1, 1])
     problem = experiment.problem
     start = merge(problem.vectors, torch.full((2, 1), 0.5), "task")
@@ -60,19 +67,19 @@ def made_up(losses, anps, shares=((0.5, 0.5),) * 3) -> pd.DataFrame:
     """A trajectory of two tasks whose losses are equal."""
     label = {"kind": "none", "strained": "a", "objective": "js", "seed": 0}
     return pd.DataFrame(
-        {**label, "step": step, "task": task, "loss": loss / 2, "anp": anp, "share": share}
+        {**label, "step": step, "task": task, "loss": loss / 2, "share": share}
+        | {"anp": anp, "kept_margin": 2 * anp}
         for step, (loss, anp, both) in enumerate(zip(losses, anps, shares, strict=True))
         for task, share in zip("ab", both, strict=True)
     )
 
 
 def test_loss_and_anp_agree_or_not_by_hand():
-    agree = disagreement(made_up([3.0, 2.0, 1.0], [0.7, 0.8, 0.9]))
-    found = agree.loc[0, ["correlation", "against", "lost"]].tolist()
-    assert found == pytest.approx([1.0, 0.0, 0.0])
+    agree = disagreement(made_up([3.0, 2.0, 1.0], [0.7, 0.8, 0.9])).iloc[0]
+    assert agree[["correlation", "against", "lost"]].tolist() == pytest.approx([1.0, 0.0, 0.0])
     fight = disagreement(made_up([3.0, 2.0, 1.0], [0.9, 0.8, 0.85]))
     assert fight.against[0] == 0.5 and fight.correlation[0] == pytest.approx(-0.5)
-    assert fight.lost[0] == pytest.approx(0.05)
+    assert fight.lost[0] == pytest.approx(0.05) and fight.kept_lost[0] == pytest.approx(0.1)
     assert totals(made_up([3.0, 2.0, 1.0], [0.7, 0.8, 0.9])).loss.tolist() == [3.0, 2.0, 1.0]
 
 
@@ -85,19 +92,11 @@ def test_balance_by_hand():
     assert found["largest"] == pytest.approx(0.75) and found["strained"] == pytest.approx(0.75)
 
 
-@pytest.fixture
-def ax():
-    figure, axes = plt.subplots()
-    yield axes
-    plt.close(figure)
-
-
-def test_shares_are_drawn_in_per_cent_beside_the_equal_one(ax):
-    draw.task_curves(ax, UNEVEN, "share")
+def test_shares_are_drawn_in_per_cent_beside_the_equal_one_and_losses_in_units_of_the_first():
+    ax = draw.task_curves(plt.figure().gca(), UNEVEN, "share")
     assert [line.get_ydata()[-1] for line in ax.lines[:2]] == [100, 0]
     assert list(ax.lines[2].get_ydata()) == [50, 50]
-
-
-def test_losses_are_drawn_in_units_of_the_first(ax):
-    draw.training_curve(ax, made_up([4.0, 2.0, 1.0], [0.7, 0.8, 0.9]), "loss")
+    table = made_up([4.0, 2.0, 1.0], [0.7, 0.8, 0.9])
+    ax = draw.training_curve(plt.figure().gca(), table, "loss")
     assert list(ax.lines[0].get_ydata()) == [1.0, 0.5, 0.25]
+    plt.close("all")

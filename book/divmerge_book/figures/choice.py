@@ -90,11 +90,8 @@ def forest(ax: Axes, table: pd.DataFrame, *, order: Sequence[str], score: str = 
 def by_temperature(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:
     """A score over temperature, a line per objective: means over seeds, bars 95 % intervals.
 
-    table: scores of `temperatures`; of one stored by seed, bars are from lowest to highest.
+    table: scores of `temperatures`.
     """
-    if "seed" in table:
-        found = plot.spread(table, ["objective", "temperature"], "anp")
-        table = found.rename(columns={"value": "anp"})
     table = of_score(table, score)
     table[["score", "low", "high"]] *= 100
     looks = looks_of(table, linewidth=1.2)

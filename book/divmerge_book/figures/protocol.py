@@ -1,4 +1,4 @@
-"""Figures of the protocol; tables of `studies.protocol`, `learning_curve` and `convergence`."""
+"""Figures of the protocol; tables of `studies.protocol` and `convergence`."""
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -6,7 +6,7 @@ from matplotlib.ticker import NullFormatter
 
 from divmerge_book.figures import primitives as plot
 from divmerge_book.figures.styles import GREY, GROUPINGS, OPTIMISERS, mark
-from divmerge_book.studies.learning_curve import INPUT_SHIFTS
+from divmerge_book.studies.input_shifts import INPUT_SHIFTS
 from divmerge_book.studies.predictions import WORDS, of_score
 from divmerge_core.merging.fit import OPTIMIZERS
 

@@ -43,7 +43,7 @@ def own_point(found: pd.DataFrame, source: str) -> str:
 def ranked(mean: pd.DataFrame, source: str) -> str:
     """Every criterion's rank correlation with a task's accuracy; mean: of `over_models`."""
     lines = []
-    for (kind, among), rows in spearman(mean, goal="task").groupby(["draws", "among"], sort=False):
+    for (kind, among), rows in spearman(mean, goal="task").groupby(["sampler", "among"], sort=False):
         one = rows.set_index("criterion")
         lead = one.loc["reverse_kl"]
         lines.append(
@@ -56,7 +56,7 @@ def ranked(mean: pd.DataFrame, source: str) -> str:
 
 def narrowed(mean: pd.DataFrame, source: str) -> str:
     """Which criteria correlate less among the best models, drawn per task, than among all."""
-    wide = spearman(mean, goal="task", draws="task")
+    wide = spearman(mean, goal="task", sampler="task")
     wide = wide.pivot(index="criterion", columns="among", values="value")
     shares = [name for name in AMONG if name in wide and name != "all"]
     if not shares:
@@ -89,7 +89,7 @@ def leading(mean: pd.DataFrame, source: str) -> str:
     for goal in (goal for goal in goals if goal in set(mean.goal)):
         pick = spearman(mean, goal=goal)
         wide = pick[pick.criterion.isin(MEASURES)].pivot_table(
-            "value", ["draws", "among"], "criterion"
+            "value", ["sampler", "among"], "criterion"
         )
         first = wide.idxmax(axis=1).value_counts()
         parts.append(
@@ -107,7 +107,7 @@ def chosen(lost: pd.DataFrame, whole: pd.DataFrame, source: str) -> str:
 
     lost: of `model_selection.selection_regret`; whole: of `model_selection.model_scores`.
     """
-    task, seeds = lost[lost.draws == "task"], whole[whole.draws == "task"].groupby("seed")
+    task, seeds = lost[lost.sampler == "task"], whole[whole.sampler == "task"].groupby("seed")
     lines = []
     for column, words in scores(task).items():
         ranked = task.set_index("criterion")[column].sort_values(ascending=False)

@@ -4,7 +4,7 @@ All fits start at 1/T, see the same unlabelled inputs in the same order, take as
 and have the same few step sizes to choose from on validation rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -13,7 +13,6 @@ import pandas as pd
 from tqdm import tqdm
 
 from divmerge_book.evaluation.experiment import SIZES, Experiment, prepare
-from divmerge_book.evaluation.stored_tables import ResultTable
 from divmerge_book.studies.objective_fits import (
     START,
     FitConfig,
@@ -21,8 +20,8 @@ from divmerge_book.studies.objective_fits import (
     fit_result,
     objectives,
 )
-from divmerge_book.studies.predictions import compared, scored, with_experts
-from divmerge_book.studies.study import study
+from divmerge_book.studies.predictions import compared, with_experts
+from divmerge_book.studies.study import Experiments, study
 
 REFERENCE = "js"
 
@@ -61,7 +60,7 @@ def chosen_rate(
 
 
 def ablation(
-    experiments: Mapping[int, Experiment],
+    experiments: Experiments,
     *,
     specs: Sequence[str],
     groupings: Sequence[str],
@@ -70,61 +69,50 @@ def ablation(
 ) -> dict[str, pd.DataFrame]:
     """Every objective x grouping x number of tasks x seed: predictions (`scores`) and `fits`.
 
-    experiments: by seed, of all tasks. specs: objectives, none for all. counts: how many tasks,
-    from the first on. The step size is chosen once for every objective and grouping, at the middle
-    count, over all seeds: few rows of one seed would overfit it. Scores: what `summary` reads, for
-    the search `searched`, and for `same`, where all take config.rate, at that count.
-    Fits: search, count, grouping, objective, seed, rate, validation (ANP), diverged. Raises
-    ValueError where js, the reference of all differences, is missing.
+    experiments: of all tasks. specs: objectives, none for all. counts: how many tasks, from the
+    first on. The step size is chosen once per objective and grouping, at the middle count, over all
+    seeds (search `searched`); for `same` all take config.rate, at that count. Fits: search, count,
+    grouping, objective, seed, rate, validation (ANP), diverged. Raises ValueError without js, the
+    reference.
     """
     config, specs = config or FitConfig(), list(specs) or objectives()
     if REFERENCE not in specs:
         raise ValueError(f"differences are from {REFERENCE!r}; add it to {specs}")
-    pairs, jobs = list(product(groupings, specs)), []
     few = [one.select(one.problem.vectors.tasks[: middle(counts)]) for one in experiments.values()]
+    pairs, jobs = list(product(groupings, specs)), []
     rates = {
         (grouping, spec): chosen_rate(few, spec, grouping, config)
         for grouping, spec in tqdm(pairs, "step sizes", leave=False)
     }
     same = dict.fromkeys(pairs, config.rate)
-    runs = [("searched", count, rates) for count in counts] + [("same", middle(counts), same)]
-    for search, count, rate_of in runs:
+    for search, count, rate_of in [
+        *(("searched", count, rates) for count in counts),
+        ("same", middle(counts), same),
+    ]:
         label = {"search": search, "count": count}
         jobs.append({**label, "grouping": "task", "objective": START, "rate": 0.0, "method": START})
-        for grouping, spec in pairs:
-            fit = {"grouping": grouping, "objective": spec, "rate": rate_of[grouping, spec]}
+        for (grouping, spec), rate in rate_of.items():
+            fit = {"grouping": grouping, "objective": spec, "rate": rate}
             jobs.append({**label, **fit, "method": f"{spec}/{grouping}"})
     rows = study(fit_and_predict, experiments, jobs, config=config)
-    names = [
-        *("search", "count", "grouping", "objective", "seed"),
-        "rate",
-        "validation",
-        "diverged",
-    ]
-    fits = rows[rows.objective != START][names].drop_duplicates(names[:5], ignore_index=True)
+    key = ["search", "count", "grouping", "objective", "seed"]
+    fits = rows[rows.objective != START].drop_duplicates(key, ignore_index=True)
+    fits = fits[[*key, "rate", "validation", "diverged"]]
     return {"scores": with_experts(rows, experiments, ["search", "count"]), "fits": fits}
 
 
 def summary(table: pd.DataFrame, *, draws: int = 2000) -> pd.DataFrame:
     """Both scores of every `objective/grouping`, and differences from js of that grouping.
 
-    table: predictions, by search and count. Columns: search, count, objective, grouping, and those
-    of `predictions.compared`, with p corrected within a search. The merge at 1/T, where all fits
-    start, is the objective `start`, ungrouped, without differences.
+    Columns: search, count, objective, grouping, and those of `predictions.compared`, with p
+    corrected within a search. The merge at 1/T, where all fits start, is the objective `start`,
+    ungrouped, without differences.
     """
 
     def reference(method: str) -> str | None:
-        spec, _, grouping = method.partition("/")
+        _, _, grouping = method.partition("/")
         return f"{REFERENCE}/{grouping}" if grouping else None
 
-    labels = ["search", "count"]
-    found = compared(table, labels, reference, family="search", draws=draws)
+    found = compared(table, ["search", "count"], reference, family="search", draws=draws)
     parts = found.pop("method").str.partition("/")
     return found.assign(objective=parts[0], grouping=parts[2])
-
-
-def with_scores(measured: ResultTable) -> ResultTable:
-    """A run of `ablation` with its scores; those stored without predictions under today's names."""
-    done = scored(measured, {}, summary)
-    old = {f"difference_{end}": f"from_{end}" for end in ("low", "high")}
-    return replace(done, tables={**done.tables, "scores": done["scores"].rename(columns=old)})

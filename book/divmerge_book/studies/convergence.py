@@ -10,11 +10,11 @@ from torch import Tensor
 from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.metrics import evaluate
 from divmerge_book.evaluation.stored_tables import ResultTable
-from divmerge_book.studies.learning_curve import divergence_sum, sample_inputs, seeded
+from divmerge_book.studies.input_shifts import sample_inputs, seeded
 from divmerge_book.studies.predictions import scored, with_experts
-from divmerge_book.studies.protocol import COLUMNS
+from divmerge_book.studies.protocol import COLUMNS, divergence_sum
 from divmerge_book.studies.study import study
-from divmerge_core.divergences import DIVERGENCES
+from divmerge_core.divergences import js
 from divmerge_core.kernels.merge import grouped_merge
 from divmerge_core.merging.coefficients import Coefficients
 from divmerge_core.merging.fit import OPTIMIZERS, Step, fit_coefficients
@@ -23,6 +23,7 @@ from divmerge_core.merging.problem import MergeProblem, Pairs
 
 ANNEALED_LR = 0.1  # few steps have to go as far
 POINTS = 20  # of Adam's trajectory
+FIT = ["tasks", "grouping", "optimizer"]  # what distinguishes fits: tasks is their number
 
 
 @dataclass
@@ -50,21 +51,10 @@ class Recorder:
 
     def __call__(self, step: Step) -> None:
         if step.loss is None or step.number % self.every == 0:
-            took = time.perf_counter() - self.start
-            read = self.before if self.ahead else self.read
-            self.points.append(
-                {"step": step.number, "read": read, "seconds": took, "coeffs": step.coeffs}
-            )
+            point = {"step": step.number, "read": self.before if self.ahead else self.read}
+            point |= {"seconds": time.perf_counter() - self.start, "coeffs": step.coeffs}
+            self.points.append(point)
         self.before = self.read
-
-
-def budget(optimizer: str, adam: int, passes: int, batches: int) -> dict:
-    """Options of one fit: `adam` steps of Adam, annealed or not `passes` of the others."""
-    if optimizer == "adam":
-        return {"epochs": max(1, adam // batches)}
-    if optimizer == "annealed_adam":
-        return {"epochs": max(1, passes // batches), "lr": ANNEALED_LR}
-    return {"epochs": passes}
 
 
 def fit_trajectory(
@@ -79,14 +69,12 @@ def fit_trajectory(
     passes: int,
     target: float | None,
 ) -> list[dict]:
-    """One fit: its points (step, passes, inputs per task, seconds, loss), and its end.
+    """One fit: its points (step, passes, inputs per task, seconds, loss), its end, predictions.
 
-    pool: inputs per task that the fit sees. unseen: the loss on as many other inputs at the end;
-    then: where the loss first meets `target`, the end without one.
-
-    The loss is the mean over all inputs that the fit may see, whatever its steps look at. Passes
-    are forward-backward passes: steps of Adam on one batch of every task; passes over all inputs of
-    the others.
+    pool: inputs per task that it sees. adam: steps of Adam; passes: of the others. unseen: the loss
+    on as many other inputs at the end; then: where the loss first meets `target`, or at the end.
+    The loss is the mean over all inputs. Passes are forward-backward passes: steps of Adam on one
+    batch of every task; passes over all inputs of the others.
     """
     part = experiment.select(subset)
     drawn = sample_inputs(part.problem.batches, 2 * pool, seeded(seed))
@@ -95,23 +83,18 @@ def fit_trajectory(
     )
     vectors, targets = problem.vectors, expert_logits(problem)
     longest = max(map(len, problem.batches))
-    options = budget(optimizer, adam, passes, longest)
+    options = {
+        "adam": {"epochs": max(1, adam // longest)},
+        "annealed_adam": {"epochs": max(1, passes // longest), "lr": ANNEALED_LR},
+    }.get(optimizer, {"epochs": passes})
     every = sum(len(batch.weight) for own in problem.batches for batch in own)
     stochastic = optimizer.endswith("adam")
     stride = max(1, options["epochs"] * longest // POINTS) if stochastic else 1
     recorder = Recorder(stride, stochastic)
     coefficients = Coefficients(vectors.layout, len(subset), grouping=grouping)
-    flat = fit_coefficients(
-        recorder.counted(problem),
-        coefficients,
-        DIVERGENCES["js"],
-        targets=targets,
-        callback=recorder,
-        progress=False,
-        optimizer=optimizer,
-        seed=seed,
-        **options,
-    ).detach()
+    options |= {"targets": targets, "callback": recorder, "progress": False, "seed": seed}
+    counted = recorder.counted(problem)
+    flat = fit_coefficients(counted, coefficients, js, optimizer=optimizer, **options).detach()
     points, then = [], None
     for point in recorder.points:
         coeffs, read = point.pop("coeffs"), point["read"]
@@ -127,6 +110,12 @@ def fit_trajectory(
     return [{"points": points, "then": then, "unseen": last, "rows": rows}]
 
 
+def unfolded(fits: pd.DataFrame, labels: Sequence[str], column: str) -> pd.DataFrame:
+    """A row per record of a column of lists of records, with the fit's labels."""
+    long = fits[[*labels, column]].explode(column, ignore_index=True)
+    return long[list(labels)].join(pd.DataFrame(list(long[column])))
+
+
 def convergence(
     experiment: Experiment,
     subsets: Sequence[Sequence[str]],
@@ -139,41 +128,29 @@ def convergence(
 ) -> dict[str, pd.DataFrame]:
     """Every optimizer on every subset of tasks and grouping: courses, ends, and answers.
 
-    pool: inputs per task that all fits see. adam: steps of Adam; passes: of the others. Courses:
-    tasks (their number), grouping, optimizer, passes, read (inputs per task), seconds, loss (nats,
-    on all inputs). Ends: tasks, grouping, optimizer, start, target (Adam's last loss), reached (the
-    lowest loss), passes, read and seconds when the target was met (missing where it was not), then
-    (the loss on as many other inputs at that point), unseen (the same at the end). Answers:
-    predictions by tasks and grouping, the method is the optimizer, Adam first.
+    Courses: FIT and the points of `fit_trajectory`. Ends: FIT, start, target (Adam's last loss),
+    reached (the lowest loss), passes, read and seconds when the target was met (or missing), then,
+    unseen. Answers: predictions by tasks and grouping, the method is the optimizer, Adam first.
     """
-    courses, ends, answers, experiments = [], [], [], {seed: experiment}
+    parts, experiments = [], {seed: experiment}
     fixed = {"pool": pool, "adam": adam, "passes": passes}
-    others = [name for name in OPTIMIZERS if name != "adam"]
     for job in [{"subset": list(s), "grouping": g} for s in subsets for g in groupings]:
-        adam_first = [{**job, "optimizer": "adam", "target": None}]
-        first = study(fit_trajectory, experiments, adam_first, **fixed)
-        target = first.points[0][-1]["loss"]
-        jobs = [{**job, "optimizer": name, "target": target} for name in others]
-        fits = pd.concat([first, study(fit_trajectory, experiments, jobs, **fixed)])
-        label = {"tasks": len(job["subset"]), "grouping": job["grouping"]}
-        for fit in fits.itertuples():
-            named = {**label, "optimizer": fit.optimizer}
-            courses += [{**named, **point} for point in fit.points]
-            ends.append(
-                {**named, **end(fit.points, target), "then": fit.then, "unseen": fit.unseen}
-            )
-            answers += [{**label, "method": fit.optimizer, "seed": seed, **row} for row in fit.rows]
-    predictions = with_experts(pd.DataFrame(answers), experiments, ["tasks", "grouping"])
-    tables = {"courses": pd.DataFrame(courses), "ends": pd.DataFrame(ends)}
-    return {**tables, "answers": predictions}
-
-
-def end(points: Sequence[Mapping], target: float) -> dict:
-    """Where a fit started and ended, and when it first met the target."""
-    met = next((point for point in points if point["loss"] <= target), {})
-    first = {name: met.get(name) for name in ("passes", "read", "seconds")}
-    reached = min(point["loss"] for point in points)
-    return {"start": points[0]["loss"], "target": target, "reached": reached, **first}
+        adam_alone = [{**job, "optimizer": "adam", "target": None}]
+        first = study(fit_trajectory, experiments, adam_alone, **fixed)
+        job["target"] = first.points[0][-1]["loss"]
+        jobs = [{**job, "optimizer": name} for name in OPTIMIZERS if name != "adam"]
+        rest = study(fit_trajectory, experiments, jobs, **fixed)
+        parts.append(pd.concat([first.assign(target=job["target"]), rest]))
+    fits = pd.concat(parts, ignore_index=True)
+    fits = fits.assign(tasks=fits.subset.map(len), method=fits.optimizer)
+    courses = unfolded(fits, [*FIT, "target"], "points")
+    met = courses[courses.loss <= courses.target].groupby(FIT, sort=False)
+    ends = courses.groupby(FIT, sort=False).agg(start=("loss", "first"), reached=("loss", "min"))
+    ends = ends.join(met[["passes", "read", "seconds"]].first()).reset_index()
+    ends = ends.merge(fits[[*FIT, "target", "then", "unseen"]], on=FIT, validate="1:1")
+    rows = unfolded(fits, ["tasks", "grouping", "method", "seed"], "rows")
+    answers = with_experts(rows, experiments, ["tasks", "grouping"])
+    return {"courses": courses.drop(columns="target"), "ends": ends, "answers": answers}
 
 
 def with_scores(measured: ResultTable) -> ResultTable:
@@ -181,6 +158,6 @@ def with_scores(measured: ResultTable) -> ResultTable:
     done = scored(measured, COLUMNS)
     if "answers" not in done.tables:
         return done
-    key = ["tasks", "grouping", "optimizer"]
-    ends = done["ends"].merge(done["answers"].drop(columns="method"), on=key, validate="1:1")
+    answers = done["answers"].drop(columns="method")
+    ends = done["ends"].merge(answers, on=FIT, validate="1:1")
     return replace(done, tables={**done.tables, "ends": ends})

@@ -47,18 +47,16 @@ def by_task(closeness: np.ndarray, accuracy: np.ndarray, tasks: Sequence[str]) -
     alone_low and alone_high (its 2.5 and 97.5 % points), value (without the own expert), low, high
     (Fisher's interval), p (exact, one-sided).
     """
-    rows, x, y = [], others(closeness), others(accuracy)
+    parts, x, y = [], others(closeness), others(accuracy)
     for how, correlation in CORRELATIONS.items():
-        alone = own_point_alone(closeness, accuracy, how)
-        tails = np.percentile(alone, [2.5, 97.5], axis=1)
-        whole = correlation(closeness, accuracy)
-        for n, (task, value) in enumerate(zip(tasks, correlation(x, y), strict=True)):
-            low, high = fisher_interval(value, len(tasks) - 1, how)
-            row = {"task": task, "how": how, "kept": whole[n], "alone": alone[n].mean()}
-            row |= {"alone_low": tails[0, n], "alone_high": tails[1, n]}
-            row |= {"value": value, "low": low, "high": high, "p": exact_p(x[n], y[n], how)}
-            rows.append(row)
-    return pd.DataFrame(rows)
+        alone, value = own_point_alone(closeness, accuracy, how), correlation(x, y)
+        found = {"task": list(tasks), "how": how, "kept": correlation(closeness, accuracy)}
+        ends = np.percentile(alone, [2.5, 97.5], axis=1)
+        found |= {"alone": alone.mean(1), "alone_low": ends[0], "alone_high": ends[1]}
+        low, high = zip(*(fisher_interval(v, len(tasks) - 1, how) for v in value), strict=True)
+        p = [exact_p(*pair, how) for pair in zip(x, y, strict=True)]
+        parts.append(pd.DataFrame(found | {"value": value, "low": low, "high": high, "p": p}))
+    return pd.concat(parts, ignore_index=True)
 
 
 def relabelled_p(closeness: np.ndarray, accuracy: np.ndarray, how: str) -> float:
@@ -68,8 +66,8 @@ def relabelled_p(closeness: np.ndarray, accuracy: np.ndarray, how: str) -> float
     that is close to all, or accurate on all, stays so. NaN where one task's correlation is
     undefined.
     """
-    found = CORRELATIONS[how](others(closeness), others(accuracy)).mean()
     x, y = others(closeness), others(accuracy)
+    found = CORRELATIONS[how](x, y).mean()
     if how == "spearman":  # of a row, whatever the names of its columns
         x, y = ranks(x), ranks(y)
     square, apart = np.zeros_like(closeness), ~np.eye(len(closeness), dtype=bool)
@@ -101,13 +99,12 @@ def over_tasks(closeness: np.ndarray, accuracy: np.ndarray, *, draws: int = 1000
     within and relabelled: p-values of `within_p`, of so many draws, and `relabelled_p`. NaN where
     a task's correlation is undefined.
     """
-    rows = []
+    rows, both = [], (closeness, accuracy)
     for how, correlation in CORRELATIONS.items():
         each = correlation(others(closeness), others(accuracy))
-        low, high = mean_interval(each)
-        row = {"how": how, "kept": correlation(closeness, accuracy).mean()}
-        row |= {"alone": own_point_alone(closeness, accuracy, how).mean()}
-        row |= {"value": each.mean(), "low": low, "high": high}
-        row |= {"within": within_p(closeness, accuracy, how, draws)}
-        rows.append(row | {"relabelled": relabelled_p(closeness, accuracy, how)})
+        row = {"how": how, "kept": correlation(*both).mean()}
+        row |= {"alone": own_point_alone(*both, how).mean(), "value": each.mean()}
+        row |= dict(zip(("low", "high"), mean_interval(each), strict=True))
+        row |= {"within": within_p(*both, how, draws), "relabelled": relabelled_p(*both, how)}
+        rows.append(row)
     return pd.DataFrame(rows)

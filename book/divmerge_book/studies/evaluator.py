@@ -22,12 +22,11 @@ def accuracies(
     experiment: Experiment, merged: Merged, tasks: Sequence[str] | None = None
 ) -> list[float]:
     """Accuracy on the test rows of these tasks (None: all)."""
-    names, found = experiment.problem.vectors.tasks, []
-    for task in map(names.index, names if tasks is None else tasks):
-        split = experiment.test[task]
-        correct = predict(experiment.problem, merged, task, split) == split.gold
-        found.append(correct.double().mean().item())
-    return found
+    problem, names = experiment.problem, experiment.problem.vectors.tasks
+    numbers = [names.index(task) for task in (names if tasks is None else tasks)]
+    splits = [experiment.test[n] for n in numbers]
+    right = [predict(problem, merged, n, s) == s.gold for n, s in zip(numbers, splits, strict=True)]
+    return [some.double().mean().item() for some in right]
 
 
 def expert_accuracies(experiment: Experiment) -> dict[str, float]:
@@ -43,12 +42,11 @@ def scores_by_task(experiment: Experiment, found: Sequence[float]) -> dict:
     Raises ValueError where an expert has accuracy 0.
     """
     experts = expert_accuracies(experiment)
-    for task, accuracy in experts.items():
-        if not accuracy:
-            raise ValueError(
-                f"the expert of {task!r} gets no test row right; give more rows or leave the task "
-                "out"
-            )
+    if wrong := [task for task, accuracy in experts.items() if not accuracy]:
+        raise ValueError(
+            f"the expert of {wrong[0]!r} gets no test row right; give more rows or leave the task "
+            "out"
+        )
     majorities = [split.gold.bincount().max().item() / split.rows for split in experiment.test]
     lists = {"accuracies": list(found), "experts": [*experts.values()], "majorities": majorities}
     return {"anp": float(np.mean(np.divide(found, lists["experts"]))), **lists}
@@ -62,10 +60,10 @@ def subsample(split: LabelledSplit, rows: int) -> LabelledSplit:
     batches, start = [], 0
     for batch in split.batches:
         inside = chosen[(chosen >= start) & (chosen < start + len(batch.weight))] - start
-        start += len(batch.weight)
-        if len(inside):
+        start, count = start + len(batch.weight), len(inside)
+        if count:
             inputs = {key: tensor[inside] for key, tensor in batch.inputs.items()}
-            batches.append(Batch(inputs, batch.weight.new_full((len(inside),), 1 / len(inside))))
+            batches.append(Batch(inputs, batch.weight.new_full((count,), 1 / count)))
     return LabelledSplit(batches, split.gold[chosen])
 
 

@@ -7,16 +7,13 @@ import pandas as pd
 from divmerge_book.data.tasks import TASKS
 from divmerge_book.evaluation.report import MARGIN
 
+LISTS = {"accuracies": "accuracy", "experts": "expert", "majorities": "majority"}
+
 
 def majorities(tasks: Sequence[str], rows: int) -> pd.Series:
-    """By task: the share of the majority class among the first `rows` test rows, 0 to 1.
-
-    What a constant prediction gets right on the rows that `bench.exam` takes.
-    """
-    shares = {}
-    for task in tasks:
-        labels = TASKS[task].load("test")["label"][:rows]
-        shares[task] = max(map(labels.count, set(labels))) / len(labels)
+    """By task: the share of the majority class among the first `rows` test rows, 0 to 1."""
+    labels = {task: pd.Series(TASKS[task].load("test")["label"][:rows]) for task in tasks}
+    shares = {task: some.value_counts(normalize=True).max() for task, some in labels.items()}
     return pd.Series(shares, dtype=float)
 
 
@@ -33,15 +30,12 @@ def scored(table: pd.DataFrame, majority: pd.Series | None = None) -> pd.DataFra
     experts = table.drop_duplicates(names).groupby("task").expert.mean()
     floor = (table.majority if majority is None else table.task.map(majority)).astype(float)
     lead = table.task.map(experts).astype(float) - floor
-    counts = lead >= MARGIN
-    return table.assign(
-        ratio=table.accuracy / table.expert,
-        kept_margin=((table.accuracy - floor) / lead).where(counts),
-        below=(table.accuracy < floor).astype(float).where(counts),
-    )
-
-
-LISTS = {"accuracies": "accuracy", "experts": "expert", "majorities": "majority"}
+    scores = {
+        "kept_margin": (table.accuracy - floor) / lead,
+        "below": 1.0 * (table.accuracy < floor),
+    }
+    counted = {name: values.where(lead >= MARGIN) for name, values in scores.items()}
+    return table.assign(ratio=table.accuracy / table.expert, **counted)
 
 
 def of_lists(table: pd.DataFrame, tasks: Sequence[Sequence[str]]) -> pd.DataFrame:
@@ -52,11 +46,8 @@ def of_lists(table: pd.DataFrame, tasks: Sequence[Sequence[str]]) -> pd.DataFram
     """
     if not set(LISTS) <= set(table):
         return table
-    rows = table.reset_index(drop=True).assign(task=list(tasks))
-    some = rows[rows.accuracies.notna()]
-    long = some.explode(["task", *LISTS]).drop(columns=["accuracy"], errors="ignore")
-    long = long.rename(columns=LISTS).astype(dict.fromkeys(LISTS.values(), float))
-    groups = scored(long).groupby(level=0)
-    found = {"kept_margin": groups.kept_margin.mean(), "below": groups.below.sum()}
-    whole = pd.DataFrame(found).reindex(rows.index)
-    return table.assign(**{name: whole[name].to_numpy() for name in found})
+    rows = table.reset_index(drop=True)[[*LISTS]].assign(task=list(tasks))
+    long = rows[rows.accuracies.notna()].explode(["task", *LISTS]).rename(columns=LISTS)
+    groups = scored(long.astype(dict.fromkeys(LISTS.values(), float))).groupby(level=0)
+    found = groups.agg({"kept_margin": "mean", "below": "sum"}).reindex(rows.index)
+    return table.assign(**{name: found[name].to_numpy() for name in found})

@@ -4,6 +4,7 @@ Intervals of correlations resample models within a seed of experts, which are as
 a choice are over seeds.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import product
 
@@ -17,29 +18,27 @@ from divmerge_book.studies.random_merges import MEASURES
 AMONG = {"all": 1.0, "best half": 0.5, "best tenth": 0.1}  # share kept, by validation ANP
 CRITERIA = (*MEASURES, "validation")  # what a model may be chosen by; the last one needs labels
 FEWEST = 5  # models that a correlation is worked out over
+SET = ["sampler", "experts", "seed"]  # the models that a choice is made among
 
 
 def model_scores(
     models: pd.DataFrame, cross: pd.DataFrame, majority: pd.Series | None = None
 ) -> pd.DataFrame:
-    """Every model as one row: sums over tasks, and average normalised performance.
+    """Every model as one row: MEASURES (nats, summed over tasks), and ANP on two splits.
 
-    majority: the majority class's share of test rows, by task. Columns: draws, experts, seed,
-    model, MEASURES (nats, summed over tasks), anp (on test rows) and validation (ANP on validation
-    rows), both divided by the experts' in `cross`; with a majority also kept_margin and below (how
-    many tasks), as of `margins.scored`.
+    Columns: SET, model, MEASURES, anp (on test rows), validation (ANP on validation rows); with a
+    majority (share of test rows, by task) also kept_margin and below (how many tasks). cross has
+    the experts' accuracies.
     """
     own = cross[cross.task == cross.model].set_index(["seed", "task"])
-    own = own[["accuracy", "validation"]].loc[list(zip(models.seed, models.task, strict=True))]
-    ratio = models[["accuracy", "validation"]].to_numpy() / own.to_numpy()
-    table = models.assign(anp=ratio[:, 0], validation=ratio[:, 1])
-    groups = table.groupby(["draws", "experts", "seed", "model"], sort=False)
-    sums = {name: (name, "sum") for name in MEASURES}
+    own = own.loc[list(zip(models.seed, models.task, strict=True))]
+    expert, known = own.accuracy.to_numpy(), own.validation.to_numpy()
+    ratios = {"anp": models.accuracy / expert, "validation": models.validation / known}
+    table = models.assign(**ratios, expert=expert)
+    how = {**dict.fromkeys(MEASURES, "sum"), "anp": "mean", "validation": "mean"}
     if majority is not None:
-        margins = scored(table.assign(expert=own.accuracy.to_numpy()), majority)
-        groups = margins.groupby(["draws", "experts", "seed", "model"], sort=False)
-        sums |= {"kept_margin": ("kept_margin", "mean"), "below": ("below", "sum")}
-    return groups.agg(**sums, anp=("anp", "mean"), validation=("validation", "mean")).reset_index()
+        table, how = scored(table, majority), how | {"kept_margin": "mean", "below": "sum"}
+    return table.groupby([*SET, "model"], sort=False).agg(how).reset_index()
 
 
 def negative_divergence(table: pd.DataFrame, criterion: str) -> np.ndarray:
@@ -57,33 +56,26 @@ def top_models(whole: pd.DataFrame, among: str) -> np.ndarray:
     return np.argsort(-whole.validation.to_numpy(), kind="stable")[:count]
 
 
-def correlated(
-    close: np.ndarray, goal: np.ndarray, how: str, draws: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Correlations over models, `[criteria, goals]`, and resampled `[criteria, goals, draws]`.
+def mean_of_defined(values: np.ndarray) -> np.ndarray:
+    """The mean along axis 1 over what is not NaN; NaN where nothing is defined."""
+    count = np.isfinite(values).sum(1)
+    return np.where(count, np.nansum(values, axis=1) / np.maximum(count, 1), np.nan)
 
-    close: `[criteria, goals, M]`; goal: `[goals, M]`. The same models are drawn for all.
+
+def averaged(parts: Sequence[np.ndarray]) -> pd.DataFrame:
+    """Means over tasks, sets of experts and seeds of `[criteria, goals, 1 + draws]`, by criterion.
+
+    Intervals are the middle 95 % of those draws in which all criteria are defined.
     """
-    generator, correlation = np.random.default_rng(seed), CORRELATIONS[how]
-    chosen = generator.integers(goal.shape[-1], size=(draws, goal.shape[-1]))
-    return correlation(close, goal[None]), correlation(close[..., chosen], goal[:, chosen])
-
-
-def groups(
-    models: pd.DataFrame, cross: pd.DataFrame, majority: pd.Series | None = None
-) -> Iterator[tuple[dict, pd.DataFrame, np.ndarray, np.ndarray]]:
-    """Every draw, set of experts and seed: labels, its models whole, closeness and accuracy.
-
-    The labels hold the names of the tasks too; the arrays are `[criteria, T, M]` and `[T, M]`.
-    """
-    names = ["draws", "experts", "seed"]
-    whole = dict(iter(model_scores(models, cross, majority).groupby(names, sort=False)))
-    for key, some in models.groupby(names, sort=False):
-        tasks = list(dict.fromkeys(some.task))
-        wide = some.pivot(index="task", columns="model", values=[*CRITERIA, "accuracy"]).loc[tasks]
-        x = np.stack([negative_divergence(wide, name) for name in CRITERIA])
-        labels = dict(zip(names, key, strict=True)) | {"tasks": tasks}
-        yield labels, whole[key], x, wide["accuracy"].to_numpy()
+    every = mean_of_defined(np.concatenate(parts, axis=1))  # [criteria, 1 + draws]
+    found = pd.DataFrame({"criterion": CRITERIA})
+    for values, names in (
+        (every, ("value", "low", "high")),
+        (every - every[0], ("lead", "lead_low", "lead_high")),
+    ):
+        drawn = values[:, 1:][:, np.isfinite(values[:, 1:]).all(0)]
+        found[list(names)] = np.stack([values[:, 0], *middle(drawn.T)], axis=1)
+    return found
 
 
 def over_models(
@@ -96,65 +88,43 @@ def over_models(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Correlations over models of closeness and success: by task, and averaged.
 
-    Closeness is minus a measure on merge rows, or, as a reference, the accuracy on labelled
-    validation rows; success the task's test accuracy, or, for the goals `sum` and (with a majority)
-    `kept_margin`, the ANP and the kept margin, with closeness summed over tasks. `among` says which
-    models are looked at (AMONG), where these are FEWEST or more. The first table: draws, experts,
-    seed, among, how, task, criterion, value. The second averages over tasks, sets of experts and
-    seeds (where accuracy or closeness is constant, a task does not count): draws, among, how, goal
-    (`task` or another), criterion, value, low, high (95 %, resampled models), lead and its low and
-    high (value minus js's, the same models drawn).
+    Closeness is minus a measure, or the accuracy on labelled validation rows; success is a task's
+    test accuracy, or, for the goals `sum` and (with a majority) `kept_margin`, the ANP and the kept
+    margin, with closeness summed over tasks. among: of AMONG, where these are FEWEST models or
+    more. First table: SET, among, how, task, criterion, value. Second: means over tasks, sets of
+    experts and seeds without NaN: sampler, among, how, goal (`task` or another), criterion, value,
+    low, high (95 %, resampled models), lead, lead_low, lead_high (value minus js's, paired).
     """
-    each, cells = [], {}
     scores = {"sum": "anp"} | ({} if majority is None else {"kept_margin": "kept_margin"})
-    for labels, whole, x, y in groups(models, cross, majority):
-        goals = np.concatenate([y, whole[list(scores.values())].to_numpy().T])  # [T + 1 or 2, M]
-        close = np.concatenate([x, *[x.sum(1, keepdims=True)] * len(scores)], axis=1)
-        names = [*labels.pop("tasks"), *scores]
-        parts = {"task": slice(len(y))}
-        parts |= {name: slice(len(y) + n, len(y) + n + 1) for n, name in enumerate(scores)}
+    whole = dict(iter(model_scores(models, cross, majority).groupby(SET, sort=False)))
+    each, parts = [], defaultdict(list)
+    for key, some in models.groupby(SET, sort=False):
+        tasks, sums = list(dict.fromkeys(some.task)), whole[key][list(scores.values())]
+        wide = some.pivot(index="task", columns="model", values=[*CRITERIA, "accuracy"]).loc[tasks]
+        close = np.stack([negative_divergence(wide, name) for name in CRITERIA])
+        totals = [close.sum(1, keepdims=True)] * len(scores)
+        close = np.concatenate([close, *totals], axis=1)  # [criteria, goals, M]
+        goals = np.concatenate([wide["accuracy"], sums.T])  # [goals, M]
+        places = {"task": slice(len(tasks))}
+        places |= {name: slice(n, n + 1) for n, name in enumerate(scores, start=len(tasks))}
         for among, how in product(AMONG, CORRELATIONS):
-            rows = top_models(whole, among)
-            if len(rows) < FEWEST:
+            rows = top_models(whole[key], among)
+            if (count := len(rows)) < FEWEST:
                 continue
-            value, drawn = correlated(close[..., rows], goals[:, rows], how, draws, seed)
-            each += [
-                {**labels, "among": among, "how": how, "task": task, "criterion": name, "value": v}
-                for name, line in zip(CRITERIA, value, strict=True)
-                for task, v in zip(names, line, strict=True)
-            ]
-            for goal, part in parts.items():
-                key = (labels["draws"], among, how, goal)
-                cells.setdefault(key, []).append((value[:, part], drawn[:, part]))
-    means = [row for key, parts in cells.items() for row in averaged(key, parts)]
-    return pd.DataFrame(each), pd.DataFrame(means)
-
-
-def mean_of_defined(values: np.ndarray) -> np.ndarray:
-    """The mean along axis 1 over what is not NaN; NaN where nothing is defined."""
-    count = np.isfinite(values).sum(1)
-    return np.where(count, np.nansum(values, axis=1) / np.maximum(count, 1), np.nan)
-
-
-def tails(values: np.ndarray) -> np.ndarray:
-    """The middle 95 % along axis 1, `[2, criteria]`, of draws in which all are defined."""
-    return middle(values[:, np.isfinite(values).all(0)].T)
-
-
-def averaged(key: tuple, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[dict]:
-    """Rows of the second table of `over_models`: one per criterion."""
-    value = mean_of_defined(np.concatenate([value for value, _ in parts], axis=1))
-    drawn = mean_of_defined(np.concatenate([drawn for _, drawn in parts], axis=1))
-    labels = dict(zip(("draws", "among", "how", "goal"), key, strict=True))
-    (low, high), (below, above) = tails(drawn), tails(drawn - drawn[0])
-    return [
-        {
-            **labels,
-            **{"criterion": name, "value": value[n], "low": low[n], "high": high[n]},
-            **{"lead": value[n] - value[0], "lead_low": below[n], "lead_high": above[n]},
-        }
-        for n, name in enumerate(CRITERIA)
-    ]
+            drawn = np.random.default_rng(seed).integers(count, size=(draws, count))
+            rows = rows[np.concatenate([np.arange(count)[None], drawn])]  # [1 + draws, count]
+            found = CORRELATIONS[how](close[..., rows], goals[:, rows])
+            names = {"index": "criterion", "columns": "task"}
+            table = pd.DataFrame(found[..., 0], CRITERIA, [*tasks, *scores]).rename_axis(**names)
+            labels = dict(zip(SET, key, strict=True))
+            each.append(
+                table.stack().rename("value").reset_index().assign(**labels, among=among, how=how)
+            )
+            for goal, place in places.items():
+                parts[labels["sampler"], among, how, goal].append(found[:, place])
+    labels = ["sampler", "among", "how", "goal"]
+    means = [averaged(p).assign(**dict(zip(labels, k, strict=True))) for k, p in parts.items()]
+    return pd.concat(each, ignore_index=True), pd.concat(means, ignore_index=True)
 
 
 def best_of_n_probability(count: int, drawn: int) -> np.ndarray:
@@ -171,24 +141,25 @@ def best_of_n_probability(count: int, drawn: int) -> np.ndarray:
     return found
 
 
-def choices(whole: pd.DataFrame, counts: Sequence[int]) -> pd.DataFrame:
-    """The test ANP of the model that a criterion chooses out of `candidates` random ones.
+def choices(whole: pd.DataFrame, counts: Sequence[int] | None = None) -> pd.DataFrame:
+    """What the model is like that a criterion chooses out of `candidates` random ones of a set.
 
-    An exact mean over all sets of candidates of that size. Columns: draws, experts, seed,
-    criterion, candidates, anp, and kept_margin where `whole` has it. Criteria: the least of a
-    measure summed over tasks; the highest validation ANP; `test`, the highest ANP on the test rows
-    themselves, which nobody knows; and `none`, the mean of all models. Counts above the number of
-    models are left out.
+    An exact mean over all sets of candidates. Columns: SET, candidates, criterion, anp, rank (among
+    all, 1 is best), and kept_margin and below where `whole` has them. Criteria: CRITERIA; `test`,
+    the highest ANP on test rows, which nobody knows; `none`, the mean of all models. counts: of
+    candidates, those above the number of models left out; None: all models.
     """
     rows = []
-    for key, some in whole.groupby(["draws", "experts", "seed"], sort=False):
-        labels = dict(zip(("draws", "experts", "seed"), key, strict=True))
-        reached = some[[name for name in ("anp", "kept_margin") if name in some]]
-        scores = {name: negative_divergence(some, name) for name in CRITERIA} | {
-            "test": some.anp.to_numpy()
-        }
-        for count in [count for count in counts if count <= len(some)]:
-            chance, label = best_of_n_probability(len(some), count), {**labels, "candidates": count}
+    for key, some in whole.groupby(SET, sort=False):
+        labels = dict(zip(SET, key, strict=True))
+        reached = some.assign(rank=some.anp.rank(ascending=False, method="min"))
+        names = ["anp", "rank", "kept_margin", "below"]
+        reached = reached[[name for name in names if name in reached]].astype(float)
+        scores = {name: negative_divergence(some, name) for name in CRITERIA}
+        scores["test"] = some.anp.to_numpy()
+        for count in [len(some)] if counts is None else [n for n in counts if n <= len(some)]:
+            label = {**labels, "candidates": count}
+            chance = best_of_n_probability(len(some), count)
             for name, score in scores.items():
                 values = chance @ reached.iloc[np.argsort(-score, kind="stable")].to_numpy()
                 found = dict(zip(reached.columns, values, strict=True))
@@ -200,37 +171,23 @@ def choices(whole: pd.DataFrame, counts: Sequence[int]) -> pd.DataFrame:
 def selection_regret(whole: pd.DataFrame) -> pd.DataFrame:
     """What a choice among all models of a set costs against the best by test, in points of ANP.
 
-    A set holds the models of one draw, set of experts and seed; the row is a mean over the sets of
-    a seed, and then over seeds. The best by test is the best of noisy scores, so every regret is
-    somewhat too large. low, high: Student's 95 % interval over seeds of experts, NaN for one:
-    models are not resampled, as the best of resampled ones is another maximum. Columns: draws,
-    criterion, anp (%), regret, low, high, rank (of the model chosen, 1 is best), models (in the
-    smallest set), and kept_margin (%) and below of the model chosen where `whole` has them.
+    Means over the sets of a seed, then over seeds. The best by test is the best of noisy scores, so
+    every regret is somewhat too large. Columns: sampler, criterion, anp (%), regret, low, high
+    (Student's 95 % interval over seeds of experts, NaN for one), rank (1 is best), models (in the
+    smallest set), and kept_margin (%) and below where `whole` has them.
     """
-    found = []
-    for (kind, experts, seed), some in whole.groupby(["draws", "experts", "seed"], sort=False):
-        labels = {"draws": kind, "experts": experts, "seed": seed, "models": len(some)}
-        anp = some.anp.to_numpy()
-        for name in CRITERIA:
-            place = negative_divergence(some, name).argmax()
-            taken = anp[place]
-            more = {"criterion": name, "rank": 1 + (anp > taken).sum()}
-            if "kept_margin" in some:
-                more |= {"kept_margin": 100 * some.kept_margin.iloc[place]}
-                more |= {"below": some.below.iloc[place]}
-            row = {"anp": 100 * taken, "regret": 100 * (anp.max() - taken)}
-            found.append({**labels, **row, **more})
-    keys = ["draws", "criterion"]
-    sets = pd.DataFrame(found)
-    means = [name for name in ("anp", "regret", "rank", "kept_margin", "below") if name in sets]
-    sets = sets.groupby([*keys, "seed"], sort=False)
-    seeds = sets.agg(dict.fromkeys(means, "mean") | {"models": "min"})
-    rows = []
-    for key, some in seeds.groupby(keys, sort=False):
-        row = dict(zip(keys, key, strict=True)) | some[means].mean().to_dict()
-        row |= dict(zip(("low", "high"), mean_interval(some.regret.to_numpy()), strict=True))
-        rows.append(row | {"models": some.models.min()})
-    return pd.DataFrame(rows)
+    table, keys = choices(whole), ["sampler", "criterion"]
+    best = table[table.criterion == "test"].set_index(SET).anp.rename("best")
+    table = table[table.criterion.isin(CRITERIA)].join(best, on=SET)
+    table = table.assign(regret=table.best - table.anp).rename(columns={"candidates": "models"})
+    percent = [name for name in ("anp", "regret", "kept_margin") if name in table]
+    table[percent] *= 100
+    means = dict.fromkeys([*percent, "rank", *(n for n in ["below"] if n in table)], "mean")
+    seeds = table.groupby([*keys, "seed"], sort=False).agg(means | {"models": "min"})
+    groups = seeds.groupby(keys, sort=False)
+    ends = np.array([mean_interval(regret.to_numpy()) for _, regret in groups.regret])
+    found = groups.agg(means | {"models": "min"}).reset_index()
+    return found.assign(low=ends[:, 0], high=ends[:, 1])
 
 
 def squares(cross: pd.DataFrame, measure: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -69,10 +69,11 @@ def entropy_alone(experiment: Experiment) -> FitSpec:
 @BASELINE_OBJECTIVES.register("labels", label="labels (oracle, cheats)")
 def labels(experiment: Experiment) -> FitSpec:
     """Cross-entropy on gold answers of the merge inputs, which no method may see: an oracle."""
-    targets = []
-    for task, parts in zip(experiment.problem.vectors.tasks, gold_answers(experiment), strict=True):
-        classes = len(TASKS[task].answers)
-        targets.append([one_hot(part, classes).float().log() for part in parts])
+    classes = [len(TASKS[task].answers) for task in experiment.problem.vectors.tasks]
+    targets = [
+        [one_hot(part, count).float().log() for part in parts]
+        for count, parts in zip(classes, gold_answers(experiment), strict=True)
+    ]
     return FitSpec(experiment.problem, kl, targets)
 
 
@@ -132,23 +133,30 @@ def with_used_words(problem: MergeProblem) -> MergeProblem:
     named = [b.inputs["input_ids"].flatten() for batches in problem.batches for b in batches]
     used = torch.cat([*named, named[0].new_zeros(1)]).unique()
     entries = (start + used[:, None] * width + torch.arange(width, device=used.device)).flatten()
-    before, after = torch.arange(start), torch.arange(stop, layout.size)
-    kept = torch.cat([before.to(used), entries, after.to(used)])
-    shapes = [*layout.shapes]
-    shapes[place] = (len(used), width)
+    rest = torch.arange(layout.size, device=used.device)
+    kept = torch.cat([rest[:start], entries, rest[stop:]])
+    shapes = (*layout.shapes[:place], (len(used), width), *layout.shapes[place + 1 :])
     number = used.new_zeros(count)
     number[used] = torch.arange(len(used), device=used.device)
     batches = [
         [replace(b, inputs={**b.inputs, "input_ids": number[b.inputs["input_ids"]]}) for b in some]
         for some in problem.batches
     ]
-    smaller = TaskVectors(
-        Layout(layout.names, tuple(shapes)),
-        vectors.tasks,
-        vectors.base[kept],
-        dense(vectors.deltas)[:, kept],
-    )
+    base, deltas = vectors.base[kept], dense(vectors.deltas)[:, kept]
+    smaller = TaskVectors(Layout(layout.names, shapes), vectors.tasks, base, deltas)
     return replace(problem, vectors=smaller, batches=batches)
+
+
+def coefficients_of(vectors: TaskVectors, grouping: str) -> Coefficients:
+    """The coefficients 1/T, where every fit begins."""
+    start = Coefficients(vectors.layout, len(vectors.tasks), grouping=grouping)
+    return start.to(vectors.base.device)
+
+
+def merge(vectors: TaskVectors, coeffs: Float[Tensor, "T G"], grouping: str) -> Float[Tensor, " N"]:
+    """The merged parameters at these coefficients."""
+    segments = coefficients_of(vectors, grouping).segments
+    return grouped_merge(vectors.base, vectors.deltas, coeffs.to(vectors.base), segments)
 
 
 def fit(
@@ -157,44 +165,17 @@ def fit(
     rate: float,
     config: FitConfig,
     callback: Callable[[Step], None] | None = None,
-) -> Float[Tensor, "T G"]:
-    """The coefficients that a fit ends with. Raises Diverged where it runs off."""
-    problem = with_used_words(spec.problem)
-    vectors = problem.vectors
-    coefficients = Coefficients(vectors.layout, len(vectors.tasks), grouping=grouping)
-    fit_coefficients(
-        problem,
-        coefficients.to(vectors.base.device),
-        spec.loss,
-        targets=spec.targets,
-        epochs=config.epochs,
-        lr=rate,
-        seed=config.seed,
-        callback=callback,
-        progress=False,
-    )
-    return coefficients().detach()
-
-
-def fit_or_start(
-    spec: FitSpec, grouping: str, rate: float, config: FitConfig
 ) -> tuple[Float[Tensor, "T G"], bool]:
     """The coefficients of a fit, or 1/T where it diverges; and whether it does."""
+    problem = with_used_words(spec.problem)
+    coefficients = coefficients_of(problem.vectors, grouping)
+    options = {"targets": spec.targets, "callback": callback, "progress": False}
+    options |= {"epochs": config.epochs, "lr": rate, "seed": config.seed}
     try:
-        return fit(spec, grouping, rate, config), False
+        fit_coefficients(problem, coefficients, spec.loss, **options)
     except Diverged:
-        return start(spec.problem.vectors, grouping), True
-
-
-def start(vectors: TaskVectors, grouping: str) -> Float[Tensor, "T G"]:
-    """The coefficients 1/T, where every fit begins."""
-    return Coefficients(vectors.layout, len(vectors.tasks), grouping=grouping)().detach()
-
-
-def merge(vectors: TaskVectors, coeffs: Float[Tensor, "T G"], grouping: str) -> Float[Tensor, " N"]:
-    """The merged parameters at these coefficients."""
-    segments = Coefficients(vectors.layout, len(vectors.tasks), grouping=grouping).segments
-    return grouped_merge(vectors.base, vectors.deltas, coeffs.to(vectors.base), segments)
+        return coefficients_of(problem.vectors, grouping)().detach(), True
+    return coefficients().detach(), False
 
 
 def fit_result(
@@ -212,10 +193,10 @@ def fit_result(
 
     def find() -> dict:
         vectors = experiment.problem.vectors
-        coeffs, diverged = start(vectors, grouping), False
+        coeffs, diverged = coefficients_of(vectors, grouping)().detach(), False
         if objective != START:
             spec = fit_spec(experiment, objective, temperature)
-            coeffs, diverged = fit_or_start(spec, grouping, rate, config)
+            coeffs, diverged = fit(spec, grouping, rate, config)
         anp = validation_anp(experiment, merge(vectors, coeffs, grouping))
         return {"coefficients": coeffs.tolist(), "validation": anp, "diverged": diverged}
 

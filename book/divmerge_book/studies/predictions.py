@@ -11,7 +11,7 @@ from divmerge_book.evaluation.hyperparameter_search import own_experts
 from divmerge_book.evaluation.report import Report
 from divmerge_book.evaluation.statistics import holm
 from divmerge_book.evaluation.stored_tables import ResultTable
-from divmerge_book.studies.study import study
+from divmerge_book.studies.study import Experiments, study
 
 PREDICTED = ("method", "seed", "answered", "predicted", "gold")  # the rest are labels
 SCORES: Mapping[str, tuple[str, ...]] = {  # a score, its interval; difference, interval, p, Holm
@@ -22,12 +22,7 @@ SCORES: Mapping[str, tuple[str, ...]] = {  # a score, its interval; difference, 
     ),
 }
 WORDS: Mapping[str, str] = {"anp": "ANP", "kept_margin": "kept margin"}
-BELOW = ["below", "counted"]
-NARROW = (
-    ". The intervals of this stored run resample the test rows anew for every seed and are too "
-    "narrow; it holds no predictions to recompute them"
-)
-NO_MARGIN = ". This stored run holds no predictions, so no kept margin"
+NO_MARGIN = ". This stored run contains no predictions, so no kept margin"
 
 
 def text(answers: Iterable[int]) -> str:
@@ -42,11 +37,9 @@ def packed(rows: Iterable[Mapping] | pd.DataFrame) -> pd.DataFrame:
     """Rows of `evaluate` with labels, a method and a seed: a row per merged model and seed.
 
     Columns: the labels, method, seed, answered (tasks, joined by +), predicted (a text per task,
-    joined by spaces), and gold (the same; in the rows of the method `expert`, which every label
-    needs). Suite and subset are left out.
+    joined by spaces), gold (the same, of the method `expert`, which every label needs).
     """
-    table = pd.DataFrame(rows).drop(columns=["suite", "subset"], errors="ignore")
-    table = table.rename(columns={"task": "answered"})
+    table = pd.DataFrame(rows).rename(columns={"task": "answered"})
     for name in ("predicted", "gold"):
         table[name] = [one if isinstance(one, str) else text(one) for one in table[name]]
     key = [name for name in table if name not in PREDICTED[2:]]
@@ -62,7 +55,7 @@ def expert_predictions(experiment: Experiment, *, seed: int, method: str) -> pd.
 
 def with_experts(
     rows: pd.DataFrame,
-    experiments: Mapping[int, Experiment],
+    experiments: Experiments,
     labels: Sequence[str] = (),
     facts: Sequence[str] = (),
 ) -> pd.DataFrame:
@@ -78,18 +71,12 @@ def with_experts(
 
 def report_of(table: pd.DataFrame) -> Report:
     """The Report of packed rows of one label: suite `suite`, subset `all`."""
-    gold = {
-        (row.seed, task): right
-        for row in table[table.method == "expert"].itertuples()
-        for task, right in zip(row.answered.split("+"), row.gold.split(" "), strict=True)
-    }
-    rows = [
-        ("suite", "all", row.method, row.seed, task, predicted, gold[row.seed, task])
-        for row in table.itertuples()
-        for task, predicted in zip(row.answered.split("+"), row.predicted.split(" "), strict=True)
-    ]
-    columns = ["suite", "subset", "method", "seed", "task", "predicted", "gold"]
-    return Report(pd.DataFrame(rows, columns=columns))
+    lists = {"task": table.answered.str.split("+"), "predicted": table.predicted.str.split(" ")}
+    rows = table.assign(**lists, gold=table.gold.str.split(" "))
+    names, key = ["method", "seed", *lists], ["seed", "task"]
+    experts = rows[rows.method == "expert"][[*key, "gold"]].explode(["task", "gold"])
+    rows = rows[names].explode(list(lists)).merge(experts, "left", key, validate="m:1")
+    return Report(rows.astype(object).assign(suite="suite", subset="all"))
 
 
 def compared(
@@ -102,22 +89,22 @@ def compared(
 ) -> pd.DataFrame:
     """Both scores of every method of every label, and paired differences from a reference.
 
-    rows: of `packed`. by: the labels; None: all columns that are. against: the reference, also as a
+    rows: `packed`. by: the labels; None: all columns that are. against: the reference, also as a
     function of the method (None: no difference); by default the label's first method. Columns: the
     labels, method, those of SCORES (p corrected by Holm's rule over the table, or within each value
-    of `family`), below (counted tasks whose accuracy over seeds is below the majority class), and
-    counted (tasks). Intervals are 95 %, over seeds and test rows, the same rows for all methods.
+    of `family`), below (counted tasks below the majority class, over seeds), counted. Intervals are
+    95 %, over seeds and test rows, the same rows for all methods.
     """
     by = [name for name in rows if name not in PREDICTED] if by is None else list(by)
     found = []
     for key, some in rows.groupby(by, sort=False) if by else [((), rows)]:
         report = report_of(some)
         sampled = {s: report.sampled("suite", "all", statistic=s, draws=draws) for s in SCORES}
-        below = report.below_majority().set_index("method")
+        below = report.below_majority().set_index("method")[["below", "counted"]]
         reference = some.method.iloc[0] if against is None else against
         for method in some.method[some.method != "expert"].unique():
             other = reference(method) if callable(reference) else reference
-            row = dict(zip(by, key, strict=True)) | {"method": method}
+            row = dict(zip(by, key, strict=True)) | {"method": method, **below.loc[method]}
             for score, names in SCORES.items():
                 own = sampled[score].estimate(method)
                 values = [own.value, *own.interval()]
@@ -125,8 +112,8 @@ def compared(
                     gap = sampled[score].estimate(method, other)
                     p = np.nan if method == other else gap.p()
                     values += [gap.value, *gap.interval(), p]
-                row |= dict(zip(names[: len(values)], map(float, values), strict=True))
-            found.append(row | dict(below.loc[method, BELOW]))
+                row |= dict(zip(names, map(float, values), strict=False))
+            found.append(row)
     table = pd.DataFrame(found)
     families = table[family] if family else np.zeros(len(table))
     for *_, p, corrected in SCORES.values():
@@ -141,17 +128,21 @@ def of_score(table: pd.DataFrame, score: str) -> pd.DataFrame:
     return table.drop(columns=rest, errors="ignore").rename(columns=names)
 
 
+def significant(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose paired interval of the ANP leaves 0 out."""
+    return table[(table.from_low > 0) | (table.from_high < 0)]
+
+
 def split(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """The table with its methods `a=b` as two columns of these names, or `a` as one.
 
     Numbers are numbers, 0 where there is none; a setting's `value` stays text.
     """
-    parts = table.method.str.partition("=")[[0, 2]].to_numpy(object).T
-    for name, part in zip(names, parts, strict=False):
-        plain = pd.Series(part, table.index)
-        numbers = pd.to_numeric(plain.replace("", "0"), errors="coerce")
+    parts = table.method.str.partition("=")
+    for name, part in zip(names, (0, 2), strict=False):
+        numbers = pd.to_numeric(parts[part].replace("", "0"), errors="coerce")
         keep = name == "value" or numbers.isna().any()
-        table = table.assign(**{name: plain if keep else numbers})
+        table = table.assign(**{name: parts[part].astype(object) if keep else numbers})
     return table
 
 
@@ -169,8 +160,5 @@ def scored(
         for name, table in measured.tables.items()
         if "predicted" in table
     }
-    if new:
-        return replace(measured, tables={**measured.tables, **new})
-    wide = any({"low", "difference_low"} & set(table) for table in measured.tables.values())
-    note = NARROW if wide and len(measured.facts["seeds"]) > 1 else NO_MARGIN
-    return replace(measured, note=measured.note + note)
+    note = measured.note + ("" if new else NO_MARGIN)
+    return replace(measured, tables={**measured.tables, **new}, note=note)

@@ -5,8 +5,7 @@ divergences from the expert on unlabelled merge rows, the entropy of its answers
 accuracy on validation and on test rows.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pandas as pd
@@ -15,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from divmerge_book.evaluation.experiment import Experiment
-from divmerge_book.evaluation.metrics import LabelledSplit
-from divmerge_book.studies.study import study
+from divmerge_book.studies.study import Experiments, study
 from divmerge_core.divergences import DIVERGENCES, entropy
 from divmerge_core.kernels.merge import grouped_merge
 from divmerge_core.kernels.segments import Segments
@@ -26,41 +24,13 @@ from divmerge_core.registry import Registry
 
 PIECE = 20  # models in a cached result
 MEASURES = ("js", "kl", "reverse_kl", "entropy")  # in nats; the last one needs no expert
-
-
-# --- random coefficients --------------------------------------------------------------------------
-
 SAMPLERS = Registry("sampler")  # name -> function(T, tensors, generator) -> [T, 1] or [T, tensors]
 
 
-def scaled(num_tasks: int, reach: float, generator: torch.Generator) -> Float[Tensor, "T 1"]:
-    """s u_t with s uniform in [0, reach] and every u_t uniform in [0, 1]."""
-    scale, shares = torch.rand(1, generator=generator), torch.rand(num_tasks, generator=generator)
-    return (reach * scale * shares)[:, None]
-
-
-@SAMPLERS.register("task", label="all experts, per task")
 def per_task(num_tasks: int, tensors: int, generator: torch.Generator) -> Float[Tensor, "T 1"]:
     """s u_t: s is uniform in [0, 1], every u_t is too."""
-    return scaled(num_tasks, 1.0, generator)
-
-
-@SAMPLERS.register("layer", label="all experts, per layer")
-def per_layer(num_tasks: int, tensors: int, generator: torch.Generator) -> Float[Tensor, "T P"]:
-    """s u_t v_tp: as per task, times a v uniform in [0, 2] for every task and tensor."""
-    return scaled(num_tasks, 1.0, generator) * around(num_tasks, tensors, generator, 1.0)
-
-
-@SAMPLERS.register("near", label="near a good one")
-def near(num_tasks: int, tensors: int, generator: torch.Generator) -> Float[Tensor, "T 1"]:
-    """Factors uniform in [0.5, 1.5] for the coefficients of a model that is good already."""
-    return around(num_tasks, 1, generator, 0.5)
-
-
-@SAMPLERS.register("pair", label="two experts, per task")
-def of_a_pair(num_tasks: int, tensors: int, generator: torch.Generator) -> Float[Tensor, "T 1"]:
-    """s u_t with s uniform in [0, 2]: fewer experts take larger coefficients."""
-    return scaled(num_tasks, 2.0, generator)
+    scale = torch.rand(1, generator=generator)
+    return (scale * torch.rand(num_tasks, generator=generator))[:, None]
 
 
 def around(
@@ -70,33 +40,42 @@ def around(
     return 1 - width + 2 * width * torch.rand(num_tasks, columns, generator=generator)
 
 
+SAMPLERS.register("task", label="all experts, per task")(per_task)
+SAMPLERS.register("layer", label="all experts, per layer")(  # a factor in [0, 2] per tensor
+    lambda tasks, tensors, draw: per_task(tasks, tensors, draw) * around(tasks, tensors, draw, 1.0)
+)
+SAMPLERS.register("near", label="near a good one")(  # factors for its coefficients
+    lambda tasks, tensors, draw: around(tasks, 1, draw, 0.5)
+)
+SAMPLERS.register("pair", label="two experts, per task")(  # fewer take larger coefficients
+    lambda tasks, tensors, draw: 2.0 * per_task(tasks, tensors, draw)
+)
+
+
 def random_coefficients(
-    kind: str, num_tasks: int, tensors: int, number: int, seed: int, centre: int | None = None
+    sampler: str, num_tasks: int, tensors: int, number: int, seed: int, centre: int | None = None
 ) -> Float[Tensor, "T K"]:
     """Coefficients of the model with this number: K is 1, or the number of tensors.
 
     centre: the number of the model drawn per task that a model `near` it varies.
     """
     generator = torch.Generator().manual_seed(100_000 * seed + number)
-    coeffs = SAMPLERS[kind](num_tasks, tensors, generator)
+    coeffs = SAMPLERS[sampler](num_tasks, tensors, generator)
     if centre is None:
         return coeffs
     return coeffs * random_coefficients("task", num_tasks, tensors, centre, seed)
 
 
 def random_merge(
-    experiment: Experiment, kind: str, number: int, seed: int = 0, centre: int | None = None
+    experiment: Experiment, sampler: str, number: int, seed: int = 0, centre: int | None = None
 ) -> Float[Tensor, " N"]:
     """The merged model with this number; see `random_coefficients`."""
     vectors = experiment.problem.vectors
     layout, count = vectors.layout, len(vectors.tasks)
-    coeffs = random_coefficients(kind, count, len(layout.names), number, seed, centre)
+    coeffs = random_coefficients(sampler, count, len(layout.names), number, seed, centre)
     grouping = "task" if coeffs.shape[1] == 1 else "layer"
     segments = Segments.of(layout.bounds, groups_of(layout, grouping)[1])
     return grouped_merge(vectors.base, vectors.deltas, coeffs.to(vectors.base), segments)
-
-
-# --- measures of a model --------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -110,10 +89,10 @@ def logits_of(
 
 def expert_logits(experiment: Experiment) -> list[Float[Tensor, "A V"]]:
     """Every expert's logits on its own merge rows."""
-    problem = experiment.problem
+    vectors, batches = experiment.problem.vectors, experiment.problem.batches
     return [
-        logits_of(experiment, problem.vectors.expert(task), number, problem.batches[number])
-        for number, task in enumerate(problem.vectors.tasks)
+        logits_of(experiment, vectors.expert(task), number, batches[number])
+        for number, task in enumerate(vectors.tasks)
     ]
 
 
@@ -121,18 +100,15 @@ def measured(
     experiment: Experiment, flat: Float[Tensor, " N"], experts: Sequence[Float[Tensor, "A V"]]
 ) -> list[dict]:
     """One model, a row per task: MEASURES (nats, means over merge rows), validation, accuracy."""
-
-    def accuracy(task: int, split: LabelledSplit) -> float:
-        said = logits_of(experiment, flat, task, split.batches).argmax(-1)
-        return (said == split.gold).double().mean().item()
-
     rows = []
+    splits = {"validation": experiment.validation, "accuracy": experiment.test}
     for number, task in enumerate(experiment.problem.vectors.tasks):
         merged = logits_of(experiment, flat, number, experiment.problem.batches[number])
         found = {n: DIVERGENCES[n](experts[number], merged).mean().item() for n in MEASURES[:-1]}
         found["entropy"] = entropy(merged).mean().item()
-        found["validation"] = accuracy(number, experiment.validation[number])
-        found["accuracy"] = accuracy(number, experiment.test[number])
+        for name, split in splits.items():
+            said = logits_of(experiment, flat, number, split[number].batches).argmax(-1)
+            found[name] = (said == split[number].gold).double().mean().item()
         rows.append({"task": task} | {name: round(value, 5) for name, value in found.items()})
     return rows
 
@@ -152,7 +128,7 @@ def experts_on_tasks(experiment: Experiment, *, seed: int) -> list[dict]:
 
 
 def measure_models(
-    experiment: Experiment, *, seed: int, draws: str, first: int, last: int, centre: int | None
+    experiment: Experiment, *, seed: int, sampler: str, first: int, last: int, centre: int | None
 ) -> list[dict]:
     """The rows of models number `first` to `last` of a sampler."""
     experts = expert_logits(experiment)
@@ -160,36 +136,31 @@ def measure_models(
         {"model": number, **row}
         for number in range(first, last + 1)
         for row in measured(
-            experiment, random_merge(experiment, draws, number, seed, centre), experts
+            experiment, random_merge(experiment, sampler, number, seed, centre), experts
         )
     ]
 
 
 def sampled_models(
-    experiment: Experiment, kind: str, count: int, *, seed: int = 0, centre: int | None = None
+    experiment: Experiment, sampler: str, count: int, *, seed: int = 0, centre: int | None = None
 ) -> pd.DataFrame:
-    """Models number 0 to count - 1 of a kind in SAMPLERS, a row per model and task.
+    """Models number 0 to count - 1 of a sampler, a row per model and task.
 
-    Columns: draws (the kind), model, task, MEASURES, validation and accuracy. Raises ValueError for
-    an unknown kind, a count below 1, and a centre for another kind than `near`, which needs one.
+    Columns: sampler, model, task, MEASURES, validation, accuracy. Raises ValueError for an unknown
+    sampler, a count below 1, and a centre for another sampler than `near`, which needs one.
     """
-    SAMPLERS[kind]
-    if count < 1 or (kind == "near") != (centre is not None):
+    SAMPLERS[sampler]
+    if count < 1 or (sampler == "near") != (centre is not None):
         raise ValueError(
-            f"draw one model or more, and give a centre to 'near' alone; got {count} of {kind!r} "
-            f"with centre {centre}"
+            f"draw one model or more, and give a centre to 'near' alone; got {count} of "
+            f"{sampler!r} with centre {centre}"
         )
     jobs = [
-        {"draws": kind, "first": n, "last": min(n + PIECE, count) - 1, "centre": centre}
+        {"sampler": sampler, "first": n, "last": min(n + PIECE, count) - 1, "centre": centre}
         for n in range(0, count, PIECE)
     ]
     found = study(measure_models, {seed: experiment}, jobs)
     return found.drop(columns=["first", "last", "centre", "seed"])
-
-
-def best_model(models: pd.DataFrame) -> int:
-    """The number of the model with the highest mean validation accuracy over tasks."""
-    return int(models.groupby("model").validation.mean().idxmax())
 
 
 def neighbours(tasks: Sequence[str]) -> list[tuple[str, str]]:
@@ -199,24 +170,26 @@ def neighbours(tasks: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def models_of_seed(experiment: Experiment, counts: SimpleNamespace, seed: int) -> pd.DataFrame:
-    """All models of one seed; the column `experts` is `all`, or a pair's names."""
-    tasks, sample = experiment.problem.vectors.tasks, partial(sampled_models, seed=seed)
-    parts = [sample(experiment, "task", counts.task)]
-    if counts.layer:
-        parts.append(sample(experiment, "layer", counts.layer))
-    if counts.near:
-        parts.append(sample(experiment, "near", counts.near, centre=best_model(parts[0])))
-    parts = [part.assign(experts="all") for part in parts]
+    """All models of one seed; the column `experts` is `all`, or a pair's names.
+
+    Models `near` a good one vary the one drawn per task with the highest validation accuracy.
+    """
+    tasks, parts = experiment.problem.vectors.tasks, []
+    for sampler in ("task", "layer", "near"):
+        best = parts[0].groupby("model").validation.mean().idxmax() if sampler == "near" else None
+        if count := getattr(counts, sampler):
+            found = sampled_models(
+                experiment, sampler, count, seed=seed, centre=None if best is None else int(best)
+            )
+            parts.append(found.assign(experts="all"))
     for pair in neighbours(tasks) if counts.pair and len(tasks) > 2 else []:
-        part = sample(experiment.select(pair), "pair", counts.pair)
-        parts.append(part.assign(experts="+".join(pair)))
+        found = sampled_models(experiment.select(pair), "pair", counts.pair, seed=seed)
+        parts.append(found.assign(experts="+".join(pair)))
     return pd.concat(parts, ignore_index=True).assign(seed=seed)
 
 
-def random_merges(
-    experiments: Mapping[int, Experiment], counts: SimpleNamespace
-) -> dict[str, pd.DataFrame]:
-    """All models of every experiment (by seed of experts).
+def random_merges(experiments: Experiments, counts: SimpleNamespace) -> dict[str, pd.DataFrame]:
+    """All models of every experiment, by seed of experts.
 
     counts: models by sampler (task, layer, near, pair), see `sizes`. Returns `models` (rows of
     `sampled_models`, with columns experts and seed) and `cross` (of `experts_on_tasks`, and seed).

@@ -3,7 +3,7 @@
 Corruptions change one expert of an experiment, or the logits that the fit takes for its own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -15,17 +15,17 @@ from divmerge_book.data.tasks import TASKS
 from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.metrics import evaluate
 from divmerge_book.models.encoders import classifier_forward
-from divmerge_book.models.finetuning import Expert, Recipe, fine_tune
+from divmerge_book.models.finetuning import Recipe, fine_tune
 from divmerge_book.studies.objective_fits import (
     FitConfig,
     FitSpec,
+    fit,
     fit_and_predict,
-    fit_or_start,
     fit_spec,
     merge,
 )
 from divmerge_book.studies.predictions import report_of, with_experts
-from divmerge_book.studies.study import study
+from divmerge_book.studies.study import Experiments, study
 from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.merging.fit import expert_logits
 from divmerge_core.registry import Registry
@@ -49,10 +49,9 @@ def left_out(experiment: Experiment, number: int, seed: int) -> Corrupted:
     return Corrupted(experiment.select([task for n, task in enumerate(tasks) if n != number]))
 
 
-@CORRUPTIONS.register("none", label="as it is")
-def none(experiment: Experiment, number: int, seed: int) -> Corrupted:
-    """Every expert as it is."""
-    return Corrupted(experiment)
+CORRUPTIONS.register("none", label="as it is")(
+    lambda experiment, number, seed: Corrupted(experiment)
+)
 
 
 @CORRUPTIONS.register("noise", label="noise for weights")
@@ -79,58 +78,45 @@ def permuted(splits: Splits, seed: int) -> Splits:
 @CORRUPTIONS.register("permuted", label="trained on permuted labels")
 def permuted_labels(experiment: Experiment, number: int, seed: int) -> Corrupted:
     """An expert that was fine-tuned as the others, on labels shuffled among the train rows."""
-    task, old = TASKS[experiment.problem.vectors.tasks[number]], experiment.experts[number]
-    shuffled_task = replace(
-        task,
-        read=lambda: permuted(task.read(), seed),
-        origin=lambda: f"{task.origin()} permuted {seed}",
-    )
-    expert = fine_tune(experiment.base, shuffled_task, Recipe(**old.manifest["recipe"]), seed=seed)
-    return Corrupted(with_expert(experiment, number, expert))
-
-
-def with_expert(experiment: Experiment, number: int, expert: Expert) -> Experiment:
-    """The experiment with another expert, and its head, in one task's place."""
-    vectors, experts = experiment.problem.vectors, [*experiment.experts]
-    experts[number] = expert
+    vectors, experts, base = experiment.problem.vectors, [*experiment.experts], experiment.base
+    task, recipe = TASKS[vectors.tasks[number]], experts[number].manifest["recipe"]
+    origin = f"{task.origin()} permuted {seed}"
+    shuffled = replace(task, read=lambda: permuted(task.read(), seed), origin=lambda: origin)
+    experts[number] = fine_tune(base, shuffled, Recipe(**recipe), seed=seed)
     deltas = dense(vectors.deltas).clone()
-    deltas[number] = vectors.layout.flatten(expert.state) - vectors.base
-    problem = replace(
-        experiment.problem,
-        vectors=replace(vectors, deltas=deltas),
-        forward=classifier_forward(experiment.base, [e.head for e in experts]),
-    )
-    return replace(experiment, experts=experts, problem=problem)
+    deltas[number] = vectors.layout.flatten(experts[number].state) - vectors.base
+    changed = {"vectors": replace(vectors, deltas=deltas)}
+    changed["forward"] = classifier_forward(base, [expert.head for expert in experts])
+    problem = replace(experiment.problem, **changed)
+    return Corrupted(replace(experiment, experts=experts, problem=problem))
 
 
-@CORRUPTIONS.register("wrong", label="surely wrong answers")
-def wrong(experiment: Experiment, number: int, seed: int) -> Corrupted:
-    """The expert's weights as they are; its answers moved on to the next class, as sure as ever."""
-    return Corrupted(experiment, lambda logits: logits.roll(1, dims=-1))
+# The weights stay as they are. The answers move on to the next class, as sure as ever; or the
+# logits are SHARPER times as large.
+CORRUPTIONS.register("wrong", label="surely wrong answers")(
+    lambda experiment, number, seed: Corrupted(experiment, lambda logits: logits.roll(1, dims=-1))
+)
+CORRUPTIONS.register("overconfident", label="over-confident answers")(
+    lambda experiment, number, seed: Corrupted(experiment, lambda logits: SHARPER * logits)
+)
 
 
-@CORRUPTIONS.register("overconfident", label="over-confident answers")
-def overconfident(experiment: Experiment, number: int, seed: int) -> Corrupted:
-    """The expert's weights as they are; its logits SHARPER times as large."""
-    return Corrupted(experiment, lambda logits: SHARPER * logits)
+def corrupted_fit(
+    experiment: Experiment, kind: str, objective: str, seed: int
+) -> tuple[Experiment, FitSpec, str]:
+    """The experiment with one corrupted expert, the fit of an objective on it, and that task.
 
-
-def corrupted_spec(corrupted: Corrupted, objective: str, number: int) -> FitSpec:
-    """The fit of an objective, with the changed expert's logits as its targets."""
+    Task number seed modulo T is corrupted, so that experts take turns. Its changed logits, if any,
+    are the fit's targets.
+    """
+    number = seed % len(experiment.experts)
+    corrupted = CORRUPTIONS[kind](experiment, number, seed)
     spec = fit_spec(corrupted.experiment, objective)
-    if corrupted.retarget is None:
-        return spec
-    targets: list = list(expert_logits(spec.problem))
-    targets[number] = [corrupted.retarget(logits) for logits in targets[number]]
-    return replace(spec, targets=targets)
-
-
-def corrupted_task(experiment: Experiment, seed: int) -> int:
-    """The number of the task whose expert is corrupted: the seed's, so that they take turns."""
-    return seed % len(experiment.experts)
-
-
-# --- costs to the other tasks ---------------------------------------------------------------------
+    if corrupted.retarget is not None:
+        targets: list = list(expert_logits(spec.problem))
+        targets[number] = [corrupted.retarget(logits) for logits in targets[number]]
+        spec = replace(spec, targets=targets)
+    return corrupted.experiment, spec, experiment.problem.vectors.tasks[number]
 
 
 def fit_with_corrupted(
@@ -142,22 +128,19 @@ def fit_with_corrupted(
     grouping: str,
     config: FitConfig,
     method: str,
-) -> list[dict]:
+) -> pd.DataFrame:
     """Test predictions on the other tasks, of a fit with one corrupted expert."""
-    number = corrupted_task(experiment, seed)
-    corrupted = CORRUPTIONS[kind](experiment, number, seed)
-    vectors, tasks = corrupted.experiment.problem.vectors, experiment.problem.vectors.tasks
-    spec = corrupted_spec(corrupted, objective, number)
-    coeffs, diverged = fit_or_start(spec, grouping, config.rate, config)
-    flat = merge(vectors, coeffs, grouping)
-    rows = evaluate(corrupted.experiment.problem, flat, corrupted.experiment.test)
-    own = coeffs[number].mean().item() if tasks == vectors.tasks else None
-    facts = {"strained": tasks[number], "coefficient": own, "diverged": diverged}
-    return rows[rows.task != tasks[number]].assign(**facts).to_dict("records")
+    corrupted, spec, task = corrupted_fit(experiment, kind, objective, seed)
+    vectors = corrupted.problem.vectors
+    coeffs, diverged = fit(spec, grouping, config.rate, config)
+    rows = evaluate(corrupted.problem, merge(vectors, coeffs, grouping), corrupted.test)
+    merged = task in vectors.tasks
+    own = coeffs[vectors.tasks.index(task)].mean().item() if merged else None
+    return rows[rows.task != task].assign(strained=task, coefficient=own, diverged=diverged)
 
 
 def corruption_study(
-    experiments: Mapping[int, Experiment],
+    experiments: Experiments,
     *,
     specs: Sequence[str],
     kinds: Sequence[str],
@@ -166,10 +149,9 @@ def corruption_study(
 ) -> pd.DataFrame:
     """Every corruption x objective x grouping x seed: predictions on the other tasks.
 
-    A seed corrupts the expert of task number seed modulo T. Labels: strained (that task),
-    coefficient (its own, mean over groups), diverged (the predictions are then those where the fit
-    starts); the method is `kind/objective/grouping`. Every fit is also run with the expert left
-    out. `corruption_costs` reads the table.
+    The method is `kind/objective/grouping`; every fit is also run with the expert left out. Labels:
+    strained (the task whose expert is corrupted), coefficient (its own, mean over groups), diverged
+    (the predictions are then those where the fit starts).
     """
     jobs = [
         {"kind": kind, "objective": spec, "grouping": grouping}
@@ -185,28 +167,28 @@ def corruption_study(
 def corruption_costs(table: pd.DataFrame) -> pd.DataFrame:
     """What every corrupted expert costs the other tasks, by both scores, a row per merged model.
 
-    table: of `corruption_study`. Columns: kind, objective, grouping, seed, task (the corrupted
-    one), honest (ANP of the other tasks), kept_margin (theirs), below (how many of them are below
-    the majority class), cost and kept_cost (the score where the expert is left out minus this),
-    coefficient, diverged. An expert as it is, the kind `none`, costs the others too.
+    Columns: kind, objective, grouping, seed, task (the corrupted one), honest (ANP of the others),
+    kept_margin (theirs), below (how many are below the majority class), cost and kept_cost (the
+    score where the expert is left out minus this), coefficient, diverged.
     """
     each = report_of(table).against_experts()
     each = each[each.counted].assign(below=lambda some: some.value < some.floor)
-    groups = each.groupby(["method", "seed"], sort=False)
-    means = groups[["ratio", "kept_margin"]].mean().assign(below=groups.below.sum())
+    how = {"honest": ("ratio", "mean"), "kept_margin": ("kept_margin", "mean")}
+    means = each.groupby(["method", "seed"], sort=False).agg(**how, below=("below", "sum"))
     rows = table[table.method != "expert"].join(means, on=["method", "seed"])
-    rows[["kind", "objective", "grouping"]] = rows.method.str.split("/", expand=True).to_numpy()
-    rows = rows.rename(columns={"strained": "task", "ratio": "honest"})
-    key, scores = ["objective", "grouping", "seed"], ["honest", "kept_margin"]
-    without = rows[rows.kind == "left_out"].set_index(key)[scores]
-    spared = without.loc[list(rows[key].itertuples(index=False))].to_numpy()
-    rows[["cost", "kept_cost"]] = spared - rows[scores].to_numpy()
-    rows = rows.drop(columns=["method", "answered", "predicted", "gold"])
-    return rows[rows.kind != "left_out"].reset_index(drop=True)
+    rows = rows.drop(columns=["answered", "predicted", "gold"]).rename(columns={"strained": "task"})
+    key = ["objective", "grouping"]
+    rows[["kind", *key]] = rows.pop("method").str.split("/", expand=True).to_numpy()
+    left_out, kept = rows.kind == "left_out", [*key, "seed"]
+    spared = rows[left_out].set_index(kept)[list(how)].add_prefix("spared_")
+    rows = rows[~left_out].join(spared, on=kept).reset_index(drop=True)
+    rows["cost"] = rows.pop("spared_honest") - rows.honest
+    rows["kept_cost"] = rows.pop("spared_kept_margin") - rows.kept_margin
+    return rows
 
 
 def temperatures(
-    experiments: Mapping[int, Experiment],
+    experiments: Experiments,
     *,
     specs: Sequence[str],
     values: Sequence[float],
@@ -217,15 +199,14 @@ def temperatures(
 
     The method is `objective=temperature`. Fits: objective, temperature, seed, diverged.
     """
-    config = config or FitConfig()
+    config, count = config or FitConfig(), len(next(iter(experiments.values())).experts)
     jobs = [
         {"objective": spec, "temperature": value, "method": f"{spec}={value:g}"}
         for spec in specs
         for value in values
     ]
-    count = len(next(iter(experiments.values())).experts)
     fixed = {"count": count, "grouping": grouping, "rate": config.rate, "config": config}
     rows = study(fit_and_predict, experiments, jobs, **fixed)
-    names = ["objective", "temperature", "seed", "diverged"]
-    fits = rows[names].drop_duplicates(names[:3], ignore_index=True)
+    key = ["objective", "temperature", "seed"]
+    fits = rows[[*key, "diverged"]].drop_duplicates(key, ignore_index=True)
     return {"rows": with_experts(rows, experiments), "fits": fits}

@@ -22,7 +22,7 @@ from divmerge_book.evaluation.hyperparameter_search import Merges, candidates, s
 from divmerge_book.interference.behaviour import all_logits
 from divmerge_book.interference.weights import cosine, sign_conflict
 from divmerge_book.studies.sizes import settings
-from divmerge_book.studies.study import study
+from divmerge_book.studies.study import Experiments, study
 from divmerge_core.divergences import js
 from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.merging.problem import Merged
@@ -49,7 +49,7 @@ def subsets_of(
 ) -> list[Subset]:
     """`count` random subsets of every number of tasks from 2 on, or all where there are no more.
 
-    In the order of the tasks within a subset, by number of tasks, in random order within a number.
+    By number of tasks, in random order within a number, in the order of the tasks within a subset.
     whole: numbers of tasks of which all are wanted; -1 is one less than there are. Raises
     ValueError for fewer than two tasks or no subset.
     """
@@ -76,8 +76,7 @@ def plan(
 ) -> tuple[list[Subset], list[Subset], list[Subset]]:
     """The subsets that a size merges: by every method, over fixed scales, and at one fixed scale.
 
-    The last are all subsets, single tasks too, or only those of the first with single tasks, where
-    the size does not ask for every one.
+    The last are single tasks and all subsets, or only the first ones where the size asks for fewer.
     """
     main = subsets_of(tasks, chosen.subsets, whole=chosen.whole)
     every = subsets_of(tasks, 1, whole=range(2, len(tasks) + 1)) if chosen.every else main
@@ -148,7 +147,7 @@ def merge_and_judge(
 
 
 def scaling(
-    experiments: Mapping[int, Experiment],
+    experiments: Experiments,
     subsets: Sequence[Subset],
     *,
     methods: Sequence[str],
@@ -157,13 +156,11 @@ def scaling(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every method on the same subsets: its answers, and the options that were found.
 
-    experiments: by seed. The first seed merges all subsets, each other seed the first `repeated` of
-    every T. Options are found once for every method and T, on validation rows at the first seed, on
-    the first subset of that T; size says how many candidates are scored.
-
-    Answers: seed, method, subset, task, right (`unpacked` reads it), js (nats), coefficient (mean
-    over groups; methods that fit coefficients). The experts and the majority class have their
-    task as the subset. Found: method, T, options, tried.
+    The first seed merges all subsets, each other seed the first `repeated` of every T. Options are
+    found once per method and T, on validation rows of the first seed, on the first subset of that
+    T. Answers: seed, method, subset, task, right (`unpacked` reads it), js (nats), coefficient
+    (mean over groups, where fitted); the subset of experts and of the majority class is their task.
+    Found: method, T, options, tried.
     """
     first, few = next(iter(experiments)), first_of_each(subsets, repeated)
     best, found, answers = {}, [], []

@@ -52,7 +52,7 @@ def ratios(rows: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
     """The rows of merged models on counted tasks with T, accuracy, ratio and kept_margin.
 
     rows: of `scaling` or, with a seed and a method, of `fixed`; answers: of `scaling`, for the
-    experts. ratio: accuracy over the same seed's expert's. kept_margin: accuracy above the majority
+    experts. ratio: over the same seed's expert's accuracy. kept_margin: accuracy above the majority
     class's over the expert's, mean over seeds, above it.
     """
     own = answers[answers.method == EXPERT].set_index(["seed", "task"])
@@ -93,10 +93,9 @@ def with_interval(table: pd.DataFrame, by: Sequence[str], column: str) -> pd.Dat
 def over_subsets(scores: pd.DataFrame, *, statistic: str = "anp") -> pd.DataFrame:
     """The mean over subsets at the first seed: method, T, subsets, value, low, high.
 
-    scores: of `by_subset`; statistic: anp, kept_margin, worst or js. The interval is NaN for a
-    single subset. Where all subsets of a T were merged the mean is exact for this suite, and the
-    interval says how far it would be from that of other tasks like these, if subsets were
-    independent.
+    statistic: anp, kept_margin, worst or js. The 95 % interval, NaN for a single subset, is for
+    other tasks like these, if subsets were independent: where all subsets were merged the mean is
+    exact for this suite.
     """
     return with_interval(first_seed(scores), ["method", "T"], statistic)
 
@@ -144,9 +143,8 @@ def spreads(answers: pd.DataFrame) -> pd.DataFrame:
     """Standard deviations (`sd`) of the ANP by source, method and T.
 
     subsets: over subsets at the first seed. seeds: over seeds of the same subset, root mean square
-    over subsets. test rows: the error of one merge's ANP, root mean square. The first two are as
-    measured: each contains the part of the third in which the merges compared differ. NaN where
-    there is one subset or one seed.
+    over subsets. test rows: the error of one merge's ANP, root mean square; the first two contain
+    it in part. NaN where there is one subset or one seed.
     """
     scores, errors, keys = by_subset(ratios(answers, answers)), row_errors(answers), ["method", "T"]
     variances = {

@@ -69,11 +69,10 @@ SEARCHES.register("evolution_small", label="evolution, size base 0.9")(
 
 def path_per_task(experiment: Experiment, find: Callable[[Pool, Path, int], Path]) -> Paths:
     """What `find(pool, the task's own expert, task)` returns for every task."""
-    pool, paths = Pool.of(experiment.problem, GROUPING), []
-    for task in range(len(experiment.problem.vectors.tasks)):
-        paths.append(find(pool, Path(((task, 1.0),) * pool.segments.num_groups), task))
-    flats = [pool.model(path) for path in paths]
-    return Paths(experiment.problem, flats, paths, pool.segments)
+    pool, tasks = Pool.of(experiment.problem, GROUPING), experiment.problem.vectors.tasks
+    own = [Path(((task, 1.0),) * pool.segments.num_groups) for task in range(len(tasks))]
+    paths = [find(pool, path, task) for task, path in enumerate(own)]
+    return Paths(experiment.problem, [pool.model(p) for p in paths], paths, pool.segments)
 
 
 @SEARCHES.register("random", label="random search")
@@ -82,9 +81,10 @@ def random_search(experiment: Experiment, score: ValidationScore, seed: int) -> 
     generator = random.Random(seed)
 
     def find(pool: Pool, own: Path, task: int) -> Path:
-        groups = range(pool.segments.num_groups)
-        drawn = [Path(tuple(generator.choice(pool.choices) for _ in groups))
-                 for _ in range(score.calls - 1)]  # fmt: skip
+        drawn = [
+            Path(tuple(generator.choice(pool.choices) for _ in own.genes))
+            for _ in range(score.calls - 1)
+        ]
         return max([own, *drawn], key=lambda path: score(pool.model(path), task))
 
     return path_per_task(experiment, find)
@@ -119,10 +119,13 @@ def searched(
 
     Means over tasks; bytes of all distinct parameters that the paths need.
     """
+    vectors = experiment.problem.vectors
     score = ValidationScore(experiment, 1 if search == "expert" else calls)
     if search == "expert":
-        vectors, test = experiment.problem.vectors, [*expert_accuracies(experiment).values()]
-        nbytes = len(test) * vectors.base.nbytes
+        test, nbytes = (
+            expert_accuracies(experiment).values(),
+            len(vectors.tasks) * vectors.base.nbytes,
+        )
         for task, name in enumerate(vectors.tasks):
             score(vectors.expert(name), task)
     else:
@@ -139,20 +142,14 @@ def compare_searches(
 ) -> pd.DataFrame:
     """Every search, and the experts, on every experiment: a row per call.
 
-    experiments: by seed and number of validation rows per task. Columns: seed, rows, search, call,
-    validation (mean over tasks of the best so far, on the rows searched); and in the last call's
-    row test, gap (validation minus test) and bytes. Raises ValueError unless calls is 1 plus a
-    multiple of CHILDREN.
+    experiments: by seed and validation rows per task. Columns: seed, rows, search, call, validation
+    (best so far, mean over tasks); in the last call's row test, gap (validation minus test) and
+    bytes. Raises ValueError unless calls is 1 plus a multiple of CHILDREN.
     """
     if calls < 1 + CHILDREN or (calls - 1) % CHILDREN:
         raise ValueError(f"calls must be 1 plus a multiple of {CHILDREN}, got {calls}")
-    tables = [
-        study(
-            searched,
-            {seed: experiment},
-            [{"rows": rows, "search": name} for name in (*SEARCHES, "expert")],
-            calls=calls,
-        )
-        for (seed, rows), experiment in experiments.items()
-    ]
+    tables = []
+    for (seed, rows), experiment in experiments.items():
+        jobs = [{"rows": rows, "search": name} for name in (*SEARCHES, "expert")]
+        tables.append(study(searched, {seed: experiment}, jobs, calls=calls))
     return pd.concat(tables, ignore_index=True)

@@ -9,12 +9,13 @@ from tqdm import tqdm
 from divmerge_book.evaluation.cache import cached
 from divmerge_book.evaluation.experiment import Experiment
 
+Experiments = Mapping[int, Experiment]  # by seed
 Rows = Iterable[Mapping] | pd.DataFrame
 
 
 def study(
     measure: Callable[..., Rows],
-    experiments: Mapping[int, Experiment],
+    experiments: Experiments,
     jobs: Sequence[Mapping],
     *,
     keys: object = (),
@@ -23,13 +24,13 @@ def study(
 ) -> pd.DataFrame:
     """The rows of `measure(experiment, seed=seed, **job, **fixed)` for every experiment and job.
 
-    measure: returns rows that JSON can hold. experiments: by seed. jobs: labels, JSON values or
-    dataclasses, which are also the measurement's options. A row has the job's labels, the seed and
-    its own columns, which win where names agree. Every result is cached on its own, so an
-    interrupted study continues where it stopped. Its key is the code that `measure` reaches, the
-    experiment, seed, job, fixed options and `keys`. Objects that JSON cannot hold are bound to
-    `measure` by functools.partial; `keys` then says what decides them. method: the only
-    merging method that a job calls, or the label that has it: code of the others does not count.
+    measure: returns rows that JSON can hold. jobs: labels, JSON values or dataclasses, which are
+    also the measurement's options. A row has the job's labels, the seed and its own columns, which
+    win where names agree. Every result is cached under the code that `measure` reaches, the
+    experiment, seed, job, fixed options and `keys`, so an interrupted study continues. Objects that
+    JSON cannot hold are bound to `measure` by functools.partial; `keys` then says what decides
+    them. method: the only merging method that a job calls, or the label that has it: code of the
+    others does not count.
     """
     rows, pairs = [], [(seed, dict(job)) for seed in experiments for job in jobs]
     for seed, job in (bar := tqdm(pairs, name_of(measure), leave=False)):

@@ -111,9 +111,9 @@ def with_ends(values: Iterable[float]) -> tuple[float, float, float]:
 def skill(table: pd.DataFrame, *, draws: int = 500) -> pd.DataFrame:
     """How well each forecast does, for every T and, as T = 0, over all of them.
 
-    table: of `forecasts`; rows without a learned forecast are left out. Columns: forecast, T,
-    subsets, r2, r2_low, r2_high, r, r_low, r_high: `r_squared` and the correlation with their 95 %
-    bootstrap intervals over subsets, all of a subset's tasks together.
+    table: of `forecasts`; rows without a learned one are left out. Columns: forecast, T, subsets,
+    r2, r2_low, r2_high, r, r_low, r_high: `r_squared` and the correlation with 95 % bootstrap
+    intervals over subsets.
     """
     whole, rows = table.dropna().reset_index(drop=True), []
     for number, some in [(0, whole), *whole.groupby("T")] if len(whole) else []:
@@ -213,11 +213,11 @@ def rank_correlation(sizes: np.ndarray, values: np.ndarray, score: np.ndarray) -
 
 
 def related(table: pd.DataFrame, column: str = "anp", *, draws: int = 500) -> pd.DataFrame:
-    """Every number's `rank_correlation` with a score and its 95 % interval: number, rho, low, high.
+    """Every number's `rank_correlation` with a score and its interval: number, rho, low, high.
 
     table: of `with_numbers`; column: anp or kept_margin. `pairs` counts above T = 2 only, where it
-    is a forecast. Bootstrap over subsets within T. Subsets share tasks, so the intervals are
-    narrower than those over other tasks would be: see `mantel`.
+    is a forecast. 95 % bootstrap over subsets within T, which share tasks: intervals over other
+    tasks would be wider, see `mantel`.
     """
     sizes, score = table["T"].to_numpy(), table[column].to_numpy()
     samples, rows = drawn_subsets(table, draws), []
@@ -232,11 +232,10 @@ def related(table: pd.DataFrame, column: str = "anp", *, draws: int = 500) -> pd
 def mantel(
     table: pd.DataFrame, geometry: pd.DataFrame, *, draws: int = 199, seed: int = 0
 ) -> dict[str, float]:
-    """For every number of weights, the p-value of its `rank_correlation` with the ANP, two-sided.
+    """For every number of weights, the two-sided p-value of its `rank_correlation` with the ANP.
 
-    The share of random trades of names among task vectors, the real one included, that go with the
-    ANP at least as closely. Tasks trade, not subsets, which share tasks. NaN without a correlation.
-    Source: Mantel 1967.
+    The share of random permutations of the tasks' names, the real one included, that go with the
+    ANP at least as closely; NaN without a correlation. Source: Mantel 1967.
     """
     generator, (tasks, squares) = np.random.default_rng(seed), squares_of(geometry)
     inside, sizes, anp = members(table.subset, tasks), table["T"].to_numpy(), table.anp.to_numpy()
@@ -258,8 +257,7 @@ def marginal(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
     """What adding a task does to those it joins: added, T (before), subset (before), change.
 
     table: of `ratios`, one method; column: ratio or kept_margin. change: mean over the tasks of
-    `subset` of their value with the added one minus that without. A row for every two subsets of
-    the table that differ by one task.
+    `subset`. A row for every two subsets of the table that differ by one task.
     """
     own = table[["subset", "task", column]]
     steps = own.assign(added=own.subset.map(tasks_of)).explode("added", ignore_index=True)

@@ -1,7 +1,7 @@
 """Trajectories of fits: losses, gradients, coefficients and scores of every task by step."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -16,17 +16,18 @@ from divmerge_book.studies.objective_fits import (
     FitConfig,
     FitSpec,
     Targets,
+    coefficients_of,
     fit,
     merge,
     objectives,
     with_used_words,
 )
-from divmerge_book.studies.robustness import CORRUPTIONS, corrupted_spec, corrupted_task
-from divmerge_book.studies.study import study
-from divmerge_core.kernels.merge import grouped_inner, grouped_merge
-from divmerge_core.merging.coefficients import Coefficients
+from divmerge_book.studies.robustness import corrupted_fit
+from divmerge_book.studies.study import Experiments, study
+from divmerge_core.kernels.merge import grouped_inner
 from divmerge_core.merging.fit import Step, expert_logits
-from divmerge_core.merging.problem import Diverged
+
+FIT = ["kind", "objective", "seed"]  # what distinguishes fits
 
 
 def task_gradients(
@@ -34,9 +35,9 @@ def task_gradients(
 ) -> Iterator[tuple[float, float]]:
     """Per task: its loss on all its inputs, and the norm of that loss's gradient in Lambda."""
     vectors = spec.problem.vectors
-    segments = Coefficients(vectors.layout, len(vectors.tasks), grouping=grouping).segments
-    flat = grouped_merge(vectors.base, vectors.deltas, coeffs.to(vectors.base), segments)
-    parameters = vectors.layout.unflatten(flat.requires_grad_())
+    segments = coefficients_of(vectors, grouping).segments
+    flat = merge(vectors, coeffs, grouping).requires_grad_()
+    parameters = vectors.layout.unflatten(flat)
     for task, batches in enumerate(spec.problem.batches):
         logits = spec.problem.forward(parameters, [(task, batch) for batch in batches])
         terms = zip(batches, targets[task], logits, strict=True)
@@ -54,20 +55,21 @@ class Recorder:
     grouping: str
     every: int
     last: int
-    rows: list[dict]
+    rows: list[dict] = field(default_factory=list)
 
     def __call__(self, step: Step) -> None:
         if step.number % self.every and step.number != self.last:
             return
+        vectors = self.spec.problem.vectors
         smaller = replace(self.spec, problem=with_used_words(self.spec.problem))
         targets = self.spec.targets or expert_logits(self.spec.problem)
         found = list(task_gradients(smaller, step.coeffs, self.grouping, targets))
-        vectors, total = self.spec.problem.vectors, sum(norm for _, norm in found)
-        flat = merge(vectors, step.coeffs, self.grouping)
-        anp, margin = validation_scores(self.experiment, flat)
+        flat, total = merge(vectors, step.coeffs, self.grouping), sum(norm for _, norm in found)
+        scores = zip(("anp", "kept_margin"), validation_scores(self.experiment, flat), strict=True)
+        same = {"step": step.number, **dict(scores)}
         for task, (loss, norm) in enumerate(found):
-            row = {"step": step.number, "task": vectors.tasks[task], "loss": loss, "pull": norm}
-            row |= {"share": norm / total if total else np.nan, "anp": anp, "kept_margin": margin}
+            row = {**same, "task": vectors.tasks[task], "loss": loss, "pull": norm}
+            row["share"] = norm / total if total else np.nan
             self.rows.append({**row, "coefficient": step.coeffs[task].mean().item()})
 
 
@@ -82,20 +84,15 @@ def trajectory(
     every: int,
 ) -> list[dict]:
     """The rows of one fit; a fit that diverges ends early."""
-    number = corrupted_task(experiment, seed)
-    spec = corrupted_spec(CORRUPTIONS[kind](experiment, number, seed), objective, number)
+    _, spec, task = corrupted_fit(experiment, kind, objective, seed)
     last = config.epochs * max(map(len, spec.problem.batches))
-    recorder = Recorder(experiment, spec, grouping, every, last, [])
-    try:
-        fit(spec, grouping, config.rate, config, recorder)
-    except Diverged:
-        pass
-    task = experiment.problem.vectors.tasks[number]
-    return [{"strained": task, **row} for row in recorder.rows]
+    recorder = Recorder(experiment, spec, grouping, every, last)
+    _, diverged = fit(spec, grouping, config.rate, config, recorder)
+    return [{"strained": task, "diverged": diverged, **row} for row in recorder.rows]
 
 
 def trajectories(
-    experiments: Mapping[int, Experiment],
+    experiments: Experiments,
     *,
     specs: Sequence[str],
     grouping: str,
@@ -105,10 +102,10 @@ def trajectories(
 ) -> pd.DataFrame:
     """Every objective's fit, recorded every few steps: a row per step and task.
 
-    specs: objectives, none for all. Columns: kind (of CORRUPTIONS; task number seed modulo T is
-    corrupted), strained (that task), objective, seed, step, task, loss (of the task, on all its
-    inputs), pull (norm of that loss's gradient in Lambda), share (of the sum of the tasks' norms),
-    coefficient (mean over groups), anp and kept_margin (of the merged model, on validation rows).
+    specs: objectives, none for all. Columns: kind (of CORRUPTIONS), objective, seed, strained (the
+    corrupted task), diverged, step, task, loss (on all the task's inputs), pull (norm of that
+    loss's gradient in Lambda), share (of the sum of the norms), coefficient (mean over groups), anp
+    and kept_margin (of the merged model, on validation rows).
     """
     jobs = [{"kind": kind, "objective": s} for kind in kinds for s in list(specs) or objectives()]
     fixed = {"grouping": grouping, "config": config or FitConfig(), "every": every}
@@ -117,31 +114,27 @@ def trajectories(
 
 def totals(table: pd.DataFrame) -> pd.DataFrame:
     """The loss summed over tasks, and both scores, at every recorded step of every fit."""
-    key = ["kind", "objective", "seed", "step"]
-    scores = {name: (name, "first") for name in ("anp", "kept_margin") if name in table}
-    return table.groupby(key, sort=False).agg(loss=("loss", "sum"), **scores)
+    scores = {name: (name, "first") for name in ("anp", "kept_margin")}
+    return table.groupby([*FIT, "step"], sort=False).agg(loss=("loss", "sum"), **scores)
 
 
 def disagreement(table: pd.DataFrame) -> pd.DataFrame:
-    """Per fit: how far a falling loss means a rising ANP.
+    """Per fit without corruption: how far a falling loss means a rising ANP.
 
-    Columns: objective, seed; correlation, Spearman's of minus the loss and the ANP over steps, NaN
-    where one of them never changes; against, the share of stretches between recorded steps over
-    which the loss fell and the ANP fell too; lost, the best ANP of the fit minus the last;
-    kept_lost, the same of the kept margin, where it is stored.
+    Columns: objective, seed; correlation, Spearman's of minus the loss and the ANP over steps;
+    against, the share of stretches between recorded steps over which both fell; lost and kept_lost,
+    the best ANP and kept margin of the fit minus the last.
     """
-    rows = []
-    honest = totals(table[table.kind == "none"])
-    for (spec, seed), some in honest.groupby(["objective", "seed"], sort=False):
-        loss, anp = some.loss.diff().iloc[1:], some.anp.diff().iloc[1:]
-        agree = float(spearman(-some.loss.to_numpy(), some.anp.to_numpy()))
-        against = ((loss < 0) & (anp < 0)).mean()
-        lost = some.anp.max() - some.anp.iloc[-1]
-        row = {"objective": spec, "seed": seed, "correlation": agree, "against": against}
-        if "kept_margin" in some:
-            row["kept_lost"] = some.kept_margin.max() - some.kept_margin.iloc[-1]
-        rows.append({**row, "lost": lost})
-    return pd.DataFrame(rows)
+
+    def of(fit: pd.DataFrame) -> pd.Series:
+        loss, anp, kept = fit.loss, fit.anp, fit.kept_margin
+        fell = ((loss.diff() < 0) & (anp.diff() < 0)).iloc[1:]
+        agree = float(spearman(-loss.to_numpy(), anp.to_numpy()))
+        lost = {"lost": anp.max() - anp.iloc[-1], "kept_lost": kept.max() - kept.iloc[-1]}
+        return pd.Series({"correlation": agree, "against": fell.mean(), **lost})
+
+    fits = totals(table[table.kind == "none"]).groupby(["objective", "seed"], sort=False)
+    return fits.apply(of).reset_index()
 
 
 def balance(table: pd.DataFrame) -> pd.DataFrame:
@@ -150,11 +143,9 @@ def balance(table: pd.DataFrame) -> pd.DataFrame:
     Columns: kind, objective, seed; tasks, their number T; effective_tasks, 1 / sum of squared
     shares, 1 to T; largest, the largest share; strained, the corrupted task's share.
     """
-    rows = []
-    for (kind, spec, seed), some in table.groupby(["kind", "objective", "seed"], sort=False):
-        wide = some.pivot(index="step", columns="task", values="share")
-        row = {"kind": kind, "objective": spec, "seed": seed, "tasks": wide.shape[1]}
-        row["effective_tasks"] = (1 / (wide**2).sum(axis=1)).mean()
-        row |= {"largest": wide.max(axis=1).mean(), "strained": wide[some.strained.iloc[0]].mean()}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    shares = table.assign(squared=table.share**2).groupby([*FIT, "step"], sort=False)
+    steps = shares.agg(tasks=("task", "size"), largest=("share", "max"))
+    steps["effective_tasks"] = 1 / shares.squared.sum()
+    own = table[table.task == table.strained].groupby(FIT, sort=False).share.mean()
+    found = steps.groupby(FIT, sort=False).mean().assign(strained=own)
+    return found.astype({"tasks": int}).reset_index()
