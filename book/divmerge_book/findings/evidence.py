@@ -43,7 +43,9 @@ def own_point(found: pd.DataFrame, source: str) -> str:
 def ranked(mean: pd.DataFrame, source: str) -> str:
     """Every criterion's rank correlation with a task's accuracy; mean: of `over_models`."""
     lines = []
-    for (kind, among), rows in spearman(mean, goal="task").groupby(["sampler", "among"], sort=False):
+    for (kind, among), rows in spearman(mean, goal="task").groupby(
+        ["sampler", "among"], sort=False
+    ):
         one = rows.set_index("criterion")
         lead = one.loc["reverse_kl"]
         lines.append(
