@@ -14,12 +14,12 @@ CONFIG = {"inputs": 8, "epochs": 1, "optimizer": "annealed_adam"}
 
 
 def test_the_plan_varies_basis_and_objective_and_repeats_no_job():
-    jobs = planned(("raw", "tsv", "tsv:2"), ("task",), (2, 8))
+    jobs = planned(("raw", "tsv", "tsv:3"), ("task",), (2, 8))
     found = [(job["method"], job["tasks"], job["grouping"]) for job in jobs]
-    wanted = {(f"{o}={b}", 8, "layer") for o, b in product(("none", "js"), ("raw", "tsv", "tsv:2"))}
-    wanted |= {(f"entropy={b}", 8, "layer") for b in ("raw", "tsv:2")}
-    wanted |= {(f"js={b}", 2, "layer") for b in ("raw", "tsv:2")}
-    wanted |= {(f"js={b}", 8, "task") for b in ("raw", "tsv:2")}
+    wanted = {(f"{o}={b}", 8, "layer") for o, b in product(("none", "js"), ("raw", "tsv", "tsv:3"))}
+    wanted |= {(f"entropy={b}", 8, "layer") for b in ("raw", "tsv:3")}
+    wanted |= {(f"js={b}", 2, "layer") for b in ("raw", "tsv:3")}
+    wanted |= {(f"js={b}", 8, "task") for b in ("raw", "tsv:3")}
     assert len(found) == len(wanted) and set(found) == wanted
 
 
@@ -30,13 +30,13 @@ def test_no_objective_on_task_vectors_is_the_average(experiment):
 
 
 def test_every_job_is_scored_at_its_best_step_size(experiment):
-    jobs, rates = planned(("raw", "tsv:2"), (), (2,)), (0.1, 0.01)
+    jobs, rates = planned(("raw", "tsv:3"), (), (2,)), (0.1, 0.01)
     rows = ablation({0: experiment}, jobs, rates=rates, config=CONFIG)
     merged = rows[rows.method != "expert"]
     assert set(merged.method) == {job["method"] for job in jobs}
     fitted = ~merged.method.str.startswith("none=")
     assert set(merged[fitted].lr) <= set(rates) and (merged[~fitted].lr == 0).all()
-    table = compared(rows, by=["tasks", "grouping"], against="js=tsv:2", draws=100)
+    table = compared(rows, by=["tasks", "grouping"], against="js=tsv:3", draws=100)
     table = split(table, COLUMNS)
     assert set(table.objective) == {"none", "js", "entropy"}
     said = find.parts(table, "this run")
@@ -48,7 +48,7 @@ def test_sentences_have_the_sign_of_a_gain():
     rows = [
         columns | {"objective": o, "basis": b, "tasks": 8, "grouping": "layer", **values}
         for o, b, values in (
-            ("js", "tsv:2", {"anp": 0.9, "kept_margin": 0.6}),
+            ("js", "tsv:3", {"anp": 0.9, "kept_margin": 0.6}),
             ("js", "raw", {"anp": 0.8, "difference": -0.1, "from_low": -0.2, "from_high": -0.05}),
         )
     ]
@@ -63,5 +63,5 @@ def test_sentences_have_the_sign_of_a_gain():
 def test_the_preset_is_the_basis_with_the_objective(experiment, name):
     options = {"inputs": 8, "epochs": 1, "progress": False}
     ours = METHODS[name](experiment.problem, **options)
-    plain = {"basis": "tsv:2", "grouping": "layer", "optimizer": "annealed_adam", "lr": 0.1}
+    plain = {"basis": "tsv:3", "grouping": "layer", "optimizer": "annealed_adam", "lr": 0.2}
     assert ours.equal(METHODS["divmerge"](experiment.problem, **plain, **options))

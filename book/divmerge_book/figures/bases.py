@@ -17,7 +17,7 @@ OBJECTIVES: Mapping[str, tuple[str, Mapping]] = {
 BASES: Mapping[str, str] = {
     "raw": "task vectors",
     "ties": "TIES entries",
-    "svd:2": "own directions, 2 bands",
+    "svd:3": "own directions, 3 bands",
     "essential": "essential subspaces",
     "isotropic": "TSV, equal values",
     "tsv": "TSV directions",
@@ -36,7 +36,7 @@ def ablation(ax: Axes, table: pd.DataFrame, *, score: str) -> Axes:
 
 def by_count(ax: Axes, table: pd.DataFrame, *, score: str) -> Axes:
     """A score over the number of tasks, a line per basis, with 95 % intervals."""
-    looks = {"raw": (BASES["raw"], mark(7, "s")), "tsv:2": (BASES["tsv:2"], mark(2, "o"))}
+    looks = {"raw": (BASES["raw"], mark(7, "s")), "tsv:3": (BASES["tsv:3"], mark(2, "o"))}
     ends, found = ("low", "high"), of_score(table, score)
     plot.lines(ax, found, "tasks", "score", looks, by="basis", ends=ends, step=0.1)
     plot.ticks(ax, sorted(set(table.tasks)))

@@ -98,7 +98,7 @@ def planned(
     At the largest number of tasks, per layer: every basis at its start and fitted by JS, and two by
     entropy. With other numbers of tasks and groupings: two bases, fitted by JS.
     """
-    most, two = max(counts), ("raw", "tsv:2")
+    most, two = max(counts), ("raw", "tsv:3")
     jobs = [(f"{o}={b}", most, "layer") for o in ("none", "js") for b in bases]
     jobs += [(f"entropy={b}", most, "layer") for b in two]
     jobs += [(f"js={b}", count, "layer") for count in counts for b in two]

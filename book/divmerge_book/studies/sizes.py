@@ -88,15 +88,15 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "bases": {
         "all": {"groupings": ("task",), "tasks": None, "rates": (0.2, 0.05, 0.005), "epochs": 2},
         "smoke": {
-            **{"bases": ("raw", "tsv:2"), "tasks": 2, "counts": (), "rates": (0.1,), "epochs": 1},
+            **{"bases": ("raw", "tsv:3"), "tasks": 2, "counts": (), "rates": (0.1,), "epochs": 1},
             **{"validation": 30, "rows": 40, "inputs": 8},
         },
         "default": {
-            **{"bases": ("raw", "svd:2", "tsv", "tsv:2"), "tasks": 4, "counts": (2,)},
+            **{"bases": ("raw", "svd:3", "tsv", "tsv:3"), "tasks": 4, "counts": (2,)},
             **{"validation": 50, "rows": 100, "inputs": 64, "rates": (0.1,)},
         },
         "full": {
-            "bases": ("raw", "ties", "svd:2", "essential", "isotropic", "tsv", "tsv:2", "tsv:3"),
+            "bases": ("raw", "ties", "svd:3", "essential", "isotropic", "tsv", "tsv:2", "tsv:3"),
             **{"counts": (2, 4), "validation": 100, "rows": 300, "inputs": 200},
         },
     },
