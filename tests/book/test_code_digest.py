@@ -109,7 +109,7 @@ UNREACHED = [  # and an edit that cannot: of figures, words, other entries, and 
     (OUTCOME, "book.runner.method_pages", "def index(", "def contents("),
     (METHODS["ties"], "core.methods.arithmetic", "Trim, elect sign", "Cut, elect sign"),
     (METHODS["ties"], "core.methods.arithmetic", "# one task at a time", "# one by one"),
-    (TRAIN, "book.models.encoders", "or give a folder or a hub", "or a folder or a hub"),
+    (prepare, "book.models.encoders", "give a folder or a hub", "name a folder or a hub"),
     (METHODS["ties"], "core.methods.arithmetic", '"dare"', '"dares"'),
     (OUTCOME, "core.storage", "PATIENCE = 5", "PATIENCE = 50"),
     (prepare, "book.data.tasks", 'ABBR": "abbreviation"', 'ABBR": "short form"'),
@@ -374,18 +374,18 @@ COMPLETED = {"max_length": 40, "max_new": 5, "batch_size": 3, "precision": "bflo
 
 
 def test_all_that_decides_completions_is_in_their_key(llama, qwen, glue_rows, monkeypatch):
-    class EncodedPrompts(Exception):
+    class Reached(Exception):
         """Says where the first part would be kept."""
 
     def once(target, make, *, folder):
-        raise EncodedPrompts(target)
+        raise Reached(target)
 
     monkeypatch.setattr(completing, "once", once)
     texts = [{"text": f"film {n} " * 30} for n in range(3)]
 
     def key(base=llama, task="sst2", rows=texts, **changes) -> str:
         settings = {"key": ["one"], "max_length": 60, "max_new": 4, "progress": False, **changes}
-        with pytest.raises(EncodedPrompts) as caught:
+        with pytest.raises(Reached) as caught:
             completions(base, base.state, PROMPTS[task], rows, **settings)
         return caught.value.args[0].parent.name
 

@@ -62,12 +62,6 @@ def test_a_changed_weight_or_word_changes_the_digest(tiny, tiny_folder, tmp_path
     assert len(digests) == 3 and tiny.digest in digests
 
 
-def test_a_missing_encoder_is_answered_with_the_choices(tmp_path):
-    message = r"(?s)cannot load encoder '.*nowhere'.*choose one of minilm, bert_tiny, or"
-    with pytest.raises(ValueError, match=message):
-        load_base(str(tmp_path / "nowhere"))
-
-
 SHAPE = {
     **{"vocab_size": len(WORDS), "max_position_embeddings": 32, "pad_token_id": 0},
     **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
@@ -110,17 +104,6 @@ def test_every_kind_of_encoder_is_loaded_and_padding_changes_nothing(kind, tmp_p
 def test_a_model_that_encodes_no_texts_is_refused_by_name(kind, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         load_base(saved(tmp_path, kind))
-
-
-def test_an_encoder_that_does_not_mask_padding_is_refused_by_name(tiny_folder, monkeypatch):
-    plain = transformers.BertModel.forward
-
-    def unmasked(self, input_ids, token_type_ids, attention_mask=None):
-        return plain(self, input_ids=input_ids, token_type_ids=token_type_ids)
-
-    monkeypatch.setattr(transformers.BertModel, "forward", unmasked)
-    with pytest.raises(ValueError, match="is a BertModel, whose features .* change with its padd"):
-        load_base(str(tiny_folder))
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tiny_folder, tmp_path):
@@ -176,14 +159,6 @@ def test_pairs_differ_by_their_token_types(tiny):
     words = tiny.tokenizer.convert_ids_to_tokens(batch.inputs["input_ids"][0].tolist())
     assert words == ["[CLS]", "the", "film", "[SEP]", "a", "song", "[SEP]"]
     assert batch.inputs["token_type_ids"][0].tolist() == [0, 0, 0, 0, 1, 1, 1]
-
-
-def test_a_row_has_the_logits_that_it_has_without_others_and_padding(toy_problem):
-    flat = toy_problem.vectors.expert("place")
-    for batch in toy_problem.batches[1]:
-        together = toy_problem.logits(flat, 1, batch)
-        alone = [toy_problem.logits(flat, 1, unpadded(batch, row)) for row in range(len(together))]
-        assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 5])

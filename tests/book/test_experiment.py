@@ -62,11 +62,6 @@ def test_row_counts_are_limits(toys):
     assert experiment.digest != prepare("toy", size="toy").digest
 
 
-def test_the_same_suite_has_the_same_digest_and_other_experts_another(experiment):
-    assert prepare("toy", size="toy").digest == experiment.digest
-    assert prepare("toy", size="toy", seed=1).digest != experiment.digest
-
-
 def test_a_part_of_an_experiment_answers_as_the_whole(experiment):
     part = experiment.select(["place"])
     flat = experiment.problem.vectors.expert("place")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from divmerge_book import evaluate, prepare
+from divmerge_book import prepare
 from divmerge_book.data.splits import SPLITS
 from divmerge_book.data.tasks import TASKS
 from divmerge_book.evaluation.experiment import prepare_language
@@ -136,12 +136,6 @@ def test_one_expert_at_coefficient_one_diverges_from_nobody(language_experiment)
 def test_kept_answers_are_the_targets(language_experiment):
     kept = expert_logits(language_experiment.problem)
     assert kept[1][0] is language_experiment.problem.batches[1][0].expert
-
-
-def test_methods_of_weights_merge_language_models(language_experiment):
-    merged = METHODS["ties"](language_experiment.problem)
-    rows = evaluate(language_experiment.problem, merged, language_experiment.test)
-    assert list(rows.task) == ["sst2", "cola"] and all(map(len, rows.predicted))
 
 
 def test_divmerge_lowers_the_divergence_over_the_vocabulary(language_experiment):
