@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import gc
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -52,29 +53,27 @@ def peak_bytes(part: Callable[[], object], device: torch.device) -> float:
         part()
         settle(device)
         return float(torch.cuda.max_memory_allocated(device) - before)
-    known = reset_peak()
-    before = resident("VmRSS") if known else math.nan
+    before = resident_before()
     part()
-    return resident("VmHWM") - before if known else math.nan
+    return math.nan if math.isnan(before) else resident("VmHWM") - before
 
 
-def reset_peak() -> bool:
-    """Reset the process's peak memory; False where the system (or a sandbox) does not allow it."""
+def resident_before() -> float:
+    """The process's memory, its peak set to it; NaN where the system (or a sandbox) refuses."""
     try:
         PROCESS.joinpath("status").read_text("utf-8")
         trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
         trim(0)  # freed memory that is still held would hide what the call takes
         PROCESS.joinpath("clear_refs").write_text("5", "utf-8")
     except OSError:
-        return False
-    return True
+        return math.nan
+    return resident("VmRSS")
 
 
 def resident(key: str) -> float:
     """Bytes of an entry of the process's status; NaN where it is missing."""
-    lines = PROCESS.joinpath("status").read_text("utf-8").splitlines()
-    found = [line for line in lines if line.startswith(f"{key}:")]
-    return 1024.0 * int(found[0].split()[1]) if found else math.nan
+    found = re.search(rf"^{key}:\s+(\d+)", PROCESS.joinpath("status").read_text("utf-8"), re.M)
+    return 1024.0 * int(found[1]) if found else math.nan
 
 
 def addresses(batch: Batch) -> set[int]:
