@@ -1,11 +1,18 @@
-"""Fixtures of user models: a description of two random BERT experts, its plan and experiment."""
+"""Fixtures: four linear tasks; a description of two random BERT experts, its plan, experiment."""
 
 import warnings
 from pathlib import Path
 
 import pytest
 from divmerge_book.user_models import check, load, read
+from helpers import linear_experiment
 from local_files import make_project
+
+
+@pytest.fixture
+def linear(tiny, cache):
+    """An experiment of four linear tasks, in an empty cache; experts get all rows right."""
+    return linear_experiment(tiny, 4)
 
 
 @pytest.fixture(scope="session")

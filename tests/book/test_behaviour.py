@@ -8,6 +8,7 @@ import torch
 from divmerge_book.evaluation.experiment import prepare
 from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.interference.behaviour import (
+    DISTANCES,
     all_logits,
     barrier,
     confidence,
@@ -25,7 +26,6 @@ from divmerge_book.interference.representation import (
 from helpers import linear_problem
 from torch.testing import assert_close
 
-from divmerge_core.divergences import js
 from divmerge_core.merging.problem import Batch, MergeProblem
 from divmerge_core.merging.task_vectors import TaskVectors
 
@@ -34,15 +34,10 @@ def draws(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def exams_of(problem: MergeProblem) -> list[LabelledSplit]:
-    """The merge inputs as exams; which answers are right does not count here."""
-    return [
-        LabelledSplit(batches, torch.zeros(sum(len(b.weight) for b in batches), dtype=torch.long))
-        for batches in problem.batches
-    ]
-
-
-# --- weight disentanglement -----------------------------------------------------------------------
+def error_of(problem: MergeProblem, coefficients: list[float], distance: str = "js") -> float:
+    """The disentanglement error on the merge inputs; labels do not count."""
+    splits = [LabelledSplit(batches, torch.zeros(0).long()) for batches in problem.batches]
+    return disentanglement_error(problem, splits, coefficients, distance=distance)
 
 
 def test_disagreement_is_one_where_the_likeliest_answers_differ():
@@ -50,37 +45,26 @@ def test_disagreement_is_one_where_the_likeliest_answers_differ():
     assert disagreement(p, q).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("distance", ["disagreement", "js"])
-def test_the_disentanglement_error_is_zero_where_nothing_is_added(distance):
-    problem = linear_problem(num_tasks=2)
-    found = disentanglement_error(problem, exams_of(problem), [0, 0], distance=distance)
-    assert abs(found) < 1e-12
-
-
-@pytest.mark.parametrize("distance", ["disagreement", "js"])
+@pytest.mark.parametrize("distance", DISTANCES)
 def test_on_an_axis_the_error_is_what_one_vector_changes_for_the_other_task(distance):
     problem = linear_problem(num_tasks=2, scale=1.0)
-    exams, vectors = exams_of(problem), problem.vectors
     base, moved = (
-        all_logits(problem, vectors.merge([a, 0]), 1, exams[1].batches) for a in (0.0, 0.7)
+        all_logits(problem, problem.vectors.merge([a, 0]), 1, problem.batches[1])
+        for a in (0.0, 0.7)
     )
-    expected = {"disagreement": disagreement, "js": js}[distance](base, moved).mean()
-    found = disentanglement_error(problem, exams, [0.7, 0.0], distance=distance)
-    assert_close(found, expected.item(), rtol=1e-9, atol=1e-12)
-    assert found > 0
+    found = error_of(problem, [0.7, 0.0], distance)
+    assert found == pytest.approx(DISTANCES[distance](base, moved).mean().item()) and found > 0
+    assert abs(error_of(problem, [0, 0], distance)) < 1e-12, "where nothing is added"
 
 
 def features_apart() -> MergeProblem:
     """Task vectors that act on features which only their own task's inputs have."""
-    base, experts = {"w": draws(3, 4)}, {}
+    base, experts, batches = {"w": draws(3, 4)}, {}, []
     for number, name in enumerate("ab"):
-        change = torch.zeros(3, 4, dtype=torch.float64)
-        change[:, 2 * number : 2 * number + 2] = draws(3, 2, seed=number)
+        mine = slice(2 * number, 2 * number + 2)
+        change, x = draws(3, 4).mul(0), draws(8, 4).mul(0)
+        change[:, mine], x[:, mine] = draws(3, 2, seed=number), draws(8, 2, seed=9 + number)
         experts[name] = {"w": base["w"] + change}
-    batches = []
-    for number in range(2):
-        x = torch.zeros(8, 4, dtype=torch.float64)
-        x[:, 2 * number : 2 * number + 2] = draws(8, 2, seed=9 + number)
         batches.append([Batch({"x": x}, torch.full((8,), 1 / 8, dtype=torch.float64))])
 
     def forward(parameters, pairs):
@@ -89,48 +73,36 @@ def features_apart() -> MergeProblem:
     return MergeProblem(TaskVectors.from_states(base, experts), batches, forward)
 
 
-@pytest.mark.parametrize("coefficients", [[1.0, 1.0], [0.3, -2.0], [3.0, 0.5]])
-def test_tasks_on_features_of_their_own_are_disentangled_everywhere(coefficients):
+def test_tasks_on_features_of_their_own_are_disentangled_everywhere():
     problem = features_apart()
-    assert disentanglement_error(problem, exams_of(problem), coefficients, distance="js") < 1e-15
-
-
-def test_swapping_the_inputs_of_disentangled_tasks_entangles_them():
-    problem = features_apart()
+    for coefficients in ([1.0, 1.0], [0.3, -2.0], [3.0, 0.5]):
+        assert error_of(problem, coefficients) < 1e-15
     swapped = replace(problem, batches=problem.batches[::-1])
-    assert disentanglement_error(swapped, exams_of(swapped), [1, 1], distance="js") > 0.01
+    assert error_of(swapped, [1, 1]) > 0.01, "unless their inputs are swapped"
 
 
 def test_the_disentanglement_error_asks_for_a_coefficient_per_task_and_a_known_distance():
-    problem = linear_problem(num_tasks=2)
-    for wrong in ({"coefficients": [1.0]}, {"coefficients": [1.0, 1.0], "distance": "angle"}):
+    for wrong in ([[1.0]], [[1.0, 1.0], "angle"]):
         with pytest.raises(ValueError, match="2 tasks need"):
-            disentanglement_error(problem, exams_of(problem), **wrong)
+            error_of(linear_problem(num_tasks=2), *wrong)
 
 
-# --- barriers -------------------------------------------------------------------------------------
+AT = torch.linspace(0, 1, 11, dtype=torch.float64)
 
 
-def test_the_barrier_of_a_hump_by_hand():
-    assert barrier([1.0, 5.0, 3.0]) == 3  # 5 - (1 + 3) / 2
-    assert barrier([1.0, 5.0, 3.0], reference="chord") == 3  # the chord's middle is 2
-    assert barrier([0.0, 0, 4, 0], reference="chord") == 4
-
-
-def test_a_slope_has_half_its_height_as_barrier_but_none_above_its_chord():
-    assert barrier([0.0, 1.0, 2.0]) == 1
-    assert barrier([0.0, 1.0, 2.0], reference="chord") == 0
-
-
-def test_a_convex_quadratic_has_no_barrier_above_its_chord():
-    at = torch.linspace(0, 1, 11, dtype=torch.float64)
-    assert barrier((3 * (at - 0.2) ** 2 + at).tolist(), reference="chord") == 0
-
-
-def test_a_quadratic_with_equal_ends_has_no_barrier_by_either_reference():
-    at = torch.linspace(0, 1, 11, dtype=torch.float64)
-    values = ((at - 0.5) ** 2).tolist()
-    assert_close([barrier(values), barrier(values, reference="chord")], [0.0, 0.0])
+@pytest.mark.parametrize(
+    ("losses", "mean", "chord"),
+    [
+        ([1.0, 5.0, 3.0], 3, 3),  # 5 - (1 + 3) / 2, and the chord's middle is 2
+        ([0.0, 0, 4, 0], 4, 4),
+        ([0.0, 1.0, 2.0], 1, 0),  # a slope
+        ((3 * (AT - 0.2) ** 2 + AT).tolist(), None, 0),  # convex
+        (((AT - 0.5) ** 2).tolist(), 0, 0),
+    ],
+)
+def test_barriers_by_hand(losses, mean, chord):
+    assert mean is None or barrier(losses) == pytest.approx(mean)
+    assert barrier(losses, reference="chord") == pytest.approx(chord)
 
 
 def test_a_barrier_asks_for_two_ends_and_a_known_reference():
@@ -139,28 +111,17 @@ def test_a_barrier_asks_for_two_ends_and_a_known_reference():
             barrier(losses, reference=reference)
 
 
-# --- confidence ----------------------------------------------------------------------------
-
-
 def test_margin_and_confidence_by_hand():
     logits = torch.tensor([[0.5, 0.3, 0.2], [1 / 3, 1 / 3, 1 / 3]]).log()
     assert_close(margin(logits), torch.tensor([0.2, 0.0]))
     assert_close(confidence(logits), torch.tensor([0.5, 1 / 3]))
 
 
-# --- layers ---------------------------------------------------------------------------------------
-
-
 def test_cka_is_one_for_a_representation_turned_scaled_and_moved():
     x = draws(20, 6)
     turn, _ = torch.linalg.qr(draws(6, 6, seed=1))
-    assert_close(cka(x, x), 1.0)
-    assert_close(cka(x, 3 * x @ turn + 5), 1.0)
-
-
-def test_cka_sees_a_change_that_is_no_turn():
-    x = draws(30, 4)
-    assert cka(x, x * torch.tensor([10.0, 1, 1, 1])) < 0.95
+    assert_close([cka(x, x), cka(x, 3 * x @ turn + 5)], [1.0, 1.0])
+    assert cka(x, x * torch.tensor([10.0, 1, 1, 1, 1, 1])) < 0.95, "no turn"
 
 
 def test_cka_of_independent_representations_is_near_zero_even_with_many_dimensions():
@@ -175,31 +136,21 @@ def test_the_dependence_is_the_mean_over_all_ordered_quadruples():
     assert_close(hsic(k, m), torch.stack(slow).mean())
 
 
-def test_cka_of_a_constant_is_zero_and_too_few_rows_are_refused():
+def test_constants_and_too_few_rows_say_nothing():
     assert cka(torch.ones(5, 2), draws(5, 2)) == 0
     for x, y in ((draws(3, 2), draws(3, 2)), (draws(5, 2), draws(6, 2))):
         with pytest.raises(ValueError, match="4 or more"):
             cka(x, y)
-
-
-def test_a_common_move_is_all_common_and_unseen_by_cka():
-    x = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])  # distance 1 from their mean
-    moved = x + torch.tensor([3.0, 4.0])
-    assert_close(shift(x, moved), 5.0)
-    assert_close(common_share(x, moved), 1.0)
-    assert_close(cka(x, moved), 1.0)
-
-
-def test_a_move_that_cancels_over_inputs_is_not_common():
-    x = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
-    assert_close(shift(x, 2 * x), 1.0)
-    assert common_share(x, 2 * x) == 0
-    assert shift(x, x) == 0 and common_share(x, x) == 0
-
-
-def test_the_shift_needs_inputs_that_differ():
     with pytest.raises(ValueError, match="does not vary"):
         shift(torch.ones(4, 2), draws(4, 2).float())
+
+
+def test_a_common_move_is_all_common_and_unseen_by_cka_and_one_that_cancels_is_not():
+    x = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])  # distance 1 from their mean
+    moved = x + torch.tensor([3.0, 4.0])
+    assert_close([shift(x, moved), common_share(x, moved), cka(x, moved)], [5.0, 1.0, 1.0])
+    assert_close(shift(x, 2 * x), 1.0)
+    assert common_share(x, 2 * x) == shift(x, x) == common_share(x, x) == 0
 
 
 def test_the_last_hidden_state_is_what_the_head_reads(toys):
@@ -214,5 +165,6 @@ def test_the_last_hidden_state_is_what_the_head_reads(toys):
 
 def test_hidden_states_need_an_encoder():
     problem = linear_problem(num_tasks=2)
+    split = LabelledSplit(problem.batches[0], torch.zeros(15).long())
     with pytest.raises(ValueError, match="transformers encoder"):
-        hidden_states(problem, problem.vectors.base, exams_of(problem)[0])
+        hidden_states(problem, problem.vectors.base, split)

@@ -15,38 +15,33 @@ from divmerge_book.studies.clustering import (
     random_labels,
 )
 from divmerge_book.studies.evaluator import accuracies, expert_accuracies
-from helpers import experiment_of, forbid, linear_problem
+from helpers import forbid
 
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.clustered import dp_mixture
 
 
-@pytest.fixture
-def experiment(tiny, cache):
-    return experiment_of(linear_problem(num_tasks=4, scale=0.8), tiny)
-
-
 @pytest.mark.parametrize("zeta", [0.0, 0.03, 0.5, 2.0, math.inf])
-def test_a_sweep_assigns_and_scores_as_the_mixture_does(experiment, zeta):
+def test_a_sweep_assigns_and_scores_as_the_mixture_does(linear, zeta):
     for sigma in (0.25, 1.0):
-        expected = dp_mixture(experiment.problem, zeta=zeta, sigma=sigma, progress=False)
-        groups = Groups(experiment)
+        expected = dp_mixture(linear.problem, zeta=zeta, sigma=sigma, progress=False)
+        groups = Groups(linear)
         found = assignments(groups, zeta=zeta, sigma=sigma)
         assert found == members_of(expected.numbers)
-    assert groups.scores(found) == pytest.approx(accuracies(experiment, expected))
+    assert groups.scores(found) == pytest.approx(accuracies(linear, expected))
 
 
-def test_mixtures_run_from_one_model_to_all_experts_and_repeat_nothing(experiment, monkeypatch):
+def test_mixtures_run_from_one_model_to_all_experts_and_repeat_nothing(linear, monkeypatch):
     def measured() -> pd.DataFrame:
-        return mixture(experiment, zetas=(0.0, 0.5, math.inf), sigmas=(1.0,), draws=2)
+        return mixture(linear, zetas=(0.0, 0.5, math.inf), sigmas=(1.0,), draws=2)
 
-    table, experts = measured(), expert_accuracies(experiment)
+    table, experts = measured(), expert_accuracies(linear)
     own = table[table.how == "dp_mixture"].set_index("zeta")
     assert own.models["0"] == 1 and own.models["inf"] == len(experts) and own.anp["inf"] == 1
-    alike = dp_mixture(experiment.problem, zeta=math.inf, progress=False)
+    alike = dp_mixture(linear.problem, zeta=math.inf, progress=False)
     assert own.bytes["inf"] == alike.nbytes
-    opcm = METHODS["opcm"](experiment.problem, progress=False)
-    found = np.array(accuracies(experiment, opcm)) / list(experts.values())
+    opcm = METHODS["opcm"](linear.problem, progress=False)
+    found = np.array(accuracies(linear, opcm)) / list(experts.values())
     assert own.anp["0"] == pytest.approx(found.mean())
     assert (table.groups.str.count(r"\|") + 1 == table.models).all()
     assert set(table[table.how == "k_means"].models) == set(own.models)

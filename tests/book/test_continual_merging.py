@@ -15,21 +15,15 @@ from divmerge_book.studies.continual_merging import (
 from helpers import experiment_of, linear_problem
 from torch.testing import assert_close
 
-from divmerge_core.merging.task_vectors import TaskVectors
 from divmerge_core.methods import METHODS
 
 
-@pytest.fixture
-def experiment(tiny, cache):
-    return experiment_of(linear_problem(num_tasks=4, scale=0.8), tiny)
-
-
 @pytest.mark.parametrize("method", BATCH)
-def test_every_state_is_the_method_on_the_experts_so_far(experiment, method):
+def test_every_state_is_the_method_on_the_experts_so_far(linear, method):
     order = ["task2", "task0", "task3", "task1"]
     options = {"progress": False} if method == "opcm" else {}
-    for count, state in enumerate(merged_models(experiment, method, order), start=1):
-        expected = METHODS[method](experiment.problem.select(order[:count]), **options)
+    for count, state in enumerate(merged_models(linear, method, order), start=1):
+        expected = METHODS[method](linear.problem.select(order[:count]), **options)
         assert_close(state, expected, rtol=1e-9, atol=1e-12)
     assert count == 4
 
@@ -42,19 +36,19 @@ def test_orders_differ_and_are_no_more_than_there_are():
 
 
 def test_identical_experts_are_never_forgotten(tiny, cache):
-    vectors = linear_problem().vectors
-    same = TaskVectors(vectors.layout, vectors.tasks, vectors.base, vectors.deltas[:1].repeat(3, 1))
-    experiment = experiment_of(replace(linear_problem(), vectors=same), tiny)
+    problem = linear_problem()
+    same = problem.vectors.map(lambda deltas: deltas[:1].repeat(3, 1))
+    experiment = experiment_of(replace(problem, vectors=same), tiny)
     found = backward_transfer(continual_merging(experiment, count=3)).set_index("method")
     average = found.loc["running_average"]
     assert (average.bwt == 0).all() and (average[["acc", "ratio"]] == 1).all(axis=None)
 
 
-def test_the_table_follows_every_order_and_sums_forget_it_in_the_end(experiment):
-    table = continual_merging(experiment, count=3)
+def test_the_table_follows_every_order_and_sums_forget_it_in_the_end(linear):
+    table = continual_merging(linear, count=3)
     some = table[(table.method == "opcm") & (table.order == 1)]
     assert list(some.groupby("arrived").task.nunique()) == [1, 2, 3, 4]
-    assert tuple(some[some.arrived == 4].task) == orders(experiment.problem.vectors.tasks, 3)[1]
+    assert tuple(some[some.arrived == 4].task) == orders(linear.problem.vectors.tasks, 3)[1]
     assert some[some.arrived == 1].accuracy.item() == 1  # the expert itself
     found = backward_transfer(table)
     for method in (name for name in BATCH if METHODS.facts[name]["symmetric"]):
@@ -65,10 +59,9 @@ def test_the_table_follows_every_order_and_sums_forget_it_in_the_end(experiment)
 
 def test_backward_transfer_and_accuracy_by_hand():
     values = [(1, "b", 0.9), (2, "b", 0.8), (2, "a", 0.7), (3, "b", 0.6), (3, "a", 0.75)]
-    values += [(3, "c", 0.5)]
-    rows = pd.DataFrame(values, columns=["arrived", "task", "accuracy"]).assign(method="m", order=0)
+    rows = pd.DataFrame([*values, (3, "c", 0.5)], columns=["arrived", "task", "accuracy"])
     whole = {"method": "all", "order": -1, "arrived": 3, "task": "a", "accuracy": 0.4}
-    table = pd.concat([rows, pd.DataFrame([whole])]).assign(expert=0.8)
+    table = pd.concat([rows.assign(method="m", order=0), pd.DataFrame([whole])]).assign(expert=0.8)
     found = backward_transfer(table).set_index("method")
     assert found.acc["m"] == pytest.approx((0.6 + 0.75 + 0.5) / 3)
     assert found.ratio["m"] == pytest.approx((0.6 + 0.75 + 0.5) / 3 / 0.8)

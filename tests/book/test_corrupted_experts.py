@@ -8,7 +8,6 @@ import torch
 from divmerge_book.studies.corrupted_experts import (
     CORRUPTIONS,
     NOISE,
-    SubsetScore,
     auc,
     contaminate,
     corrupted_pools,
@@ -17,18 +16,13 @@ from divmerge_book.studies.corrupted_experts import (
     norm,
     policy,
     shuffled,
-    unit_pool,
+    subset_score,
 )
 from divmerge_book.studies.evaluator import accuracies
-from helpers import experiment_of, linear_problem
+from helpers import linear_experiment, linear_problem
 from torch.testing import assert_close
 
 from divmerge_core.methods import METHODS
-
-
-@pytest.fixture
-def experiment(tiny, cache):
-    return experiment_of(linear_problem(num_tasks=4, scale=0.8), tiny)
 
 
 @pytest.fixture
@@ -55,11 +49,8 @@ def test_corruptions_by_hand(strangers):
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.2, 1), (0.5, 4), (0.6, 6)])
-def test_corrupted_experts_join_the_honest_ones(experiment, strangers, kind, share, count):
-    pool, honest = (
-        contaminate(experiment, kind, share, strangers=strangers),
-        experiment.problem.vectors,
-    )
+def test_corrupted_experts_join_the_honest_ones(linear, strangers, kind, share, count):
+    pool, honest = contaminate(linear, kind, share, strangers=strangers), linear.problem.vectors
     vectors = pool.problem.vectors
     assert pool.bad.tolist() == [False] * 4 + [True] * count
     assert len(set(vectors.tasks)) == 4 + count and vectors.tasks[:4] == honest.tasks
@@ -67,41 +58,40 @@ def test_corrupted_experts_join_the_honest_ones(experiment, strangers, kind, sha
     assert [len(batches) for batches in pool.problem.batches[4:]] == [0] * count
 
 
-def test_a_corrupted_expert_uses_the_head_that_it_claims(experiment, strangers):
+def test_a_corrupted_expert_uses_the_head_that_it_claims(linear, strangers):
     used = []
 
     def forward(parameters, pairs):
         used.extend(task for task, _ in pairs)
-        return experiment.problem.forward(parameters, pairs)
+        return linear.problem.forward(parameters, pairs)
 
-    watched = replace(experiment, problem=replace(experiment.problem, forward=forward))
+    watched = replace(linear, problem=replace(linear.problem, forward=forward))
     problem = contaminate(watched, "flip", 0.5, strangers=strangers).problem
-    problem.logits(problem.vectors.base, 5, experiment.problem.batches[0][0])
+    problem.logits(problem.vectors.base, 5, linear.problem.batches[0][0])
     assert problem.vectors.tasks[5].startswith(f"task{used[0]}, flip")
-
-
-def test_a_pool_is_scored_on_honest_tasks_and_every_subset_once(experiment, strangers):
-    pool = contaminate(experiment, "noise", 0.5, strangers=strangers)
-    score, chosen = SubsetScore(pool), (~pool.bad).tolist()
-    average = METHODS["average"](experiment.problem)
-    assert_close(score.merged(chosen), average)
-    expected = sum(accuracies(experiment, average)) / 4  # experts get all right
-    assert score.test(chosen)["anp"] == pytest.approx(expected)
-    assert score(chosen) == score(chosen)
-    assert score.cost == {"calls": 2, "scored": 1}
-
-
-def test_a_share_of_one_leaves_no_honest_expert(experiment, strangers):
     with pytest.raises(ValueError, match=r"share must be in \[0, 1\)"):
-        contaminate(experiment, "flip", 1.0, strangers=strangers)
+        contaminate(linear, "flip", 1.0, strangers=strangers)
+
+
+def test_a_pool_is_scored_on_honest_tasks_and_every_subset_once(linear, strangers):
+    pool = contaminate(linear, "noise", 0.5, strangers=strangers)
+    score, chosen = subset_score(pool), tuple((~pool.bad).tolist())
+    average = METHODS["average"](linear.problem)
+    assert_close(pool.average(chosen), average)
+    expected = sum(accuracies(linear, average)) / 4  # experts get all right; rows are the same
+    assert score(chosen) == score(chosen) == pytest.approx(expected)
+    assert score.cache_info().misses == 1
 
 
 def test_auc_by_hand():
     bad = torch.tensor([False, False, True, True])
-    assert auc(torch.tensor([3.0, 2.0, 1.0, 0.0]), bad) == 1
-    assert auc(torch.tensor([0.0, 1.0, 2.0, 3.0]), bad) == 0
-    assert auc(torch.tensor([1.0, 1.0, 1.0, 1.0]), bad) == 0.5
-    assert auc(torch.tensor([3.0, 1.0, 2.0, 1.0]), bad) == (1 + 1 + 0 + 0.5) / 4
+    for values, expected in (
+        ([3.0, 2.0, 1.0, 0.0], 1),
+        ([0.0, 1.0, 2.0, 3.0], 0),
+        ([1.0, 1.0, 1.0, 1.0], 0.5),
+        ([3.0, 1.0, 2.0, 1.0], (1 + 1 + 0 + 0.5) / 4),
+    ):
+        assert auc(torch.tensor(values), bad) == expected
     assert math.isnan(auc(torch.tensor([1.0, 2.0]), torch.tensor([False, False])))
 
 
@@ -109,8 +99,7 @@ def test_cosines_and_norms_against_the_others():
     deltas = torch.randn(5, 30, generator=generator(), dtype=torch.float64)
     for number, found in enumerate(cosine(deltas)):
         others = deltas[[n for n in range(5) if n != number]].mean(0)
-        expected = torch.cosine_similarity(deltas[number], others, dim=0)
-        assert found.item() == pytest.approx(expected.item())
+        assert_close(found, torch.cosine_similarity(deltas[number], others, dim=0))
     norms = torch.tensor([1.0, 1.0, 1.0, 3.0, 0.25], dtype=torch.float64)
     assert_close(norm(norms.diag()), -torch.tensor([1.0, 1, 1, 3, 4]).double().log())
 
@@ -118,39 +107,31 @@ def test_cosines_and_norms_against_the_others():
 def test_leaving_one_out_scores_once_all_and_once_each():
     worth, calls = torch.tensor([4.0, 3.0, 2.0, 1.0, -1.0]), []
 
-    def score(chosen: list[bool]) -> float:
+    def score(chosen: tuple[bool, ...]) -> float:
         calls.append(chosen)
-        return float(worth[torch.tensor(chosen)].sum())
+        return float(worth[list(chosen)].sum())
 
     assert_close(leave_one_out(score, 5), worth.double())
     assert len(calls) == 6
 
 
-# --- the policy -----------------------------------------------------------------------------------
-
-
-def test_averages_of_unit_vectors_are_coefficients():
-    found = METHODS["average"](unit_pool(["a", "b", "c"]).select(["a", "c"]))
-    assert found.tolist() == [0.5, 0, 0.5]
-
-
-def test_the_policy_learns_which_experts_are_honest(experiment, strangers):
-    pool = contaminate(experiment, "flip", 0.5, strangers=strangers)
+def test_the_policy_learns_which_experts_are_honest(linear, strangers):
+    pool = contaminate(linear, "flip", 0.5, strangers=strangers)
     good = (~pool.bad).tolist()
 
-    def score(chosen: list[bool]) -> float:
+    def score(chosen: tuple[bool, ...]) -> float:
         return sum((1 if g else -1) for g, c in zip(good, chosen, strict=True) if c) / 8
 
     trust, chosen, rewards = policy(pool, score, steps=150, seed=0)
     assert chosen == good and auc(trust, pool.bad) == 1 and len(rewards) == 150
-    score = shuffled(rewards, 0)
-    found = [score([True]) for _ in rewards]
+    control = shuffled(rewards, 0)
+    found = [control([True]) for _ in rewards]
     assert sorted(found) == sorted(rewards) and found != rewards
 
 
-def test_pools_compare_every_detection(experiment):
-    other = experiment_of(linear_problem(num_tasks=4, scale=0.8, seed=1), experiment.base, "other")
-    table = corrupted_pools({0: (experiment, other)}, shares=(0.0, 0.4), steps=5)
+def test_pools_compare_every_detection(linear):
+    other = linear_experiment(linear.base, 4, digest="other", seed=1)
+    table = corrupted_pools({0: (linear, other)}, shares=(0.0, 0.4), steps=5)
     assert set(table.kind) == {"none", *CORRUPTIONS}
     methods = {"all", "oracle", "cosine", "norm", "leave_one_out", "policy", "shuffled"}
     assert all(set(some.method) == methods for _, some in table.groupby("kind"))

@@ -4,16 +4,16 @@ import pytest
 import torch
 from divmerge_book.interference.weights import (
     by_group,
+    columns,
     cosine,
     decay_only,
+    grouped,
     kind_of,
     magnitude_overlap,
     mean_with_others,
     norms_by_group,
-    places,
     sign_conflict,
     trained,
-    upper,
 )
 from helpers import linear_problem
 from torch.testing import assert_close
@@ -31,22 +31,15 @@ def random_rows(count: int = 3, size: int = 50) -> torch.Tensor:
 pairwise = pytest.mark.parametrize("function", [cosine, sign_conflict, magnitude_overlap])
 
 
-def test_a_vector_has_cosine_one_with_itself_and_minus_one_with_its_negation():
+@pytest.mark.parametrize(
+    ("function", "itself", "negation"),
+    [(cosine, 1, -1), (sign_conflict, 0, 1), (magnitude_overlap, 1, 1)],
+)
+def test_a_vector_beside_itself_and_its_negation(function, itself, negation):
     (row,) = random_rows(1)
-    expected = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
-    assert_close(cosine(torch.stack([row, -row])), expected)
-
-
-def test_a_vector_never_conflicts_with_itself_and_always_with_its_negation():
-    (row,) = random_rows(1)
-    expected = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
-    assert_close(sign_conflict(torch.stack([row, -row])), expected, rtol=0, atol=0)
-
-
-def test_cosines_by_hand():
-    deltas = torch.tensor([[3.0, 4.0], [4.0, 3.0], [-4.0, 3.0]])
-    expected = torch.tensor([[1.0, 0.96, 0.0], [0.96, 1.0, -0.28], [0.0, -0.28, 1.0]])
-    assert_close(cosine(deltas), expected)
+    expected = [[itself, negation], [negation, itself]]
+    found = function(torch.stack([row, -3 * row]))
+    assert_close(found, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_cosines_are_those_of_torch_for_every_pair():
@@ -61,93 +54,39 @@ def test_sign_conflict_by_hand_leaves_out_what_either_vector_leaves_unchanged():
     # 1 and 2: places 0 and 1, opposite in both.
     expected = torch.tensor([[0, 1 / 2, 1 / 3], [1 / 2, 0, 1], [1 / 3, 1, 0]])
     assert_close(sign_conflict(deltas), expected)
+    tiny = torch.tensor([[1e-30, 1e-30], [-1e-30, 1e-30]])  # their product is 0 in float32
+    assert sign_conflict(tiny)[0, 1] == 0.5
 
 
-def test_tiny_parameters_count_like_any_other():
-    deltas = torch.tensor([[1e-30, 1e-30], [-1e-30, 1e-30]])  # their product is 0 in float32
-    assert sign_conflict(deltas)[0, 1] == 0.5
-
-
-@pytest.mark.parametrize("value", [0.1, 1.0, 7.0])
 @pairwise
-def test_scaling_task_vectors_changes_nothing(function, value):
+def test_a_measure_is_symmetric_of_the_dtype_given_and_zero_beside_a_zero_vector(function):
     deltas = random_rows()
-    assert_close(function(value * deltas), function(deltas))
-
-
-@pairwise
-def test_the_matrix_is_symmetric_and_of_the_dtype_given(function):
-    deltas = random_rows().float()
     found = function(deltas)
-    assert found.shape == (3, 3) and found.dtype == torch.float32
+    for value in (0.1, 7.0):
+        assert_close(function(value * deltas), found)
+    assert found.shape == (3, 3) and function(deltas.float()).dtype == torch.float32
     assert_close(found, found.T)
-
-
-@pairwise
-def test_a_zero_task_vector_stands_in_no_relation(function):
-    deltas = random_rows(2)
     deltas[1] = 0
-    assert_close(function(deltas)[1], torch.zeros(2, dtype=torch.float64))
+    assert_close(function(deltas)[1], torch.zeros(3, dtype=torch.float64))
     assert torch.isfinite(function(deltas)).all()
-
-
-def test_norms_by_group_by_hand():
-    layout = Layout(("head.weight", "encoder.layer.0.weight", "head.bias"), ((2,), (1, 2), (1,)))
-    deltas = torch.tensor([[1.0, 2.0, 3.0, 4.0, 2.0], [0.0, 0.0, -6.0, 8.0, 0.0]])
-    vectors = TaskVectors(layout, ("a", "b"), torch.zeros(5), deltas)
-    assert groups_of(layout, "block")[0] == ("head", "encoder.layer.0")
-    assert_close(norms_by_group(vectors, "block"), torch.tensor([[3.0, 5.0], [0.0, 10.0]]))
-
-
-@pytest.mark.parametrize("grouping", GROUPINGS)
-def test_squared_norms_of_the_groups_add_up_to_the_whole(grouping):
-    vectors = linear_problem().vectors
-    found = norms_by_group(vectors, grouping)
-    assert found.shape == (3, len(groups_of(vectors.layout, grouping)[0]))
-    assert_close(found.square().sum(dim=1).sqrt(), vectors.norms())
-
-
-def test_an_unknown_grouping_is_refused_with_the_choices():
-    with pytest.raises(UnknownName, match="blok.*choose one of.*block"):
-        norms_by_group(linear_problem().vectors, "blok")
-
-
-def test_norms_of_millions_of_parameters_are_exact_to_six_digits():
-    size = 4_000_000
-    deltas = 1e-3 * torch.randn(1, size, generator=torch.Generator().manual_seed(0))
-    vectors = TaskVectors(Layout(("w",), ((size,),)), ("a",), torch.zeros(size), deltas)
-    exact = deltas.double().norm().float()
-    assert_close(norms_by_group(vectors, "task")[0, 0], exact, rtol=1e-6, atol=0)
-
-
-# --- magnitude overlap ----------------------------------------------------------------------------
-
-
-def test_a_vector_shares_all_its_largest_entries_with_any_multiple_of_itself():
-    (row,) = random_rows(1)
-    assert_close(
-        magnitude_overlap(torch.stack([row, -3 * row])), torch.ones(2, 2, dtype=torch.float64)
-    )
 
 
 def test_magnitude_overlap_by_hand():
     deltas = torch.tensor([[5.0, -4.0, 1.0, 2.0, 0.0], [1.0, 6.0, -7.0, 2.0, 9.0]])
     # The last place is left out: the first vector stands still there. Of the other four, the two
     # largest are places 0 and 1 for the first, 1 and 2 for the second: they share one.
-    assert magnitude_overlap(deltas, share=0.5)[0, 1] == 0.5
-    assert magnitude_overlap(deltas, share=0.25)[0, 1] == 0
-    assert magnitude_overlap(deltas, share=1.0)[0, 1] == 1
-
-
-def test_of_equal_entries_the_first_count_and_no_more_than_asked():
-    deltas = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 2.0, 2.0]])
-    assert magnitude_overlap(deltas, share=0.5)[0, 1] == 0
+    for share, expected in ((0.5, 0.5), (0.25, 0), (1.0, 1)):
+        assert magnitude_overlap(deltas, share=share)[0, 1] == expected
+    ties = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 2.0, 2.0]])  # the first two count
+    assert magnitude_overlap(ties, share=0.5)[0, 1] == 0
+    for share in (0.0, -0.1, 1.5):
+        with pytest.raises(ValueError, match="share must be in"):
+            magnitude_overlap(deltas, share=share)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
 def test_by_chance_the_overlap_is_the_share_itself(share):
-    generator = torch.Generator().manual_seed(0)
-    deltas = torch.randn(2, 200_000, generator=generator)
+    deltas = torch.randn(2, 200_000, generator=torch.Generator().manual_seed(0))
     count = share * 200_000  # a hypergeometric count of this many draws and this many marked
     deviation = (count * share * (1 - share) ** 2) ** 0.5 / count
     assert abs(magnitude_overlap(deltas, share=share)[0, 1].item() - share) < 4 * deviation
@@ -155,45 +94,35 @@ def test_by_chance_the_overlap_is_the_share_itself(share):
 
 def test_the_slow_count_of_shared_places_is_the_same():
     deltas = random_rows(3, 40)
-    found = magnitude_overlap(deltas, share=0.3)
     tops = [set(row.abs().argsort(descending=True)[:12].tolist()) for row in deltas]
     slow = [[len(one & other) / 12 for other in tops] for one in tops]
+    found = magnitude_overlap(deltas, share=0.3)
     assert_close(found, torch.tensor(slow, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("share", [0.0, -0.1, 1.5])
-def test_a_share_outside_its_range_is_refused(share):
-    with pytest.raises(ValueError, match="share must be in"):
-        magnitude_overlap(random_rows(2), share=share)
-
-
-# --- untouched words ------------------------------------------------------------------------------
-
-
-def word_vectors(*rows: list[list[float]], base: list[list[float]]) -> TaskVectors:
-    """Task vectors of an embedding matrix alone, and one linear layer of the same shape."""
-    shape = (len(base), len(base[0]))
-    layout = Layout(
-        ("embeddings.word_embeddings.weight", "encoder.layer.0.dense.weight"), (shape,) * 2
-    )
-    flat = torch.tensor(base, dtype=torch.float64).flatten()
-    deltas = torch.stack([torch.tensor(row, dtype=torch.float64).flatten() for row in rows])
-    names = tuple(f"task{n}" for n in range(len(rows)))
-    return TaskVectors(layout, names, flat.repeat(2), deltas.repeat(1, 2))
-
-
-BASE = [[2.0, 2.0], [1.0, -1.0], [0.0, 3.0]]
+def word_vectors(*rows: list[list[float]]) -> TaskVectors:
+    """Task vectors of an embedding matrix of three words, and a linear layer of the same shape."""
+    names = ("embeddings.word_embeddings.weight", "encoder.layer.0.dense.weight")
+    base = torch.tensor([2.0, 2.0, 1.0, -1.0, 0.0, 3.0], dtype=torch.float64)
+    deltas = torch.tensor(rows, dtype=torch.float64).flatten(1)
+    tasks = tuple(f"task{n}" for n in range(len(rows)))
+    return TaskVectors(Layout(names, ((3, 2),) * 2), tasks, base.repeat(2), deltas.repeat(1, 2))
 
 
 def test_rows_that_only_shrank_or_stood_still_are_untouched():
     decay = [[-0.2, -0.2], [0.5, 0.1], [0.0, 0.0]]  # decayed; learned; unchanged
     grown = [[0.2, 0.2], [-0.1, 0.1], [0.0, -0.3]]  # grown, not decay_only; decayed; decayed
-    mark = decay_only(word_vectors(decay, grown, base=BASE))
+    mark = decay_only(word_vectors(decay, grown))
     rows = mark.unflatten(1, (2, 3, 2))
     assert rows[0, 0].all(dim=1).tolist() == [True, False, True]
     assert rows[1, 0].all(dim=1).tolist() == [False, True, True]
     assert torch.equal(rows.all(dim=3), rows.any(dim=3)), "a row is marked as a whole"
     assert not mark[:, 6:].any(), "a linear layer has no words"
+    small = word_vectors([[-0.002, -0.002], [0.5, 0.1], [0.0, 0.0]])
+    assert_close(trained(small).norms(), small.norms(), rtol=1e-4, atol=0)
+    for tolerance in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="tolerance must be in"):
+            decay_only(small, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("lr", [1e-4, 5e-4])
@@ -215,21 +144,6 @@ def test_weight_decay_in_float32_is_found_and_leaves_nothing_to_conflict(lr):
     assert not mark[0, :20].any() and not mark[1, 20:40].any()
     assert sign_conflict(vectors.deltas)[0, 1] < 0.2, "decay agrees with itself"
     assert sign_conflict(trained(vectors).deltas)[0, 1] == 0, "no word was learned by both"
-
-
-def test_leaving_untouched_words_out_hardly_changes_a_length():
-    decay = [[-0.002, -0.002], [0.5, 0.1], [0.0, 0.0]]
-    vectors = word_vectors(decay, decay, base=BASE)
-    assert_close(trained(vectors).norms(), vectors.norms(), rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("tolerance", [-0.1, 1.0])
-def test_a_tolerance_outside_its_range_is_refused(tolerance):
-    with pytest.raises(ValueError, match="tolerance must be in"):
-        decay_only(linear_problem().vectors, tolerance=tolerance)
-
-
-# --- by place -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -256,7 +170,7 @@ def test_places_are_depth_and_kind_in_the_order_of_the_layout():
         *("encoder.layer.0.attention.self.query.weight", "encoder.layer.0.output.dense.weight"),
         *("encoder.layer.0.output.LayerNorm.weight", "encoder.layer.1.attention.self.key.weight"),
     )
-    found, numbers = places(Layout(names, ((1,),) * 6))
+    found, numbers = grouped(Layout(names, ((1,),) * 6), "place")
     assert found == (
         *("embeddings embedding", "embeddings norm", "encoder.layer.0 attention"),
         *("encoder.layer.0 MLP", "encoder.layer.0 norm", "encoder.layer.1 attention"),
@@ -264,32 +178,49 @@ def test_places_are_depth_and_kind_in_the_order_of_the_layout():
     assert numbers == (0, 1, 2, 3, 4, 5)
 
 
+def test_norms_by_group_by_hand():
+    layout = Layout(("head.weight", "encoder.layer.0.weight", "head.bias"), ((2,), (1, 2), (1,)))
+    deltas = torch.tensor([[1.0, 2.0, 3.0, 4.0, 2.0], [0.0, 0.0, -6.0, 8.0, 0.0]])
+    vectors = TaskVectors(layout, ("a", "b"), torch.zeros(5), deltas)
+    assert groups_of(layout, "block")[0] == ("head", "encoder.layer.0")
+    assert_close(norms_by_group(vectors, "block"), torch.tensor([[3.0, 5.0], [0.0, 10.0]]))
+
+
+@pytest.mark.parametrize("grouping", [*GROUPINGS, "place"])
+def test_squared_norms_and_inner_products_of_the_groups_add_up_to_the_whole(grouping):
+    vectors = linear_problem().vectors
+    angles, norms = by_group(cosine, vectors, grouping), norms_by_group(vectors, grouping)
+    assert norms.shape == (3, len(columns(vectors.layout, grouping)))
+    inner = (angles * norms.T[:, :, None] * norms.T[:, None, :]).sum(dim=0)
+    assert_close(inner, vectors.deltas @ vectors.deltas.T)
+
+
+def test_an_unknown_grouping_is_refused_with_the_choices():
+    with pytest.raises(UnknownName, match="blok.*choose one of.*block"):
+        norms_by_group(linear_problem().vectors, "blok")
+
+
+def test_norms_of_millions_of_parameters_are_exact_to_six_digits():
+    size = 4_000_000
+    deltas = 1e-3 * torch.randn(1, size, generator=torch.Generator().manual_seed(0))
+    vectors = TaskVectors(Layout(("w",), ((size,),)), ("a",), torch.zeros(size), deltas)
+    exact = deltas.double().norm().float()
+    assert_close(norms_by_group(vectors, "task")[0, 0], exact, rtol=1e-6, atol=0)
+
+
 @pairwise
 def test_a_measure_by_group_is_the_measure_of_what_stands_in_the_group(function):
     vectors = linear_problem().vectors
-    names, numbers = groups_of(vectors.layout, "block")
-    found = by_group(function, vectors, "block")
-    assert found.shape == (len(names), 3, 3)
-    for number in range(len(names)):
-        parts = [
-            vectors.deltas[:, start:stop]
-            for (start, stop), own in zip(vectors.layout.bounds, numbers, strict=True)
-            if own == number
-        ]
-        assert_close(found[number], function(torch.cat(parts, dim=1)))
+    found, groups = by_group(function, vectors, "block"), columns(vectors.layout, "block")
+    assert [name for name, _ in groups] == list(groups_of(vectors.layout, "block")[0])
+    for values, (_, slices) in zip(found, groups, strict=True):
+        parts = torch.cat([vectors.deltas[:, place] for place in slices], dim=1)
+        assert_close(values, function(parts))
     assert_close(by_group(function, vectors, "task")[0], function(vectors.deltas))
-
-
-def test_inner_products_of_the_groups_add_up_to_the_whole():
-    vectors = linear_problem().vectors
-    angles, norms = by_group(cosine, vectors, "place"), norms_by_group(vectors, "place")
-    inner = (angles * norms.T[:, :, None] * norms.T[:, None, :]).sum(dim=0)
-    assert_close(inner, vectors.deltas @ vectors.deltas.T)
 
 
 def test_the_mean_with_others_leaves_the_task_itself_out():
     pairs = torch.tensor([[9.0, 1.0, 2.0], [1.0, 9.0, 3.0], [2.0, 3.0, 9.0]])
     assert_close(mean_with_others(pairs), torch.tensor([1.5, 2.0, 2.5]))
-    assert upper(pairs) == [1.0, 2.0, 3.0]
     with pytest.raises(ValueError, match="two tasks or more"):
         mean_with_others(pairs[:1, :1])

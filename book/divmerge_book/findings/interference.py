@@ -6,7 +6,7 @@ from divmerge_book.evaluation.statistics import format_correlation
 from divmerge_book.figures import title
 from divmerge_book.figures.conflict import place_label
 from divmerge_book.findings import listed, missing, scores, span
-from divmerge_book.studies.pairwise_interference import RULES, matrix
+from divmerge_book.studies.landscapes import RULES, matrix
 
 CHANCE = 0.05  # sign conflicts this near to one half are called near a coin's
 

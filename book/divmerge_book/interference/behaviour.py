@@ -45,11 +45,9 @@ def disentanglement_error(
                                f(x; \theta_0 + \textstyle\sum_u \lambda_u \tau_u)\bigr)
     $$
 
-    splits: one per task; labels are not used. At least 0; at most T with `disagreement` and
-    T log 2 with `js`. Raises ValueError for another number of coefficients or splits than tasks,
-    and for an unknown distance.
-
-    Source: Ortiz-Jimenez et al. 2023 (arXiv 2305.12827), §3, for T = 2.
+    splits: one per task; labels are not used. 0 to T with `disagreement`, to T log 2 with `js`.
+    Raises ValueError for another number of coefficients or splits than tasks, and for an unknown
+    distance. Source: Ortiz-Jimenez et al. 2023 (arXiv 2305.12827), §3, for T = 2.
     """
     tasks = problem.vectors.tasks
     if len(coefficients) != len(tasks) or len(splits) != len(tasks) or distance not in DISTANCES:
@@ -69,10 +67,9 @@ def barrier(losses: Sequence[float | int], *, reference: str = "mean") -> float:
     """Loss barrier along the segment between two models, in the loss's unit; at least 0.
 
     losses: at evenly spaced points, both ends included. reference: `mean` subtracts the mean loss
-    of the two ends (Frankle et al. 2020, §2), so a straight slope has half its height as barrier.
-    `chord` subtracts the linear interpolation of the ends at every point (Entezari et al. 2022),
-    which gives 0 for every convex loss. Raises ValueError for fewer than two values and for an
-    unknown reference.
+    of the two ends (Frankle et al. 2020, §2), so a straight slope has half its height as barrier;
+    `chord` subtracts the linear interpolation of the ends (Entezari et al. 2022), which gives 0 for
+    every convex loss. Raises ValueError for fewer than two values and for an unknown reference.
     """
     if len(losses) < 2 or reference not in ("mean", "chord"):
         raise ValueError(

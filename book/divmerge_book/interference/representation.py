@@ -13,16 +13,16 @@ from divmerge_core.merging.problem import MergeProblem
 def hidden_states(
     problem: MergeProblem, flat: Float[Tensor, " N"], split: LabelledSplit
 ) -> Float[Tensor, "L B H"]:
-    """Output of the embeddings and of every layer, mean over tokens that are not padding.
+    """Outputs of the embeddings and of every layer, mean over tokens that are not padding; float32.
 
-    L is 1 plus the number of layers, B the rows of the split in its order; float32. Raises
-    ValueError where the problem has no module that returns hidden states.
+    The B rows of the split are in its order. Raises ValueError where the problem has no module that
+    returns hidden states.
     """
-    parameters, parts = problem.vectors.layout.unflatten(flat), []
     if not hasattr(problem.module, "config"):
         raise ValueError(
             "hidden states come from a transformers encoder: give MergeProblem its `module`"
         )
+    parameters, parts = problem.vectors.layout.unflatten(flat), []
     for batch in split.batches:
         inputs = {**batch.inputs, "output_hidden_states": True}
         states = functional_call(problem.module, parameters, kwargs=inputs).hidden_states
@@ -32,10 +32,7 @@ def hidden_states(
 
 
 def hsic(x: Float[Tensor, "n n"], y: Float[Tensor, "n n"]) -> Float[Tensor, ""]:
-    """Unbiased Hilbert-Schmidt independence criterion of two kernel matrices.
-
-    Diagonals are not used. Source: Song et al. 2012, Eq. 5.
-    """
+    """Unbiased Hilbert-Schmidt independence criterion of two kernel matrices (Song 2012, Eq. 5)."""
     n = len(x)
     x, y = (kernel - torch.diag(kernel.diagonal()) for kernel in (x, y))
     both = x.sum() * y.sum() / ((n - 1) * (n - 2)) - 2 * (x.sum(0) @ y.sum(0)) / (n - 2)
@@ -46,9 +43,9 @@ def cka(x: Float[Tensor, "n H"], y: Float[Tensor, "m K"]) -> float:
     """Debiased linear centred kernel alignment of two representations of the same n inputs.
 
     1 where they are equal up to rotation, reflection, translation and scale; about 0 where they are
-    independent, also for few inputs and many dimensions; it may be slightly negative. 0 where a
-    representation is the same for all inputs. Raises ValueError for fewer than 4 inputs, or unequal
-    numbers. Source: Kornblith et al. 2019 (arXiv 1905.00414); debiased after Nguyen et al. 2021.
+    independent, also for few inputs and many dimensions; 0 where one is constant. Raises ValueError
+    for fewer than 4 inputs, or unequal numbers. Source: Kornblith et al. 2019 (arXiv 1905.00414);
+    debiased after Nguyen et al. 2021.
     """
     if len(x) != len(y) or len(x) < 4:
         raise ValueError(
@@ -61,12 +58,10 @@ def cka(x: Float[Tensor, "n H"], y: Float[Tensor, "m K"]) -> float:
 
 
 def shift(expert: Float[Tensor, "n H"], merged: Float[Tensor, "n H"]) -> float:
-    """Root mean square distance between both representations, over the expert's own spread.
+    """Root mean square distance between both representations, in units of the expert's own spread.
 
-    The spread is the root mean square distance of the expert's representations from their mean.
-    Unlike `cka`, it includes translations and rotations. Raises ValueError where the expert's
-    representation is the same for all inputs. After the representation bias of Yang et al. 2024
-    (arXiv 2402.02705), normalised.
+    The spread is their root mean square distance from their mean. Raises ValueError where it is 0.
+    After the representation bias of Yang et al. 2024 (arXiv 2402.02705), normalised.
     """
     spread = (expert - expert.mean(0)).double().square().sum(1).mean()
     if not spread > 0:

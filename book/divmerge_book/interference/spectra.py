@@ -17,8 +17,8 @@ RESIDUAL = 0.05  # of Marczak et al. 2025
 def gram(matrix: Float[Tensor, "M K"]) -> tuple[Float[Tensor, " r"], Float[Tensor, "r r"]]:
     """Squared singular values, largest first, and singular vectors of the matrix's shorter side.
 
-    r = min(M, K). From the eigenvalues of D D^T or D^T D in float64, which is much faster than an
-    SVD of 30 thousand rows. Squares below 1e-15 of the largest are rounding errors.
+    From the eigenvalues of D D^T or D^T D in float64, much faster than an SVD of 30 thousand rows;
+    squares below 1e-15 of the largest are rounding errors.
     """
     wide = matrix.double()
     small = wide @ wide.T if matrix.shape[0] <= matrix.shape[1] else wide.T @ wide
@@ -38,10 +38,7 @@ def stable_rank(values: Float[Tensor, " r"]) -> float:
 
 
 def effective_rank(values: Float[Tensor, " r"]) -> float:
-    """exp of the entropy of normalised singular values: 1 to r, and 0 for a zero matrix.
-
-    Source: Roy and Vetterli 2007.
-    """
+    """exp of the entropy of normalised singular values: 1 to r, 0 for a zero matrix (Roy 2007)."""
     shares = values / values.sum()
     return float(torch.special.entr(shares).sum().exp()) if values.any() else 0.0
 
@@ -64,12 +61,11 @@ def alignment(
     *,
     residual: float = RESIDUAL,
 ) -> list[float]:
-    r"""Subspace alignment ratio (SAR) of every other matrix with this one.
+    """Subspace alignment ratio (SAR) of every other matrix with this one, 0 to 1.
 
     SAR(D; M) = ||U_k U_k^T D||_F / ||D||_F, with U_k the k dominant left singular vectors of M (see
-    `dominant`). 1 where D's columns lie in the column space of M, 0 where they are orthogonal to it
-    or D is zero; invariant to the scale of both. Source: Marczak et al. 2025 (arXiv 2502.04959),
-    Eq. 5 and 6. Derived in notebooks/12_interference.
+    `dominant`); 0 where D is zero. Source: Marczak et al. 2025 (arXiv 2502.04959), Eq. 5 and 6.
+    Derived in notebooks/12_interference.
     """
     squares, directions = gram(matrix)
     count = dominant(squares, residual)
@@ -90,20 +86,12 @@ def inner_matrices(vectors: TaskVectors) -> dict[str, Float[Tensor, "T M K"]]:
     }
 
 
-def spectra(vectors: TaskVectors) -> dict[str, Float[Tensor, "T r"]]:
-    """Singular values of every task's change of every linear layer, by the matrix's name."""
-    return {
-        name: torch.stack([singular_values(delta) for delta in deltas])
-        for name, deltas in inner_matrices(vectors).items()
-    }
-
-
 def mean_alignment(
     vectors: TaskVectors, change: Float[Tensor, " N"], *, residual: float = RESIDUAL
 ) -> list[float]:
-    """Every task's SAR with a merged model's change, mean over linear layers.
+    """Every task's SAR with a change of the base's parameters, mean over linear layers.
 
-    change: merged parameters minus the base's. Raises ValueError where there is no linear layer.
+    Raises ValueError where there is no linear layer.
     """
     merged = vectors.layout.unflatten(change)
     rows = [
@@ -116,10 +104,7 @@ def mean_alignment(
 
 
 def alignment_between(vectors: TaskVectors, *, residual: float = RESIDUAL) -> Float[Tensor, "T T"]:
-    """SAR of every task's change with every other task's, mean over linear layers.
-
-    Entry [i, j]: SAR of task i's matrices with task j's; not symmetric.
-    """
+    """[i, j]: SAR of task i's matrices with task j's, mean over linear layers; not symmetric."""
     rows = [mean_alignment(vectors, one, residual=residual) for one in dense(vectors.deltas)]
     return torch.tensor(rows, dtype=torch.float64).T
 

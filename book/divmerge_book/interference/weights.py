@@ -1,6 +1,6 @@
 """Task vectors compared: cosine, sign conflict, magnitude overlap, and norms by group."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,23 +15,21 @@ Groups = tuple[tuple[str, ...], tuple[int, ...]]  # names, and each tensor's gro
 Pairwise = Callable[[Float[Tensor, "T n"]], Float[Tensor, "T T"]]
 
 
-# --- two task vectors -----------------------------------------------------------------------------
-
-
 def cosine(deltas: Float[Tensor, "T N"]) -> Float[Tensor, "T T"]:
-    """Cosine similarity of every two task vectors; 0 where one of them is zero.
-
-    Derived in notebooks/01_task_vectors.
-    """
+    """Cosine similarity of every two task vectors; 0 beside a zero vector (chapter 01)."""
     inner = deltas @ deltas.T  # [T, T]
     norms = inner.diagonal().sqrt()
     return (inner / torch.outer(norms, norms)).nan_to_num(nan=0.0).clamp(-1, 1)
 
 
+def gram(values: Float[Tensor, "T N"]) -> Float[Tensor, "T T"]:
+    """Inner products of small whole numbers: float32 counts exactly up to 2**24."""
+    return sum((part @ part.T).double() for part in values.split(2**20, dim=1))
+
+
 def both_nonzero(deltas: Float[Tensor, "T N"]) -> Float[Tensor, "T T"]:
     """Number of parameters that two task vectors both change, float64."""
-    changed = (deltas != 0).float()  # float32 counts exactly up to 2**24
-    return sum((part @ part.T).double() for part in changed.split(2**20, dim=1))
+    return gram((deltas != 0).float())
 
 
 def sign_conflict(deltas: Float[Tensor, "T N"]) -> Float[Tensor, "T T"]:
@@ -39,31 +37,28 @@ def sign_conflict(deltas: Float[Tensor, "T N"]) -> Float[Tensor, "T T"]:
 
     Source: Yadav et al. 2023, §3. Derived in notebooks/01_task_vectors.
     """
-    signs = deltas.sign()  # the product of two tiny numbers would underflow
-    agreed = sum((part @ part.T).double() for part in signs.split(2**20, dim=1))
+    agreed = gram(deltas.sign())  # the product of two tiny numbers would underflow
     counted = both_nonzero(deltas)
     return ((counted - agreed) / 2 / counted.clamp(min=1)).to(deltas.dtype)
 
 
 def magnitude_overlap(deltas: Float[Tensor, "T N"], *, share: float = 0.2) -> Float[Tensor, "T T"]:
-    """Share of one task vector's largest entries that are among the other's largest too.
+    """Share of one task vector's largest entries that are among the other's largest too, 0 to 1.
 
     Of the n entries that both change, each vector's k = round(share * n) largest by magnitude (at
-    least one) are compared; ties go to the first. Between 0 and 1: 1 on the diagonal, k / n in
-    expectation for independent positions, and 0 where both change nothing. Raises ValueError unless
-    share is in (0, 1]. Derived in notebooks/12_interference.
+    least one) are compared: k / n in expectation for independent positions, 0 where both change
+    nothing. Raises ValueError unless share is in (0, 1]. Derived in notebooks/12_interference.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {share}; 0.2 compares the largest fifths")
     overlap = deltas.new_zeros(len(deltas), len(deltas))
-    for s, one in enumerate(deltas):
-        for t in range(s, len(deltas)):
-            both = (one != 0) & (deltas[t] != 0)
-            if not both.any():
-                continue
-            count = max(1, round(share * int(both.sum())))
-            masks = [leading(row[both], count) for row in (one, deltas[t])]
-            overlap[s, t] = overlap[t, s] = int((masks[0] & masks[1]).sum()) / count
+    for s, t in torch.triu_indices(*overlap.shape).T.tolist():
+        both = (deltas[s] != 0) & (deltas[t] != 0)
+        if not both.any():
+            continue
+        count = max(1, round(share * int(both.sum())))
+        one, other = (leading(deltas[task][both], count) for task in (s, t))
+        overlap[s, t] = overlap[t, s] = int((one & other).sum()) / count
     return overlap
 
 
@@ -76,17 +71,13 @@ def leading(values: Float[Tensor, " n"], count: int) -> Bool[Tensor, " n"]:
     return mask
 
 
-# --- embedding rows that only weight decay changed ------------------------------------------------
-
-
 def decay_only(vectors: TaskVectors, *, tolerance: float = 0.1) -> Bool[Tensor, "T N"]:
     """Mask of embedding rows that only weight decay changed, or nothing at all.
 
-    A word that no training text contains has no gradient, so AdamW's decay makes its row of the
-    task vector a multiple -epsilon of the base's row, up to rounding. A row counts where the
-    residual of that fit is at most `tolerance` of the row's norm: rounding in float32 leaves up to
-    0.02, one gradient nearly 1. Raises ValueError unless tolerance is in [0, 1). Derived in
-    notebooks/12_interference.
+    A word that no training text contains has no gradient, so AdamW makes its row of the task vector
+    a multiple -epsilon of the base's. A row counts where the residual of that fit is at most
+    `tolerance`, in [0, 1), of its norm: rounding in float32 leaves up to 0.02, one gradient nearly
+    1. Derived in notebooks/12_interference.
     """
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance must be in [0, 1), got {tolerance}; 0.1 is a tenth")
@@ -106,17 +97,11 @@ def decay_only(vectors: TaskVectors, *, tolerance: float = 0.1) -> Bool[Tensor, 
     return mask
 
 
-def trained(vectors: TaskVectors, *, tolerance: float = 0.1) -> TaskVectors:
-    """The task vectors with zeros in the rows of `decay_only`.
-
-    Measures that skip zeros (`sign_conflict`, `magnitude_overlap`) then count only what both tasks
-    learned; cosines and norms hardly change.
-    """
-    mask = decay_only(vectors, tolerance=tolerance)
+def trained(vectors: TaskVectors) -> TaskVectors:
+    """The task vectors with zeros in the rows of `decay_only`, so that measures skip them."""
+    mask = decay_only(vectors)
     return vectors.map(lambda deltas: deltas.masked_fill(mask, 0))
 
-
-# --- by group of parameters -----------------------------------------------------------------------
 
 KINDS = {  # of a tensor, by the first part of its name that matches
     **{"norm": "norm", "embedding": "embedding", "attention": "attention", "attn": "attention"},
@@ -125,61 +110,43 @@ KINDS = {  # of a tensor, by the first part of its name that matches
 
 
 def kind_of(name: str) -> str:
-    """The kind of a BERT-like tensor: norm, embedding, attention, MLP or other.
-
-    >>> kind_of("encoder.layer.0.attention.output.dense.weight")
-    'attention'
-    """
+    """The kind of a BERT-like tensor: norm, embedding, attention, MLP or other."""
     return next((kind for part, kind in KINDS.items() if part in name.lower()), "other")
 
 
-def places(layout: Layout) -> Groups:
-    """Groups of tensors by depth and kind, in the layout's order: `encoder.layer.0 attention`.
-
-    Tensors outside the blocks are grouped by kind.
-    """
-    names, numbers = groups_of(layout, "block")
-    blocks = [names[number] for number in numbers]
+def grouped(layout: Layout, grouping: str) -> Groups:
+    """Groups of a grouping, or of `place`: depth and kind, such as `encoder.layer.0 attention`."""
+    if grouping != "place":
+        return groups_of(layout, grouping)
+    blocks, numbers = groups_of(layout, "block")
     blocks = [block if block[-1:].isdigit() else block.split(".")[0] for block in blocks]
-    labels = [f"{block} {kind_of(n)}" for block, n in zip(blocks, layout.names, strict=True)]
+    labels = [f"{blocks[n]} {kind_of(t)}" for n, t in zip(numbers, layout.names, strict=True)]
     names = tuple(dict.fromkeys(labels))
     return names, tuple(map(names.index, labels))
 
 
-def grouped(layout: Layout, grouping: str | Groups) -> Groups:
-    """Groups of a grouping's name; `place` groups by depth and kind. Groups are returned as is."""
-    if not isinstance(grouping, str):
-        return grouping
-    return places(layout) if grouping == "place" else groups_of(layout, grouping)
-
-
-def columns(layout: Layout, grouping: str | Groups) -> list[tuple[str, list[slice]]]:
+def columns(layout: Layout, grouping: str) -> list[tuple[str, list[slice]]]:
     """Every group's name and its tensors' slices of the flat vector."""
     names, numbers = grouped(layout, grouping)
-    found: list[tuple[str, list[slice]]] = [(name, []) for name in names]
-    for (start, stop), number in zip(layout.bounds, numbers, strict=True):
-        found[number][1].append(slice(start, stop))
-    return found
+    places = list(zip(numbers, (slice(*ends) for ends in layout.bounds), strict=True))
+    return [(name, [place for g, place in places if g == n]) for n, name in enumerate(names)]
 
 
-def norms_by_group(vectors: TaskVectors, grouping: str | Groups) -> Float[Tensor, "T G"]:
-    """Euclidean norm of every task vector within each group of parameters.
+def norms_by_group(vectors: TaskVectors, grouping: str) -> Float[Tensor, "T G"]:
+    """Norm of every task vector within each group: of a grouping in GROUPINGS, or of `place`.
 
-    grouping: a name in GROUPINGS, `place` (depth and kind), or groups. Raises ValueError for an
-    unknown grouping. Derived in notebooks/01_task_vectors.
+    Raises ValueError for an unknown grouping. Derived in notebooks/01_task_vectors.
     """
-    deltas, groups = dense(vectors.deltas), columns(vectors.layout, grouping)
-    squares = deltas.new_zeros(len(vectors.tasks), len(groups))
-    for group, (_, slices) in enumerate(groups):
-        for place in slices:
-            # `norm` adds up millions of numbers with an error of 2e-4 in float32; `sum` does not
-            squares[:, group] += deltas[:, place].square().sum(dim=1)
-    return squares.sqrt()
+    # `norm` adds up millions of numbers with an error of 2e-4 in float32; `sum` does not
+    deltas = dense(vectors.deltas)
+    squares = [
+        sum(deltas[:, place].square().sum(dim=1) for place in slices)
+        for _, slices in columns(vectors.layout, grouping)
+    ]
+    return torch.stack(squares, dim=1).sqrt()
 
 
-def by_group(
-    measure: Pairwise, vectors: TaskVectors, grouping: str | Groups
-) -> Float[Tensor, "G T T"]:
+def by_group(measure: Pairwise, vectors: TaskVectors, grouping: str) -> Float[Tensor, "G T T"]:
     """A measure of pairs of task vectors, such as `cosine`, within each group of parameters."""
     deltas, groups = dense(vectors.deltas), columns(vectors.layout, grouping)
     return torch.stack(
@@ -188,16 +155,8 @@ def by_group(
 
 
 def mean_with_others(pairs: Float[Tensor, "*G T T"]) -> Float[Tensor, "*G T"]:
-    """Every task's mean over the other tasks, without the diagonal.
-
-    Raises ValueError for one task.
-    """
+    """Every task's mean over the other tasks. Raises ValueError for one task."""
     count = pairs.shape[-1]
     if count < 2:
         raise ValueError(f"a mean over the other tasks needs two tasks or more, got {count}")
     return (pairs.sum(-1) - pairs.diagonal(dim1=-2, dim2=-1)) / (count - 1)
-
-
-def upper(pairs: Float[Tensor, "T T"]) -> Sequence[float]:
-    """Every pair's value once, in the order of `itertools.combinations` of the tasks."""
-    return pairs[*torch.triu_indices(*pairs.shape, offset=1)].tolist()

@@ -19,8 +19,12 @@ from divmerge_core.merging.coefficients import groups_of
 from divmerge_core.merging.task_vectors import Layout, TaskVectors
 from divmerge_core.registry import Registry
 
-IMPLEMENTATIONS = Registry("implementation")  # name -> function(Case) -> (forward, backward)
+# name -> function(Case) -> (forward, backward or None)
+IMPLEMENTATIONS = Registry("implementation")
+# name -> function(expert, merged logits) -> a call that gives the gradient in the merged logits
+DIVERGENCE_IMPLEMENTATIONS = Registry("divergence implementation")
 Part = Callable[[], object]
+Built = tuple[Tensor, Callable[[], Mapping[str, Tensor]]]  # coefficients, and a merge by them
 
 
 @dataclass(frozen=True)
@@ -53,18 +57,13 @@ class Case:
 def stack_of_layers(num_parameters: int, num_layers: int = 6) -> Layout:
     """The tensors of a transformer's layers, with a width that gives about this many parameters."""
     width = max(8, round((num_parameters / (12 * num_layers)) ** 0.5))
-    square, wide = ("query", "key", "value", "output"), (("up", 4, 1), ("down", 1, 4))
-    shapes = {}
+    square, shapes = ("query", "key", "value", "output"), {}
     for layer in range(num_layers):
         shapes |= {f"{layer}.{name}.weight": (width, width) for name in square}
-        shapes |= {
-            f"{layer}.{name}.weight": (rows * width, cols * width) for name, rows, cols in wide
-        }
+        shapes |= {f"{layer}.up.weight": (4 * width, width)}
+        shapes |= {f"{layer}.down.weight": (width, 4 * width)}
         shapes |= {f"{layer}.{name}.bias": (width,) for name in (*square, "down", "norm")}
     return Layout(tuple(shapes), tuple(shapes.values()))
-
-
-# --- of the merge: forward, and backward or None --------------------------------------------------
 
 
 @IMPLEMENTATIONS.register("ours", label="divmerge_core")
@@ -90,9 +89,32 @@ def dictionary_merge(
     return merged
 
 
-def through_autograd(case: Case, leaf: Tensor, merge: Callable, passes: int = 1) -> tuple:
+def usual(vectors: TaskVectors, coeffs: Tensor, merge: Callable = dictionary_merge) -> Built:
+    """The usual merge of these task vectors."""
+    leaf = coeffs.clone().requires_grad_()
+    base, *experts = map(vectors.layout.unflatten, (vectors.base, *vectors.deltas))
+    return leaf, lambda: merge(base, experts, leaf)
+
+
+def layer_wise_model(vectors: TaskVectors, coeffs: Tensor) -> Built:
+    """FusionBench's LayerWiseMergedModel, its coefficients unclamped."""
+    from fusion_bench.models.wrappers.layer_wise_fusion import LayerWiseMergedModel
+
+    models = []
+    for flat in (vectors.base, *map(vectors.expert, vectors.tasks)):
+        models.append(nn.Module())
+        for name, tensor in vectors.layout.unflatten(flat).items():
+            parameter = nn.Parameter(tensor.clone())
+            models[-1].register_parameter(name.replace(".", "_"), parameter)
+    model = LayerWiseMergedModel(coeffs.clone(), models[0], models[1:], clamp_weights=False)
+    names = vectors.layout.names
+    return model.merge_weight, lambda: dict(zip(names, model.merge_weights().values(), strict=True))
+
+
+def through_autograd(case: Case, built: Built, passes: int = 1) -> tuple[Part, Part]:
     """Forward builds a graph from coefficients to tensors; backward goes through it."""
-    grads, held = list(case.vectors.layout.unflatten(case.grad).values()), []
+    grads, (leaf, merge) = list(case.vectors.layout.unflatten(case.grad).values()), built
+    held: list[Tensor] = []
 
     def forward() -> list[Tensor]:
         held[:] = merge().values()
@@ -107,50 +129,23 @@ def through_autograd(case: Case, leaf: Tensor, merge: Callable, passes: int = 1)
     return forward, backward
 
 
-def usual(case: Case, merge: Callable) -> tuple[Part, Part]:
-    layout, leaf = case.vectors.layout, case.coeffs.clone().requires_grad_()
-    base, experts = layout.unflatten(case.vectors.base), map(layout.unflatten, case.vectors.deltas)
-    given = base, list(experts), leaf
-    return through_autograd(case, leaf, lambda: merge(*given))
-
-
-@IMPLEMENTATIONS.register("dictionary", label="dictionary, autograd")
-def dictionary(case: Case) -> tuple[Part, Part]:
-    """The usual merge, and one backward pass through it."""
-    return usual(case, dictionary_merge)
+IMPLEMENTATIONS.register("dictionary", label="dictionary, autograd")(
+    lambda case: through_autograd(case, usual(case.vectors, case.coeffs))
+)
 
 
 @IMPLEMENTATIONS.register("compiled", label="dictionary, torch.compile")
 def compiled(case: Case) -> tuple[Part, Part]:
     """The usual merge as one compiled graph."""
-    return usual(case, torch.compile(dictionary_merge, dynamic=False))
-
-
-class Holder(nn.Module):
-    """Named tensors as the parameters of a module, for peers that take modules."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        super().__init__()
-        for name, tensor in tensors.items():
-            self.register_parameter(name.replace(".", "_"), nn.Parameter(tensor.clone()))
-
-
-def fusion_bench_model(vectors: TaskVectors, coeffs: Tensor) -> nn.Module:
-    """FusionBench's LayerWiseMergedModel of these experts, its coefficients unclamped."""
-    from fusion_bench.models.wrappers.layer_wise_fusion import LayerWiseMergedModel
-
-    base, *experts = (
-        Holder(vectors.layout.unflatten(flat))
-        for flat in (vectors.base, *map(vectors.expert, vectors.tasks))
-    )
-    return LayerWiseMergedModel(coeffs.clone(), base, experts, clamp_weights=False)
+    merge = torch.compile(dictionary_merge, dynamic=False)
+    return through_autograd(case, usual(case.vectors, case.coeffs, merge))
 
 
 @IMPLEMENTATIONS.register("fusion_bench", label="FusionBench", package="fusion-bench")
 def fusion_bench(case: Case) -> tuple[Part, Part]:
     """LayerWiseMergedModel; backward once per task, as its AdaMerging loop does."""
-    model, passes = fusion_bench_model(case.vectors, case.coeffs), len(case.vectors.tasks)
-    return through_autograd(case, model.merge_weight, model.merge_weights, passes)
+    built = layer_wise_model(case.vectors, case.coeffs)
+    return through_autograd(case, built, len(case.vectors.tasks))
 
 
 @IMPLEMENTATIONS.register("mergekit", label="mergekit, in memory", package="mergekit")
@@ -159,29 +154,22 @@ def mergekit(case: Case) -> tuple[Part, None]:
     from mergekit.merge_methods.api import merge_state_dicts
 
     vectors = case.vectors
-    states = [vectors.layout.unflatten(vectors.base)]
-    states += [vectors.layout.unflatten(vectors.expert(task)) for task in vectors.tasks]
-    weights = case.coeffs[:, 0].tolist()
-    options = {"parameters": {"weight": weights}, "base": 0}
+    flats = (vectors.base, *map(vectors.expert, vectors.tasks))
+    states = [*map(vectors.layout.unflatten, flats)]
+    options = {"parameters": {"weight": case.coeffs[:, 0].tolist()}, "base": 0}
     return lambda: merge_state_dicts(states, "task_arithmetic", **options), None
 
 
-# --- of the divergence: the gradient in the merged logits -----------------------------------------
-
-# name -> function(expert, merged logits) -> a call that gives this gradient
-DIVERGENCE_IMPLEMENTATIONS = Registry("divergence implementation")
-
-
 def gradient_of(loss: Callable[[Tensor], Tensor], merged: Tensor) -> Tensor:
+    """The gradient of a loss per row, summed over rows."""
     leaf = merged.detach().requires_grad_()
     loss(leaf).sum().backward()
     return leaf.grad
 
 
-@DIVERGENCE_IMPLEMENTATIONS.register("ours", label="divmerge_core, fused")
-def fused_js(expert: Tensor, merged: Tensor) -> Part:
-    """Loss and gradient in one call."""
-    return lambda: divergence_and_gradient(expert, merged, "js")[1]
+DIVERGENCE_IMPLEMENTATIONS.register("ours", label="divmerge_core, fused")(
+    lambda expert, merged: lambda: divergence_and_gradient(expert, merged, "js")[1]
+)
 
 
 @DIVERGENCE_IMPLEMENTATIONS.register("plain", label="definition, autograd")
@@ -209,13 +197,9 @@ def liger_js(expert: Tensor, merged: Tensor) -> Part:
     return lambda: gradient_of(loss, merged)
 
 
-# --- what is installed ----------------------------------------------------------------------------
-
-
 def versions() -> dict[str, str]:
     """Versions of the peers that are installed, and of Triton."""
-    facts = [*IMPLEMENTATIONS.facts.values(), *DIVERGENCE_IMPLEMENTATIONS.facts.values()]
-    found = {}
+    facts, found = {**IMPLEMENTATIONS.facts, **DIVERGENCE_IMPLEMENTATIONS.facts}.values(), {}
     for package in (*(fact["package"] for fact in facts if "package" in fact), "triton"):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
@@ -224,10 +208,9 @@ def versions() -> dict[str, str]:
 
 def missing(registry: Registry, name: str, device: str = "cpu") -> str | None:
     """Why an implementation of a registry cannot run on a device; None if it can."""
-    facts = registry.facts[name]
+    package, gpu = (registry.facts[name].get(fact) for fact in ("package", "gpu"))
     try:
-        if "package" in facts:
-            importlib.metadata.version(facts["package"])
+        importlib.metadata.version(package or "torch")
     except importlib.metadata.PackageNotFoundError:
-        return f"the package {facts['package']} is not installed"
-    return "its kernels need a GPU" if facts.get("gpu") and device == "cpu" else None
+        return f"the package {package} is not installed"
+    return "its kernels need a GPU" if gpu and device == "cpu" else None

@@ -22,8 +22,6 @@ from divmerge_book.kernel_benchmarks.implementations import (
     Part,
 )
 
-COLUMNS = ["contestant", "part", "round", "seconds", "bytes", "peak"]
-
 
 class Traffic(TorchDispatchMode):
     """Counts the bytes that PyTorch's operations read and write; views move nothing."""
@@ -52,19 +50,12 @@ def bytes_moved(part: Part) -> int:
     return traffic.bytes
 
 
-def copy(case: Case) -> Part:
-    """A copy of N numbers, which moves 2 N: the machine's bandwidth."""
-    source, target = case.vectors.base, torch.empty_like(case.vectors.base)
-    return lambda: target.copy_(source)
-
-
 def side_by_side(
     calls: Mapping[tuple[str, str], Part], device: torch.device, repeats: int
 ) -> pd.DataFrame:
     """Every call once a round, in random order: a row per implementation, part and round.
 
-    seconds; and, of the calls before the first round, bytes moved by PyTorch's operations and peak
-    bytes on top of what was held.
+    bytes and peak are of a call before the first round.
     """
     costs = {key: (bytes_moved(call), peak_bytes(call, device)) for key, call in calls.items()}
     rng, rows = np.random.default_rng(0), []
@@ -72,18 +63,19 @@ def side_by_side(
         for index in rng.permutation(len(calls)):
             key = list(calls)[index]
             rows.append((*key, number, seconds(calls[key], device), *costs[key]))
-    return pd.DataFrame(rows, columns=COLUMNS)
+    columns = ["contestant", "part", "round", "seconds", "bytes", "peak"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def benchmark_merge(case: Case, names: Sequence[str], *, repeats: int = 5) -> pd.DataFrame:
-    """Forward and backward of every implementation and of a copy, with the model's T and N."""
-    calls = {("copy", "forward"): copy(case)}
+    """Forward and backward of every implementation and of a copy, which moves 2 N, with T, N."""
+    base, (num_tasks, size) = case.vectors.base, case.vectors.deltas.shape
+    target = torch.empty_like(base)
+    calls = {("copy", "forward"): lambda: target.copy_(base)}
     for name in names:
-        forward, backward = IMPLEMENTATIONS[name](case)
-        calls |= {(name, "forward"): forward} | ({(name, "backward"): backward} if backward else {})
-    num_tasks, size = case.vectors.deltas.shape
-    rows = side_by_side(calls, case.vectors.base.device, repeats)
-    return rows.assign(tasks=num_tasks, parameters=size)
+        parts = zip(("forward", "backward"), IMPLEMENTATIONS[name](case), strict=True)
+        calls |= {(name, part): call for part, call in parts if call}
+    return side_by_side(calls, base.device, repeats).assign(tasks=num_tasks, parameters=size)
 
 
 def benchmark_divergence(
@@ -99,26 +91,27 @@ def benchmark_divergence(
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Medians over rounds: a row per model size, implementation and part.
 
-    milliseconds, with its quartiles; `floor`, what (T + 2) N or (T + 1) N numbers take at the copy
-    bandwidth measured in the same run, divided by the time; `ratio`, the time over `ours` of the
+    milliseconds, with quartiles low and high; `floor`, what (T + 2) N or (T + 1) N numbers take at
+    the copy bandwidth of the same run, divided by the time; `ratio`, the time over `ours` of the
     same round; numbers moved and peak memory in units of N numbers of 4 bytes.
     """
-    result = []
+    result, order = [], ["copy", *IMPLEMENTATIONS]
     for (tasks, size), here in rows.groupby(["tasks", "parameters"], sort=False):
         wide = here.pivot_table(index="round", columns=["contestant", "part"], values="seconds")
+        costs = here.groupby(["contestant", "part"])[["bytes", "peak"]].first() / 4 / size
         a_number = wide["copy", "forward"].median() / (2 * size)  # seconds to read or write one
-        order = ["copy", *IMPLEMENTATIONS]
         for name, part in sorted(wide, key=lambda key: (order.index(key[0]), key[1] == "backward")):
-            some = here[(here.contestant == name) & (here.part == part)]
-            numbers = {"forward": tasks + 2, "backward": tasks + 1}[part] if name != "copy" else 2
-            quartiles = some.seconds.quantile([0.25, 0.5, 0.75]).tolist()
-            ours = wide.get(("ours", part))
-            ratio = None if ours is None else (wide[name, part] / ours).median()
-            row = tasks, size, name, part, *(1e3 * q for q in quartiles)
-            row += (numbers * size * a_number / quartiles[1], ratio)
-            result.append((*row, some.bytes.iloc[0] / 4 / size, some.peak.iloc[0] / 4 / size))
-    columns = ["tasks", "parameters", "contestant", "part", "low", "milliseconds", "high"]
-    return pd.DataFrame(result, columns=[*columns, "floor", "ratio", "moved", "peak"])
+            took = wide[name, part]
+            low, middle, high = took.quantile([0.25, 0.5, 0.75])
+            numbers = 2 if name == "copy" else tasks + (2 if part == "forward" else 1)
+            row = {"tasks": tasks, "parameters": size, "contestant": name, "part": part}
+            row |= {"low": 1e3 * low, "milliseconds": 1e3 * middle, "high": 1e3 * high}
+            row |= {"floor": numbers * size * a_number / middle}
+            row |= {
+                "ratio": (took / wide["ours", part]).median() if ("ours", part) in wide else None
+            }
+            result.append(row | {"moved": costs.bytes[name, part], "peak": costs.peak[name, part]})
+    return pd.DataFrame(result)
 
 
 def matrix_rate(device: torch.device, width: int = 2048) -> float:

@@ -1,7 +1,7 @@
 """Time of whole steps of a fit: by this package, and with autograd through the merge."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -11,53 +11,56 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_book.evaluation.profiling import peak_bytes, seconds, settle
-from divmerge_book.kernel_benchmarks.implementations import dictionary_merge, fusion_bench_model
+from divmerge_book.kernel_benchmarks.implementations import Built, layer_wise_model, usual
 from divmerge_core.divergences import js
 from divmerge_core.kernels.merge import grouped_merge
 from divmerge_core.merging.coefficients import Coefficients
 from divmerge_core.merging.fit import Step, fit_coefficients
 from divmerge_core.merging.merged_model import expert_logits, gather_in_buffer, schedule, step_loss
 from divmerge_core.merging.problem import MergeProblem
+from divmerge_core.merging.task_vectors import TaskVectors
 from divmerge_core.registry import Registry
 
 STEPS = Registry("step")  # name -> function(problem, number of steps) -> seconds of each
 
 
+def coefficients_of(problem: MergeProblem) -> Coefficients:
+    """Coefficients 1/T, one per task and tensor, on the problem's device."""
+    vectors = problem.vectors
+    found = Coefficients(vectors.layout, len(vectors.tasks), grouping="layer")
+    return found.to(vectors.base.device)
+
+
+def steps_of(problem: MergeProblem) -> list:
+    """One epoch's batches, a number per task in each step."""
+    return schedule([len(b) for b in problem.batches], 1, torch.Generator().manual_seed(0))
+
+
 def fitted(problem: MergeProblem, gradients: str) -> list[float]:
     """Seconds of every step of this package's fit, with one coefficient per tensor."""
-    vectors, ticks = problem.vectors, []
-    coefficients = Coefficients(vectors.layout, len(vectors.tasks), grouping="layer").to(
-        vectors.base.device
-    )
+    ticks = []
 
     def callback(step: Step) -> None:
-        settle(vectors.base.device)
+        settle(problem.vectors.base.device)
         ticks.append(time.perf_counter())
 
-    fit_coefficients(
-        problem, coefficients, js, epochs=1, gradients=gradients, callback=callback, progress=False
-    )
+    how = {"epochs": 1, "gradients": gradients, "callback": callback, "progress": False}
+    fit_coefficients(problem, coefficients_of(problem), js, **how)
     return np.diff(ticks).tolist()
 
 
-OURS = {"ours": "divmerge_core", "ours_buffer": "divmerge_core, gradient buffer"}
-for (name, label), gradients in zip(OURS.items(), ("stream", "buffer"), strict=True):
-    STEPS.register(name, label=label)(partial(fitted, gradients=gradients))
-
-
 def through_graph(
-    problem: MergeProblem, leaf: Tensor, merge: Callable[[], Mapping[str, Tensor]], apart: bool
+    problem: MergeProblem, build: Callable[[TaskVectors, Tensor], Built], apart: bool
 ) -> list[float]:
     """Seconds of every step where autograd goes through the merge.
 
     apart: one forward and backward pass per task, as in FusionBench's loop, instead of one for all.
     """
+    leaf, merge = build(problem.vectors, coefficients_of(problem)().detach())
     experts, adam = expert_logits(problem), torch.optim.Adam([leaf], lr=1e-2)
-    steps = schedule([len(b) for b in problem.batches], 1, torch.Generator().manual_seed(0))
-    took = []
-    for chosen in steps:
-        settle(leaf.device)
-        start, merged = time.perf_counter(), merge()
+
+    def step(chosen: Sequence[int]) -> None:
+        merged = merge()
         pairs = [(task, problem.batches[task][index]) for task, index in enumerate(chosen)]
         for group in [[pair] for pair in pairs] if apart else [pairs]:
             logits = problem.forward(merged, group)
@@ -68,36 +71,19 @@ def through_graph(
             loss.backward(retain_graph=apart)
         adam.step()
         adam.zero_grad()
-        settle(leaf.device)
-        took.append(time.perf_counter() - start)
-    return took
+
+    return [seconds(partial(step, chosen), leaf.device) for chosen in steps_of(problem)]
 
 
-def start(problem: MergeProblem) -> Tensor:
-    """Coefficients 1/T, one per task and tensor."""
-    num_tasks = len(problem.vectors.tasks)
-    shape = (num_tasks, len(problem.vectors.layout.names))
-    return torch.full(shape, 1 / num_tasks, device=problem.vectors.base.device)
-
-
-@STEPS.register("dictionary", label="dictionary, autograd")
-def dictionary_step(problem: MergeProblem) -> list[float]:
-    """The usual merge, one backward pass for all tasks."""
-    layout, leaf = problem.vectors.layout, start(problem).requires_grad_()
-    base = layout.unflatten(problem.vectors.base)
-    experts = [*map(layout.unflatten, problem.vectors.deltas)]
-    return through_graph(problem, leaf, lambda: dictionary_merge(base, experts, leaf), False)
-
-
-@STEPS.register("fusion_bench", label="FusionBench", package="fusion-bench")
-def fusion_bench_step(problem: MergeProblem) -> list[float]:
-    """LayerWiseMergedModel's merge, and a backward pass through it per task."""
-    model, names = fusion_bench_model(problem.vectors, start(problem)), problem.vectors.layout.names
-
-    def merge() -> dict[str, Tensor]:
-        return dict(zip(names, model.merge_weights().values(), strict=True))
-
-    return through_graph(problem, model.merge_weight, merge, True)
+stream, buffer = (partial(fitted, gradients=how) for how in ("stream", "buffer"))
+STEPS.register("ours", label="divmerge_core")(stream)
+STEPS.register("ours_buffer", label="divmerge_core, gradient buffer")(buffer)
+STEPS.register("dictionary", label="dictionary, autograd")(
+    partial(through_graph, build=usual, apart=False)
+)
+STEPS.register("fusion_bench", label="FusionBench", package="fusion-bench")(
+    partial(through_graph, build=layer_wise_model, apart=True)
+)
 
 
 def benchmark_step(problem: MergeProblem, names: Sequence[str], *, rounds: int = 3) -> pd.DataFrame:
@@ -110,11 +96,9 @@ def benchmark_step(problem: MergeProblem, names: Sequence[str], *, rounds: int =
     for number in tqdm(range(rounds), "rounds of steps", leave=False):
         for name in rng.permutation(list(names)):
             took: list[float] = []
-
-            def steps(name=name, took=took) -> None:
-                took += STEPS[name](problem)
-
-            peak = peak_bytes(steps, device)
+            peak = peak_bytes(
+                lambda name=name, took=took: took.extend(STEPS[name](problem)), device
+            )
             rows += [(name, num_tasks, size, number, one, peak) for one in took]
     columns = ["contestant", "tasks", "parameters", "round", "seconds", "peak"]
     return pd.DataFrame(rows, columns=columns)
@@ -122,26 +106,23 @@ def benchmark_step(problem: MergeProblem, names: Sequence[str], *, rounds: int =
 
 def step_parts(problem: MergeProblem) -> pd.DataFrame:
     """Seconds of the parts of a step, a row per step."""
-    vectors = problem.vectors
-    coefficients = Coefficients(vectors.layout, len(vectors.tasks), grouping="layer")
-    coefficients.to(vectors.base.device)
+    vectors, coefficients = problem.vectors, coefficients_of(problem)
     segments, experts = coefficients.segments, expert_logits(problem)
-    merged = torch.empty_like(vectors.base)
+    merged, raw = torch.empty_like(vectors.base), coefficients().detach()
     leaves = vectors.layout.unflatten(merged)
     for leaf in leaves.values():
         leaf.requires_grad_()
-    collect, rows = gather_in_buffer(leaves, vectors, segments), []
-    losses: list[Tensor] = []
-    steps = schedule([len(b) for b in problem.batches], 1, torch.Generator().manual_seed(0))
-    for chosen in steps:
-        raw = coefficients().detach()
+    merge = partial(grouped_merge, vectors.base, vectors.deltas, raw, segments, out=merged)
+    collect, losses = gather_in_buffer(leaves, vectors, segments), []
+
+    def forward(chosen: Sequence[int]) -> None:
+        losses.append(step_loss(problem, leaves, experts, chosen, js))
+
+    rows = []
+    for chosen in steps_of(problem):
         calls = {
-            "merge": partial(
-                grouped_merge, vectors.base, vectors.deltas, raw, segments, out=merged
-            ),
-            "forward pass": lambda chosen=chosen: losses.append(
-                step_loss(problem, leaves, experts, chosen, js)
-            ),
+            "merge": merge,
+            "forward pass": partial(forward, chosen),
             "backward pass": lambda: losses.pop().backward(),
             "gradient of the merge": collect,
         }

@@ -32,9 +32,6 @@ GROUPS = {  # lines of plans that a table joins
 }
 
 
-# --- a step at best, by bytes, operations and a data sheet ----------------------------------------
-
-
 def merge_bytes(model: Model, fit: Fit) -> tuple[float | int, float | int]:
     """Bytes that a merge and its gradient move on the device, and over the link to the host."""
     numbers = model.parameters
@@ -72,9 +69,6 @@ def step_seconds(model: Model, fit: Fit, gpu: Accelerator) -> dict[str, float | 
         "divergence": FUSED * a_pass,
     }
     return {**parts, "step": sum(parts.values()), "divergence, plain": PLAIN * a_pass}
-
-
-# --- a suite --------------------------------------------------------------------------------------
 
 
 def qwen() -> Model:
@@ -122,10 +116,7 @@ def training_seconds(
 def memory_plans(
     size: LanguageSize, gpu: str, *, num_tasks: int, tokens: int, answers: int, model: Model
 ) -> tuple[Plan, Plan]:
-    """The plans of fine-tuning one expert and of the fit, on a GPU in ACCELERATORS.
-
-    The base as it was loaded stays on the GPU in both.
-    """
+    """Plans of fine-tuning one expert and of the fit; the base as it was loaded stays in both."""
     size = size_on(size, ACCELERATORS[gpu])
     micro = size.recipe.micro or size.recipe.batch_size
     works = training_of(size, micro, tokens, answers), fit_of(size, num_tasks, tokens, answers)

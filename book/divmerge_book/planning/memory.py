@@ -35,10 +35,7 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by line, against a device's capacity; str() is a table.
-
-    host: bytes in the host's memory. advice: what saves memory, where it does not fit.
-    """
+    """Bytes by line, against a device's capacity; host: those in its memory. str() is a table."""
 
     title: str
     device: str

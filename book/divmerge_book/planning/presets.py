@@ -14,10 +14,7 @@ ENOUGH = 20e9  # bytes of a GPU on which the sizes of `glue` run as they are
 
 @dataclass(frozen=True)
 class Preset:
-    """A suite, a size and a device; `why` and `label` are for the reader.
-
-    size: the name that was asked for, or a smaller size.
-    """
+    """A suite, a device, and a size: the name that was asked for, or a smaller size, and why."""
 
     suite: str
     size: LanguageSize | str

@@ -1,10 +1,8 @@
 """Several merged models instead of one: how many, which experts share one, and their bytes."""
 
-import contextlib
-import math
 import random
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -30,12 +28,13 @@ class Groups:
 
     def __init__(self, experiment: Experiment, start: float = 0.5):
         self.experiment, self.start = experiment, start
+        self.tasks, self.base = experiment.problem.vectors.tasks, experiment.problem.vectors.base
         self.places = linear_places(experiment.problem)
         self.merge = lru_cache(maxsize=12)(self._merge)
 
     def delta(self, member: int) -> Float[Tensor, " N"]:
-        vectors = self.experiment.problem.vectors
-        return next(iter(dense(vectors.select([vectors.tasks[member]]).deltas)))
+        (row,) = dense(self.experiment.problem.vectors.select([self.tasks[member]]).deltas)
+        return row
 
     def _merge(self, members: Members) -> Merging:
         if not members:
@@ -44,8 +43,6 @@ class Groups:
 
     def residuals(self, members: Members, task: int) -> Float[Tensor, " n"]:
         """Distance of a group's model from this expert after it joins, per input.
-
-        See `clustered.residuals`.
 
         Without members: of base plus `start` times the task vector, a new group's likelihood.
         """
@@ -58,17 +55,16 @@ class Groups:
         found = cached(self.experiment, find, "misfit", members, task, self.start)
         return torch.tensor(found, dtype=torch.float64)
 
-    def accuracies_of(self, members: Members) -> list[float]:
-        """Test accuracies of a group's tasks with its model."""
-        vectors = self.experiment.problem.vectors
-        model = vectors.base + self.merge(members).offset
-        return accuracies(self.experiment, model, [vectors.tasks[member] for member in members])
-
     def scores(self, groups: Sequence[Members]) -> list[float]:
         """Test accuracy of every task with its group's model, in the tasks' order."""
         found = {}
         for members in groups:
-            some = cached(self.experiment, partial(self.accuracies_of, members), "group", members)
+
+            def find(members=members) -> list[float]:
+                model = self.base + self.merge(members).offset
+                return accuracies(self.experiment, model, [self.tasks[one] for one in members])
+
+            some = cached(self.experiment, find, "group", members)
             found |= dict(zip(members, some, strict=True))
         return [found[task] for task in sorted(found)]
 
@@ -76,12 +72,10 @@ class Groups:
 def assignments(groups: Groups, *, zeta: float, sigma: float = 0.25) -> list[Members]:
     """The groups that `dp_mixture` forms; a sweep over zeta and sigma shares their residuals."""
     found: list[Members] = []
-    for task in range(len(groups.experiment.problem.vectors.tasks)):
+    for task in range(len(groups.tasks)):
         errors = [groups.residuals(members, task) for members in (*found, ())]
-        sizes = [len(members) for members in found]
-        chosen = int(
-            posterior_score(errors, sizes, zeta=zeta, sigma=sigma, posterior="log").argmax()
-        )
+        options = {"zeta": zeta, "sigma": sigma, "posterior": "log"}
+        chosen = int(posterior_score(errors, [*map(len, found)], **options).argmax())
         found[chosen : chosen + 1] = [(*(found[chosen] if chosen < len(found) else ()), task)]
     return found
 
@@ -94,23 +88,19 @@ def members_of(labels: Sequence[int]) -> list[Members]:
 
 
 def k_means(gram: np.ndarray, count: int, *, restarts: int = 20, seed: int = 0) -> list[int]:
-    """k-means labels of vectors with these inner products, best of some restarts.
-
-    Raises ValueError unless there are 1 to T clusters.
-    """
+    """k-means labels of vectors with these inner products; ValueError unless 1 to T clusters."""
     if not 1 <= count <= len(gram):
         raise ValueError(f"{len(gram)} vectors make 1 to {len(gram)} clusters, not {count}")
     values, axes = np.linalg.eigh(gram)
-    points = axes * np.sqrt(values.clip(0))  # [T, T]: the same distances
-    best = (math.inf, [])
+    points, found = axes * np.sqrt(values.clip(0)), []  # [T, T]: the same distances
+    how = {"iter": 100, "minit": "points", "missing": "raise"}
     for restart in range(restarts):
-        with contextlib.suppress(ClusterError):  # an empty cluster
-            centres, labels = kmeans2(
-                points, count, iter=100, minit="points", missing="raise", rng=seed + restart
-            )
-            inertia = ((points - centres[labels]) ** 2).sum()
-            best = min(best, (inertia, labels.tolist()))
-    return best[1]
+        try:
+            centres, labels = kmeans2(points, count, **how, rng=seed + restart)
+        except ClusterError:  # an empty cluster
+            continue
+        found.append((((points - centres[labels]) ** 2).sum(), labels.tolist()))
+    return min(found, default=(0, []))[1]
 
 
 def random_labels(num_tasks: int, count: int, seed: int) -> list[int]:
@@ -134,23 +124,25 @@ def mixture(
     dp_mixture), draw (of random), models (L), groups (which tasks share one), bytes, and
     `scores_by_task`. OPCM merges every group.
     """
-    groups, vectors, rows = Groups(experiment), experiment.problem.vectors, []
-
-    def add(how: str, found: list[Members], **labels: object) -> None:
-        text = " | ".join(", ".join(vectors.tasks[t] for t in group) for group in found)
-        row = {"how": how, "models": len(found), "bytes": len(found) * vectors.base.nbytes}
-        row |= scores_by_task(experiment, groups.scores(found))
-        rows.append({**row, "groups": text, **labels})
-
-    pairs = [(zeta, sigma) for sigma in sigmas for zeta in zetas]
-    for zeta, sigma in tqdm(pairs, "mixtures", leave=False):
-        add(
-            "dp_mixture", assignments(groups, zeta=zeta, sigma=sigma), zeta=f"{zeta:g}", sigma=sigma
-        )
+    groups, vectors, found = Groups(experiment), experiment.problem.vectors, []
+    for sigma in sigmas:
+        for zeta in tqdm(zetas, "mixtures", leave=False):
+            labels = {"how": "dp_mixture", "zeta": f"{zeta:g}", "sigma": sigma}
+            found.append((labels, assignments(groups, zeta=zeta, sigma=sigma)))
     deltas = torch.stack(list(dense(vectors.deltas)))
     gram = (deltas @ deltas.T).double().cpu().numpy()
-    for count in tqdm(sorted({row["models"] for row in rows}), "other groups", leave=False):
-        add("k_means", members_of(k_means(gram, count)))
+    for count in sorted({len(members) for _, members in found}):
+        found.append(({"how": "k_means"}, members_of(k_means(gram, count))))
         for draw in range(draws if 1 < count < len(vectors.tasks) else 0):
-            add("random", members_of(random_labels(len(vectors.tasks), count, draw)), draw=draw)
-    return pd.DataFrame(rows)
+            labels = random_labels(len(vectors.tasks), count, draw)
+            found.append(({"how": "random", "draw": draw}, members_of(labels)))
+    return pd.DataFrame(
+        {
+            **labels,
+            "models": len(members),
+            "bytes": len(members) * vectors.base.nbytes,
+            **scores_by_task(experiment, groups.scores(members)),
+            "groups": " | ".join(", ".join(vectors.tasks[t] for t in one) for one in members),
+        }
+        for labels, members in tqdm(found, "partitions", leave=False)
+    )

@@ -49,8 +49,7 @@ def merged_models(
 ) -> Iterator[Float[Tensor, " N"]]:
     """The merged model after every arrival: METHODS[method] of the first experts of the order.
 
-    Incremental, so t arrivals cost t steps. Published scales throughout: a scale cannot be tuned
-    for tasks that have not arrived.
+    Incremental, with published scales: a scale cannot be tuned for tasks that have not arrived.
     """
     problem = experiment.problem
     places, merging = linear_places(problem), untouched(problem)
@@ -65,23 +64,24 @@ def merged_models(
         yield problem.vectors.base + offset
 
 
-def in_order(
+def arrivals(
     experiment: Experiment, *, seed: int, method: str, order: int, tasks: Sequence[str]
 ) -> list[dict]:
-    """Accuracy on all tasks seen so far, after every arrival: arrived, task, accuracy."""
-    rows = []
-    for count, model in enumerate(merged_models(experiment, method, tasks), start=1):
-        found = accuracies(experiment, model, tasks[:count])
-        for task, accuracy in zip(tasks, found, strict=False):
-            rows.append({"arrived": count, "task": task, "accuracy": accuracy})
-    return rows
+    """Test accuracies on the tasks seen so far after every arrival: arrived, task, accuracy.
 
-
-def at_once(experiment: Experiment, *, seed: int, method: str) -> list[dict]:
-    """Test accuracies of a method that sees all experts at once: task, accuracy."""
-    found = accuracies(experiment, METHODS[method](experiment.problem))
-    tasks = experiment.problem.vectors.tasks
-    return [{"task": t, "accuracy": value} for t, value in zip(tasks, found, strict=True)]
+    Order -1 stands for all experts at once.
+    """
+    counts = range(1, len(tasks) + 1) if order >= 0 else [len(tasks)]
+    models = (
+        merged_models(experiment, method, tasks)
+        if order >= 0
+        else [METHODS[method](experiment.problem)]
+    )
+    return [
+        {"arrived": count, "task": task, "accuracy": accuracy}
+        for count, model in zip(counts, models, strict=True)
+        for task, accuracy in zip(tasks, accuracies(experiment, model, tasks[:count]), strict=False)
+    ]
 
 
 def continual_merging(experiment: Experiment, *, count: int = 10, seed: int = 0) -> pd.DataFrame:
@@ -97,34 +97,30 @@ def continual_merging(experiment: Experiment, *, count: int = 10, seed: int = 0)
         for number, order in enumerate(orders(tasks, count, seed))
         for method in BATCH
     ]
-    every = {seed: experiment}
-    batch = study(at_once, every, [{"method": name} for name in BATCH.values()], method="method")
-    alone = pd.DataFrame(experts.items(), columns=["task", "accuracy"]).assign(method="expert")
-    table = pd.concat([study(in_order, every, jobs), batch, alone], ignore_index=True)
-    table = table.fillna({"order": -1, "arrived": len(tasks)}).assign(
-        expert=table.task.map(experts)
-    )
-    return table.astype({"order": int, "arrived": int}).drop(columns=["seed", "tasks"])
+    jobs += [{"method": name, "order": -1, "tasks": list(tasks)} for name in BATCH.values()]
+    alone = pd.DataFrame(experts.items(), columns=["task", "accuracy"])
+    alone = alone.assign(method="expert", order=-1, arrived=len(tasks))
+    table = pd.concat([study(arrivals, {seed: experiment}, jobs), alone], ignore_index=True)
+    return table.assign(expert=table.task.map(experts)).drop(columns=["seed", "tasks"])
 
 
 def backward_transfer(table: pd.DataFrame) -> pd.DataFrame:
-    """ACC, its ratio to the experts, and BWT: a row per method and order of `continual_merging`.
+    """A row per method and order of `continual_merging`: acc, ratio, bwt after the last arrival.
 
-    acc: mean over tasks of the accuracy after the last arrival. ratio: mean over tasks of the same
-    divided by the expert's. bwt: backward transfer, the mean over all tasks but the last to arrive
-    of final accuracy minus accuracy right after the task's own arrival; below 0 is forgetting. NaN
-    for methods that see all experts at once. kept_margin and below (how many tasks): of `margins`,
-    after the last arrival, where the table has them.
+    acc: mean accuracy; ratio: mean of accuracy over the expert's; bwt: backward transfer, the mean
+    over all tasks but the last of final accuracy minus that at the task's own arrival, below 0 for
+    forgetting, NaN without an order. Also kept_margin and below (how many tasks) where the table
+    has them.
     """
-    rows = []
-    for (method, order), some in table.groupby(["method", "order"], sort=False):
-        last = some[some.arrived == some.arrived.max()].set_index("task")
-        first = some.drop_duplicates("task").set_index("task")  # in order of arrival
-        change = (last.accuracy - first.accuracy.loc[last.index])[first.arrived < len(last)]
-        row = {"method": method, "order": order, "acc": last.accuracy.mean()}
-        row |= {"ratio": (last.accuracy / last.expert).mean()}
-        row |= {"bwt": change.mean() if order >= 0 else math.nan}
-        if "kept_margin" in last:
-            row |= {"kept_margin": last.kept_margin.mean(), "below": last.below.sum()}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    keys = ["method", "order"]
+    most = table.groupby(keys).arrived.transform("max")
+    first = table.drop_duplicates([*keys, "task"]).set_index([*keys, "task"])  # when it arrived
+    last = table[table.arrived == most].set_index([*keys, "task"])
+    last = last.assign(ratio=last.accuracy / last.expert, change=last.accuracy - first.accuracy)
+    last["change"] = last.change.where(
+        (first.arrived < last.arrived) & (last.index.get_level_values("order") >= 0)
+    )
+    means = {"acc": ("accuracy", "mean"), "ratio": ("ratio", "mean"), "bwt": ("change", "mean")}
+    if "kept_margin" in last:
+        means |= {"kept_margin": ("kept_margin", "mean"), "below": ("below", "sum")}
+    return last.groupby(keys, sort=False).agg(**means).reset_index()

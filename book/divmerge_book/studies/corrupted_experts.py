@@ -1,14 +1,14 @@
 """Pools in which some experts are corrupted, and how well different methods detect them.
 
-A pool is a MergeProblem: T honest experts under their tasks' names, and corrupted ones beside them
-under names of their own. Merges of it are scored on the honest tasks.
+A pool has T honest experts under their tasks' names, and corrupted ones beside them under names of
+their own. Merges of it are scored on the honest tasks.
 """
 
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,7 @@ from divmerge_core.registry import Registry
 
 CORRUPTIONS = Registry("corruption")  # (task vectors [T, N], strangers [T, N], t, generator) -> [N]
 Values = np.ndarray | pd.Series | Tensor  # [M]
+Score = Callable[[tuple[bool, ...]], float]  # of the average of the chosen members
 NOISE = 2.0  # norm of the noise, in units of the task vector's
 
 
@@ -61,16 +62,18 @@ class Pool:
     problem: MergeProblem
     bad: Bool[Tensor, " M"]
 
+    def average(self, chosen: Sequence[bool]) -> Float[Tensor, " N"]:
+        return self.problem.vectors.merge([c / sum(chosen) for c in chosen])
+
 
 def contaminate(
     experiment: Experiment, kind: str, share: float, *, strangers: TaskVectors, seed: int = 0
 ) -> Pool:
-    """The experiment's experts plus corrupted ones, which are about `share` of the pool.
+    """The experiment's experts plus corrupted ones, about `share`, in [0, 1), of the pool.
 
-    T honest experts get round(T share / (1 - share)) corrupted ones: a share of 0.4 gives 3 of 7 or
-    5 of 13. Corrupted ones claim the tasks in turn, in random order. strangers: task vectors of
-    experts trained from another seed, for deceptive labels. A corrupted expert has no inputs and
-    uses the head of the task it claims. Raises ValueError unless share is in [0, 1).
+    T honest experts get round(T share / (1 - share)) corrupted ones, which claim the tasks in turn,
+    in random order, have no inputs, and use the head of the task they claim. strangers: experts'
+    task vectors from another seed, for deceptive labels.
     """
     if not 0 <= share < 1:
         raise ValueError(f"share must be in [0, 1), got {share}; 0.5 corrupts every second member")
@@ -82,17 +85,19 @@ def contaminate(
     deltas, other = dense(vectors.deltas), dense(strangers.deltas)
     made = [CORRUPTIONS[kind](deltas, other, task, generator) for task in claims]
     names = [f"{vectors.tasks[task]}, {kind} {n}" for n, task in enumerate(claims)]
-    pool = TaskVectors(
-        vectors.layout, (*vectors.tasks, *names), vectors.base, torch.stack([*deltas, *made])
-    )
+    rows, tasks = torch.stack([*deltas, *made]), (*vectors.tasks, *names)
     heads = (*range(honest), *claims)
 
     def forward(parameters, pairs) -> list[Tensor]:
         return problem.forward(parameters, [(heads[member], batch) for member, batch in pairs])
 
-    batches = [*problem.batches, *([] for _ in claims)]
-    bad = torch.arange(len(heads)) >= honest
-    return Pool(experiment, MergeProblem(pool, batches, forward, problem.module), bad)
+    pool = MergeProblem(
+        TaskVectors(vectors.layout, tasks, vectors.base, rows),
+        [*problem.batches, *([] for _ in claims)],
+        forward,
+        problem.module,
+    )
+    return Pool(experiment, pool, torch.arange(len(heads)) >= honest)
 
 
 def auc(values: Values, bad: Values) -> float:
@@ -102,9 +107,6 @@ def auc(values: Values, bad: Values) -> float:
         return math.nan
     found = stats.mannwhitneyu(values[~bad], values[bad], method="asymptotic").statistic
     return float(found / (bad.sum() * (~bad).sum()))
-
-
-# --- detection ------------------------------------------------------------------------------------
 
 
 def cosine(deltas: Float[Tensor, "M N"]) -> Float[Tensor, " M"]:
@@ -121,70 +123,38 @@ def norm(deltas: Float[Tensor, "M N"]) -> Float[Tensor, " M"]:
     return -(norms / norms.median()).log().abs()
 
 
-@dataclass
-class SubsetScore:
-    """Scores averages of subsets of a pool's members.
-
-    calls: how often the validation score was requested; scored: how many subsets were evaluated.
-    """
-
-    pool: Pool
-    known: dict[tuple, float] = field(default_factory=dict)
-    calls: int = 0
-
-    @property
-    def cost(self) -> dict[str, int]:
-        return {"calls": self.calls, "scored": len(self.known)}
-
-    def merged(self, chosen: Sequence[bool]) -> Float[Tensor, " N"]:
-        return self.pool.problem.vectors.merge([c / sum(chosen) for c in chosen])
-
-    def __call__(self, chosen: Sequence[bool]) -> float:
-        """ANP of the average on the honest tasks' validation rows."""
-        key = tuple(map(bool, chosen))
-        self.calls += 1
-        if key not in self.known:
-            self.known[key] = validation_anp(self.pool.experiment, self.merged(key))
-        return self.known[key]
-
-    def test(self, chosen: Sequence[bool]) -> dict:
-        """`scores_by_task` of the average on the honest tasks' test rows."""
-        experiment = self.pool.experiment
-        return scores_by_task(experiment, accuracies(experiment, self.merged(chosen)))
+def subset_score(pool: Pool) -> Score:
+    """ANP of an average of members on the honest tasks' validation rows, once for each subset."""
+    return lru_cache(None)(lambda chosen: validation_anp(pool.experiment, pool.average(chosen)))
 
 
-def leave_one_out(score: Callable[[list[bool]], float], count: int) -> Float[Tensor, " M"]:
+def leave_one_out(score: Score, count: int) -> Float[Tensor, " M"]:
     """Decrease of the validation score when a member is left out: M + 1 scores."""
-    whole = score([True] * count)
-    drops = [whole - score([n != left for n in range(count)]) for left in range(count)]
+    whole = score((True,) * count)
+    drops = [whole - score(tuple(n != left for n in range(count))) for left in range(count)]
     return torch.tensor(drops, dtype=torch.float64)
 
 
-def unit_pool(names: Sequence[str]) -> MergeProblem:
-    """A problem whose task vectors are unit vectors: merged parameters are coefficients.
+def policy(
+    pool: Pool, score: Score, *, steps: int, seed: int
+) -> tuple[Float[Tensor, " M"], list[bool], list[float]]:
+    """`selection_policy` on the pool: its weight of every member, the chosen ones, the rewards.
 
-    An average is linear in the coefficients, so a policy can be learned on this problem, and only
-    the subsets that it scores are merged from the real pool.
+    It learns on unit vectors, of which an average is the coefficients: only the subsets that it
+    scores are merged from the real pool.
     """
+    names, trust, rewards = pool.problem.vectors.tasks, [], []
     eye = torch.eye(len(names), dtype=torch.float64)
     layout = Layout(("coefficients",), ((len(names),),))
-    vectors = TaskVectors(layout, tuple(names), eye[0] * 0, eye)
-    return MergeProblem(vectors, [[] for _ in names], lambda parameters, pairs: [])
-
-
-def policy(
-    pool: Pool, score: Callable[[list[bool]], float], *, steps: int, seed: int
-) -> tuple[Float[Tensor, " M"], list[bool], list[float]]:
-    """`selection_policy` on the pool: its weight of every member, the chosen ones, the rewards."""
-    trust, rewards = [], []
+    units = TaskVectors(layout, names, torch.zeros_like(eye[0]), eye)
+    problem = MergeProblem(units, [[] for _ in names], lambda parameters, pairs: [])
 
     def reward(coefficients: Float[Tensor, " M"]) -> float:
-        rewards.append(score((coefficients > 0).tolist()))
+        rewards.append(score(tuple((coefficients > 0).tolist())))
         return rewards[-1]
 
     options = {"steps": steps, "seed": seed, "trusted": trust.append, "progress": False}
-    names = pool.problem.vectors.tasks
-    chosen = METHODS["selection_policy"](unit_pool(names), score=reward, **options)
+    chosen = METHODS["selection_policy"](problem, score=reward, **options)
     return trust[0], (chosen > 0).tolist(), rewards
 
 
@@ -208,33 +178,32 @@ def detection(
     """Every method of choosing members, on one corrupted pool; the columns of `corrupted_pools`.
 
     Rules, fixed before any pool was scored: leave one out keeps members whose removal does not
-    raise the score; cosine, at least half the median; norm, at most 1.5 times off the median; the
-    policy its own choice.
+    raise the score; cosine, at least half the median; norm, at most 1.5 times off the median.
     """
     kind = kind if share else next(iter(CORRUPTIONS))
     pool = contaminate(experiment, kind, share, strangers=strangers, seed=seed)
-    deltas, rows = dense(pool.problem.vectors.deltas), []
-    members, bad = len(pool.bad), pool.bad.numpy()
+    deltas, bad, rows = dense(pool.problem.vectors.deltas), pool.bad.numpy(), []
 
-    def add(method: str, chosen, values=None, calls: int = 0, scored: int = 0) -> None:
+    def add(method: str, chosen: object, values: Tensor | None = None, **cost: int) -> None:
         chosen = np.asarray(chosen, dtype=bool)
-        chosen = chosen if chosen.any() else ~chosen
-        row = {"share": bad.mean().item(), "members": members, "method": method}
+        chosen = (chosen if chosen.any() else ~chosen).tolist()
+        row = {"share": bad.mean().item(), "members": len(bad), "method": method}
         row |= {"auc": math.nan if values is None else auc(values, bad), "mass": math.nan}
         if method in ("policy", "shuffled"):
             row["mass"] = (values[pool.bad].sum() / values.sum()).item()
-        row |= {"kept": bad[chosen].mean().item(), "calls": calls, "scored": scored}
-        rows.append(row | SubsetScore(pool).test(chosen.tolist()))
+        row |= {"kept": bad[chosen].mean().item(), "calls": 0, "scored": 0, **cost}
+        found = accuracies(experiment, pool.average(chosen))
+        rows.append(row | scores_by_task(experiment, found))
 
-    add("all", [True] * members)
+    add("all", bad | True)
     add("oracle", ~bad)
     angles, norms = cosine(deltas), norm(deltas)
     add("cosine", angles >= angles.median() / 2, angles)
     add("norm", norms >= -math.log(1.5), norms)
-    drops = leave_one_out(score := SubsetScore(pool), members)
-    add("leave_one_out", drops >= 0, drops, **score.cost)
-    trust, chosen, rewards = policy(pool, score := SubsetScore(pool), steps=steps, seed=seed)
-    add("policy", chosen, trust, **score.cost)
+    drops = leave_one_out(score := subset_score(pool), len(bad))
+    add("leave_one_out", drops >= 0, drops, calls=1 + len(bad), scored=score.cache_info().misses)
+    trust, chosen, rewards = policy(pool, score := subset_score(pool), steps=steps, seed=seed)
+    add("policy", chosen, trust, calls=len(rewards), scored=score.cache_info().misses)
     for number in range(controls):
         control = shuffled(rewards, number)
         trust, chosen, _ = policy(pool, control, steps=steps, seed=seed + 1 + number)
@@ -254,19 +223,13 @@ def corrupted_pools(
     experiments: by seed, one, and one of other experts, the strangers. shares: requested. Columns:
     seed, kind (`none` without corruption), share (of the pool itself), members, method; auc, of
     ranking honest above corrupted members; mass, the share of a policy's weight on corrupted
-    members; kept, the contamination: the share of corrupted ones among those merged; calls and
-    scored (see `SubsetScore`), and `scores_by_task`.
+    members; kept, the contamination: the share of corrupted ones among those merged; calls of the
+    validation score, and scored, how many subsets were evaluated; `scores_by_task`.
     """
     jobs = [{"kind": "none", "share": 0.0}] if 0.0 in shares else []
     jobs += [{"kind": kind, "share": share} for share in shares if share for kind in kinds]
-    tables = [
-        study(
-            partial(detection, strangers=strangers.problem.vectors),
-            {seed: experiment},
-            jobs,
-            keys=strangers.digest,
-            steps=steps,
-        )
-        for seed, (experiment, strangers) in experiments.items()
-    ]
+    tables = []
+    for seed, (experiment, other) in experiments.items():
+        measure = partial(detection, strangers=other.problem.vectors)
+        tables.append(study(measure, {seed: experiment}, jobs, keys=other.digest, steps=steps))
     return pd.concat(tables, ignore_index=True)

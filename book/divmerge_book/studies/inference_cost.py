@@ -1,9 +1,9 @@
 """Inference cost: bytes stored, time per row, and proxy tuning of a large model by small ones."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -26,7 +26,7 @@ SERVED = (
     *("average", "task_arithmetic", "divmerge/layer", "surgery", "esm_pp", "emr", "wemoe", "twin"),
     *("dp_mixture", "layer_evolution", "expert"),
 )
-Pairs = Sequence[tuple[int, Batch]]  # tasks and batches
+Timed = tuple[MergeProblem, Merged, Sequence[tuple[int, Batch]]]  # with tasks and batches
 
 
 def timing_batches(experiment: Experiment, rows: int, tasks: int = 4) -> list[tuple[int, Batch]]:
@@ -40,49 +40,35 @@ def timing_batches(experiment: Experiment, rows: int, tasks: int = 4) -> list[tu
     return found
 
 
-def time_per_row(problem: MergeProblem, merged: Merged, pairs: Pairs) -> float:
-    """Milliseconds per row of one forward pass over these batches."""
+def milliseconds(models: Mapping[str, Timed], repeats: int) -> dict[str, np.ndarray]:
+    """Milliseconds per row of every model's forward pass, `[repeats]`: in turn, after a warm-up."""
+    found = {name: [] for name in models}
 
     @torch.no_grad()
-    def forward() -> None:
+    def forward(problem: MergeProblem, merged: Merged, pairs: Sequence) -> None:
         for task, batch in pairs:
             problem.logits_of(merged, task, batch)
 
-    took = seconds(forward, problem.vectors.base.device)
-    return 1e3 * took / sum(len(batch.weight) for _, batch in pairs)
-
-
-def latency(problem: MergeProblem, merged: Merged, pairs: Pairs, repeats: int) -> dict[str, float]:
-    """milliseconds per row, and slower: its ratio to one plain model timed in turn with it.
-
-    Medians over repeats after a warm-up. The ratio hardly depends on the machine's other load.
-    """
-    models = (merged, problem.vectors.base)
-    times = [[time_per_row(problem, one, pairs) for one in models] for _ in range(repeats + 1)][1:]
-    return {
-        "milliseconds": statistics.median(own for own, _ in times),
-        "slower": statistics.median(own / plain for own, plain in times),
-    }
+    for _ in range(repeats + 1):
+        for name, (problem, merged, pairs) in models.items():
+            call = partial(forward, problem, merged, pairs)
+            count = sum(len(batch.weight) for _, batch in pairs)
+            found[name].append(1e3 * seconds(call, problem.vectors.base.device) / count)
+    return {name: np.array(times[1:]) for name, times in found.items()}
 
 
 def merged_of(experiment: Experiment, spec: str, options: Mapping) -> Merged:
-    """What a method returns, or for `expert` the experts themselves, as paths.
-
-    layer_evolution is scored by the current task's validation accuracy.
-    """
+    """What a method returns, or for `expert` the experts themselves, as paths."""
     problem = experiment.problem
     if spec == "expert":
         pool = Pool.of(problem, GROUPING)
-        paths = [
-            Path(((task, 1.0),) * pool.segments.num_groups)
-            for task in range(len(problem.vectors.tasks))
-        ]
+        numbers = range(len(problem.vectors.tasks))
+        paths = [Path(((task, 1.0),) * pool.segments.num_groups) for task in numbers]
         return Paths(problem, [pool.model(path) for path in paths], paths, pool.segments)
     name, fixed = parse(spec)
     given = {**fixed, **options}
     if name == "layer_evolution":
-        score = ValidationScore(experiment, 1 + CHILDREN * options["steps"])
-        given["score"] = score.of_paths
+        given["score"] = ValidationScore(experiment, 1 + CHILDREN * options["steps"]).of_paths
     if "progress" in options_of(name):
         given["progress"] = False
     return METHODS[name](problem, **given)
@@ -93,12 +79,21 @@ def cost_of(
 ) -> list[dict]:
     """One method's row of `inference_cost`."""
     merged, problem = merged_of(experiment, method, options), experiment.problem
-    row = {"bytes": merged.nbytes, "models": merged.nbytes / problem.vectors.base.nbytes}
-    row |= latency(problem, merged, timing_batches(experiment, rows), repeats)
-    row |= scores_by_task(experiment, accuracies(experiment, merged))
-    text = ", ".join(f"{key} {value}" for key, value in options.items())
-    finds = ROUTING.get(method.partition("/")[0], "one")
-    return [{"finds": finds, **row, "options": text}]
+    base, pairs = problem.vectors.base, timing_batches(experiment, rows)
+    times = milliseconds(
+        {"own": (problem, merged, pairs), "plain": (problem, base, pairs)}, repeats
+    )
+    return [
+        {
+            "finds": ROUTING.get(method.partition("/")[0], "one"),
+            "bytes": merged.nbytes,
+            "models": merged.nbytes / base.nbytes,
+            "milliseconds": float(np.median(times["own"])),
+            "slower": float(np.median(times["own"] / times["plain"])),
+            **scores_by_task(experiment, accuracies(experiment, merged)),
+            "options": ", ".join(f"{key} {value}" for key, value in options.items()),
+        }
+    ]
 
 
 def inference_cost(
@@ -113,14 +108,12 @@ def inference_cost(
 
     options: by method; published ones if not given. Columns: method, finds (see ROUTING; `task`
     cannot answer inputs of unknown task), bytes, models (bytes in units of one model), milliseconds
-    and slower (see `latency`, in batches of `rows`), `scores_by_task`, options.
+    (median, in batches of `rows`), slower (median ratio to one plain model timed in turn with it,
+    which hardly depends on the machine's other load), `scores_by_task`, options.
     """
     jobs = [{"method": name, "options": (options or {}).get(name, {})} for name in methods]
     table = study(cost_of, {0: experiment}, jobs, repeats=repeats, rows=rows)
     return table.drop(columns="seed")
-
-
-# --- a large model steered by small ones ----------------------------------------------------------
 
 
 def check_pair(small: Experiment, large: Experiment) -> None:
@@ -139,18 +132,14 @@ def check_pair(small: Experiment, large: Experiment) -> None:
             raise ValueError("prepare both experiments at one size: their test rows differ")
 
 
-def baselines(
-    small: Experiment, large: Experiment, number: int
-) -> dict[str, tuple[MergeProblem, Merged, int]]:
-    """Models for a task's rows: (problem, model, the task's number in it) by name.
-
-    `own` ones use the task's small expert alone; `all` ones use every small expert.
-    """
-    task = large.problem.vectors.tasks[number]
+def tuned(
+    large: Experiment, *, small: Experiment, seed: int, task: str, repeats: int, rows: int
+) -> list[dict]:
+    """One task's rows of `proxy_tuning`: `own` models use its small expert, `all` every one."""
+    number = large.problem.vectors.tasks.index(task)
     few, many = small.problem.select([task]), small.problem
-    big, whole = large.problem.select([task]), large.problem
-    fuse = METHODS["logits_fusion"]
-    return {
+    big, whole, fuse = large.problem.select([task]), large.problem, METHODS["logits_fusion"]
+    models = {  # name -> (problem, model, the task's number in it)
         "large base": (big, big.vectors.base, 0),
         "small expert": (few, few.vectors.expert(task), 0),
         "fused, own": (few, fuse(few, large=big), 0),
@@ -159,23 +148,13 @@ def baselines(
         "proxy, all": (many, fuse(many, large=whole, weight=1.0), number),
         "large expert": (big, big.vectors.expert(task), 0),
     }
-
-
-def tuned(
-    large: Experiment, *, small: Experiment, seed: int, task: str, repeats: int, rows: int
-) -> list[dict]:
-    """One task's rows of `proxy_tuning`; times are medians, all models in turn."""
-    number = large.problem.vectors.tasks.index(task)
-    models, split = baselines(small, large, number), large.test[number]
-    batch, times = timing_batches(large, rows, number + 1)[number][1], {name: [] for name in models}
-    for _ in range(repeats):
-        for name, (problem, merged, place) in models.items():
-            times[name].append(time_per_row(problem, merged, [(place, batch)]))
-    table = []
-    for name, (problem, merged, place) in models.items():
-        correct = predict(problem, merged, place, split) == split.gold
+    (_, batch), split = timing_batches(large, rows, number + 1)[number], large.test[number]
+    timed = {name: (*model, [(place, batch)]) for name, (*model, place) in models.items()}
+    times, table = milliseconds(timed, repeats), []
+    for name, model in models.items():
+        correct = predict(*model, split) == split.gold
         row = {"model": name, "accuracy": correct.double().mean().item()}
-        table.append({**row, "milliseconds": statistics.median(times[name])})
+        table.append({**row, "milliseconds": float(np.median(times[name]))})
     return table
 
 
@@ -184,9 +163,9 @@ def proxy_tuning(
 ) -> pd.DataFrame:
     """Small experts steering a large base, per task: task, model, accuracy, milliseconds, seed.
 
-    milliseconds: per row. The large base uses the heads of its own experts, which saw the task's
-    labels; only its encoder is untrained on the task. Raises ValueError where the experiments have
-    different rows or tokens.
+    milliseconds: per row, medians, all models in turn. The large base uses the heads of its own
+    experts, which saw the task's labels; only its encoder is untrained on the task. Raises
+    ValueError where the experiments have different rows or tokens.
     """
     check_pair(small, large)
     jobs = [{"task": task} for task in large.problem.vectors.tasks]
@@ -195,10 +174,9 @@ def proxy_tuning(
 
 
 def gap_closed(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean accuracy over tasks and seeds, share of the gap closed, time: a row per model.
+    """Means over tasks and seeds by model: accuracy, milliseconds, closed (share of the gap).
 
-    closed: a model's mean accuracy on the scale from the large base (0) to the large expert (1).
-    kept_margin: of the large expert, where the table has one.
+    closed: on the scale from the large base (0) to the large expert (1).
     """
     columns = [name for name in ("accuracy", "milliseconds", "kept_margin") if name in table]
     mean = table.groupby("model", sort=False)[columns].mean()

@@ -12,42 +12,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_book.evaluation.experiment import Experiment
-from divmerge_book.interference.spectra import (
-    alignment_between,
-    chance_alignment,
-    effective_rank,
-    inner_matrices,
-    mean_alignment,
-    spectra,
-    stable_rank,
-)
-from divmerge_book.interference.weights import (
-    both_nonzero,
-    by_group,
-    columns,
-    cosine,
-    decay_only,
-    grouped,
-    kind_of,
-    magnitude_overlap,
-    mean_with_others,
-    norms_by_group,
-    sign_conflict,
-    trained,
-    upper,
-)
+from divmerge_book.interference import spectra, weights
 from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.merging.linalg import largest
 from divmerge_core.merging.task_vectors import TaskVectors
 
 RESIDUALS = (0.05, 0.1, 0.2, 0.3, 0.5)
-MEASURES = {"conflict": sign_conflict, "cosine": cosine}
+MEASURES = {"conflict": weights.sign_conflict, "cosine": weights.cosine}
 
 
 def weight_statistics(experiments: Mapping[int, Experiment], size: str) -> dict[str, pd.DataFrame]:
     """Tables pairs, idle, places, lengths, overlap, ranks and alignment, over seeds of experts.
 
-    experiments: by seed. Sizes below `full` use one share of largest entries and three cut-offs.
+    Sizes below `full` use one share of largest entries and three cut-offs.
     """
     shares, cuts = ((0.05, 0.2), RESIDUALS) if size == "full" else ((0.2,), RESIDUALS[::2])
     tables = {
@@ -63,92 +40,82 @@ def weight_statistics(experiments: Mapping[int, Experiment], size: str) -> dict[
     return found
 
 
-def pair_rows(
+def by_pair(
     tasks: Sequence[str], matrices: Mapping[str, Float[Tensor, "T T"]], **labels: object
-) -> list[dict]:
-    """One record per pair of tasks: labels, task, partner, and a column per symmetric matrix."""
-    values = {name: upper(matrix) for name, matrix in matrices.items()}
-    return [
-        {**labels, "task": a, "partner": b, **{name: values[name][n] for name in values}}
-        for n, (a, b) in enumerate(combinations(tasks, 2))
-    ]
+) -> pd.DataFrame:
+    """A row per pair of tasks: labels, task, partner, and a column per symmetric matrix."""
+    table = pd.DataFrame(combinations(tasks, 2), columns=["task", "partner"])
+    upper = torch.triu_indices(len(tasks), len(tasks), offset=1)  # in the pairs' order
+    columns = {name: matrix[*upper].tolist() for name, matrix in matrices.items()}
+    return pd.DataFrame(labels, table.index).join(table).assign(**columns)
 
 
 def pair_table(vectors: TaskVectors) -> pd.DataFrame:
     """Sign conflict and cosine of every pair: columns counted, task, partner, conflict, cosine.
 
-    counted: `all` parameters; `touched`, without embedding rows that only decayed (`trained`); or
-    `largest fifth`, which TIES keeps of each vector.
+    counted: `all` parameters; `touched`, as `trained`; or `largest fifth`, which TIES keeps.
     """
     deltas = dense(vectors.deltas)
-    counted = {"all": deltas, "touched": dense(trained(vectors).deltas)}
+    counted = {"all": deltas, "touched": dense(weights.trained(vectors).deltas)}
     counted["largest fifth"] = torch.stack([largest(row, 0.2) for row in deltas])
-    rows = []
-    for name, some in counted.items():
-        found = {column: measure(some) for column, measure in MEASURES.items()}
-        rows += pair_rows(vectors.tasks, found, counted=name)
-    return pd.DataFrame(rows)
+    return pd.concat(
+        by_pair(vectors.tasks, {key: f(some) for key, f in MEASURES.items()}, counted=name)
+        for name, some in counted.items()
+    ).reset_index(drop=True)
 
 
 def overlap_table(vectors: TaskVectors, *, shares: Sequence[float] = (0.05, 0.2)) -> pd.DataFrame:
     """Magnitude overlap of every pair, over the trained parameters.
 
-    Columns: share (the chance level), within (model, or tensor: the mean over tensors of the
-    overlap inside each, weighted by the entries that both change), task, partner, overlap. An
-    overlap above chance in the model but not within tensors says which tensors change most.
+    Columns: share (the chance level), within (model, or tensor: the mean over tensors, weighted by
+    the entries that both change), task, partner, overlap. An overlap above chance in the model but
+    not within tensors says which tensors change most.
     """
-    learned, rows = trained(vectors), []
-    weights = by_group(both_nonzero, learned, "layer")  # [P, T, T]
-    weights = weights / weights.sum(dim=0).clamp(min=1)
+    learned, tables = weights.trained(vectors), []
+    both = weights.by_group(weights.both_nonzero, learned, "layer")  # [P, T, T]
     for share in shares:
-        measure = partial(magnitude_overlap, share=share)
-        inside = (by_group(measure, learned, "layer").double() * weights).sum(dim=0)
+        measure = partial(weights.magnitude_overlap, share=share)
+        inside = weights.by_group(measure, learned, "layer").double() * both
+        inside = inside.sum(dim=0) / both.sum(dim=0).clamp(min=1)
         for within, values in (("model", measure(dense(learned.deltas))), ("tensor", inside)):
-            rows += pair_rows(vectors.tasks, {"overlap": values}, share=share, within=within)
-    return pd.DataFrame(rows)
+            labels = {"share": share, "within": within}
+            tables.append(by_pair(vectors.tasks, {"overlap": values}, **labels))
+    return pd.concat(tables, ignore_index=True)
 
 
 def decay_table(vectors: TaskVectors) -> pd.DataFrame:
-    """Rows that only weight decay changed: task, and their shares of parameters and length.
-
-    length: share of the squared norm.
-    """
-    squares, mask = dense(vectors.deltas).double().square(), decay_only(vectors)
+    """Rows that only weight decay changed: task, their shares of parameters and squared norm."""
+    squares, mask = dense(vectors.deltas).double().square(), weights.decay_only(vectors)
     length = (squares * mask).sum(dim=1) / squares.sum(dim=1)
     parameters = mask.double().mean(dim=1).tolist()
     return pd.DataFrame({"task": vectors.tasks, "parameters": parameters, "length": length})
 
 
-def conflict_by_place(vectors: TaskVectors, grouping: str = "place") -> pd.DataFrame:
-    """Conflict and cosine of every pair in every group of trained parameters.
+def conflict_by_place(vectors: TaskVectors) -> pd.DataFrame:
+    """Conflict and cosine of every pair: place, kind, task, partner, conflict, cosine."""
+    learned = weights.trained(vectors)
+    names, numbers = weights.grouped(vectors.layout, "place")
+    found = {key: weights.by_group(f, learned, "place") for key, f in MEASURES.items()}
+    kinds = [weights.kind_of(vectors.layout.names[numbers.index(g)]) for g in range(len(names))]
+    return pd.concat(
+        by_pair(
+            vectors.tasks, {key: some[g] for key, some in found.items()}, place=place, kind=kind
+        )
+        for g, (place, kind) in enumerate(zip(names, kinds, strict=True))
+    ).reset_index(drop=True)
 
-    Columns: place, kind, task, partner, conflict, cosine. grouping: as for `norms_by_group`.
-    """
-    learned, rows = trained(vectors), []
-    names, numbers = grouped(vectors.layout, grouping)
-    found = {column: by_group(f, learned, grouping) for column, f in MEASURES.items()}
-    for g, place in enumerate(names):
-        kind = kind_of(vectors.layout.names[numbers.index(g)])
-        values = {column: some[g] for column, some in found.items()}
-        rows += pair_rows(vectors.tasks, values, place=place, kind=kind)
-    return pd.DataFrame(rows)
 
-
-def norms_by_place(vectors: TaskVectors, grouping: str = "place") -> pd.DataFrame:
-    """Distribution of every task vector's squared norm over groups of parameters.
-
-    Columns: place, task, share (of the squared norm), rms (root mean square of the entries;
-    decayed embedding rows do not count).
-    """
-    norms = norms_by_group(vectors, grouping).double()
-    learned, rows = dense(trained(vectors).deltas) != 0, []
-    for g, (name, slices) in enumerate(columns(vectors.layout, grouping)):
-        counts = sum(learned[:, place].sum(dim=1) for place in slices).clamp(min=1)
-        share = (norms[:, g] / norms.norm(dim=1)).square().tolist()
-        rms = (norms[:, g] / counts.sqrt()).tolist()
-        own = {"place": name, "task": vectors.tasks, "share": share, "rms": rms}
-        rows.append(pd.DataFrame(own))
-    return pd.concat(rows, ignore_index=True)
+def norms_by_place(vectors: TaskVectors) -> pd.DataFrame:
+    """Every task vector by place: share (of its squared norm), rms (of its trained entries)."""
+    norms = weights.norms_by_group(vectors, "place").double()  # [T, G]
+    learned = dense(weights.trained(vectors).deltas) != 0
+    groups = weights.columns(vectors.layout, "place")
+    counts = [sum(learned[:, place].sum(dim=1) for place in slices) for _, slices in groups]
+    share = (norms / norms.norm(dim=1, keepdim=True)).square()
+    rms = norms / torch.stack(counts, dim=1).clamp(min=1).sqrt()
+    index = pd.MultiIndex.from_product([dict(groups), vectors.tasks], names=["place", "task"])
+    values = {"share": share.T.flatten().tolist(), "rms": rms.T.flatten().tolist()}
+    return pd.DataFrame(values, index).reset_index()
 
 
 def spectrum_table(vectors: TaskVectors) -> pd.DataFrame:
@@ -158,31 +125,33 @@ def spectrum_table(vectors: TaskVectors) -> pd.DataFrame:
     of the squared norm, largest first).
     """
     rows = []
-    for layer, values in spectra(vectors).items():
-        for task, own in zip(vectors.tasks, values, strict=True):
-            squares = own.square()
-            energy = (squares / squares.sum().clamp(min=torch.finfo(own.dtype).tiny)).tolist()
-            row = {"layer": layer, "task": task, "full": len(own), "stable": stable_rank(own)}
-            rows.append({**row, "effective": effective_rank(own), "energy": energy})
+    for layer, deltas in spectra.inner_matrices(vectors).items():
+        for task, own in zip(vectors.tasks, map(spectra.singular_values, deltas), strict=True):
+            total = own.square().sum().clamp(min=torch.finfo(own.dtype).tiny)
+            row = {"layer": layer, "task": task, "full": len(own)}
+            row |= {"stable": spectra.stable_rank(own), "effective": spectra.effective_rank(own)}
+            rows.append(row | {"energy": (own.square() / total).tolist()})
     return pd.DataFrame(rows)
 
 
 def alignment_table(
     vectors: TaskVectors, *, residuals: Sequence[float] = RESIDUALS
 ) -> pd.DataFrame:
-    """SAR over its cut-off: with the sum of all task vectors, with another task, and by chance.
+    """SAR over its cut-off, means over tasks (or pairs) and linear layers.
 
-    Means over tasks (or pairs) and linear layers. Columns: residual, merged, partner, chance (with
-    the sum), chance_partner.
+    Columns: residual, merged (with the sum of all task vectors), partner (with another task),
+    chance (with the sum), chance_partner.
     """
-    total, inner, rows = dense(vectors.deltas).sum(dim=0), inner_matrices(vectors).values(), []
+    total, rows = dense(vectors.deltas).sum(dim=0), []
+    inner = spectra.inner_matrices(vectors).values()  # [T, M, K] each
     for residual in residuals:
-        chance = partial(chance_alignment, residual=residual)
-        between = alignment_between(vectors, residual=residual)
-        row = {"residual": residual}
-        row["merged"] = float(np.mean(mean_alignment(vectors, total, residual=residual)))
-        row["partner"] = mean_with_others(between).mean().item()
-        row["chance"] = float(np.mean([chance(deltas.sum(dim=0)) for deltas in inner]))
-        row["chance_partner"] = float(np.mean([chance(one) for deltas in inner for one in deltas]))
-        rows.append(row)
+        chance = partial(spectra.chance_alignment, residual=residual)
+        between = spectra.alignment_between(vectors, residual=residual)
+        means = {
+            "merged": spectra.mean_alignment(vectors, total, residual=residual),
+            "partner": weights.mean_with_others(between).tolist(),
+            "chance": [chance(deltas.sum(dim=0)) for deltas in inner],
+            "chance_partner": [chance(one) for deltas in inner for one in deltas],
+        }
+        rows.append({"residual": residual} | {key: float(np.mean(v)) for key, v in means.items()})
     return pd.DataFrame(rows)

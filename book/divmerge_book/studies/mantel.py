@@ -5,7 +5,8 @@ are not used. Pairs that share a task are dependent, so tasks are resampled and 
 columns of a matrix move together.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -14,19 +15,11 @@ from divmerge_book.evaluation.statistics import largest_of, middle, orderings, r
 from divmerge_core.registry import Registry
 
 VIEWS = Registry("view")  # name -> function of a matrix [..., T, T] with NaN where there is no pair
+VIEWS.register("pair", label="which pair is hurt")(
+    lambda values: (values + values.swapaxes(-1, -2)) / 2
+)
+VIEWS.register("task", label="which task of which pair is hurt")(lambda values: values)
 Matrices = Float[np.ndarray, "*A T T"]
-
-
-@VIEWS.register("pair", label="which pair is hurt")
-def pair(values: Matrices) -> Matrices:
-    """Mean over the two tasks of a pair."""
-    return (values + values.swapaxes(-1, -2)) / 2
-
-
-@VIEWS.register("task", label="which task of which pair is hurt")
-def task(values: Matrices) -> Matrices:
-    """Every task of every pair."""
-    return values
 
 
 @VIEWS.register("partner", label="which partner hurts a given task")
@@ -42,9 +35,8 @@ def entries(
 ) -> Float[np.ndarray, "*A n"]:
     """A view's values for all ordered pairs of the chosen tasks (None: all of them).
 
-    A task that is chosen twice is not paired with itself. Symmetric values come twice, which
-    changes no correlation. Values are scaled to a largest magnitude of 1 and rounded, so that
-    exact cancellation gives 0.
+    A task that is chosen twice is not paired with itself. Values are scaled to a largest magnitude
+    of 1 and rounded, so that exact cancellation gives 0.
     """
     chosen = np.arange(values.shape[-1]) if chosen is None else chosen
     apart = chosen[:, None] != chosen
@@ -53,21 +45,40 @@ def entries(
     return np.round(VIEWS[view](some / np.where(scale > 0, scale, 1))[..., apart], 12)
 
 
-@dataclass(frozen=True)
-class Correlations:
-    """Spearman correlations [M, K, L] of K predictors and L outcomes for each of M methods.
+class Correlations(NamedTuple):
+    """Correlations `[*A]` with their 95 % bootstrap intervals and permutation tests.
 
-    low, high: 95 % bootstrap interval. p: permutation p-value of one correlation. p_max: corrected
-    for all of them (max-T). threshold: |correlation| above it has p_max of 0.05 or less. NaN where
-    a predictor or an outcome is constant.
+    p: p-value of one correlation; p_max: corrected for all of them (max-T, Westfall and Young
+    1993). threshold: |correlation| above it has p_max of 0.05 or less. NaN if a side is constant.
     """
 
-    value: Float[np.ndarray, "M K L"]
-    low: Float[np.ndarray, "M K L"]
-    high: Float[np.ndarray, "M K L"]
-    p: Float[np.ndarray, "M K L"]
-    p_max: Float[np.ndarray, "M K L"]
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    p: np.ndarray
+    p_max: np.ndarray
     threshold: float
+
+
+def resampled(
+    value: np.ndarray,
+    bootstrap: Callable[..., np.ndarray],
+    permuted: Callable[[np.ndarray], np.ndarray],
+    *,
+    sizes: Sequence[int],
+    draws: int,
+    seed: int,
+) -> Correlations:
+    """Percentile bootstrap and permutation test of correlations.
+
+    bootstrap: the correlations of drawn indices, one array for each of `sizes`, the last of which
+    counts the tasks. permuted: those under an order of the tasks (all orders where there are no
+    more than `draws`).
+    """
+    generator = np.random.default_rng(seed)
+    drawn = [bootstrap(*(generator.integers(n, size=n) for n in sizes)) for _ in range(draws)]
+    null = [permuted(order) for order in orderings(sizes[-1], draws, generator)]
+    return Correlations(value, *middle(np.stack(drawn)), *largest_of(value, np.stack(null)))
 
 
 def rank_correlations(
@@ -87,33 +98,28 @@ def correlate(
 ) -> Correlations:
     """Rank correlation of K predictors with L outcomes, for each of M methods, S seeds, T tasks.
 
-    Means over seeds are correlated. Intervals: percentile bootstrap over seeds and tasks. Test: the
-    tasks of the outcomes are permuted, rows and columns at once, the same way for all methods and
-    outcomes (Mantel 1967; all orders where there are no more than `draws`), corrected by the
-    largest |correlation| of each permutation (Westfall and Young 1993). Raises ValueError for fewer
-    than three tasks and for an unknown view.
+    Means over seeds are correlated; the bootstrap is over seeds and tasks. The tasks of the
+    outcomes are permuted, rows and columns at once, the same way for all methods and outcomes
+    (Mantel 1967). Raises ValueError for fewer than three tasks and for an unknown view.
     """
     VIEWS[view]
     num_seeds, num_tasks = predictors.shape[2], predictors.shape[-1]
     if num_tasks < 3:
         raise ValueError(f"ranking pairs needs three tasks or more, got {num_tasks}")
-    generator = np.random.default_rng(seed)
 
     def correlations(seeds=slice(None), tasks=None) -> np.ndarray:
         means = (some[:, :, seeds].mean(2) for some in (predictors, outcomes))
         return rank_correlations(*(entries(some, view, tasks) for some in means))
 
-    value = correlations()
-    drawn = [
-        correlations(*(generator.integers(n, size=n) for n in (num_seeds, num_tasks)))
-        for _ in range(draws)
-    ]
     x, y = (standard(ranks(entries(some.mean(2), view))) for some in (predictors, outcomes))
     apart = ~np.eye(num_tasks, dtype=bool)
     square = np.zeros((*y.shape[:2], num_tasks, num_tasks))
     square[..., apart] = y
-    null = [
-        np.einsum("mkn,mln->mkl", x, square[..., order[:, None], order][..., apart])
-        for order in orderings(num_tasks, draws, generator)
-    ]
-    return Correlations(value, *middle(np.stack(drawn)), *largest_of(value, np.stack(null)))
+    return resampled(
+        correlations(),
+        correlations,
+        lambda order: np.einsum("mkn,mln->mkl", x, square[..., order[:, None], order][..., apart]),
+        sizes=(num_seeds, num_tasks),
+        draws=draws,
+        seed=seed,
+    )

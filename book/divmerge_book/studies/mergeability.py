@@ -1,7 +1,7 @@
 """Do statistics of task vectors predict which experts interfere, before they are merged?
 
-All pairs of an experiment's experts are merged by several methods. For each task of each pair the
-table has what merging costs (OUTCOMES), and statistics of the weights (PREDICTORS).
+All pairs of experts are merged by several methods; the table has what merging costs each task of
+each pair (OUTCOMES), and what may predict it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_book.evaluation.experiment import SIZES, Experiment, prepare
@@ -39,6 +38,27 @@ MERGES.register("tsv_m", method="tsv_m", label="TSV-M")({})
 MERGES.register("divmerge", method="divmerge", label="DivMerge")({"progress": False})
 
 OUTCOMES = {"drop": "accuracy lost, share of the expert's", "js": "JS from the expert, nats"}
+# Name -> words, and +1 where more of it should mean more interference. PREDICTORS are of weights
+# alone, `pair_statistics`; AFTER needs the merged weights too; INPUTS are the reference.
+PREDICTORS = {
+    "conflict_all": ("sign conflict, all parameters", 1),
+    "conflict": ("sign conflict, touched", 1),
+    "conflict_large": ("sign conflict, largest fifth", 1),
+    "cosine": ("cosine", -1),
+    "overlap": ("magnitude overlap, largest fifth", 1),
+    "alignment_partner": ("SAR with the partner", 1),
+    "norm_own": ("own length", -1),
+    "norm_partner": ("partner's length", 1),
+    "norm_ratio": ("partner's length over own", 1),
+    "length_sum": ("length of the sum", 1),
+}
+AFTER = {
+    "alignment": ("SAR with the merged change", -1),
+    "distance": ("distance from the expert", 1),
+}
+INPUTS = {"answers": ("JS on unlabelled inputs", 1)}
+LABELS = {name: words for name, (words, _) in (PREDICTORS | AFTER | INPUTS).items()}
+SIGNS = {name: sign for name, (_, sign) in (PREDICTORS | AFTER | INPUTS).items()}
 
 
 def experiments_of(
@@ -48,15 +68,13 @@ def experiments_of(
     *,
     encoder: str,
     device: str = "cpu",
-    seeds: Sequence[int] = (),
-    rows: int | None = None,
-    inputs: int | None = None,
+    **own: object,
 ) -> dict[int, Experiment]:
-    """Experiments by seed of the experts; seeds, rows and inputs: the size's if not given.
+    """Experiments by seed of the experts. Raises ValueError as `prepare`.
 
-    rows: test rows per task. inputs: unlabelled, per task. Raises ValueError as `prepare`.
+    own: seeds, rows (of test, per task) and inputs (unlabelled, per task); the size's if not given.
     """
-    own = settings("mergeability", size, seeds=seeds, rows=rows, inputs=inputs)
+    own = settings("mergeability", size, **own)
     counts = replace(SIZES[size], test_rows=own.rows, merge_rows=own.inputs)
     return {
         seed: prepare(suite, tasks, size=counts, seed=seed, device=device, encoder=encoder)
@@ -64,120 +82,48 @@ def experiments_of(
     }
 
 
-# --- statistics of the weights of a pair ----------------------------------------------------------
-
-Matrix = Float[Tensor, "T T"]
-# name -> function(task vectors, the same without embedding rows that only decayed) -> [T, T];
-# sign: +1 where more of it should mean more interference
-PREDICTORS = Registry("predictor")
-
-
-@PREDICTORS.register("conflict_all", label="sign conflict, all parameters", sign=1)
-def conflict_all(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
-    """Sign conflict, rows that only decayed included."""
-    return sign_conflict(dense(vectors.deltas))
-
-
-@PREDICTORS.register("conflict", label="sign conflict, touched", sign=1)
-def conflict(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
-    """Sign conflict of what both tasks learned."""
-    return sign_conflict(dense(learned.deltas))
-
-
-@PREDICTORS.register("conflict_large", label="sign conflict, largest fifth", sign=1)
-def conflict_large(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
-    """Sign conflict of what TIES keeps of both (Yadav et al. 2023)."""
-    return sign_conflict(torch.stack([largest(row, 0.2) for row in dense(vectors.deltas)]))
-
-
-@PREDICTORS.register("cosine", label="cosine", sign=-1)
-def cosine_all(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
-    """Cosine similarity."""
-    return cosine(dense(vectors.deltas))
-
-
-@PREDICTORS.register("overlap", label="magnitude overlap, largest fifth", sign=1)
-def overlap(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
-    """Magnitude overlap of what both tasks learned."""
-    return magnitude_overlap(dense(learned.deltas))
-
-
-@PREDICTORS.register("alignment_partner", label="SAR with the partner", sign=1)
-def alignment_partner(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
-    """Subspace alignment ratio of a task's change with its partner's."""
-    return alignment_between(vectors)
-
-
-@PREDICTORS.register("norm_own", label="own length", sign=-1)
-def norm_own(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
-    """Norm of the task's own vector, whatever the partner."""
-    norms = vectors.norms().double()
-    return norms[:, None].expand(-1, len(norms))
-
-
-@PREDICTORS.register("norm_partner", label="partner's length", sign=1)
-def norm_partner(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
-    """Norm of the partner's vector."""
-    return norm_own(vectors, learned).T
-
-
-@PREDICTORS.register("norm_ratio", label="partner's length over own", sign=1)
-def norm_ratio(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
-    """log of the partner's norm over the task's own."""
-    return (norm_partner(vectors, learned) / norm_own(vectors, learned)).log()
-
-
-@PREDICTORS.register("length_sum", label="length of the sum", sign=1)
-def length_sum(vectors: TaskVectors, learned: TaskVectors) -> Matrix:
-    """Norm of the sum of both vectors."""
-    deltas = dense(vectors.deltas)
-    inner, squares = deltas @ deltas.T, vectors.norms().square()
-    return (squares[:, None] + squares + 2 * inner).clamp(min=0).sqrt()
-
-
-AFTER = {  # label and sign of predictors that need the merged weights, but no input
-    "alignment": ("SAR with the merged change", -1),
-    "distance": ("distance from the expert", 1),
-}
-INPUTS = {"answers": ("JS on unlabelled inputs", 1)}  # the reference: not a statistic of weights
-
-
-def label_of(name: str) -> str:
-    """A predictor's name in a figure."""
-    return PREDICTORS.facts[name]["label"] if name in PREDICTORS else (AFTER | INPUTS)[name][0]
-
-
-def expected_sign(name: str) -> int:
-    """+1 where more of a predictor should mean more interference, -1 where less."""
-    return PREDICTORS.facts[name]["sign"] if name in PREDICTORS else (AFTER | INPUTS)[name][1]
-
-
-# --- the cost of a merge --------------------------------------------------------------------------
+def pair_statistics(vectors: TaskVectors) -> pd.DataFrame:
+    """All PREDICTORS, a column each, of every task when it is merged with a partner (the index)."""
+    deltas, learned = dense(vectors.deltas), dense(trained(vectors).deltas)
+    norms = vectors.norms()
+    own, squares = norms.double()[:, None].expand(-1, len(norms)), norms.square()
+    matrices = {  # [T, T]
+        "conflict_all": sign_conflict(deltas),
+        "conflict": sign_conflict(learned),
+        "conflict_large": sign_conflict(torch.stack([largest(row, 0.2) for row in deltas])),
+        "cosine": cosine(deltas),
+        "overlap": magnitude_overlap(learned),
+        "alignment_partner": alignment_between(vectors),
+        "norm_own": own,
+        "norm_partner": own.T,
+        "norm_ratio": (own.T / own).log(),
+        "length_sum": (squares[:, None] + squares + 2 * deltas @ deltas.T).clamp(min=0).sqrt(),
+    }
+    index = pd.MultiIndex.from_product([vectors.tasks] * 2, names=["task", "partner"])
+    return pd.DataFrame({name: one.flatten().tolist() for name, one in matrices.items()}, index)
 
 
 def merged_pair(
-    experiment: Experiment, *, seed: int, merge: str, tasks: Sequence[str], options: Mapping
+    experiment: Experiment, *, seed: int, method: str, task: str, partner: str, **fit: int
 ) -> list[dict]:
-    """One merge of two tasks: a record per task.
-
-    Keys: task and partner; accuracy and js (from the expert, nats) on test rows; answers, the JS on
-    the unlabelled inputs; alignment and distance (see AFTER).
-    """
-    problem, table = experiment.problem.select(tasks), []
-    vectors, names = problem.vectors, experiment.problem.vectors.tasks
-    flat = METHODS[MERGES.facts[merge]["method"]](problem, **options)
+    """One merge of two tasks: a record for each of them as `task`; the columns of `pairs`."""
+    problem, table = experiment.problem.select([task, partner]), []
+    fit = {**fit, "seed": seed} if method == "divmerge" else {}
+    flat = METHODS[MERGES.facts[method]["method"]](problem, **MERGES[method], **fit)
+    vectors, experts = problem.vectors, expert_accuracies(experiment)
     aligned = mean_alignment(vectors, flat - vectors.base)
-    for task, own in enumerate(vectors.tasks):
-        split, expert = experiment.test[names.index(own)], vectors.expert(own)
+    for number, own in enumerate(vectors.tasks):
+        split = experiment.test[experiment.problem.vectors.tasks.index(own)]
+        expert = vectors.expert(own)
         test, unlabelled = (
-            [all_logits(problem, some, task, batches) for some in (expert, flat)]
-            for batches in (split.batches, problem.batches[task])
+            [all_logits(problem, some, number, batches) for some in (expert, flat)]
+            for batches in (split.batches, problem.batches[number])
         )
-        record = {"task": own, "partner": vectors.tasks[1 - task], "alignment": aligned[task]}
-        record["distance"] = (flat - expert).double().norm().item()
-        record["accuracy"] = (test[1].argmax(-1) == split.gold).double().mean().item()
-        record["js"] = js(*test).double().mean().item()
-        table.append(record | {"answers": js(*unlabelled).double().mean().item()})
+        row = {"task": own, "partner": vectors.tasks[1 - number], "alignment": aligned[number]}
+        row["distance"] = (flat - expert).double().norm().item()
+        row["accuracy"] = (test[1].argmax(-1) == split.gold).double().mean().item()
+        row |= {"expert": experts[own], "js": js(*test).double().mean().item()}
+        table.append(row | {"answers": js(*unlabelled).double().mean().item()})
     return table
 
 
@@ -191,45 +137,24 @@ def pairs(
     their ratio; js from the expert on test rows; all PREDICTORS, AFTER and INPUTS. Raises
     ValueError for fewer than three tasks.
     """
-    tables = []
-    for seed, experiment in experiments.items():
-        tasks = experiment.problem.vectors.tasks
-        if len(tasks) < 3:
-            raise ValueError(f"ranking pairs needs three tasks or more, got {list(tasks)}")
-        fit = {"divmerge": {"inputs": inputs, "epochs": epochs, "seed": seed}}
-        jobs = [
-            {"merge": name, "tasks": list(both), "options": {**MERGES[name], **fit.get(name, {})}}
-            for both in combinations(tasks, 2)
-            for name in merges
-        ]
-        table = study(merged_pair, {seed: experiment}, jobs).rename(columns={"merge": "method"})
-        expert = table.task.map(expert_accuracies(experiment))
-        table = table.assign(expert=expert, drop=1 - table.accuracy / expert)
-        places = [table[name].map(tasks.index) for name in ("task", "partner")]
-        for name, values in pair_statistics(experiment.problem.vectors).items():
-            table[name] = values[places[0], places[1]].tolist()
-        tables.append(table.drop(columns=["tasks", "options"]))
-    return pd.concat(tables, ignore_index=True)
-
-
-def pair_statistics(vectors: TaskVectors) -> dict[str, Matrix]:
-    """All PREDICTORS of every pair of tasks."""
-    learned = trained(vectors)
-    return {name: statistic(vectors, learned) for name, statistic in PREDICTORS.items()}
-
-
-# --- correlations ---------------------------------------------------------------------------------
+    tasks = next(iter(experiments.values())).problem.vectors.tasks
+    if len(tasks) < 3:
+        raise ValueError(f"ranking pairs needs three tasks or more, got {list(tasks)}")
+    both = [dict(zip(("task", "partner"), pair, strict=True)) for pair in combinations(tasks, 2)]
+    jobs = [{"method": name, **pair} for pair in both for name in merges]
+    table = study(merged_pair, experiments, jobs, inputs=inputs, epochs=epochs)
+    table["drop"] = 1 - table.accuracy / table.expert
+    weights = {seed: pair_statistics(one.problem.vectors) for seed, one in experiments.items()}
+    return table.join(pd.concat(weights, names=["seed"]), on=["seed", "task", "partner"])
 
 
 def stacked(table: pd.DataFrame, columns: Sequence[str]) -> Float[np.ndarray, "M K S T T"]:
     """Columns of `pairs` as matrices by method, column and seed; NaN on their diagonals."""
-    tasks = list(dict.fromkeys(table.task))
-    wide = table.set_index(["method", "seed", "task", "partner"])[list(columns)]
-    keys = [list(dict.fromkeys(table[name])) for name in ("method", "seed")]
-    every = pd.MultiIndex.from_product([*keys, tasks, tasks])
-    values = wide.reindex(every).to_numpy(float)
-    shape = (len(keys[0]), len(keys[1]), len(tasks), len(tasks), len(columns))
-    return np.moveaxis(values.reshape(shape), -1, 1)
+    names = ["method", "seed", "task", "partner"]
+    levels = [list(dict.fromkeys(table[name])) for name in ("method", "seed", "task", "task")]
+    every = pd.MultiIndex.from_product(levels, names=names)
+    values = table.set_index(names)[list(columns)].reindex(every).to_numpy(float)
+    return np.moveaxis(values.reshape(*map(len, levels), len(columns)), -1, 1)
 
 
 def correlations(table: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
@@ -240,16 +165,16 @@ def correlations(table: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> pd
     of weights, merges and outcomes of a view; the reference INPUTS is corrected by itself.
     """
     rows, outcomes = [], stacked(table, [*OUTCOMES])
-    methods, ends = list(dict.fromkeys(table.method)), ("low", "high", "p", "p_max")
     for view in tqdm(VIEWS, "views", leave=False):
         for names in ([*PREDICTORS, *AFTER], [*INPUTS]):
             found = correlate(stacked(table, names), outcomes, view=view, draws=draws, seed=seed)
-            for m, k, n in np.ndindex(found.value.shape):
-                row = {"view": view, "method": methods[m], "number": names[k]}
-                row |= {"damage": [*OUTCOMES][n], "rho": float(found.value[m, k, n])}
-                row |= {name: float(getattr(found, name)[m, k, n]) for name in ends}
-                rows.append({**row, "threshold": found.threshold})
-    return pd.DataFrame(rows)
+            levels = {"method": table.method.unique(), "number": names, "damage": [*OUTCOMES]}
+            index = pd.MultiIndex.from_product(levels.values(), names=levels)
+            columns = {name: np.ravel(value) for name, value in found._asdict().items()}
+            threshold = columns.pop("threshold").item()
+            some = pd.DataFrame(columns, index).reset_index().assign(threshold=threshold)
+            rows.append(some.rename(columns={"value": "rho"}).assign(view=view))
+    return pd.concat(rows, ignore_index=True)
 
 
 def tables(
