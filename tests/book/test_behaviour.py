@@ -11,16 +11,15 @@ from divmerge_book.interference.behaviour import (
     DISTANCES,
     all_logits,
     barrier,
+    cka,
+    common_share,
     confidence,
     disagreement,
     disentanglement_error,
-    margin,
-)
-from divmerge_book.interference.representation import (
-    cka,
-    common_share,
     hidden_states,
     hsic,
+    js_from_expert,
+    margin,
     shift,
 )
 from helpers import linear_problem
@@ -43,6 +42,17 @@ def error_of(problem: MergeProblem, coefficients: list[float], distance: str = "
 def test_disagreement_is_one_where_the_likeliest_answers_differ():
     p, q = torch.tensor([[2.0, 0, 0], [0, 2, 0]]), torch.tensor([[1.0, 0, 0], [0, 0, 2]])
     assert disagreement(p, q).tolist() == [0, 1]
+
+
+def test_the_js_from_an_expert_is_that_of_its_answers(problem):
+    for task, name in enumerate(problem.vectors.tasks):
+        batches, expert = problem.batches[task], problem.vectors.expert(name)
+        logits = [
+            all_logits(problem, some, task, batches) for some in (expert, problem.vectors.base)
+        ]
+        found = js_from_expert(problem, problem.vectors.base, task, batches)
+        assert found == pytest.approx(DISTANCES["js"](*logits).mean().item())
+        assert abs(js_from_expert(problem, expert, task, batches)) < 1e-12
 
 
 @pytest.mark.parametrize("distance", DISTANCES)

@@ -11,7 +11,7 @@ from divmerge_book.figures import title
 from divmerge_book.findings import behaviour, beyond, bullets, evidence, interference, listed, span
 from divmerge_book.findings import scaling as count
 from divmerge_book.published import paper, paper_reanalysis
-from divmerge_book.studies import model_selection, pairwise_interference
+from divmerge_book.studies import landscapes, model_selection
 from divmerge_book.studies import scores as scoring
 from divmerge_book.studies import task_attribution as attribution
 from divmerge_book.studies.continual_merging import BATCH, backward_transfer
@@ -329,7 +329,7 @@ def test_stable_ranks_are_compared_by_answers():
 def test_barriers_are_named_where_they_exceed_the_noise(middle, named, share):
     rows = {"seed": 0, "pair": "a+b", "task": "a", "at": [0.0, 0.5, 1.0], "nll": 1.0}
     rows = pd.DataFrame({**rows, "accuracy": [0.8, middle, 0.8]})
-    text = interference.barriers(rows, pairwise_interference.barriers(rows), 100, RUN)
+    text = interference.barriers(rows, landscapes.barriers(rows), 100, RUN)
     holds(text, f"than that are: {named}.", f"In {share} % of pairs")
 
 
@@ -515,7 +515,7 @@ def test_the_stored_barriers_are_those_of_a_loop():
     noise = (mean(r["accuracy"] * (1 - r["accuracy"]) for r in rows) / 150) ** 0.5
     high = [f"{p} ({100 * mean(v):.1f})" for p, v in chord.items() if mean(v) > noise]
     tables, facts = load(RESULTS / "interference" / "segments.json")
-    walls = pairwise_interference.barriers(tables["rows"])
+    walls = landscapes.barriers(tables["rows"])
     text = interference.barriers(tables["rows"], walls, facts["rows"], "the stored run")
     holds(text, f"than that are: {listed(high)}.")
 

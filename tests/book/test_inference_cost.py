@@ -35,8 +35,11 @@ def experiment(fresh):
 def test_every_method_has_its_cost_and_needs_what_its_routing_says(experiment, monkeypatch):
     """All tasks share one encoder input here: models that need the task's number differ by it."""
     models, make = {}, module.merged_of
-    keep = lambda *given: models.setdefault(given[1], make(*given))  # noqa: E731
-    monkeypatch.setattr(module, "merged_of", keep)
+
+    def kept(experiment, spec, options):
+        return models.setdefault(spec, make(experiment, spec, options))
+
+    monkeypatch.setattr(module, "merged_of", kept)
     table = inference_cost(experiment, options=QUICK, repeats=1, rows=2)
     rows, problem = table.set_index("method"), experiment.problem
     assert list(table.method) == list(SERVED)

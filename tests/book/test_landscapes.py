@@ -114,32 +114,21 @@ def test_every_cost_is_accuracy_lost_and_js_to_the_expert(linear):
         logits, row = evaluator.logits(flat, 2), by_rule.loc[rule, "task2", "task0"]
         assert_close(row.accuracy, 1 - evaluator.score(logits, 2)["accuracy"], rtol=0, atol=1e-5)
         assert_close(row.js, js(evaluator.experts[2], logits).mean().item(), rtol=0, atol=1e-5)
-    wide = landscapes.matrix(
-        table, "halved", "js"
-    )  # half of a vector costs the same beside every other
+    wide = landscapes.matrix(table, "halved", "js")  # half a vector costs the same beside any other
     assert wide.isna().sum().sum() == 4 and (wide.max(axis=1) == wide.min(axis=1)).all()
 
 
 def made_up_costs() -> pd.DataFrame:
-    values = {("b", "a"): 2, ("c", "a"): 1, ("a", "b"): 1, ("c", "b"): 0, ("a", "c"): 9}
-    rows = [
-        {"seed": seed, "rule": "added", "task": i, "other": j, "accuracy": 0.0, "js": float(v)}
-        for seed in (0, 1)
-        for (i, j), v in {**values, ("b", "c"): 0}.items()
-    ]
-    return pd.DataFrame(rows)
+    rows = [("b", "a", 2.0), ("c", "a", 1.0), ("a", "b", 1.0), ("c", "b", 0.0), ("a", "c", 9.0)]
+    table = pd.DataFrame([*rows, ("b", "c", 0.0)], columns=["task", "other", "js"])
+    table = table.assign(rule="added", accuracy=0.0)
+    return pd.concat([table.assign(seed=seed) for seed in (0, 1)], ignore_index=True)
 
 
 def test_pairs_come_from_the_most_costly_to_the_least():
-    assert (
-        landscapes.by_cost(made_up_costs(), 3)
-        == landscapes.by_cost(made_up_costs(), 99)
-        == ["a+c", "a+b", "b+c"]
-    )
-    assert landscapes.by_cost(made_up_costs(), 2) == ["a+c", "b+c"]
-    wide = landscapes.matrix(
-        made_up_costs(), "added", "js"
-    )  # payers in rows, those added in columns
+    for count, expected in ((3, "a+c a+b b+c"), (99, "a+c a+b b+c"), (2, "a+c b+c")):
+        assert landscapes.by_cost(made_up_costs(), count) == expected.split()
+    wide = landscapes.matrix(made_up_costs(), "added", "js")  # payers in rows
     assert wide.loc["a", "c"] == 9 and wide.loc["c", "a"] == 1
     assert list(wide.index) == list(wide.columns)
 
@@ -148,9 +137,8 @@ def test_a_segment_has_the_experts_at_its_ends_and_the_average_between(linear):
     table = segment(linear, 3).set_index(["at", "task"])
     for end in (table.loc[0.0, "task0"], table.loc[1.0, "task1"]):
         assert end.accuracy == 1 and abs(end.js) < 1e-9
-    wide = landscapes.matrix(costs(linear), "averaged", "js")
-    middle = table.js[0.5, "task0"]
-    assert_close(middle, wide.loc["task0", "task1"], rtol=0, atol=1e-5)
+    average = landscapes.matrix(costs(linear), "averaged", "js").loc["task0", "task1"]
+    assert_close(table.js[0.5, "task0"], average, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="3 or more"):
         segment(linear, 2)
 
@@ -174,10 +162,9 @@ def ax():
 
 
 def test_a_plane_draws_every_point_it_was_given(ax):
-    rows = [
-        {"pair": PAIR, "l1": a, "l2": b, "anp": a + 2 * b} for a in (0.0, 0.5) for b in (0.0, 0.2)
-    ]
-    drawn = draw_plane.plane(ax, pd.DataFrame(rows), "anp", colorbar=False)
+    points = pd.DataFrame({"pair": PAIR, "l1": [0.0, 0.0, 0.5, 0.5], "l2": [0.0, 0.2] * 2})
+    table = points.assign(anp=points.l1 + 2 * points.l2)
+    drawn = draw_plane.plane(ax, table, "anp", colorbar=False)
     found = drawn.collections[0].get_array()
     assert_close(np.asarray(found).ravel().tolist(), [0.0, 50.0, 40.0, 90.0])
     assert "task0" in drawn.get_xlabel() and "task1" in drawn.get_ylabel()

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from divmerge_book.figures import primitives as plot
 from divmerge_book.figures import short
 from divmerge_book.figures.styles import KINDS, mark, numbered
-from divmerge_book.studies.mergeability import INPUTS, MERGES, OUTCOMES, label_of
+from divmerge_book.studies.mergeability import INPUTS, LABELS, MERGES, OUTCOMES
 
 COUNTED = {
     "all": ("all parameters", mark(7, "o")),
@@ -107,7 +107,7 @@ def damage_correlations(ax: Axes, table: pd.DataFrame, damage: str) -> Axes:
     |correlations| in 95 % of permutations: markers inside it are not significant.
     """
     some = table[table.damage == damage]
-    rows = {name: label_of(name) for name in some.dropna(subset=["rho"]).number.unique()}
+    rows = {name: LABELS[name] for name in some.dropna(subset=["rho"]).number.unique()}
     looks = {m: (MERGES.facts[m]["label"], look) for m, (_, look) in numbered(some.method).items()}
     band = some[~some.number.isin(INPUTS)].threshold.max()
     ax.axvspan(-band, band, color="0.9", zorder=0)
@@ -126,13 +126,13 @@ def damage_scatter(ax: Axes, table: pd.DataFrame, number: str, damage: str, meth
     mean = table[table.method == method].groupby(keys, sort=False)[[number, damage]].mean()
     mean = mean.reset_index()
     plot.scatter(ax, mean, number, damage, numbered(mean.task), by="task")
-    return plot.finish(ax, label_of(number), OUTCOMES[damage])
+    return plot.finish(ax, LABELS[number], OUTCOMES[damage])
 
 
 def group_map(
     ax: Axes, table: pd.DataFrame, column: str, *, label: str, middle: float | int
 ) -> Axes:
-    """A column of `coefficient_table`, group by task, mean over seeds; white is `middle`.
+    """A column of `coefficient_analysis.fitted`, group by task, mean over seeds; white is `middle`.
 
     table: rows of one grouping and one number of tasks.
     """
@@ -146,8 +146,8 @@ def group_map(
 def coefficients_by_count(ax: Axes, table: pd.DataFrame) -> Axes:
     """Every task's coefficients times T, over T: means over groups, bars from lowest to highest.
 
-    table: rows of `coefficient_table` of one grouping. The dashed line at 1 is the average of the
-    experts.
+    table: rows of `coefficient_analysis.fitted` of one grouping. The dashed line at 1 is the
+    average of the experts.
     """
     mean = table.groupby(["task", "count", "group"], sort=False).coefficient.mean().reset_index()
     mean["times"] = mean.coefficient * mean["count"]

@@ -1,6 +1,4 @@
-"""Figures of planes, lines and costs between experts; tables of `studies.landscapes` and
-`pairwise_interference`.
-"""
+"""Figures of planes, lines and costs between experts; tables of `studies.landscapes`."""
 
 from collections.abc import Mapping
 
@@ -10,7 +8,7 @@ from matplotlib.axes import Axes
 
 from divmerge_book.figures import primitives as plot
 from divmerge_book.figures.styles import mark, style, title
-from divmerge_book.studies.pairwise_interference import RULES, matrix
+from divmerge_book.studies.landscapes import RULES, matrix
 
 # column of the plane's table -> words, colour map, unit, lowest, highest, cut end of the colours
 SHADES: Mapping[str, tuple[str, str, str, float, float | None, str]] = {
@@ -27,7 +25,7 @@ UNITS = {"accuracy": "accuracy lost, points", "js": "JS from expert $i$, nats"}
 def plane(ax: Axes, table: pd.DataFrame, column: str, *, colorbar: bool = True) -> Axes:
     """One measure over the two coefficients of a pair: a coloured square per point measured.
 
-    table: of `planes`, for one pair; column: anp, kept_margin, js, disagreement or apart. Stars are
+    table: of `grid`, for one pair; column: anp, kept_margin, js, disagreement or apart. Stars are
     the experts and the cross is the base.
     """
     words, shades, unit, low, high, extend = SHADES[column]
@@ -50,7 +48,7 @@ def plane(ax: Axes, table: pd.DataFrame, column: str, *, colorbar: bool = True) 
 def end_points(ax: Axes, marks: pd.DataFrame) -> Axes:
     """Where the methods end on a plane, and the paths of DivMerge's and AdaMerging's fits.
 
-    marks: of `studies.landscapes.marks`, for one pair.
+    marks: of `studies.landscapes.solutions`, for one pair.
     """
     for method in MARKS:
         look, steps = style(method), marks[marks.method == method].sort_values("step")
@@ -92,7 +90,7 @@ def cost_decomposition(ax: Axes, table: pd.DataFrame, column: str = "js") -> Axe
 def interpolation(ax: Axes, table: pd.DataFrame, column: str = "accuracy") -> Axes:
     """Both tasks' accuracy (or js, nll) on the line from expert a to expert b.
 
-    table: of `segments`, for one pair. The dashed line is the mean of the two, which defines the
+    table: of `segment`, for one pair. The dashed line is the mean of the two, which defines the
     barrier; bands run over seeds.
     """
     first, second = table.pair.iloc[0].split("+")

@@ -111,7 +111,7 @@ def strongest_predictors(found: pd.DataFrame) -> pd.DataFrame:
             "correlations": groups.size(),
             "p below 0.05": groups.p.agg(lambda p: (p <= LEVEL).sum()),
             "after correction": groups.p_max.agg(lambda p: (p <= LEVEL).sum()),
-            "strongest": best.number.map(mergeability.label_of),
+            "strongest": best.number.map(mergeability.LABELS),
             **{"method": best.method, "damage": best.damage, "rho": best.rho, "p": best.p},
             **{"corrected p": best.p_max, "needed": best.threshold},
         }
@@ -135,7 +135,7 @@ def reference(found: pd.DataFrame, source: str) -> str:
     """The JS on unlabelled inputs beside weight numbers; found: `mergeability.correlations`."""
     inputs = found.number.isin(mergeability.INPUTS)
     js, own = found[inputs], found[~inputs].dropna(subset=["rho"])
-    wrong = (own.rho * own.number.map(mergeability.expected_sign) < 0).mean()
+    wrong = (own.rho * own.number.map(mergeability.SIGNS) < 0).mean()
     return (
         f"In {source} the JS on unlabelled inputs ranks the accuracy lost with correlations from "
         f"{span(js.rho[js.damage == 'drop'], 2, sign=True)} over methods and questions; "

@@ -11,6 +11,7 @@ from divmerge_core.merging.coefficients import groups_of
 from divmerge_core.merging.linalg import matrices
 from divmerge_core.merging.task_vectors import Layout, TaskVectors
 
+TOLERANCE = 0.1  # of a row that only decayed: what may be left of its norm
 Groups = tuple[tuple[str, ...], tuple[int, ...]]  # names, and each tensor's group number
 Pairwise = Callable[[Float[Tensor, "T n"]], Float[Tensor, "T T"]]
 
@@ -71,7 +72,7 @@ def leading(values: Float[Tensor, " n"], count: int) -> Bool[Tensor, " n"]:
     return mask
 
 
-def decay_only(vectors: TaskVectors, *, tolerance: float = 0.1) -> Bool[Tensor, "T N"]:
+def decay_only(vectors: TaskVectors) -> Bool[Tensor, "T N"]:
     """Mask of embedding rows that only weight decay changed, or nothing at all.
 
     A word that no training text contains has no gradient, so AdamW makes its row of the task vector
@@ -79,8 +80,6 @@ def decay_only(vectors: TaskVectors, *, tolerance: float = 0.1) -> Bool[Tensor, 
     `tolerance`, in [0, 1), of its norm: rounding in float32 leaves up to 0.02, one gradient nearly
     1. Derived in notebooks/12_interference.
     """
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance must be in [0, 1), got {tolerance}; 0.1 is a tenth")
     deltas = dense(vectors.deltas)
     mask = torch.zeros_like(deltas, dtype=torch.bool)
     for name, place, shape in matrices(vectors.layout):
@@ -92,7 +91,7 @@ def decay_only(vectors: TaskVectors, *, tolerance: float = 0.1) -> Bool[Tensor, 
             tau = delta[place].unflatten(0, shape)
             decay = (tau * base).sum(dim=1) / square
             residual = (tau - decay[:, None] * base).norm(dim=1)
-            decayed = (decay <= 0) & (residual <= tolerance * tau.norm(dim=1))
+            decayed = (decay <= 0) & (residual <= TOLERANCE * tau.norm(dim=1))
             row[place] = decayed.repeat_interleave(shape[1])
     return mask
 

@@ -93,7 +93,7 @@ class Training:
     classes: int | None = None
     precision: str = "float32"
     checkpointing: bool = False
-    tasks = ranks = 1
+    tasks = ranks = 1  # one model on one device; a Fit may have more
 
     def __post_init__(self):
         for name, value in vars(self).items():

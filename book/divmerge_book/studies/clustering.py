@@ -20,14 +20,15 @@ from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.methods.clustered import posterior_score, residuals
 from divmerge_core.methods.continual import Merging, join, linear_places, untouched
 
+START = 0.5  # share of its task vector that a new group starts from
 Members = tuple[int, ...]  # tasks that share a model, in the order of joining
 
 
 class Groups:
     """OPCM's merge of any group of experts; accuracies and residuals are kept in the cache."""
 
-    def __init__(self, experiment: Experiment, start: float = 0.5):
-        self.experiment, self.start = experiment, start
+    def __init__(self, experiment: Experiment):
+        self.experiment = experiment
         self.tasks, self.base = experiment.problem.vectors.tasks, experiment.problem.vectors.base
         self.places = linear_places(experiment.problem)
         self.merge = lru_cache(maxsize=12)(self._merge)
@@ -44,29 +45,30 @@ class Groups:
     def residuals(self, members: Members, task: int) -> Float[Tensor, " n"]:
         """Distance of a group's model from this expert after it joins, per input.
 
-        Without members: of base plus `start` times the task vector, a new group's likelihood.
+        Without members: of base plus START times the task vector, a new group's likelihood.
         """
 
         def find() -> list[float]:
             delta = self.delta(task)
-            offset = self.merge((*members, task)).offset if members else self.start * delta
+            offset = self.merge((*members, task)).offset if members else START * delta
             return residuals(self.experiment.problem, task, delta, [offset])[0].tolist()
 
-        found = cached(self.experiment, find, "misfit", members, task, self.start)
+        found = cached(self.experiment, find, "misfit", members, task, START)
         return torch.tensor(found, dtype=torch.float64)
+
+    def accuracies_of(self, members: Members) -> list[float]:
+        """Test accuracies of a group's tasks with its model."""
+
+        def find() -> list[float]:
+            model = self.base + self.merge(members).offset
+            return accuracies(self.experiment, model, [self.tasks[one] for one in members])
+
+        return cached(self.experiment, find, "group", members)
 
     def scores(self, groups: Sequence[Members]) -> list[float]:
         """Test accuracy of every task with its group's model, in the tasks' order."""
-        found = {}
-        for members in groups:
-
-            def find(members=members) -> list[float]:
-                model = self.base + self.merge(members).offset
-                return accuracies(self.experiment, model, [self.tasks[one] for one in members])
-
-            some = cached(self.experiment, find, "group", members)
-            found |= dict(zip(members, some, strict=True))
-        return [found[task] for task in sorted(found)]
+        pairs = [pair for one in groups for pair in zip(one, self.accuracies_of(one), strict=True)]
+        return [accuracy for _, accuracy in sorted(pairs)]
 
 
 def assignments(groups: Groups, *, zeta: float, sigma: float = 0.25) -> list[Members]:
@@ -87,16 +89,16 @@ def members_of(labels: Sequence[int]) -> list[Members]:
     ]
 
 
-def k_means(gram: np.ndarray, count: int, *, restarts: int = 20, seed: int = 0) -> list[int]:
+def k_means(gram: np.ndarray, count: int) -> list[int]:
     """k-means labels of vectors with these inner products; ValueError unless 1 to T clusters."""
     if not 1 <= count <= len(gram):
         raise ValueError(f"{len(gram)} vectors make 1 to {len(gram)} clusters, not {count}")
     values, axes = np.linalg.eigh(gram)
     points, found = axes * np.sqrt(values.clip(0)), []  # [T, T]: the same distances
     how = {"iter": 100, "minit": "points", "missing": "raise"}
-    for restart in range(restarts):
+    for seed in range(20):
         try:
-            centres, labels = kmeans2(points, count, **how, rng=seed + restart)
+            centres, labels = kmeans2(points, count, **how, rng=seed)
         except ClusterError:  # an empty cluster
             continue
         found.append((((points - centres[labels]) ** 2).sum(), labels.tolist()))

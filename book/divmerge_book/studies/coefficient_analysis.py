@@ -11,25 +11,13 @@ from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.hyperparameter_search import run_method
 from divmerge_book.evaluation.statistics import ranks, standard
 from divmerge_book.interference import weights
-from divmerge_book.interference.behaviour import all_logits
+from divmerge_book.interference.behaviour import js_from_expert
 from divmerge_book.studies.mantel import resampled
 from divmerge_book.studies.study import study
-from divmerge_core.divergences import js
-from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.divmerge import limit
 
 COVARIATES = ("conflict", "cosine", "norm", "js")
-
-
-def average_js(problem: MergeProblem) -> list[float]:
-    """Every task's mean JS (nats) of the average of all experts from its own expert."""
-    flat, found = METHODS["average"](problem), []
-    for task, name in enumerate(problem.vectors.tasks):
-        both = (problem.vectors.expert(name), flat)
-        logits = [all_logits(problem, some, task, problem.batches[task]) for some in both]
-        found.append(js(*logits).double().mean().item())
-    return found
 
 
 def fitted(
@@ -53,7 +41,9 @@ def fitted(
     norms = weights.norms_by_group(vectors, grouping)
     values = {"coefficient": np.array(fit["coefficients"]), "conflict": conflict, "cosine": cosine}
     values["norm"] = norms / norms.norm(dim=1, keepdim=True)
-    values["js"] = np.repeat(average_js(seen), len(fit["groups"]))
+    average = METHODS["average"](seen)
+    found = [js_from_expert(seen, average, t, some) for t, some in enumerate(seen.batches)]
+    values["js"] = np.repeat(found, len(fit["groups"]))
     index = pd.MultiIndex.from_product([vectors.tasks, fit["groups"]], names=["task", "group"])
     table = pd.DataFrame({name: np.ravel(value) for name, value in values.items()}, index)
     steps = epochs * max(map(len, seen.batches))
@@ -76,9 +66,7 @@ def tables(
     return {"coefficients": rows, "followed": covariate_correlations(rows, draws=options.draws)}
 
 
-def covariate_correlations(
-    table: pd.DataFrame, *, draws: int = 2000, seed: int = 0
-) -> pd.DataFrame:
+def covariate_correlations(table: pd.DataFrame, *, draws: int) -> pd.DataFrame:
     """Rank correlations of coefficients with covariates, over tasks and groups, means over seeds.
 
     view: `cells`, values as they are; `within`, minus each group's mean over tasks, which removes
@@ -86,25 +74,19 @@ def covariate_correlations(
     covariate), cells (how many values), and those of `cluster_correlations`, p_max corrected over
     the covariates of one fit and view. Fits of fewer than three tasks have too few permutations.
     """
-    rows = []
-    for (grouping, count), some in table[table["count"] >= 3].groupby(
-        ["grouping", "count"], sort=False
-    ):
+    rows, enough = [], table[table["count"] >= 3]
+    for (grouping, count), some in enough.groupby(["grouping", "count"], sort=False):
         mean = some.groupby(["task", "group"], sort=False)[["coefficient", *COVARIATES]].mean()
         cube = np.stack([mean[name].unstack("group").to_numpy() for name in mean])  # [C, T, G]
         for view, maps in {"cells": cube, "within": cube - cube.mean(1, keepdims=True)}.items():
-            found = cluster_correlations(maps[0], maps[1:], draws=draws, seed=seed)
+            found = cluster_correlations(maps[0], maps[1:], draws=draws)
             labels = {"grouping": grouping, "count": int(count), "cells": cube[0].size}
             rows.append(found.assign(**labels, view=view, clue=COVARIATES))
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
 
 def cluster_correlations(
-    target: Float[np.ndarray, "T G"],
-    covariates: Float[np.ndarray, "C T G"],
-    *,
-    draws: int,
-    seed: int,
+    target: Float[np.ndarray, "T G"], covariates: Float[np.ndarray, "C T G"], *, draws: int
 ) -> pd.DataFrame:
     """Spearman correlation of a map with each of C others: rho, low, high, p, p_max.
 
@@ -121,6 +103,5 @@ def cluster_correlations(
         lambda order: rho(target[order], covariates),
         sizes=(len(target),),
         draws=draws,
-        seed=seed,
     )
     return pd.DataFrame(found._asdict()).drop(columns="threshold").rename(columns={"value": "rho"})

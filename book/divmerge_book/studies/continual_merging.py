@@ -36,9 +36,9 @@ STEPS: Mapping[str, Callable[[Offset, Offset, int], Offset]] = {
 SHARE = 0.5  # of OPCM: the published one
 
 
-def orders(tasks: Sequence[str], count: int, seed: int = 0) -> list[tuple[str, ...]]:
+def orders(tasks: Sequence[str], count: int) -> list[tuple[str, ...]]:
     """`count` different random orders of the tasks, or all there are where those are fewer."""
-    generator, found = random.Random(seed), {}
+    generator, found = random.Random(0), {}
     while len(found) < min(count, math.factorial(len(tasks))):
         found[tuple(generator.sample(list(tasks), len(tasks)))] = None
     return list(found)
@@ -84,7 +84,7 @@ def arrivals(
     ]
 
 
-def continual_merging(experiment: Experiment, *, count: int = 10, seed: int = 0) -> pd.DataFrame:
+def continual_merging(experiment: Experiment, *, count: int) -> pd.DataFrame:
     """Every continual method over `count` random orders, with references.
 
     Columns: method, order (its number), arrived (how many experts so far), task, accuracy (on test
@@ -94,13 +94,13 @@ def continual_merging(experiment: Experiment, *, count: int = 10, seed: int = 0)
     tasks, experts = experiment.problem.vectors.tasks, expert_accuracies(experiment)
     jobs = [
         {"method": method, "order": number, "tasks": list(order)}
-        for number, order in enumerate(orders(tasks, count, seed))
+        for number, order in enumerate(orders(tasks, count))
         for method in BATCH
     ]
     jobs += [{"method": name, "order": -1, "tasks": list(tasks)} for name in BATCH.values()]
     alone = pd.DataFrame(experts.items(), columns=["task", "accuracy"])
     alone = alone.assign(method="expert", order=-1, arrived=len(tasks))
-    table = pd.concat([study(arrivals, {seed: experiment}, jobs), alone], ignore_index=True)
+    table = pd.concat([study(arrivals, {0: experiment}, jobs), alone], ignore_index=True)
     return table.assign(expert=table.task.map(experts)).drop(columns=["seed", "tasks"])
 
 

@@ -173,7 +173,6 @@ def detection(
     kind: str,
     share: float,
     steps: int,
-    controls: int = 3,
 ) -> list[dict]:
     """Every method of choosing members, on one corrupted pool; the columns of `corrupted_pools`.
 
@@ -204,7 +203,7 @@ def detection(
     add("leave_one_out", drops >= 0, drops, calls=1 + len(bad), scored=score.cache_info().misses)
     trust, chosen, rewards = policy(pool, score := subset_score(pool), steps=steps, seed=seed)
     add("policy", chosen, trust, calls=len(rewards), scored=score.cache_info().misses)
-    for number in range(controls):
+    for number in range(3):
         control = shuffled(rewards, number)
         trust, chosen, _ = policy(pool, control, steps=steps, seed=seed + 1 + number)
         add("shuffled", chosen, trust, calls=len(rewards))
@@ -214,9 +213,8 @@ def detection(
 def corrupted_pools(
     experiments: Mapping[int, tuple[Experiment, Experiment]],
     *,
-    kinds: Sequence[str] = tuple(CORRUPTIONS),
-    shares: Sequence[float] = (0.0, 0.2, 0.4, 0.6),
-    steps: int = 200,
+    shares: Sequence[float],
+    steps: int,
 ) -> pd.DataFrame:
     """Detection of corrupted members, by kind, share and seed.
 
@@ -227,7 +225,7 @@ def corrupted_pools(
     validation score, and scored, how many subsets were evaluated; `scores_by_task`.
     """
     jobs = [{"kind": "none", "share": 0.0}] if 0.0 in shares else []
-    jobs += [{"kind": kind, "share": share} for share in shares if share for kind in kinds]
+    jobs += [{"kind": kind, "share": share} for share in shares if share for kind in CORRUPTIONS]
     tables = []
     for seed, (experiment, other) in experiments.items():
         measure = partial(detection, strangers=other.problem.vectors)

@@ -97,21 +97,16 @@ def cost_of(
 
 
 def inference_cost(
-    experiment: Experiment,
-    *,
-    methods: Sequence[str] = SERVED,
-    options: Mapping[str, Mapping] | None = None,
-    repeats: int = 7,
-    rows: int = 8,
+    experiment: Experiment, *, options: Mapping[str, Mapping], repeats: int, rows: int = 8
 ) -> pd.DataFrame:
-    """Every method's bytes, time per row and accuracy: a row each.
+    """Bytes, time per row and accuracy of every method in SERVED: a row each.
 
-    options: by method; published ones if not given. Columns: method, finds (see ROUTING; `task`
-    cannot answer inputs of unknown task), bytes, models (bytes in units of one model), milliseconds
-    (median, in batches of `rows`), slower (median ratio to one plain model timed in turn with it,
-    which hardly depends on the machine's other load), `scores_by_task`, options.
+    options: by method; published ones where there are none. Columns: method, finds (see ROUTING:
+    `task` cannot answer inputs of unknown task), bytes, models (bytes in units of one model),
+    milliseconds (median, in batches of `rows`), slower (median ratio to a plain model timed in
+    turn with it, which hardly depends on the machine's other load), `scores_by_task`, options.
     """
-    jobs = [{"method": name, "options": (options or {}).get(name, {})} for name in methods]
+    jobs = [{"method": name, "options": options.get(name, {})} for name in SERVED]
     table = study(cost_of, {0: experiment}, jobs, repeats=repeats, rows=rows)
     return table.drop(columns="seed")
 

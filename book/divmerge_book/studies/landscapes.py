@@ -75,9 +75,9 @@ def matrix(table: pd.DataFrame, rule: str, column: str) -> pd.DataFrame:
     return wide.reindex(index=order, columns=order)
 
 
-def by_cost(table: pd.DataFrame, count: int, *, column: str = "js") -> list[str]:
-    """`count` pairs `a+b`, evenly spaced by rank, from the most to the least costly when added."""
-    wide = matrix(table, "added", column)
+def by_cost(table: pd.DataFrame, count: int) -> list[str]:
+    """`count` pairs `a+b`, evenly spaced by rank, from the most to the least JS when added."""
+    wide = matrix(table, "added", "js")
     both = {f"{a}+{b}": wide.loc[a, b] + wide.loc[b, a] for a, b in combinations(wide.index, 2)}
     ranked = sorted(both, key=lambda pair: -both[pair])
     places = torch.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().long()

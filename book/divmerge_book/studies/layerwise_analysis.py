@@ -41,13 +41,13 @@ def weight_statistics(experiments: Mapping[int, Experiment], size: str) -> dict[
 
 
 def by_pair(
-    tasks: Sequence[str], matrices: Mapping[str, Float[Tensor, "T T"]], **labels: object
+    tasks: Sequence[str], labels: Mapping[str, Sequence], **stacks: Float[Tensor, "G T T"]
 ) -> pd.DataFrame:
-    """A row per pair of tasks: labels, task, partner, and a column per symmetric matrix."""
-    table = pd.DataFrame(combinations(tasks, 2), columns=["task", "partner"])
+    """A row per label and pair of tasks: labels, task, partner, a column per symmetric matrix."""
+    pairs = pd.DataFrame(combinations(tasks, 2), columns=["task", "partner"])
     upper = torch.triu_indices(len(tasks), len(tasks), offset=1)  # in the pairs' order
-    columns = {name: matrix[*upper].tolist() for name, matrix in matrices.items()}
-    return pd.DataFrame(labels, table.index).join(table).assign(**columns)
+    columns = {name: stack[:, *upper].flatten().tolist() for name, stack in stacks.items()}
+    return pd.DataFrame(labels).merge(pairs, how="cross").assign(**columns)
 
 
 def pair_table(vectors: TaskVectors) -> pd.DataFrame:
@@ -58,10 +58,8 @@ def pair_table(vectors: TaskVectors) -> pd.DataFrame:
     deltas = dense(vectors.deltas)
     counted = {"all": deltas, "touched": dense(weights.trained(vectors).deltas)}
     counted["largest fifth"] = torch.stack([largest(row, 0.2) for row in deltas])
-    return pd.concat(
-        by_pair(vectors.tasks, {key: f(some) for key, f in MEASURES.items()}, counted=name)
-        for name, some in counted.items()
-    ).reset_index(drop=True)
+    found = {key: torch.stack([*map(f, counted.values())]) for key, f in MEASURES.items()}
+    return by_pair(vectors.tasks, {"counted": [*counted]}, **found)
 
 
 def overlap_table(vectors: TaskVectors, *, shares: Sequence[float] = (0.05, 0.2)) -> pd.DataFrame:
@@ -71,16 +69,15 @@ def overlap_table(vectors: TaskVectors, *, shares: Sequence[float] = (0.05, 0.2)
     the entries that both change), task, partner, overlap. An overlap above chance in the model but
     not within tensors says which tensors change most.
     """
-    learned, tables = weights.trained(vectors), []
+    learned, found = weights.trained(vectors), []
     both = weights.by_group(weights.both_nonzero, learned, "layer")  # [P, T, T]
     for share in shares:
         measure = partial(weights.magnitude_overlap, share=share)
         inside = weights.by_group(measure, learned, "layer").double() * both
         inside = inside.sum(dim=0) / both.sum(dim=0).clamp(min=1)
-        for within, values in (("model", measure(dense(learned.deltas))), ("tensor", inside)):
-            labels = {"share": share, "within": within}
-            tables.append(by_pair(vectors.tasks, {"overlap": values}, **labels))
-    return pd.concat(tables, ignore_index=True)
+        found += [measure(dense(learned.deltas)).double(), inside]
+    labels = {"share": np.repeat(shares, 2), "within": ["model", "tensor"] * len(shares)}
+    return by_pair(vectors.tasks, labels, overlap=torch.stack(found))
 
 
 def decay_table(vectors: TaskVectors) -> pd.DataFrame:
@@ -97,12 +94,7 @@ def conflict_by_place(vectors: TaskVectors) -> pd.DataFrame:
     names, numbers = weights.grouped(vectors.layout, "place")
     found = {key: weights.by_group(f, learned, "place") for key, f in MEASURES.items()}
     kinds = [weights.kind_of(vectors.layout.names[numbers.index(g)]) for g in range(len(names))]
-    return pd.concat(
-        by_pair(
-            vectors.tasks, {key: some[g] for key, some in found.items()}, place=place, kind=kind
-        )
-        for g, (place, kind) in enumerate(zip(names, kinds, strict=True))
-    ).reset_index(drop=True)
+    return by_pair(vectors.tasks, {"place": names, "kind": kinds}, **found)
 
 
 def norms_by_place(vectors: TaskVectors) -> pd.DataFrame:

@@ -67,7 +67,6 @@ def resampled(
     *,
     sizes: Sequence[int],
     draws: int,
-    seed: int,
 ) -> Correlations:
     """Percentile bootstrap and permutation test of correlations.
 
@@ -75,7 +74,7 @@ def resampled(
     counts the tasks. permuted: those under an order of the tasks (all orders where there are no
     more than `draws`).
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     drawn = [bootstrap(*(generator.integers(n, size=n) for n in sizes)) for _ in range(draws)]
     null = [permuted(order) for order in orderings(sizes[-1], draws, generator)]
     return Correlations(value, *middle(np.stack(drawn)), *largest_of(value, np.stack(null)))
@@ -94,7 +93,6 @@ def correlate(
     *,
     view: str,
     draws: int = 2000,
-    seed: int = 0,
 ) -> Correlations:
     """Rank correlation of K predictors with L outcomes, for each of M methods, S seeds, T tasks.
 
@@ -121,5 +119,4 @@ def correlate(
         lambda order: np.einsum("mkn,mln->mkl", x, square[..., order[:, None], order][..., apart]),
         sizes=(num_seeds, num_tasks),
         draws=draws,
-        seed=seed,
     )

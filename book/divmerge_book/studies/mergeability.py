@@ -16,14 +16,13 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from divmerge_book.evaluation.experiment import SIZES, Experiment, prepare
-from divmerge_book.interference.behaviour import all_logits
+from divmerge_book.interference.behaviour import js_from_expert
 from divmerge_book.interference.spectra import alignment_between, mean_alignment
 from divmerge_book.interference.weights import cosine, magnitude_overlap, sign_conflict, trained
-from divmerge_book.studies.evaluator import expert_accuracies
+from divmerge_book.studies.evaluator import accuracies, expert_accuracies
 from divmerge_book.studies.mantel import VIEWS, correlate
 from divmerge_book.studies.sizes import settings
 from divmerge_book.studies.study import study
-from divmerge_core.divergences import js
 from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.merging.linalg import largest
 from divmerge_core.merging.task_vectors import TaskVectors
@@ -107,24 +106,21 @@ def merged_pair(
     experiment: Experiment, *, seed: int, method: str, task: str, partner: str, **fit: int
 ) -> list[dict]:
     """One merge of two tasks: a record for each of them as `task`; the columns of `pairs`."""
-    problem, table = experiment.problem.select([task, partner]), []
+    pair, experts = experiment.select([task, partner]), expert_accuracies(experiment)
     fit = {**fit, "seed": seed} if method == "divmerge" else {}
-    flat = METHODS[MERGES.facts[method]["method"]](problem, **MERGES[method], **fit)
-    vectors, experts = problem.vectors, expert_accuracies(experiment)
+    flat = METHODS[MERGES.facts[method]["method"]](pair.problem, **MERGES[method], **fit)
+    vectors, found = pair.problem.vectors, accuracies(pair, flat)
     aligned = mean_alignment(vectors, flat - vectors.base)
-    for number, own in enumerate(vectors.tasks):
-        split = experiment.test[experiment.problem.vectors.tasks.index(own)]
-        expert = vectors.expert(own)
-        test, unlabelled = (
-            [all_logits(problem, some, number, batches) for some in (expert, flat)]
-            for batches in (split.batches, problem.batches[number])
-        )
-        row = {"task": own, "partner": vectors.tasks[1 - number], "alignment": aligned[number]}
-        row["distance"] = (flat - expert).double().norm().item()
-        row["accuracy"] = (test[1].argmax(-1) == split.gold).double().mean().item()
-        row |= {"expert": experts[own], "js": js(*test).double().mean().item()}
-        table.append(row | {"answers": js(*unlabelled).double().mean().item()})
-    return table
+    return [
+        {
+            **{"task": own, "partner": vectors.tasks[1 - t], "alignment": aligned[t]},
+            "distance": (flat - vectors.expert(own)).double().norm().item(),
+            **{"accuracy": found[t], "expert": experts[own]},
+            "js": js_from_expert(pair.problem, flat, t, pair.test[t].batches),
+            "answers": js_from_expert(pair.problem, flat, t, pair.problem.batches[t]),
+        }
+        for t, own in enumerate(vectors.tasks)
+    ]
 
 
 def pairs(
@@ -157,7 +153,7 @@ def stacked(table: pd.DataFrame, columns: Sequence[str]) -> Float[np.ndarray, "M
     return np.moveaxis(values.reshape(*map(len, levels), len(columns)), -1, 1)
 
 
-def correlations(table: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
+def correlations(table: pd.DataFrame, *, draws: int) -> pd.DataFrame:
     """Rank correlation of every predictor with every outcome, by view and method of merging.
 
     table: of `pairs`. Columns: view, method, number (the predictor), damage (the outcome), rho,
@@ -167,7 +163,7 @@ def correlations(table: pd.DataFrame, *, draws: int = 2000, seed: int = 0) -> pd
     rows, outcomes = [], stacked(table, [*OUTCOMES])
     for view in tqdm(VIEWS, "views", leave=False):
         for names in ([*PREDICTORS, *AFTER], [*INPUTS]):
-            found = correlate(stacked(table, names), outcomes, view=view, draws=draws, seed=seed)
+            found = correlate(stacked(table, names), outcomes, view=view, draws=draws)
             levels = {"method": table.method.unique(), "number": names, "damage": [*OUTCOMES]}
             index = pd.MultiIndex.from_product(levels.values(), names=levels)
             columns = {name: np.ravel(value) for name, value in found._asdict().items()}

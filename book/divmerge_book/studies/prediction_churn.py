@@ -23,8 +23,15 @@ from divmerge_book.evaluation.statistics import (
     reliability,
     row_means,
 )
-from divmerge_book.interference.behaviour import all_logits, confidence, margin
-from divmerge_book.interference.representation import cka, common_share, hidden_states, shift
+from divmerge_book.interference.behaviour import (
+    all_logits,
+    cka,
+    common_share,
+    confidence,
+    hidden_states,
+    margin,
+    shift,
+)
 from divmerge_book.models.encoders import make_batches
 from divmerge_book.studies.corrupted_experts import auc
 from divmerge_book.studies.evaluator import subsample
