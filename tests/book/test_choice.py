@@ -1,13 +1,39 @@
-"""The choice of an objective: the ablation, its summary, and its figures."""
+"""The choice of an objective: the ablation, robustness, trajectories, and their figures."""
+
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from divmerge_book.data.tasks import TASKS
 from divmerge_book.figures import choice as draw
 from divmerge_book.studies.choice import ablation, summary
-from divmerge_book.studies.objective_fits import FitConfig, fit_result
-from divmerge_book.studies.predictions import packed
+from divmerge_book.studies.evaluator import accuracies
+from divmerge_book.studies.objective_fits import FitConfig, FitSpec, fit_result, merge
+from divmerge_book.studies.predictions import compared, packed, split
+from divmerge_book.studies.robustness import (
+    CORRUPTIONS,
+    corrupted_fit,
+    corruption_costs,
+    corruption_study,
+    permuted,
+    temperatures,
+)
+from divmerge_book.studies.trajectories import (
+    balance,
+    disagreement,
+    task_gradients,
+    totals,
+    trajectories,
+)
+from helpers import linear_problem, mean_divergence, naive_merge
+from torch.testing import assert_close
+
+from divmerge_core.divergences import kl
+from divmerge_core.merging.coefficients import GROUPINGS, groups_of
+from divmerge_core.merging.fit import expert_logits
 
 SHORT = FitConfig(epochs=1, rates=(1e-2, 0.3), rate=0.1)
 
@@ -86,4 +112,147 @@ def test_a_gradient_that_vanishes_is_drawn_at_the_floor():
     odds = pd.DataFrame({"objective": ["js"] * 2, "odds": [0.0, 1.0], "pull": [1.0, 0.0]})
     ax = draw.objective_values(plt.figure().gca(), odds, ["js"], "pull")
     assert ax.lines[-1].get_ydata()[-1] == draw.FLOOR
+    plt.close("all")
+
+
+# --- robustness -----------------------------------------------------------------------------------
+
+
+def test_noise_has_the_norm_of_what_it_replaces_tensor_by_tensor(experiment):
+    before = experiment.problem.vectors.deltas.clone()
+    changed = CORRUPTIONS["noise"](experiment, 1, 0).experiment.problem.vectors
+    assert torch.equal(experiment.problem.vectors.deltas, before)
+    assert torch.equal(changed.deltas[0], before[0])
+    for start, stop in changed.layout.bounds:
+        assert_close(changed.deltas[1, start:stop].norm(), before[1, start:stop].norm())
+    assert torch.cosine_similarity(changed.deltas[1], before[1], dim=0).abs() < 0.2
+
+
+def test_permuted_labels_are_the_same_labels_on_other_rows_and_teach_little(experiment):
+    splits = TASKS["place"].read()
+    shuffled = permuted(splits, 0)
+    texts, answers = zip(*((row[0], row[-1]) for row in splits["train"]), strict=True)
+    same, others = zip(*((row[0], row[-1]) for row in shuffled["train"]), strict=True)
+    assert same == texts and others != answers and sorted(others) == sorted(answers)
+    assert all(shuffled[key] == splits[key] for key in splits if key != "train")
+    changed = CORRUPTIONS["permuted"](experiment, 1, 0).experiment
+    deltas, before = changed.problem.vectors.deltas, experiment.problem.vectors.deltas
+    assert torch.equal(deltas[0], before[0])
+    own = changed.problem.vectors.expert("place")
+    assert_close(own, changed.problem.vectors.layout.flatten(changed.experts[1].state))
+    good, bad = (
+        accuracies(one, one.problem.vectors.expert("place"), ["place"])[0]
+        for one in (experiment, changed)
+    )
+    assert bad < good - 0.2
+
+
+def test_answers_are_changed_for_one_expert_alone(experiment):
+    own = expert_logits(experiment.problem)
+    wrong, sure, none = (
+        corrupted_fit(experiment, kind, "js", seed=1)[1].targets
+        for kind in ("wrong", "overconfident", "none")
+    )
+    for given in (wrong, sure):
+        assert_close(list(given[0]), list(own[0]))
+    assert_close(wrong[1][0], own[1][0][:, [2, 0, 1]])
+    assert_close(sure[1][0], 5 * own[1][0])
+    assert none is None
+
+
+def test_costs_are_what_the_others_lose_against_leaving_the_expert_out(experiment):
+    options = {"kinds": ["none", "wrong"], "groupings": ["task"], "config": SHORT}
+    found = corruption_costs(corruption_study({0: experiment}, specs=["js", "kl"], **options))
+    assert list(found.kind) == ["none", "none", "wrong", "wrong"]
+    assert set(found.task) == {"mood"}
+    # left out of two, the other expert stays alone: it is itself, and its ratio is 1
+    assert found.cost.tolist() == pytest.approx((1 - found.honest).tolist())
+    plain = fit_result(experiment, "js", "task", SHORT.rate, SHORT)["coefficients"]
+    own = found[(found.kind == "none") & (found.objective == "js")]
+    assert own.coefficient.item() == pytest.approx(plain[0][0])
+
+
+def test_temperature_one_is_the_plain_fit(experiment):
+    options = {"grouping": "task", "config": SHORT}
+    hot = temperatures({0: experiment}, specs=["js"], values=[1.0, 4.0], **options)
+    found = split(compared(hot["rows"], draws=50), ("objective", "temperature"))
+    options = {"groupings": ["task"], "counts": [2], "config": SHORT}
+    plain = summary(ablation({0: experiment}, specs=["js"], **options)["scores"], draws=50)
+    same = plain[(plain.search == "same") & (plain.objective == "js")].anp.item()
+    assert found.anp[0] == pytest.approx(same)
+    assert list(found.temperature) == list(hot["fits"].temperature) == [1.0, 4.0]
+
+
+# --- trajectories ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_gradient_norms_are_those_of_autograd(grouping):
+    problem = linear_problem()
+    names, groups = groups_of(problem.vectors.layout, grouping)
+    coeffs = torch.rand(3, len(names), generator=torch.manual_seed(0), dtype=torch.float64)
+    targets = expert_logits(problem)
+    for task, (loss, norm) in enumerate(
+        task_gradients(FitSpec(problem, kl), coeffs, grouping, targets)
+    ):
+        free = coeffs.clone().requires_grad_()
+        pairs = [(task, batch) for batch in problem.batches[task]]
+        logits = problem.forward(naive_merge(problem, free, groups), pairs)
+        terms = zip(problem.batches[task], targets[task], logits, strict=True)
+        whole = sum(b.weight @ kl(e, z) for b, e, z in terms) / 3
+        (slope,) = torch.autograd.grad(whole, free)
+        assert loss == pytest.approx(whole.item())
+        assert norm == pytest.approx(slope.norm().item(), rel=1e-6)
+
+
+def test_a_trajectory_begins_at_the_start_and_records_the_end(experiment):
+    options = {"grouping": "task", "config": SHORT, "every": 3}
+    own = trajectories({0: experiment}, specs=["js"], **options)
+    assert sorted(own.step.unique()) == [0, 3, 4]  # 16 inputs in batches of 4: four steps
+    first = own[own.step == 0]
+    assert first.coefficient.tolist() == [0.5, 0.5] and set(own.strained) == {"mood"}
+    assert not own.diverged.any()
+    options["config"] = replace(SHORT, rate=1e6)
+    assert trajectories({0: experiment}, specs=["logit_mse"], **options).diverged.all()
+    assert own.groupby("step").share.sum().tolist() == pytest.approx([1, 1, 1])
+    start = merge(experiment.problem.vectors, torch.full((2, 1), 0.5), "task")
+    assert first.loss.mean() == pytest.approx(mean_divergence(experiment.problem, start), rel=1e-4)
+
+
+def made_up(losses, anps, shares=((0.5, 0.5),) * 3) -> pd.DataFrame:
+    """A trajectory of two tasks whose losses are equal."""
+    label = {"kind": "none", "strained": "a", "objective": "js", "seed": 0}
+    return pd.DataFrame(
+        {**label, "step": step, "task": task, "loss": loss / 2, "share": share}
+        | {"anp": anp, "kept_margin": 2 * anp}
+        for step, (loss, anp, both) in enumerate(zip(losses, anps, shares, strict=True))
+        for task, share in zip("ab", both, strict=True)
+    )
+
+
+def test_loss_and_anp_agree_or_not_by_hand():
+    agree = disagreement(made_up([3.0, 2.0, 1.0], [0.7, 0.8, 0.9])).iloc[0]
+    assert agree[["correlation", "against", "lost"]].tolist() == pytest.approx([1.0, 0.0, 0.0])
+    fight = disagreement(made_up([3.0, 2.0, 1.0], [0.9, 0.8, 0.85]))
+    assert fight.against[0] == 0.5 and fight.correlation[0] == pytest.approx(-0.5)
+    assert fight.lost[0] == pytest.approx(0.05) and fight.kept_lost[0] == pytest.approx(0.1)
+    assert totals(made_up([3.0, 2.0, 1.0], [0.7, 0.8, 0.9])).loss.tolist() == [3.0, 2.0, 1.0]
+
+
+UNEVEN = made_up([3.0, 2.0], [0.7, 0.8], ((0.5, 0.5), (1.0, 0.0)))
+
+
+def test_balance_by_hand():
+    found = balance(UNEVEN).iloc[0]
+    assert found["effective_tasks"] == pytest.approx((2 + 1) / 2) and found["tasks"] == 2
+    assert found["largest"] == pytest.approx(0.75) and found["strained"] == pytest.approx(0.75)
+
+
+def test_shares_are_drawn_in_per_cent_beside_the_equal_one_and_losses_in_units_of_the_first():
+    ax = draw.task_curves(plt.figure().gca(), UNEVEN, "share")
+    assert [line.get_ydata()[-1] for line in ax.lines[:2]] == [100, 0]
+    assert list(ax.lines[2].get_ydata()) == [50, 50]
+    table = made_up([4.0, 2.0, 1.0], [0.7, 0.8, 0.9])
+    ax = draw.training_curve(plt.figure().gca(), table, "loss")
+    assert list(ax.lines[0].get_ydata()) == [1.0, 0.5, 0.25]
     plt.close("all")

@@ -29,8 +29,7 @@ def others(matrix: np.ndarray) -> np.ndarray:
 def own_point_alone(closeness: np.ndarray, accuracy: np.ndarray, how: str) -> np.ndarray:
     """Correlations where the own expert keeps its place and the others' accuracies are permuted.
 
-    `[T, T] -> [T, (T - 1)!]`: the null distribution of a row's correlation. Its mean is what the
-    trivial point contributes by itself.
+    `[T, T] -> [T, (T - 1)!]`: a row's null distribution; its mean is the trivial point's part.
     """
     x = np.concatenate([np.diag(closeness)[:, None], others(closeness)], axis=1)  # [T, T]
     every = orders(len(x) - 1)
@@ -43,9 +42,8 @@ def own_point_alone(closeness: np.ndarray, accuracy: np.ndarray, how: str) -> np
 def by_task(closeness: np.ndarray, accuracy: np.ndarray, tasks: Sequence[str]) -> pd.DataFrame:
     """Every task's correlations over experts, with and without its own expert.
 
-    Columns: task, how, kept (value with the own expert), alone (mean of `own_point_alone`),
-    alone_low and alone_high (its 2.5 and 97.5 % points), value (without the own expert), low, high
-    (Fisher's interval), p (exact, one-sided).
+    Columns: task, how, kept (with it), alone, alone_low, alone_high (mean, 2.5 and 97.5 % points of
+    `own_point_alone`), value (without it), low, high (Fisher's), p (exact, one-sided).
     """
     parts, x, y = [], others(closeness), others(accuracy)
     for how, correlation in CORRELATIONS.items():
@@ -62,9 +60,8 @@ def by_task(closeness: np.ndarray, accuracy: np.ndarray, tasks: Sequence[str]) -
 def relabelled_p(closeness: np.ndarray, accuracy: np.ndarray, how: str) -> float:
     """Exact one-sided p-value of the mean over tasks without own experts: Mantel's test.
 
-    Every order of the T names is applied to rows and columns of `closeness` at once, so an expert
-    that is close to all, or accurate on all, stays so. NaN where one task's correlation is
-    undefined.
+    Every order of the T names is applied to rows and columns of `closeness` at once. NaN where one
+    task's correlation is undefined.
     """
     x, y = others(closeness), others(accuracy)
     found = CORRELATIONS[how](x, y).mean()
@@ -82,8 +79,7 @@ def within_p(
 ) -> float:
     """One-sided p-value of the mean over tasks, each task's accuracies permuted by themselves.
 
-    Random orders, the observed one included. Assumes independent rows, which rows about the same
-    experts are not; `relabelled_p` does not.
+    Random orders. Assumes independent rows, which rows about the same experts are not.
     """
     generator, correlation = np.random.default_rng(seed), CORRELATIONS[how]
     x, y = others(closeness), others(accuracy)
@@ -93,11 +89,10 @@ def within_p(
 
 
 def over_tasks(closeness: np.ndarray, accuracy: np.ndarray, *, draws: int = 10000) -> pd.DataFrame:
-    """Means over tasks of the correlations, with and without own experts.
+    """Means over tasks of the correlations, with and without own experts; NaN if one is undefined.
 
-    Columns: how, kept, alone, value (without own experts), low, high (95 %, Student's over tasks),
-    within and relabelled: p-values of `within_p`, of so many draws, and `relabelled_p`. NaN where
-    a task's correlation is undefined.
+    Columns: how, kept, alone, value (without own experts), low, high (Student's 95 % over tasks),
+    within and relabelled (p-values).
     """
     rows, both = [], (closeness, accuracy)
     for how, correlation in CORRELATIONS.items():

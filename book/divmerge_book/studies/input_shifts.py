@@ -107,10 +107,7 @@ def first_rows(batch: Batch, count: int) -> Batch:
 def input_batches(
     experiment: Experiment, others: Batches, kind: str, share: float, inputs: int, seed: int
 ) -> Batches:
-    """So many inputs per task, a share of them shifted.
-
-    kind: of INPUT_SHIFTS, `default` for the inputs themselves, `none` for no inputs.
-    """
+    """So many inputs per task, a share of them shifted: INPUT_SHIFTS, `default` or `none`."""
     own = sample_inputs(experiment.problem.batches, inputs, seeded(seed))
     if kind in ("default", "none"):
         return own if kind == "default" else [[] for _ in own]

@@ -48,10 +48,7 @@ def negative_divergence(table: pd.DataFrame, criterion: str) -> np.ndarray:
 
 
 def top_models(whole: pd.DataFrame, among: str) -> np.ndarray:
-    """Numbers of the rows with the highest validation ANP: the share that AMONG says.
-
-    Validation rows decide, so that the noise of neither side of a correlation does.
-    """
+    """Numbers of the rows with the highest validation ANP: the share that AMONG says."""
     count = round(AMONG[among] * len(whole))
     return np.argsort(-whole.validation.to_numpy(), kind="stable")[:count]
 
@@ -63,9 +60,9 @@ def mean_of_defined(values: np.ndarray) -> np.ndarray:
 
 
 def averaged(parts: Sequence[np.ndarray]) -> pd.DataFrame:
-    """Means over tasks, sets of experts and seeds of `[criteria, goals, 1 + draws]`, by criterion.
+    """Means of `[criteria, goals, 1 + draws]` over goals and parts, by criterion, with intervals.
 
-    Intervals are the middle 95 % of those draws in which all criteria are defined.
+    These are the middle 95 % of the draws in which all criteria are defined.
     """
     every = mean_of_defined(np.concatenate(parts, axis=1))  # [criteria, 1 + draws]
     found = pd.DataFrame({"criterion": CRITERIA})

@@ -110,8 +110,8 @@ def predictions(experiments: Experiments, size: Size, *, rows: int) -> pd.DataFr
 def per_row(table: pd.DataFrame) -> pd.DataFrame:
     """One record per model and test row, from `predictions`.
 
-    Columns: seed, model, task, row, right, confidence, expert (whether the expert is right), margin
-    (the expert's), lost and gained.
+    Columns: seed, model, task, row, right, confidence, expert (whether it is right), margin (the
+    expert's), lost and gained.
     """
     own = table[table.model == "expert"][["seed", "task", "right", "margin", "row"]]
     own = own.rename(columns={"right": "expert"})
@@ -129,10 +129,7 @@ def merged_rows(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def churn_by_task(table: pd.DataFrame) -> pd.DataFrame:
-    """Flips of every merge: seed, model, task, rows, and shares lost, gained, net and gross.
-
-    net = gained - lost is the merge's accuracy minus the expert's; gross = gained + lost.
-    """
+    """Flips of every merge: seed, model, task, rows, and shares lost, gained, net, gross (sum)."""
     groups = merged_rows(table).groupby(["model", "seed", "task"], sort=False)
     rates = groups.agg(rows=("row", "size"), lost=("lost", "mean"), gained=("gained", "mean"))
     both = {"net": rates.gained - rates.lost, "gross": rates.gained + rates.lost}
@@ -228,10 +225,7 @@ def calibration_table(table: pd.DataFrame, *, bins: int = 10, draws: int = 200) 
 
 
 def reliability_table(table: pd.DataFrame, *, bins: int = 10) -> pd.DataFrame:
-    """The reliability diagram of every model over all tasks and seeds, without empty bins.
-
-    Columns: model, bin, count, confidence, accuracy.
-    """
+    """Reliability diagrams, without empty bins: model, bin, count, confidence, accuracy."""
     names, parts = ("count", "confidence", "accuracy"), {}
     for model, rows in per_row(table).groupby("model", sort=False):
         found = reliability(*calibration_inputs(rows), bins=bins)

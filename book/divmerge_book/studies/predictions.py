@@ -59,10 +59,7 @@ def with_experts(
     labels: Sequence[str] = (),
     facts: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """The `packed` rows of a study of merged models, and those of the experts under every label.
-
-    facts: columns that are kept beside the labels; the experts have none.
-    """
+    """The `packed` rows of merged models, and the experts' by label; facts: other columns."""
     experts = study(expert_predictions, experiments, [{"method": "expert"}])
     tasks = rows[[*labels, "task"]].drop_duplicates()
     both = pd.concat([rows, tasks.merge(experts, on="task")], ignore_index=True)
@@ -151,7 +148,7 @@ def scored(
     columns: Mapping[str, Sequence[str]],
     score: Callable[[pd.DataFrame], pd.DataFrame] = compared,
 ) -> ResultTable:
-    """A run with its predictions turned into scores; one that was stored without any is marked.
+    """A run with its predictions turned into scores, or marked where it has none.
 
     columns: by table, what its methods are `split` into.
     """

@@ -46,10 +46,7 @@ def num_tasks(experiments: Experiments) -> int:
 
 
 def divmerge(problem: MergeProblem, seed: int, options: Mapping) -> Float[Tensor, " N"]:
-    """DivMerge with these options, where `steps` are steps of Adam on all inputs.
-
-    The average where there are no inputs.
-    """
+    """DivMerge with these options, of which `steps` are Adam's; the average without inputs."""
     longest = max(map(len, problem.batches))
     if not longest:
         return METHODS["average"](problem)
@@ -84,10 +81,7 @@ def predicted(experiments: Experiments, jobs: Sequence[Mapping], **bound: object
 
 
 def variants(grid: Mapping[str, Sequence], num_tasks: int) -> dict[str, dict]:
-    """Options of the default and of every change of one setting, by `setting=value`.
-
-    A start that is 1/T anyway is left out.
-    """
+    """Options of the default and of every change of one setting, but a start of 1/T, by name."""
     changes = {
         f"{setting}={value}": {setting: value}
         for setting, values in grid.items()
@@ -123,8 +117,8 @@ def layers(experiments: Experiments, groupings: Sequence[str], *, inputs: int) -
 def readings(experiments: Experiments, groupings: Sequence[str], *, published: int) -> pd.DataFrame:
     """The paper's data set size read per task, and read in total, each with four epochs.
 
-    published: the size of one coefficient per task; twice as many otherwise. The method is
-    `reading=inputs` (per task).
+    published: the size of one coefficient per task, doubled otherwise. The method is
+    `reading=inputs`.
     """
     jobs, number = [], num_tasks(experiments)
     for grouping in groupings:

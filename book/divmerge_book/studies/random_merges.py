@@ -116,8 +116,7 @@ def measured(
 def experts_on_tasks(experiment: Experiment, *, seed: int) -> list[dict]:
     """Every expert on every task, through the task's head: Figure 5 of the paper, measured here.
 
-    Columns: task (whose rows, head and reference expert), model (the expert measured), MEASURES,
-    validation and accuracy. Where the two names agree stands the trivial point.
+    Columns: task (of rows, head and reference expert), model (the expert), and those of `measured`.
     """
     experts, vectors = expert_logits(experiment), experiment.problem.vectors
     return [
@@ -146,8 +145,8 @@ def sampled_models(
 ) -> pd.DataFrame:
     """Models number 0 to count - 1 of a sampler, a row per model and task.
 
-    Columns: sampler, model, task, MEASURES, validation, accuracy. Raises ValueError for an unknown
-    sampler, a count below 1, and a centre for another sampler than `near`, which needs one.
+    Columns: sampler, model, and those of `measured`. Raises ValueError for an unknown sampler, a
+    count below 1, and a centre for another sampler than `near`, which needs one.
     """
     SAMPLERS[sampler]
     if count < 1 or (sampler == "near") != (centre is not None):
@@ -189,10 +188,10 @@ def models_of_seed(experiment: Experiment, counts: SimpleNamespace, seed: int) -
 
 
 def random_merges(experiments: Experiments, counts: SimpleNamespace) -> dict[str, pd.DataFrame]:
-    """All models of every experiment, by seed of experts.
+    """Tables `models` and `cross` of every experiment, by seed of experts.
 
-    counts: models by sampler (task, layer, near, pair), see `sizes`. Returns `models` (rows of
-    `sampled_models`, with columns experts and seed) and `cross` (of `experts_on_tasks`, and seed).
+    counts: models by sampler (task, layer, near, pair), see `sizes`. models: of `sampled_models`,
+    with experts and seed; cross: of `experts_on_tasks`, with seed.
     """
     models = [models_of_seed(experiment, counts, seed) for seed, experiment in experiments.items()]
     cross = study(experts_on_tasks, experiments, [{}])

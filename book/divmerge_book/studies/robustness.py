@@ -106,8 +106,7 @@ def corrupted_fit(
 ) -> tuple[Experiment, FitSpec, str]:
     """The experiment with one corrupted expert, the fit of an objective on it, and that task.
 
-    Task number seed modulo T is corrupted, so that experts take turns. Its changed logits, if any,
-    are the fit's targets.
+    Task number seed modulo T is corrupted. Its changed logits, if any, are the fit's targets.
     """
     number = seed % len(experiment.experts)
     corrupted = CORRUPTIONS[kind](experiment, number, seed)

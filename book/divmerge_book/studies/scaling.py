@@ -35,10 +35,7 @@ FIXED = 0.3  # the scale at which all subsets are merged: task arithmetic's publ
 
 
 def settings_of(size: str) -> tuple[Size, SimpleNamespace]:
-    """Rows, recipe and budget of a size, and how much it runs.
-
-    `full` has the rows of `default`, of which it merges more. Raises ValueError for another size.
-    """
+    """Rows, recipe and budget of a size, and how much it runs; `full` has `default`'s rows."""
     chosen = settings("scaling", size)
     rows = SIZES["default" if size == "full" else size]
     return replace(rows, candidates=chosen.budget), chosen
@@ -193,8 +190,8 @@ def fixed(
 ) -> pd.DataFrame:
     """Sums of task vectors with the same coefficient for every subset, whatever its size.
 
-    None among the scales is 1/T: the average. Columns: subset, task, scale (the coefficient), fixed
-    (False for the average), right, js. A subset may be a single task.
+    None among the scales is 1/T: the average. Columns: subset (also of one task), task, scale,
+    fixed (False for the average), right, js.
     """
     jobs = []
     for subset in subsets:

@@ -111,8 +111,7 @@ def differences(
 ) -> pd.DataFrame:
     """A statistic of `method` minus that of each other, on the same subsets at the first seed.
 
-    Columns: other, T, subsets, value, low, high (95 %, Student's over subsets), won (share of
-    subsets).
+    Columns: other, T, subsets, value, low, high (Student's 95 %), won (share of subsets).
     """
     wide = first_seed(scores).pivot_table(statistic, ["T", "subset"], "method", sort=False)
     gaps = -wide[list(others)].sub(wide[method], axis=0)
@@ -124,7 +123,7 @@ def differences(
 def row_errors(answers: pd.DataFrame, *, draws: int = 400) -> pd.DataFrame:
     """The standard error of every ANP from its test rows: seed, method, subset, T, error.
 
-    Bootstrap: each draw resamples every task's test rows, the same for merged model and expert.
+    Bootstrap over every task's test rows, the same for merged model and expert.
     """
     generator, merged, drawn = np.random.default_rng(0), merged_rows(answers, answers), []
     own = answers[answers.method == EXPERT].set_index(["seed", "task"]).right

@@ -41,9 +41,9 @@ COVARIATES = {
 def pair_forecasts(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
     """What the pairs say that a task loses in larger subsets, beside what it does lose.
 
-    Columns: subset, T, task, loss, and the loss alone (0 where the table has no single tasks) plus
-    what the pairs with each partner lose beyond that: sum, worst and mean over partners. Rows whose
-    pairs are not all in the table are left out.
+    Columns: subset, T, task, loss, and the loss alone (0 where it is unknown) plus the sum, worst
+    and mean over partners of what the pairs lose beyond it. Rows without all their pairs are left
+    out.
     """
     rows = table[["subset", "T", "task"]].assign(loss=1 - table[column])
     alone = rows[rows["T"] == 1].set_index("task").loss
@@ -63,8 +63,8 @@ def pair_forecasts(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
 def forecasts(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
     """`pair_forecasts` with two that are learned from the other subsets of the same T.
 
-    line: a straight line in `sum`, least squares. usual: the task's mean loss in them, or all
-    tasks' where it is in none. NaN where a T has fewer than three subsets.
+    line: least squares in `sum`. usual: the task's mean loss in them, or all tasks' where it is in
+    none. NaN where a T has fewer than three subsets.
     """
     found = pair_forecasts(table, column).assign(line=np.nan, usual=np.nan)
     for (number, subset), own in found.groupby(["T", "subset"], sort=False):
@@ -87,10 +87,7 @@ def r_squared(loss: np.ndarray, forecast: np.ndarray) -> float:
 
 
 def drawn_subsets(table: pd.DataFrame, draws: int) -> list[np.ndarray | slice]:
-    """Row positions of the table as it is, and of bootstrap samples of as many subsets of every T.
-
-    A subset is drawn with all its rows; a T with a single subset keeps it.
-    """
+    """Row positions of the table as it is, and of samples of as many whole subsets of every T."""
     generator, samples = np.random.default_rng(0), [slice(None)]
     groups = [
         [rows.index.to_numpy() for _, rows in some.groupby("subset", sort=False)]
@@ -111,9 +108,9 @@ def with_ends(values: Iterable[float]) -> tuple[float, float, float]:
 def skill(table: pd.DataFrame, *, draws: int = 500) -> pd.DataFrame:
     """How well each forecast does, for every T and, as T = 0, over all of them.
 
-    table: of `forecasts`; rows without a learned one are left out. Columns: forecast, T, subsets,
-    r2, r2_low, r2_high, r, r_low, r_high: `r_squared` and the correlation with 95 % bootstrap
-    intervals over subsets.
+    Rows without a learned forecast are left out. Columns: forecast, T, subsets, r2, r2_low,
+    r2_high, r, r_low, r_high: `r_squared` and the correlation, 95 % bootstrap intervals over
+    subsets.
     """
     whole, rows = table.dropna().reset_index(drop=True), []
     for number, some in [(0, whole), *whole.groupby("T")] if len(whole) else []:
@@ -155,7 +152,7 @@ def weight_numbers(
     """The numbers of WEIGHTS for every subset of two tasks or more.
 
     growth: the length of the sum of its task vectors over the root of their summed squared lengths;
-    1 at right angles, the root of T where all are equal. lengths: the longest over the shortest.
+    1 at right angles, the root of T where all are equal.
     """
     squared = np.diag(squares["inner"])
     total = np.einsum("st,tu,su->s", *(inside, squares["inner"], inside))
@@ -181,8 +178,8 @@ def with_numbers(
 ) -> pd.DataFrame:
     """One method's `by_subset` rows of two tasks or more, with a column per number beside js.
 
-    pairs: mean over the subset's pairs of what the same method loses on them (1 minus their ANP);
-    NaN where one was not merged. floor: mean of the given ratios over the subset's tasks.
+    pairs: mean over the subset's pairs of 1 minus their ANP, NaN where one was not merged. floor:
+    mean of the given ratios over the subset's tasks.
     """
     kept, (tasks, squares) = scores[scores["T"] > 1].reset_index(drop=True), squares_of(geometry)
     inside, lost = members(kept.subset, tasks), np.full((len(tasks), len(tasks)), np.nan)
@@ -202,8 +199,7 @@ def places(values: np.ndarray) -> np.ndarray:
 def rank_correlation(sizes: np.ndarray, values: np.ndarray, score: np.ndarray) -> float:
     """Spearman's of a number and a score among subsets of like size, over all sizes.
 
-    Ranks are taken within every T that has three subsets or more with a number, so that what T
-    itself says is left out. NaN where nothing varies.
+    Ranks are taken within every T with three known subsets or more. NaN where nothing varies.
     """
     known = np.isfinite(values)
     groups = [known & (sizes == size) for size in np.unique(sizes)]
@@ -215,9 +211,8 @@ def rank_correlation(sizes: np.ndarray, values: np.ndarray, score: np.ndarray) -
 def related(table: pd.DataFrame, column: str = "anp", *, draws: int = 500) -> pd.DataFrame:
     """Every number's `rank_correlation` with a score and its interval: number, rho, low, high.
 
-    table: of `with_numbers`; column: anp or kept_margin. `pairs` counts above T = 2 only, where it
-    is a forecast. 95 % bootstrap over subsets within T, which share tasks: intervals over other
-    tasks would be wider, see `mantel`.
+    `pairs` counts above T = 2 only, where it is a forecast. 95 % bootstrap over subsets within T,
+    which share tasks: intervals over other tasks would be wider, see `mantel`.
     """
     sizes, score = table["T"].to_numpy(), table[column].to_numpy()
     samples, rows = drawn_subsets(table, draws), []
@@ -256,8 +251,8 @@ def mantel(
 def marginal(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
     """What adding a task does to those it joins: added, T (before), subset (before), change.
 
-    table: of `ratios`, one method; column: ratio or kept_margin. change: mean over the tasks of
-    `subset`. A row for every two subsets of the table that differ by one task.
+    A row for every two subsets of the table that differ by one task; change: mean over the tasks of
+    `subset`.
     """
     own = table[["subset", "task", column]]
     steps = own.assign(added=own.subset.map(tasks_of)).explode("added", ignore_index=True)
@@ -272,9 +267,8 @@ def marginal(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
 def shapley_values(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
     """By task: `marginal_effect`, on the tasks it joins, and `own_change`, its value minus 1.
 
-    table, column: as of `marginal`. Both are means over subsets of a T and then over T, as in a
-    Shapley value; the second over T of two and more. Where the table holds all subsets both are
-    exact. Source: Shapley 1953.
+    Means over subsets of a T and then over T (of two and more), as in a Shapley value; exact where
+    the table holds all subsets. Source: Shapley 1953.
     """
     steps, own = marginal(table, column), table[table["T"] > 1]
     effect = steps.groupby(["added", "T"]).change.mean().groupby("added").mean()

@@ -1,7 +1,7 @@
 """Trajectories of fits: losses, gradients, coefficients and scores of every task by step."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -46,33 +46,6 @@ def task_gradients(
         yield loss.item(), grouped_inner(slope, vectors.deltas, segments).norm().item()
 
 
-@dataclass
-class Recorder:
-    """Rows of every task's loss, gradient and coefficient, and both scores, every few steps."""
-
-    experiment: Experiment
-    spec: FitSpec
-    grouping: str
-    every: int
-    last: int
-    rows: list[dict] = field(default_factory=list)
-
-    def __call__(self, step: Step) -> None:
-        if step.number % self.every and step.number != self.last:
-            return
-        vectors = self.spec.problem.vectors
-        smaller = replace(self.spec, problem=with_used_words(self.spec.problem))
-        targets = self.spec.targets or expert_logits(self.spec.problem)
-        found = list(task_gradients(smaller, step.coeffs, self.grouping, targets))
-        flat, total = merge(vectors, step.coeffs, self.grouping), sum(norm for _, norm in found)
-        scores = zip(("anp", "kept_margin"), validation_scores(self.experiment, flat), strict=True)
-        same = {"step": step.number, **dict(scores)}
-        for task, (loss, norm) in enumerate(found):
-            row = {**same, "task": vectors.tasks[task], "loss": loss, "pull": norm}
-            row["share"] = norm / total if total else np.nan
-            self.rows.append({**row, "coefficient": step.coeffs[task].mean().item()})
-
-
 def trajectory(
     experiment: Experiment,
     *,
@@ -83,12 +56,26 @@ def trajectory(
     config: FitConfig,
     every: int,
 ) -> list[dict]:
-    """The rows of one fit; a fit that diverges ends early."""
-    _, spec, task = corrupted_fit(experiment, kind, objective, seed)
+    """The rows of one fit, every few steps; a fit that diverges ends early."""
+    _, spec, strained = corrupted_fit(experiment, kind, objective, seed)
+    vectors, rows = spec.problem.vectors, []
+    smaller = replace(spec, problem=with_used_words(spec.problem))
+    targets = spec.targets or expert_logits(spec.problem)
     last = config.epochs * max(map(len, spec.problem.batches))
-    recorder = Recorder(experiment, spec, grouping, every, last)
-    _, diverged = fit(spec, grouping, config.rate, config, recorder)
-    return [{"strained": task, "diverged": diverged, **row} for row in recorder.rows]
+
+    def record(step: Step) -> None:
+        if step.number % every and step.number != last:
+            return
+        found = list(task_gradients(smaller, step.coeffs, grouping, targets))
+        anp, margin = validation_scores(experiment, merge(vectors, step.coeffs, grouping))
+        total = sum(norm for _, norm in found)
+        for task, (loss, norm) in enumerate(found):
+            row = {"step": step.number, "task": vectors.tasks[task], "loss": loss, "pull": norm}
+            row |= {"share": norm / total if total else np.nan, "anp": anp, "kept_margin": margin}
+            rows.append({**row, "coefficient": step.coeffs[task].mean().item()})
+
+    _, diverged = fit(spec, grouping, config.rate, config, record)
+    return [{"strained": strained, "diverged": diverged, **row} for row in rows]
 
 
 def trajectories(
