@@ -315,7 +315,7 @@ def test_signs_are_near_a_coins_only_where_they_are(conflict, near):
     pairs = {"counted": ["all", "touched"], "conflict": [0.2, conflict], "cosine": 0.0}
     idle = pd.DataFrame({"task": ["a"], "parameters": [0.8], "length": [0.0]})
     text = interference.counted(pd.DataFrame(pairs), idle, RUN)
-    holds(text, f"{conflict:.2f} without idle rows, {near} a coin's")
+    holds(text, f"{conflict:.2f} without idle rows, {near} the 0.5 of random signs")
 
 
 def test_stable_ranks_are_compared_by_answers():

@@ -64,17 +64,19 @@ def forest(ax: Axes, table: pd.DataFrame, *, statistic: str = "ANP") -> Axes:
         names = [f"{name} ({k})" if k else name for name, k in zip(names, rows.below, strict=True)]
         statistic += " and kept margin"
     plot.label_rows(ax, names)
+    ax.margins(x=0.12)  # room for numbers
     more = {"ylim": (len(rows) - 0.3, -0.8), "at": {1: "--", 0: ":"} if both else {1: "--"}}
     return plot.finish(ax, f"{statistic}, % of the experts", percent="x", **more)
 
 
 def numbered_interval(ax: Axes, y: float | int, found: tuple, size: int, **look) -> None:
-    """A value with its interval at a height, and the number in % above it."""
+    """A value with its interval at a height, and the number in % to its right."""
     value, low, high = (max(one, FLOOR) for one in found)
     ax.plot([low, high], [y, y], color=look["color"], linewidth=size / 2, alpha=0.4)
     ax.plot(value, y, markersize=size, **look)
-    place = {"xytext": (0, 3 + size / 3), "textcoords": "offset points", "ha": "center"}
-    ax.annotate(f"{100 * found[0]:.1f}", (value, y), fontsize=4.5 + size / 2, **place)
+    place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center_baseline"}
+    place["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+    ax.annotate(f"{100 * found[0]:.1f}", (max(value, high), y), fontsize=4.5 + size / 2, **place)
 
 
 def ratio_map(ax: Axes, metrics: pd.DataFrame, metric: str = "ratio") -> Axes:

@@ -54,7 +54,7 @@ def loss_by_margin(ax: Axes, table: pd.DataFrame) -> Axes:
     plot.lines(ax, table, "part", "lost", looks, by="model")
     plot.ticks(ax, margin.index, [f"{n}\n({100 * value:.0f})" for n, value in margin.items()])
     ax.set_ylim(bottom=0)
-    words = "fifth of these rows by the expert's margin, 1 least sure (mean margin, points)"
+    words = "fifth of these rows by the expert's margin, 1 least confident (mean margin, points)"
     return plot.finish(ax, words, "lost, % of what the expert has right", percent="y")
 
 

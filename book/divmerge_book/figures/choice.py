@@ -92,16 +92,11 @@ def by_temperature(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes
 
     table: scores of `temperatures`.
     """
-    table = of_score(table, score)
+    table = of_score(table, score).sort_values("temperature", kind="stable")
     table[["score", "low", "high"]] *= 100
-    looks = looks_of(table, linewidth=1.2)
-    for spec, shift in zip(looks, plot.dodge(len(looks), 0.06), strict=True):
-        own = table[table.objective == spec]
-        own = own.assign(x=own.temperature * 2**shift)
-        plot.lines(ax, own, "x", "score", looks, by="objective", ends=("low", "high"))
-    ax.set_xscale("log", base=2)
-    plot.ticks(ax, sorted(table.temperature.unique()))
-    return plot.finish(ax, "temperature", f"{WORDS[score]} on test rows, %", legend=8)
+    how = {"by": "objective", "ends": ("low", "high"), "step": 0.06, "ordinal": True}
+    plot.lines(ax, table, "temperature", "score", looks_of(table), linewidth=1.2, **how)
+    return plot.finish(ax, "temperature", f"{WORDS[score]} on test rows, %")
 
 
 def corruption_costs(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:

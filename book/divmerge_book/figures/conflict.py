@@ -30,7 +30,7 @@ def place_label(name: str) -> str:
 
 def pair_map(ax: Axes, values: pd.DataFrame, *, label: str, limit: float | int) -> Axes:
     """A number for every pair of tasks, without the diagonal; white is 0, colours end at limit."""
-    mask, values = np.eye(len(values), dtype=bool), values.round(2) + 0.0  # no minus zero
+    mask = np.eye(len(values), dtype=bool)
     return plot.heat_map(ax, values, label=label, mask=mask, **plot.diverging(0, limit))
 
 

@@ -31,7 +31,7 @@ def loss_curve(ax: Axes, fits: list[Mapping], *, window: int = 8) -> Axes:
         plot.line(ax, loss.index, loss, alpha=0.2, linewidth=0.8, color=shade)
         look = {"color": shade, "linestyle": line_style(name)}
         plot.line(ax, loss.index, smooth, label=title(name), **look)
-    return plot.finish(ax, "step", "objective, nats, summed over tasks", legend=8)
+    return plot.finish(ax, "step", "objective, summed, nats", legend=8)
 
 
 def anp_curve(ax: Axes, fits: list[Mapping]) -> Axes:

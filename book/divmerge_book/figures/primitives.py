@@ -201,7 +201,7 @@ def lines(
     if ordinal:
         values = list(dict.fromkeys(table[x]))
         table = table.assign(**{x: table[x].map(values.index)})
-        ticks(ax, range(len(values)), map(str, values))
+        ticks(ax, range(len(values)), (str(v).removesuffix(".0") for v in values))
     present = [name for name in looks if name in set(table[by])]
     for name, shift in zip(present, dodge(len(present), step), strict=True):
         label, look = looks[name]
@@ -221,13 +221,10 @@ def scatter(ax: Axes, table: pd.DataFrame, x: str, y: str, looks: Looks, *, by: 
 
 def heat_map(ax: Axes, wide: pd.DataFrame, *, label: str, rotation: Number = 35, **how) -> Axes:
     """A number in every cell, with a colour bar. how: of `seaborn.heatmap`."""
-    usual = {
-        "annot": True,
-        "fmt": ".2f",
-        "annot_kws": {"fontsize": 8},
-        "cbar_kws": {"label": label},
-    }
-    sns.heatmap(wide, ax=ax, **{**usual, **how})
+    how = {"annot": True, "fmt": ".2f", "annot_kws": {"fontsize": 8}, **how}
+    if how["annot"]:
+        how["annot"] = wide.round(int(how["fmt"][1])) + 0.0  # no minus zero
+    sns.heatmap(wide, ax=ax, cbar_kws={"label": label}, **how)
     ax.set(xlabel="", ylabel="")
     ax.grid(visible=False)
     ax.tick_params(axis="x", rotation=rotation, length=0)

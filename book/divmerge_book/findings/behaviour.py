@@ -74,12 +74,12 @@ def losses_by_margin(doubt: pd.DataFrame, source: str) -> str:
     parts = doubt.set_index("model").groupby("part")
     least, most = parts.get_group(doubt.part.min()), parts.get_group(doubt.part.max())
     lines = [
-        f"{title(m)} loses {100 * most.lost[m]:.0f} % of the surest fifth and "
-        f"{100 * least.lost[m]:.0f} % of the least sure (AUC {most.auc[m]:.2f})"
+        f"{title(m)} loses {100 * most.lost[m]:.0f} % of the most confident fifth and "
+        f"{100 * least.lost[m]:.0f} % of the least confident (AUC {most.auc[m]:.2f})"
         for m in (PLAIN, OURS, "base")
     ]
     return (
-        f"In {source} the experts' mean margin in their surest fifth is "
+        f"In {source} the experts' mean margin in their most confident fifth is "
         f"{100 * most.margin.iloc[0]:.0f} points. {'; '.join(lines)}."
     )
 

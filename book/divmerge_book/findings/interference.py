@@ -8,7 +8,7 @@ from divmerge_book.figures.conflict import place_label
 from divmerge_book.findings import listed, missing, scores, span
 from divmerge_book.studies.landscapes import RULES, matrix
 
-CHANCE = 0.05  # sign conflicts this near to one half are called near a coin's
+CHANCE = 0.05  # sign conflicts this near to one half are near those of random signs
 
 
 def counted(pairs: pd.DataFrame, idle: pd.DataFrame, source: str) -> str:
@@ -24,8 +24,8 @@ def counted(pairs: pd.DataFrame, idle: pd.DataFrame, source: str) -> str:
         f"In {source}, {span(share.parameters, 0)} % of a task vector's entries only shrank; they "
         f"make up at most {share.length.max():.3f} % of its squared length. The mean sign conflict "
         f"is {whole.conflict:.2f} over all parameters and {some.conflict:.2f} without idle rows, "
-        f"{near} a coin's one half. The mean cosine, which weighs entries by their size, goes from "
-        f"{whole.cosine:.3f} to {some.cosine:.3f}."
+        f"{near} the 0.5 of random signs. The mean cosine, which weighs entries by size, goes "
+        f"from {whole.cosine:.3f} to {some.cosine:.3f}."
     )
 
 
@@ -108,8 +108,8 @@ def asymmetric(table: pd.DataFrame, source: str) -> str:
         for mean in (wide.mean(axis=n).sort_values(ascending=False) for n in (0, 1))
     )
     return (
-        f"In {source} the expert that costs the others most when it is added is {cost}. The task "
-        f"that pays most is {paid}. The largest loss of accuracy is that of `{worst[0]}`, "
+        f"In {source} the expert that costs the others most when it is added is {cost}. The most "
+        f"damaged task is {paid}. The largest loss of accuracy is that of `{worst[0]}`, "
         f"{lost.max():.0f} points, when `{worst[1]}` is added. The two directions of a pair differ "
         f"by {100 * gap:.0f} % of the mean cost."
     )
