@@ -90,7 +90,7 @@ def methods(specs: Iterable[str]) -> Looks:
     return {spec: (title(spec), style(spec)) for spec in specs}
 
 
-def numbered(names: Iterable, *, markers: str = "os^DvPX*", form: str = "{}") -> Looks:
+def numbered(names: Iterable, *, markers: str = "os^DvPX*", form: str = "{}") -> dict:
     """Looks of tasks, seeds or other groups, in the order of the palette. form: of labels."""
     return {
         name: (form.format(name), mark(n % 10, markers[n % len(markers)]))
