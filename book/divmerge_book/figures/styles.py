@@ -12,12 +12,8 @@ PALETTE[6], PALETTE[8] = (0.36, 0.17, 0.53), (0.5, 0.45, 0.0)  # its pink and ye
 BLUE, GREEN, GREY = (PALETTE[n] for n in (0, 2, 7))
 TITLES = {
     **{"expert": "Experts, one per task", "base": "Base model", "majority": "Majority class"},
-    **{
-        "divmerge": "DivMerge",
-        "divmerge+": "DivMerge+",
-        "adamerging": "AdaMerging",
-        "adamerging++": "AdaMerging++",
-    },
+    **{"divmerge": "DivMerge", "divmerge+": "DivMerge+"},
+    **{"adamerging": "AdaMerging", "adamerging++": "AdaMerging++"},
     **{"average": "Average", "task_arithmetic": "Task arithmetic", "slerp": "Slerp"},
     **{"multi_slerp": "Multi-slerp", "model_stock": "Model stock", "ties": "TIES", "dare": "DARE"},
     **{"lines": "LiNeS", "breadcrumbs": "Breadcrumbs", "consensus": "Consensus", "doge": "DOGE"},
@@ -41,9 +37,8 @@ def title(spec: str) -> str:
 
 def colour(spec: str):
     """The colour of a method's family."""
-    return {"divmerge": GREEN, "divmerge+": GREEN, "adamerging": BLUE}.get(
-        spec.partition("/")[0], GREY
-    )
+    family = spec.partition("/")[0].rstrip("+")
+    return {"divmerge": GREEN, "adamerging": BLUE}.get(family, GREY)
 
 
 def line(spec: str) -> str:
@@ -60,12 +55,8 @@ LOOKS: Mapping[str, tuple[int, str]] = {  # place in the palette, marker
     **{"base": (5, "v"), "average": (7, "s"), "multi_slerp": (5, "P"), "task_arithmetic": (1, "^")},
     **{"ties": (4, "D"), "consensus": (6, "<"), "tsv_m": (3, "v"), "iso_c": (8, ">")},
     **{"regmean": (9, "X"), "fisher": (8, "v"), "adamerging/task": (0, "o")},
-    **{
-        "adamerging/layer": (0, "p"),
-        "divmerge/task": (2, "D"),
-        "divmerge/layer": (2, "o"),
-        "divmerge+": (2, "*"),
-    },
+    **{"adamerging/layer": (0, "p"), "divmerge/task": (2, "D"), "divmerge/layer": (2, "o")},
+    "divmerge+": (2, "*"),
 }
 
 
