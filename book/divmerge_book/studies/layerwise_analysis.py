@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pandas as pd
@@ -41,13 +41,13 @@ def weight_statistics(experiments: Mapping[int, Experiment], size: str) -> dict[
 
 
 def by_pair(
-    tasks: Sequence[str], labels: Mapping[str, Sequence], **stacks: Float[Tensor, "G T T"]
+    tasks: Sequence[str], labels: pd.DataFrame, **stacks: Float[Tensor, "G T T"]
 ) -> pd.DataFrame:
     """A row per label and pair of tasks: labels, task, partner, a column per symmetric matrix."""
     pairs = pd.DataFrame(combinations(tasks, 2), columns=["task", "partner"])
     upper = torch.triu_indices(len(tasks), len(tasks), offset=1)  # in the pairs' order
     columns = {name: stack[:, *upper].flatten().tolist() for name, stack in stacks.items()}
-    return pd.DataFrame(labels).merge(pairs, how="cross").assign(**columns)
+    return labels.merge(pairs, how="cross").assign(**columns)
 
 
 def pair_table(vectors: TaskVectors) -> pd.DataFrame:
@@ -59,7 +59,7 @@ def pair_table(vectors: TaskVectors) -> pd.DataFrame:
     counted = {"all": deltas, "touched": dense(weights.trained(vectors).deltas)}
     counted["largest fifth"] = torch.stack([largest(row, 0.2) for row in deltas])
     found = {key: torch.stack([*map(f, counted.values())]) for key, f in MEASURES.items()}
-    return by_pair(vectors.tasks, {"counted": [*counted]}, **found)
+    return by_pair(vectors.tasks, pd.DataFrame({"counted": [*counted]}), **found)
 
 
 def overlap_table(vectors: TaskVectors, *, shares: Sequence[float] = (0.05, 0.2)) -> pd.DataFrame:
@@ -76,7 +76,7 @@ def overlap_table(vectors: TaskVectors, *, shares: Sequence[float] = (0.05, 0.2)
         inside = weights.by_group(measure, learned, "layer").double() * both
         inside = inside.sum(dim=0) / both.sum(dim=0).clamp(min=1)
         found += [measure(dense(learned.deltas)).double(), inside]
-    labels = {"share": np.repeat(shares, 2), "within": ["model", "tensor"] * len(shares)}
+    labels = pd.DataFrame(product(shares, ("model", "tensor")), columns=["share", "within"])
     return by_pair(vectors.tasks, labels, overlap=torch.stack(found))
 
 
@@ -94,7 +94,7 @@ def conflict_by_place(vectors: TaskVectors) -> pd.DataFrame:
     names, numbers = weights.grouped(vectors.layout, "place")
     found = {key: weights.by_group(f, learned, "place") for key, f in MEASURES.items()}
     kinds = [weights.kind_of(vectors.layout.names[numbers.index(g)]) for g in range(len(names))]
-    return by_pair(vectors.tasks, {"place": names, "kind": kinds}, **found)
+    return by_pair(vectors.tasks, pd.DataFrame({"place": names, "kind": kinds}), **found)
 
 
 def norms_by_place(vectors: TaskVectors) -> pd.DataFrame:
