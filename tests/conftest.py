@@ -15,13 +15,7 @@ if not torch.cuda.is_available():
 import language_toys
 from divmerge_book.data import downloads
 from divmerge_book.data.tasks import SUITES, TASKS, Suite
-from divmerge_book.evaluation.experiment import (
-    SIZES,
-    Size,
-    make_problem,
-    prepare,
-    prepare_language,
-)
+from divmerge_book.evaluation.experiment import SIZES, Size, make_problem, prepare, prepare_language
 from divmerge_book.models.encoders import load_base
 from divmerge_book.models.finetuning import fine_tune
 from divmerge_book.models.language import load_language
@@ -58,14 +52,9 @@ def problem():
 def tiny_folder(tmp_path_factory):
     """A random two-layer BERT and its tokenizer, saved as the hub keeps them."""
     folder = tmp_path_factory.mktemp("encoder")
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=32,
-    )
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 64, "max_position_embeddings": 32}
+    config = transformers.BertConfig(vocab_size=len(WORDS), **sizes)
     torch.manual_seed(0)
     transformers.utils.logging.disable_progress_bar()
     transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)

@@ -3,7 +3,7 @@
 import errno
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,14 +14,38 @@ from divmerge_book.data.tasks import Task
 from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.models.finetuning import Expert, Recipe
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.testing import assert_close
 
 from divmerge_core.divergences import js
 from divmerge_core.kernels import threads
 from divmerge_core.merging.problem import Batch, MergeProblem
 from divmerge_core.merging.task_vectors import Layout, TaskVectors
 from divmerge_core.methods import METHODS, options_of, parse
+
+INF, NAN = float("inf"), float("nan")
+QUIET = {"progress": False}
+
+
+def refuses(message: str):
+    """A block that raises a ValueError whose message matches."""
+    return pytest.raises(ValueError, match=message)
+
+
+def near(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
+    assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def refuse(*args, **options):
+    """A system call on a read-only disk."""
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def forbid(*args, **options):
+    """In the place of a function that must not be called."""
+    pytest.fail("finished work is repeated")
 
 
 @contextmanager
@@ -37,22 +61,73 @@ def shared_by(count: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-# --- a linear softmax model of five tensors -------------------------------------------------------
+# --- logits
+def one_hot(winner: int, *, gap: float = 1e4, classes: int = 3) -> Tensor:
+    """A row of logits at -gap with the winner at +gap."""
+    row = torch.full((1, classes), -gap)
+    row[0, winner] = gap
+    return row
 
 
-def shapes(features: int, classes: int) -> dict[str, tuple[int, ...]]:
-    """Tensors named as a transformer names them, so that every grouping has something to group."""
-    return {
-        "embeddings.weight": (features, features),
-        "encoder.layer.0.dense.weight": (features, features),
-        "encoder.layer.0.dense.bias": (features,),
-        "encoder.layer.1.dense.weight": (classes, features),
-        "encoder.layer.1.dense.bias": (classes,),
-    }
+@st.composite
+def logit_pairs(draw) -> list[Tensor]:
+    """Two rows of float32 logits over the same 1 to 6 classes, some masked on either side."""
+    classes, sides = draw(st.integers(1, 6)), []
+    number = st.floats(-1e4, 1e4, width=32)
+    entry = st.one_of(number, st.just(-INF))
+    for _ in range(2):
+        row = draw(st.lists(entry, min_size=classes, max_size=classes))
+        row[draw(st.integers(0, classes - 1))] = draw(number)  # at least one class is allowed
+        sides.append(torch.tensor([row], dtype=torch.float32))
+    return sides
+
+
+# --- problems to merge
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def layout_of(**tensors: tuple[int, ...]) -> Layout:
+    return Layout(tuple(tensors), tuple(tensors.values()))
+
+
+def batch_of(x: Tensor, **others) -> Batch:
+    """Inputs of equal weight."""
+    return Batch({"x": x}, torch.full((len(x),), 1 / len(x), dtype=x.dtype), **others)
+
+
+def inputs_of(problem: MergeProblem, task: int) -> Tensor:
+    return torch.cat([batch.inputs["x"] for batch in problem.batches[task]])
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def module_problem(
+    module: nn.Module,
+    experts: Mapping[str, Mapping[str, Tensor]],
+    batches: Sequence[Sequence[Batch]] | None = None,
+    answer: Callable | None = None,
+    base: Mapping[str, Tensor] | None = None,
+) -> MergeProblem:
+    """Experts of a module, whose logits are its output for `x`, or `answer(parameters, batch)`."""
+    module.requires_grad_(False)
+
+    def output(parameters, batch):
+        return functional_call(module, parameters, batch.inputs["x"])
+
+    def forward(parameters, pairs) -> list[Tensor]:
+        return [(answer or output)(dict(parameters), batch) for _, batch in pairs]
+
+    vectors = TaskVectors.from_states(base or state_of(module), experts)
+    return MergeProblem(vectors, batches or [[] for _ in experts], forward, module)
 
 
 class LinearModel(nn.Module):
-    """Three linear maps in a row: linear in the inputs, not in the coefficients."""
+    """Three linear maps in a row, named as a transformer's, so that every grouping has groups."""
 
     def __init__(self, features: int, classes: int):
         super().__init__()
@@ -80,90 +155,20 @@ def linear_problem(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> MergeProblem:
-    """Random base, random experts around it, random unlabelled inputs."""
+    """Random base, random experts around it, random unlabelled inputs: five tensors."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*shape: int) -> Tensor:
+    def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    base = {name: normal(*shape) for name, shape in shapes(features, classes).items()}
+    model = LinearModel(features, classes).to(dtype)
+    base = {name: drawn(*value.shape) for name, value in model.named_parameters()}
     experts = {
-        f"task{t}": {name: value + scale * normal(*value.shape) for name, value in base.items()}
+        f"task{t}": {name: value + scale * drawn(*value.shape) for name, value in base.items()}
         for t in range(num_tasks)
     }
-    inputs = [
-        [
-            Batch({"x": normal(rows, features)}, torch.full((rows,), 1 / rows, dtype=dtype))
-            for _ in range(batches)
-        ]
-        for _ in range(num_tasks)
-    ]
-    model = LinearModel(features, classes).to(dtype).requires_grad_(False)
-
-    def forward(parameters, pairs) -> list[Tensor]:
-        return [functional_call(model, dict(parameters), b.inputs["x"]) for _, b in pairs]
-
-    return MergeProblem(TaskVectors.from_states(base, experts), inputs, forward, model)
-
-
-def refuse(*args, **options):
-    """A system call on a read-only disk."""
-    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-
-def experiment_of(problem: MergeProblem, base, digest: str = "linear") -> Experiment:
-    """An experiment whose labels are the predictions of every task's expert."""
-    splits = []
-    for number, task in enumerate(problem.vectors.tasks):
-        expert, batches = problem.vectors.expert(task), problem.batches[number]
-        labels = [problem.logits(expert, number, batch).argmax(-1) for batch in batches]
-        splits.append(LabelledSplit(batches, torch.cat(labels)))
-    experts = [Expert(task, {}, {}, {}) for task in problem.vectors.tasks]
-    return Experiment(base, experts, problem, splits, splits, digest)
-
-
-def forbid(*args, **options):
-    """In the place of a function that must not be called."""
-    pytest.fail("finished work is repeated")
-
-
-def naive_merge(problem: MergeProblem, coeffs: Tensor, groups: Sequence[int]) -> dict[str, Tensor]:
-    """The merge as a dictionary of tensors, one Python sum per tensor: what autograd can follow."""
-    layout, vectors = problem.vectors.layout, problem.vectors
-    base = layout.unflatten(vectors.base)
-    deltas = [layout.unflatten(row) for row in vectors.deltas]
-    return {
-        name: base[name] + sum(coeffs[t, group] * delta[name] for t, delta in enumerate(deltas))
-        for name, group in zip(layout.names, groups, strict=True)
-    }
-
-
-def naive_loss(problem: MergeProblem, parameters, objective: Callable) -> Tensor:
-    """Sum over tasks of the mean objective on the task's first batch."""
-    loss = 0
-    for task, (name, batches) in enumerate(
-        zip(problem.vectors.tasks, problem.batches, strict=True)
-    ):
-        expert = problem.logits(problem.vectors.expert(name), task, batches[0]).detach()
-        merged = problem.forward(parameters, [(task, batches[0])])[0]
-        loss = loss + batches[0].weight @ objective(expert, merged)
-    return loss
-
-
-def fewer(problem: MergeProblem, batches: int) -> MergeProblem:
-    """The same problem with the first few batches of every task."""
-    kept = [every[:batches] for every in problem.batches]
-    return replace(problem, batches=kept)
-
-
-def layout_of(**tensors: tuple[int, ...]) -> Layout:
-    return Layout(tuple(tensors), tuple(tensors.values()))
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    inputs = [[batch_of(drawn(rows, features)) for _ in range(batches)] for _ in range(num_tasks)]
+    return module_problem(model, experts, inputs, base=base)
 
 
 def problem_of(
@@ -185,14 +190,26 @@ def problem_of(
     return MergeProblem(vectors, [[] for _ in names], lambda parameters, pairs: [], module)
 
 
-def change(problem: MergeProblem, merged: Tensor) -> Tensor:
-    """What a merge added to the base."""
-    return merged - problem.vectors.base
+def experiment_of(problem: MergeProblem, base, digest: str = "linear") -> Experiment:
+    """An experiment whose labels are the predictions of every task's expert."""
+    splits = []
+    for number, task in enumerate(problem.vectors.tasks):
+        expert, batches = problem.vectors.expert(task), problem.batches[number]
+        labels = [problem.logits(expert, number, batch).argmax(-1) for batch in batches]
+        splits.append(LabelledSplit(batches, torch.cat(labels)))
+    experts = [Expert(task, {}, {}, {}) for task in problem.vectors.tasks]
+    return Experiment(base, experts, problem, splits, splits, digest)
 
 
-def changes(problem: MergeProblem, merged: Tensor) -> dict[str, Tensor]:
-    """What a merge added to every tensor of the base."""
-    return problem.vectors.layout.unflatten(change(problem, merged))
+def linear_experiment(base, tasks: int, *, digest="linear", seed=0, **options) -> Experiment:
+    """An experiment of linear tasks whose right answers are those of every task's expert."""
+    problem = linear_problem(num_tasks=tasks, scale=0.8, seed=seed, **options)
+    return experiment_of(problem, base, digest)
+
+
+def fewer(problem: MergeProblem, batches: int) -> MergeProblem:
+    """The same problem with the first few batches of every task."""
+    return replace(problem, batches=[every[:batches] for every in problem.batches])
 
 
 def frozen(problem: MergeProblem, tensors: slice, tasks: slice = slice(None)) -> MergeProblem:
@@ -205,6 +222,23 @@ def frozen(problem: MergeProblem, tensors: slice, tasks: slice = slice(None)) ->
         return deltas
 
     return replace(problem, vectors=problem.vectors.map(freeze))
+
+
+# --- what a merge gave
+def change(problem: MergeProblem, merged: Tensor) -> Tensor:
+    """What a merge added to the base."""
+    return merged - problem.vectors.base
+
+
+def changes(problem: MergeProblem, merged: Tensor) -> dict[str, Tensor]:
+    """What a merge added to every tensor of the base."""
+    return problem.vectors.layout.unflatten(change(problem, merged))
+
+
+def by_task(problem: MergeProblem, name: str) -> Tensor:
+    """One tensor's deltas of all tasks."""
+    rows = map(problem.vectors.layout.unflatten, problem.vectors.deltas)
+    return torch.stack([row[name] for row in rows])
 
 
 def answers(problem: MergeProblem, merged) -> list[Tensor]:
@@ -220,12 +254,33 @@ def answers(problem: MergeProblem, merged) -> list[Tensor]:
 def mean_divergence(problem: MergeProblem, merged, divergence: Callable = js) -> float:
     """Mean divergence of a merged vector or a predictor from every task's expert, on all inputs."""
     found, rows = iter(answers(problem, merged)), []
-    with torch.no_grad():
-        for task, name in enumerate(problem.vectors.tasks):
-            expert = problem.vectors.expert(name)
-            for batch in problem.batches[task]:
-                rows.append(divergence(problem.logits(expert, task, batch), next(found)).mean())
+    for task, name in enumerate(problem.vectors.tasks):
+        expert = problem.vectors.expert(name)
+        for batch in problem.batches[task]:
+            rows.append(divergence(problem.logits(expert, task, batch), next(found)).mean())
     return float(torch.stack(rows).mean())
+
+
+def naive_merge(problem: MergeProblem, coeffs: Tensor, groups: Sequence[int]) -> dict[str, Tensor]:
+    """The merge as a dictionary of tensors, one Python sum per tensor: what autograd can follow."""
+    layout, vectors = problem.vectors.layout, problem.vectors
+    base = layout.unflatten(vectors.base)
+    deltas = [layout.unflatten(row) for row in vectors.deltas]
+    return {
+        name: base[name] + sum(coeffs[t, group] * delta[name] for t, delta in enumerate(deltas))
+        for name, group in zip(layout.names, groups, strict=True)
+    }
+
+
+def naive_loss(problem: MergeProblem, parameters, objective: Callable) -> Tensor:
+    """Sum over tasks of the mean objective on the task's first batch."""
+    loss = 0
+    for task, name in enumerate(problem.vectors.tasks):
+        batch = problem.batches[task][0]
+        expert = problem.logits(problem.vectors.expert(name), task, batch).detach()
+        merged = problem.forward(parameters, [(task, batch)])[0]
+        loss = loss + batch.weight @ objective(expert, merged)
+    return loss
 
 
 def adam(start: Tensor, gradient: Callable[[Tensor], Tensor], steps: int, lr: float) -> Tensor:
@@ -240,8 +295,31 @@ def adam(start: Tensor, gradient: Callable[[Tensor], Tensor], steps: int, lr: fl
     return place
 
 
-# --- toy tasks: one word of a text decides --------------------------------------------------------
+def toy(spec: str, **options) -> MergeProblem:
+    """A problem with as many experts as the method takes, and no more inputs than it draws from."""
+    name = parse(spec)[0]
+    if "exactly" in METHODS.facts[name]:
+        options["num_tasks"] = METHODS.facts[name]["exactly"]
+    return linear_problem(batches=2 if "seed" in options_of(name) else 1, **options)
 
+
+def square(problem: MergeProblem, merged) -> float:
+    """A score that costs one forward pass."""
+    with torch.no_grad():
+        logits = problem.logits_of(merged, 0, problem.batches[0][0])
+    return -float(logits.square().mean())
+
+
+def merge(problem: MergeProblem, spec: str, **options):
+    """Run a method by its name, quickly where it has steps to run."""
+    name, fixed = parse(spec)
+    quick = {"epochs": 2, "steps": 3, "progress": False, "seed": 0}
+    quick["score"] = lambda merged: square(problem, merged)
+    taken = {key: value for key, value in quick.items() if key in options_of(name)}
+    return METHODS[name](problem, **{**taken, **fixed, **options})
+
+
+# --- toy tasks: one word of a text decides
 FILLERS = "the a film song book of in on with and very quite old new long short".split()
 MARKERS = {
     "mood": {"bad": "negative", "good": "positive"},
@@ -275,50 +353,11 @@ def toy_splits(name: str, *, seed: int = 0) -> Splits:
 def toy_task(name: str, *, seed: int = 0) -> Task:
     """A task that a tiny encoder learns in seconds."""
     answers = tuple(dict.fromkeys(MARKERS[name].values()))
-    return Task(
-        name,
-        "toy",
-        answers,
-        False,
-        "made here",
-        lambda: toy_splits(name, seed=seed),
-        lambda: f"{name} {seed}",
-    )
+    key = f"{name} {seed}"
+    rows = lambda: toy_splits(name, seed=seed)  # noqa: E731
+    return Task(name, "toy", answers, False, "made here", rows, lambda: key)
 
 
 def task_of(splits: Splits, *, answers=("no", "yes"), pair: bool = False, name="given") -> Task:
     """A task with exactly these rows."""
     return Task(name, "toy", answers, pair, "made here", lambda: splits, lambda: repr(splits))
-
-
-# --- any method by its name -----------------------------------------------------------------------
-
-
-def toy(spec: str, **options) -> MergeProblem:
-    """A problem with as many experts as the method takes, and no more inputs than it draws from."""
-    if "exactly" in METHODS.facts[parse(spec)[0]]:
-        options["num_tasks"] = METHODS.facts[parse(spec)[0]]["exactly"]
-    draws = "seed" in options_of(parse(spec)[0])
-    return linear_problem(batches=2 if draws else 1, **options)
-
-
-def linear_experiment(base, tasks: int, *, digest="linear", seed=0, **options) -> Experiment:
-    """An experiment of linear tasks whose right answers are those of every task's expert."""
-    problem = linear_problem(num_tasks=tasks, scale=0.8, seed=seed, **options)
-    return experiment_of(problem, base, digest)
-
-
-def square(problem: MergeProblem, merged) -> float:
-    """A score that costs one forward pass."""
-    with torch.no_grad():
-        logits = problem.logits_of(merged, 0, problem.batches[0][0])
-    return -float(logits.square().mean())
-
-
-def merge(problem: MergeProblem, spec: str, **options):
-    """Run a method by its name, quickly where it has steps to run."""
-    name, fixed = parse(spec)
-    quick = {"epochs": 2, "steps": 3, "progress": False, "seed": 0}
-    quick["score"] = lambda merged: square(problem, merged)
-    taken = {key: value for key, value in quick.items() if key in options_of(name)}
-    return METHODS[name](problem, **{**taken, **fixed, **options})

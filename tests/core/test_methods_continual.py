@@ -8,7 +8,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from helpers import linear_problem, mean_divergence, normal, problem_of
+from helpers import QUIET, linear_problem, mean_divergence, normal, problem_of, refuses
 from torch import nn
 from torch.testing import assert_close
 
@@ -36,9 +36,7 @@ def turned(problem: MergeProblem, seed: int) -> MergeProblem:
     return problem.select(tasks)
 
 
-# --- sums that grow by one expert -----------------------------------------------------------------
-
-
+# --- sums that grow by one expert
 def test_running_sums_end_at_the_sums_themselves_also_on_the_way(problem):
     """theta becomes (t theta + theta_{t+1}) / (t + 1), on the experts themselves."""
     first, *others = (problem.vectors.expert(task) for task in problem.vectors.tasks)
@@ -69,9 +67,7 @@ def test_sequential_ties_adds_the_trimmed_sum_to_what_was_merged_as_worked_out_b
         assert found.tolist() == expected
 
 
-# --- the projection of opcm -----------------------------------------------------------------------
-
-
+# --- the projection of opcm
 def slowly_projected(delta, before, share, cross):
     """Entry by entry in the full bases of the singular directions of a matrix of full rank."""
     left, values, right = torch.linalg.svd(before, full_matrices=True)
@@ -113,21 +109,16 @@ def test_the_projection_is_orthogonal_to_the_merged_change_and_turns_with_it(ran
         left, _, right = torch.linalg.svd(before)
         inside = left[:, :rank].T @ rest @ right[:rank].T
         assert_close(inside, torch.zeros_like(inside))
+    apart = torch.block_diag(normal(3, 4), normal(2, 2, seed=1))  # other rows and other columns
+    before, delta = apart.clone(), apart.clone()
+    before[3:], delta[:3] = 0, 0
+    right = rotation(6, seed=4)
+    before, delta = rotation(5, seed=3) @ before @ right, rotation(5, seed=3) @ delta @ right
+    assert_close(projected(delta, before, share, cross), delta, rtol=0, atol=1e-12)
+    assert torch.equal(projected(delta, 0 * before, share, cross), delta)
 
 
-@pytest.mark.parametrize("cross", [True, False])
-def test_changes_with_other_rows_and_columns_are_left_whole(cross):
-    before, delta = torch.zeros(6, 8, dtype=torch.float64), torch.zeros(6, 8, dtype=torch.float64)
-    before[:3, :4], delta[3:, 4:] = normal(3, 4), normal(3, 4, seed=1)
-    left, right = rotation(6), rotation(8)
-    before, delta = left @ before @ right, left @ delta @ right
-    assert_close(projected(delta, before, 0.5, cross), delta, rtol=0, atol=1e-12)
-    assert torch.equal(projected(delta, 0 * before, 0.5, cross), delta)
-
-
-# --- opcm -----------------------------------------------------------------------------------------
-
-
+# --- opcm
 def slowly_opcm(problem: MergeProblem, share: float, cross: bool) -> torch.Tensor:
     """The recursion on models, tensor by tensor, with the growing sum kept aside."""
     layout, base = problem.vectors.layout, problem.vectors.base
@@ -152,7 +143,7 @@ def slowly_opcm(problem: MergeProblem, share: float, cross: bool) -> torch.Tenso
 @pytest.mark.parametrize(("share", "cross"), [(0.0, True), (0.5, False), (0.8, True)])
 def test_opcm_is_the_recursion_on_models(share, cross):
     problem = linear_problem(features=4)
-    found = opcm(problem, share=share, cross=cross, progress=False)
+    found = opcm(problem, share=share, cross=cross, **QUIET)
     assert_close(found, slowly_opcm(problem, share, cross), rtol=0, atol=1e-10)
 
 
@@ -162,7 +153,7 @@ def test_an_expert_adds_an_orthogonal_change_and_the_whole_gets_the_mean_length(
     problem, before = turned(linear_problem(num_tasks=4), 1), None
     vectors, lengths = problem.vectors, problem.vectors.norms()
     for count in range(1, 5):
-        merged = opcm(problem.select(vectors.tasks[:count]), share=share, progress=False)
+        merged = opcm(problem.select(vectors.tasks[:count]), share=share, **QUIET)
         after = merged - vectors.base
         assert_close(after.norm(), lengths[:count].mean(), rtol=1e-13, atol=0)
         if before is None:
@@ -185,29 +176,22 @@ def test_opcm_depends_less_on_the_order_than_sequential_ties_does():
         mean = rows.mean(dim=0)
         return float((rows - mean).norm() / 5**0.5 / (mean - problem.vectors.base).norm())
 
-    assert spread(partial(opcm, progress=False)) < spread(sequential_ties)
+    assert spread(partial(opcm, **QUIET)) < spread(sequential_ties)
 
 
-def test_without_matrices_opcm_is_the_sum_brought_to_the_mean_length():
+def test_opcm_without_matrices_with_an_idle_expert_and_with_experts_that_cancel():
     deltas = normal(4, 9)
-    found = opcm(problem_of(*deltas, base=1.0, bias=(4,), norm=(5,)), progress=False) - 1
-    total = deltas.sum(dim=0)
+    found = opcm(problem_of(*deltas, base=1.0, bias=(4,), norm=(5,)), **QUIET) - 1
+    total = deltas.sum(dim=0)  # brought to the mean length
     assert_close(found, total * deltas.norm(dim=1).mean() / total.norm())
-
-
-def test_an_expert_of_zeros_shortens_the_merged_model_alone():
     deltas = normal(2, 12)
-    deltas[1] = 0
-    found = opcm(problem_of(*deltas, base=1.0, weight=(3, 4)), progress=False)
-    assert_close(found - 1, deltas[0] / 2)
-
-
-def test_experts_that_cancel_give_the_base_and_the_next_one_starts_anew():
+    deltas[1] = 0  # it shortens the merged model alone
+    assert_close(opcm(problem_of(*deltas, base=1.0, weight=(3, 4)), **QUIET) - 1, deltas[0] / 2)
     deltas = torch.stack([torch.ones(4), -torch.ones(4), torch.tensor([0.0, 3, 0, 4])]).double()
     cancelled = problem_of(*deltas[:2], base=1.0, bias=(4,))
-    assert torch.equal(opcm(cancelled, progress=False), cancelled.vectors.base)
-    found = opcm(problem_of(*deltas, base=1.0, bias=(4,)), progress=False) - 1
-    assert_close(found, deltas[2] / 5 * 3)  # lengths 2, 2 and 5
+    assert torch.equal(opcm(cancelled, **QUIET), cancelled.vectors.base)
+    found = opcm(problem_of(*deltas, base=1.0, bias=(4,)), **QUIET) - 1
+    assert_close(found, deltas[2] / 5 * 3)  # the next one starts anew; lengths 2, 2 and 5
 
 
 def test_only_linear_weights_are_projected_where_the_module_is_known():
@@ -215,8 +199,8 @@ def test_only_linear_weights_are_projected_where_the_module_is_known():
     shapes = {"words.weight": (5, 3), "dense.weight": (4, 3), "dense.bias": (4,)}
     deltas = normal(2, 15 + 12 + 4)
     words, dense = slice(0, 15), slice(15, 27)
-    known = opcm(problem_of(*deltas, base=1.0, module=module, **shapes), progress=False) - 1
-    unknown = opcm(problem_of(*deltas, base=1.0, **shapes), progress=False) - 1
+    known = opcm(problem_of(*deltas, base=1.0, module=module, **shapes), **QUIET) - 1
+    unknown = opcm(problem_of(*deltas, base=1.0, **shapes), **QUIET) - 1
 
     def along(found, place):  # 1 for all of the second expert on top of the first
         plain = (deltas[0] + deltas[1])[place]
@@ -227,8 +211,7 @@ def test_only_linear_weights_are_projected_where_the_module_is_known():
     assert along(known, dense) < 0.999
 
 
-# --- a mixture of merged models -------------------------------------------------------------------
-
+# --- a mixture of merged models
 PER_FAMILY = 3
 
 
@@ -253,7 +236,7 @@ def families(related: float = 0.9) -> MergeProblem:
 @cache
 def mixed(order: int, **options) -> Clusters:
     """The mixture of the families' experts in an order of their own."""
-    return dp_mixture(turned(families(), order), progress=False, **options)
+    return dp_mixture(turned(families(), order), **QUIET, **options)
 
 
 def grouped(problem: MergeProblem, like: Clusters, numbers: list[int]) -> Clusters:
@@ -261,7 +244,7 @@ def grouped(problem: MergeProblem, like: Clusters, numbers: list[int]) -> Cluste
     tasks, models = problem.vectors.tasks, []
     for number in sorted(set(numbers)):
         members = [task for task, own in zip(tasks, numbers, strict=True) if own == number]
-        models.append(opcm(problem.select(members), progress=False))
+        models.append(opcm(problem.select(members), **QUIET))
     return replace(like, problem=problem, models=tuple(models), numbers=tuple(numbers))
 
 
@@ -311,7 +294,7 @@ def k_means(rows: torch.Tensor, count: int) -> list[int]:
 def test_at_equal_storage_it_answers_nearer_than_random_groups_and_near_k_means(related):
     """k-means clusters task vectors; it is given the number of models, which the mixture finds."""
     problem = families(related)
-    found = dp_mixture(problem, progress=False)
+    found = dp_mixture(problem, **QUIET)
     error = squared_error(problem, found)
     assert error < 1.1 * squared_error(
         problem, grouped(problem, found, k_means(problem.vectors.deltas, len(found.models)))
@@ -320,15 +303,15 @@ def test_at_equal_storage_it_answers_nearer_than_random_groups_and_near_k_means(
         shuffled = list(found.numbers)
         random.Random(0).shuffle(shuffled)
         assert error < 0.5 * squared_error(problem, grouped(problem, found, shuffled))
-        assert error < 0.5 * squared_error(problem, opcm(problem, progress=False))
+        assert error < 0.5 * squared_error(problem, opcm(problem, **QUIET))
 
 
 def test_at_zeta_0_the_mixture_is_one_opcm_merge_and_at_infinity_the_experts():
     problem = linear_problem()
-    found = dp_mixture(problem, zeta=0.0, share=0.3, progress=False)
+    found = dp_mixture(problem, zeta=0.0, share=0.3, **QUIET)
     assert found.numbers == (0, 0, 0)
-    assert torch.equal(found.models[0], opcm(problem, share=0.3, progress=False))
-    found = dp_mixture(problem, zeta=math.inf, progress=False)
+    assert torch.equal(found.models[0], opcm(problem, share=0.3, **QUIET))
+    found = dp_mixture(problem, zeta=math.inf, **QUIET)
     assert found.numbers == (0, 1, 2)
     for model, delta in zip(found.models, problem.vectors.deltas, strict=True):
         assert torch.equal(model, problem.vectors.base + delta)
@@ -338,7 +321,7 @@ def test_at_zeta_0_the_mixture_is_one_opcm_merge_and_at_infinity_the_experts():
 def test_for_experts_that_changed_nothing_the_prior_alone_decides(zeta, models):
     problem = linear_problem(num_tasks=3)
     still = replace(problem, vectors=problem.vectors.map(torch.zeros_like))
-    found = dp_mixture(still, zeta=zeta, progress=False)
+    found = dp_mixture(still, zeta=zeta, **QUIET)
     assert all(torch.equal(model, problem.vectors.base) for model in found.models)
     assert len(found.models) == models
 
@@ -356,33 +339,28 @@ def test_the_prior_is_sizes_over_all_that_came_plus_zeta(counts, zeta, expected)
     assert crp_prior(counts, zeta) == pytest.approx(expected)
 
 
-def test_the_posterior_score_is_prior_times_likelihood():
-    """Against Bayes' rule on densities, up to a constant."""
-    errors = [torch.tensor([0.1, 0.4]), torch.tensor([0.3, 0.2]), torch.tensor([0.5, 0.5])]
-    found = posterior_score(errors, [3, 1], zeta=2.0, sigma=0.25, posterior="log")
-    normal = torch.distributions.Normal(0.0, 0.25)
-    likelihoods = torch.stack([normal.log_prob(error).mean().exp() for error in errors])
-    expected = torch.tensor([3 / 6, 1 / 6, 2 / 6]) * likelihoods
-    assert_close(torch.softmax(found, 0), (expected / expected.sum()).double())
-
-
-@pytest.mark.parametrize(("counts", "softness"), [([1, 1], 0.2 - 2 / 90), ([9, 9], 0.1)])
-def test_the_published_score_orders_like_the_product_of_two_softmaxes(counts, softness):
-    """Softmax of the likelihoods times softmax of c times the prior, errors cut at 3 sigma."""
-    errors = [torch.tensor([0.1, 4.0]), torch.tensor([0.3, 0.2]), torch.tensor([0.5, 0.5])]
-    found = posterior_score(errors, counts, zeta=2.0, sigma=0.25, posterior="published")
-    normal = torch.distributions.Normal(0.0, 0.25)
-    likelihoods = torch.stack(
-        [normal.log_prob(error.clamp(max=0.75)).mean().exp() for error in errors]
-    ).double()
+@pytest.mark.parametrize(
+    ("posterior", "counts", "softness"),
+    [("log", [3, 1], 0), ("published", [1, 1], 0.2 - 2 / 90), ("published", [9, 9], 0.1)],
+)
+def test_the_posterior_is_prior_times_likelihood(posterior, counts, softness):
+    """Against Bayes' rule on densities, up to a constant; the published score orders like softmax
+    of the likelihoods times softmax of c times the prior, errors cut at 3 sigma."""
+    errors = torch.tensor([[0.1, 4.0 if softness else 0.4], [0.3, 0.2], [0.5, 0.5]])
+    found = posterior_score(list(errors), counts, zeta=2.0, sigma=0.25, posterior=posterior)
+    density = torch.distributions.Normal(0.0, 0.25)
+    cut = errors.clamp(max=0.75) if softness else errors
+    likelihoods = density.log_prob(cut).mean(1).exp().double()
     prior = torch.tensor(crp_prior(counts, 2.0)).double()
-    product = torch.softmax(likelihoods, 0) * torch.softmax(softness * prior, 0)
-    assert_close(torch.softmax(found, 0), product / product.sum())
+    expected = likelihoods * prior
+    if softness:
+        expected = likelihoods.softmax(0) * (softness * prior).softmax(0)
+    assert_close(torch.softmax(found, 0).double(), expected / expected.sum())
 
 
 def test_logits_that_are_not_finite_are_reported_with_the_tasks_name(problem):
     def forward(parameters, pairs):
         return [logits / 0 for logits in problem.forward(parameters, pairs)]
 
-    with pytest.raises(ValueError, match="logits on the inputs of 'task0' are not finite"):
-        dp_mixture(replace(problem, forward=forward), progress=False)
+    with refuses("logits on the inputs of 'task0' are not finite"):
+        dp_mixture(replace(problem, forward=forward), **QUIET)

@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from helpers import linear_problem, normal, problem_of
+from helpers import QUIET, linear_problem, normal, problem_of, refuses
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -18,8 +18,6 @@ from divmerge_core.methods.arithmetic import average, task_arithmetic
 from divmerge_core.methods.evolved import evolved_coefficients, layer_evolution
 from divmerge_core.methods.paths import RATES, Path, Paths, Pool, Population, mutant
 from divmerge_core.methods.selected import learned_policy, selection_policy
-
-QUIET = {"progress": False}
 
 
 def blocks_problem(num_groups: int, num_tasks: int = 3) -> MergeProblem:
@@ -33,9 +31,7 @@ def some_path(pool: Pool, generator: torch.Generator) -> Path:
     return Path(tuple(pool.choices[n] for n in numbers.tolist()))
 
 
-# --- layer evolution ------------------------------------------------------------------------------
-
-
+# --- layer evolution
 def test_a_path_takes_from_every_group_what_its_gene_says(problem):
     pool, layout = Pool.of(problem, "layer"), problem.vectors.layout
     path = Path(((0, 0.0), (1, 1.0), (2, 0.25), (0, 0.5), (1, 0.75)))
@@ -119,18 +115,15 @@ def searches(
     return {"evolved": evolved, "drawn": drawn, "greedy": greedy}
 
 
-def test_where_groups_act_alone_evolution_beats_random_search_and_greedy_search_beats_both():
+def test_evolution_beats_random_search_and_where_groups_act_together_mostly_greedy_search():
+    """Layers of a linear model, to answer as a path drawn at random does; no search always wins.
+    Where groups act alone, greedy search beats both."""
     problem = blocks_problem(6, num_tasks=2)
-    pool = Pool.of(problem, "layer")
-    generator = torch.Generator().manual_seed(0)
+    pool, generator = Pool.of(problem, "layer"), torch.Generator().manual_seed(0)
     target = pool.model(some_path(pool, generator))
     found = searches(problem, lambda flat: -float((flat - target).norm()), generator, steps=16)
     best = {name: max(values) for name, values in found.items()}
     assert best["greedy"] > -1e-9 >= best["evolved"] > best["drawn"]
-
-
-def test_where_groups_act_together_evolution_wins_more_often_than_not_at_equal_scores():
-    """Layers of a linear model, to answer as a path drawn at random does; no search always wins."""
     wins = {"drawn": 0, "greedy": 0}
     for seed in range(8):
         problem = linear_problem(seed=seed, scale=1.0, batches=1)
@@ -184,15 +177,12 @@ def test_where_size_counts_and_scores_do_not_tasks_share_their_genes_and_storage
 
 def test_bytes_count_every_gene_of_a_group_once():
     """Groups of 4 and 8 numbers: two genes in the first, one in the second, in 8 bytes each."""
-    problem = blocks_problem(3)
-    segments = Segments(((0, 4, 0), (4, 12, 1)))
+    problem, segments = blocks_problem(3), Segments(((0, 4, 0), (4, 12, 1)))
     one, other = Path(((0, 1.0), (1, 0.5))), Path(((2, 1.0), (1, 0.5)))
-    flats = [problem.vectors.base] * 3
-    paths = Paths(problem, flats, (one, other, one), segments)
+    paths = Paths(problem, [problem.vectors.base] * 3, (one, other, one), segments)
     assert paths.nbytes == (2 * 4 + 8) * 8
     assert replace(paths, paths=(one, one, one)).nbytes == 12 * 8
-    halves = [flat.float() for flat in flats]
-    assert replace(paths, flats=halves).nbytes == (2 * 4 + 8) * 4
+    assert replace(paths, flats=[flat.float() for flat in paths.flats]).nbytes == (2 * 4 + 8) * 4
 
 
 def test_a_mutant_differs_and_its_rate_stays_in_its_range():
@@ -221,9 +211,7 @@ def test_parents_are_taken_best_first_and_less_often_with_every_child():
     assert {population.parent(generator) for _ in range(60)} == {best, worse, seed}
 
 
-# --- evolved coefficients -------------------------------------------------------------------------
-
-
+# --- evolved coefficients
 @pytest.mark.parametrize("num_tasks", [1, 6])
 def test_the_search_finds_coefficients_and_beats_as_many_random_merges(num_tasks):
     """Random coefficients of the same width come a third as near, or less."""
@@ -297,9 +285,7 @@ def test_the_first_merges_lie_around_the_start_at_the_width_asked_for():
     assert spread.std().item() == pytest.approx(0.2, rel=0.1)
 
 
-# --- selection policy -----------------------------------------------------------------------------
-
-
+# --- selection policy
 @dataclass(frozen=True)
 class CorruptedPool:
     """Noisy experts of one problem, the first of them corrupted."""
@@ -475,5 +461,5 @@ def test_one_expert_alone_is_that_expert():
 
 
 def test_negative_scores_are_refused_where_size_counts(problem):
-    with pytest.raises(ValueError, match="size_base needs scores of 0 or more, got -1.0; shift"):
+    with refuses("size_base needs scores of 0 or more, got -1.0; shift"):
         layer_evolution(problem, score=lambda paths: -1.0, size_base=0.9, **QUIET)

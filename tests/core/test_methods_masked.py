@@ -12,22 +12,20 @@ from divmerge_core.methods.arithmetic import largest, task_arithmetic
 from divmerge_core.methods.competition import pcb
 from divmerge_core.methods.masked import breadcrumbs, consensus, emr, tall_masks
 
-# --- breadcrumbs ----------------------------------------------------------------------------------
 
-
-def test_breadcrumbs_keep_what_follows_the_largest():
+# --- breadcrumbs
+def test_breadcrumbs_keep_what_follows_the_largest_within_tensors_or_rows():
     problem = problem_of([1, -10, 2, 9, -3, 8, 4, 7, 5, 6], base=1.0)
     merged = breadcrumbs(problem, keep=0.3, remove=0.2, scale=1.0)
     assert change(problem, merged).tolist() == [0, 0, 0, 0, 0, 8, 0, 7, 0, 6]
-
-
-def test_breadcrumbs_rank_within_tensors_or_within_rows():
     problem = problem_of([1, 2, 3, 4, 50, 60, 70, 80], matrix=(2, 4))
     options = {"keep": 0.25, "remove": 0.25, "scale": 1.0}
     assert breadcrumbs(problem, **options).tolist() == [0, 0, 0, 0, 50, 60, 0, 0]
     assert breadcrumbs(problem, per="row", **options).tolist() == [0, 0, 3, 0, 0, 0, 70, 0]
     one = problem_of([3, 1, 2, 4], bias=(3,), scalar=())  # one axis or none is one row
     assert torch.equal(breadcrumbs(one, per="row", **options), breadcrumbs(one, **options))
+    small = problem_of([5, 2, 3], one=(1,), two=(2,), none=(0,))  # each keeps an entry
+    assert breadcrumbs(small, keep=0.1, remove=0.9, scale=1.0).tolist() == [5, 2, 0]
 
 
 def test_breadcrumbs_that_remove_no_outliers_trim_as_ties_does(problem):
@@ -38,14 +36,7 @@ def test_breadcrumbs_that_remove_no_outliers_trim_as_ties_does(problem):
     assert_close(breadcrumbs(problem, keep=0.3, remove=0.0, scale=0.5), expected)
 
 
-def test_breadcrumbs_leave_small_tensors_an_entry():
-    problem = problem_of([5, 2, 3], one=(1,), two=(2,), none=(0,))
-    merged = breadcrumbs(problem, keep=0.1, remove=0.9, scale=1.0)
-    assert merged.tolist() == [5, 2, 0]
-
-
-# --- consensus ------------------------------------------------------------------------------------
-
+# --- consensus
 SHARED = ([3, 1, 0, -1], [1, 1, 0, 1])  # the sum is 4, 2, 0, 0
 
 
@@ -73,9 +64,7 @@ def test_identical_experts_agree_on_every_entry_below_one_over_the_others():
     assert_close(consensus(problem, threshold=0.51), problem.vectors.base)
 
 
-# --- parameter competition ------------------------------------------------------------------------
-
-
+# --- parameter competition
 def slow_pcb(deltas, ratio, scale, clip, inter):
     """With sorted lists and loops over entries."""
     num_tasks, size = deltas.shape
@@ -122,19 +111,14 @@ def test_identical_experts_are_as_one_whose_largest_entries_are_kept_and_scaled(
     assert_close(merged, merged.new_tensor([0, -20, 0, 18, 0, 16, 0, 0, 0, 0]))
 
 
-def test_task_vectors_that_oppose_each_other_everywhere_win_nothing():
+def test_opposed_task_vectors_win_nothing_and_a_single_parameter_does_not_compete():
     problem = problem_of([1, 2, 3, 4], [-1, -2, -3, -4], base=1.0)
     for inter in ("pairwise", "total"):
         assert_close(pcb(problem, ratio=0.5, inter=inter), problem.vectors.base)
-
-
-def test_a_single_parameter_has_nothing_to_compete_with():
     assert pcb(problem_of([3.0], base=2.0)).tolist() == [2]
 
 
-# --- elect, mask, rescale -------------------------------------------------------------------------
-
-
+# --- elect, mask, rescale
 def test_every_task_sees_the_elected_entries_of_its_own_sign():
     """The sum is 4, -1, 0, 5; plus is elected where it is positive, and minus at zero.
 

@@ -5,8 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from helpers import linear_problem, normal, problem_of
-from torch.testing import assert_close
+from helpers import linear_problem, near, normal, problem_of
 
 from divmerge_core.merging.linalg import isometry, polar, rank_of
 from divmerge_core.merging.problem import MergeProblem
@@ -37,66 +36,36 @@ def inverse_root(matrix: torch.Tensor) -> torch.Tensor:
     return vectors @ torch.diag(values.rsqrt()) @ vectors.T
 
 
-def near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-9) -> None:
-    assert_close(found, expected, rtol=0, atol=tolerance)
-
-
-# --- what they share ------------------------------------------------------------------------------
-
-
+# --- what they share
 @every_method
-@pytest.mark.parametrize("shape", [(), (3,), (2, 2, 3)])
-def test_tensors_that_are_no_matrices_take_the_mean_or_ties(method, shape):
+def test_tensors_that_are_no_matrices_take_the_mean_or_ties_and_matrices_do_not(method):
     """Their number of axes is immaterial: as if their entries lay in a row."""
-    problem = problem_of(normal(*shape), normal(*shape, seed=1))
-    plain = ties(problem, keep=0.2) if method is knots else average(problem)
-    near(method(problem, scale=1.0), plain)
-
-
-@every_method
-def test_a_matrix_is_not_merged_as_its_entries_in_a_row(method):
+    for shape in [(), (3,), (2, 2, 3)]:
+        problem = problem_of(normal(*shape), normal(*shape, seed=1))
+        plain = ties(problem, keep=0.2) if method is knots else average(problem)
+        near(method(problem, scale=1.0), plain)
     matrices = normal(4, 3), normal(4, 3, seed=1)
     flat = change(method, *(matrix.flatten() for matrix in matrices), scale=1.0)
-    found = change(method, *matrices, scale=1.0)
-    assert (found.flatten() - flat).abs().max() > 0.05
+    assert (change(method, *matrices, scale=1.0).flatten() - flat).abs().max() > 0.05
+    for shape in [(0,), (0, 3), (3, 0)]:  # without entries: no obstacle
+        assert change(method, torch.zeros(shape), torch.zeros(shape)).shape == shape
 
 
-@every_method
-@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
-def test_tensors_without_entries_are_no_obstacle(method, shape):
-    assert change(method, torch.zeros(shape), torch.zeros(shape)).shape == shape
-
-
-# --- pieces of linear algebra ---------------------------------------------------------------------
-
-
-def test_the_isometry_of_a_matrix_of_full_rank_is_its_polar_factor():
+# --- pieces of linear algebra
+def test_the_isometry_is_the_polar_factor_and_spans_no_more_than_the_matrix():
     for shape in ((5, 3), (3, 5), (4, 4)):
         near(isometry(normal(*shape)), polar(normal(*shape)))
-
-
-def test_the_isometry_of_a_matrix_of_low_rank_spans_no_more_than_the_matrix():
     matrix = normal(6, 2) @ normal(2, 5, seed=1)
     found = isometry(matrix)
     near(torch.linalg.svdvals(found), torch.tensor([1.0, 1, 0, 0, 0], dtype=float))
     near(found @ found.T @ matrix, matrix)
     assert not isometry(torch.zeros(3, 2)).any() and isometry(torch.zeros(3, 0)).shape == (3, 0)
-
-
-def test_rank_is_counted_above_the_rounding_of_the_entries():
-    product = (normal(40, 3).float() @ normal(3, 30, seed=1).float()).double()
-    values = torch.linalg.svdvals(product)
+    rounded = (normal(40, 3).float() @ normal(3, 30, seed=1).float()).double()
+    values = torch.linalg.svdvals(rounded)  # rank is counted above the rounding of the entries
     assert rank_of(values, (40, 30), torch.float32) == 3 < rank_of(values, (40, 30))
 
 
-# --- TSV-M ----------------------------------------------------------------------------------------
-
-
-def test_tsv_m_of_one_expert_is_the_expert():
-    for shape in ((5, 3), (3, 5), (4, 4)):
-        near(change(tsv_m, normal(*shape)), normal(*shape))
-
-
+# --- TSV-M
 @pytest.mark.parametrize(
     ("deltas", "expected"),
     [
@@ -125,53 +94,33 @@ def test_tsv_m_is_whitening_by_inverse_roots():
     near(change(tsv_m, *deltas), left @ torch.diag(torch.stack(scales)) @ right.T)
 
 
-def test_tsv_m_stays_in_the_space_of_experts_of_low_rank():
+def test_tsv_m_of_one_expert_of_low_rank_and_without_room_for_every_task():
+    """The expert itself; a merge in the experts' space; the average."""
+    for shape in ((5, 3), (3, 5), (4, 4)):
+        near(change(tsv_m, normal(*shape)), normal(*shape))
     lefts = [normal(8, 1, seed=n) for n in range(2)]
     found = change(tsv_m, *(left @ normal(1, 8, seed=5) for left in lefts))
     basis = torch.linalg.qr(torch.cat(lefts, dim=1)).Q
     near(basis @ (basis.T @ found), found)
-
-
-def test_matrices_without_room_for_every_task_are_averaged_by_tsv_m():
     deltas = [normal(2, 5, seed=n) for n in range(3)]
     near(change(tsv_m, *deltas), sum(deltas) / 3)
 
 
-# --- Iso-C ----------------------------------------------------------------------------------------
-
-
-def test_iso_c_levels_singular_values_as_worked_out_by_hand():
-    near(change(iso_c, diagonal(3, 1), diagonal(1, -1)), diagonal(2, 2))  # of the sum: 4, 0
-    near(change(iso_c, diagonal(3, -1)), diagonal(2, -2))
-
-
-@pytest.mark.parametrize("method", [iso_c, iso_cts])
-@pytest.mark.parametrize("shape", [(10, 12), (12, 10), (5, 5)])
-def test_all_singular_values_are_equal_after_isotropic_merging(method, shape):
-    values = torch.linalg.svdvals(change(method, *(normal(*shape, seed=n) for n in range(2))))
-    near(values, values[0].expand_as(values))
-
-
-def test_iso_c_is_the_sum_over_its_own_root():
+# --- Iso-C
+def test_iso_c_is_the_sum_over_its_own_root_and_spreads_low_rank_over_all_directions():
     """polar(S) = (S S^T)^(-1/2) S, and the nuclear norm is the trace of (S S^T)^(1/2)."""
+    near(change(iso_c, diagonal(3, 1), diagonal(1, -1)), diagonal(2, 2))  # of the sum: 4, 0
     deltas = [normal(4, 6, seed=n) for n in range(2)]
     total = deltas[0] + deltas[1]
     root = inverse_root(total @ total.T)
     near(change(iso_c, *deltas), torch.linalg.inv(root).trace() / 4 * root @ total)
-
-
-def test_iso_c_spreads_a_sum_of_low_rank_over_all_directions():
-    """The published rule: the nuclear norm stays, and so one direction's weight falls to s / r."""
     left, right = normal(4, 1), normal(1, 4, seed=1)
-    found = change(iso_c, left @ right)
-    size = left.norm() * right.norm()
+    found, size = change(iso_c, left @ right), left.norm() * right.norm()
     near(torch.linalg.svdvals(found), (size / 4).expand(4))
     near(left.T @ found @ right.T, (size**2 / 4).view(1, 1))
 
 
-# --- Iso-CTS --------------------------------------------------------------------------------------
-
-
+# --- Iso-CTS
 def test_iso_cts_takes_directions_of_single_tasks_as_worked_out_by_hand():
     """Of four directions two are common: the sum is (6, 5, 1, 3), so these are the first two.
 
@@ -181,14 +130,11 @@ def test_iso_cts_takes_directions_of_single_tasks_as_worked_out_by_hand():
     near(found, diagonal(4, 4, 4, 4))  # (6 + 5 + 2 + 3) / 4; Iso-C has (6 + 5 + 1 + 3) / 4
 
 
-def test_iso_cts_with_all_directions_in_common_is_iso_c(problem):
+def test_iso_cts_with_all_directions_in_common_or_of_one_expert_is_iso_c(problem):
     near(iso_cts(problem, common=1.0), iso_c(problem))
-
-
-@pytest.mark.parametrize("common", [0.0, 0.3, 0.8])
-def test_iso_cts_of_one_expert_is_iso_c(common):
     problem = linear_problem(num_tasks=1)
-    near(iso_cts(problem, common=common), iso_c(problem))
+    for common in (0.0, 0.3, 0.8):
+        near(iso_cts(problem, common=common), iso_c(problem))
 
 
 @pytest.mark.parametrize("shape", [(10, 12), (12, 10)])
@@ -219,16 +165,8 @@ def test_common_and_own_directions_fill_the_matrix():
     assert split_of(5, 3, 0.0) == (2, 1)  # 5 / 3 rounds to 2, and 3 tasks have no 6 directions
 
 
-# --- KnOTS ----------------------------------------------------------------------------------------
-
-ALL = {"keep": 1.0, "scale": 1.0}
+# --- KnOTS
 both_sides = pytest.mark.parametrize("shared", ["output", "input"])
-
-
-@both_sides
-def test_knots_of_one_expert_untrimmed_is_the_expert(shared):
-    problem = linear_problem(num_tasks=1)
-    near(knots(problem, shared=shared, **ALL), problem.vectors.expert("task0"))
 
 
 @both_sides
@@ -249,6 +187,8 @@ def test_the_input_side_is_the_output_side_of_the_transposed():
     deltas = [normal(4, 6, seed=n) for n in range(2)]
     over = change(knots, *(delta.T for delta in deltas), shared="output")
     near(change(knots, *deltas, shared="input"), over.T)
+    for shared in ("output", "input"):  # one expert untrimmed comes back
+        near(change(knots, deltas[0], keep=1.0, scale=1.0, shared=shared), deltas[0])
 
 
 def test_knots_is_ties_in_the_eigenvectors_of_what_the_tasks_put_out():

@@ -9,9 +9,8 @@ from torch.testing import assert_close
 
 from divmerge_core.methods.spherical import model_stock, multi_slerp, slerp
 
-# --- slerp ----------------------------------------------------------------------------------------
 
-
+# --- slerp
 def test_the_arc_starts_at_the_first_expert_and_ends_at_the_second():
     problem = linear_problem(num_tasks=2)
     assert_close(slerp(problem, t=0.0), problem.vectors.expert("task0"))
@@ -27,13 +26,10 @@ def test_between_unit_vectors_the_arc_is_a_rotation_by_a_share_of_the_angle(t):
     assert_close(slerp(problem_of(one.tolist(), other.tolist()), t=t), expected)
 
 
-def test_every_tensor_turns_by_its_own_angle():
+def test_every_tensor_turns_by_its_own_angle_and_not_its_task_vector():
     problem = problem_of([1, 0, 2, 0], [0, 1, 4, 0], left=(2,), right=(1, 2))
     half = math.sqrt(0.5)
     assert_close(slerp(problem), torch.tensor([half, half, 3, 0], dtype=torch.float64))
-
-
-def test_it_is_the_experts_weights_that_turn_and_not_the_task_vectors():
     problem = problem_of([0, 1], [0, -1], base=[1.0, 0.0])  # experts at 45 degrees up and down
     assert_close(slerp(problem), torch.tensor([math.sqrt(2), 0], dtype=torch.float64))
 
@@ -52,9 +48,7 @@ def test_where_there_is_no_arc_the_way_is_straight(one, other, expected):
     assert_close(merged, merged.new_tensor(expected))
 
 
-# --- multi-slerp ----------------------------------------------------------------------------------
-
-
+# --- multi-slerp
 def through_the_tangent_space(problem, weights, origin):
     """The long way: to the tangent space at the mean direction, and back by the exponential map."""
     flat = problem.vectors.base.clone()
@@ -102,9 +96,7 @@ def test_multi_slerp_of_two_vectors_of_one_length_is_slerp_halfway():
     assert_close(multi_slerp(problem, origin="zero"), slerp(problem))
 
 
-# --- model stock ----------------------------------------------------------------------------------
-
-
+# --- model stock
 def slow_stock(problem, filter_wise):
     """Pair by pair and row by row, with angles from acos."""
     merged = {}

@@ -1,6 +1,7 @@
 """Registries: a name is taken once, and a wrong name is answered with the choices."""
 
 import pytest
+from helpers import refuses
 
 from divmerge_core.registry import Registry, UnknownName
 
@@ -13,40 +14,22 @@ def shapes() -> Registry:
     return shapes
 
 
-def test_an_entry_comes_back_as_it_was_registered(shapes):
-    assert shapes["circle"] == "a circle"
-    assert list(shapes) == ["circle", "square"]
-    assert shapes.facts["square"] == {"corners": 4}
-
-
-def test_the_decorator_returns_the_function_itself():
+def test_an_entry_comes_back_as_it_was_registered_under_a_name_that_is_taken_once(shapes):
     def draw(): ...
 
     assert Registry("verb").register("draw")(draw) is draw
-
-
-@pytest.mark.parametrize("kind", [KeyError, ValueError])
-def test_an_unknown_name_lists_the_choices_and_the_nearest(shapes, kind):
-    with pytest.raises(kind) as error:
-        shapes["sqare"]
-    message = str(error.value)
-    assert "unknown shape 'sqare'" in message
-    assert "circle, square" in message
-    assert "did you mean 'square'?" in message
-
-
-def test_a_name_like_no_other_gets_no_suggestion(shapes):
-    with pytest.raises(UnknownName, match="circle, square$"):
-        shapes["xyz"]
-
-
-def test_a_name_is_taken_once(shapes):
-    with pytest.raises(ValueError, match="'circle' is registered already"):
+    assert list(shapes) == ["circle", "square"] and shapes.facts["square"] == {"corners": 4}
+    with refuses("'circle' is registered already"):
         shapes.register("circle")
     assert shapes["circle"] == "a circle"
 
 
-def test_asking_for_an_unknown_name_registers_nothing(shapes):
-    with pytest.raises(UnknownName):
-        shapes["triangle"]
-    assert "triangle" not in shapes
+@pytest.mark.parametrize("kind", [KeyError, ValueError, UnknownName])
+def test_an_unknown_name_lists_the_choices_and_the_nearest_and_registers_nothing(shapes, kind):
+    with pytest.raises(kind) as error:
+        shapes["sqare"]
+    message = str(error.value)
+    assert all(part in message for part in ("unknown shape 'sqare'", "circle, square"))
+    assert "did you mean 'square'?" in message and "sqare" not in shapes
+    with pytest.raises(kind, match="circle, square$"):  # a name like no other gets no suggestion
+        shapes["xyz"]

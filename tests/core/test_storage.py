@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import refuse
+from helpers import refuse, refuses
 
 from divmerge_core import storage
 from divmerge_core.storage import cache_dir, fresh_file, fresh_folder, once, write_json
@@ -66,9 +66,7 @@ def hidden(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob(".*"))
 
 
-# --- whole or not at all --------------------------------------------------------------------------
-
-
+# --- whole or not at all
 def test_the_cache_is_the_folder_that_is_named_or_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DIVMERGE_CACHE", "~/mine")
@@ -94,15 +92,12 @@ def test_a_folder_takes_its_place_only_when_its_block_ends_well(tmp_path, monkey
     assert hidden(tmp_path) == []
 
 
-def test_a_file_takes_no_folders_place(tmp_path):
+def test_a_file_takes_no_folders_place_and_other_errors_are_not_called_the_disks(tmp_path):
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "kept").write_text("kept")
-    with pytest.raises(ValueError, match="cannot write .*made: Is a directory; choose a writable"):
+    with refuses("cannot write .*made: Is a directory; choose a writable"):
         write_json(tmp_path / "made", {})
     assert (tmp_path / "made" / "kept").read_text() == "kept" and hidden(tmp_path) == []
-
-
-def test_an_error_that_is_not_the_disks_is_not_called_one(tmp_path):
     with pytest.raises(FileNotFoundError), fresh_folder(tmp_path / "made"):
         (tmp_path / "nothing").read_text()
     with pytest.raises(ConnectionError), fresh_folder(tmp_path / "made"):
@@ -141,9 +136,7 @@ def test_folders_and_files_take_the_users_umask(tmp_path, mask):
         assert path.stat().st_mode & 0o777 == whole & ~mask, path
 
 
-# --- many at once ---------------------------------------------------------------------------------
-
-
+# --- many at once
 def test_three_threads_and_three_processes_write_while_others_read(tmp_path):
     """600 writes by threads, 180 by processes: none fails, and no read finds nothing."""
     paths, lost, failed = [tmp_path / "one.json", tmp_path / "one" / "cell.json"], [], []
@@ -177,32 +170,31 @@ def test_three_threads_and_three_processes_write_while_others_read(tmp_path):
     assert failed == [] and lost == [] and hidden(tmp_path) == []
 
 
-def test_of_three_processes_one_makes_what_all_want(tmp_path):
-    processes = [started(MAKING, tmp_path) for _ in range(3)]
+def in_threads(*targets) -> None:
+    threads = [threading.Thread(target=target) for target in targets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_of_three_processes_or_threads_one_makes_what_all_want(tmp_path):
+    processes, made = [started(MAKING, tmp_path) for _ in range(3)], []
     assert [ended(process) for process in processes] == [(0, "whole\n")] * 3
     assert (tmp_path / "made").read_text() == "made " and hidden(tmp_path) == []
-
-
-def test_of_three_threads_one_makes_what_all_want(tmp_path):
-    made = []
 
     def make(new: Path) -> None:
         made.append(new)
         time.sleep(0.1)
         new.write_text("whole")
 
-    wanted = [
-        threading.Thread(target=once, args=(tmp_path / "a" / "one", make), kwargs={"folder": False})
-        for _ in range(3)
-    ]
-    for thread in wanted:
-        thread.start()
-    for thread in wanted:
-        thread.join()
+    in_threads(*[lambda: once(tmp_path / "a" / "one", make, folder=False)] * 3)
     assert len(made) == 1 and (tmp_path / "a" / "one").read_text() == "whole"
 
 
-def test_what_could_not_be_made_is_made_by_the_next(tmp_path):
+def test_what_could_not_be_made_is_made_by_the_next_and_what_is_there_needs_no_lock(
+    tmp_path, monkeypatch
+):
     def fail(new: Path) -> None:
         raise KeyboardInterrupt
 
@@ -210,11 +202,7 @@ def test_what_could_not_be_made_is_made_by_the_next(tmp_path):
         once(tmp_path / "one", fail)
     assert list(tmp_path.iterdir()) == []
     assert once(tmp_path / "one", lambda new: (new / "file").touch()).is_dir()
-
-
-def test_a_result_that_is_there_needs_no_writable_cache(tmp_path, monkeypatch):
-    (tmp_path / "one").mkdir()
-    monkeypatch.setattr(storage, "FileLock", refuse)
+    monkeypatch.setattr(storage, "FileLock", refuse)  # as in a cache that cannot be written
     assert once(tmp_path / "one", refuse) == tmp_path / "one"
 
 
@@ -230,9 +218,7 @@ def test_who_waits_is_told_for_what(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "made").is_dir()
 
 
-# --- what killed runs leave -----------------------------------------------------------------------
-
-
+# --- what killed runs leave
 @pytest.mark.skipif(os.name == "nt", reason="Windows knows no SIGKILL")
 def test_what_a_killed_run_left_is_swept_by_the_next_write_beside_it(tmp_path):
     assert ended(started(DYING, tmp_path)) == (-signal.SIGKILL, "")
