@@ -9,7 +9,15 @@ import pytest
 import torch
 from divmerge_book.data.tasks import TASKS
 from divmerge_book.figures import choice as draw
-from divmerge_book.studies.choice import ablation, summary
+from divmerge_book.studies.choice import (
+    ablation,
+    balance,
+    disagreement,
+    summary,
+    task_gradients,
+    totals,
+    trajectories,
+)
 from divmerge_book.studies.evaluator import accuracies
 from divmerge_book.studies.objective_fits import FitConfig, FitSpec, fit_result, merge
 from divmerge_book.studies.predictions import compared, packed, split
@@ -20,13 +28,6 @@ from divmerge_book.studies.robustness import (
     corruption_study,
     permuted,
     temperatures,
-)
-from divmerge_book.studies.trajectories import (
-    balance,
-    disagreement,
-    task_gradients,
-    totals,
-    trajectories,
 )
 from helpers import linear_problem, mean_divergence, naive_merge
 from torch.testing import assert_close

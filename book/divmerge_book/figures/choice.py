@@ -1,4 +1,4 @@
-"""Figures of the choice of divergence; tables of `studies.choice`, `robustness` and `trajectories`.
+"""Figures of the choice of divergence; tables of `studies.choice` and `robustness`.
 
 Grey lines are the objectives that are not singled out.
 """
@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 
 from divmerge_book.figures import primitives as plot
 from divmerge_book.figures.styles import OBJECTIVES, PALETTE, mark, numbered
+from divmerge_book.studies.choice import totals
 from divmerge_book.studies.objective_fits import named
 from divmerge_book.studies.predictions import WORDS, of_score
 from divmerge_book.studies.robustness import CORRUPTIONS
-from divmerge_book.studies.trajectories import totals
 from divmerge_core.divergences import DIVERGENCES, facts_of
 
 ALPHA = 0.05  # corrected p below it: a filled marker
