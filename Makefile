@@ -48,10 +48,10 @@ _build/peers/.complete _build/scale/.complete: requirements.lock pyproject.toml
 	@touch $@
 
 test-colab: $(STAMP)  ## run notebooks on a machine like Colab's, from the notebook file alone (slow)
-	$(BIN)/python -m pytest -m colab -rs tests/test_colab.py
+	$(BIN)/python -m pytest -m colab -rs tests/book/test_colab.py
 
 test-exercises: $(STAMP)  ## run every exercise that changes a parameter, at size smoke
-	$(BIN)/python -m pytest -m exercise tests/test_exercises.py
+	$(BIN)/python -m pytest -m exercise tests/book/test_exercises.py
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(BIN)/python -m jupyterlab notebooks

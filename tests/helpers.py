@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from divmerge_book.data.splits import Row, Splits
@@ -15,6 +16,7 @@ from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.models.finetuning import Expert, Recipe
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.testing import assert_close
@@ -41,6 +43,12 @@ def near(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
 def refuse(*args, **options):
     """A system call on a read-only disk."""
     raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def places(ax: Axes, marker: str) -> list[list[float]]:
+    """Coordinates of every mark of this kind."""
+    lines = [line for line in ax.get_lines() if line.get_marker() == marker]
+    return [np.column_stack(line.get_data()).squeeze().tolist() for line in lines]
 
 
 def forbid(*args, **options):

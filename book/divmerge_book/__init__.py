@@ -17,36 +17,22 @@ from importlib import import_module
 
 # Loaded on first use: `import divmerge_book` alone does not wait for torch and transformers.
 PUBLIC = {
-    "data.tasks": (
-        "SUITES",
-        "TASKS",
-        "Task",
-    ),
-    "evaluation.benchmark": ("compare",),
-    "evaluation.experiment": (
-        "SIZES",
-        "Experiment",
-        "make_problem",
-        "prepare",
-        "prepare_language",
-    ),
-    "evaluation.language_benchmark": ("compare_language",),
-    "evaluation.metrics": ("evaluate",),
-    "evaluation.report": ("Report",),
-    "models.encoders": ("load_base",),
-    "models.finetuning": (
-        "Recipe",
-        "fine_tune",
-        "load_expert",
-    ),
+    **dict.fromkeys(("SUITES", "TASKS", "Task"), "data.tasks"),
+    **dict.fromkeys(("SIZES", "Experiment", "make_problem", "prepare"), "evaluation.experiment"),
+    **dict.fromkeys(("prepare_language",), "evaluation.experiment"),
+    **dict.fromkeys(("Recipe", "fine_tune", "load_expert"), "models.finetuning"),
+    "Report": "evaluation.report",
+    "compare": "evaluation.benchmark",
+    "compare_language": "evaluation.language_benchmark",
+    "evaluate": "evaluation.metrics",
+    "load_base": "models.encoders",
 }
-__all__ = sorted(name for names in PUBLIC.values() for name in names)  # noqa: PLE0605
+__all__ = sorted(PUBLIC)  # noqa: PLE0605
 
 
 def __getattr__(name: str):
-    for module, names in PUBLIC.items():
-        if name in names:
-            return getattr(import_module(f"divmerge_book.{module}"), name)
+    if name in PUBLIC:
+        return getattr(import_module(f"divmerge_book.{PUBLIC[name]}"), name)
     raise AttributeError(f"module 'divmerge_book' has no attribute {name!r}")
 
 

@@ -67,40 +67,33 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def run_typed(chosen: argparse.Namespace) -> int:
-    """The command `run`."""
-    if chosen.list:
-        print(describe(chosen.notebook))
-        return 0
-    if chosen.output is None:
-        raise ValueError("an output path is needed, or --list")
-    names = [name for name, _ in chosen.given]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"given more than once: {', '.join(twice)}; lists have commas")
-    run(chosen.notebook, chosen.output, **checked(chosen.notebook, dict(chosen.given), text=True))
-    return 0
-
-
-def execute_command(chosen: argparse.Namespace) -> int:
+def execute_command(command: str, **given: object) -> int:
     """What the command line asks for; packages that take seconds to import wait until then."""
-    given = dict(vars(chosen))
-    command = given.pop("command")
     if command == "run":
-        return run_typed(chosen)
-    if command == "grid":
+        notebook, output = given["notebook"], given["output"]
+        names = [name for name, _ in given["given"]]
+        if given["list"]:
+            print(describe(notebook))
+            return 0
+        if output is None:
+            raise ValueError("an output path is needed, or --list")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"given more than once: {', '.join(twice)}; lists have commas")
+        run(notebook, output, **checked(notebook, dict(given["given"]), text=True))
+    elif command == "grid":
         from divmerge_book.runner import grid
 
-        return grid.run(chosen.file, only_list=chosen.list)
-    if command == "book":
+        return grid.run(given["file"], only_list=given["list"])
+    elif command == "book":
         from divmerge_book.runner import book
 
-        book.build(chosen.size, root=chosen.root.resolve(), workers=chosen.workers)
-        return 0
-    from divmerge_book.user_models import merge_described
+        book.build(given["size"], root=given["root"].resolve(), workers=given["workers"])
+    else:
+        from divmerge_book.user_models import merge_described
 
-    given["methods"] = given["methods"] or ["divmerge/layer"]
-    for folder in merge_described(**given):
-        print(f"merged model in {folder}")
+        given["methods"] = given["methods"] or ["divmerge/layer"]
+        for folder in merge_described(**given):
+            print(f"merged model in {folder}")
     return 0
 
 
@@ -110,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         arguments = ["grid", *arguments]
     try:
-        return execute_command(command_line().parse_args(arguments))
+        return execute_command(**vars(command_line().parse_args(arguments)))
     except PapermillExecutionError as error:
         print(f"\ncell {error.cell_index} failed:\n{error.source}\n{error}", file=sys.stderr)
         return 1

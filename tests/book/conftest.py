@@ -1,12 +1,20 @@
-"""Fixtures: four linear tasks; a description of two random BERT experts, its plan, experiment."""
+"""Fixtures: an empty figure; four linear tasks; two described BERT experts, plan, experiment."""
 
 import warnings
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 from divmerge_book.user_models import check, load, read
 from helpers import linear_experiment
 from local_files import make_project
+
+
+@pytest.fixture
+def ax():
+    figure, ax = plt.subplots()
+    yield ax
+    plt.close(figure)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from divmerge_book.models.language.models import load_language
 from divmerge_book.runner.distributed import (
     arguments,
     causal_forward,
@@ -170,9 +171,8 @@ def test_torchrun_writes_the_model_that_one_process_would(folders, tmp_path):
     }
     module = models["base"]
     vectors = TaskVectors.from_states(states.pop("base"), states)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folders / "base")
-    options = {"batch_size": 4, "max_length": 256, "device": torch.device("cpu")}
-    batches = [text_batches(lines, tokenizer, **options) for lines in LINES.values()]
+    reader = load_language(str(folders / "base"))
+    batches = [text_batches(one, reader, batch_size=4, max_length=256) for one in LINES.values()]
     coefficients = Coefficients(vectors.layout, 2, grouping="layer")
     problem = MergeProblem(vectors, batches, causal_forward(module))
     merged = fit_coefficients(problem, coefficients, js, epochs=3, progress=False)
@@ -241,19 +241,17 @@ def test_a_folder_gives_the_numbers_that_the_model_has(folders):
 
 
 def test_answers_are_the_positions_that_predict_them(folders):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folders / "base")
-    device = torch.device("cpu")
-    lines, options = ["the film\tgood bad", "song"], {"batch_size": 2, "device": device}
-    (batch,) = text_batches(lines, tokenizer, max_length=9, **options)
-    ids = batch.inputs["input_ids"][0]
-    following = ids[1:][batch.answer[0, :-1]]
-    words = tokenizer.convert_ids_to_tokens(following.tolist())
-    assert words == ["good", "bad", "[SEP]"], "and that it ends"
+    base = load_language(str(folders / "base"))
+    (batch,) = text_batches(["the film\tgood bad", "song"], base, batch_size=2, max_length=9)
+    (whole,) = text_batches(["the film good bad"], base, batch_size=1, max_length=9)
+    read, asked = batch.inputs["input_ids"], whole.inputs["input_ids"][0]
+    assert read[0].tolist() == asked.tolist()  # that the answer ends is predicted, and not read
+    assert batch.answer[0].tolist() == [False, True, True, True]  # by "film", "good" and "bad"
     last = int(batch.inputs["attention_mask"][1].sum()) - 1
     assert batch.answer[1].nonzero().flatten().tolist() == [last]
     assert_close(batch.weight.sum(), torch.tensor(1.0))
     with pytest.raises(ValueError, match="line 1 has .* max_length=2 leaves no room"):
-        text_batches(["the\tgood bad"], tokenizer, max_length=2, **options)
+        text_batches(["the\tgood bad"], base, batch_size=1, max_length=2)
 
 
 PLACE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "1"}

@@ -1,11 +1,10 @@
 """The paper's printed numbers, analysed again, and their figures."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from divmerge_book.figures import evidence as draw
 from divmerge_book.published import paper, paper_reanalysis
-from matplotlib.axes import Axes
+from helpers import places
 
 
 def test_the_printed_correlations_are_pearsons_to_the_last_digit():
@@ -59,19 +58,6 @@ def test_steps_add_up_to_the_whole_change():
     change = paper_reanalysis.steps(6).sum()
     whole = paper.table(6).loc[7] - paper.table(6).loc[2]
     assert (change - whole).abs().max() < 0.02
-
-
-@pytest.fixture
-def ax():
-    figure, ax = plt.subplots()
-    yield ax
-    plt.close(figure)
-
-
-def places(ax: Axes, marker: str) -> list[list[float]]:
-    """Coordinates of every mark of this kind."""
-    lines = [line for line in ax.get_lines() if line.get_marker() == marker]
-    return [np.column_stack(line.get_data()).squeeze().tolist() for line in lines]
 
 
 def test_a_star_stands_at_the_printed_value_and_a_circle_at_the_others(ax):

@@ -10,7 +10,8 @@ import transformers
 import yaml
 from divmerge_book.data import downloads
 from divmerge_book.data.tasks import TASKS
-from divmerge_book.published import glue, toy_models
+from divmerge_book.published import glue
+from divmerge_book.published.toy_models import make_toys
 from divmerge_book.user_models import check, load, read
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -32,12 +33,11 @@ METHODS_OF_TWO = [
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory) -> Path:
     """Toy experts and GLUE files of two tasks; only to be read."""
     folder = tmp_path_factory.mktemp("hub") / "tiny"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(toy_models.AMOUNTS, "test", toy_models.Amount(2, 2, steps=60))
-        return toy_models.make_gpt2(folder, tasks=NAMES, size="test")
+    make_toys(folder, NAMES, steps=60)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +45,16 @@ def suite(made, tmp_path_factory):
     """The description of the suite; tasks' splits are in a cache of the module's own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIVMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("DIVMERGE_GLUE_DIR", made["glue"])
+        patch.setenv("DIVMERGE_GLUE_DIR", str(made / "data"))
         downloads.verify.cache_clear()
         yield described(made, tmp_path_factory.mktemp("suite") / "described")
     downloads.verify.cache_clear()
 
 
-def described(made, folder: Path, **options) -> Path:
-    places = {"base": made["base"], "expert": made["expert"], **options}
-    return glue.describe(folder, NAMES, rows=FEW, max_length=32, progress=False, **places)
+def described(made: Path, folder: Path) -> Path:
+    experts = {task: str(made / "experts" / task) for task in NAMES}
+    options = {"base": str(made / "base"), "experts": experts, "rows": FEW, "max_length": 32}
+    return glue.describe(folder, NAMES, progress=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +62,9 @@ def bench(suite):
     return load(check(read(suite)))
 
 
-def copied(made, folder: Path) -> dict:
-    """The same models where a test may change them."""
-    shutil.copytree(Path(made["base"]).parent, folder)
-    names = {"base": "gpt2", "expert": "gpt2_{task}", "glue": "glue"}
-    return {key: str(folder / name) for key, name in names.items()}
-
-
-def configured(folder: str, task: str, **changes) -> None:
+def configured(expert: Path, **changes) -> None:
     """An expert's config.json with other entries; None takes one out."""
-    path = Path(folder.format(task=task)) / "config.json"
+    path = expert / "config.json"
     whole = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in whole.items() if v is not None}))
 
@@ -82,8 +76,8 @@ def test_an_expert_in_a_padded_batch_answers_as_it_does_alone_without_padding(be
     """So the last real token is pooled, though GPT-2 has no padding token of its own."""
     padded = 0
     for number, task in enumerate(NAMES):
-        folder = made["expert"].format(task=task)
-        model = transformers.GPT2ForSequenceClassification.from_pretrained(folder).eval()
+        kind = transformers.GPT2ForSequenceClassification
+        model = kind.from_pretrained(made / "experts" / task).eval()
         flat = bench.problem.vectors.expert(task)
         for batch in bench.test[number].batches:
             found = bench.problem.logits(flat, number, batch)
@@ -96,7 +90,7 @@ def test_an_expert_in_a_padded_batch_answers_as_it_does_alone_without_padding(be
 
 
 def test_the_transformer_is_merged_and_every_score_head_stays(bench, made):
-    base = load_file(Path(made["base"]) / "model.safetensors")
+    base = load_file(made / "base" / "model.safetensors")
     assert set(bench.problem.vectors.layout.names) == set(base)
     for expert in bench.experts:
         assert set(expert.head) == {"score.weight"}
@@ -117,14 +111,14 @@ def test_a_head_with_named_outputs_in_another_order_gives_the_same_scores(
     made, bench, suite, tmp_path
 ):
     """Experts were trained on the sentences' marks, so labels arrive in the heads' own order."""
-    moved = copied(made, tmp_path / "moved")
-    order = [2, 0, 1]
+    moved = shutil.copytree(made, tmp_path / "moved")
+    order, expert = [2, 0, 1], moved / "experts" / "mnli"
     names = ["entailment", "neutral", "contradiction"]
-    weights = Path(moved["expert"].format(task="mnli")) / "model.safetensors"
+    weights = expert / "model.safetensors"
     state = load_file(weights)
     state["score.weight"] = state["score.weight"][order].clone()
     save_file(state, weights, metadata={"format": "pt"})
-    configured(moved["expert"], "mnli", id2label={str(n): names[i] for n, i in enumerate(order)})
+    configured(expert, id2label={str(n): names[i] for n, i in enumerate(order)})
     again = load(check(read(described(moved, tmp_path / "described"))))
     assert again.experts[1].manifest["answers"] == ["contradiction", "entailment", "neutral"]
     assert accuracies(again) == accuracies(bench) and min(accuracies(bench)) > 0.9
@@ -172,9 +166,9 @@ def test_options_are_chosen_on_rows_that_are_not_scored(suite):
 
 
 def test_where_nobody_names_a_padding_token_the_description_does(made, suite, tmp_path):
-    bare = copied(made, tmp_path / "bare")
+    bare = shutil.copytree(made, tmp_path / "bare")
     for task in NAMES:
-        configured(bare["expert"], task, pad_token_id=None)
+        configured(bare / "experts" / task, pad_token_id=None)
     path = described(bare, tmp_path / "described")
     plan = check(read(path))
     assert plan.base.tokenizer.pad_token == glue.PAD
@@ -186,18 +180,9 @@ def test_where_nobody_names_a_padding_token_the_description_does(made, suite, tm
             check(read(path))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((["cola", "stsb"],), "two or more distinct tasks of cola"),
-        ((["cola", "cola"],), "two or more distinct tasks"),
-        ((NAMES, "tanganke/gpt2_cola"), "names one model for all tasks"),
-        ((NAMES, {"cola": "somewhere"}), "no expert for mnli"),
-    ],
-)
-def test_unknown_tasks_and_experts_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        glue.identifiers(*arguments)
+def test_a_task_without_an_expert_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no expert for mnli; there are cola"):
+        glue.describe(tmp_path / "suite", NAMES, experts={"cola": "somewhere"})
 
 
 def test_where_the_hub_cannot_be_reached_the_error_says_so(made, monkeypatch, tmp_path):
@@ -206,5 +191,5 @@ def test_where_the_hub_cannot_be_reached_the_error_says_so(made, monkeypatch, tm
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(ValueError, match="the hub could not be reached"):
-        glue.describe(tmp_path / "suite", NAMES, base=made["base"], expert="nobody/gpt2_{task}")
+        glue.describe(tmp_path / "suite", NAMES, base=str(made / "base"))
     assert not (tmp_path / "suite").exists()

@@ -17,7 +17,8 @@ from divmerge_book.models.language.completions import greedy, written
 from divmerge_book.models.language.models import Language, load_language
 from divmerge_book.models.language.reading import collate
 from divmerge_book.models.language.seq2seq import encodes
-from divmerge_book.published import sources, t5, toy_models
+from divmerge_book.published import sources, t5
+from divmerge_book.published import toy_models as toys
 from divmerge_book.published.sources import SOURCES, Source, rows_of
 from divmerge_book.user_models import merge_and_score
 from safetensors.torch import load_file
@@ -33,11 +34,15 @@ FEW = {"rows": ROWS, "max_length": 24, "max_new": 4, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Tiny experts and their data; only to be read."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(toy_models.AMOUNTS, "test", toy_models.Amount(0, 2, steps=40))
-        yield toy_models.make_t5(tmp_path_factory.mktemp("hub") / "tiny", size="test", tasks=NAMES)
+def made(tmp_path_factory) -> tuple[str, dict[str, Source]]:
+    """A tiny base, experts and their data; only to be read."""
+    folder = tmp_path_factory.mktemp("hub") / "tiny"
+    toys.make_toys(folder, NAMES, steps=40)
+    places = {
+        name: {"expert": str(folder / "experts" / name), "data": str(folder / "data" / name)}
+        for name in NAMES
+    }
+    return str(folder / "base"), {n: replace(SOURCES[n], **own) for n, own in places.items()}
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +180,7 @@ def test_a_prompt_that_is_too_long_keeps_its_question_and_its_eos(made, cached):
     known = bench.completions[1]
     assert known.counts["shortened"] > 0
     words = [bench.base.tokenizer.convert_ids_to_tokens(list(p)) for p in known.prompts]
-    assert all(len(row) <= 10 and row[-1] == toy_models.END for row in words)
+    assert all(len(row) <= 10 and row[-1] == toys.SPECIAL["eos_token"] for row in words)
     assert all(row[0] == "question:" and "context:" in row for row in words)
 
 
@@ -219,10 +224,10 @@ def test_options_are_searched_and_merges_scored_like_those_of_classifiers(bench)
 # --- data -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", toy_models.MAKERS)
+@pytest.mark.parametrize("name", SOURCES)
 def test_the_default_columns_read_the_hubs_rows(name, cached, tmp_path):
     folder = tmp_path / name
-    toy_models.save_data(folder, name, toy_models.AMOUNTS["smoke"])
+    toys.save_data(folder, name)
     source = replace(SOURCES[name], data=str(folder))
     task = sources.task_of(name, source)
     rows = {split: task.load(split) for split in SPLITS}
@@ -234,9 +239,9 @@ def test_the_default_columns_read_the_hubs_rows(name, cached, tmp_path):
     if name == "imdb":
         assert answers == {"negative", "positive"}
     if name == "squad":
-        assert answers <= set(toy_models.PLACES)
+        assert answers <= set(toys.PLACES)
     if name == "qasc":
-        assert answers <= set(toy_models.THINGS)
+        assert answers <= set(toys.THINGS)
 
 
 def test_rows_without_an_answer_and_second_answers_are_left_out():
@@ -273,19 +278,17 @@ def test_without_hub_and_folder_it_is_said(monkeypatch):
 
 
 def swap_words(folder: Path) -> None:
-    words = toy_models.t5_words()
+    words = toys.t5_words()
     words[5], words[6] = words[6], words[5]
-    toy_models.t5_tokenizer(words).save_pretrained(folder)
+    toys.word_tokenizer(words, ends=True, **toys.SPECIAL).save_pretrained(folder)
 
 
 def end_no_text(folder: Path) -> None:
-    special = dict(pad_token=toy_models.PAD, eos_token=toy_models.END)
-    special["unk_token"] = toy_models.UNKNOWN
-    toy_models.word_tokenizer(toy_models.t5_words(), **special).save_pretrained(folder)
+    toys.word_tokenizer(toys.t5_words(), **toys.SPECIAL).save_pretrained(folder)
 
 
 def shrink(folder: Path) -> None:
-    config = toy_models.t5_config(len(toy_models.t5_words()))
+    config = toys.t5_config(len(toys.t5_words()))
     config.num_layers = 1
     transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
 

@@ -90,11 +90,12 @@ def test_runs_are_the_product_of_the_grid_and_then_the_cells(folder):
     path = write_grid(folder, cells=[{"lr": 1}])
     path.write_text(path.read_text().replace("lr: 1", "lr: 1e-3"))  # to YAML, this is a word
     grid = grid_file.read(path)
-    found = [(run["divergence"], run["seeds"], run["lr"]) for run in grid.runs]
+    runs = [job.parameters for job in grid.jobs]
+    found = [(run["divergence"], run["seeds"], run["lr"]) for run in runs]
     product = [(name, [seed], 0.1) for name in ("js", "kl") for seed in (0, 1)]
     assert found == [*product, ("js", [0], 0.001)]
     assert grid.varying == ["divergence", "seeds", "lr"]
-    assert all(run["publish"] for run in grid.runs), "results are what a grid is run for"
+    assert all(run["publish"] for run in runs), "results are what a grid is run for"
 
 
 def test_a_key_follows_code_and_parameters_but_not_prose_or_how_they_are_written(folder):

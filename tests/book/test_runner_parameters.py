@@ -40,7 +40,7 @@ def test_an_int_given_for_a_float_becomes_one():
         ("quiet = 'false'", "quiet must be bool, got 'false'; papermill reads -p quiet True and"),
         ("tasks = 'trec,sms'", "tasks must be list[str], got 'trec,sms'; papermill reads a list"),
         ("seeds = '0'", "seeds must be list[int], got '0'"),
-        ("seeds = [0, 1.5]", "seeds must be int, got 1.5"),
+        ("seeds = [0, 1.5]", "seeds must be list[int], got [0, 1.5]"),
         ("tasks = None", "tasks must be list[str], got None"),
         ("epochs = '4'", "epochs must be int, got '4'"),
         ("epochs = True", "epochs must be int, got True"),

@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 import sys
 import tomllib
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -59,21 +60,12 @@ FETCHED = re.compile(
 
 def documents() -> list[Path]:
     """Every text file that belongs to the repository."""
-    built = {".venv", ".git", "_build", "build", ".pytest_cache", ".ruff_cache", ".hypothesis"}
-    files = [
-        path
-        for folder in (".ci", "divmerge_core", "notebooks", "book", "tests")
-        for path in (ROOT / folder).rglob("*")
-    ]
-    files += ROOT.iterdir()
-    noise = {*built, "__pycache__", ".ipynb_checkpoints"}
-    return [
-        path
-        for path in sorted(files)
-        if path.is_file()
-        and path.suffix != ".png"
-        and not noise & set(path.relative_to(ROOT).parts)
-    ]
+    noise = {".venv", ".git", "_build", "build", ".pytest_cache", ".ruff_cache", ".hypothesis"}
+    noise |= {"__pycache__", ".ipynb_checkpoints"}
+    folders = [ROOT / name for name in (".ci", "divmerge_core", "notebooks", "book", "tests")]
+    files = [*ROOT.iterdir(), *(path for folder in folders for path in folder.rglob("*"))]
+    kept = (path for path in sorted(files) if path.is_file() and path.suffix != ".png")
+    return [path for path in kept if not noise & set(path.relative_to(ROOT).parts)]
 
 
 def names(path: Path) -> str:
@@ -83,12 +75,9 @@ def names(path: Path) -> str:
 # --- the address ---------------------------------------------------------------------------------
 
 
-def test_the_book_links_to_the_repository():
+def test_every_mention_of_the_address_is_the_same():
     assert CONFIG["repository"]["url"] == REPOSITORY
     assert CONFIG["launch_buttons"]["colab_url"] == "https://colab.research.google.com"
-
-
-def test_every_mention_of_the_address_is_the_same():
     for path in documents():
         text = path.read_text()
         installs = re.findall(r"git\+(https://[\w./-]+)", text)
@@ -97,6 +86,15 @@ def test_every_mention_of_the_address_is_the_same():
         if path.parent == ROOT and path.suffix == ".md":  # these pages link to no other repository
             slugs += re.findall(r"github\.com/([\w.-]+/[\w.-]+)", text)
         assert {slug.removesuffix(".git") for slug in slugs} <= {SLUG}, path
+
+
+def test_the_files_that_commands_and_pages_name_exist():
+    """Tests and packages by path, in the Makefile and in the pages about the repository."""
+    named = re.compile(r"(?<![\w/.])((?:tests|divmerge_core|book/divmerge_book|\.ci)/[\w./*-]*\w)")
+    for path in (ROOT / "Makefile", *ROOT.glob("*.md"), *(ROOT / "book").glob("*.md")):
+        if path.name != "CHANGELOG.md":
+            for name in named.findall(path.read_text()):
+                assert list(ROOT.glob(name)), f"{path.name} names {name}, which does not exist"
 
 
 # --- the environment -----------------------------------------------------------------------------
@@ -118,10 +116,7 @@ def test_the_lock_satisfies_the_declared_ranges():
     pins = locked()
     for requirement in declared():
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
-
-
-def test_the_lock_names_public_versions():
-    assert [pin for pin in locked().values() if "+" in pin] == []
+    assert [pin for pin in pins.values() if "+" in pin] == [], "public versions"
 
 
 def test_the_ranges_admit_colab():
@@ -145,25 +140,17 @@ def test_conda_users_get_the_same_environment():
     assert pip == {"pip": ["-r requirements.lock", f"-e .[{extras}]"]}
 
 
-in_the_locked_environment = pytest.mark.skipif(
+@pytest.mark.skipif(
     not Path(sys.prefix, ".complete").is_file(), reason="not in the environment that make built"
 )
-
-
-@in_the_locked_environment
-def test_what_runs_is_what_is_locked():
-    for name, version in locked().items():
-        assert importlib.metadata.version(name).split("+")[0] == version, name
-
-
-@in_the_locked_environment
-def test_the_lock_is_complete():
+def test_what_runs_is_what_is_locked_and_the_lock_is_complete():
     pins = locked()
-    for name in pins:
+    for name, version in pins.items():
+        assert importlib.metadata.version(name).split("+")[0] == version, name
         for line in importlib.metadata.requires(name) or []:
-            requirement = Requirement(line)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                assert canonicalize_name(requirement.name) in pins, f"{name} needs {requirement}"
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                assert canonicalize_name(needed.name) in pins, f"{name} needs {needed}"
 
 
 def test_make_knows_the_sizes_and_ci_runs_the_commands():
@@ -234,11 +221,10 @@ def tree(source: str) -> ast.Module:
     return ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.M))
 
 
-@pytest.mark.skipif(not NOTEBOOKS, reason="no notebook yet")
 def test_the_table_of_contents_lists_every_notebook():
-    chapters = [chapter["file"] for chapter in TOC["chapters"]]
-    listed = [name for name in chapters if name.startswith("notebooks/")]
-    assert listed == [f"notebooks/{path.stem}" for path in NOTEBOOKS]
+    listed = [chapter["file"] for chapter in TOC["chapters"]]
+    chapters = [name for name in listed if name.startswith("notebooks/")]
+    assert chapters == [f"notebooks/{path.stem}" for path in NOTEBOOKS]
 
 
 @each_notebook
@@ -285,24 +271,23 @@ def test_what_is_stored_is_drawn_by_one_rule(path):
 
 
 @each_notebook
-def test_what_can_use_a_gpu_asks_colab_for_one(path):
+def test_what_can_use_a_gpu_asks_colab_for_one_and_says_what_it_runs_on(path):
     metadata = nbformat.read(path, as_version=4).metadata
+    device = execute.parameters(path).get("device")
     wanted = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []}}
     asked = {key: metadata[key] for key in wanted if key in metadata}
-    assert asked == (wanted if "device" in execute.parameters(path) else {})
-
-
-@each_notebook
-def test_notebooks_for_a_gpu_say_what_they_run_on(path):
-    device = execute.parameters(path).get("device")
-    if device is not None and device.default == "auto":
+    assert asked == (wanted if device else {})
+    if device and device.default == "auto":
         assert any("device_line(" in cell.source for cell in code(path))
 
 
 @each_notebook
-def test_nothing_asks_for_a_token(path):
+def test_cells_fit_a_page_and_nothing_asks_for_a_token(path):
     asking = re.compile(r"getpass|\blogin\(|userdata|HF_TOKEN|\binput\(")
-    assert [cell.source for cell in code(path) if asking.search(cell.source)] == []
+    for cell in code(path):
+        lines = cell.source.splitlines()
+        assert len(lines) <= 15 and max(map(len, lines), default=0) <= 80, cell.source
+        assert not asking.search(cell.source), cell.source
 
 
 def test_every_label_stands_once():
@@ -310,20 +295,11 @@ def test_every_label_stands_once():
     labels = []
     for path in NOTEBOOKS:
         for cell in nbformat.read(path, as_version=4).cells:
-            labels += re.findall(
-                r"^(?:\(([\w-]+)\)=|:(?:label|name): ([\w-]+))$", cell.source, re.M
-            )
+            marks = r"^(?:\(([\w-]+)\)=|:(?:label|name): ([\w-]+))$"
+            labels += ["".join(found) for found in re.findall(marks, cell.source, re.M)]
             labels.append(cell.metadata.get("mystnb", {}).get("figure", {}).get("name"))
-    labels = ["".join(label) for label in labels if label]
-    assert sorted({label for label in labels if labels.count(label) > 1}) == []
-
-
-@each_notebook
-def test_cells_fit_a_page(path):
-    for cell in code(path):
-        lines = cell.source.splitlines()
-        assert len(lines) <= 15, cell.source
-        assert [line for line in lines if len(line) > 80] == []
+    counts = Counter(filter(None, labels))
+    assert {label for label, count in counts.items() if count > 1} == set()
 
 
 @each_notebook
@@ -339,11 +315,13 @@ def test_definitions_are_derivations_and_are_compared_with_the_package(path):
 # --- the pages -----------------------------------------------------------------------------------
 
 
-def test_mathjax_is_the_vendored_one_with_its_licence():
+def test_mathjax_is_the_vendored_one_and_licences_are_the_declared_ones():
     static = ROOT / "book" / "_static"
     assert CONFIG["sphinx"]["config"]["mathjax_path"] == "tex-svg.js"
     assert hashlib.sha256((static / "tex-svg.js").read_bytes()).hexdigest() == MATHJAX
     assert "Apache License" in (static / "tex-svg.LICENSE").read_text()
+    assert PROJECT["license"] == "Apache-2.0"
+    assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text()
 
 
 @pytest.mark.parametrize("path", [*sorted((ROOT / "book").glob("*.md")), *NOTEBOOKS], ids=names)
@@ -353,11 +331,6 @@ def test_formulas_need_nothing_from_elsewhere(path):
         cells = nbformat.reads(text, as_version=4).cells
         text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     assert [match[0] for match in FETCHED.finditer(text)] == []
-
-
-def test_the_licence_is_the_declared_one():
-    assert PROJECT["license"] == "Apache-2.0"
-    assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text()
 
 
 def test_the_readmes_tree_is_short_and_shows_rooms_that_exist():

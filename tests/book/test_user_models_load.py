@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from divmerge_book.models.encoders import classifier_forward
 from divmerge_book.models.finetuning import load_expert
 from divmerge_book.user_models import check, load, read
 from helpers import MARKERS, WORDS
@@ -41,9 +42,9 @@ def family(project, tmp_path_factory):
     made = {"bert": project}
 
     def get(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = make_project(tmp_path_factory.mktemp(kind), kind)
-        return made[kind]
+        return made.get(kind) or made.setdefault(
+            kind, make_project(tmp_path_factory.mktemp(kind), kind)
+        )
 
     return get
 
@@ -64,9 +65,9 @@ def test_an_expert_at_coefficient_1_is_its_own_pipeline(family, kind):
         [bench.problem.logits(flat, 1, b).softmax(-1) for b in bench.test[1].batches]
     )
     lengths = torch.tensor([len(ids) for ids in bench.base.tokenizer(texts).input_ids])
-    for row, number in zip(scores, lengths.argsort(stable=True).tolist(), strict=True):
-        expected = torch.tensor([wanted[number][label] for label in LABELS["place"]])
-        assert_close(row, expected, rtol=0, atol=1e-5)
+    order = lengths.argsort(stable=True).tolist()
+    wanted = [[wanted[number][label] for label in LABELS["place"]] for number in order]
+    assert_close(scores, torch.tensor(wanted), rtol=0, atol=1e-5)
     if kind == "distilbert":  # it takes no token types, though BERT's tokenizer would give them
         assert set(bench.test[0].batches[0].inputs) == {"input_ids", "attention_mask"}
     if kind == "bart":  # encoder and decoder read one embedding: a change of it reaches both
@@ -76,23 +77,17 @@ def test_an_expert_at_coefficient_1_is_its_own_pipeline(family, kind):
         assert model.encoder.embed_tokens.weight is model.decoder.embed_tokens.weight
 
 
-def test_what_the_base_has_is_merged_and_the_rest_is_the_head(bench, project):
+def test_what_the_base_has_is_merged_and_the_rest_is_the_head(bench, project, tmp_path):
     base = load_file(project.parent / "base/model.safetensors")
+    pooler = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    head = {"classifier.weight", "classifier.bias"}
     assert set(bench.problem.vectors.layout.names) == set(base)
-    for expert in bench.experts:
-        assert set(expert.head) == {
-            *("bert.pooler.dense.weight", "bert.pooler.dense.bias"),
-            *("classifier.weight", "classifier.bias"),
-        }
-
-
-def test_a_pooler_that_the_base_has_is_merged(tmp_path):
-    project = make_project(tmp_path)
-    whole = transformers.AutoModel.from_pretrained(tmp_path / "base")
-    whole.save_pretrained(tmp_path / "base")
+    assert [set(expert.head) for expert in bench.experts] == [pooler | head] * 2
+    project = make_project(tmp_path)  # of a base with a pooler, which is merged then
+    transformers.AutoModel.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "base")
     bench = load(check(read(project)))
     assert "pooler.dense.weight" in bench.problem.vectors.layout.names
-    assert set(bench.experts[0].head) == {"classifier.weight", "classifier.bias"}
+    assert set(bench.experts[0].head) == head
 
 
 def test_the_average_is_the_mean_of_the_checkpoints(bench, project):
@@ -121,114 +116,118 @@ def test_precision_is_of_the_forward_pass_and_of_the_digest(plan, bench):
     assert not torch.equal(one, other)
 
 
-# --- weights that cannot be merged ----------------------------------------------------------------
+# --- folders that are damaged, or not whole -------------------------------------------------------
 
 
-def spoiled(project: Path, folder: Path, change) -> Path:
-    """The project with the first expert's stored tensors changed."""
+def stored(folder: Path, change) -> None:
+    """Change the tensors of a model's file, in place or by what the change returns."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors = change(tensors) or tensors
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def spoiled(project: Path, folder: Path, spoil) -> Path:
+    """The project with another first expert, on whose folder `spoil` has acted."""
 
     def build(target: Path) -> None:
         make_expert(target, project.parent / "base", LABELS["mood"])
-        tensors = load_file(target / "model.safetensors")
-        change(tensors)
-        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+        spoil(target)
 
     return lone(project, folder, "spoiled", build)
-
-
-@pytest.mark.parametrize("name", ["classifier.bias", f"{QUERY}.weight"])
-def test_weights_that_are_not_finite_are_refused(project, tmp_path, name):
-    path = spoiled(project, tmp_path, lambda tensors: tensors[name].view(-1)[0].fill_(float("nan")))
-    with pytest.raises(ValueError, match=f"{name.removeprefix('bert.')} holds NaN"):
-        load(check(read(path)))
-
-
-def test_an_expert_without_its_head_is_refused(project, tmp_path):
-    path = spoiled(project, tmp_path, lambda tensors: tensors.pop("classifier.weight"))
-    with pytest.raises(ValueError, match="lacks .*classifier.weight.*with its head"):
-        load(check(read(path)))
-
-
-def test_an_expert_of_another_base_or_none_is_noted(project, tmp_path):
-    def far(tensors: dict) -> None:
-        for tensor in tensors.values():
-            tensor.copy_(torch.randn(tensor.shape))
-
-    def near(tensors: dict) -> None:
-        base = load_file(project.parent / "base" / "model.safetensors")
-        tensors |= {f"bert.{name}": tensor for name, tensor in base.items()}
-
-    with pytest.warns(UserWarning, match="'mood': the task vector is .* is this the base that"):
-        load(check(read(spoiled(project, tmp_path / "far", far))))
-    with pytest.warns(UserWarning, match="'mood': the expert's encoder is the base itself"):
-        load(check(read(spoiled(project, tmp_path / "near", near))))
-
-
-# --- bases and folders that are not whole ---------------------------------------------------------
 
 
 def other_base(project: Path, folder: Path, change) -> Path:
     """The project with the base's stored tensors changed; experts have all theirs."""
     base = make_base(folder / "base")
-    tensors = load_file(base / "model.safetensors")
-    save_file(change(tensors), base / "model.safetensors", metadata={"format": "pt"})
+    stored(base, change)
     path = project.with_name(f"{folder.name}.yaml")
     path.write_text(yaml.safe_dump({**yaml.safe_load(project.read_text()), "base": str(base)}))
     return path
 
 
+def without(start: str):
+    return lambda tensors: {n: t for n, t in tensors.items() if not n.startswith(start)}
+
+
+def with_nan(name: str):
+    return lambda tensors: tensors[name].view(-1)[0].fill_(float("nan")) and None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_nan("classifier.bias"), "classifier.bias holds NaN"),
+        (with_nan(f"{QUERY}.weight"), f"{QUERY.removeprefix('bert.')}.weight holds NaN"),
+        (without("classifier.weight"), "lacks .*classifier.weight.*with its head"),
+    ],
+)
+def test_an_expert_without_all_its_numbers_is_refused(project, tmp_path, change, message):
+    path = spoiled(project, tmp_path, lambda folder: stored(folder, change))
+    with pytest.raises(ValueError, match=message):
+        load(check(read(path)))
+
+
+def test_an_expert_of_another_base_or_none_is_noted(project, tmp_path):
+    base = load_file(project.parent / "base" / "model.safetensors")
+    for change, message in (
+        (
+            lambda found: {n: torch.randn(t.shape) for n, t in found.items()},
+            "is this the base that",
+        ),
+        (lambda found: found | {f"bert.{n}": t for n, t in base.items()}, "is the base itself"),
+    ):
+        path = spoiled(project, tmp_path / message, lambda folder, c=change: stored(folder, c))
+        with pytest.warns(UserWarning, match=f"'mood': .*{message}"):
+            load(check(read(path)))
+
+
 @pytest.mark.parametrize("part", [QUERY.removeprefix("bert.") + ".weight", "encoder.layer.1."])
 def test_a_base_that_lacks_tensors_is_refused_by_name(project, tmp_path, part):
-    def cut(tensors: dict) -> dict:
-        return {name: tensor for name, tensor in tensors.items() if not name.startswith(part)}
-
-    plan = check(read(other_base(project, tmp_path, cut)))
+    plan = check(read(other_base(project, tmp_path, without(part))))
     with pytest.raises(ValueError, match=f"lacks .* tensors of its model.*{part}.*only a pooler"):
         load(plan)
 
 
 @pytest.mark.parametrize("wrapper", ["_orig_mod.", "module."])
 def test_the_wrapper_of_a_saved_model_is_named_before_weights_are_read(project, tmp_path, wrapper):
-    def wrapped(tensors: dict) -> dict:
-        return {f"{wrapper}{name}": tensor for name, tensor in tensors.items()}
-
+    path = other_base(project, tmp_path, lambda t: {f"{wrapper}{n}": one for n, one in t.items()})
     with pytest.raises(ValueError, match=f"all names begin with '{wrapper}', so a wrapper"):
-        check(read(other_base(project, tmp_path, wrapped)))
+        check(read(path))
 
 
-def test_two_sources_of_weights_in_one_folder_are_refused(project, tmp_path):
-    def both(folder: Path) -> None:
-        model = make_expert(folder, project.parent / "base", LABELS["mood"])
-        kept = (folder / "model.safetensors").read_bytes()
-        model.save_pretrained(folder, max_shard_size="20KB")
-        (folder / "model.safetensors").write_bytes(kept)
-
-    def adapter_too(folder: Path) -> None:
-        make_expert(folder, project.parent / "base", LABELS["mood"])
-        (folder / "adapter_config.json").write_text("{}")
-
-    with pytest.raises(ValueError, match="holds both model.safetensors and model.safetensors.ind"):
-        check(read(lone(project, tmp_path, "both", both)))
-    with pytest.raises(ValueError, match="holds an adapter .* and whole weights"):
-        check(read(lone(project, tmp_path, "adapter", adapter_too)))
+def twice(folder: Path) -> None:
+    kept = (folder / "model.safetensors").read_bytes()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").write_bytes(kept)
 
 
-def test_a_pointer_of_git_lfs_is_called_so_before_weights_are_read(project, tmp_path):
-    def pointer(folder: Path) -> None:
-        make_expert(folder, project.parent / "base", LABELS["mood"])
-        text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-        (folder / "model.safetensors").write_text(text)
-
-    with pytest.raises(ValueError, match="is no whole safetensors file but a Git-LFS pointer"):
-        check(read(lone(project, tmp_path, "pointer", pointer)))
+def pointer(folder: Path) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (folder / "model.safetensors").write_text(text)
 
 
-def test_what_lies_beside_the_weights_does_not_count_as_weights(project, tmp_path, bench):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (twice, "holds both model.safetensors and model.safetensors.ind"),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text("{}"),
+            "holds an adapter .* and whole weights",
+        ),
+        (pointer, "is no whole safetensors file but a Git-LFS pointer"),
+    ],
+)
+def test_a_folder_with_two_sources_of_weights_or_none_is_refused(project, tmp_path, spoil, message):
+    with pytest.raises(ValueError, match=message):
+        check(read(spoiled(project, tmp_path, spoil)))
+
+
+def test_what_lies_beside_the_weights_does_not_count_as_weights(project, tmp_path):
     def beside(folder: Path) -> None:
-        make_expert(folder, project.parent / "base", LABELS["mood"])
         save_file({"x": torch.ones(2)}, folder / "optimizer.safetensors")
 
-    found = load(check(read(lone(project, tmp_path, "beside", beside))))
+    found = load(check(read(spoiled(project, tmp_path, beside))))
     files = found.experts[0].manifest["files"]
     assert [name for name in files if name.endswith(".safetensors")] == ["model.safetensors"]
 
@@ -336,8 +335,6 @@ def own(tiny_folder, shared_cache, experts, tmp_path) -> Path:
 
 
 def test_this_packages_own_experts_answer_as_ever(own, experts, tiny):
-    from divmerge_book.evaluation.experiment import classifier_forward
-
     bench = load(check(read(own)))
     forward = classifier_forward(tiny, [expert.head for expert in experts])
     for number, expert in enumerate(experts):
@@ -354,11 +351,8 @@ def test_kinds_of_experts_mix(own, tiny_folder, tmp_path):
 
 
 def test_this_packages_expert_of_another_base_is_refused(own, tmp_path):
-    make_base(tmp_path / "base")
-    tensors = load_file(tmp_path / "base/model.safetensors")
-    tensors["embeddings.word_embeddings.weight"] += 1
-    save_file(tensors, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
-    path = tmp_path / "other.yaml"
-    path.write_text(yaml.safe_dump({**yaml.safe_load(own.read_text()), "base": "base"}))
+    def shifted(tensors: dict) -> None:
+        tensors["embeddings.word_embeddings.weight"] += 1
+
     with pytest.raises(ValueError, match="other weights or vocabulary"):
-        load(check(read(path)))
+        load(check(read(other_base(own, tmp_path / "other", shifted))))

@@ -13,7 +13,6 @@ from local_files import (
     ROWS,
     changed,
     config,
-    describe,
     lone,
     make_base,
     make_expert,
@@ -25,6 +24,8 @@ from local_files import (
 )
 from safetensors.torch import load_file, save_file
 
+TASK = "{name: a, expert: e, merge: m}"
+
 
 def text_file(folder: Path, text: str, name: str = "models.yaml") -> Path:
     path = folder / name
@@ -32,26 +33,29 @@ def text_file(folder: Path, text: str, name: str = "models.yaml") -> Path:
     return path
 
 
+def with_fields(project: Path, **fields) -> Path:
+    """The description with other fields beside its tasks."""
+    whole = yaml.safe_load(project.read_text()) | fields
+    return text_file(project.parent, yaml.safe_dump(whole), "other.yaml")
+
+
 # --- the description ------------------------------------------------------------------------------
 
 
 def test_yaml_and_json_say_the_same(project):
     whole = yaml.safe_load(project.read_text())
-    path = project.with_name("models.json")
-    path.write_text(json.dumps(whole, indent="\t"))
+    path = text_file(project.parent, json.dumps(whole, indent="\t"), "models.json")
     one, other = read(project), read(path)
     assert one.tasks == other.tasks and one.base == other.base and one.max_length == 16
     assert (one.path, other.path) == (project, path)
+    assert list(one.tasks[0].files()) == ["merge", "validation", "test"]
 
 
-def test_labels_are_words_as_they_are_written(tmp_path):
+def test_labels_are_words_as_they_are_written_and_null_is_absent(tmp_path):
     task = "{name: %s, expert: e, merge: m.csv, labels: [no, yes, 1], test: null}"
     path = text_file(tmp_path, f"base: b\ntasks:\n- {task % 'a'}\n- {task % 'b'}\n")
     (first, _) = read(path).tasks
     assert first.labels == ("no", "yes", "1") and list(first.files()) == ["merge"]
-
-
-TASK = "{name: a, expert: e, merge: m}"
 
 
 @pytest.mark.parametrize(
@@ -88,6 +92,7 @@ def test_a_wrong_description_is_refused_with_its_line(tmp_path, text, words):
         ({"labels": ["negative", "neutral", "positive"]}, ["2 outputs", "negative", "positive"]),
         ({"labels": ["good", "bad"]}, ["['good', 'bad']", "['negative', 'positive']"]),
         ({"validation": "data/mood-test.csv"}, ["stand in validation and in test"]),
+        ({"expert": "data"}, ["holds no expert", "adapter_config.json"]),
     ],
 )
 def test_a_wrong_field_of_a_task_is_refused(project, fields, words):
@@ -164,12 +169,11 @@ def test_another_architecture_is_refused(project, tmp_path, changes, words):
     refused(changed(path, 0, labels=None), *words)
 
 
-def test_another_family_and_a_folder_without_an_expert_are_refused(project, tmp_path):
+def test_another_family_is_refused(project, tmp_path):
     def build(folder: Path) -> None:
         make_expert(folder, make_base(tmp_path / "roberta", "roberta"), LABELS["mood"])
 
     refused(lone(project, tmp_path, "other", build), "model_type = 'roberta'", "this very base")
-    refused(changed(project, 0, expert=str(tmp_path)), "holds no expert", "adapter_config.json")
 
 
 def test_a_head_without_names_takes_the_descriptions_labels_or_numbers(project, tmp_path):
@@ -182,37 +186,33 @@ def test_a_head_without_names_takes_the_descriptions_labels_or_numbers(project, 
     assert check(read(named)).experts[0].labels == ("negative", "positive")
 
 
-def with_tokenizer(project: Path, made):
-    """Builds an expert with this tokenizer; None leaves it without one."""
-
-    def build(folder: Path) -> None:
-        make_expert(folder, project.parent / "base", LABELS["mood"])
-        for left in folder.glob("*token*"):
-            left.unlink()
-        if made is not None:
-            made.save_pretrained(folder)
-
-    return build
-
-
 def test_other_vocabularies_special_tokens_and_tokenizations_are_refused(project, tmp_path):
     mask = tokenizer()
     mask.mask_token = "[UNK]"
     swapped = tokenizer(vocabulary=[*WORDS[:5], WORDS[6], WORDS[5], *WORDS[7:]])
-    for name, made, words in [
-        ("order", swapped, "vocabulary differs from the base's in 2 tokens"),
-        ("mask", mask, "mask token is '[UNK]'"),
-        ("cut", tokenizer("plain"), "cuts up"),
+    for made, words in [
+        (swapped, "vocabulary differs from the base's in 2 tokens"),
+        (mask, "mask token is '[UNK]'"),
+        (tokenizer("plain"), "cuts up"),
+        (None, None),  # without one it reads as the base does
     ]:
-        refused(lone(project, tmp_path, name, with_tokenizer(project, made)), words)
-    bare = lone(project, tmp_path, "bare", with_tokenizer(project, None))
-    assert check(read(bare)).tasks == tuple(MARKERS), "without one it reads as the base does"
+
+        def build(folder: Path, made=made) -> None:
+            make_expert(folder, project.parent / "base", LABELS["mood"])
+            for left in folder.glob("*token*"):
+                left.unlink()
+            if made is not None:
+                made.save_pretrained(folder)
+
+        path = lone(project, tmp_path, f"of {words}", build)
+        if made is None:
+            assert check(read(path)).tasks == tuple(MARKERS)
+        else:
+            refused(path, words)
 
 
 def test_inputs_longer_than_the_models_positions_are_refused(project):
-    whole = yaml.safe_load(project.read_text())
-    path = describe(project.with_name("long.yaml"), whole["tasks"], max_length=64)
-    refused(path, "max_length is 64", "32 tokens at most")
+    refused(with_fields(project, max_length=64), "max_length is 64", "32 tokens at most")
 
 
 def test_a_padding_token_that_only_experts_name_is_used_and_noted(tmp_path):
@@ -243,6 +243,4 @@ def test_a_base_that_is_nowhere_is_refused(project, monkeypatch):
         raise OSError("no network here")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    whole = yaml.safe_load(project.read_text())
-    path = describe(project.with_name("nowhere.yaml"), whole["tasks"], base="no/such")
-    refused(path, "'no/such'", "no network here")
+    refused(with_fields(project, base="no/such"), "'no/such'", "no network here")

@@ -19,12 +19,7 @@ from divmerge_book.user_models import (
     write_merged,
 )
 from divmerge_book.user_models.save import coefficients_of, grouping_of
-from local_files import (
-    LABELS,
-    ROWS,
-    changed,
-    make_project,
-)
+from local_files import LABELS, ROWS, changed, make_project
 from torch.testing import assert_close
 
 from divmerge_core import METHODS
@@ -76,11 +71,12 @@ def test_closeness_by_kl_is_from_the_expert_to_the_merge(bench, monkeypatch):
     assert list(found.divergence) == pytest.approx([wanted, wanted])
 
 
-def test_without_labels_there_is_closeness_and_no_report(project, cache):
-    path = project
-    for number in range(2):
-        path = changed(path, number, validation=None, test=None)
-    bench = load(check(read(path)))
+def test_only_labelled_tasks_are_scored(project, cache):
+    path = changed(project, 0, validation=None, test=None)
+    found = merge_and_score(load(check(read(path))), ["average"], progress=False)
+    assert set(found.report.rows.task) == {"place"}
+    assert dict(found.closeness.groupby("task").rows.first()) == {"mood": "merge", "place": "test"}
+    bench = load(check(read(changed(path, 1, validation=None, test=None))))  # none at all
     found = merge_and_score(bench, ["task_arithmetic"], progress=False)
     assert found.report is None and set(found.closeness.rows) == {"merge"}
     published = METHODS.facts["task_arithmetic"]["search"][0]  # no rows to choose a scale on
@@ -90,45 +86,31 @@ def test_without_labels_there_is_closeness_and_no_report(project, cache):
         merge_and_score(bench, ["evolved_coefficients"], progress=False)
 
 
-def test_only_labelled_tasks_are_scored(project, cache):
-    bench = load(check(read(changed(project, 0, validation=None, test=None))))
-    found = merge_and_score(bench, ["average"], progress=False)
-    assert set(found.report.rows.task) == {"place"}
-    assert dict(found.closeness.groupby("task").rows.first()) == {"mood": "merge", "place": "test"}
-
-
 def test_a_method_without_a_single_model_is_refused(bench):
     with pytest.raises(ValueError, match="no single merged model"):
         merge_and_score(bench, ["twin"], progress=False)
 
 
 def test_coefficients_are_found_again_from_the_merge(bench, found):
-    vectors = bench.problem.vectors
-    fit = found.made["divmerge/layer"].fit
-    near = torch.tensor(fit["coefficients"])
-    again = coefficients_of(vectors, found.made["divmerge/layer"].merged, "layer", near)
+    vectors, made = bench.problem.vectors, found.made
+    near = torch.tensor(made["divmerge/layer"].fit["coefficients"])
+    again = coefficients_of(vectors, made["divmerge/layer"].merged, "layer", near)
     assert_close(again, near, rtol=0, atol=1e-4)
-    average = coefficients_of(vectors, found.made["average"].merged, "task")
+    average = coefficients_of(vectors, made["average"].merged, "task")
     assert_close(average, torch.full((2, 1), 0.5), rtol=0, atol=1e-5)
-    assert coefficients_of(vectors, found.made["ties"].merged, "task") is None
-
-
-def test_where_task_vectors_leave_coefficients_open_they_are_the_given_ones(bench):
-    vectors = bench.problem.vectors
-    near = torch.tensor([[0.25], [0.75]])
-    still = vectors.map(torch.zeros_like)
+    assert coefficients_of(vectors, made["ties"].merged, "task") is None
+    near, still = torch.tensor([[0.25], [0.75]]), vectors.map(torch.zeros_like)  # all are open
     assert_close(coefficients_of(still, vectors.base, "task", near), near)
     assert_close(coefficients_of(still, vectors.base, "task"), torch.zeros(2, 1))
 
 
 def test_the_grouping_is_the_one_asked_for_or_the_methods_own():
-    assert grouping_of("divmerge/layer") == "layer" and grouping_of("divmerge") == "task"
-    assert grouping_of("ties") == "task"
+    specs = ("divmerge/layer", "divmerge", "ties")
+    assert list(map(grouping_of, specs)) == ["layer", "task", "task"]
 
 
-@pytest.mark.parametrize("kind", ["distilbert"])
-def test_what_is_written_answers_as_what_was_merged(tmp_path, cache, kind):
-    plan = check(read(make_project(tmp_path, kind)))
+def test_what_is_written_answers_as_what_was_merged(tmp_path, cache):
+    plan = check(read(make_project(tmp_path, "distilbert")))
     bench = load(plan)
     found = merge_and_score(bench, ["average"], budget=1, progress=False)
     folder = write_merged(plan, bench, found, "average", tmp_path / "merged", progress=False)

@@ -13,47 +13,21 @@ import yaml
 from tqdm import tqdm
 
 from divmerge_book.data.tasks import TASKS
+from divmerge_book.published.sources import distinct_tasks
 from divmerge_book.user_models.data import write_rows
+from divmerge_book.user_models.description import SPLITS
 from divmerge_book.user_models.folders import UNNAMED, config_of, fetched
 from divmerge_core.storage import fresh_folder
 
 SUITE = "gpt2_glue"
 BASE = "openai-community/gpt2"
-EXPERT = "tanganke/gpt2_{task}"
 PAD = "<|endoftext|>"  # GPT-2 has no padding token; its experts pad with the end of the text
-PRINTED = {"cola": "CoLA", "mnli": "MNLI", "mrpc": "MRPC", "qnli": "QNLI", "qqp": "QQP"}
-PRINTED |= {"rte": "RTE", "sst2": "SST-2"}  # our tasks and FusionBench's columns
+PRINTED = {  # our tasks and FusionBench's columns
+    **{"cola": "CoLA", "mnli": "MNLI", "mrpc": "MRPC", "qnli": "QNLI", "qqp": "QQP"},
+    **{"rte": "RTE", "sst2": "SST-2"},
+}
+EXPERTS = {task: f"tanganke/gpt2_{task}" for task in PRINTED}
 WORDS = {"mrpc": ("not_equivalent", "equivalent"), "qqp": ("not_duplicate", "duplicate")}
-SPLITS = ("merge", "validation", "test")
-
-
-def identifiers(tasks: Sequence[str], expert: str | Mapping[str, str] = EXPERT) -> dict[str, str]:
-    """Task -> its expert's hub name or folder; `{task}` in a single text stands for the task.
-
-    Raises ValueError for fewer than two tasks, unknown or repeated ones, and a task without expert.
-    """
-    wrong = [task for task in tasks if task not in PRINTED]
-    if wrong or len(tasks) < 2 or len(set(tasks)) < len(tasks):
-        raise ValueError(
-            f"{SUITE} merges two or more distinct tasks of {', '.join(PRINTED)}; got {list(tasks)}"
-        )
-    if isinstance(expert, str) and "{task}" not in expert:
-        raise ValueError(f"expert {expert!r} names one model for all tasks; write {EXPERT!r}")
-    named = expert if isinstance(expert, Mapping) else {t: expert.format(task=t) for t in tasks}
-    if lacking := [task for task in tasks if task not in named]:
-        raise ValueError(f"no expert for {', '.join(lacking)}; there are {', '.join(named)}")
-    return {task: named[task] for task in tasks}
-
-
-def model_folder(name: str) -> Path:
-    """A model's folder: itself, or fetched from the hub. Raises ValueError where there is none."""
-    folder = Path(name).expanduser()
-    return folder.resolve() if folder.is_dir() else fetched(name)
-
-
-def plain(label: str) -> str:
-    """A label's name without case, `_` and `-`."""
-    return re.sub(r"[\s_-]+", " ", label).strip().lower()
 
 
 def order_of(task: str, outputs: Sequence[str]) -> list[int]:
@@ -71,9 +45,10 @@ def order_of(task: str, outputs: Sequence[str]) -> list[int]:
         )
     if all(UNNAMED.fullmatch(name) or name.isdecimal() for name in outputs):
         return list(range(len(answers)))
-    known = {plain(word): number for number, word in enumerate(WORDS.get(task, ()))}
-    known |= {plain(answer): number for number, answer in enumerate(answers)}
-    numbers = [known.get(plain(name), -1) for name in outputs]
+    known: dict[str, int] = {}
+    for words in (WORDS.get(task, ()), answers):
+        known |= {re.sub(r"[\s_-]+", " ", word).lower(): n for n, word in enumerate(words)}
+    numbers = [known.get(re.sub(r"[\s_-]+", " ", name).strip().lower(), -1) for name in outputs]
     if sorted(numbers) != list(range(len(answers))):
         raise ValueError(
             f"the head for {task} names its outputs {list(outputs)}, GLUE's are "
@@ -82,7 +57,7 @@ def order_of(task: str, outputs: Sequence[str]) -> list[int]:
     return numbers
 
 
-def words_of(task: str, folder: Path) -> tuple[tuple[str, ...], bool]:
+def words_of(task: str, folder: Path) -> tuple[Sequence[str], bool]:
     """What a head calls the task's answers, in the task's order, and whether it names them itself.
 
     Where it does not, they have the task's own words.
@@ -92,7 +67,7 @@ def words_of(task: str, folder: Path) -> tuple[tuple[str, ...], bool]:
     order = order_of(task, outputs)
     if all(UNNAMED.fullmatch(name) for name in outputs):
         return TASKS[task].answers, False
-    return tuple(outputs[order.index(number)] for number in range(len(order))), True
+    return [outputs[order.index(number)] for number in range(len(order))], True
 
 
 def describe(
@@ -100,7 +75,7 @@ def describe(
     tasks: Sequence[str] = tuple(PRINTED),
     *,
     base: str = BASE,
-    expert: str | Mapping[str, str] = EXPERT,
+    experts: Mapping[str, str] = EXPERTS,
     max_length: int = 512,
     pad_token: str | None = PAD,
     rows: Mapping[str, int] | None = None,
@@ -108,28 +83,27 @@ def describe(
 ) -> Path:
     """Fetch base and experts, write GLUE's rows and the description of it all; returns its path.
 
-    base, expert: hub names or folders (see `identifiers`). Rows come from the hub's nyu-mll/glue,
-    or from DIVMERGE_GLUE_DIR: merge and validation rows from GLUE's train, test rows from its
-    validation split, 500 at most, so that no option is chosen on a scored row. rows: at most so
-    many of a split, for a quick look. max_length: FusionBench's 512 tokens. Raises ValueError for
-    what is unknown, cannot be fetched, or has a head that is not the task's.
+    base, experts: hub names or folders. Rows come from the hub's nyu-mll/glue, or from
+    DIVMERGE_GLUE_DIR: merge and validation rows from GLUE's train, test rows from its validation
+    split, 500 at most, so that no option is chosen on a scored row. rows: at most so many of a
+    split, for a quick look. max_length: FusionBench's 512 tokens. Raises ValueError for what is
+    unknown, cannot be fetched, or has a head that is not the task's.
     """
-    sources = {task: model_folder(name) for task, name in identifiers(tasks, expert).items()}
-    whole = {"base": str(model_folder(base)), "max_length": max_length, "pad_token": pad_token}
-    entries, limits = [], rows or {}
+    names, limits, entries = distinct_tasks(SUITE, tasks, PRINTED), rows or {}, []
+    if lacking := [task for task in names if task not in experts]:
+        raise ValueError(f"no expert for {', '.join(lacking)}; there are {', '.join(experts)}")
+    sources = {task: fetched(experts[task]).resolve() for task in names}
+    whole = {"base": str(fetched(base).resolve()), "max_length": max_length, "pad_token": pad_token}
     with fresh_folder(folder) as new:
         for task, source in (bar := tqdm(sources.items(), SUITE, disable=not progress)):
             bar.set_postfix_str(task)
             words, named = words_of(task, source)
-            entry: dict[str, object] = {"name": task, "expert": str(source)}
-            for split in SPLITS:
-                entry[split] = f"data/{task}/{split}.parquet"
-                write_rows(new / entry[split], TASKS[task], split, words, limits.get(split))
-            if TASKS[task].pair:
-                entry["columns"] = {"pair": "pair"}
-            if not named:
-                entry["labels"] = list(words)
-            entries.append(entry)
+            files = {split: f"data/{task}/{split}.parquet" for split in SPLITS}
+            for split, file in files.items():
+                write_rows(new / file, TASKS[task], split, words, limits.get(split))
+            entry = {"name": task, "expert": str(source), **files}
+            entry |= {"columns": {"pair": "pair"}} if TASKS[task].pair else {}
+            entries.append(entry | ({} if named else {"labels": list(words)}))
         path = new / f"{SUITE}.yaml"
         path.write_text(yaml.safe_dump({**whole, "tasks": entries}, sort_keys=False), "utf-8")
     return folder / path.name

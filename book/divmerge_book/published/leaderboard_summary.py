@@ -7,7 +7,7 @@ import pandas as pd
 
 from divmerge_book.evaluation.report import Report
 from divmerge_book.evaluation.statistics import share_half_width
-from divmerge_book.published import paper
+from divmerge_book.published.paper import frame
 
 EXPERT = "Fine-tuned (STL)"
 SCALED = {"Task Arithmetic": ("task arithmetic", 0.5), "Ties-Merging": ("ties", 0.6)}
@@ -27,8 +27,8 @@ def published() -> pd.DataFrame:
 
     The base row is its task arithmetic at scale 0: the unmerged base with the experts' heads.
     """
-    printed = paper.frame("methods", "fusionbench") / 100
-    base = paper.frame("task arithmetic", "fusionbench").loc[[0.0]].set_axis(["base"])
+    printed = frame("methods", "fusionbench") / 100
+    base = frame("task arithmetic", "fusionbench").loc[[0.0]].set_axis(["base"])
     table = pd.concat([printed.loc[[EXPERT]], base, printed.drop(EXPERT)])
     return table.rename(index=METHODS_HERE).rename_axis("method")
 
@@ -40,18 +40,12 @@ def summary(accuracies: pd.DataFrame) -> pd.DataFrame:
     ratios, and worst_task; below_base, the tasks on which the unmerged base with the task's head
     is more accurate. accuracies: methods by task, shares, with rows `expert` and `base`.
     """
-    expert, base = accuracies.loc["expert"], accuracies.loc["base"]
     merged = accuracies.drop(index=["expert", "base"])
-    ratio = merged / expert
-    return pd.DataFrame(
-        {
-            "mean": merged.mean(axis=1),
-            "normalised": ratio.mean(axis=1),
-            "worst": ratio.min(axis=1),
-            "worst_task": ratio.idxmin(axis=1),
-            "below_base": (merged < base).apply(lambda row: ", ".join(row.index[row]), axis=1),
-        }
-    )
+    ratio, below = merged / accuracies.loc["expert"], merged < accuracies.loc["base"]
+    columns = {"mean": merged.mean(axis=1), "normalised": ratio.mean(axis=1)}
+    columns |= {"worst": ratio.min(axis=1), "worst_task": ratio.idxmin(axis=1)}
+    columns["below_base"] = below.apply(lambda row: ", ".join(row.index[row]), axis=1)
+    return pd.DataFrame(columns)
 
 
 def margins(accuracies: pd.DataFrame, rows: pd.Series) -> pd.DataFrame:
@@ -65,17 +59,18 @@ def margins(accuracies: pd.DataFrame, rows: pd.Series) -> pd.DataFrame:
 
 def scored_rows() -> pd.Series:
     """How many rows FusionBench scored, by task."""
-    return paper.frame("rows", "fusionbench").loc["validation"]
+    return frame("rows", "fusionbench").loc["validation"]
 
 
 def sweep() -> pd.DataFrame:
     """FusionBench's accuracies by scaling factor, long: method, scale, task, accuracy."""
-    parts = []
-    for name in SCALED.values():
-        table = paper.frame(name[0], "fusionbench").reset_index()
-        parts.append(table.melt("scale", var_name="task", value_name="accuracy"))
-    names = [METHODS_HERE[name] for name in SCALED]
-    return pd.concat(parts, keys=names, names=["method", None]).reset_index("method")
+    parts = {
+        METHODS_HERE[method]: frame(part, "fusionbench")
+        .reset_index()
+        .melt("scale", var_name="task", value_name="accuracy")
+        for method, (part, _) in SCALED.items()
+    }
+    return pd.concat(parts, names=["method", None]).reset_index("method")
 
 
 def measured(report: Report) -> pd.DataFrame:

@@ -23,8 +23,6 @@ METHODS_HERE = {
     "TL JS": "divmerge/task",
     "LL JS": "divmerge/layer",
 }
-
-
 WORKS = ("paper", "fusionbench")
 
 
@@ -41,16 +39,8 @@ def citation(work: str = "paper") -> str:
     return printed(work)["source"]
 
 
-def parts(work: str = "paper") -> dict[str, str]:
-    """The tables and figures that are kept, such as `table 6`, and what each holds."""
-    return {name: part["holds"] for name, part in printed(work)["parts"].items()}
-
-
 def part(name: str, work: str = "paper") -> dict:
-    """A table or figure as it stands in the file.
-
-    Raises ValueError, naming what is kept, for another one.
-    """
+    """A table or figure as it stands in the file. Raises ValueError, naming what is kept."""
     kept = printed(work)["parts"]
     if name not in kept:
         raise ValueError(f"the {work}'s {name!r} is not kept here; choose one of {', '.join(kept)}")
@@ -64,38 +54,34 @@ def frame(name: str, work: str = "paper") -> pd.DataFrame:
     """
     found = part(name, work)
     index = pd.Index(found["rows"], name=found["index"]) if found["rows"] else None
-    result = pd.DataFrame(found["values"], index=index, columns=found["columns"])
+    result = pd.DataFrame(found["values"], index, found["columns"])
     result.attrs = {"holds": found["holds"], "unit": found["unit"], "source": citation(work)}
     return result
 
 
 def table(number: int) -> pd.DataFrame:
-    """A table of the paper: 2 to 7, or 9.
+    """A table of the paper: 2 to 7, or 9. Raises ValueError for another number.
 
     2: printed correlations, task by divergence. 3: ANP of pairs, % with margins, by method. 4:
     margins of generation, points, method by T. 5: accuracy %, expert by task. 6, 7: ANP %, T by
-    method, without the printed averages (`averages`). 9: hyperparameters. Raises ValueError for
-    another number.
+    method, without the printed averages (`averages`). 9: hyperparameters.
     """
     return frame(f"table {number}")
 
 
 def figure(number: int, panel: str) -> pd.DataFrame:
-    """A figure of the paper that prints its numbers: 5 (`kl`, `js`) or 6 (`glue`).
+    """A figure that prints its numbers: 5 (`kl`, `js`) or 6 (`glue`). Raises ValueError for others.
 
     5: divergence in nats of the experts j (columns) from the expert i (rows) on task i's inputs.
-    6: cosine of the task vectors. Raises ValueError for another figure or panel.
+    6: cosine of the task vectors.
     """
     return frame(f"figure {number} {panel}")
 
 
 def averages(number: int) -> pd.Series:
-    """The row of averages that is printed below Tables 2, 6 and 7.
-
-    Raises ValueError for a table without one.
-    """
+    """The averages printed below Tables 2, 6 and 7. Raises ValueError for a table without them."""
     found = part(f"table {number}")
     if "average" not in found:
-        held = [name for name, one in printed()["parts"].items() if "average" in one]
-        raise ValueError(f"table {number} prints no averages; these do: {', '.join(held)}")
-    return pd.Series(found["average"], index=found["columns"], name="average")
+        held = ", ".join(name for name, one in printed()["parts"].items() if "average" in one)
+        raise ValueError(f"table {number} prints no averages; these do: {held}")
+    return pd.Series(found["average"], found["columns"], name="average")

@@ -1,7 +1,6 @@
 """The paper's tables analysed again, from the numbers that it prints in `paper.json`."""
 
-from collections.abc import Iterable, Iterator
-from itertools import product
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -13,6 +12,7 @@ from divmerge_book.studies.correlations import by_task, over_tasks
 PANELS = {"KL": "kl", "JS": "js"}  # columns of Table 2 and panels of Figure 5
 PLACES = {"classification": 6, "generation": 7}  # the table of ANP by number of tasks
 LEVELS = {"task": "TL", "layer": "LL"}
+ROW = ["table", "tasks", "T"]  # a printed row of ANPs
 
 
 def matrices(panel: str) -> tuple[np.ndarray, np.ndarray]:
@@ -26,23 +26,21 @@ def matrices(panel: str) -> tuple[np.ndarray, np.ndarray]:
 def which_correlation() -> pd.DataFrame:
     """Table 2 beside both correlations of Figure 5 with Table 5.
 
-    Columns: task, divergence, printed, pearson, spearman.
+    Columns: task, printed, pearson, spearman, divergence.
     """
     printed, parts = paper.table(2), []
-    for column, panel in PANELS.items():
-        x, y = matrices(panel)
-        found = {how: function(x, y) for how, function in CORRELATIONS.items()}
-        part = pd.DataFrame({"task": printed.index, "printed": printed[column].to_numpy(), **found})
-        parts.append(part.assign(divergence=column))
+    for divergence, panel in PANELS.items():
+        found = {how: function(*matrices(panel)) for how, function in CORRELATIONS.items()}
+        part = printed[divergence].rename("printed").reset_index()
+        parts.append(part.assign(**found, divergence=divergence))
     return pd.concat(parts, ignore_index=True)
 
 
 def without_the_point() -> tuple[pd.DataFrame, pd.DataFrame]:
     """`by_task` and `over_tasks` of both divergences, with a column `divergence`."""
-    tasks, each, means = list(paper.table(5)), [], []
-    for column, panel in PANELS.items():
-        each.append(by_task(*matrices(panel), tasks).assign(divergence=column))
-        means.append(over_tasks(*matrices(panel)).assign(divergence=column))
+    tasks, pairs = list(paper.table(5)), {name: matrices(panel) for name, panel in PANELS.items()}
+    each = [by_task(*pair, tasks).assign(divergence=name) for name, pair in pairs.items()]
+    means = [over_tasks(*pair).assign(divergence=name) for name, pair in pairs.items()]
     return pd.concat(each, ignore_index=True), pd.concat(means, ignore_index=True)
 
 
@@ -52,10 +50,11 @@ def rows_behind(percentages: Iterable[float]) -> int:
     Raises ValueError where no number up to 2000 is.
     """
     shares = np.array(list(percentages)) / 100
-    for count in range(1, 2001):
-        if (np.abs(np.round(shares * count) / count - shares) <= 0.5001e-4).all():
-            return count
-    raise ValueError(f"no number of rows up to 2000 gives {100 * shares} to two decimals")
+    counts = np.arange(1, 2001)[:, None]
+    fits = (np.abs(np.round(shares * counts) / counts - shares) <= 0.5001e-4).all(axis=1)
+    if not fits.any():
+        raise ValueError(f"no number of rows up to 2000 gives {100 * shares} to two decimals")
+    return int(counts[fits.argmax(), 0])
 
 
 def spread() -> pd.DataFrame:
@@ -65,27 +64,39 @@ def spread() -> pd.DataFrame:
     (standard, of one accuracy over the `rows` that the percentages imply), noise: the share of the
     variance that the errors make up, at most 1.
     """
-    table, found = paper.table(5), []
-    for task in table:
-        rest, rows = table[task].drop(task), rows_behind(table[task])
-        error = float(np.sqrt((rest * (100 - rest)).mean() / rows))
-        noise = min(1.0, error**2 / rest.var())
-        row = {"task": task, "rows": rows, "lowest": rest.min(), "highest": rest.max()}
-        found.append(row | {"deviation": rest.std(), "error": error, "noise": noise})
-    return pd.DataFrame(found).set_index("task")
+    table = paper.table(5)
+    rest = table.where(~np.eye(len(table), dtype=bool))  # without the own expert
+    rows = pd.Series({task: rows_behind(table[task]) for task in table})
+    error = np.sqrt((rest * (100 - rest)).mean() / rows)
+    columns = {"rows": rows, "lowest": rest.min(), "highest": rest.max(), "deviation": rest.std()}
+    columns |= {"error": error, "noise": (error**2 / rest.var()).clip(upper=1)}
+    return pd.DataFrame(columns).rename_axis("task")
+
+
+def anps() -> pd.DataFrame:
+    """Every printed ANP, %, long: table (6, 7 or 3), tasks, T, method, anp."""
+    parts = [
+        paper.table(number).reset_index().melt("T", var_name="method").assign(tasks=tasks)
+        for tasks, number in PLACES.items()
+    ]
+    pairs = paper.table(3)[list(PLACES)].reset_index().melt("method", var_name="tasks")
+    found = pd.concat(
+        [*parts, pairs.assign(T=2)], keys=[*PLACES.values(), 3], names=["table", None]
+    )
+    return found.rename(columns={"value": "anp"}).reset_index("table")
 
 
 def two_tables() -> pd.DataFrame:
     """Merging two models in Table 3, and in Tables 6 and 7 at T = 2.
 
-    Columns: tasks, method, pairs (Table 3, %), margin (its +-), row (Table 6 or 7, %), gap (row
+    Columns: method, pairs (Table 3, %), margin (its +-), row (Table 6 or 7, %), tasks, gap (row
     minus pairs, points), margins (the gap in units of the margin).
     """
-    parts, pairs = [], paper.table(3)
+    printed, parts = paper.table(3), []
     for tasks, number in PLACES.items():
-        some = pd.DataFrame({"pairs": pairs[tasks], "margin": pairs[f"{tasks} margin"]})
-        some = some.assign(row=paper.table(number).loc[2], tasks=tasks)
-        parts.append(some.reset_index())
+        columns = {"pairs": printed[tasks], "margin": printed[f"{tasks} margin"]}
+        part = pd.DataFrame(columns).assign(row=paper.table(number).loc[2], tasks=tasks)
+        parts.append(part.reset_index())
     table = pd.concat(parts, ignore_index=True)
     table["gap"] = table.row - table.pairs
     return table.assign(margins=table.gap / table.margin)
@@ -106,24 +117,14 @@ def on_a_grid(number: int, num_tasks: int, *, draws: int = 2000, seed: int = 0) 
     random rows, spread evenly over the same range and rounded alike, with as small a gap.
     """
     values = np.unique(paper.table(number).loc[num_tasks].to_numpy())
-    steps = np.arange(0.2, 1.0, 0.0005)
-    gaps, generator = grid_gap(values, steps), np.random.default_rng(seed)
-    hits = sum(
-        grid_gap(row, steps).min() <= gaps.min() + 1e-9
-        for row in generator.uniform(values.min(), values.max(), (draws, len(values))).round(2)
-    )
+    steps, generator = np.arange(0.2, 1.0, 0.0005), np.random.default_rng(seed)
+    gaps = grid_gap(values, steps)
+    random = generator.uniform(values.min(), values.max(), (draws, len(values))).round(2)
+    hits = sum(grid_gap(row, steps).min() <= gaps.min() + 1e-9 for row in random)
     return {
         **{"table": number, "T": num_tasks, "values": len(values)},
         **{"step": steps[gaps.argmin()], "gap": gaps.min(), "chance": (1 + hits) / (1 + draws)},
     }
-
-
-def rows_of_levels() -> Iterator[tuple[dict, str, pd.Series]]:
-    """Every row of Tables 6 and 7 at both levels: labels, the level's short name, printed ANPs."""
-    for tasks, number in PLACES.items():
-        for level, short in LEVELS.items():
-            for count, line in paper.table(number).iterrows():
-                yield {"table": number, "tasks": tasks, "T": count, "level": level}, short, line
 
 
 def js_and_kl() -> pd.DataFrame:
@@ -131,15 +132,16 @@ def js_and_kl() -> pd.DataFrame:
 
     Columns: table, tasks, T, level (task or layer), js, kl (%), gain (js minus kl, points).
     """
-    rows = list(rows_of_levels())
-    for tasks, (level, short) in product(PLACES, LEVELS.items()):
-        label = {"table": 3, "tasks": tasks, "T": 2, "level": level}
-        rows.append((label, short, paper.table(3)[tasks]))
-    table = pd.DataFrame(
-        {**label, "js": line[f"{short} JS"], "kl": line[f"{short} KL"]}
-        for label, short, line in rows
-    )
+    js, kl = (fitted(anps(), divergence) for divergence in ("js", "kl"))
+    table = js.merge(kl, on=[*ROW, "level"])
     return table.assign(gain=(table.js - table.kl).round(2))
+
+
+def fitted(found: pd.DataFrame, divergence: str) -> pd.DataFrame:
+    """The ANPs of DivMerge by one divergence, with a column `level`."""
+    methods = {f"{short} {divergence.upper()}": level for level, short in LEVELS.items()}
+    found = found.assign(level=found.method.map(methods)).dropna(subset="level")
+    return found.rename(columns={"anp": divergence})[[*ROW, "level", divergence]]
 
 
 def js_and_others() -> pd.DataFrame:
@@ -147,13 +149,12 @@ def js_and_others() -> pd.DataFrame:
 
     Columns: tasks, T, level, js, other (its name), best (its ANP, %), gain (points).
     """
-    rows = []
-    for label, short, line in rows_of_levels():
-        others = line[[name for name in line.index if not name.endswith((" JS", " KL"))]]
-        best = {"other": others.idxmax(), "best": others.max()}
-        rows.append({**label, "js": line[f"{short} JS"], **best})
-    found = pd.DataFrame(rows).drop(columns="table")
-    return found.assign(gain=(found.js - found.best).round(2))
+    found = anps().query("table != 3").reset_index(drop=True)
+    others = found[~found.method.str.endswith((" JS", " KL"))]
+    best = others.loc[others.groupby(ROW).anp.idxmax()]
+    best = best.rename(columns={"method": "other", "anp": "best"})
+    table = fitted(found, "js").merge(best, on=ROW).drop(columns="table")
+    return table.assign(gain=(table.js - table.best).round(2))
 
 
 def steps(number: int) -> pd.DataFrame:
@@ -167,6 +168,5 @@ def printed_averages() -> pd.DataFrame:
     parts = []
     for number in (2, 6, 7):
         both = {"printed": paper.averages(number), "found": paper.table(number).mean()}
-        some = pd.DataFrame(both).rename_axis("column").reset_index()
-        parts.append(some.assign(table=number))
+        parts.append(pd.DataFrame(both).rename_axis("column").reset_index().assign(table=number))
     return pd.concat(parts, ignore_index=True)

@@ -4,7 +4,7 @@ The paper names four tasks and says that its experts are public; which ones is n
 defaults are public experts that fit; all identifiers, and the columns of the data, are arguments.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,43 +39,39 @@ class Source:
     says: Mapping[str, str] = field(default_factory=dict)
     config: str | None = None
 
+    @property
+    def folder(self) -> Path | None:
+        """The data's folder; None where they are on the hub."""
+        folder = Path(self.data).expanduser()
+        return folder if folder.is_dir() else None
 
+
+HUB = "mrm8488/t5-base-finetuned-"
+IMDB, QASC, SQUAD = "stanfordnlp/imdb", "allenai/qasc", "rajpurkar/squad"
+MOODS = {"neg": "negative", "pos": "positive"}
+FACTS = {"pair": "{fact1} {fact2}", "template": QUESTION}
+CONTEXT = {"pair": "{context}", "template": QUESTION}
 SOURCES = {
-    "imdb": Source(
-        "mrm8488/t5-base-finetuned-imdb-sentiment",
-        "stanfordnlp/imdb",
-        "{text}",
-        "{label}",
-        says={"neg": "negative", "pos": "positive"},
-    ),
-    "qasc": Source(
-        "mrm8488/t5-base-finetuned-qasc",
-        "allenai/qasc",
-        "{formatted_question}",
-        "{choice}",
-        pair="{fact1} {fact2}",
-        template=QUESTION,
-    ),
-    "squad": Source(
-        "mrm8488/t5-base-finetuned-squadv2",
-        "rajpurkar/squad",
-        "{question}",
-        "{answers[text][0]}",
-        pair="{context}",
-        template=QUESTION,
-    ),
-    "common_gen": Source(
-        "mrm8488/t5-base-finetuned-common_gen", "allenai/common_gen", "{concepts}", "{target}"
-    ),
+    "imdb": Source(f"{HUB}imdb-sentiment", IMDB, "{text}", "{label}", says=MOODS),
+    "qasc": Source(f"{HUB}qasc", QASC, "{formatted_question}", "{choice}", **FACTS),
+    "squad": Source(f"{HUB}squadv2", SQUAD, "{question}", "{answers[text][0]}", **CONTEXT),
+    "common_gen": Source(f"{HUB}common_gen", "allenai/common_gen", "{concepts}", "{target}"),
 }
+
+
+def distinct_tasks(suite: str, tasks: Sequence[str], known: Collection[str]) -> list[str]:
+    """The tasks. Raises ValueError for fewer than two, unknown ones, and repeated ones."""
+    if len(tasks) < 2 or len(set(tasks)) < len(tasks) or not set(tasks) <= set(known):
+        raise ValueError(
+            f"{suite} merges two or more distinct tasks of {', '.join(known)}; got {list(tasks)}"
+        )
+    return list(tasks)
 
 
 def tables(name: str, source: Source) -> Mapping[str, datasets.Dataset]:
     """The data set's splits, from a folder in the hub's layout or from the hub."""
-    folder = Path(source.data).expanduser()
-    place, revision = str(folder), None
-    if not folder.is_dir():
-        place, revision = source.data, hub_revision(source.data)
+    revision = None if source.folder else hub_revision(source.data)
+    place = str(source.folder or source.data)
     try:
         with quiet():
             return datasets.load_dataset(place, source.config, revision=revision)
@@ -95,10 +91,9 @@ def plain(row: Mapping[str, object], features: datasets.Features) -> dict[str, o
             found[name] = features[name].int2str(value)
         elif isinstance(value, list) and all(isinstance(word, str) for word in value):
             found[name] = " ".join(value)
-    choices, key = row.get("choices"), row.get("answerKey")
-    if choices:  # a test row hides its key
+    if choices := row.get("choices"):
         right = dict(zip(choices["label"], choices["text"], strict=True))
-        found["choice"] = right.get(key, "")
+        found["choice"] = right.get(row.get("answerKey"), "")  # a test row hides its key
     return found
 
 
@@ -108,9 +103,8 @@ def rows_of(name: str, source: Source, table: datasets.Dataset) -> list[tuple]:
     Of several answers to one text (CommonGen's) the first is kept. Raises ValueError for formats
     that name columns which the data set does not have.
     """
-    few = table.shuffle(seed=0).select(range(min(MOST, len(table))))
     found: dict[tuple, tuple] = {}
-    for row in few:
+    for row in table.shuffle(seed=0).select(range(min(MOST, len(table)))):
         columns = plain(row, table.features)
         try:
             text = source.text.format(**columns).strip()
@@ -139,16 +133,14 @@ def splits_of(name: str, source: Source) -> Splits:
     """Our splits: test from the validation file (from a test file with answers where there is
     none), the others from train."""
     found = {split: rows_of(name, source, table) for split, table in tables(name, source).items()}
-    held = next((found[split] for split in ("validation", "test") if found.get(split)), [])
-    return split_rows(found.get("train", []), held)
+    return split_rows(found.get("train", []), found.get("validation") or found.get("test", []))
 
 
 def task_of(name: str, source: Source) -> Task:
     """A free-form task; its splits are cached by what they are made from."""
 
     def origin() -> str:
-        folder = Path(source.data).expanduser()
-        held = files_digest(folder) if folder.is_dir() else hub_revision(source.data)
+        held = files_digest(source.folder) if source.folder else hub_revision(source.data)
         return key_of(code_digest(splits_of), source, held)
 
     read = partial(splits_of, name, source)

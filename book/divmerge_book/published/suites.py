@@ -12,10 +12,12 @@ import transformers
 
 from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.published import glue, t5, toy_models
-from divmerge_book.published.sources import SOURCES, Source
+from divmerge_book.published.sources import SOURCES, Source, distinct_tasks
 from divmerge_book.user_models import check, load, read
 
 TASKS = {glue.SUITE: tuple(glue.PRINTED), t5.SUITE: tuple(SOURCES)}
+SMALL = {glue.SUITE: ("cola", "sst2", "mnli"), t5.SUITE: ("imdb", "squad")}
+TOYS = {"smoke": (SMALL, 80), "default": (TASKS, 200)}  # tasks of each suite, steps of each expert
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,6 @@ class SuitePaths:
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("task")
 
 
-def known(suite: str) -> str:
-    if suite not in TASKS:
-        raise ValueError(f"suite must be one of {', '.join(TASKS)}, got {suite!r}")
-    return suite
-
-
 def published(
     suite: str,
     tasks: Sequence[str] = (),
@@ -63,34 +59,38 @@ def published(
     gpt2_glue: at most one folder in the layout of nyu-mll/glue. Raises ValueError for an unknown
     suite or task, and for a list of another length.
     """
-    classifiers = known(suite) == glue.SUITE
-    names = list(tasks or TASKS[suite])
+    if suite not in TASKS:
+        raise ValueError(f"suite must be one of {', '.join(TASKS)}, got {suite!r}")
+    names = distinct_tasks(suite, list(tasks or TASKS[suite]), TASKS[suite])
+    classifiers = suite == glue.SUITE
     wanted = {"experts": len(names), "data": 1 if classifiers else len(names)}
     for what, given in (("experts", experts), ("data", data)):
         if given and len(given) != wanted[what]:
             raise ValueError(f"{what} must be {wanted[what]} for {names}, or none; got {given}")
+    others = dict(zip(names, experts, strict=False))
     if classifiers:
-        own = glue.identifiers(names)
-        named = dict(zip(names, experts, strict=True)) if experts else own
+        named = {name: others.get(name, glue.EXPERTS[name]) for name in names}
         return SuitePaths(suite, base or glue.BASE, named, data[0] if data else None)
-    sources = {name: SOURCES[name] for name in t5.checked(names, SOURCES)}
-    for field, given in (("expert", experts), ("data", data)):
-        for name, place in zip(names, given, strict=False):
-            sources[name] = replace(sources[name], **{field: place})
-    named = {name: source.expert for name, source in sources.items()}
+    named = {name: others.get(name, SOURCES[name].expert) for name in names}
+    folders = data or [SOURCES[name].data for name in names]
+    sources = {
+        name: replace(SOURCES[name], expert=named[name], data=place)
+        for name, place in zip(names, folders, strict=True)
+    }
     return SuitePaths(suite, base or t5.BASE, named, sources=sources)
 
 
 def toy_suite(suite: str, folder: Path, *, size: str = "smoke", seed: int = 0) -> SuitePaths:
     """Toy models and data for a suite, made in `folder`. Raises ValueError for unknown names."""
-    if known(suite) == t5.SUITE:
-        base, sources = toy_models.make_t5(folder, size=size, seed=seed)
-        experts = {name: source.expert for name, source in sources.items()}
-        return SuitePaths(suite, base, experts, sources=sources, toy=True)
-    made = toy_models.make_gpt2(folder, size=size, seed=seed)
-    names = [path.name for path in sorted(Path(made["glue"]).iterdir())]
-    experts = {name: made["expert"].format(task=name) for name in names}
-    return SuitePaths(suite, made["base"], experts, made["glue"], toy=True)
+    if size not in TOYS:
+        raise ValueError(f"size must be one of {', '.join(TOYS)}, got {size!r}")
+    tasks, steps = TOYS[size]
+    names = published(suite, tasks.get(suite, ())).experts
+    toy_models.make_toys(folder, list(names), steps=steps, seed=seed)
+    experts, data = ([str(folder / kind / n) for n in names] for kind in ("experts", "data"))
+    data = [str(folder / "data")] if suite == glue.SUITE else data
+    places = {"base": str(folder / "base"), "experts": experts, "data": data}
+    return replace(published(suite, list(names), **places), toy=True)
 
 
 def prepare_published(
@@ -107,16 +107,15 @@ def prepare_published(
     folder: for the description of gpt2_glue. rows: at most so many of `merge`, `validation` and
     `test`. Raises ValueError for whatever cannot be found or does not fit.
     """
-    names = list(paths.experts)
+    names, where = list(paths.experts), {"device": device, "precision": precision}
+    given = {"base": paths.base, "rows": rows, "progress": progress}
     if paths.suite == t5.SUITE:
-        settings = {"device": device, "precision": precision, "progress": progress}
-        return t5.prepare_t5(names, base=paths.base, sources=paths.sources, rows=rows, **settings)
-    given = {"base": paths.base, "expert": paths.experts, "rows": rows}
+        return t5.prepare_t5(names, sources=paths.sources, **given, **where)
     if paths.toy:
         given["max_length"] = toy_models.POSITIONS
     with mock.patch.dict(os.environ, {"DIVMERGE_GLUE_DIR": paths.glue} if paths.glue else {}):
-        plan = check(read(glue.describe(folder, names, progress=progress, **given)))
-    return load(plan, device=device, precision=precision)
+        plan = check(read(glue.describe(folder, names, experts=paths.experts, **given)))
+    return load(plan, **where)
 
 
 def memory() -> pd.DataFrame:
@@ -127,13 +126,15 @@ def memory() -> pd.DataFrame:
     """
     wide = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
     with torch.device("meta"):
-        models = {
-            glue.SUITE: transformers.GPT2Model(transformers.GPT2Config()),
-            t5.SUITE: transformers.T5ForConditionalGeneration(transformers.T5Config(**wide)),
-        }
-    found = []
-    for suite, model in models.items():
-        size, count = sum(tensor.numel() for tensor in model.parameters()), len(TASKS[suite])
-        found.append((suite, count, size, (count + 3) * size * 4 / 1e9))
-    columns = ["suite", "experts", "parameters", "GB in float32"]
-    return pd.DataFrame(found, columns=columns).set_index("suite")
+        models = [
+            transformers.GPT2Model(transformers.GPT2Config()),
+            transformers.T5ForConditionalGeneration(transformers.T5Config(**wide)),
+        ]
+    table = pd.DataFrame(
+        {
+            "experts": map(len, TASKS.values()),
+            "parameters": [sum(t.numel() for t in model.parameters()) for model in models],
+        },
+        index=pd.Index(TASKS, name="suite"),
+    )
+    return table.assign(**{"GB in float32": (table.experts + 3) * table.parameters * 4 / 1e9})

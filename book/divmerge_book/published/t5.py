@@ -12,14 +12,15 @@ from tqdm import tqdm
 
 from divmerge_book.data.code_digest import code_digest, key_of
 from divmerge_book.evaluation.experiment import Experiment, States
-from divmerge_book.evaluation.language_scoring import WrittenSplit, written_split
+from divmerge_book.evaluation.language_scoring import written_split
 from divmerge_book.models.encoders import check_device, resolve
 from divmerge_book.models.finetuning import Expert, data_digest
-from divmerge_book.models.language.completions import Completions, completions
+from divmerge_book.models.language.completions import completions
 from divmerge_book.models.language.forward import language_forward
 from divmerge_book.models.language.models import Language, load_language
 from divmerge_book.models.language.prompts import Prompt
-from divmerge_book.published.sources import SOURCES, Source, task_of
+from divmerge_book.published.sources import SOURCES, Source, distinct_tasks, task_of
+from divmerge_book.user_models.description import SPLITS
 from divmerge_book.user_models.plan import tokenizer_gap
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.merging.task_vectors import TaskVectors
@@ -53,15 +54,6 @@ def read_expert(base: Language, name: str, source: Source, texts: Sequence[str])
     return Expert(name, other.state, {}, manifest)
 
 
-def checked(tasks: Sequence[str], sources: Mapping[str, Source]) -> list[str]:
-    """The tasks. Raises ValueError for fewer than two, unknown ones, and repeated ones."""
-    if len(tasks) < 2 or len(set(tasks)) < len(tasks) or not set(tasks) <= set(sources):
-        raise ValueError(
-            f"{SUITE} merges two or more distinct tasks of {', '.join(sources)}; got {list(tasks)}"
-        )
-    return list(tasks)
-
-
 def prepare_t5(
     tasks: Sequence[str] = tuple(SOURCES),
     *,
@@ -75,57 +67,44 @@ def prepare_t5(
     top: int | None = None,
     progress: bool = True,
 ) -> Experiment:
-    """Base, experts, their greedy answers to unlabelled rows (kept on disk), and exams by ROUGE-1.
+    """Base, experts, their greedy answers to unlabelled rows (kept on disk), and splits by ROUGE-1.
 
     rows: at most so many of `merge`, `validation` and `test`. max_length: tokens of a prompt; the
     longer of its texts loses its end. max_new: tokens of an answer; one that has not ended by then
     is used as far as it goes. top: keep an expert's likeliest answers only (see TopKLogProbs).
     Raises ValueError for what is unknown, cannot be read or does not belong together.
     """
-    names, precision = checked(tasks, sources), resolve(precision, check_device(device))
-    language = load_language(base, device=device)
-    settings = {"max_length": max_length, "max_new": max_new, "precision": precision}
-    parts: list[TaskPart] = []
+    names, place = distinct_tasks(SUITE, tasks, sources), check_device(device)
+    settings = {"max_length": max_length, "max_new": max_new}
+    settings["precision"] = resolve(precision, place)
+    language, limits = load_language(base, device=device), rows or {}
+    experts, answers, validation, test, digests = [], [], [], [], []
     for name in (bar := tqdm(names, SUITE, disable=not progress, leave=False)):
         bar.set_postfix_str(name)
-        kept = {"top": top, "progress": progress}
-        parts.append(task_part(language, name, sources[name], rows or {}, kept, settings))
+        task, prompt = task_of(name, sources[name]), Prompt(name, sources[name].template)
+        parts = {split: task.load(split) for split in SPLITS}  # rows in random order
+        parts = {
+            split: part.select(range(min(limits.get(split, len(part)), len(part))))
+            for split, part in parts.items()
+        }
+        few = {split: part.to_list() for split, part in parts.items()}
+        asked = [prompt.ask(row) for row in few["merge"]]
+        expert = read_expert(language, name, sources[name], asked)
+        kept = {"key": [SUITE, expert.manifest["model.safetensors"]], "top": top}
+        given = (language, expert.state, prompt, few["merge"])
+        answers.append(completions(*given, **kept, progress=progress, **settings))
+        validation.append(written_split(language, prompt, few["validation"], **settings))
+        test.append(written_split(language, prompt, few["test"], **settings))
+        digests.append([data_digest(part) for part in parts.values()])
+        experts.append(replace(expert, state={}))
 
     def load(name: str) -> Expert:  # again, so that one expert is in memory at a time
         return read_expert(language, name, sources[name], ())
 
     vectors = TaskVectors.from_states(language.state, States(names, load))
-    forward = language_forward(language.model, precision=precision)
-    experts, answers, validation, test, digests = map(list, zip(*parts, strict=True))
+    forward = language_forward(language.model, precision=settings["precision"])
     problem = MergeProblem(vectors, [one.batches for one in answers], forward, language.model)
     weights = [expert.manifest["model.safetensors"] for expert in experts]
-    what = (names, weights, digests, language.digest, settings, top, language.device.type)
-    key = key_of(code_digest(prepare_t5), what)
-    place = cache_dir() / "unfinished"
-    return Experiment(language, experts, problem, validation, test, key, place, list(test), answers)
-
-
-TaskPart = tuple[Expert, Completions, WrittenSplit, WrittenSplit, list[str]]
-
-
-def task_part(
-    base: Language,
-    name: str,
-    source: Source,
-    limits: Mapping[str, int],
-    kept: Mapping[str, object],
-    settings: Mapping[str, object],
-) -> TaskPart:
-    """A task's expert without weights, its answers to unlabelled prompts, validation and test
-    splits, and digests of all rows. limits: at most so many rows of a split."""
-    task, prompt, parts = task_of(name, source), Prompt(name, source.template), {}
-    for split in ("merge", "validation", "test"):
-        rows = task.load(split)  # in random order
-        parts[split] = rows.select(range(min(limits.get(split, len(rows)), len(rows))))
-    few = {split: part.to_list() for split, part in parts.items()}
-    expert = read_expert(base, name, source, [prompt.ask(row) for row in few["merge"]])
-    key = [SUITE, expert.manifest["model.safetensors"]]
-    answers = completions(base, expert.state, prompt, few["merge"], key=key, **kept, **settings)
-    splits = [written_split(base, prompt, few[kind], **settings) for kind in ("validation", "test")]
-    digests = [data_digest(part) for part in parts.values()]
-    return replace(expert, state={}), answers, *splits, digests
+    what = (names, weights, digests, language.digest, settings, top, place.type)
+    key, folder = key_of(code_digest(prepare_t5), what), cache_dir() / "unfinished"
+    return Experiment(language, experts, problem, validation, test, key, folder, test, answers)

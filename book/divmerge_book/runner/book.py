@@ -14,20 +14,19 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import nbformat
 import yaml
 from tqdm import tqdm
 
 from divmerge_book.data.code_digest import ROOT
-from divmerge_book.runner.execute import execute, parameters
-from divmerge_book.runner.executors import RunFailed, error_message, processes
-from divmerge_core.storage import write_json
+from divmerge_book.runner.execute import parameters
+from divmerge_book.runner.executors import RunFailed, processes, run_page
+from divmerge_core.storage import sha256, write_json
 
 MEMORY = 8 * 2**30  # bytes that a notebook beside others may need
 
 
 def digest(files: Iterable[Path], *facts: object) -> str:
-    contents = [(f.name, hashlib.sha256(f.read_bytes()).hexdigest()) for f in sorted(files)]
+    contents = [(file.name, sha256(file)) for file in sorted(files)]
     return hashlib.sha256(json.dumps([facts, contents]).encode()).hexdigest()
 
 
@@ -73,12 +72,8 @@ def run_chapter(chapter: Chapter) -> float:
     start, before = time.monotonic(), chapter.key()
     sidecar = chapter.output.with_suffix(".json")
     sidecar.unlink(missing_ok=True)
-    page = nbformat.read(chapter.notebook, as_version=4)
-    try:
-        folder = chapter.notebook.parent
-        execute(page, chapter.output, chapter.values(), cwd=folder, clean=True)
-    except Exception as error:
-        raise RunFailed(error_message(error)) from None
+    page, folder = chapter.notebook.read_text("utf-8"), chapter.notebook.parent
+    run_page(page, chapter.output, chapter.values(), cwd=folder)
     # Results are read afterwards: a notebook that fills them must not make itself stale.
     write_json(sidecar, {**before, "results": chapter.key()["results"]})
     return time.monotonic() - start
@@ -90,9 +85,10 @@ def workers_at(size: str, workers: int | None = None) -> int:
     At size full one at a time: these publish seconds, which others at work would change.
     Raises ValueError for a number below 1, and for more than one at size full.
     """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    room = max(1, min(os.cpu_count() or 1, memory // MEMORY))
-    workers = workers if workers is not None else (1 if size == "full" else room)
+    if workers is None:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        room = max(1, min(os.cpu_count() or 1, memory // MEMORY))
+        workers = 1 if size == "full" else room
     if workers < 1:
         raise ValueError(f"workers must be a whole number of 1 or more, got {workers}")
     if size == "full" and workers > 1:

@@ -6,7 +6,7 @@ differ too; what a Report's own columns hold (seeds, tasks, methods) is not repe
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -31,25 +31,22 @@ class Finished:
     record: Mapping
     values: Mapping
 
-    def files(self) -> Iterator[str]:
-        """The JSON files that it wrote, below `results/`."""
+    def files(self) -> dict[str, dict]:
+        """The JSON files that it wrote, by their names below `results/`."""
         results = self.folder / "results"
-        for path in sorted(results.rglob("*.json")):
-            yield path.relative_to(results).as_posix()
-
-    def read(self, name: str) -> dict:
-        return json.loads((self.folder / "results" / name).read_text("utf-8"))
+        paths = {p.relative_to(results).as_posix(): p for p in sorted(results.rglob("*.json"))}
+        return {name: json.loads(path.read_text("utf-8")) for name, path in paths.items()}
 
 
 def collect(runs: Sequence[Finished], output: Path, **facts: object) -> list[Path]:
     """Write one file below `output` for every name that a run wrote a Report or tables under.
 
     facts: what to add to the provenance. Beside a Report stand its scores as CSV, with a column for
-    every parameter that varies.
+    every parameter that varies. What is neither stays in the run's folder.
     """
-    written = []
-    for name in dict.fromkeys(name for run in runs for name in run.files()):
-        found = [(run, run.read(name)) for run in runs if name in set(run.files())]
+    written, every = [], [(run, run.files()) for run in runs]
+    for name in dict.fromkeys(name for _, files in every for name in files):
+        found = [(run, files[name]) for run, files in every if name in files]
         target = output / name
         if all({"rows", "fits"} <= set(data) for _, data in found):
             parts = [
@@ -59,47 +56,36 @@ def collect(runs: Sequence[Finished], output: Path, **facts: object) -> list[Pat
             concatenated(parts, facts).save(target)
             with fresh_file(target.with_suffix(".csv")) as new:
                 tidy(parts).to_csv(new, index=False)
-            written.append(target.with_suffix(".csv"))
+            written += [target.with_suffix(".csv"), target]
         elif all({"tables", "provenance"} <= set(data) for _, data in found):
             write_json(target, tables_of(found, facts))
-        else:
-            continue  # something of the notebook's own: it stays in the run's folder
-        written.append(target)
+            written.append(target)
     return written
 
 
 def concatenated(parts: Sequence[tuple[Finished, Report]], facts: Mapping) -> Report:
     """One Report of many: rows labelled by what varies, fits, and where every part comes from."""
-    varying = [name for name in parts[0][0].values if name not in SHOWN]
-    for names, column in product((varying, list(parts[0][0].values)), ("method", "suite")):
+    every = list(parts[0][0].values)
+    varying = [name for name in every if name not in SHOWN]
+    for names, column in product((varying, every), ("method", "suite")):
         frames, fits = [], []
         for run, report in parts:
-            label = label_of({name: run.values[name] for name in names})
-            rows = report.rows.copy()
-            rows[column] = [named(row, column, label) for row in rows.to_dict("records")]
-            frames.append(rows)
-            fits += [
-                {**fit, column: named(fit, column, label), "parameters": dict(run.values)}
-                for fit in report.fits
-            ]
+            label = ", ".join(f"{name}={shown(run.values[name])}" for name in names)
+
+            def named(name: str, label: str = label, column: str = column) -> str:
+                own = column == "method" and name in REFERENCES  # these are every run's own
+                return f"{name} [{label}]" if label and not own else name
+
+            frames.append(report.rows.assign(**{column: report.rows[column].map(named)}))
+            for fit in report.fits:
+                name = named(fit.get(column, ""))
+                fits.append({**fit, column: name, "parameters": dict(run.values)})
         rows = pd.concat(frames, ignore_index=True)
         rows = rows[~rows.astype(str).duplicated()].reset_index(drop=True)
         if not rows.duplicated(KEY).any():
             break
     origin = provenance([(run, report.provenance) for run, report in parts], facts)
     return Report(rows, fits, origin)
-
-
-def named(row: Mapping, column: str, label: str) -> str:
-    """The method's or the suite's name with the label; experts and base are every run's own."""
-    name = row.get(column, "")
-    if not label or (column == "method" and name in REFERENCES):
-        return name
-    return f"{name} [{label}]"
-
-
-def label_of(values: Mapping) -> str:
-    return ", ".join(f"{name}={shown(value)}" for name, value in values.items())
 
 
 def shown(value: object) -> object:
@@ -112,19 +98,14 @@ def tidy(parts: Sequence[tuple[Finished, Report]]) -> pd.DataFrame:
     frames = []
     for run, report in parts:
         whole = "expert" in set(report.rows.method)  # ratios need the experts
-        found = report.metrics() if whole else scores(report.rows)
-        frames.append(beside(found, run))
+        frames.append(beside(report.metrics() if whole else scores(report.rows), run))
     return pd.concat(frames, ignore_index=True)
 
 
 def beside(table: pd.DataFrame, run: Finished) -> pd.DataFrame:
     """A run's table behind its parameters; `(grid)` where the table has that column itself."""
-    given = {
-        f"{name} (grid)" if name in table.columns else name: shown(value)
-        for name, value in run.values.items()
-    }
-    first = pd.DataFrame(given, index=table.index)
-    return pd.concat([first, table], axis=1)
+    given = {f"{n} (grid)" if n in table else n: shown(v) for n, v in run.values.items()}
+    return pd.concat([pd.DataFrame(given, index=table.index), table], axis=1)
 
 
 def tables_of(found: Sequence[tuple[Finished, dict]], facts: Mapping) -> dict:
@@ -132,9 +113,8 @@ def tables_of(found: Sequence[tuple[Finished, dict]], facts: Mapping) -> dict:
     frames: dict[str, list[pd.DataFrame]] = {}
     for run, data in found:
         for name, columns in data["tables"].items():
-            frames.setdefault(name, []).append(
-                beside(stored_tables.typed(pd.DataFrame(columns)), run)
-            )
+            table = stored_tables.typed(pd.DataFrame(columns))
+            frames.setdefault(name, []).append(beside(table, run))
     whole = {name: pd.concat(parts, ignore_index=True) for name, parts in frames.items()}
     origin = provenance([(run, data["provenance"]) for run, data in found], facts)
     return {"tables": stored_tables.columns(whole), "provenance": origin}

@@ -14,7 +14,7 @@ been run by us.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,18 +22,15 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
-from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from divmerge_book.models.language.models import Language
+from divmerge_book.models.language.reading import answer_tokens, collate
+from divmerge_book.models.language.seq2seq import answer_logits
 from divmerge_book.models.merged import write
 from divmerge_book.planning.memory import plan
 from divmerge_book.planning.workloads import Fit, Model
-from divmerge_book.runner.fsdp import (
-    PRECISIONS,
-    Shards,
-    from_folder,
-    sharded_problem,
-)
+from divmerge_book.runner.fsdp import PRECISIONS, Shards, from_folder, sharded_problem
 from divmerge_book.runner.process_group import ProcessGroup, process_group
 from divmerge_book.user_models.folders import config_of
 from divmerge_core.checkpoints import MergeRecord
@@ -45,18 +42,9 @@ from divmerge_core.merging.problem import Batch, Forward
 from divmerge_core.merging.task_vectors import STORAGES, Layout
 
 
-def causal_forward(module: torch.nn.Module) -> Forward:
+def causal_forward(module: nn.Module) -> Forward:
     """A MergeProblem's `forward` for a causal language model: logits at the answer positions."""
-
-    def forward(parameters, pairs):
-        return [
-            functional_call(
-                module, dict(parameters), kwargs={**batch.inputs, "use_cache": False}
-            ).logits[batch.answer]
-            for _, batch in pairs
-        ]
-
-    return forward
+    return lambda parameters, pairs: [answer_logits(module, parameters, b) for _, b in pairs]
 
 
 def without_weights(make: Callable[..., nn.Module], *arguments: object) -> nn.Module:
@@ -68,63 +56,39 @@ def without_weights(make: Callable[..., nn.Module], *arguments: object) -> nn.Mo
 
 
 def text_batches(
-    lines: Sequence[str],
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    *,
-    batch_size: int,
-    max_length: int,
-    device: torch.device,
+    lines: Sequence[str], base: Language, *, batch_size: int, max_length: int
 ) -> list[Batch]:
     """Batches of "prompt" or "prompt, tab, answer" lines, each answer's tokens to be predicted.
 
     A prompt that is too long loses its beginning. Raises ValueError for a line whose answer leaves
     no room for a prompt.
     """
-    rows = []
+    pairs = []
     for number, line in enumerate(lines, start=1):
         prompt, _, answer = line.partition("\t")
-        ids = tokenizer(prompt).input_ids
-        said = tokenizer(answer, add_special_tokens=False).input_ids if answer else []
-        if said and tokenizer.eos_token_id is not None:
-            said.append(tokenizer.eos_token_id)  # that the answer ends is part of it
+        ids = base.tokenizer(prompt).input_ids
+        said = answer_tokens(base, answer) if answer else ()
         if not ids or len(said) >= max_length:
             raise ValueError(
                 f"line {number} has {len(ids)} tokens of prompt and {len(said)} of answer; "
                 f"max_length={max_length} leaves no room for both"
             )
-        ids = ids[-(max_length - len(said)) :]
-        rows.append((ids + said, len(ids) - 1, max(1, len(said))))
+        pairs.append((ids[-(max_length - len(said)) :], said or (0,)))  # any token is the next
     return [
-        padded(rows[start : start + batch_size], device)
-        for start in range(0, len(rows), batch_size)
+        collate(base, pairs[start : start + batch_size])[0]
+        for start in range(0, len(pairs), batch_size)
     ]
-
-
-def padded(rows: Sequence[tuple[list[int], int, int]], device: torch.device) -> Batch:
-    """One batch of (tokens, first answer position, how many of them), padded behind."""
-    width = max(len(ids) for ids, *_ in rows)
-    ids, mask = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(2))
-    answer, weights = torch.zeros(len(rows), width, dtype=torch.bool), []
-    for row, (tokens, first, count) in enumerate(rows):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1
-        answer[row, first : first + count] = True
-        weights += [1 / (len(rows) * count)] * count
-    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    return Batch(inputs, torch.tensor(weights, device=device), answer.to(device))
 
 
 def named(given: Sequence[str], what: str) -> dict[str, Path]:
     """NAME=PATH options as a mapping. Raises ValueError for another form, or a missing path."""
-    pairs = [text.partition("=") for text in given]
-    wrong = [
-        text for text, (name, _, path) in zip(given, pairs, strict=True) if not name or not path
-    ]
-    if wrong:
-        raise ValueError(f"--{what} takes NAME=PATH, got {wrong[0]!r}")
-    found = {name: Path(path).expanduser() for name, _, path in pairs}
-    missing = [str(path) for path in found.values() if not path.exists()]
-    if missing:
+    found = {}
+    for text in given:
+        name, _, path = text.partition("=")
+        if not name or not path:
+            raise ValueError(f"--{what} takes NAME=PATH, got {text!r}")
+        found[name] = Path(path).expanduser()
+    if missing := [str(path) for path in found.values() if not path.exists()]:
         raise ValueError(f"--{what}: {', '.join(missing)} does not exist")
     return found
 
@@ -176,23 +140,6 @@ def checked(options: argparse.Namespace) -> tuple[dict[str, Path], dict[str, lis
     return experts, lines
 
 
-def merged_record(
-    options: argparse.Namespace, experts: Mapping[str, Path], coefficients: Coefficients
-) -> MergeRecord:
-    """What the merged model's card and files are written from."""
-    names = ("divergence", "grouping", "epochs", "lr", "seed", "optimizer")
-    return MergeRecord(
-        method="divmerge",
-        tasks=tuple(experts),
-        base=Path(options.base),
-        experts=dict(experts),
-        options={name: getattr(options, name) for name in names},
-        coeffs=coefficients().detach().cpu(),
-        groups=coefficients.groups,
-        grouping=options.grouping,
-    )
-
-
 def fit(options: argparse.Namespace, group: ProcessGroup) -> None:
     """Fit, on every rank alike; the first one tells, and writes the merged model."""
     experts, lines = checked(options)
@@ -206,10 +153,9 @@ def fit(options: argparse.Namespace, group: ProcessGroup) -> None:
     shards = Shards.of(module, group, precision=options.precision)
     sources = {task: from_folder(folder, prefix) for task, folder in experts.items()}
     vectors = shards.vectors(from_folder(options.base, prefix), sources, storage=options.storage)
-    tokenizer = AutoTokenizer.from_pretrained(options.base)
-    made = partial(text_batches, tokenizer=tokenizer, device=group.device)
+    base = Language(options.base, module, AutoTokenizer.from_pretrained(options.base), "", "")
     sizes = {"batch_size": options.batch_size, "max_length": options.max_length}
-    batches = [made(lines[task], **sizes) for task in experts]
+    batches = [text_batches(lines[task], base, **sizes) for task in experts]
     problem = sharded_problem(shards, vectors, batches, causal_forward(module))
     core = StoredModel.at(Path(options.base), prefix).core  # groups have the folder's names
     layout = Layout(tuple(map(core, vectors.layout.names)), vectors.layout.shapes)
@@ -219,7 +165,18 @@ def fit(options: argparse.Namespace, group: ProcessGroup) -> None:
     fit_coefficients(problem, coefficients, loss, progress=group.rank == 0, **settings)
     group.require_same(coefficients.raw, "coefficients")
     if group.rank == 0:
-        write(options.output, merged_record(options, experts, coefficients))
+        said = {"divergence": options.divergence, "grouping": options.grouping, **settings}
+        record = MergeRecord(
+            method="divmerge",
+            tasks=tuple(experts),
+            base=Path(options.base),
+            experts=dict(experts),
+            options=said,
+            coeffs=coefficients().detach().cpu(),
+            groups=coefficients.groups,
+            grouping=options.grouping,
+        )
+        write(options.output, record)
         tell(f"merged model in {options.output}")
 
 

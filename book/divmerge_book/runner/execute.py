@@ -1,10 +1,7 @@
 """One notebook: its parameters, checked strictly before anything runs, and its execution."""
 
-import ast
-import io
 import json
 import sys
-import tokenize
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import papermill
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 
-from divmerge_book.runner.parameters import Parameter, check, declarations, parse, unknown
+from divmerge_book.runner.parameters import Parameter, check, declared, known, parse
 from divmerge_core.storage import fresh_file
 
 
@@ -25,14 +22,9 @@ def parameters(notebook: str | Path) -> dict[str, Parameter]:
     tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     if len(tagged) != 1:
         raise ValueError(f"{notebook} has {len(tagged)} cells tagged 'parameters', it needs one")
-    source = tagged[0].source
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
-    found = {}
-    for name, kind, line in declarations(source, str(notebook)):
-        text = comments.get(line.end_lineno, "")[1:].strip()
-        found[name] = Parameter(name, kind, ast.literal_eval(line.value), text)
-        check(found[name], found[name].default)
+    found = declared(tagged[0].source, str(notebook))
+    for parameter in found.values():
+        check(parameter, parameter.default)
     return found
 
 
@@ -40,20 +32,18 @@ def describe(notebook: str | Path) -> str:
     """The table of a notebook's parameters: name, type, default, help."""
     found = parameters(notebook).values()
     rows = [(p.name, p.kind, json.dumps(p.default), p.help) for p in found]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:3] if rows else []
-    lines = ["  ".join(["", *map(str.ljust, row, widths), row[3]]).rstrip() for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(["", *map(str.ljust, row, widths)]).rstrip() for row in rows]
     return "\n".join([f"parameters of {notebook}:", *(lines or ["  (none)"])])
 
 
 def checked(notebook: str | Path, given: Mapping[str, object], *, text: bool) -> dict[str, object]:
     """The given parameters in the notebook's types, parsed first where they are `text`."""
-    allowed = parameters(notebook)
-    for name in given:
-        if name not in allowed:
-            raise ValueError(f"{unknown(name, allowed)}\n{describe(notebook)}")
-    if text:
-        given = {name: parse(allowed[name], value) for name, value in given.items()}
-    return {name: check(allowed[name], value) for name, value in given.items()}
+    allowed, found = parameters(notebook), {}
+    for name, value in given.items():
+        known(name, allowed, f"\n{describe(notebook)}")
+        found[name] = check(allowed[name], parse(allowed[name].kind, value) if text else value)
+    return found
 
 
 class OwnKernel(AsyncKernelManager):

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,19 +67,25 @@ def work(job: Job) -> bytes:
         )
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="divmerge-run-") as place:
-        folder = Path(place, "run")
+        folder, archive = Path(place, "run"), io.BytesIO()
         (folder / "results").mkdir(parents=True)
-        page = nbformat.reads(job.page, as_version=4)
-        try:
-            execute(page, folder / job.name, job.parameters, cwd=folder, clean=True)
-        except Exception as error:
-            raise RunFailed(error_message(error)) from None
+        run_page(job.page, folder / job.name, job.parameters, cwd=folder)
         record = {"key": job.key, "notebook": job.name, "parameters": dict(job.parameters)}
         record |= {"seconds": round(time.monotonic() - start, 1), "host": platform.node()}
         (folder / "cell.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        return packed(
-            folder, [folder / job.name, folder / "cell.json", *folder.glob("results/**/*")]
-        )
+        written = (folder / job.name, folder / "cell.json", *folder.glob("results/**/*"))
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as new:
+            for path in sorted(path for path in written if path.is_file()):
+                new.write(path, path.relative_to(folder))
+        return archive.getvalue()
+
+
+def run_page(page: str, output: Path, values: Mapping, *, cwd: Path) -> None:
+    """Execute a notebook that is given as text. Raises RunFailed with the cell that failed."""
+    try:
+        execute(nbformat.reads(page, as_version=4), output, values, cwd=cwd, clean=True)
+    except Exception as error:
+        raise RunFailed(error_message(error)) from None
 
 
 def error_message(error: BaseException) -> str:
@@ -88,16 +94,6 @@ def error_message(error: BaseException) -> str:
     if isinstance(error, PapermillExecutionError):
         text = f"cell {error.cell_index} failed:\n{error.source}\n{text}"
     return text
-
-
-def packed(folder: Path, files: Sequence[Path]) -> bytes:
-    """These files of a folder as one zip archive."""
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as new:
-        for path in sorted(files):
-            if path.is_file():
-                new.write(path, path.relative_to(folder))
-    return archive.getvalue()
 
 
 # --- this machine --------------------------------------------------------------------------------
@@ -140,15 +136,26 @@ def start_worker(slots) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def stoppable(call: Callable, *arguments: object) -> object:
-    """The call's result; Ctrl-C and SIGTERM end its kernel, and then this process."""
+@contextmanager
+def terminated() -> Iterator[None]:
+    """Within, SIGTERM interrupts as Ctrl-C does; without effect outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return call(*arguments)
-    except KeyboardInterrupt:
-        os._exit(1)
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def stoppable(call: Callable, *arguments: object) -> object:
+    """The call's result; Ctrl-C and SIGTERM end its kernel, and then this process."""
+    try:
+        with terminated():
+            return call(*arguments)
+    except KeyboardInterrupt:
+        os._exit(1)
 
 
 def environments(parallel: int, cpus: float | None, gpus: int | float) -> list[dict[str, str]]:
@@ -156,28 +163,24 @@ def environments(parallel: int, cpus: float | None, gpus: int | float) -> list[d
 
     Raises ValueError where the machine has fewer GPUs than that.
     """
-    shared = [{} for _ in range(parallel)]
-    if cpus or parallel > 1:
-        threads = max(1, int(cpus or (os.cpu_count() or 1) // parallel))
-        shared = [{"OMP_NUM_THREADS": str(threads)} for _ in range(parallel)]
+    threads = max(1, int(cpus or (os.cpu_count() or 1) // parallel))
+    own = {"OMP_NUM_THREADS": str(threads)} if cpus or parallel > 1 else {}
     if not gpus:
-        return shared
+        return [own] * parallel
     import torch
 
     devices = [str(n) for n in range(torch.cuda.device_count())]
     if os.environ.get("CUDA_VISIBLE_DEVICES"):
         devices = os.environ["CUDA_VISIBLE_DEVICES"].split(",")[: len(devices)]
-    whole = gpus >= 1
-    room = len(devices) // int(gpus) if whole else len(devices) * math.floor(1 / gpus + 1e-9)
+    each = max(1, int(gpus))
+    room = len(devices) // each * max(1, math.floor(1 / gpus + 1e-9))
     if parallel > room:
         raise ValueError(
             f"{parallel} runs at once with gpus: {gpus} each need more than this machine's "
             f"{len(devices)} GPUs, which have room for {room}; lower parallel or gpus"
         )
-    for slot, one in enumerate(shared):
-        first = slot * int(gpus) if whole else slot * len(devices) // room
-        one["CUDA_VISIBLE_DEVICES"] = ",".join(devices[first : first + max(1, int(gpus))])
-    return shared
+    first = [slot * each if gpus >= 1 else slot * len(devices) // room for slot in range(parallel)]
+    return [own | {"CUDA_VISIBLE_DEVICES": ",".join(devices[n : n + each])} for n in first]
 
 
 # --- a cluster -----------------------------------------------------------------------------------

@@ -10,8 +10,6 @@ interruption, and a larger grid adds to a smaller one.
 import io
 import json
 import os
-import signal
-import threading
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +20,15 @@ from pathlib import Path
 from filelock import Timeout
 from tqdm import tqdm
 
-from divmerge_book.runner.executors import Job, Submit, cluster, error_message, processes, work
+from divmerge_book.runner.executors import (
+    Job,
+    Submit,
+    cluster,
+    error_message,
+    processes,
+    terminated,
+    work,
+)
 from divmerge_book.runner.grid_file import Grid, read
 from divmerge_core.storage import fresh_file, fresh_folder, locked, write_json
 
@@ -30,21 +36,20 @@ from divmerge_core.storage import fresh_file, fresh_folder, locked, write_json
 def run(path: str | os.PathLike, *, only_list: bool = False) -> int:
     """Run what is not finished, collect all that is; 1 where a run failed, 0 otherwise."""
     grid = read(path)
-    file, jobs = grid.file, grid.jobs
-    missing = [job for job in jobs if not grid.finished(job)]
+    file, missing = grid.file, [job for job in grid.jobs if not grid.finished(job)]
     if only_list:
-        for job in jobs:
-            state = "finished" if grid.finished(job) else "open"
+        for job in grid.jobs:
+            state = "open" if job in missing else "finished"
             print(f"{job.key}  {state:8}  {grid.label(job)}")
         return 0
     with lock(file.output), terminated():
         failures = {}
         if missing:
             shares = {"cpus": file.cpus, "gpus": file.gpus}
-            if file.executor == "ray":
-                executor = cluster(file.address, **shares)
-            else:
-                executor = processes(file.parallel, **shares)
+            ray = file.executor == "ray"
+            executor = (
+                cluster(file.address, **shares) if ray else processes(file.parallel, **shares)
+            )
             with executor as submit:
                 failures = run_all(grid, submit, missing)
         return report(grid, failures)
@@ -82,31 +87,29 @@ def report(grid: Grid, failures: Mapping[str, str]) -> int:
     """Collect what is finished, write down what failed, and print both."""
     from divmerge_book.runner.collect import Finished, collect  # imports torch, which takes seconds
 
-    output, states, done = grid.file.output, [], []
+    output, states, done, said = grid.file.output, [], [], []
     for job in grid.jobs:
-        note = output / "failed" / f"{job.key}.txt"
+        note, failed = output / "failed" / f"{job.key}.txt", job.key in failures
         note.unlink(missing_ok=True)
-        if job.key in failures:
+        if failed:
             with fresh_file(note) as new:
                 new.write_text(f"{grid.label(job)}\n\n{failures[job.key]}\n", encoding="utf-8")
+            said.append(f"failed: {grid.label(job)}: see {note}")
         else:
             record = json.loads((grid.folder(job) / "cell.json").read_text("utf-8"))
             values = {name: job.parameters[name] for name in grid.varying}
             done.append(Finished(grid.folder(job), record, values))
-        state = "failed" if job.key in failures else "finished"
-        states.append({"key": job.key, "state": state, "parameters": dict(job.parameters)})
+        state = {"key": job.key, "state": "failed" if failed else "finished"}
+        states.append({**state, "parameters": dict(job.parameters)})
     name, count = grid.file.notebook.name, f"{len(done)} of {len(grid.jobs)}"
     facts = {"notebook": name, "varied": grid.varying}
     written = collect(done, output / "results", **facts, finished=count)
     write_json(output / "grid.json", {**facts, "runs": states})
     print(f"{count} runs are finished, in {output / 'cells'}")
-    for path in written:
-        print(f"collected: {path}")
     if done and not written:
         print(f"nothing to collect: {name} wrote no Report and no tables to results/")
-    for job in grid.jobs:
-        if job.key in failures:
-            print(f"failed: {grid.label(job)}: see {output / 'failed' / job.key}.txt")
+    for line in (*(f"collected: {path}" for path in written), *said):
+        print(line)
     return 1 if failures else 0
 
 
@@ -120,16 +123,3 @@ def lock(output: Path) -> Iterator[None]:
         raise ValueError(
             f"another grid is writing to {output}; wait for it, or choose another"
         ) from error
-
-
-@contextmanager
-def terminated() -> Iterator[None]:
-    """Within, SIGTERM ends the runs as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,7 +64,7 @@ class GridFile(Fields):
 
     @model_validator(mode="after")
     def consistent(self) -> "GridFile":
-        given = self.model_fields_set
+        given, fixed = self.model_fields_set, set(self.fixed)
         if type(self) is GridFile:  # read for the notebook alone
             return self
         if self.executor == "local" and "address" in given:
@@ -72,8 +72,8 @@ class GridFile(Fields):
         if self.executor == "ray" and "parallel" in given:
             why = "cpus and gpus decide how many run at once"
             raise error_at("parallel", f"executor ray takes no `parallel`: {why}")
-        for field, names in (("grid", set(self.grid)), ("cells", set().union(*self.cells))):
-            if twice := sorted(names & set(self.fixed)):
+        for field, names in (("grid", self.grid), ("cells", set().union(*self.cells))):
+            if twice := sorted(fixed.intersection(names)):
                 why = "take it out of `fixed` to vary it"
                 raise error_at(field, f"{twice[0]} is fixed already; {why}")
         return self
@@ -81,14 +81,14 @@ class GridFile(Fields):
 
 def value(parameter: Parameter, given: Any) -> object:
     """One parameter's value; YAML takes `1e-3` for a word, here it is a number."""
-    single = parameter.kind.startswith("list[") and not isinstance(given, list)
+    hint = "; in a grid every entry is one run's list: [[0], [1]]"
+    hint = hint if parameter.kind.startswith("list[") and not isinstance(given, list) else ""
     given = typed(given)
     if "float" in parameter.kind:
         given = [*map(number, given)] if isinstance(given, list) else number(given)
     try:
         return check(parameter, given)
     except ValueError as error:
-        hint = "; in a grid every entry is one run's list: [[0], [1]]" if single else ""
         raise ValueError(f"{error}{hint}") from None
 
 
@@ -108,39 +108,17 @@ def schema_of(allowed: Mapping[str, Parameter]) -> type[GridFile]:
 
     one = {n: Annotated[Any, PlainValidator(partial(value, p))] for n, p in allowed.items()}
     many = {n: Annotated[list[kind], Field(min_length=1)] for n, kind in one.items()}
-    return create_model(
-        "GridFile",
-        __base__=GridFile,
-        fixed=(mapping(one), {}),
-        grid=(mapping(many), {}),
-        cells=(list[mapping(one)], []),
-    )
+    fields = {"fixed": (mapping(one), {}), "grid": (mapping(many), {})}
+    return create_model("GridFile", __base__=GridFile, **fields, cells=(list[mapping(one)], []))
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid's file and the parameters of all its runs, defaults with them."""
+    """A grid's file and its runs; varying: the parameters that are not the same in all of them."""
 
     file: GridFile
-    runs: Sequence[Mapping]
-
-    @cached_property
-    def varying(self) -> list[str]:
-        """The parameters that are not the same in all runs."""
-        return [n for n in self.runs[0] if any(run[n] != self.runs[0][n] for run in self.runs)]
-
-    @cached_property
-    def jobs(self) -> list[Job]:
-        """The runs with their keys."""
-        page, code = nbformat.read(self.file.notebook, as_version=4), package_digest()
-        source = [cell.source for cell in page.cells if cell.cell_type == "code"]
-        name, whole, jobs = self.file.notebook.name, nbformat.writes(page), []
-        for values in self.runs:
-            text = json.dumps([source, values, code], sort_keys=True)
-            key = hashlib.sha256(text.encode()).hexdigest()[:24]
-            elsewhere = code if self.file.executor == "ray" else ""
-            jobs.append(Job(key, name, whole, values, elsewhere))
-        return jobs
+    jobs: Sequence[Job]
+    varying: Sequence[str]
 
     def folder(self, job: Job) -> Path:
         return self.file.output / "cells" / job.key
@@ -159,11 +137,18 @@ def read(path: str | os.PathLike) -> Grid:
     allowed = parameters(read_file(path, GridFile, "grid").notebook)
     file = read_file(path, schema_of(allowed), "grid")
     runs = list(combinations(file, allowed))
-    for first, second in itertools.combinations(range(len(runs)), 2):
-        if runs[first] == runs[second]:
-            same = f"runs {first + 1} and {second + 1} are the same: {runs[first]}"
-            raise ValueError(f"{path}: {same}")
-    return Grid(file, runs)
+    for (first, one), (second, other) in itertools.combinations(enumerate(runs, 1), 2):
+        if one == other:
+            raise ValueError(f"{path}: runs {first} and {second} are the same: {one}")
+    page, code = nbformat.read(file.notebook, as_version=4), package_digest()
+    source = [cell.source for cell in page.cells if cell.cell_type == "code"]
+    whole, elsewhere, jobs = nbformat.writes(page), code if file.executor == "ray" else "", []
+    for values in runs:
+        text = json.dumps([source, values, code], sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()[:24]
+        jobs.append(Job(key, file.notebook.name, whole, values, elsewhere))
+    varying = [name for name in runs[0] if any(run[name] != runs[0][name] for run in runs)]
+    return Grid(file, jobs, varying)
 
 
 def combinations(file: GridFile, allowed: Mapping[str, Parameter]) -> Iterator[dict]:
@@ -174,6 +159,6 @@ def combinations(file: GridFile, allowed: Mapping[str, Parameter]) -> Iterator[d
     shared |= file.fixed
     if file.grid or not file.cells:
         for chosen in itertools.product(*file.grid.values()):
-            yield {**shared, **dict(zip(file.grid, chosen, strict=True))}
+            yield shared | dict(zip(file.grid, chosen, strict=True))
     for cell in file.cells:
-        yield {**shared, **cell}
+        yield shared | cell

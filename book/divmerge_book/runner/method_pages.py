@@ -82,8 +82,7 @@ def option_rows(name: str) -> list[tuple[str, str, str]]:
     rows = []
     for option in list(inspect.signature(METHODS[name]).parameters.values())[1:]:
         default = option.default
-        if isinstance(default, float):
-            default = float(f"{default:.4g}")  # 1/6 in print
+        default = float(f"{default:.4g}") if isinstance(default, float) else default  # 1/6 in print
         kind = re.sub(r"\b(?:[A-Za-z_]\w*\.)+", "", inspect.formatannotation(option.annotation))
         rows.append((f"`{option.name}`", f"`{default!r}`", f"`{kind}`"))
     return rows

@@ -3,76 +3,92 @@
 import ast
 import difflib
 import json
-import math
-from collections.abc import Collection, Iterator, MutableMapping
+from collections.abc import Collection, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Annotated
 
-SCALARS = {"int": int, "float": float, "str": str, "bool": bool}
-KINDS = (*SCALARS, *(f"list[{name}]" for name in SCALARS))
+from pydantic import Field, TypeAdapter, ValidationError
+
+SCALARS = {
+    "int": int,
+    "float": Annotated[float, Field(allow_inf_nan=False)],
+    "str": str,
+    "bool": bool,
+}
+KINDS = {**SCALARS, **{f"list[{name}]": list[kind] for name, kind in SCALARS.items()}}
 INJECTED = "# Parameters\n"  # how a cell begins that papermill puts after the notebook's own
 HOW = {  # what plain papermill asks for, where it would read another type out of the text
-    "bool": "papermill reads -p {name} True and -p {name} False",
-    "str": "papermill reads text with -r {name} TEXT",
-    "list": "papermill reads a list with -y '{name}: [FIRST, SECOND]'",
+    "bool": "; papermill reads -p {name} True and -p {name} False",
+    "str": "; papermill reads text with -r {name} TEXT",
+    "list": "; papermill reads a list with -y '{name}: [FIRST, SECOND]'",
 }
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One line `name: kind = default  # help` of a notebook's parameters cell."""
+    """One line `name: kind = default  # help` of a parameters cell. given: the default's text."""
 
     name: str
     kind: str
-    default: object
+    given: str
     help: str
 
+    @property
+    def default(self) -> object:
+        return ast.literal_eval(self.given)
 
-def declarations(source: str, where: str) -> Iterator[tuple[str, str, ast.AnnAssign]]:
-    """Name, type and syntax of every line of a parameters cell.
+
+def declared(source: str, where: str) -> dict[str, Parameter]:
+    """The parameters that a cell declares, by name.
 
     Raises ValueError for a line of another form, or of a type that is not in KINDS.
     """
+    found, lines = {}, source.encode().splitlines()
     for line in ast.parse(source).body:
-        if not isinstance(line, ast.AnnAssign) or ast.unparse(line.annotation) not in KINDS:
+        if not declares([line]) or line.value is None:
             raise ValueError(
                 f"{where}: `{ast.unparse(line)}` is not `name: type = default  # help`"
                 f" with a type out of {', '.join(KINDS)}"
             )
-        yield ast.unparse(line.target), ast.unparse(line.annotation), line
+        name, kind, given = map(ast.unparse, (line.target, line.annotation, line.value))
+        help = lines[line.end_lineno - 1][line.end_col_offset :].decode().strip("# ")
+        found[name] = Parameter(name, kind, given, help)
+    return found
 
 
 def check(parameter: Parameter, value: object) -> object:
     """The value in the parameter's type; only an int given for a float is converted."""
-    inner = parameter.kind.removeprefix("list[").removesuffix("]")
-    if inner == parameter.kind:
-        if inner == "float" and type(value) is int:
-            value = float(value)
-        if type(value) is SCALARS[inner] and (inner != "float" or math.isfinite(value)):
-            return value
-    elif isinstance(value, (list, tuple)):
-        return [check(Parameter(parameter.name, inner, None, ""), item) for item in value]
-    raise ValueError(f"parameter {parameter.name} must be {parameter.kind}, got {value!r}")
+    value = list(value) if isinstance(value, tuple) else value
+    try:
+        return TypeAdapter(KINDS[parameter.kind]).validate_python(value, strict=True)
+    except ValidationError:
+        text = f"parameter {parameter.name} must be {parameter.kind}, got {value!r}"
+        raise ValueError(text) from None
 
 
-def parse(parameter: Parameter, text: str) -> object:
+def parse(kind: str, text: str) -> object:
     """A value typed on the command line: JSON or Python, a bare word, or a list with commas."""
-    plural = parameter.kind.startswith("list[")
-    if parameter.kind == "str" and text[:1] not in ("'", '"'):
+    if kind == "str" and text[:1] not in ("'", '"'):
         return text
-    if plural and text[:1] not in ("[", "("):
-        inner = Parameter(parameter.name, parameter.kind[5:-1], None, "")
-        return [parse(inner, word.strip()) for word in text.split(",") if word.strip()]
+    if kind.startswith("list[") and text[:1] not in ("[", "("):
+        return [parse(kind[5:-1], word.strip()) for word in text.split(",") if word.strip()]
     for read in (json.loads, ast.literal_eval):
         with suppress(ValueError, SyntaxError):
             return read(text)
     return text  # refused by check, which knows what was wanted
 
 
-def unknown(name: str, allowed: Collection[str]) -> str:
-    """Says that a notebook has no parameter of this name, and which one may have been meant."""
-    close = difflib.get_close_matches(name, allowed, n=1)
-    return f"unknown parameter {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+def known(name: str, allowed: Collection[str], instead: str) -> None:
+    """Raise ValueError where a notebook has no parameter of this name: which may have been meant.
+
+    instead: says what it has.
+    """
+    if name not in allowed:
+        close = [
+            f"; did you mean {one!r}?" for one in difflib.get_close_matches(name, allowed, n=1)
+        ]
+        raise ValueError(f"unknown parameter {name!r}{''.join(close)}{instead}")
 
 
 # --- in the kernel --------------------------------------------------------------------------------
@@ -88,45 +104,37 @@ def check_parameters(notebook: MutableMapping[str, object]) -> frozenset[str]:
     type, a number that is not finite, an injected name that the notebook does not have, or a size
     that does not exist.
     """
-    cells = list(notebook.get("In", ()))  # what this kernel has run
-    own = [number for number, source in enumerate(cells) if declares(source)]
+    cells = [(source, lines(source)) for source in notebook.get("In", ())]  # what has run
+    own = [number for number, (_, body) in enumerate(cells) if declares(body)]
     if not own:
         raise ValueError("run the notebook's first code cell, its parameters, before this one")
-    allowed = {name: kind for name, kind, _ in declarations(cells[own[-1]], "its parameters")}
-    for source in cells[own[-1] + 1 :]:
-        for name in assigned(source) if source.startswith(INJECTED) else ():
-            if name not in allowed:
-                raise ValueError(f"{unknown(name, allowed)}; it has {', '.join(allowed)}")
-    for name, kind in allowed.items():
-        notebook[name] = explained(Parameter(name, kind, None, ""), notebook[name])
+    allowed = declared(cells[own[-1]][0], "its parameters")
+    for source, body in cells[own[-1] + 1 :]:
+        for line in body if source.startswith(INJECTED) else ():
+            for target in getattr(line, "targets", ()):
+                known(ast.unparse(target), allowed, f"; it has {', '.join(allowed)}")
+    for name, parameter in allowed.items():
+        try:
+            notebook[name] = check(parameter, notebook[name])
+        except ValueError as error:
+            hint = HOW.get(parameter.kind.partition("[")[0], "").format(name=name)
+            raise ValueError(f"{error}{hint}") from None
     if "size" in allowed:
         from divmerge_book.evaluation.experiment import SIZES  # imports torch, which takes seconds
 
         if notebook["size"] not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)}, got {notebook['size']!r}")
-    found = {name for name in allowed if notebook[name]}
-    return frozenset(found - {"size", "live", "publish"})
+    return frozenset({n for n in allowed if notebook[n]} - {"size", "live", "publish"})
 
 
-def declares(source: str) -> bool:
-    """Whether a cell begins with a line `name: type = value`; a cell that failed to parse: no."""
+def lines(source: str) -> list[ast.stmt]:
+    """A cell's statements; none of one that did not parse."""
     with suppress(SyntaxError):
-        body = ast.parse(source).body
-        first = body[0] if body else None
-        return isinstance(first, ast.AnnAssign) and ast.unparse(first.annotation) in KINDS
-    return False
+        return ast.parse(source).body
+    return []
 
 
-def assigned(source: str) -> list[str]:
-    """The names that a cell of plain assignments gives values to."""
-    lines = [line for line in ast.parse(source).body if isinstance(line, ast.Assign)]
-    return [ast.unparse(target) for line in lines for target in line.targets]
-
-
-def explained(parameter: Parameter, value: object) -> object:
-    """`check`, and how papermill has to be asked for this type."""
-    try:
-        return check(parameter, value)
-    except ValueError as error:
-        hint = HOW.get(parameter.kind.partition("[")[0], "").format(name=parameter.name)
-        raise ValueError(f"{error}; {hint}" if hint else str(error)) from None
+def declares(body: list[ast.stmt]) -> bool:
+    """Whether a cell begins with a line `name: type = value`."""
+    first = body[0] if body else None
+    return isinstance(first, ast.AnnAssign) and ast.unparse(first.annotation) in KINDS

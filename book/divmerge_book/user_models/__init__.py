@@ -27,20 +27,3 @@ from divmerge_book.user_models.load import load
 from divmerge_book.user_models.plan import Plan, check
 from divmerge_book.user_models.result import MergeResult, closeness, merge_and_score, task_scores
 from divmerge_book.user_models.save import merge_described, target, write_merged
-
-__all__ = [
-    "Description",
-    "MergeResult",
-    "Plan",
-    "TaskFiles",
-    "check",
-    "closeness",
-    "load",
-    "locate",
-    "merge_and_score",
-    "merge_described",
-    "read",
-    "target",
-    "task_scores",
-    "write_merged",
-]

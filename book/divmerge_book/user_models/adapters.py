@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -23,7 +22,12 @@ SILENT = {
     *("eva_config", "ensure_weight_tying", "fan_in_fan_out", "modules_to_save"),
     *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
 }
-PLAIN = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # these leave the base as is
+# Values that leave the base as it is, of fields for which more than "empty" does.
+PLAIN = {
+    "bias": ("none",),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
+}
+LORA = re.compile(r"\.lora_(?:embedding_)?([AB])(\.default)?(\.weight)?$")
 
 
 @dataclass(frozen=True)
@@ -64,17 +68,13 @@ def read_config(folder: Path) -> dict:
         config = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
-    kind = config.get("peft_type")
-    if kind != "LORA":
+    if (kind := config.get("peft_type")) != "LORA":
         raise ValueError(
             f"{path}: peft_type is {kind!r}, only LORA can be merged here; merge the adapter into "
             "its base with PEFT and give the checkpoint"
         )
-    bias, start = config.get("bias", "none"), config.get("init_lora_weights", True)
-    special = {k: v for k, v in config.items() if k not in SILENT and v}
-    special = {k: v for k, v in special.items() if k not in ("bias", "init_lora_weights")}
-    special |= {} if bias == "none" else {"bias": bias}
-    special |= {} if start in PLAIN else {"init_lora_weights": start}  # others change the base
+    rest = {key: value for key, value in config.items() if key not in SILENT}
+    special = {k: v for k, v in rest.items() if (v not in PLAIN[k] if k in PLAIN else v)}
     if special:
         named = ", ".join(f"{key}={value!r}" for key, value in special.items())
         raise ValueError(
@@ -93,18 +93,7 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
 
 def plain_name(key: str) -> str:
     """A key of the adapter's file as the model names it."""
-    name = key.removeprefix("base_model.model.")
-    return name.replace(".modules_to_save.default", "").replace(".modules_to_save", "")
-
-
-def pattern(
-    patterns: Mapping[str, float | int] | None, module: str, default: float | int
-) -> float | int:
-    """The value of the pattern that ends a module's name, as PEFT matches them; else default."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+    return re.sub(r"^base_model\.model\.|\.modules_to_save(\.default)?", "", key)
 
 
 def adapter_of(folder: Path, model: nn.Module) -> Adapter:
@@ -117,36 +106,31 @@ def adapter_of(folder: Path, model: nn.Module) -> Adapter:
     config, path = read_config(folder), folder / WEIGHTS
     found, modules = shapes_in(path), dict(model.named_modules())
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    factors, saved = {}, {}
-    for key, shape in found.items():
-        name, marked = re.subn(
-            r"\.lora_(embedding_)?B(\.default)?(\.weight)?$", "", plain_name(key)
-        )
-        if not marked:
-            if not re.search(r"\.lora_(embedding_)?A", key):
-                saved[plain_name(key)] = key
-            continue
-        other = re.sub(r"\.lora_(embedding_)?B", r".lora_\1A", key)
-        tensor = f"{name}.weight"
-        transposed = isinstance(modules.get(name), (Conv1D, nn.Embedding))
-        alpha = pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
-        product = (shape[0], *found.get(other, ())[1:])
-        if transposed:
-            product = product[::-1]
-        if len(shape) != 2 or shapes.get(tensor) != product or found[other][0] != shape[1]:
-            raise ValueError(
-                f"{path}: factors {list(shape)} and {list(found.get(other, ()))} for {tensor}, "
-                f"which has shape {list(shapes.get(tensor, ()))} in this base; the adapter was "
-                "trained on another model"
-            )
-        root = math.sqrt(shape[1]) if config.get("use_rslora") else shape[1]
-        factors[tensor] = Factors(key, other, alpha / root, transposed)
+    saved = {plain_name(key): key for key in found if not LORA.search(key)}
     for name, key in saved.items():
         if shapes.get(name) != found[key]:
             raise ValueError(
                 f"{path}: holds {key} {list(found[key])}, the model's {name} has shape "
                 f"{list(shapes.get(name, ()))}; give labels that fit, and the adapter's own base"
             )
+    factors = {}
+    for left in (key for key in found if (match := LORA.search(key)) and match[1] == "B"):
+        right = re.sub(r"(\.lora_(?:embedding_)?)B", r"\1A", left)
+        name = LORA.sub("", plain_name(left))
+        transposed = isinstance(modules.get(name), (Conv1D, nn.Embedding))
+        one, other = found[left], found.get(right, ())
+        product = (one[0], *other[1:])[:: -1 if transposed else 1]
+        if len(one) != 2 or shapes.get(f"{name}.weight") != product or other[0] != one[1]:
+            raise ValueError(
+                f"{path}: factors {list(one)} and {list(other)} for {name}.weight, which has shape "
+                f"{list(shapes.get(f'{name}.weight', ()))} in this base; the adapter was trained "
+                "on another model"
+            )
+        patterns = (config.get("alpha_pattern") or {}).items()
+        own = (alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", name))
+        root = math.sqrt(one[1]) if config.get("use_rslora") else one[1]
+        scale = next(own, config.get("lora_alpha", 8)) / root
+        factors[f"{name}.weight"] = Factors(left, right, scale, transposed)
     if not factors:
         raise ValueError(f"{path} holds no LoRA factors (keys with lora_A and lora_B)")
     return Adapter(path, factors, saved)
@@ -162,10 +146,3 @@ def num_labels(folder: Path, model: nn.Module, marker: int) -> int:
         f"{folder / WEIGHTS} holds no classification head; train the adapter with task_type "
         "SEQ_CLS, or name the head in modules_to_save"
     )
-
-
-def finite(tensors: Mapping[str, Tensor], who: str) -> None:
-    """Raise ValueError where a tensor holds NaN or inf."""
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{who}: {name} holds NaN or inf; the checkpoint is damaged")

@@ -28,7 +28,6 @@ def distinct(labels: list[str]) -> tuple[str, ...]:
 
 
 Word = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
-Name = Annotated[str, AfterValidator(file_name)]
 
 
 class Columns(Fields):
@@ -45,7 +44,7 @@ class TaskFiles(Fields):
     labels: in the order of the model's outputs; None takes them from the expert.
     """
 
-    name: Name
+    name: Annotated[str, AfterValidator(file_name)]
     expert: FilePath
     merge: FilePath
     validation: FilePath | None = None
@@ -55,16 +54,15 @@ class TaskFiles(Fields):
 
     def files(self) -> dict[str, Path]:
         """Split -> path, for the splits that are described."""
-        every = {split: getattr(self, split) for split in SPLITS}
-        return {split: path for split, path in every.items() if path is not None}
+        return {split: path for split in SPLITS if (path := getattr(self, split)) is not None}
 
 
 def distinct_names(tasks: list[TaskFiles]) -> tuple[TaskFiles, ...]:
-    counts = Counter(task.name.lower() for task in tasks)
     if len(tasks) < 2:
         raise ValueError(f"must be a list of two tasks or more, got {len(tasks)}")
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise ValueError(f"two tasks have the name {twice[0]!r}; names differ in more than case")
+    ((name, count),) = Counter(task.name.lower() for task in tasks).most_common(1)
+    if count > 1:
+        raise ValueError(f"two tasks have the name {name!r}; names differ in more than case")
     return tuple(tasks)
 
 
@@ -92,13 +90,14 @@ def locate(path: str | os.PathLike) -> Path:
     A notebook runs in its own folder, so a relative path may mean any of these. Raises ValueError
     that lists the places looked at.
     """
-    places = [Path.cwd(), Path(os.environ.get("PWD", ".")).resolve(), Path.cwd().parent]
-    found = [(place / Path(path).expanduser()).resolve() for place in dict.fromkeys(places)]
-    for candidate in found:
+    places = [Path.cwd(), Path(os.environ.get("PWD", ".")), Path.cwd().parent]
+    looked = list(dict.fromkeys((place / Path(path).expanduser()).resolve() for place in places))
+    for candidate in looked:
         if candidate.is_file():
             return candidate
-    looked = ", ".join(dict.fromkeys(map(str, found)))
-    raise ValueError(f"there is no description {str(path)!r}; looked at {looked}")
+    raise ValueError(
+        f"there is no description {str(path)!r}; looked at {', '.join(map(str, looked))}"
+    )
 
 
 def read(path: str | os.PathLike) -> Description:
@@ -120,8 +119,7 @@ def collect_errors(checks: Iterable[Callable[[], object]]) -> list:
             results.append(check())
         except ValueError as error:
             problems.append(str(error))
-    if len(problems) == 1:
-        raise ValueError(problems[0])
     if problems:
-        raise ValueError(f"{len(problems)} problems:\n" + "\n".join(f"- {p}" for p in problems))
+        head = [f"{len(problems)} problems:"] if len(problems) > 1 else []
+        raise ValueError("\n".join([*head, *(f"{'- ' * len(head)}{p}" for p in problems)]))
     return results

@@ -5,12 +5,11 @@ expert of this package, and rows in CSV, JSONL and parquet.
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,11 +20,12 @@ from divmerge_book.data.tasks import TASKS, Task
 from divmerge_book.evaluation.sizes import QUICK
 from divmerge_book.models.encoders import Base, load_base, make_batches
 from divmerge_book.models.finetuning import Recipe, fine_tune
-from divmerge_book.models.merged import base_folder
+from divmerge_book.models.merged import base_folder, labelled
 from divmerge_book.user_models.data import write_rows
+from divmerge_book.user_models.description import SPLITS
 from divmerge_core.storage import dump_json, sha256
 
-ENCODER, FOLDER = "bert_tiny", "bert-tiny"
+ENCODER = "bert_tiny"
 RANK, ALPHA = 8, 16
 
 
@@ -49,12 +49,11 @@ AMOUNTS = {
 
 
 def train(
-    weights: Sequence[Tensor],
+    weights: Iterable[Tensor],
     logits: Callable[[Mapping[str, Tensor]], Tensor],
     base: Base,
     task: Task,
     amount: Amount,
-    *,
     lr: float,
 ) -> None:
     """AdamW on some weights, cross-entropy on labelled rows, step size falling to 0."""
@@ -65,37 +64,31 @@ def train(
     adam = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
     steps = amount.epochs * len(batches)
     rate = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, total_iters=steps)
-    for _ in range(amount.epochs):
-        for number in torch.randperm(len(batches)).tolist():
-            loss = nn.functional.cross_entropy(logits(batches[number].inputs), labels[number])
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-            rate.step()
+    for number in (n for _ in range(amount.epochs) for n in torch.randperm(len(batches)).tolist()):
+        loss = nn.functional.cross_entropy(logits(batches[number].inputs), labels[number])
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        rate.step()
 
 
-def classifier(base: Base, labels: Sequence[str]) -> nn.Module:
+def classifier(base: Base, task: Task) -> nn.Module:
     """The base as transformers' classifier, with a new head."""
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    named = dict(enumerate(labels))
-    return AutoModelForSequenceClassification.from_pretrained(
-        base_folder(base.name), id2label=named, label2id={v: n for n, v in named.items()}
-    ).train()
+    folder, labels = base_folder(base.name), labelled(task.answers)
+    return AutoModelForSequenceClassification.from_pretrained(folder, **labels).train()
 
 
 def save_whole(folder: Path, base: Base, task: Task, amount: Amount) -> None:
     """A fine-tuned checkpoint, as transformers saves it."""
-    model = classifier(base, task.answers)
-    weights = list(model.parameters())
-    train(weights, lambda inputs: model(**inputs).logits, base, task, amount, lr=5e-4)
+    model = classifier(base, task)
+    train(model.parameters(), lambda inputs: model(**inputs).logits, base, task, amount, 5e-4)
     model.save_pretrained(folder)
     base.tokenizer.save_pretrained(folder)
 
 
 def save_adapter(folder: Path, base: Base, task: Task, amount: Amount) -> None:
     """A LoRA expert in PEFT's layout: factors of all matrices in the blocks, and the head whole."""
-    model = classifier(base, task.answers).requires_grad_(False)
+    model = classifier(base, task).requires_grad_(False)
     named = dict(model.named_parameters())
     head = {n: t for n, t in named.items() if n.startswith(("classifier", "bert.pooler"))}
     matrices = {n: t for n, t in named.items() if ".layer." in n and t.ndim == 2}
@@ -107,30 +100,30 @@ def save_adapter(folder: Path, base: Base, task: Task, amount: Amount) -> None:
         return functional_call(model, {**moved, **head}, kwargs=dict(inputs)).logits
 
     weights = [t.requires_grad_() for t in (*left.values(), *right.values(), *head.values())]
-    train(weights, logits, base, task, amount, lr=2e-3)
-    tensors = {name: tensor.detach() for name, tensor in head.items()}
+    train(weights, logits, base, task, amount, 2e-3)
+    tensors = {f"base_model.model.{name}": tensor.detach() for name, tensor in head.items()}
     for name in matrices:
-        module = name.removesuffix(".weight")
+        module = f"base_model.model.{name.removesuffix('.weight')}"
         tensors[f"{module}.lora_A.weight"] = right[name].detach()
         tensors[f"{module}.lora_B.weight"] = left[name].detach()
-    folder.mkdir(parents=True)
-    whole = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
-    save_file(whole, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": RANK, "lora_alpha": ALPHA}
     config |= {"bias": "none", "modules_to_save": ["classifier", "pooler"], "use_rslora": False}
     config |= {"target_modules": sorted({name.split(".")[-2] for name in matrices})}
+    save_tensors(folder / "adapter_model.safetensors", tensors)
     dump_json(folder / "adapter_config.json", config)
 
 
 def save_package(folder: Path, base: Base, task: Task, amount: Amount) -> None:
     """An expert of this package (from the cache where it is there), in its own layout."""
-    expert = fine_tune(base, task, amount.recipe)
+    expert, path = fine_tune(base, task, amount.recipe), folder / "model.safetensors"
     tensors = {f"encoder.{name}": tensor for name, tensor in expert.state.items()}
-    tensors |= {f"head.{name}": tensor for name, tensor in expert.head.items()}
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "model.safetensors")
-    weights = {"model.safetensors": sha256(folder / "model.safetensors")}
-    dump_json(folder / "manifest.json", {**expert.manifest, **weights})
+    save_tensors(path, tensors | {f"head.{name}": tensor for name, tensor in expert.head.items()})
+    dump_json(folder / "manifest.json", {**expert.manifest, path.name: sha256(path)})
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True)
+    save_file(dict(tensors), path)
 
 
 KINDS = {  # task -> its expert's kind and the format of its rows
@@ -148,18 +141,17 @@ def make_example(folder: Path, *, size: str = "default", seed: int = 0) -> Path:
     if size not in AMOUNTS:
         raise ValueError(f"size must be one of {', '.join(AMOUNTS)}, got {size!r}")
     amount, base, entries = AMOUNTS[size], load_base(ENCODER), []
-    shutil.copytree(base_folder(ENCODER), folder / FOLDER)
+    shutil.copytree(base_folder(ENCODER), folder / "bert-tiny")
     for name, (save, ending) in KINDS.items():
         torch.manual_seed(seed)
         save(folder / "experts" / name, base, TASKS[name], amount)
-        entry: dict[str, object] = {"name": name, "expert": f"experts/{name}"}
-        for split in ("merge", "validation", "test"):
-            entry[split] = f"data/{name}/{split}.{ending}"
-            path, task, count = folder / entry[split], TASKS[name], getattr(amount, split)
-            write_rows(path, task, split, task.answers, count)
-        entries.append(entry)
+        files = {split: f"data/{name}/{split}.{ending}" for split in SPLITS}
+        for split, file in files.items():
+            answers, count = TASKS[name].answers, getattr(amount, split)
+            write_rows(folder / file, TASKS[name], split, answers, count)
+        entries.append({"name": name, "expert": f"experts/{name}", **files})
     entries[-1]["labels"] = list(TASKS["sms"].answers)  # an adapter's config has no names for them
     path = folder / "my_models.yaml"
-    whole = {"base": FOLDER, "max_length": 64, "tasks": entries}
+    whole = {"base": "bert-tiny", "max_length": 64, "tasks": entries}
     path.write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
     return path

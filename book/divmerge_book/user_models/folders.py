@@ -1,4 +1,4 @@
-"""Folders with a base or an expert: what they hold and whether they fit, before weights are read.
+"""Folders with a base or an expert: what they hold and whether they fit; their weights on demand.
 
 An expert is a transformers checkpoint for sequence classification (`transformers`), a PEFT folder
 with plain LoRA (`adapter`), or an expert that this package trained (`package`).
@@ -6,28 +6,24 @@ with plain LoRA (`adapter`), or an expert that this package trained (`package`).
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
 import torch
 import transformers
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
+from divmerge_book.models.encoders import load_base
+from divmerge_book.models.finetuning import load_expert
 from divmerge_book.models.merged import base_folder
-from divmerge_book.user_models.adapters import (
-    CONFIG,
-    Adapter,
-    adapter_of,
-    num_labels,
-    read_config,
-    shapes_in,
-)
+from divmerge_book.user_models import adapters
 from divmerge_book.user_models.description import TaskFiles
 from divmerge_core.checkpoints.safetensors_io import INDEX, SINGLE, StoredModel
-from divmerge_core.checkpoints.save import input_files
 
 # What decides a model's computation, by transformers' common names; unknown ones are not compared.
 DECIDING = (
@@ -39,6 +35,8 @@ DECIDING = (
 )
 MARKER = 977  # a number of labels that no tensor has as its size by chance
 UNNAMED = re.compile(r"LABEL_\d+")
+REFUSALS = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError)
+OFFLINE = {"trust_remote_code": False}  # no code of a checkpoint's own is run
 
 
 @dataclass(frozen=True)
@@ -56,69 +54,77 @@ class BaseFolder:
 class Source:
     """An expert that fits its base, described but not loaded.
 
-    model: the classifier without weights (on the meta device); None for this package's own, whose
-    head is linear on the mean of the last layer. labels: its answers, in the order of its outputs.
+    kind: a name in MARKS. model: the classifier without weights (on the meta device); None for this
+    package's own, whose head is linear on the mean of the last layer. labels: its answers, in the
+    order of its outputs.
     """
 
     task: TaskFiles
     kind: str
     labels: tuple[str, ...]
     model: nn.Module | None = None
-    adapter: Adapter | None = None
+    adapter: adapters.Adapter | None = None
 
     @property
     def prefix(self) -> str:
         """What stands before the encoder's names in the classifier."""
-        return "" if self.model is None else self.model.base_model_prefix + "."
+        return "" if self.model is None else f"{self.model.base_model_prefix}."
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the encoder's parameters, by the base's names."""
         if self.model is None:
-            found = shapes_in(self.task.expert / "model.safetensors")
-            part = "encoder."
+            found, part = adapters.shapes_in(self.task.expert / SINGLE), "encoder."
         else:
-            found = {name: tuple(t.shape) for name, t in self.model.named_parameters()}
-            part = self.prefix
+            found, part = shapes_of(self.model), self.prefix
         return {n.removeprefix(part): shape for n, shape in found.items() if n.startswith(part)}
 
-    @property
-    def weights(self) -> list[Path]:
-        """The files that hold its weights. Raises ValueError as `weight_files` does."""
-        return input_files(self.task.expert)
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Raise ValueError that begins with these words for what transformers refuses to read."""
+    try:
+        yield
+    except REFUSALS as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def config_of(folder: Path) -> transformers.PretrainedConfig:
     """The configuration in a folder. Raises ValueError where transformers does not know it."""
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{folder}: its configuration is not one that transformers knows: {error}"
-        ) from error
+    with refusing(f"{folder}: its configuration is not one that transformers knows"):
+        return AutoConfig.from_pretrained(folder, **OFFLINE)
 
 
-def bare(kind: type, config: transformers.PretrainedConfig) -> nn.Module:
-    """A model of this configuration without weights."""
-    try:
-        with torch.device("meta"):
-            return kind.from_config(config, trust_remote_code=False)
-    except (ValueError, AttributeError, KeyError) as error:
-        raise ValueError(
-            f"no {kind.__name__} for model type {config.model_type!r}: {error}"
-        ) from error
+def without_weights(kind: type, config: transformers.PretrainedConfig) -> nn.Module:
+    """A model of this configuration on the meta device. Raises ValueError where there is none."""
+    with refusing(f"no {kind.__name__} for model type {config.model_type!r}"), torch.device("meta"):
+        return kind.from_config(config, **OFFLINE)
+
+
+def read_model(kind: type, folder: object) -> tuple[nn.Module, set[str]]:
+    """A model in float32, and the names that its checkpoint lacks.
+
+    Raises ValueError where the checkpoint cannot be read.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    options = {"dtype": torch.float32, "output_loading_info": True, **OFFLINE}
+    with refusing(f"{folder}: its weights cannot be loaded"):
+        model, info = kind.from_pretrained(folder, **options)
+    return model.eval().requires_grad_(False), set(info["missing_keys"])
 
 
 def tokenizer_of(folder: Path) -> transformers.PreTrainedTokenizerBase | None:
     """The tokenizer in a folder; None where it has none."""
-    if not any(
-        (folder / f"{n}.json").is_file() for n in ("tokenizer", "tokenizer_config", "vocab")
-    ):
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+    if not any((folder / name).is_file() for name in names):
         return None
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+    with refusing(f"{folder}: its tokenizer cannot be loaded"):
+        return AutoTokenizer.from_pretrained(folder, **OFFLINE)
 
 
 def fetched(name: str) -> Path:
@@ -146,78 +152,11 @@ def open_base(name: str, beside: Path) -> BaseFolder:
     StoredModel.at(folder)  # its headers alone
     if tokenizer is None:
         raise ValueError(f"base {folder} has no tokenizer; save the base's own beside its weights")
-    encoder = bare(AutoModel, config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in encoder.named_parameters()}
+    shapes = shapes_of(without_weights(AutoModel, config))
     return BaseFolder(name, folder, config, tokenizer, shapes)
 
 
-def kind_of(folder: Path) -> str:
-    """What sort of expert a folder holds. Raises ValueError for a folder that holds none."""
-    if not folder.is_dir():
-        raise ValueError(f"there is no expert folder {folder}")
-    if (folder / CONFIG).is_file() and any((folder / name).is_file() for name in (SINGLE, INDEX)):
-        raise ValueError(
-            f"{folder} holds an adapter ({CONFIG}) and whole weights ({SINGLE} or its index); "
-            "remove the one that is not the expert"
-        )
-    for name, kind in ((CONFIG, "adapter"), ("manifest.json", "package")):
-        if (folder / name).is_file():
-            return kind
-    if (folder / "config.json").is_file():
-        return "transformers"
-    raise ValueError(
-        f"{folder} holds no expert: it needs config.json (transformers), {CONFIG} (PEFT) or "
-        "manifest.json (this package)"
-    )
-
-
-def resolve_labels(task: TaskFiles, own: Sequence[str], where: str) -> tuple[str, ...]:
-    """The labels of a task, from its description or else the expert's own.
-
-    Where neither names them they are the class numbers 0, 1, ... Raises ValueError where both name
-    them and differ, in number, in words or in order.
-    """
-    named = not all(UNNAMED.fullmatch(label) for label in own)
-    if task.labels is None:
-        return tuple(own) if named else tuple(str(n) for n in range(len(own)))
-    if len(task.labels) != len(own) or (named and tuple(own) != task.labels):
-        order = " in another order" if sorted(own) == sorted(task.labels) else ""
-        raise ValueError(
-            f"task {task.name!r}: labels {list(task.labels)}, but the expert's head has "
-            f"{len(own)} outputs{order}: {list(own)} ({where}); give the labels in the order of "
-            "the outputs"
-        )
-    return task.labels
-
-
-def check_architecture(source: Source, base: BaseFolder) -> Source:
-    """The expert itself. Raises ValueError where its encoder is not of the base's architecture."""
-    who, config = f"expert {source.task.expert}", getattr(source.model, "config", None)
-    for field in DECIDING if config is not None else ():
-        own, wanted = getattr(config, field, None), getattr(base.config, field, None)
-        if own is not None and wanted is not None and own != wanted:
-            raise ValueError(
-                f"{who} has {field} = {own!r}, the base {base.name!r} has {wanted!r}; merging "
-                "needs experts fine-tuned from this very base"
-            )
-    shapes = source.shapes
-    extra = sorted(set(shapes) - set(base.shapes))
-    short = sorted(n for n in set(base.shapes) - set(shapes) if re.search(r"\.\d+\.", n))
-    if extra or short:
-        raise ValueError(
-            f"{who} and the base {base.name!r} differ in tensors: extra {extra[:3]}, missing "
-            f"{short[:3]}; merging needs one architecture"
-        )
-    for name, shape in shapes.items():
-        if shape != base.shapes[name]:
-            raise ValueError(
-                f"{who}: {name} has shape {list(shape)}, the base {list(base.shapes[name])}; "
-                "merging needs experts of one architecture and vocabulary"
-            )
-    return source
-
-
-def of_transformers(task: TaskFiles, base: BaseFolder) -> Source:
+def open_checkpoint(task: TaskFiles, base: BaseFolder) -> Source:
     config = config_of(task.expert)
     heads = [n for n in config.architectures or () if not n.endswith("ForSequenceClassification")]
     if heads or config.problem_type in ("regression", "multi_label_classification"):
@@ -227,38 +166,71 @@ def of_transformers(task: TaskFiles, base: BaseFolder) -> Source:
         )
     own = [config.id2label[n] for n in range(config.num_labels)]
     labels = resolve_labels(task, own, "id2label in config.json")
-    model = bare(AutoModelForSequenceClassification, config)
+    model = without_weights(AutoModelForSequenceClassification, config)
     return Source(task, "transformers", labels, model)
 
 
-def of_adapter(task: TaskFiles, base: BaseFolder) -> Source:
-    read_config(task.expert)
+def checkpoint_tensors(source: Source, base: BaseFolder, state: Mapping) -> dict[str, Tensor]:
+    model, missing = read_model(AutoModelForSequenceClassification, source.task.expert)
+    if missing:
+        raise ValueError(
+            f"expert {source.task.expert} lacks {sorted(missing)[:3]}; save the whole fine-tuned "
+            "classifier, with its head"
+        )
+    return dict(model.named_parameters())
+
+
+def open_adapter(task: TaskFiles, base: BaseFolder) -> Source:
+    adapters.read_config(task.expert)
 
     def built(count: int) -> nn.Module:
         config = config_of(base.folder)
         config.num_labels = count
-        return bare(AutoModelForSequenceClassification, config)
+        return without_weights(AutoModelForSequenceClassification, config)
 
-    count = num_labels(task.expert, built(MARKER), MARKER)
-    labels = resolve_labels(
-        task, [f"LABEL_{n}" for n in range(count)], "the shape of its saved head"
-    )
-    model = built(count)
-    return Source(task, "adapter", labels, model, adapter_of(task.expert, model))
+    count = adapters.num_labels(task.expert, built(MARKER), MARKER)
+    unnamed = [f"LABEL_{n}" for n in range(count)]
+    labels, model = resolve_labels(task, unnamed, "the shape of its saved head"), built(count)
+    return Source(task, "adapter", labels, model, adapters.adapter_of(task.expert, model))
 
 
-def of_package(task: TaskFiles, base: BaseFolder) -> Source:
-    path = task.expert / "manifest.json"
-    try:
-        own = json.loads(path.read_text("utf-8"))["answers"]
-    except (ValueError, KeyError) as error:
+def adapter_tensors(source: Source, base: BaseFolder, state: Mapping) -> dict[str, Tensor]:
+    whole = source.adapter.apply({source.prefix + n: tensor for n, tensor in state.items()})
+    if missing := [name for name, _ in source.model.named_parameters() if name not in whole]:
         raise ValueError(
-            f"{path} is no manifest of an expert of this package: {error!r}"
-        ) from error
+            f"adapter {source.task.expert} and the base {base.name!r} both lack {missing[:3]}: it "
+            "was drawn at random in training and not saved; train again with its module in "
+            "modules_to_save"
+        )
+    return whole
+
+
+def open_package(task: TaskFiles, base: BaseFolder) -> Source:
+    path = task.expert / "manifest.json"
+    with refusing(f"{path} is no manifest of an expert of this package"):
+        own = json.loads(path.read_text("utf-8"))["answers"]
     return Source(task, "package", resolve_labels(task, own, "answers in manifest.json"))
 
 
-KINDS = {"transformers": of_transformers, "adapter": of_adapter, "package": of_package}
+def package_tensors(source: Source, base: BaseFolder, state: Mapping) -> dict[str, Tensor]:
+    expert = load_expert(source.task.expert)
+    if expert.manifest["base"] != load_base(str(base.folder)).digest:
+        raise ValueError(
+            f"expert {source.task.expert} was trained from {expert.manifest['encoder']!r} with "
+            f"other weights or vocabulary than the base {base.name!r}"
+        )
+    return {**expert.state, **{f"head.{name}": tensor for name, tensor in expert.head.items()}}
+
+
+# The file that marks a folder of each kind, in the order in which they are looked for.
+MARKS = {"adapter": adapters.CONFIG, "package": "manifest.json", "transformers": "config.json"}
+OPEN = {"adapter": open_adapter, "package": open_package, "transformers": open_checkpoint}
+# (source, base, the base's tensors) -> all tensors of an expert, by its classifier's names.
+TENSORS = {
+    "adapter": adapter_tensors,
+    "package": package_tensors,
+    "transformers": checkpoint_tensors,
+}
 
 
 def open_expert(task: TaskFiles, base: BaseFolder) -> Source:
@@ -267,9 +239,59 @@ def open_expert(task: TaskFiles, base: BaseFolder) -> Source:
     Raises ValueError, saying what differs, for a folder of no known kind, another architecture or
     kind of head, adapters that are more than plain LoRA, and labels that are not the head's.
     """
-    found = KINDS[kind_of(task.expert)](task, base)
-    if found.adapter is None:
-        StoredModel.at(task.expert)  # its headers alone
-    if len(found.labels) < 2 or len(found.labels) > 36:
-        raise ValueError(f"task {task.name!r} has {len(found.labels)} labels; it may have 2 to 36")
-    return check_architecture(found, base)
+    folder = task.expert
+    kind = next((kind for kind, mark in MARKS.items() if (folder / mark).is_file()), None)
+    if kind is None:
+        raise ValueError(f"{folder} holds no expert: it needs one of {', '.join(MARKS.values())}")
+    whole = any((folder / name).is_file() for name in (SINGLE, INDEX))
+    if kind == "adapter" and whole:
+        raise ValueError(
+            f"{folder} holds an adapter ({adapters.CONFIG}) and whole weights ({SINGLE} or its "
+            "index); remove the one that is not the expert"
+        )
+    source = OPEN[kind](task, base)
+    if kind != "adapter":
+        StoredModel.at(folder)  # its headers alone
+    if len(source.labels) < 2:
+        raise ValueError(f"task {task.name!r} has the label {source.labels} alone; it needs two")
+    check_architecture(source, base)
+    return source
+
+
+def resolve_labels(task: TaskFiles, own: Sequence[str], where: str) -> tuple[str, ...]:
+    """The labels of a task, from its description or else the expert's own.
+
+    Where neither names them they are the class numbers 0, 1, ... Raises ValueError where both name
+    them and differ, in number, in words or in order.
+    """
+    own, named = tuple(own), not all(UNNAMED.fullmatch(label) for label in own)
+    if task.labels is None:
+        return own if named else tuple(map(str, range(len(own))))
+    if len(task.labels) != len(own) or (named and own != task.labels):
+        order = " in another order" if sorted(own) == sorted(task.labels) else ""
+        raise ValueError(
+            f"task {task.name!r}: labels {list(task.labels)}, but the expert's head has "
+            f"{len(own)} outputs{order}: {list(own)} ({where}); give the labels in the order of "
+            "the outputs"
+        )
+    return task.labels
+
+
+def check_architecture(source: Source, base: BaseFolder) -> None:
+    """Raise ValueError where the expert's encoder is not of the base's architecture."""
+    who, config = f"expert {source.task.expert}", getattr(source.model, "config", None)
+    for field in DECIDING:
+        own, wanted = (getattr(one, field, None) for one in (config, base.config))
+        if None not in (own, wanted) and own != wanted:
+            raise ValueError(
+                f"{who} has {field} = {own!r}, the base {base.name!r} has {wanted!r}; merging "
+                "needs experts fine-tuned from this very base"
+            )
+    own, wanted = source.shapes, base.shapes
+    names = {*own, *(name for name in wanted if re.search(r"\.\d+\.", name))}
+    if wrong := sorted(name for name in names if own.get(name) != wanted.get(name)):
+        shown = ", ".join(f"{n} ({own.get(n)}, base {wanted.get(n)})" for n in wrong[:3])
+        raise ValueError(
+            f"{who} and the base {base.name!r} differ in {len(wrong)} tensors: {shown}; merging "
+            "needs experts of one architecture and vocabulary"
+        )

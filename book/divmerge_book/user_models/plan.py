@@ -20,15 +20,14 @@ from divmerge_book.user_models.folders import (
 )
 
 COMPARED = 50  # texts of every task that both tokenizers must cut up alike
-ROLES = ("pad", "unk", "cls", "sep", "mask", "bos", "eos")
+ROLES = tuple(f"{role}_token" for role in ("pad", "unk", "cls", "sep", "mask", "bos", "eos"))
 
 
 @dataclass(frozen=True)
 class Plan:
     """A checked description: experts that fit the base, and rows that fit the experts.
 
-    rows: split -> per task its rows, None where it has none. notes: remarks
-    that are no errors.
+    rows: split -> per task its rows, None where it has none. notes: remarks that are no errors.
     """
 
     description: Description
@@ -43,12 +42,12 @@ class Plan:
 
     def table(self) -> pd.DataFrame:
         """One row per task: its expert's kind, its labels, and how many rows every split has."""
-        found = [
-            {"task": source.task.name, "expert": source.kind, "labels": ", ".join(source.labels)}
-            | {split: len(self.rows[split][n] or ()) for split in SPLITS}
-            for n, source in enumerate(self.experts)
-        ]
-        return pd.DataFrame(found).set_index("task")
+        columns = {
+            "expert": [source.kind for source in self.experts],
+            "labels": [", ".join(source.labels) for source in self.experts],
+            **{split: [len(rows or ()) for rows in own] for split, own in self.rows.items()},
+        }
+        return pd.DataFrame(columns, index=pd.Index(self.tasks, name="task"))
 
 
 def files_exist(task: TaskFiles) -> None:
@@ -61,12 +60,6 @@ def files_exist(task: TaskFiles) -> None:
             )
 
 
-def special(tokenizer: transformers.PreTrainedTokenizerBase) -> dict[str, str]:
-    """Role -> token, for the roles that a tokenizer fills."""
-    found = {role: getattr(tokenizer, f"{role}_token", None) for role in ROLES}
-    return {role: str(token) for role, token in found.items() if token is not None}
-
-
 def tokenizer_gap(
     base: transformers.PreTrainedTokenizerBase,
     own: transformers.PreTrainedTokenizerBase,
@@ -77,13 +70,12 @@ def tokenizer_gap(
     Compared are vocabularies, special tokens that both have, and how these texts are cut up.
     """
     ours, theirs = base.get_vocab(), own.get_vocab()
-    if ours != theirs:
-        moved = sorted(t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t))
+    if moved := sorted(t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t)):
         return f"its vocabulary differs from the base's in {len(moved)} tokens, such as {moved[:3]}"
-    wanted, found = special(base), special(own)
-    for role in wanted:
-        if role in found and found[role] != wanted[role]:
-            return f"its {role} token is {found[role]!r}, the base's {wanted[role]!r}"
+    for role in ROLES:
+        wanted, found = getattr(base, role, None), getattr(own, role, None)
+        if None not in (wanted, found) and wanted != found:
+            return f"its {role.replace('_', ' ')} is {found!r}, the base's {wanted!r}"
     for text in texts[:COMPARED]:
         if base(text).input_ids != own(text).input_ids:
             return (
@@ -93,28 +85,22 @@ def tokenizer_gap(
     return None
 
 
-def same_tokenizer(source: Source, base: BaseFolder, rows: datasets.Dataset) -> str | None:
+def own_padding(source: Source, base: BaseFolder, rows: datasets.Dataset) -> str | None:
     """The expert's padding token, where its folder has a tokenizer with one.
 
-    Raises ValueError where the expert's vocabulary, special tokens or way of cutting up this
-    task's own texts differ from the base's. A token that the base lacks may be added.
+    Raises ValueError where that tokenizer does not read this task's texts as the base's does.
     """
-    own, folder = tokenizer_of(source.task.expert), source.task.expert
-    if own is None:
-        return None
-    texts = list(rows["text"][:COMPARED])
-    if gap := tokenizer_gap(base.tokenizer, own, texts):
+    own = tokenizer_of(source.task.expert)
+    if own and (gap := tokenizer_gap(base.tokenizer, own, rows["text"][:COMPARED])):
         raise ValueError(
-            f"expert {folder}: {gap}; merging needs experts that read texts as the base does"
+            f"expert {source.task.expert}: {gap}; merging needs experts that read texts as the "
+            "base does"
         )
-    return special(own).get("pad")
+    return own and own.pad_token
 
 
 def set_padding(
-    base: BaseFolder,
-    experts: tuple[Source, ...],
-    pads: list[str | None],
-    given: str | None = None,
+    base: BaseFolder, experts: Sequence[Source], pads: Sequence[str | None], given: str | None
 ) -> list[str]:
     """Set the base's tokenizer to the inputs that all models take and the one padding token.
 
@@ -127,23 +113,20 @@ def set_padding(
             f"pad_token {given!r} is no token of the base {base.name!r}; give one of its own, such "
             f"as {tokenizer.eos_token or tokenizer.unk_token!r}"
         )
-    used = {pad for pad in (tokenizer.pad_token, *pads, given) if pad is not None}
-    for source in experts:
-        number = getattr(getattr(source.model, "config", None), "pad_token_id", None)
-        used |= {tokenizer.convert_ids_to_tokens(number)} if number is not None else set()
-    if len(used) != 1:
+    models = [source.model for source in experts if source.model is not None]
+    numbers = {model.config.pad_token_id for model in models} - {None}
+    used = {tokenizer.pad_token, *pads, given, *map(tokenizer.convert_ids_to_tokens, numbers)}
+    if len(used := used - {None}) != 1:
         raise ValueError(
             f"base and experts pad with {sorted(used) or 'nothing'}; one padding token is needed: "
             "name pad_token in the description, or set it in the base's tokenizer, and "
             "pad_token_id in every expert's config.json"
         )
-    tokenizer.pad_token = used.pop()
-    tokenizer.padding_side = "right"
-    for source in experts:
-        if source.model is not None:
-            source.model.config.pad_token_id = tokenizer.pad_token_id
-            taken = inspect.signature(source.model.forward).parameters
-            tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n in taken]
+    tokenizer.pad_token, tokenizer.padding_side = used.pop(), "right"
+    for model in models:
+        model.config.pad_token_id = tokenizer.pad_token_id
+        taken = inspect.signature(model.forward).parameters
+        tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n in taken]
     if base.config.pad_token_id is None:
         return [
             f"the base {base.name!r} names no pad_token_id in its config.json, so the merged model "
@@ -163,14 +146,6 @@ def check_length(description: Description, base: BaseFolder) -> None:
         )
 
 
-def missing_classes(source: Source, split: str, rows: datasets.Dataset) -> list[str]:
-    """A note where labelled rows do not have all labels."""
-    present = set(range(len(source.labels))) if split == "merge" else set(rows["label"])
-    missing = [label for n, label in enumerate(source.labels) if n not in present]
-    text = f"task {source.task.name!r}: no {split} row has the label {', '.join(missing)}"
-    return [text] if missing else []
-
-
 def check(description: Description) -> Plan:
     """Everything about a description that can be checked without loading weights.
 
@@ -181,19 +156,23 @@ def check(description: Description) -> Plan:
     base = open_base(description.base, description.path.parent)
     check_length(description, base)
     experts = tuple(collect_errors(partial(open_expert, task, base) for task in description.tasks))
-    jobs = [(s, split) for s in experts for split in s.task.files()]
+    jobs = [(source, split) for source in experts for split in source.task.files()]
     loaded = collect_errors(
-        partial(load_rows, s.task, split, s.labels, base.tokenizer) for s, split in jobs
+        partial(load_rows, source.task, split, source.labels, base.tokenizer)
+        for source, split in jobs
     )
-    rows: dict[str, dict[str, datasets.Dataset]] = {s.task.name: {} for s in experts}
+    rows: dict[str, dict[str, datasets.Dataset]] = {source.task.name: {} for source in experts}
     for (source, split), data in zip(jobs, loaded, strict=True):
         rows[source.task.name][split] = data
     notes = sum(collect_errors(partial(shared, *item) for item in rows.items()), [])
     pads = collect_errors(
-        partial(same_tokenizer, s, base, rows[s.task.name]["merge"]) for s in experts
+        partial(own_padding, source, base, rows[source.task.name]["merge"]) for source in experts
     )
     notes += set_padding(base, experts, pads, description.pad_token)
     for (source, split), data in zip(jobs, loaded, strict=True):
-        notes += missing_classes(source, split, data)
-    splits = {split: tuple(rows[s.task.name].get(split) for s in experts) for split in SPLITS}
+        present = set(range(len(source.labels))) if split == "merge" else set(data["label"])
+        if absent := [label for n, label in enumerate(source.labels) if n not in present]:
+            absent = ", ".join(absent)
+            notes.append(f"task {source.task.name!r}: no {split} row has the label {absent}")
+    splits = {split: tuple(own.get(split) for own in rows.values()) for split in SPLITS}
     return Plan(description, base, experts, splits, tuple(notes))

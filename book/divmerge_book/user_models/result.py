@@ -41,12 +41,6 @@ class MergeResult:
     report: Report | None
 
 
-def labelled(bench: Experiment) -> list[str]:
-    """The tasks that have test rows."""
-    tasks = bench.problem.vectors.tasks
-    return [task for task, exam in zip(tasks, bench.test, strict=True) if exam.rows]
-
-
 def check_methods(bench: Experiment, specs: Sequence[str], overrides: Mapping) -> bool:
     """Whether methods may search with validation rows, which all tasks must have.
 
@@ -55,7 +49,7 @@ def check_methods(bench: Experiment, specs: Sequence[str], overrides: Mapping) -
     """
     check_request(specs, [0], overrides)
     check_fit_for(specs, [bench.problem.vectors.tasks])
-    searching = all(exam.rows for exam in bench.validation)
+    searching = all(split.rows for split in bench.validation)
     for spec in specs:
         name, _ = parse(spec)
         if METHODS.facts[name].get("returns") == "predictor":
@@ -114,34 +108,29 @@ def merge_and_score(
     Raises ValueError as `check_methods` says, and Diverged where a fit diverges.
     """
     searching = check_methods(bench, specs, {k: v for k, v in overrides.items() if k != "inputs"})
-    size = replace(SIZES["full"], candidates=budget if searching else 1)
+    size = replace(SIZES["full"], candidates=budget if searching else 1, inputs=None)
     made, options = {}, {}
     for spec in (bar := tqdm(specs, "merging", disable=not progress, leave=False)):
         bar.set_postfix_str(spec)
         merges = Merges(bench, spec)
-        given = {"inputs": None, **overrides}
-        tried = candidates(spec, replace(size, inputs=None), seed, given, bench.problem)
-        best = search(merges, tried).best
-        made[spec], options[spec] = merges(tried[best]), tried[best]
-    flats = {spec: one.merged for spec, one in made.items()}
-    near = closeness(bench, {"base": bench.problem.vectors.base, **flats})
-    return MergeResult(made, options, near, scored(bench, flats, seed, suite))
+        tried = candidates(spec, size, seed, overrides, bench.problem)
+        options[spec] = tried[search(merges, tried).best]
+        made[spec] = merges(options[spec])
+    flats = {"base": bench.problem.vectors.base, **{s: one.merged for s, one in made.items()}}
+    return MergeResult(made, options, closeness(bench, flats), scored(bench, flats, seed, suite))
 
 
-def scored(
-    bench: Experiment, merged: Mapping[str, Merged], seed: int, suite: str = SUITE
-) -> Report | None:
-    """Predictions of experts, base and merges on the labelled test rows; None without any."""
-    tasks = labelled(bench)
-    if not tasks:
+def scored(bench: Experiment, merged: Mapping[str, Merged], seed: int, suite: str) -> Report | None:
+    """Predictions of experts and merges on the labelled test rows; None without any."""
+    every = zip(bench.problem.vectors.tasks, bench.test, strict=True)
+    rows = {task: split.rows for task, split in every if split.rows}
+    if not rows:
         return None
-    part = bench.select(tasks)
-    labels = {"suite": suite, "subset": "+".join(tasks), "seed": seed}
+    part, ends = bench.select(list(rows)), sorted({min(rows.values()), max(rows.values())})
+    labels = {"suite": suite, "subset": "+".join(rows), "seed": seed}
     parts = [own_experts(part, part.test, **labels, method="expert")]
-    for method, flat in {"base": part.problem.vectors.base, **merged}.items():
+    for method, flat in merged.items():
         parts.append(evaluate(part.problem, flat, part.test, **labels, method=method))
-    counts = sorted({exam.rows for exam in part.test})
-    rows = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return Report.of(
         pd.concat(parts, ignore_index=True),
         suite=suite,
@@ -149,7 +138,7 @@ def scored(
         size="own",
         device=str(bench.problem.vectors.base.device),
         precision=bench.experts[0].manifest["precision"],
-        rows_per_task={"test": rows},
+        rows_per_task={"test": " to ".join(map(str, ends))},
     )
 
 
@@ -166,26 +155,25 @@ def task_scores(
     columns = ["task", "metric", "value", "low", "high"]
     if report is None:
         return pd.DataFrame(columns=columns)
-    suite, generator, found = report.rows.suite.iloc[0], np.random.default_rng(seed), []
+    generator, found, statistics = np.random.default_rng(seed), [], ("anp", "kept_margin")
 
-    def interval(part: Report, statistic: str) -> tuple[float, ...]:
-        every = part.intervals(statistic=statistic, draws=draws, seed=seed).set_index("method")
-        return tuple(every.loc[method, ["value", "low", "high"]])
+    def intervals(part: Report, task: str, metrics: Sequence[str]) -> None:
+        for metric, statistic in zip(metrics, statistics, strict=True):
+            every = part.intervals(statistic=statistic, draws=draws, seed=seed).set_index("method")
+            found.append((task, metric, *every.loc[method, ["value", "low", "high"]]))
 
     exact = report.against_experts().query("method == @method").set_index("task")
     for row in report.rows[report.rows.method == method].itertuples():
-        right = np.equal(row.predicted, row.gold)
+        right, own = np.equal(row.predicted, row.gold), exact.loc[row.task]
         drawn = generator.binomial(len(right), right.mean(), draws) / len(right)
-        low, high = middle(drawn)
-        found.append((row.task, "accuracy", float(right.mean()), float(low), float(high)))
-        own = exact.loc[row.task]
+        found.append((row.task, "accuracy", right.mean(), *middle(drawn)))
         found.append((row.task, "majority", own.floor, np.nan, np.nan))
-        alone = replace(report, rows=report.rows[report.rows.task == row.task])
-        for column, statistic in (("ratio", "anp"), ("kept_margin", "kept_margin")):
-            value = own[column], np.nan, np.nan
-            found.append(
-                (row.task, column, *(interval(alone, statistic) if own.counted else value))
-            )
-    for statistic in ("anp", "kept_margin") if report.counted(suite) else ():
-        found.append(("all", statistic, *interval(report, statistic)))
+        metrics = ["ratio", "kept_margin"]
+        if own.counted:
+            alone = replace(report, rows=report.rows[report.rows.task == row.task])
+            intervals(alone, row.task, metrics)
+        else:
+            found += [(row.task, metric, own[metric], np.nan, np.nan) for metric in metrics]
+    if exact.counted.any():
+        intervals(report, "all", statistics)
     return pd.DataFrame(found, columns=columns)

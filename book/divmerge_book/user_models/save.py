@@ -17,6 +17,7 @@ from divmerge_book.user_models.load import load
 from divmerge_book.user_models.plan import Plan, check
 from divmerge_book.user_models.result import MergeResult, merge_and_score, task_scores
 from divmerge_core.checkpoints import Head, MergeRecord
+from divmerge_core.checkpoints.heads import MEAN
 from divmerge_core.merging.coefficients import groups_of
 from divmerge_core.merging.task_vectors import TaskVectors
 from divmerge_core.methods import METHODS, parse
@@ -38,24 +39,21 @@ def coefficients_of(
     names, groups = groups_of(vectors.layout, grouping)
     count, size = len(vectors.tasks), len(names)
     gram = torch.zeros(size, count, count, dtype=torch.float64)
-    along = torch.zeros(size, count, dtype=torch.float64)
-    pieces = list(zip(vectors.layout.bounds, groups, strict=True))
-    for (begin, stop), group in pieces:
+    along, moved = torch.zeros(size, count, 1, dtype=torch.float64), 0.0
+    for (begin, stop), group in zip(vectors.layout.bounds, groups, strict=True):
         deltas = vectors.deltas[:, begin:stop].double().cpu()  # [T, n]
         change = (flat[begin:stop].double() - vectors.base[begin:stop].double()).cpu()
         gram[group] += deltas @ deltas.T
-        along[group] += deltas @ change
+        along[group] += deltas @ change[:, None]
+        moved += change.square().sum()
     start = torch.zeros(count, size) if near is None else near
     start = start.double().T[..., None]  # [G, T, 1]
-    moved_by = torch.linalg.pinv(gram, hermitian=True) @ (along[..., None] - gram @ start)
-    coeffs = (start + moved_by)[..., 0].T
-    rest = moved = 0.0
-    for (begin, stop), group in pieces:
-        change = (flat[begin:stop].double() - vectors.base[begin:stop].double()).cpu()
-        made = coeffs[:, group] @ vectors.deltas[:, begin:stop].double().cpu()
-        rest, moved = rest + (change - made).square().sum(), moved + change.square().sum()
+    coeffs = start + torch.linalg.pinv(gram, hermitian=True) @ (along - gram @ start)
+    rest = (moved + (coeffs * (gram @ coeffs - 2 * along)).sum()).clamp(
+        min=0
+    )  # ||change - made||^2
     limit = 1e-3 * moved.sqrt() + 1e-6 * vectors.base.double().norm().cpu()
-    return coeffs.float() if rest.sqrt() <= limit else None
+    return coeffs[..., 0].T.float() if rest <= limit**2 else None
 
 
 def grouping_of(spec: str) -> str:
@@ -69,11 +67,9 @@ def heads_of(plan: Plan, bench: Experiment) -> dict[str, Head]:
     """Every task's head as it is written beside the merged model."""
     found = {}
     for source, expert in zip(plan.experts, bench.experts, strict=True):
-        tensors, kind = dict(expert.head), "mean"
-        if source.model is None:
-            tensors = {name: tensors[f"head.{name}"] for name in ("weight", "bias")}
-        else:
-            kind = type(source.model).__name__
+        kind = MEAN if source.model is None else type(source.model).__name__
+        before = "head." if source.model is None else ""
+        tensors = {name.removeprefix(before): tensor for name, tensor in expert.head.items()}
         found[source.task.name] = Head(tensors, source.labels, kind)
     return found
 
@@ -96,11 +92,12 @@ def merge_described(
     Raises ValueError, before weights are read, for whatever a description may have wrong.
     """
     described, output = read(locate(description)), Path(output).expanduser().resolve()
-    several = len(set(methods)) > 1
-    folders = {m: output / m.replace("/", "-") if several else output for m in methods}
-    folders = {m: target(described, f, overwrite=overwrite) for m, f in folders.items()}
-    for method in folders:
-        parse(method)  # an unknown method is refused before weights are read
+    folders = {method: output for method in methods}
+    if len(folders) > 1:
+        folders = {method: output / method.replace("/", "-") for method in folders}
+    for method, folder in folders.items():
+        parse(method)
+        target(described, folder, overwrite=overwrite)
     plan = check(described)
     print(plan.table().to_string(), *plan.notes, sep="\n")
     bench = load(plan, device=device, precision=precision)
@@ -145,14 +142,12 @@ def write_merged(
     """
     if spec not in found.made:
         raise ValueError(f"{spec!r} was not merged; there are {', '.join(found.made)}")
-    vectors, flat = bench.problem.vectors, found.made[spec].merged
-    grouping = grouping_of(spec)
-    fit = found.made[spec].fit
-    scales_tasks = fit and fit["tasks"] == list(vectors.tasks)  # else components of a basis
-    near = torch.tensor(fit["coefficients"]) if scales_tasks else None
+    vectors, made, grouping = bench.problem.vectors, found.made[spec], grouping_of(spec)
+    scales_tasks = made.fit and made.fit["tasks"] == list(vectors.tasks)  # else a basis
+    near = torch.tensor(made.fit["coefficients"]) if scales_tasks else None
     data = {
         source.task.name: {
-            "rows": {split: len(plan.rows[split][n] or ()) for split in plan.rows},
+            "rows": {split: len(rows[n] or ()) for split, rows in plan.rows.items()},
             "digest": data_digest(plan.rows["merge"][n])[:16],
             "labels": ", ".join(source.labels),
             "expert": source.kind,
@@ -165,18 +160,12 @@ def write_merged(
         base=plan.base.folder,
         experts={source.task.name: source.task.expert for source in plan.experts},
         options={k: v for k, v in found.options[spec].items() if k != "grouping"},
-        coeffs=coefficients_of(vectors, flat, grouping, near),
+        coeffs=coefficients_of(vectors, made.merged, grouping, near),
         groups=groups_of(vectors.layout, grouping)[0],
         grouping=grouping,
         base_name=plan.base.name,
         data=data,
         scores=task_scores(found.report, spec).to_dict("records"),
     )
-    return write(
-        folder,
-        record,
-        merged=vectors.layout.unflatten(flat),
-        heads=heads_of(plan, bench),
-        overwrite=overwrite,
-        **options,
-    )
+    merged, heads = vectors.layout.unflatten(made.merged), heads_of(plan, bench)
+    return write(folder, record, merged=merged, heads=heads, overwrite=overwrite, **options)
