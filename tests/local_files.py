@@ -1,6 +1,5 @@
 """What the tests of users' models share: small bases, experts and rows, as files."""
 
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,32 +22,33 @@ PAD = {"pad_token_id": 0}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
+ENCODER = {**SIZES, **SMALL, "intermediate_size": 64}
+KINDS = {  # family -> configuration class and a tiny model's sizes
+    "bert": ("BertConfig", ENCODER),
+    "roberta": ("RobertaConfig", {**ENCODER, "max_position_embeddings": 34, **PAD}),
+    "deberta": ("DebertaV2Config", ENCODER),
+    "distilbert": (
+        "DistilBertConfig",
+        {**SIZES, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64},
+    ),
+    "gpt2": (
+        "GPT2Config",
+        {**PAD, "vocab_size": len(WORDS), "n_positions": 32, "n_embd": 32, "n_layer": 2}
+        | {"n_head": 2, "bos_token_id": 3, "eos_token_id": 3},
+    ),
+    "qwen2": ("Qwen2Config", {**ENCODER, **PAD, "num_key_value_heads": 2, "vocab_size": 128}),
+    "bart": (
+        "BartConfig",
+        {**SIZES, **PAD, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+        | {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "eos_token_id": 3}
+        | {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "bos_token_id": 2}
+        | {"decoder_start_token_id": 3},
+    ),
+}
+
+
 def config(kind: str, **changes) -> transformers.PretrainedConfig:
-    """A tiny configuration of one family."""
-    encoder = {**SIZES, **SMALL, "intermediate_size": 64}
-    kinds = {
-        "bert": ("BertConfig", encoder),
-        "roberta": ("RobertaConfig", {**encoder, "max_position_embeddings": 34, **PAD}),
-        "deberta": ("DebertaV2Config", encoder),
-        "distilbert": (
-            "DistilBertConfig",
-            {**SIZES, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64},
-        ),
-        "gpt2": (
-            "GPT2Config",
-            {**PAD, "vocab_size": len(WORDS), "n_positions": 32, "n_embd": 32, "n_layer": 2}
-            | {"n_head": 2, "bos_token_id": 3, "eos_token_id": 3},
-        ),
-        "qwen2": ("Qwen2Config", {**encoder, **PAD, "num_key_value_heads": 2, "vocab_size": 128}),
-        "bart": (
-            "BartConfig",
-            {**SIZES, **PAD, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
-            | {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "eos_token_id": 3}
-            | {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "bos_token_id": 2}
-            | {"decoder_start_token_id": 3},
-        ),
-    }
-    name, sizes = kinds[kind]
+    name, sizes = KINDS[kind]
     return getattr(transformers, name)(**{**sizes, **changes})
 
 
@@ -126,15 +126,9 @@ def make_adapter(folder: Path, shapes: dict, *, saved: dict | None = None, rank:
         tensors[f"base_model.model.{name}"] = tensor
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
-    plain = {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS",
-        "r": rank,
-        "lora_alpha": 6,
-        "bias": "none",
-    }
-    plain |= {"use_rslora": False, "fan_in_fan_out": False, "use_dora": False, "lora_dropout": 0.1}
-    plain |= {"megatron_core": "megatron.core", "target_modules": ["query"]}
+    plain = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": rank, "lora_alpha": 6}
+    plain |= {"bias": "none", "use_rslora": False, "fan_in_fan_out": False, "use_dora": False}
+    plain |= {"lora_dropout": 0.1, "megatron_core": "megatron.core", "target_modules": ["query"]}
     plain |= {"init_lora_weights": True}
     (folder / "adapter_config.json").write_text(json.dumps({**plain, **config}))
     return factors
@@ -152,16 +146,13 @@ def toy_rows(name: str) -> dict[str, list[dict]]:
 def write_rows(path: Path, rows: Sequence[dict]) -> Path:
     """Rows in the format that the path's ending names; a folder without one."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame(rows)
     if path.suffix in (".csv", ".tsv"):
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            form = "excel" if path.suffix == ".csv" else "excel-tab"
-            writer = csv.DictWriter(file, list(rows[0]), dialect=form)
-            writer.writeheader()
-            writer.writerows(rows)
+        table.to_csv(path, sep="," if path.suffix == ".csv" else "\t", index=False)
     elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        table.to_json(path, orient="records", lines=True)
     elif path.suffix == ".parquet":
-        pd.DataFrame(rows).to_parquet(path, index=False)
+        table.to_parquet(path, index=False)
     else:
         datasets.disable_progress_bars()
         datasets.Dataset.from_list(list(rows)).save_to_disk(str(path))

@@ -1,4 +1,4 @@
-"""What tests/test_distributed.py starts in several processes: `scale_worker.py MODE FOLDER`."""
+"""What tests/book/test_distributed.py starts in processes: `scale_worker.py MODE FOLDER`."""
 
 import json
 import os

@@ -37,7 +37,7 @@ def test_a_suite_runs_from_its_name_to_a_table(suite, cache, tmp_path, monkeypat
 def test_published_identifiers_are_the_defaults_and_others_may_replace_them():
     own = paths_of(glue.SUITE)
     assert own.base == "openai-community/gpt2" and own.experts["rte"] == "tanganke/gpt2_rte"
-    assert list(own.experts) == list(TASKS[glue.SUITE]) and own.glue is None
+    assert list(own.experts) == list(TASKS[glue.SUITE]) and not own.data
     named = {"base": "b", "experts": ["e1", "e2"], "data": ["d1", "d2"]}
     other = paths_of(t5.SUITE, ["imdb", "squad"], **named)
     assert (other.base, other.sources["squad"].expert) == ("b", "e2")

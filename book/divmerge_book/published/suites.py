@@ -16,6 +16,8 @@ from divmerge_book.published.sources import SOURCES, Source, distinct_tasks
 from divmerge_book.user_models import check, load, read
 
 TASKS = {glue.SUITE: tuple(glue.PRINTED), t5.SUITE: tuple(SOURCES)}
+BASES = {glue.SUITE: glue.BASE, t5.SUITE: t5.BASE}
+EXPERTS = {**glue.EXPERTS, **{task: source.expert for task, source in SOURCES.items()}}
 SMALL = {glue.SUITE: ("cola", "sst2", "mnli"), t5.SUITE: ("imdb", "squad")}
 TOYS = {"smoke": (SMALL, 80), "default": (TASKS, 200)}  # tasks of each suite, steps of each expert
 
@@ -24,21 +26,29 @@ TOYS = {"smoke": (SMALL, 80), "default": (TASKS, 200)}  # tasks of each suite, s
 class SuitePaths:
     """Where a suite's models and data are: hub names or folders.
 
-    glue: the folder that DIVMERGE_GLUE_DIR would name, None for that or the hub. sources: of T5's
-    tasks. toy: whether these are toy models, whose scores mean nothing.
+    data: of T5 one per task; of gpt2_glue the folder that DIVMERGE_GLUE_DIR would name; empty for
+    the suite's own. toy: whether these are toy models, whose scores mean nothing.
     """
 
     suite: str
     base: str
     experts: Mapping[str, str]
-    glue: str | None = None
-    sources: Mapping[str, Source] | None = None
+    data: Sequence[str] = ()
     toy: bool = False
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """T5's experts and data by task; none of gpt2_glue."""
+        if self.suite == glue.SUITE:
+            return {}
+        own = [SOURCES[name].data for name in self.experts]
+        places = zip(self.experts.items(), self.data or own, strict=True)
+        return {n: replace(SOURCES[n], expert=expert, data=place) for (n, expert), place in places}
 
     def table(self) -> pd.DataFrame:
         """A row per task: expert and data; for T5 also what the expert reads and writes."""
         rows = {task: {"expert": name} for task, name in self.experts.items()}
-        for task, source in (self.sources or {}).items():
+        for task, source in self.sources.items():
             reads = source.template.replace("{text}", source.text)
             reads = reads.replace("{pair}", source.pair or "")
             rows[task] |= {"data": source.data, "reads": reads, "writes": source.answer}
@@ -62,22 +72,12 @@ def published(
     if suite not in TASKS:
         raise ValueError(f"suite must be one of {', '.join(TASKS)}, got {suite!r}")
     names = distinct_tasks(suite, list(tasks or TASKS[suite]), TASKS[suite])
-    classifiers = suite == glue.SUITE
-    wanted = {"experts": len(names), "data": 1 if classifiers else len(names)}
+    wanted = {"experts": len(names), "data": 1 if suite == glue.SUITE else len(names)}
     for what, given in (("experts", experts), ("data", data)):
         if given and len(given) != wanted[what]:
             raise ValueError(f"{what} must be {wanted[what]} for {names}, or none; got {given}")
-    others = dict(zip(names, experts, strict=False))
-    if classifiers:
-        named = {name: others.get(name, glue.EXPERTS[name]) for name in names}
-        return SuitePaths(suite, base or glue.BASE, named, data[0] if data else None)
-    named = {name: others.get(name, SOURCES[name].expert) for name in names}
-    folders = data or [SOURCES[name].data for name in names]
-    sources = {
-        name: replace(SOURCES[name], expert=named[name], data=place)
-        for name, place in zip(names, folders, strict=True)
-    }
-    return SuitePaths(suite, base or t5.BASE, named, sources=sources)
+    named = dict(zip(names, experts or [EXPERTS[name] for name in names], strict=True))
+    return SuitePaths(suite, base or BASES[suite], named, tuple(data))
 
 
 def toy_suite(suite: str, folder: Path, *, size: str = "smoke", seed: int = 0) -> SuitePaths:
@@ -113,7 +113,7 @@ def prepare_published(
         return t5.prepare_t5(names, sources=paths.sources, **given, **where)
     if paths.toy:
         given["max_length"] = toy_models.POSITIONS
-    with mock.patch.dict(os.environ, {"DIVMERGE_GLUE_DIR": paths.glue} if paths.glue else {}):
+    with mock.patch.dict(os.environ, {"DIVMERGE_GLUE_DIR": paths.data[0]} if paths.data else {}):
         plan = check(read(glue.describe(folder, names, experts=paths.experts, **given)))
     return load(plan, **where)
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from divmerge_book.data.glue import quiet
 from divmerge_book.data.tasks import TASKS
+from divmerge_book.models.language.models import quiet_transformers
 from divmerge_book.published.sources import SOURCES, rows_of
 from divmerge_core.storage import fresh_folder
 
@@ -190,8 +191,7 @@ def make_toys(folder: Path, tasks: Sequence[str], *, steps: int, seed: int = 0) 
     As on the hub, GPT-2's experts have no tokenizer; they name pad_token_id, and their outputs are
     LABEL_0, LABEL_1, ...
     """
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    quiet_transformers()
     classifies = tasks[0] in COLUMNS
     make_base, make_expert = (gpt2, classifier) if classifies else (t5, writer)
     with fresh_folder(folder) as new, torch.random.fork_rng():

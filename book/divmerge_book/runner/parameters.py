@@ -44,7 +44,7 @@ def declared(source: str, where: str) -> dict[str, Parameter]:
 
     Raises ValueError for a line of another form, or of a type that is not in KINDS.
     """
-    found, lines = {}, source.encode().splitlines()
+    found, written = {}, source.encode().splitlines()
     for line in ast.parse(source).body:
         if not declares([line]) or line.value is None:
             raise ValueError(
@@ -52,8 +52,8 @@ def declared(source: str, where: str) -> dict[str, Parameter]:
                 f" with a type out of {', '.join(KINDS)}"
             )
         name, kind, given = map(ast.unparse, (line.target, line.annotation, line.value))
-        help = lines[line.end_lineno - 1][line.end_col_offset :].decode().strip("# ")
-        found[name] = Parameter(name, kind, given, help)
+        comment = written[line.end_lineno - 1][line.end_col_offset :].decode().strip("# ")
+        found[name] = Parameter(name, kind, given, comment)
     return found
 
 
@@ -104,7 +104,7 @@ def check_parameters(notebook: MutableMapping[str, object]) -> frozenset[str]:
     type, a number that is not finite, an injected name that the notebook does not have, or a size
     that does not exist.
     """
-    cells = [(source, lines(source)) for source in notebook.get("In", ())]  # what has run
+    cells = [(source, statements(source)) for source in notebook.get("In", ())]  # what has run
     own = [number for number, (_, body) in enumerate(cells) if declares(body)]
     if not own:
         raise ValueError("run the notebook's first code cell, its parameters, before this one")
@@ -127,7 +127,7 @@ def check_parameters(notebook: MutableMapping[str, object]) -> frozenset[str]:
     return frozenset({n for n in allowed if notebook[n]} - {"size", "live", "publish"})
 
 
-def lines(source: str) -> list[ast.stmt]:
+def statements(source: str) -> list[ast.stmt]:
     """A cell's statements; none of one that did not parse."""
     with suppress(SyntaxError):
         return ast.parse(source).body

@@ -131,7 +131,7 @@ def require(values: pd.Series, fits: Iterable[object], what: str, cure: str) -> 
 
 
 def texts(values: pd.Series, tokenizer: Tokenizer) -> list[str]:
-    """A column of texts of one token or more. Raises ValueError for the first row that is none."""
+    """A column of texts of one token or more."""
     column, cure = f"column {values.name!r}", "correct or remove the row"
     words = (isinstance(text, str) and text.strip() for text in values)
     require(values, words, f"{column} holds VALUE, not a text", cure)
@@ -165,8 +165,8 @@ def load_rows(
 ) -> datasets.Dataset:
     """Rows of one split: `text`, for pairs `pair`, and, outside the merge split, `label`.
 
-    Raises ValueError, naming file and row, for what cannot be read, a text that is empty or of
-    which the tokenizer makes nothing, and a label that the expert does not have.
+    Raises ValueError, naming file and row, for what cannot be read, for texts without a token, and
+    for labels that the expert does not have.
     """
     names = task.columns.model_dump(exclude_none=True)
     if split == "merge":

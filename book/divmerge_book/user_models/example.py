@@ -20,6 +20,7 @@ from divmerge_book.data.tasks import TASKS, Task
 from divmerge_book.evaluation.sizes import QUICK
 from divmerge_book.models.encoders import Base, load_base, make_batches
 from divmerge_book.models.finetuning import Recipe, fine_tune
+from divmerge_book.models.language.models import quiet_transformers
 from divmerge_book.models.merged import base_folder, labelled
 from divmerge_book.user_models.data import write_rows
 from divmerge_book.user_models.description import SPLITS
@@ -74,6 +75,7 @@ def train(
 
 def classifier(base: Base, task: Task) -> nn.Module:
     """The base as transformers' classifier, with a new head."""
+    quiet_transformers()
     folder, labels = base_folder(base.name), labelled(task.answers)
     return AutoModelForSequenceClassification.from_pretrained(folder, **labels).train()
 

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from divmerge_book.models.encoders import load_base
 from divmerge_book.models.finetuning import load_expert
+from divmerge_book.models.language.models import quiet_transformers
 from divmerge_book.models.merged import base_folder
 from divmerge_book.user_models import adapters
 from divmerge_book.user_models.description import TaskFiles
@@ -86,7 +87,7 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Raise ValueError that begins with these words for what transformers refuses to read."""
+    """Raise ValueError, beginning with these words, for what transformers refuses to read."""
     try:
         yield
     except REFUSALS as error:
@@ -94,24 +95,20 @@ def refusing(what: str) -> Iterator[None]:
 
 
 def config_of(folder: Path) -> transformers.PretrainedConfig:
-    """The configuration in a folder. Raises ValueError where transformers does not know it."""
+    """The configuration in a folder."""
     with refusing(f"{folder}: its configuration is not one that transformers knows"):
         return AutoConfig.from_pretrained(folder, **OFFLINE)
 
 
-def without_weights(kind: type, config: transformers.PretrainedConfig) -> nn.Module:
-    """A model of this configuration on the meta device. Raises ValueError where there is none."""
+def bare_model(kind: type, config: transformers.PretrainedConfig) -> nn.Module:
+    """A model of this configuration on the meta device."""
     with refusing(f"no {kind.__name__} for model type {config.model_type!r}"), torch.device("meta"):
         return kind.from_config(config, **OFFLINE)
 
 
 def read_model(kind: type, folder: object) -> tuple[nn.Module, set[str]]:
-    """A model in float32, and the names that its checkpoint lacks.
-
-    Raises ValueError where the checkpoint cannot be read.
-    """
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    """A model in float32, and the names that its checkpoint lacks."""
+    quiet_transformers()
     options = {"dtype": torch.float32, "output_loading_info": True, **OFFLINE}
     with refusing(f"{folder}: its weights cannot be loaded"):
         model, info = kind.from_pretrained(folder, **options)
@@ -128,10 +125,7 @@ def tokenizer_of(folder: Path) -> transformers.PreTrainedTokenizerBase | None:
 
 
 def fetched(name: str) -> Path:
-    """The folder of a packaged or cached base; else its files are fetched from the hub.
-
-    Raises ValueError where there is none.
-    """
+    """The folder of a local, packaged or cached model; else its files are fetched from the hub."""
     try:
         return base_folder(name)
     except ValueError as error:
@@ -152,7 +146,7 @@ def open_base(name: str, beside: Path) -> BaseFolder:
     StoredModel.at(folder)  # its headers alone
     if tokenizer is None:
         raise ValueError(f"base {folder} has no tokenizer; save the base's own beside its weights")
-    shapes = shapes_of(without_weights(AutoModel, config))
+    shapes = shapes_of(bare_model(AutoModel, config))
     return BaseFolder(name, folder, config, tokenizer, shapes)
 
 
@@ -166,7 +160,7 @@ def open_checkpoint(task: TaskFiles, base: BaseFolder) -> Source:
         )
     own = [config.id2label[n] for n in range(config.num_labels)]
     labels = resolve_labels(task, own, "id2label in config.json")
-    model = without_weights(AutoModelForSequenceClassification, config)
+    model = bare_model(AutoModelForSequenceClassification, config)
     return Source(task, "transformers", labels, model)
 
 
@@ -186,7 +180,7 @@ def open_adapter(task: TaskFiles, base: BaseFolder) -> Source:
     def built(count: int) -> nn.Module:
         config = config_of(base.folder)
         config.num_labels = count
-        return without_weights(AutoModelForSequenceClassification, config)
+        return bare_model(AutoModelForSequenceClassification, config)
 
     count = adapters.num_labels(task.expert, built(MARKER), MARKER)
     unnamed = [f"LABEL_{n}" for n in range(count)]

@@ -31,10 +31,9 @@ FAR = 0.5  # a task vector longer than this share of the base is no fine-tuning 
 def task_forward(
     source: Source, encoder: nn.Module, head: Mapping[str, Tensor]
 ) -> Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]:
-    """A task's forward pass: (merged parameters, inputs) -> logits [B, V].
+    """A task's forward pass, (merged parameters, inputs) -> logits [B, V].
 
-    The classifier's own code runs, on the shared encoder, with the merged parameters and the
-    task's head in place of its own.
+    It is the classifier's own code, on the shared encoder and with this head.
     """
     if source.model is None:
         weight, bias = head["head.weight"], head["head.bias"]

@@ -86,10 +86,7 @@ def tokenizer_gap(
 
 
 def own_padding(source: Source, base: BaseFolder, rows: datasets.Dataset) -> str | None:
-    """The expert's padding token, where its folder has a tokenizer with one.
-
-    Raises ValueError where that tokenizer does not read this task's texts as the base's does.
-    """
+    """The expert's padding token; ValueError where it reads its texts otherwise than the base."""
     own = tokenizer_of(source.task.expert)
     if own and (gap := tokenizer_gap(base.tokenizer, own, rows["text"][:COMPARED])):
         raise ValueError(
