@@ -48,9 +48,12 @@ def test_published_identifiers_are_the_defaults_and_others_may_replace_them():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: paths_of("clip"), "suite must be one of gpt2_glue, t5_generation"),
-        (lambda: toy_suite("clip", Path("made")), "suite must be one of"),
-        (lambda: toy_suite(t5.SUITE, Path("made"), size="huge"), "one of smoke, default"),
+        (
+            lambda: paths_of("clip"),
+            "'clip'; choose one of: gpt2_glue, t5_generation",
+        ),
+        (lambda: toy_suite("clip", Path("made")), "unknown published suite"),
+        (lambda: toy_suite(t5.SUITE, Path("made"), size="huge"), "one of: smoke, default"),
         (lambda: paths_of(t5.SUITE, ["imdb", "squad"], experts=["one"]), "experts must be 2 for"),
         (lambda: paths_of(glue.SUITE, ["cola", "rte"], data=["a", "b"]), "data must be 1 for"),
         (lambda: paths_of(glue.SUITE, ["imdb", "squad"]), "two or more distinct tasks of cola"),

@@ -47,7 +47,7 @@ def test_an_int_given_for_a_float_becomes_one():
         ("lr = float('nan')", "lr must be float, got nan"),
         ("lr = float('inf')", "lr must be float, got inf"),
         ("size = 1", "size must be str, got 1; papermill reads text with -r size TEXT"),
-        ("size = 'medium'", "size must be one of smoke, default, full, got 'medium'"),
+        ("size = 'medium'", "unknown size 'medium'; choose one of: smoke, default, full"),
         ("sede = [1]", "unknown parameter 'sede'; did you mean 'seeds'?; it has size, tasks"),
         ("a_b = 1", "unknown parameter 'a_b'; it has size, tasks, seeds, lr, epochs, quiet"),
     ],

@@ -120,9 +120,8 @@ def test_precision_is_of_the_forward_pass_and_of_the_digest(plan, bench):
 
 
 def stored(folder: Path, change) -> None:
-    """Change the tensors of a model's file, in place or by what the change returns."""
-    tensors = load_file(folder / "model.safetensors")
-    tensors = change(tensors) or tensors
+    """Put what `change` makes of a model's tensors in their place."""
+    tensors = change(load_file(folder / "model.safetensors"))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -150,7 +149,7 @@ def without(start: str):
 
 
 def with_nan(name: str):
-    return lambda tensors: tensors[name].view(-1)[0].fill_(float("nan")) and None
+    return lambda tensors: tensors | {name: torch.full_like(tensors[name], float("nan"))}
 
 
 @pytest.mark.parametrize(
@@ -170,11 +169,8 @@ def test_an_expert_without_all_its_numbers_is_refused(project, tmp_path, change,
 def test_an_expert_of_another_base_or_none_is_noted(project, tmp_path):
     base = load_file(project.parent / "base" / "model.safetensors")
     for change, message in (
-        (
-            lambda found: {n: torch.randn(t.shape) for n, t in found.items()},
-            "is this the base that",
-        ),
-        (lambda found: found | {f"bert.{n}": t for n, t in base.items()}, "is the base itself"),
+        (lambda own: {n: torch.randn(t.shape) for n, t in own.items()}, "is this the base that"),
+        (lambda own: own | {f"bert.{n}": t for n, t in base.items()}, "is the base itself"),
     ):
         path = spoiled(project, tmp_path / message, lambda folder, c=change: stored(folder, c))
         with pytest.warns(UserWarning, match=f"'mood': .*{message}"):
@@ -202,6 +198,10 @@ def twice(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(kept)
 
 
+def adapter_too(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
 def pointer(folder: Path) -> None:
     text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     (folder / "model.safetensors").write_text(text)
@@ -211,10 +211,7 @@ def pointer(folder: Path) -> None:
     ("spoil", "message"),
     [
         (twice, "holds both model.safetensors and model.safetensors.ind"),
-        (
-            lambda folder: (folder / "adapter_config.json").write_text("{}"),
-            "holds an adapter .* and whole weights",
-        ),
+        (adapter_too, "holds an adapter .* and whole weights"),
         (pointer, "is no whole safetensors file but a Git-LFS pointer"),
     ],
 )
@@ -351,8 +348,9 @@ def test_kinds_of_experts_mix(own, tiny_folder, tmp_path):
 
 
 def test_this_packages_expert_of_another_base_is_refused(own, tmp_path):
-    def shifted(tensors: dict) -> None:
-        tensors["embeddings.word_embeddings.weight"] += 1
+    def shifted(tensors: dict) -> dict:
+        name = "embeddings.word_embeddings.weight"
+        return tensors | {name: tensors[name] + 1}
 
     with pytest.raises(ValueError, match="other weights or vocabulary"):
         load(check(read(other_base(own, tmp_path / "other", shifted))))

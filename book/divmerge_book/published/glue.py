@@ -58,10 +58,7 @@ def order_of(task: str, outputs: Sequence[str]) -> list[int]:
 
 
 def words_of(task: str, folder: Path) -> tuple[Sequence[str], bool]:
-    """What a head calls the task's answers, in the task's order, and whether it names them itself.
-
-    Where it does not, they have the task's own words.
-    """
+    """A head's names of the task's answers, in the task's order, and whether they are its own."""
     config = config_of(folder)
     outputs = [config.id2label[number] for number in range(config.num_labels)]
     order = order_of(task, outputs)

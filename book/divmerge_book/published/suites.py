@@ -14,12 +14,15 @@ from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.published import glue, t5, toy_models
 from divmerge_book.published.sources import SOURCES, Source, distinct_tasks
 from divmerge_book.user_models import check, load, read
+from divmerge_core.registry import Registry
 
-TASKS = {glue.SUITE: tuple(glue.PRINTED), t5.SUITE: tuple(SOURCES)}
+TASKS = Registry("published suite")
+TASKS |= {glue.SUITE: tuple(glue.PRINTED), t5.SUITE: tuple(SOURCES)}
 BASES = {glue.SUITE: glue.BASE, t5.SUITE: t5.BASE}
 EXPERTS = {**glue.EXPERTS, **{task: source.expert for task, source in SOURCES.items()}}
 SMALL = {glue.SUITE: ("cola", "sst2", "mnli"), t5.SUITE: ("imdb", "squad")}
-TOYS = {"smoke": (SMALL, 80), "default": (TASKS, 200)}  # tasks of each suite, steps of each expert
+TOYS = Registry("size")  # -> tasks of each suite, steps of each expert
+TOYS |= {"smoke": (SMALL, 80), "default": (TASKS, 200)}
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,6 @@ def published(
     gpt2_glue: at most one folder in the layout of nyu-mll/glue. Raises ValueError for an unknown
     suite or task, and for a list of another length.
     """
-    if suite not in TASKS:
-        raise ValueError(f"suite must be one of {', '.join(TASKS)}, got {suite!r}")
     names = distinct_tasks(suite, list(tasks or TASKS[suite]), TASKS[suite])
     wanted = {"experts": len(names), "data": 1 if suite == glue.SUITE else len(names)}
     for what, given in (("experts", experts), ("data", data)):
@@ -82,8 +83,6 @@ def published(
 
 def toy_suite(suite: str, folder: Path, *, size: str = "smoke", seed: int = 0) -> SuitePaths:
     """Toy models and data for a suite, made in `folder`. Raises ValueError for unknown names."""
-    if size not in TOYS:
-        raise ValueError(f"size must be one of {', '.join(TOYS)}, got {size!r}")
     tasks, steps = TOYS[size]
     names = published(suite, tasks.get(suite, ())).experts
     toy_models.make_toys(folder, list(names), steps=steps, seed=seed)

@@ -159,10 +159,7 @@ def stoppable(call: Callable, *arguments: object) -> object:
 
 
 def environments(parallel: int, cpus: float | None, gpus: int | float) -> list[dict[str, str]]:
-    """For each run at once: how many threads it has, and which GPUs it sees.
-
-    Raises ValueError where the machine has fewer GPUs than that.
-    """
+    """For each run at once: how many threads it has, and which GPUs it sees."""
     threads = max(1, int(cpus or (os.cpu_count() or 1) // parallel))
     own = {"OMP_NUM_THREADS": str(threads)} if cpus or parallel > 1 else {}
     if not gpus:

@@ -143,11 +143,7 @@ def texts(values: pd.Series, tokenizer: Tokenizer) -> list[str]:
 def class_numbers(
     values: pd.Series, labels: Sequence[str], names: Sequence[str] | None
 ) -> list[int]:
-    """A column of labels as numbers of the model's outputs.
-
-    A value is one of the labels, or, where all labels are words, their number from 0 on. names:
-    those of the file's own numbers, where it has them.
-    """
+    """Labels, or where all are words their numbers, as outputs. names: of the file's numbers."""
     known = {label: number for number, label in enumerate(labels)}
     if not any(label.isdecimal() for label in labels):
         known |= {str(number): number for number in range(len(labels))}

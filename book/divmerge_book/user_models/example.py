@@ -24,6 +24,7 @@ from divmerge_book.models.language.models import quiet_transformers
 from divmerge_book.models.merged import base_folder, labelled
 from divmerge_book.user_models.data import write_rows
 from divmerge_book.user_models.description import SPLITS
+from divmerge_core.registry import Registry
 from divmerge_core.storage import dump_json, sha256
 
 ENCODER = "bert_tiny"
@@ -42,7 +43,8 @@ class Amount:
     recipe: Recipe = Recipe()
 
 
-AMOUNTS = {
+AMOUNTS = Registry("size")
+AMOUNTS |= {
     "smoke": Amount(train=400, epochs=2, merge=40, validation=40, test=100, recipe=QUICK),
     "default": Amount(),
     "full": Amount(merge=200, validation=200, test=500),
@@ -140,8 +142,6 @@ def make_example(folder: Path, *, size: str = "default", seed: int = 0) -> Path:
 
     Takes seconds where this package's own expert is cached. Raises ValueError for an unknown size.
     """
-    if size not in AMOUNTS:
-        raise ValueError(f"size must be one of {', '.join(AMOUNTS)}, got {size!r}")
     amount, base, entries = AMOUNTS[size], load_base(ENCODER), []
     shutil.copytree(base_folder(ENCODER), folder / "bert-tiny")
     for name, (save, ending) in KINDS.items():

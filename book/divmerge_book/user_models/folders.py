@@ -253,11 +253,7 @@ def open_expert(task: TaskFiles, base: BaseFolder) -> Source:
 
 
 def resolve_labels(task: TaskFiles, own: Sequence[str], where: str) -> tuple[str, ...]:
-    """The labels of a task, from its description or else the expert's own.
-
-    Where neither names them they are the class numbers 0, 1, ... Raises ValueError where both name
-    them and differ, in number, in words or in order.
-    """
+    """The labels of a task: its description's, or the expert's own, or else 0, 1, ..."""
     own, named = tuple(own), not all(UNNAMED.fullmatch(label) for label in own)
     if task.labels is None:
         return own if named else tuple(map(str, range(len(own))))

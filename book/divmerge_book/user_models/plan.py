@@ -101,8 +101,7 @@ def set_padding(
 ) -> list[str]:
     """Set the base's tokenizer to the inputs that all models take and the one padding token.
 
-    given: the description's. Returns a note where the base itself names no padding token. Raises
-    ValueError where nobody does, two differ, or the vocabulary lacks the one given.
+    given: the description's. Returns a note where the base itself names no padding token.
     """
     tokenizer = base.tokenizer
     if given is not None and given not in tokenizer.get_vocab():

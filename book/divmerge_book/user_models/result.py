@@ -42,11 +42,7 @@ class MergeResult:
 
 
 def check_methods(bench: Experiment, specs: Sequence[str], overrides: Mapping) -> bool:
-    """Whether methods may search with validation rows, which all tasks must have.
-
-    Raises ValueError for what is unknown, for methods that return no single model, and for those
-    that cannot do without a validation score where there is none.
-    """
+    """Whether methods may search with validation rows; ValueError for those that cannot run."""
     check_request(specs, [0], overrides)
     check_fit_for(specs, [bench.problem.vectors.tasks])
     searching = all(split.rows for split in bench.validation)
@@ -105,7 +101,8 @@ def merge_and_score(
     (`epochs`, `lr`, `init`, `inputs`, `divergence`). suite: its name in the report, whose methods
     `expert` and `base` are the references.
 
-    Raises ValueError as `check_methods` says, and Diverged where a fit diverges.
+    Raises ValueError for what is unknown, for methods that return no single model, and for those
+    that need a validation score where there is none; Diverged where a fit diverges.
     """
     searching = check_methods(bench, specs, {k: v for k, v in overrides.items() if k != "inputs"})
     size = replace(SIZES["full"], candidates=budget if searching else 1, inputs=None)
