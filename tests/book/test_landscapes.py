@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -152,13 +151,6 @@ def test_the_barrier_of_a_pair_is_that_of_its_mean_error():
     found = landscapes.barriers(pd.DataFrame(rows)).iloc[0]
     assert_close(found.error, barrier([0.5, 0.7, 0.6]))
     assert found.nll == 0 and found.error_chord <= found.error
-
-
-@pytest.fixture
-def ax():
-    figure, axes = plt.subplots()
-    yield axes
-    plt.close(figure)
 
 
 def test_a_plane_draws_every_point_it_was_given(ax):

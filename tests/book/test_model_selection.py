@@ -3,7 +3,6 @@
 from itertools import permutations
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,8 +10,7 @@ from divmerge_book.figures import evidence as draw
 from divmerge_book.studies import model_selection
 from divmerge_book.studies.correlations import others
 from divmerge_book.studies.random_merges import MEASURES, random_merges
-from helpers import linear_experiment
-from matplotlib.axes import Axes
+from helpers import linear_experiment, places
 
 COUNTS = SimpleNamespace(task=12, layer=0, near=0, pair=0)
 
@@ -94,19 +92,6 @@ def test_squares_are_the_cross_tables_rows(found):
     row = found["cross"].set_index(["seed", "task", "model"]).loc[(0, "task0", "task2")]
     assert x[0, 2] == -row.js and y[0, 2] == row.accuracy
     assert others(x).shape == (3, 2)
-
-
-@pytest.fixture
-def ax():
-    figure, ax = plt.subplots()
-    yield ax
-    plt.close(figure)
-
-
-def places(ax: Axes, marker: str) -> list[list[float]]:
-    """Coordinates of every mark of this kind."""
-    lines = [line for line in ax.get_lines() if line.get_marker() == marker]
-    return [np.column_stack(line.get_data()).squeeze().tolist() for line in lines]
 
 
 def test_our_figures_draw_every_criterion(ax, found):

@@ -1,6 +1,5 @@
 """Prediction churn, calibration and layers: made-up predictions by hand, and real experts."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -93,13 +92,6 @@ def test_predictions_are_those_that_evaluate_gives_and_no_text_is_stored(fresh):
     data = TASKS[task].load("test")
     assert [data["label"][row] for row in order] == experiment.test[0].gold.tolist()
     assert texts(task, order[:2]) == [data["text"][row] for row in order[:2]]
-
-
-@pytest.fixture
-def ax():
-    figure, axes = plt.subplots()
-    yield axes
-    plt.close(figure)
 
 
 @pytest.mark.parametrize("bins", [4, 10])
