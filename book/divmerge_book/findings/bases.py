@@ -30,13 +30,14 @@ def parts(table: pd.DataFrame, source: str) -> str:
         row, said = found.loc[(objective, basis)], []
         for score, words in SCORES.items():
             _, _, _, gap, low, high, _, corrected = COLUMNS[score]
-            sure = "" if row[corrected] < 0.05 else ", not significant"
+            sure = "" if row[corrected] < 0.05 else "; not significant after correction"
             ends = f"{-100 * row[high]:+.1f} to {-100 * row[low]:+.1f}"
             said.append(f"{-100 * row[gap]:+.1f} points of {words} ({ends}{sure})")
         lines.append(f"over {lacks}: {' and '.join(said)}")
     return (
         f"In {source}, T = {ours.tasks}, DivMerge+ reaches {100 * ours.anp:.1f} % ANP and "
-        f"{100 * ours.kept_margin:.1f} % kept margin. It gains\n\n{bullets(lines)}"
+        f"{100 * ours.kept_margin:.1f} % kept margin. It gains, with 95 % intervals of the paired "
+        f"difference and Holm's correction over all merges of this chapter:\n\n{bullets(lines)}"
     )
 
 
