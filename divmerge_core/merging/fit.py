@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_core.divergences.parse import Objective
-from divmerge_core.kernels.expert_cache import TopKLogProbs, Undefined
+from divmerge_core.kernels.expert_cache import Undefined
 from divmerge_core.merging.coefficients import Coefficients
 from divmerge_core.merging.fit_checkpoint import (
     FitCheckpoint,
@@ -27,6 +27,7 @@ from divmerge_core.merging.merged_model import (
     MergedModel,
     expert_logits,
     schedule,
+    validate_targets,
 )
 from divmerge_core.merging.optimizers import lbfgs
 from divmerge_core.merging.problem import Diverged, MergeProblem
@@ -50,20 +51,6 @@ class Step:
     flat: Float[Tensor, " N"]
     scaled: tuple[str, ...]  # what the rows of coeffs scale: tasks, or components of a basis
     groups: tuple[str, ...]
-
-
-def validate_targets(problem: MergeProblem, targets: Sequence[Sequence[Answers]]) -> None:
-    """Raise ValueError where targets are not one [A, V] per task and batch."""
-    wanted = [[len(batch.weight) for batch in batches] for batches in problem.batches]
-    given = [
-        [len(one.log_probs if isinstance(one, TopKLogProbs) else one) for one in every]
-        for every in targets
-    ]
-    if given != wanted:
-        raise ValueError(
-            f"targets must hold logits [A, V] for every task and batch: {wanted} rows by task and "
-            f"batch, got {given}; `expert_logits(problem)` has the form"
-        )
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,20 @@ def expert_logits(problem: MergeProblem) -> list[list[Answers]]:
     return [answers(number) for number in range(len(problem.vectors.tasks))]
 
 
+def validate_targets(problem: MergeProblem, targets: Sequence[Sequence[Answers]]) -> None:
+    """Raise ValueError where targets are not one [A, V] per task and batch."""
+    wanted = [[len(batch.weight) for batch in batches] for batches in problem.batches]
+    given = [
+        [len(one.log_probs if isinstance(one, TopKLogProbs) else one) for one in every]
+        for every in targets
+    ]
+    if given != wanted:
+        raise ValueError(
+            f"targets must hold logits [A, V] for every task and batch: {wanted} rows by task and "
+            f"batch, got {given}; `expert_logits(problem)` has the form"
+        )
+
+
 def schedule(counts: Sequence[int], epochs: int, generator: torch.Generator) -> list[list[int]]:
     """Which batch of each task every step takes: `[step][task]`, each epoch in a fresh order.
 

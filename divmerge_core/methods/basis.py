@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from divmerge_core.kernels.delta_storage import Factors, LowRankDeltas, TableRows, dense
+from divmerge_core.kernels.delta_storage import Factors, LowRankDeltas, dense
+from divmerge_core.kernels.table_rows import TableRows
 from divmerge_core.merging.layer_inputs import layer_inputs, require_module
 from divmerge_core.merging.linalg import elected, truncated
 from divmerge_core.merging.problem import MergeProblem

@@ -9,9 +9,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from divmerge_core.divergences import js
-from divmerge_core.kernels.delta_storage import Factors, LowRankDeltas, TableRows, dense
+from divmerge_core.kernels.delta_storage import Factors, LowRankDeltas, dense
 from divmerge_core.kernels.merge import grouped_inner, grouped_merge
 from divmerge_core.kernels.segments import Segments
+from divmerge_core.kernels.table_rows import TableRows
 from divmerge_core.merging.coefficients import Coefficients, groups_of
 from divmerge_core.merging.fit import fit_coefficients
 from divmerge_core.methods.adaptive import adamerging
