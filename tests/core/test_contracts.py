@@ -309,6 +309,7 @@ WEIGHTS = "one positive, finite weight for each of 3 tasks"
         ("ties", {"coeffs": [1, 2]}, rf"{WEIGHTS}, got \[1, 2\]"),
         ("ties", {"coeffs": [1, 2, 0]}, WEIGHTS),
         ("ties", {"coeffs": [1, 2, NAN]}, WEIGHTS),
+        ("ties", {"coeffs": [1, 2, INF]}, WEIGHTS),
         ("multi_slerp", {"weights": [1, -1, 1]}, WEIGHTS),
         ("breadcrumbs", {"keep": 0.6, "remove": 0.5}, "got remove 0.5 and keep 0.6; 0.01 removes"),
         ("divmerge", {"link": "softmax", "init": 0.5}, "link 'softmax' cannot start at 0.5"),

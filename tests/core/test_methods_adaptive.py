@@ -108,7 +108,7 @@ def test_the_mean_logits_entropy_is_what_is_lowered():
     ones = [[replace(b, weight=torch.ones(1).double()) for b in every] for every in problem.batches]
     already = replace(problem, forward=averaged, batches=ones)
     quick = {"epochs": 4, "lr": 1e-2, **QUIET}
-    for method in (adamerging, partial(adamerging_plus_plus, keep=1.0)):
+    for method in (adamerging, partial(adamerging_plus_plus, basis="ties:1")):
         assert_close(method(problem, mean_logit=True, **quick), method(already, **quick))
 
 

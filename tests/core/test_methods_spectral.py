@@ -162,6 +162,7 @@ def test_common_and_own_directions_fill_the_matrix():
         shared, own = split_of(rank, num_tasks, common)
         assert shared >= 0 and own >= 0 and shared + own * num_tasks == rank
     assert split_of(768, 8, 0.8) == (616, 19)  # 614 and 154 / 8 = 19.25
+    assert split_of(10, 4, 0.7) == (6, 1)  # 3 / 4 rounds to 1
     assert split_of(5, 3, 0.0) == (2, 1)  # 5 / 3 rounds to 2, and 3 tasks have no 6 directions
 
 
@@ -219,6 +220,7 @@ def test_one_direction_is_left_where_tasks_share_their_outputs():
 @pytest.mark.parametrize("unit", [1.0, 1e-9])
 def test_the_common_basis_gives_every_task_back_in_any_unit(unit):
     deltas = unit * torch.stack([normal(7, 2, seed=n) for n in range(2)])
+    assert common_basis(0 * deltas).shape == (7, 1)
     basis = common_basis(deltas)
     assert basis.shape == (7, 4)
     near(basis.T @ basis, torch.eye(4, dtype=float))
