@@ -217,7 +217,7 @@ def test_the_loss_on_all_inputs_is_each_tasks_mean_over_its_batches(problem, gra
             logits = some.forward(merged, [(task, batch)])[0]
             expected = expected + batch.weight @ js(targets[task][number], logits) / len(batches)
     (slope,) = torch.autograd.grad(expected, coeffs)
-    live = MergedModel.of(some, coefficients, js, targets, gradients)
+    live = MergedModel.of(some, some.vectors, coefficients, js, targets, gradients)
     live.merge()
     for _ in range(2):
         assert live.backward_all() == pytest.approx(expected.item(), rel=1e-6)
@@ -260,7 +260,8 @@ def test_lbfgs_keeps_the_best_point_which_is_lower_than_adams_and_with_more_coef
     ):
         options = {"optimizer": name, "epochs": epochs}
         merged, coefficients, steps = fitted(problem, links={"grouping": grouping}, **options)
-        model = MergedModel.of(problem, coefficients, js, expert_logits(problem), "stream")
+        rest = (coefficients, js, expert_logits(problem), "stream")
+        model = MergedModel.of(problem, problem.vectors, *rest)
         model.merge()
         ends.append(model.backward_all())
         if name == "lbfgs":
