@@ -344,7 +344,7 @@ def test_shifts_masks_and_equal_rows(narrow, backend, kind):
     plain = run(backend, expert, merged, kind=kind)
     moved = run(backend, expert + 4096, merged - 4096, kind=kind)  # exact in float32
     assert_close(moved, plain, rtol=1e-6, atol=1e-6)
-    for shift, atol in ((0.0, 2e-7), (1e4, 2e-3), (-1e4, 2e-3)):  # float32 near 1e4: steps of 1e-3
+    for shift, atol in ((0.0, 5e-7), (1e4, 2e-3), (-1e4, 2e-3)):  # float32 near 1e4: steps of 1e-3
         equal = run(backend, expert, expert + shift, kind=kind)
         assert_close(equal, (torch.zeros(5), torch.zeros(5, 33)), rtol=0, atol=atol)
     lowest = torch.finfo(torch.float32).min  # it masks as -inf does, and a whole row is uniform
