@@ -116,9 +116,10 @@ def test_experts_are_kept_by_content(llama, glue_rows, monkeypatch):
         language_expert(llama, TASKS["sst2"], replace(RECIPE, lr=1e-5), progress=False)
 
 
-def test_an_expert_of_another_base_is_refused(llama, glue_rows, shared_cache, tmp_path):
+def test_an_expert_of_another_base_is_refused(llama, glue_rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIVMERGE_CACHE", str(tmp_path / "cache"))
     language_expert(llama, TASKS["sst2"], RECIPE, progress=False)
-    folder = next((shared_cache / "experts").glob("lm-sst2-*"))
+    (folder,) = (tmp_path / "cache" / "experts").glob("lm-sst2-*")
     other = load_language(str(save_model(tmp_path, seed=1)))
     with pytest.raises(ValueError, match="with other weights than"):
         load_language_expert(other, folder)
