@@ -45,7 +45,7 @@ UNKNOWN = [
     ({"budget": 0}, "budget must be 1 candidate or more, got 0"),
     ({"divergence": "jss"}, "unknown divergence 'jss'; choose one of: .*mean 'js'"),
     ({"link": "relu"}, "unknown link 'relu'; choose one of: identity, sigmoid, softmax"),
-    ({"steps": 3}, r"no such options \['steps'\]; these methods take \['basis', 'divergence', .*'lr'"),
+    ({"steps": 3}, r"no such options \['steps'\]; these methods take \['basis', .*'lr'"),
     ({"grouping": "layer"}, r"no such options \['grouping'\].* as in 'divmerge/block'"),
     ({"seed": 3}, r"no such options \['seed'\]"),
     ({"device": "cuda:99"}, "no device 'cuda:99' here; this machine has cpu"),
