@@ -31,7 +31,7 @@ def linear_layers(problem: MergeProblem) -> dict[str, nn.Linear]:
 
 
 @torch.no_grad()
-def watch_inputs(
+def visit_layer_inputs(
     problem: MergeProblem,
     flat: Float[Tensor, " N"],
     task: int,
@@ -100,5 +100,5 @@ def layer_inputs(
         here.gram += x.T @ x
         here.count += len(x)
 
-    watch_inputs(problem, flat, task, see)
+    visit_layer_inputs(problem, flat, task, see)
     return seen

@@ -67,7 +67,7 @@ def layer_evolution(
     children: int = 4,
     size_base: float = 1.0,
     seed: int = 0,
-    seen: Callable[[float], None] | None = None,
+    on_score: Callable[[float], None] | None = None,
     progress: bool = True,
 ) -> Predictor:
     r"""Evolve a path per task: for every group of parameters, whose delta to take, and how much.
@@ -93,8 +93,8 @@ def layer_evolution(
     and later ones by the base, so a mean over tasks ranks this task's paths. It is called T (1 +
     `steps` times `children`) times; 32 and 4 are published. size_base: the b above, in (0, 1]; $s$
     is the share of N that the path takes, where a gene that k tasks use counts 1/k. 1 (published)
-    ignores size, 0.9 prefers shared genes. seen: called after every score with the best one of the
-    task so far.
+    ignores size, 0.9 prefers shared genes. on_score: called after every score with the best one of
+    the task so far.
 
     Pitfalls: So many choices overfit a small validation split. The result needs each input's task:
     compare it with the experts, not with one merged model. Where groups do not interact, a greedy
@@ -132,13 +132,13 @@ def layer_evolution(
     for task, name in enumerate(problem.vectors.tasks):
         start = Path(((task, 1.0),) * pool.segments.num_groups)
         population = Population([(fitness(start), start)], tuple(locked))
-        if seen is not None:
-            seen(population.highest())
+        if on_score is not None:
+            on_score(population.highest())
         for _ in tqdm(range(steps), f"paths of {name}", disable=not progress, leave=False):
             for _ in range(children):
                 population.breed(fitness, pool.choices, generator)
-                if seen is not None:
-                    seen(population.highest())
+                if on_score is not None:
+                    on_score(population.highest())
         flats[task] = pool.model(population.best())
         locked.append(population.best())
     return Paths(problem, flats, tuple(locked), pool.segments)

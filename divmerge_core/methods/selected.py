@@ -88,7 +88,7 @@ def selection_policy(
     steps: int = 500,
     lr: float = 0.1,
     seed: int = 0,
-    trusted: Callable[[Tensor], None] | None = None,
+    on_trust: Callable[[Tensor], None] | None = None,
     progress: bool = True,
 ) -> Float[Tensor, " N"]:
     r"""Merge the experts that a learned policy selects, for pools in which some are corrupted.
@@ -110,7 +110,7 @@ def selection_policy(
     draw: None lets every expert in or out by itself and trusts those at 1/2 or more. A number draws
     that many per step from one softmax, at most half of the pool so that draws differ, and trusts
     those above 1/(2T); 4 of 100 are published. `steps` and `lr`: of Adam, `lr` published as 0.1.
-    score: of one merged vector; its scale is immaterial, as Adam divides by it. trusted: called
+    score: of one merged vector; its scale is immaterial, as Adam divides by it. on_trust: called
     once, at the end, with how far each expert is trusted, [T].
 
     Pitfalls: Leaving each expert out once finds outliers for far fewer scores, and the cosine of a
@@ -142,8 +142,8 @@ def selection_policy(
     trust = learned_policy(
         problem, score, method, draw=draw, steps=steps, lr=lr, seed=seed, progress=progress
     )
-    if trusted is not None:
-        trusted(trust.clone())
+    if on_trust is not None:
+        on_trust(trust.clone())
     enough = trust >= 0.5 if draw is None else trust > 0.5 / len(tasks)
     enough |= trust == trust.max()  # where every expert harms, the least harmful one is merged
     return method(problem.select([t for t, kept in zip(tasks, enough, strict=True) if kept]))

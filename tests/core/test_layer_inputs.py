@@ -7,12 +7,12 @@ import torch
 from helpers import inputs_of, refuses
 from torch.testing import assert_close
 
-from divmerge_core.merging.layer_inputs import layer_inputs, linear_layers, watch_inputs
+from divmerge_core.merging.layer_inputs import layer_inputs, linear_layers, visit_layer_inputs
 
 
 def seen(problem, flat, task):
     found = {}
-    watch_inputs(problem, flat, task, lambda name, x: found.setdefault(name, []).append(x))
+    visit_layer_inputs(problem, flat, task, lambda name, x: found.setdefault(name, []).append(x))
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
@@ -41,7 +41,7 @@ def test_no_hook_stays_behind_and_a_problem_without_a_module_is_refused(problem)
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        watch_inputs(problem, problem.vectors.base, 0, stop)
+        visit_layer_inputs(problem, problem.vectors.base, 0, stop)
     assert not any(layer._forward_pre_hooks for layer in linear_layers(problem).values())
     with refuses("give MergeProblem its `module`, the network that"):
         linear_layers(replace(problem, module=None))

@@ -78,7 +78,7 @@ def test_callback_is_told_the_best_score_so_far_and_the_best_is_what_comes_out(p
         values.append(float(sum(flat[len(values) % 7] for flat in paths.flats)))
         return values[-1]
 
-    options = {"score": score, "steps": 5, "children": 2, "seen": seen.append}
+    options = {"score": score, "steps": 5, "children": 2, "on_score": seen.append}
     merged = layer_evolution(problem, grouping="layer", **options, **QUIET)
     by_task = torch.tensor(values).view(3, 1 + 5 * 2)
     assert seen == pytest.approx(by_task.cummax(dim=1).values.flatten().tolist())
@@ -100,7 +100,7 @@ def searches(
         if len(evolved) == budget:
             raise StopIteration
 
-    options = {"grouping": "layer", "steps": steps, "seed": seed, "seen": first_task}
+    options = {"grouping": "layer", "steps": steps, "seed": seed, "on_score": first_task}
     with pytest.raises(StopIteration):
         layer_evolution(problem, score=lambda paths: score(paths.flats[0]), **options, **QUIET)
     drawn = [score(pool.model(some_path(pool, generator))) for _ in range(budget)]
@@ -361,7 +361,7 @@ def test_the_weight_of_corrupted_experts_goes_to_zero(share):
 @pytest.mark.parametrize(("share", "shifted"), [(0.2, False), (0.6, False), (0.4, True)])
 def test_the_merge_of_the_trusted_closes_most_of_the_gap_to_the_sound_experts(share, shifted):
     pool, trusted = corrupted_pool(share, shifted=shifted), []
-    options = {"score": pool.validation, "steps": 120, "trusted": trusted.append}
+    options = {"score": pool.validation, "steps": 120, "on_trust": trusted.append}
     merged = selection_policy(pool.problem, **options, **QUIET)
     (trust,) = trusted
     assert (trust[pool.corrupt] < 0.5).all() and separation(trust, pool.corrupt) > 0.9
@@ -373,7 +373,7 @@ def test_the_merge_of_the_trusted_closes_most_of_the_gap_to_the_sound_experts(sh
 
 def test_the_method_trusts_as_the_policy_has_learned():
     pool, trusted = corrupted_pool(0.4), []
-    options = {"score": pool.validation, "steps": 9, "trusted": trusted.append}
+    options = {"score": pool.validation, "steps": 9, "on_trust": trusted.append}
     selection_policy(pool.problem, **options, **QUIET)
     options = {"draw": None, "steps": 9, "lr": 0.1}
     expected = learned_policy(pool.problem, pool.validation, average, **options, **QUIET)

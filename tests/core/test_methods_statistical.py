@@ -21,7 +21,7 @@ from helpers import (
 from torch import nn
 from torch.func import jacrev
 
-from divmerge_core.merging.layer_inputs import watch_inputs
+from divmerge_core.merging.layer_inputs import visit_layer_inputs
 from divmerge_core.merging.problem import Batch, MergeProblem
 from divmerge_core.merging.task_vectors import TaskVectors
 from divmerge_core.methods import statistical
@@ -237,7 +237,7 @@ def test_a_layer_reads_what_the_expert_itself_puts_before_it(problem):
     name, sums = "encoder.layer.1.dense.weight", [0, 0]
     for task, expert in enumerate(problem.vectors.tasks):
         flat, seen = problem.vectors.expert(expert), []
-        watch_inputs(problem, flat, task, lambda n, x, seen=seen: seen.append((n, x)))
+        visit_layer_inputs(problem, flat, task, lambda n, x, seen=seen: seen.append((n, x)))
         tokens = torch.cat([x for n, x in seen if n == name])
         gram = sum(torch.outer(token, token) for token in tokens) / len(tokens)
         gram = torch.where(torch.eye(6).bool(), gram, 0.95 * gram)

@@ -153,7 +153,7 @@ def policy(
         rewards.append(score(tuple((coefficients > 0).tolist())))
         return rewards[-1]
 
-    options = {"steps": steps, "seed": seed, "trusted": trust.append, "progress": False}
+    options = {"steps": steps, "seed": seed, "on_trust": trust.append, "progress": False}
     chosen = METHODS["selection_policy"](problem, score=reward, **options)
     return trust[0], (chosen > 0).tolist(), rewards
 
