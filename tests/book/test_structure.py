@@ -263,7 +263,7 @@ def test_what_is_stored_is_drawn_by_one_rule(path):
     sources = "\n".join(cell.source for cell in code(path))
     read = re.findall(r"\b(?:Report|tables)\.load\(|(?<![.\w])load\(folder", sources)
     assert not read or path.stem[:2] in ("04", "14", "17")
-    if calls := re.findall(r"\bdrawn(?:_report)?\(", sources):
+    if calls := re.findall(r"\bstored_or_\w+\(", sources):
         assert sources.count("given") > 1, f"{len(calls)} calls know nothing of what was asked for"
         for name, one in execute.parameters(path).items():
             empty = not one.default and one.kind != "bool"
