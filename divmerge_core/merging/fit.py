@@ -272,8 +272,9 @@ def fit_coefficients(
             "between two writes would go on from different steps"
         )
     find, vectors = OPTIMIZERS[optimizer], vectors or problem.vectors
-    if vectors.layout != problem.vectors.layout:
-        raise ValueError("vectors have another layout than the problem's: make them from its own")
+    own = problem.vectors
+    if vectors.layout != own.layout or not torch.equal(vectors.base, own.base):
+        raise ValueError("vectors have another layout or base than the problem's: use its own")
     targets = expert_logits(problem) if targets is None else targets
     validate_targets(problem, targets)
     settings = {"optimizer": optimizer, "epochs": epochs, "lr": lr, "seed": seed}

@@ -231,8 +231,10 @@ def test_essential_directions_need_inputs_and_a_module():
         basis(replace(problem, batches=[[] for _ in problem.batches]), "essential")
 
 
-def test_components_of_another_layout_are_refused():
-    problem, other = linear_problem(), linear_problem(features=5)
+def test_components_of_another_layout_or_base_are_refused():
+    problem = linear_problem()
     coefficients = Coefficients(problem.vectors.layout, 3)
-    with pytest.raises(ValueError, match="layout"):
-        fit_coefficients(problem, coefficients, js, vectors=other.vectors)
+    moved = replace(problem.vectors, base=problem.vectors.base + 1)
+    for vectors in (linear_problem(features=5).vectors, moved):
+        with pytest.raises(ValueError, match="another layout or base"):
+            fit_coefficients(problem, coefficients, js, vectors=vectors)
