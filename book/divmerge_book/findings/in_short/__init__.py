@@ -1,0 +1,53 @@
+"""The box "In short" of a chapter: three to five sentences made of stored results.
+
+Every chapter has a function from `Stored` to sentences in one of these modules; `box` shows them,
+with the files that they were made of.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from IPython.display import Markdown
+
+from divmerge_book.evaluation import stored_tables
+from divmerge_book.evaluation.report import Report
+from divmerge_book.findings import bullets, listed
+
+PLACES = (Path("../book/results"), Path("book/results"))  # from a chapter's folder, or from above
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The folder of stored results; `dates` has the date of every file that was read."""
+
+    folder: Path
+    dates: dict[str, str] = field(default_factory=dict)
+
+    def report(self, name: str) -> Report:
+        """The Report in `name`, such as `baselines/embedded_bert_tiny.json`."""
+        report = Report.load(self.folder / name)
+        self.dates[name] = report.provenance["date"]
+        return report
+
+    def tables(self, name: str) -> stored_tables.ResultTable:
+        """The tables in `name`, such as `protocol/inputs.json`, with their facts."""
+        found = stored_tables.ResultTable(*stored_tables.load(self.folder / name), "the stored run")
+        self.dates[name] = found.facts["date"]
+        return found
+
+
+def box(sentences: Callable[[Stored], Iterable[str]]) -> Markdown:
+    """A chapter's sentences in a box, with the files that they were made of.
+
+    It speaks of the results as they are stored when the cell runs, whatever a reader's parameters
+    are. Where no results are stored, as on Colab, it says so.
+    """
+    stored = Stored(next(filter(Path.is_dir, PLACES), PLACES[0]))
+    try:
+        text = bullets(sentences(stored))
+        files = [f"`book/results/{name}` ({date})" for name, date in stored.dates.items()]
+        text += f"\n\n*Stored results, made with the commands of this book: {listed(files)}.*"
+    except FileNotFoundError as error:
+        text = f"`{Path(error.filename).name}` is not stored here; this run's results are below."
+    return Markdown(f":::{{admonition}} In short\n:class: tip\n\n{text}\n:::")

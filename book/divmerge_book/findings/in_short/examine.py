@@ -1,0 +1,43 @@
+"""In short: the chapters that examine methods, divergences and interference."""
+
+import pandas as pd
+
+from divmerge_book.figures import baselines as draw
+from divmerge_book.figures import largest, title
+from divmerge_book.findings import listed
+from divmerge_book.findings.in_short import Stored
+
+
+def baselines(stored: Stored) -> list[str]:
+    """Which method is best under an equal search, where DivMerge stands, and what it costs."""
+    report = stored.report("baselines/embedded_bert_tiny.json")
+    subset = largest(report.rows).subset.iloc[0]
+    every = draw.summary(report, subset).query("block != 'reference'")
+    table, pairs = draw.single_models(every), draw.SCORES.items()
+    best = [f"{title(table[c].idxmax())} by {w} ({100 * table[c].max():.1f} %)" for c, w in pairs]
+    first = table.value[table.index.str.startswith("divmerge")].idxmax()
+    ranks = [f"{int(table[c].rank(ascending=False)[first])} by {w}" for c, w in pairs]
+    access = [
+        f"{title(rows.value.idxmax())} ({100 * rows.value.max():.1f} %; {name})"
+        for name, rows in table.groupby("block", observed=True)
+    ]
+    cheap = table[table.value >= table.value[first]].seconds
+    return [
+        f"With the same experts and the same search for every method, T = {subset.count('+') + 1}, "
+        f"the best of {len(table)} methods that return one model are {listed(best)}.",
+        f"The best DivMerge by ANP, {title(first)} ({100 * table.value[first]:.1f} %), is number "
+        f"{listed(ranks)}.",
+        f"The best by ANP for the data that a method reads: {listed(access)}.",
+        f"{title(first)} takes {table.seconds[first]:.1f} s; the fastest method with at least its "
+        f"ANP, {title(cheap.idxmin())}, takes {cheap.min():.1f} s.",
+        small_predictor(every.drop(table.index)),
+    ]
+
+
+def small_predictor(table: pd.DataFrame, limit: float = 1.5) -> str:
+    """The best of a summary's predictors that store less than `limit` models."""
+    few = table[table.stored < limit].value
+    return (
+        f"{len(table)} more methods answer with more than one model. Of those that store less than "
+        f"{limit} models, {title(few.idxmax())} has the highest ANP ({100 * few.max():.1f} %)."
+    )

@@ -1,0 +1,59 @@
+"""The boxes "In short": made of stored results, of three to five sentences, near the top."""
+
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from divmerge_book.findings import in_short
+from test_structure import NOTEBOOKS, code, names
+
+RESULTS = Path(__file__).resolve().parents[2] / "book" / "results"
+# Chapters that have no box yet; a chapter leaves this list and does not come back.
+WITHOUT = {f"{number:02}" for number in range(18)} - {"06"}
+CALL = re.compile(r"^from divmerge_book\.findings\.in_short import (?:box, (\w+)|(\w+), box)$")
+MODULES = [
+    importlib.import_module(f"{in_short.__name__}.{module.name}")
+    for module in pkgutil.iter_modules(in_short.__path__)
+]
+FUNCTIONS = [
+    function
+    for module in MODULES
+    for function in vars(module).values()
+    if getattr(function, "__annotations__", {}).get("stored") is in_short.Stored
+    and function.__module__ == module.__name__
+]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
+def test_a_chapter_opens_with_its_box(path):
+    """The fourth code cell, before the first section."""
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells]
+    if path.stem[:2] in WITHOUT:
+        assert not any("in_short" in source for source in cells), "take it off the list"
+        return
+    source = code(path)[3].source
+    imported, _, call = source.splitlines()
+    module = "".join(filter(None, CALL.fullmatch(imported).groups()))
+    named = re.fullmatch(rf"box\({module}\.(\w+)\)", call)[1]
+    assert any(f.__name__ == named and f.__module__.endswith(f".{module}") for f in FUNCTIONS)
+    first = next(n for n, text in enumerate(cells) if re.search(r"^## ", text, re.M))
+    assert cells.index(source) < first
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_a_box_has_three_to_five_sentences_and_names_its_files(function, monkeypatch):
+    monkeypatch.chdir(RESULTS.parents[1])
+    lines = in_short.box(function).data.splitlines()
+    sentences = [line for line in lines if line.startswith("- ")]
+    assert 3 <= len(sentences) <= 5 and not re.search(r"\bnan\b|NaN|None", "".join(sentences))
+    files = re.findall(r"`book/results/([\w/.]+)` \(\d{4}-\d\d-\d\d\)", lines[-2])
+    assert files and all((RESULTS / name).is_file() for name in files)
+
+
+def test_a_box_says_where_nothing_is_stored(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = in_short.box(lambda stored: stored.report("embedded.json")).data
+    assert "`embedded.json` is not stored here" in text
