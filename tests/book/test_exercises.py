@@ -32,6 +32,11 @@ def calls(path: Path) -> list[dict[str, str]]:
     return [one for n, one in enumerate(found) if "publish" not in one and one not in found[:n]]
 
 
+def draws(path: Path) -> bool:
+    """Whether a chapter shows stored tables, or measures them where others are asked for."""
+    return any("stored_or_" in cell.source for cell in code(path))
+
+
 CALLS = [
     pytest.param(path, one, id=f"{path.stem} {one}") for path in NOTEBOOKS for one in calls(path)
 ]
@@ -47,7 +52,7 @@ def test_an_exercise_names_parameters_as_they_are_given(path):
 
 
 def test_every_chapter_with_stored_tables_has_an_exercise_that_is_run():
-    drawing = [path for path in NOTEBOOKS if any("stored_or_" in cell.source for cell in code(path))]
+    drawing = [path for path in NOTEBOOKS if draws(path)]
     assert drawing and all(calls(path) for path in drawing)
 
 
@@ -66,6 +71,6 @@ def test_an_exercise_shows_its_own_result(path, given, tmp_path):
         for out in cell.outputs
     ]
     drawn = re.findall(r"Drawn from (this|the stored) run: .*", "\n".join(shown))
-    if any("stored_or_" in cell.source for cell in code(path)):
+    if draws(path):
         assert "this" in drawn
         assert "the stored" not in drawn or SOME & set(given)
