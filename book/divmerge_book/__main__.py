@@ -4,6 +4,7 @@ divmerge run notebooks/04_merge.ipynb out.ipynb -p size smoke -p seeds 0,1
 divmerge run notebooks/04_merge.ipynb --list
 divmerge grid grid.yaml
 divmerge book --size smoke
+divmerge check my_models.yaml --method divmerge/layer
 divmerge merge my_models.yaml merged/ --method divmerge/layer
 
 `python -m divmerge_book` is the same command.
@@ -54,11 +55,15 @@ def command_line() -> argparse.ArgumentParser:
     every.add_argument("--size", default="default")
     every.add_argument("--root", type=Path, default=ROOT)
     every.add_argument("--workers", type=int, help="notebooks side by side; default: as fit")
+    seen = commands.add_parser(
+        "check", help="say what is wrong with a description; read no weights"
+    )
     own = commands.add_parser("merge", help="merge the models that a file describes")
-    own.add_argument("description", help="see `python -m pydoc divmerge_book.user_models`")
-    own.add_argument("output", help="folder of the merged model; a parent of several")
     how = {"action": "append", "default": [], "help": "may be repeated; default: divmerge/layer"}
-    own.add_argument("--method", dest="methods", **how)
+    for one in (seen, own):
+        one.add_argument("description", help="see `python -m pydoc divmerge_book.user_models`")
+        one.add_argument("--method", dest="methods", **how)
+    own.add_argument("output", help="folder of the merged model; a parent of several")
     own.add_argument("--budget", type=int, help="options that each search tries; default: all")
     own.add_argument("--seed", type=int, default=0)
     own.add_argument("--device", default="cpu")
@@ -89,10 +94,12 @@ def execute_command(command: str, **given: object) -> int:
 
         book.build(given["size"], root=given["root"].resolve(), workers=given["workers"])
     else:
-        from divmerge_book.user_models import merge_described
+        from divmerge_book.user_models import check, locate, merge_described, read
 
         given["methods"] = given["methods"] or ["divmerge/layer"]
-        for folder in merge_described(**given):
+        if command == "check":
+            print(check(read(locate(given["description"])), given["methods"]).summary())
+        for folder in merge_described(**given) if command == "merge" else ():
             print(f"merged model in {folder}")
     return 0
 

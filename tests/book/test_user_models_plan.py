@@ -67,7 +67,7 @@ def test_labels_are_words_as_they_are_written_and_null_is_absent(tmp_path):
         (f"base: b\ntasks: [{TASK}]\n", ["line 2", "two tasks or more"]),
         (f"base: b\ntasks:\n- {TASK}\n- {TASK.upper()}", ["line 4: unknown field 'NAME'"]),
         (f"base: b\ntasks:\n- {TASK}\n- {TASK.replace(' a', ' A')}", ["two tasks have the name"]),
-        ("base: b\ntasks:\n- {name: a}\n- {name: b}\n", ["line 3: tasks[1] lacks expert, merge"]),
+        ("base: b\ntasks:\n- {name: a}\n- {name: b}\n", ["line 3: tasks[1] lacks expert"]),
         ("base: [b]\ntasks:\n- 1\n- 2\n", ["line 3: tasks[1]: must be fields", "3 problems"]),
         ("base: b\nmax_length: long\ntasks: []\n", ["line 2: max_length", "got 'long'"]),
         ("base: b\nmax_length: 1\ntasks: []\n", ["line 2: max_length", "equal to 2, got '1'"]),
@@ -143,6 +143,22 @@ def test_headers_are_read_by_the_check_and_weights_are_not(project, tmp_path):
     file = tmp_path / "cut" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     refused(plan.description.path, "is no whole safetensors file but damaged")
+
+
+def test_rows_are_asked_for_only_by_methods_that_read_them(project):
+    bare = dict.fromkeys(ROWS)
+    path = changed(changed(project, 0, **bare), 1, **bare)
+    plan = check(read(path), ["average", "ties", "task_arithmetic"])
+    assert [list(plan.table()[split]) for split in ROWS] == [[0, 0]] * 3
+    assert sum("neither merge nor test rows" in note for note in plan.notes) == 2
+    merge = changed(path, 0, merge="data/mood-merge.csv")
+    for methods, message in (
+        (["average", "divmerge/layer"], "divmerge/layer reads unlabelled .* task 'place' a merge"),
+        (["evolved_coefficients"], "searches with a score: give task 'mood', 'place' a validation"),
+        (["twin"], "returns no single merged model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(read(merge), methods)
 
 
 def test_all_missing_paths_are_reported_at_once(project):

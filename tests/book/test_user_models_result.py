@@ -82,8 +82,29 @@ def test_only_labelled_tasks_are_scored(project, cache):
     published = METHODS.facts["task_arithmetic"]["search"][0]  # no rows to choose a scale on
     assert found.options["task_arithmetic"] == published
     assert task_scores(found.report, "task_arithmetic").empty
-    with pytest.raises(ValueError, match="validation split"):
+    with pytest.raises(ValueError, match="a validation split"):
         merge_and_score(bench, ["evolved_coefficients"], progress=False)
+
+
+def test_without_any_rows_weights_are_merged_and_nothing_is_measured(project, tmp_path, capsys):
+    bare = dict.fromkeys(ROWS)
+    path = changed(changed(project, 0, **bare), 1, **bare)
+    command = ["merge", str(path), str(tmp_path / "merged"), "--method", "average"]
+    assert __main__.main(command) == 0
+    assert "agreement" not in capsys.readouterr().out
+    base, *experts = (
+        transformers.AutoModel.from_pretrained(folder).get_input_embeddings().weight
+        for folder in (tmp_path / "merged", *(project.parent.glob("experts/*")))
+    )
+    assert_close(base, sum(experts) / 2, rtol=0, atol=1e-6)
+
+
+def test_check_refuses_what_a_method_lacks_with_exit_code_2(project, capsys):
+    path = changed(project, 0, merge=None)
+    assert __main__.main(["check", str(path)]) == 2
+    assert "divmerge/layer reads unlabelled inputs: give task 'mood'" in capsys.readouterr().err
+    assert __main__.main(["check", str(path), "--method", "average"]) == 0
+    assert "negative, positive" in capsys.readouterr().out
 
 
 def test_a_method_without_a_single_model_is_refused(bench):

@@ -2,9 +2,10 @@
 
     from divmerge_book.user_models import check, load, merge_and_score, read, write_merged
 
-    plan = check(read("my_models.yaml"))    # reads no weights; errors name file and line
-    bench = load(plan)                      # base, task vectors, unlabelled inputs, labelled rows
-    found = merge_and_score(bench, ["average", "divmerge/layer"])
+    methods = ["average", "divmerge/layer"]
+    plan = check(read("my_models.yaml"), methods)  # reads no weights; errors name file and line
+    bench = load(plan)                             # base, task vectors, inputs, labelled rows
+    found = merge_and_score(bench, methods)
     write_merged(plan, bench, found, "divmerge/layer", "merged/")
 
 The description (YAML or JSON; relative paths start at its own folder):
@@ -15,9 +16,9 @@ The description (YAML or JSON; relative paths start at its own folder):
     tasks:
       - name: questions
         expert: models/questions   # transformers checkpoint, PEFT LoRA folder, or our own expert
-        merge: data/questions.csv  # unlabelled; .csv, .tsv, .jsonl, .parquet, datasets folder
+        merge: data/questions.csv  # unlabelled; only for methods that read inputs
         validation: data/qv.csv    # labelled; without it methods keep their published options
-        test: data/qt.csv          # labelled; without it there is no accuracy
+        test: data/qt.csv          # labelled; .csv, .tsv, .jsonl, .parquet, datasets folder
         columns: {text: question, pair: context, label: kind}
         labels: [person, place]    # in the order of the model's outputs; else from its config
 """

@@ -41,12 +41,13 @@ class Columns(Fields):
 class TaskFiles(Fields):
     """One task: where its expert and its rows are, and how to read them.
 
-    labels: in the order of the model's outputs; None takes them from the expert.
+    merge: None for methods that read no inputs. labels: in the order of the model's outputs; None
+    takes them from the expert.
     """
 
     name: Annotated[str, AfterValidator(file_name)]
     expert: FilePath
-    merge: FilePath
+    merge: FilePath | None = None
     validation: FilePath | None = None
     test: FilePath | None = None
     columns: Columns = Columns()

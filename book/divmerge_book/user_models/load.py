@@ -130,7 +130,7 @@ def load(plan: Plan, *, device: str = "cpu", precision: str = "float32") -> Expe
     digest = key_of(code_digest(load), hashes(plan.base.folder), manifests, *given)
     base = Base(plan.base.name, encoder, plan.base.tokenizer, digest)
     batches = partial(make_batches, base=base, batch_size=4, max_length=length)
-    merge = [batches(rows)[0] for rows in plan.rows["merge"]]
+    merge = [batches(rows)[0] if rows else [] for rows in plan.rows["merge"]]
     validation, test = (
         [labelled_split(rows, base, length) for rows in plan.rows[split]]
         for split in ("validation", "test")

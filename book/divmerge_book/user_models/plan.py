@@ -18,6 +18,7 @@ from divmerge_book.user_models.folders import (
     open_expert,
     tokenizer_of,
 )
+from divmerge_book.user_models.method_needs import check_methods
 
 COMPARED = 50  # texts of every task that both tokenizers must cut up alike
 ROLES = tuple(f"{role}_token" for role in ("pad", "unk", "cls", "sep", "mask", "bos", "eos"))
@@ -49,6 +50,10 @@ class Plan:
         }
         return pd.DataFrame(columns, index=pd.Index(self.tasks, name="task"))
 
+    def summary(self) -> str:
+        """The table and the notes, as commands print them."""
+        return "\n".join([self.table().to_string(), *(f"note: {note}" for note in self.notes)])
+
 
 def files_exist(task: TaskFiles) -> None:
     """Raise ValueError for the first path of a task that is not there."""
@@ -76,7 +81,7 @@ def tokenizer_gap(
         wanted, found = getattr(base, role, None), getattr(own, role, None)
         if None not in (wanted, found) and wanted != found:
             return f"its {role.replace('_', ' ')} is {found!r}, the base's {wanted!r}"
-    for text in texts[:COMPARED]:
+    for text in texts:
         if base(text).input_ids != own(text).input_ids:
             return (
                 f"its tokenizer cuts up {text[:60]!r} in another way than the base's (lower case? "
@@ -85,10 +90,10 @@ def tokenizer_gap(
     return None
 
 
-def own_padding(source: Source, base: BaseFolder, rows: datasets.Dataset) -> str | None:
-    """The expert's padding token; ValueError where it reads its texts otherwise than the base."""
+def own_padding(source: Source, base: BaseFolder, texts: Sequence[str]) -> str | None:
+    """The expert's padding token; ValueError where it reads these texts otherwise than the base."""
     own = tokenizer_of(source.task.expert)
-    if own and (gap := tokenizer_gap(base.tokenizer, own, rows["text"][:COMPARED])):
+    if own and (gap := tokenizer_gap(base.tokenizer, own, texts)):
         raise ValueError(
             f"expert {source.task.expert}: {gap}; merging needs experts that read texts as the "
             "base does"
@@ -142,12 +147,17 @@ def check_length(description: Description, base: BaseFolder) -> None:
         )
 
 
-def check(description: Description) -> Plan:
+def check(description: Description, methods: Sequence[str] = ()) -> Plan:
     """Everything about a description that can be checked without loading weights.
 
-    Raises ValueError with all problems of the first stage that has any: paths; the base; experts'
-    architectures, labels and adapters; rows; splits that share inputs; tokenizers.
+    methods: those it is to be merged by; what they need is checked too. Raises ValueError with all
+    problems of the first stage that has any: methods; paths; the base; experts' architectures,
+    labels and adapters; rows; splits that share inputs; tokenizers.
     """
+    names = [task.name for task in description.tasks]
+    lacking = {s: [t.name for t in description.tasks if s not in t.files()] for s in SPLITS}
+    if methods:
+        check_methods(methods, names, lacking)
     collect_errors(partial(files_exist, task) for task in description.tasks)
     base = open_base(description.base, description.path.parent)
     check_length(description, base)
@@ -162,8 +172,20 @@ def check(description: Description) -> Plan:
         rows[source.task.name][split] = data
     notes = sum(collect_errors(partial(shared, *item) for item in rows.items()), [])
     pads = collect_errors(
-        partial(own_padding, source, base, rows[source.task.name]["merge"]) for source in experts
+        partial(
+            own_padding,
+            source,
+            base,
+            [t for own in rows[source.task.name].values() for t in own["text"]][:COMPARED],
+        )
+        for source in experts
     )
+    notes += [
+        f"task {task.name!r} has neither merge nor test rows: how near the merge is to its expert "
+        "is not measured"
+        for task in description.tasks
+        if not {"merge", "test"} & set(task.files())
+    ]
     notes += set_padding(base, experts, pads, description.pad_token)
     for (source, split), data in zip(jobs, loaded, strict=True):
         present = set(range(len(source.labels))) if split == "merge" else set(data["label"])

@@ -8,7 +8,6 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from divmerge_book.evaluation.benchmark import check_fit_for, check_request
 from divmerge_book.evaluation.experiment import SIZES, Experiment
 from divmerge_book.evaluation.hyperparameter_search import (
     Made,
@@ -20,9 +19,9 @@ from divmerge_book.evaluation.hyperparameter_search import (
 from divmerge_book.evaluation.metrics import evaluate
 from divmerge_book.evaluation.report import Report
 from divmerge_book.evaluation.statistics import middle
+from divmerge_book.user_models.method_needs import check_methods
 from divmerge_core.divergences import objective
 from divmerge_core.merging.problem import Batch, Merged
-from divmerge_core.methods import METHODS, options_of, parse
 
 SUITE = "local"
 
@@ -41,39 +40,21 @@ class MergeResult:
     report: Report | None
 
 
-def check_methods(bench: Experiment, specs: Sequence[str], overrides: Mapping) -> bool:
-    """Whether methods may search with validation rows; ValueError for those that cannot run."""
-    check_request(specs, [0], overrides)
-    check_fit_for(specs, [bench.problem.vectors.tasks])
-    searching = all(split.rows for split in bench.validation)
-    for spec in specs:
-        name, _ = parse(spec)
-        if METHODS.facts[name].get("returns") == "predictor":
-            raise ValueError(
-                f"{spec} returns no single merged model, so none can be written; choose one that "
-                "does, such as divmerge/layer"
-            )
-        if "score" in options_of(name) and not searching:
-            raise ValueError(
-                f"{spec} searches with a validation score: give every task a validation split, or "
-                "leave it out"
-            )
-    return searching
-
-
 @torch.no_grad()
 def closeness(
     bench: Experiment, merged: Mapping[str, Merged], *, divergence: str = "js"
 ) -> pd.DataFrame:
     """Divergence of merges from every expert, on its test inputs, or else its merge inputs.
 
-    Columns method, task, rows, divergence (mean over inputs, nats) and agreement (share of inputs
-    with the expert's prediction).
+    Tasks with neither are left out. Columns method, task, rows, divergence (mean over inputs, nats)
+    and agreement (share of inputs with the expert's prediction).
     """
     problem, distance, found = bench.problem, objective(divergence), []
     for number, task in enumerate(problem.vectors.tasks):
         tested = getattr(bench.test[number], "batches", ())  # what is written has none
         batches: Sequence[Batch] = tested or problem.batches[number]
+        if not batches:
+            continue
         expert = problem.vectors.expert(task)
         wanted = torch.cat([problem.logits(expert, number, batch) for batch in batches])
         for method, flat in merged.items():
@@ -104,7 +85,14 @@ def merge_and_score(
     Raises ValueError for what is unknown, for methods that return no single model, and for those
     that need a validation score where there is none; Diverged where a fit diverges.
     """
-    searching = check_methods(bench, specs, {k: v for k, v in overrides.items() if k != "inputs"})
+    tasks, searched = bench.problem.vectors.tasks, [split.batches for split in bench.validation]
+    lacking = {
+        split: [task for task, batches in zip(tasks, every, strict=True) if not batches]
+        for split, every in (("merge", bench.problem.batches), ("validation", searched))
+    }
+    options = {name: value for name, value in overrides.items() if name != "inputs"}
+    check_methods(specs, tasks, lacking, options)
+    searching = not lacking["validation"]
     size = replace(SIZES["full"], candidates=budget if searching else 1, inputs=None)
     made, options = {}, {}
     for spec in (bar := tqdm(specs, "merging", disable=not progress, leave=False)):

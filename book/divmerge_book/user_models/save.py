@@ -95,14 +95,14 @@ def merge_described(
     folders = {method: output for method in methods}
     if len(folders) > 1:
         folders = {method: output / method.replace("/", "-") for method in folders}
-    for method, folder in folders.items():
-        parse(method)
+    for folder in folders.values():
         target(described, folder, overwrite=overwrite)
-    plan = check(described)
-    print(plan.table().to_string(), *plan.notes, sep="\n")
+    plan = check(described, list(folders))
+    print(plan.summary())
     bench = load(plan, device=device, precision=precision)
     found = merge_and_score(bench, list(folders), budget=budget, seed=seed)
-    print(found.closeness.to_string(index=False))
+    if len(found.closeness):
+        print(found.closeness.to_string(index=False))
     for method, folder in folders.items():
         scores = task_scores(found.report, method)
         if len(scores):
@@ -148,7 +148,7 @@ def write_merged(
     data = {
         source.task.name: {
             "rows": {split: len(rows[n] or ()) for split, rows in plan.rows.items()},
-            "digest": data_digest(plan.rows["merge"][n])[:16],
+            **({"digest": data_digest(merge)[:16]} if (merge := plan.rows["merge"][n]) else {}),
             "labels": ", ".join(source.labels),
             "expert": source.kind,
         }

@@ -1,0 +1,37 @@
+"""What methods need of a user's tasks, told before anything is read."""
+
+from collections.abc import Mapping, Sequence
+
+from divmerge_book.evaluation.benchmark import check_fit_for, check_request
+from divmerge_core.methods import METHODS, options_of, parse
+
+
+def check_methods(
+    specs: Sequence[str],
+    tasks: Sequence[str],
+    lacking: Mapping[str, Sequence[str]],
+    overrides: Mapping[str, object] | None = None,
+) -> None:
+    """Raise ValueError for methods that these tasks cannot be merged by, and what they lack.
+
+    lacking: split (`merge`, `validation`) -> tasks without rows of it. overrides: options of fits.
+    """
+    check_request(specs, [0], overrides or {})
+    check_fit_for(specs, [tasks])
+    for spec in specs:
+        name, _ = parse(spec)
+        if METHODS.facts[name].get("returns") == "predictor":
+            raise ValueError(
+                f"{spec} returns no single merged model, so none can be written; choose one that "
+                "does, such as divmerge/layer"
+            )
+        needed = {
+            "merge": "unlabelled inputs" in METHODS.facts[name]["needs"],
+            "validation": "score" in options_of(name),
+        }
+        for split in (split for split, needs in needed.items() if needs and lacking[split]):
+            uses = "reads unlabelled inputs" if split == "merge" else "searches with a score"
+            raise ValueError(
+                f"{spec} {uses}: give task {', '.join(map(repr, lacking[split]))} a {split} split "
+                f"({split}: FILE), or choose a method that needs none, such as average or ties"
+            )
