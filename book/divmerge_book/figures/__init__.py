@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from divmerge_book.evaluation.metrics import graded, main_scores, own_scores, scores
 from divmerge_book.evaluation.report import MARGIN, Report, caption
 from divmerge_book.figures import primitives as plot
+from divmerge_book.figures import schematics
 from divmerge_book.figures.styles import GREEN, PALETTE, TITLES, colour, title
 
 __all__ = ["GREEN", "PALETTE", "TITLES", "colour", "title"]  # also of the modules below
@@ -203,10 +204,11 @@ In brackets: on how many counted tasks a method is below the majority class.
 
 
 def landing(results: Path) -> None:
-    """Draw `landing.png` and write `landing.md` from every stored Report in a folder.
+    """Draw the method, and `landing.png` and `landing.md` from every stored Report in a folder.
 
     Without stored Reports the text says that nothing has been measured yet.
     """
+    schematics.save(schematics.method, results / "method.svg", height=3.6)
     reports = {path.stem: Report.load(path) for path in sorted(results.glob("*.json"))}
     if not reports:
         (results / "landing.md").write_text("No full-size results are stored yet.\n", "utf-8")

@@ -57,6 +57,7 @@ class OwnKernel(AsyncKernelManager):
             "PYTHONWARNINGS": "ignore:IProgress not found",  # bars are text here
         }
         flags = "-m ipykernel_launcher --log-level=50 -f {connection_file}"
+        flags += " --InlineBackend.figure_formats=svg"  # sharp at any size of a page
         return KernelSpec(argv=[sys.executable, *flags.split()], env=env, language="python")
 
 
