@@ -44,6 +44,11 @@ KINDS = {  # family -> configuration class and a tiny model's sizes
         | {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "bos_token_id": 2}
         | {"decoder_start_token_id": 3},
     ),
+    "t5": (
+        "T5Config",
+        {**PAD, "vocab_size": len(WORDS), "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1}
+        | {"num_heads": 4, "eos_token_id": 3, "decoder_start_token_id": 0},
+    ),
 }
 
 

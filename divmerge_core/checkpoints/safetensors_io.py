@@ -215,7 +215,7 @@ def tied(config: Mapping[str, object], tensors: Mapping[str, Stored]) -> set[str
         return set()
     by_shape: dict[tuple[int, ...], list[str]] = {}
     for name in sorted(tensors, key=lambda n: ("shared" not in n, not EMBEDDING.search(n), len(n))):
-        if tensors[name].shape[:1] == (rows,):
+        if tensors[name].shape[:1] == (rows,) and not re.search(r"\.\d+\.", name):  # of no block
             by_shape.setdefault(tensors[name].shape, []).append(name)
     return {
         name

@@ -1,5 +1,6 @@
 """Users' texts: five formats give the same rows, and every error names its file and row."""
 
+import re
 from pathlib import Path
 
 import datasets
@@ -16,7 +17,7 @@ def rows_of(path: Path, labels=ANSWERS, split: str = "test", **fields) -> datase
     """Rows of a task whose merge, validation and test rows all lie at one path."""
     rows = dict.fromkeys(("merge", "validation", "test"), path)
     task = TaskFiles(name="mood", expert=path.parent, **rows, columns=Columns(**fields))
-    return load_rows(task, split, labels, tokenizer())
+    return load_rows(task, split, labels, tokenizer())[0]
 
 
 # --- what is read ---------------------------------------------------------------------------------
@@ -57,6 +58,9 @@ def test_fields_are_read_as_their_format_defines_them(tmp_path, name, content, t
         (["positive", "negative"], ANSWERS),
         (["1", "0"], ANSWERS),  # where all labels are words
         ([1, 0], ANSWERS),
+        (["1.0", "0.0"], ANSWERS),  # as a column with gaps was saved
+        ([True, False], ANSWERS),
+        ([True, False], ("False", "True")),
         ([1, 2], ("2", "1")),  # labels that are numbers mean themselves
     ],
 )
@@ -64,6 +68,27 @@ def test_labels_are_words_or_numbers(tmp_path, values, labels):
     given = [{"text": f"t{n}", "label": value} for n, value in enumerate(values)]
     path = write_rows(tmp_path / "rows.jsonl", given)
     assert rows_of(path, labels=labels)["label"][:] == [1, 0]
+
+
+def test_a_missing_label_is_not_the_label_none(tmp_path):
+    path = write_rows(tmp_path / "rows.parquet", [{"text": "a", "label": None}])
+    with pytest.raises(ValueError, match="row 1: label None .* is none of None, some"):
+        rows_of(path, labels=("None", "some"))
+
+
+def test_numbers_for_named_outputs_are_noted(tmp_path):
+    path = write_rows(tmp_path / "rows.csv", [{"text": "a", "label": 0}, {"text": "b", "label": 1}])
+    task = TaskFiles(name="mood", expert=tmp_path, test=path)
+    note = "read as numbers of the expert's outputs .0 = negative, 1 = positive"
+    assert re.search(note, load_rows(task, "test", ANSWERS, tokenizer())[1][0])
+    assert load_rows(task, "test", ("0", "1"), tokenizer())[1] == [], "nothing else can be meant"
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    made = datasets.Dataset.from_dict({"text": ["a"], "label": [1]}, features=features)
+    made.save_to_disk(str(tmp_path / "rows"))
+    task = TaskFiles(name="mood", expert=tmp_path, test=tmp_path / "rows")
+    assert "(0 = no, 1 = yes)" in load_rows(task, "test", ("0", "1"), tokenizer())[1][0]
 
 
 def test_numbered_labels_of_a_datasets_folder_go_by_their_names(tmp_path):

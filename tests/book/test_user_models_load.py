@@ -1,5 +1,7 @@
 """Users' experts merged: the identity of every family, heads, adapters, damaged weights."""
 
+import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,8 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from divmerge_core import METHODS
+from divmerge_core.checkpoints.safetensors_io import StoredModel
 
-FAMILIES = ("bert", "roberta", "deberta", "distilbert", "gpt2", "qwen2", "bart")
+FAMILIES = ("bert", "roberta", "deberta", "distilbert", "gpt2", "qwen2", "bart", "t5")
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
 
@@ -157,7 +160,6 @@ def with_nan(name: str):
     [
         (with_nan("classifier.bias"), "classifier.bias holds NaN"),
         (with_nan(f"{QUERY}.weight"), f"{QUERY.removeprefix('bert.')}.weight holds NaN"),
-        (without("classifier.weight"), "lacks .*classifier.weight.*with its head"),
     ],
 )
 def test_an_expert_without_all_its_numbers_is_refused(project, tmp_path, change, message):
@@ -179,9 +181,7 @@ def test_an_expert_of_another_base_or_none_is_noted(project, tmp_path):
 
 @pytest.mark.parametrize("part", [QUERY.removeprefix("bert.") + ".weight", "encoder.layer.1."])
 def test_a_base_that_lacks_tensors_is_refused_by_name(project, tmp_path, part):
-    plan = check(read(other_base(project, tmp_path, without(part))))
-    with pytest.raises(ValueError, match=f"lacks .* tensors of its model.*{part}.*only a pooler"):
-        load(plan)
+    refused(other_base(project, tmp_path, without(part)), "base", "tensors of its model", part)
 
 
 @pytest.mark.parametrize("wrapper", ["_orig_mod.", "module."])
@@ -189,6 +189,63 @@ def test_the_wrapper_of_a_saved_model_is_named_before_weights_are_read(project, 
     path = other_base(project, tmp_path, lambda t: {f"{wrapper}{n}": one for n, one in t.items()})
     with pytest.raises(ValueError, match=f"all names begin with '{wrapper}', so a wrapper"):
         check(read(path))
+
+
+def rewritten(folder: Path, **fields) -> None:
+    """config.json with other fields, as if edited by hand."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (partial(stored, change=without("classifier.weight")), "lacks 1 .*classifier.weight"),
+        (partial(stored, change=without(QUERY)), "lacks 2 tensors of its model"),
+        (
+            partial(stored, change=lambda own: own | {"classifier.out.weight": torch.ones(2, 32)}),
+            "classifier.out.weight.*its head is another one",
+        ),
+        (
+            partial(rewritten, id2label={"0": "a", "1": "b", "2": "c"}),
+            r"weights disagree: classifier.bias is \[2\], not \[3\]",
+        ),
+        (partial(rewritten, quantization_config={"quant_method": "bitsandbytes"}), "is quantised"),
+        (partial(rewritten, auto_map={"AutoModel": "own.Model"}), "code of its own .AutoModel"),
+        (
+            partial(rewritten, architectures=["MyBertForSequenceClassification"]),
+            "is a MyBertFor.* is BertForSequenceClassification; only its own classes",
+        ),
+        (partial(rewritten, id2label={"1": "a", "2": "b"}), r"numbers the outputs \[1, 2\]; they"),
+        (partial(rewritten, id2label={"0": "a", "2": "b"}), r"numbers the outputs \[0, 2\]; they"),
+        (partial(rewritten, id2label={"0": "a", "1": "a"}), "distinct and not empty; give labels"),
+        (partial(rewritten, id2label={"0": "a", "1": ""}), "distinct and not empty; give labels"),
+    ],
+)
+def test_an_expert_that_is_not_what_its_folder_says_is_refused_at_check(
+    project, tmp_path, spoil, message
+):
+    with pytest.raises(ValueError, match=message):
+        check(read(spoiled(project, tmp_path, spoil)))
+
+
+@pytest.mark.parametrize("names", [{"0": 0, "1": 1}, {"0": "label_0", "1": "LABEL_1"}, None])
+def test_outputs_with_numbers_for_names_take_the_descriptions(project, tmp_path, names):
+    path = spoiled(project, tmp_path, partial(rewritten, id2label=names, num_labels=2))
+    plan = check(read(changed(path, 0, labels=LABELS["mood"])))
+    assert list(plan.experts[0].labels) == LABELS["mood"]
+
+
+def test_equal_tensors_of_blocks_are_not_tied_though_they_have_a_row_per_token(tmp_path):
+    names = ("wte.weight", "lm_head.weight", "h.0.bias", "h.1.bias")
+    save_file({name: torch.zeros(9) for name in names}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"vocab_size": 9}')
+    assert set(StoredModel.at(tmp_path).tensors) == set(names) - {"lm_head.weight"}
+
+
+def test_what_a_base_has_beside_its_encoder_is_left_out_and_said(project, tmp_path):
+    path = other_base(project, tmp_path, lambda t: t | {"cls.predictions.bias": torch.ones(9)})
+    assert any("cls.predictions.bias left out" in note for note in check(read(path)).notes)
 
 
 def twice(folder: Path) -> None:
@@ -309,8 +366,14 @@ def test_what_is_more_than_plain_lora_is_refused_by_name(project, tmp_path, sett
 def test_a_random_pooler_that_was_not_saved_is_refused(project, tmp_path):
     head = {name: t for name, t in pooler_and_head(2).items() if name.startswith("classifier")}
     path, _ = with_adapter(project, tmp_path, saved=head)
-    with pytest.raises(ValueError, match="both lack .*bert.pooler.*modules_to_save"):
-        load(check(read(path)))
+    refused(path, "both lack", "bert.pooler", "modules_to_save")
+
+
+def test_an_adapter_that_names_another_base_is_noted(project, tmp_path):
+    for named, notes in (("hub/bert-large", 1), ("somewhere/base", 0), (None, 0)):
+        path, _ = with_adapter(project, tmp_path, base_model_name_or_path=named)
+        found = [note for note in check(read(path)).notes if "trained on 'hub/bert-large'" in note]
+        assert len(found) == notes
 
 
 # --- this package's own experts -------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Users' models are described in a file and checked before weights are read."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -228,7 +229,19 @@ def test_other_vocabularies_special_tokens_and_tokenizations_are_refused(project
 
 
 def test_inputs_longer_than_the_models_positions_are_refused(project):
-    refused(with_fields(project, max_length=64), "max_length is 64", "32 tokens at most")
+    refused(with_fields(project, max_length=64), "max_length is 64", "to 32 tokens")
+    refused(with_fields(project, max_length=2), "max_length is 2", "3 (with its special tokens)")
+
+
+def test_positions_of_roberta_begin_after_its_padding_tokens(tmp_path):
+    project = make_project(tmp_path, "roberta")  # 34 of them, and padding is token 0
+    assert check(read(with_fields(project, max_length=33))).base.positions == 33
+    refused(with_fields(project, max_length=34), "max_length is 34", "to 33 tokens")
+
+
+def test_inputs_that_are_cut_are_counted(project):
+    (note,) = check(read(with_fields(project, max_length=4))).notes[:1]
+    assert re.search("'mood': cut at max_length 4 tokens are 12 of 12 merge inputs .up to", note)
 
 
 def test_a_padding_token_that_only_experts_name_is_used_and_noted(tmp_path):

@@ -1,12 +1,14 @@
 """Merges of users' models: scores, closeness, coefficients, and the folder on disk."""
 
 import math
+import re
 
 import pandas as pd
 import pytest
 import torch
 import transformers
 from divmerge_book import __main__
+from divmerge_book.evaluation.hyperparameter_search import own_experts
 from divmerge_book.evaluation.report import Report
 from divmerge_book.models.merged import load_with_head
 from divmerge_book.user_models import (
@@ -15,9 +17,11 @@ from divmerge_book.user_models import (
     load,
     merge_and_score,
     read,
+    result,
     task_scores,
     write_merged,
 )
+from divmerge_book.user_models.labels import order_note
 from divmerge_book.user_models.save import coefficients_of, grouping_of
 from local_files import LABELS, ROWS, changed, make_project
 from torch.testing import assert_close
@@ -125,13 +129,33 @@ def test_coefficients_are_found_again_from_the_merge(bench, found):
     assert_close(coefficients_of(still, vectors.base, "task"), torch.zeros(2, 1))
 
 
+def test_an_expert_that_another_order_of_labels_would_lift_is_remarked():
+    said, meant = [0, 1, 2] * 20, [2, 1, 0] * 20  # outputs in the order c, b, a
+    note = order_note("t", said, meant, "abc")
+    assert re.search("right on 0.33 .* 1.00 if its outputs were c, b, a;", note)
+    assert order_note("t", said, said, "abc") is None, "all right as it is"
+    assert order_note("t", [0] * 60, meant, "abc") is None, "a constant answer has no order"
+
+
+def test_labels_in_another_order_are_warned_of(bench, cache, monkeypatch):
+    def swapped(*arguments, **labels) -> pd.DataFrame:
+        said = [0, 1] * (ROWS["test"] // 2)
+        found = own_experts(*arguments, **labels)
+        return found.assign(predicted=[said] * 2, gold=[said[::-1], said])
+
+    monkeypatch.setattr(result, "own_experts", swapped)
+    with pytest.warns(UserWarning, match="'mood': the expert is right on 0.00 of the rows"):
+        merge_and_score(bench, ["average"], progress=False)
+
+
 def test_the_grouping_is_the_one_asked_for_or_the_methods_own():
     specs = ("divmerge/layer", "divmerge", "ties")
     assert list(map(grouping_of, specs)) == ["layer", "task", "task"]
 
 
-def test_what_is_written_answers_as_what_was_merged(tmp_path, cache):
-    plan = check(read(make_project(tmp_path, "distilbert")))
+@pytest.mark.parametrize("kind", ["distilbert", "t5"])
+def test_what_is_written_answers_as_what_was_merged(tmp_path, cache, kind):
+    plan = check(read(make_project(tmp_path, kind)))
     bench = load(plan)
     found = merge_and_score(bench, ["average"], budget=1, progress=False)
     folder = write_merged(plan, bench, found, "average", tmp_path / "merged", progress=False)

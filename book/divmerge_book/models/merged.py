@@ -77,7 +77,9 @@ def validate_architecture(task: str, head: Head, base: StoredModel) -> None:
     with torch.device("meta"):
         model = kind(config)
     prefix = f"{model.base_model_prefix}."
-    whole = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    again = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    again -= {name for name, _ in model.named_parameters()}  # other names of tied tensors
+    whole = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in again}
     wrong = [name for name, shape in head.shapes.items() if whole.get(name) != shape]
     given = {name.removeprefix(prefix) for name in (*base.tensors, *head.tensors)}
     lacking = {name.removeprefix(prefix) for name in whole} - given

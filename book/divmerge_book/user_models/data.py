@@ -14,6 +14,7 @@ import pyarrow.parquet as parquet
 from divmerge_book.data.splits import normal
 from divmerge_book.data.tasks import Task, quiet
 from divmerge_book.user_models.description import SPLITS, TaskFiles
+from divmerge_book.user_models.labels import numbers_of
 
 Tokenizer = Callable[..., Mapping[str, Sequence]]
 
@@ -141,41 +142,34 @@ def texts(values: pd.Series, tokenizer: Tokenizer) -> list[str]:
 
 
 def class_numbers(
-    values: pd.Series, labels: Sequence[str], names: Sequence[str] | None
-) -> list[int]:
-    """Labels, or where all are words their numbers, as outputs. names: of the file's numbers."""
-    known = {label: number for number, label in enumerate(labels)}
-    if not any(label.isdecimal() for label in labels):
-        known |= {str(number): number for number in range(len(labels))}
-    if names is not None and not all(label.isdecimal() for label in labels):
-        values = values.replace(dict(enumerate(names)))
-    found = [known.get(str(value).strip(), -1) for value in values]
+    values: pd.Series, labels: Sequence[str], file: Path, names: Sequence[str] | None
+) -> tuple[list[int], list[str]]:
+    """`labels.numbers_of`. Raises ValueError, with its row, for a label that is none of them."""
+    found, notes = numbers_of(values, labels, file, names)
     what = f"label VALUE in column {values.name!r} is none of {', '.join(labels)}"
     cure = "correct the row, or the labels in the description"
     require(values, (number >= 0 for number in found), what, cure)
-    return found
+    return found, notes
 
 
 def load_rows(
     task: TaskFiles, split: str, labels: Sequence[str], tokenizer: Tokenizer
-) -> datasets.Dataset:
-    """Rows of one split: `text`, for pairs `pair`, and, outside the merge split, `label`.
+) -> tuple[datasets.Dataset, list[str]]:
+    """Rows of one split: `text`, for pairs `pair`, and, outside the merge split, `label`; remarks.
 
     Raises ValueError, naming file and row, for what cannot be read, for texts without a token, and
     for labels that the expert does not have.
     """
-    names = task.columns.model_dump(exclude_none=True)
+    names, notes = task.columns.model_dump(exclude_none=True), []
     if split == "merge":
         del names["label"]
-    table = read_table(task.files()[split], list(names.values()))
-    columns = {
-        field: class_numbers(table[name], labels, table.attrs.get(name))
-        if field == "label"
-        else texts(table[name], tokenizer)
-        for field, name in names.items()
-    }
+    file = task.files()[split]
+    table = read_table(file, list(names.values()))
+    columns = {field: texts(table[names[field]], tokenizer) for field in names if field != "label"}
+    if (name := names.get("label")) is not None:
+        columns["label"], notes = class_numbers(table[name], labels, file, table.attrs.get(name))
     with quiet():
-        return datasets.Dataset.from_dict(columns)
+        return datasets.Dataset.from_dict(columns), notes
 
 
 def keys(rows: datasets.Dataset) -> set[tuple[str, ...]]:

@@ -6,9 +6,9 @@ with plain LoRA (`adapter`), or an expert that this package trained (`package`).
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import huggingface_hub
@@ -24,7 +24,9 @@ from divmerge_book.models.language.models import quiet_transformers
 from divmerge_book.models.merged import base_folder
 from divmerge_book.user_models import adapters
 from divmerge_book.user_models.description import TaskFiles
-from divmerge_core.checkpoints.safetensors_io import INDEX, SINGLE, StoredModel
+from divmerge_book.user_models.headers import check_config, check_headers, positions
+from divmerge_book.user_models.labels import names_in, resolve_labels
+from divmerge_core.checkpoints.safetensors_io import INDEX, SINGLE, StoredModel, pools
 
 # What decides a model's computation, by transformers' common names; unknown ones are not compared.
 DECIDING = (
@@ -35,20 +37,25 @@ DECIDING = (
     *("position_embedding_type", "relative_attention", "pos_att_type", "is_decoder"),
 )
 MARKER = 977  # a number of labels that no tensor has as its size by chance
-UNNAMED = re.compile(r"LABEL_\d+")
 REFUSALS = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError)
 OFFLINE = {"trust_remote_code": False}  # no code of a checkpoint's own is run
 
 
 @dataclass(frozen=True)
 class BaseFolder:
-    """A base, described but not loaded. shapes: of the encoder's parameters, by name."""
+    """A base, described but not loaded.
+
+    shapes: of the encoder's parameters, by name. positions: how many tokens it reads at most, None
+    where nothing limits them. notes: remarks that are no errors.
+    """
 
     name: str
     folder: Path
     config: transformers.PretrainedConfig
     tokenizer: transformers.PreTrainedTokenizerBase
     shapes: dict[str, tuple[int, ...]]
+    positions: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Source:
 
     kind: a name in MARKS. model: the classifier without weights (on the meta device); None for this
     package's own, whose head is linear on the mean of the last layer. labels: its answers, in the
-    order of its outputs.
+    order of its outputs. notes: remarks that are no errors.
     """
 
     task: TaskFiles
@@ -65,6 +72,7 @@ class Source:
     labels: tuple[str, ...]
     model: nn.Module | None = None
     adapter: adapters.Adapter | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def prefix(self) -> str:
@@ -143,34 +151,38 @@ def open_base(name: str, beside: Path) -> BaseFolder:
     local = beside / Path(name).expanduser()
     folder = base_folder(str(local)) if local.is_dir() else fetched(name)
     config, tokenizer = config_of(folder), tokenizer_of(folder)
-    StoredModel.at(folder)  # its headers alone
     if tokenizer is None:
         raise ValueError(f"base {folder} has no tokenizer; save the base's own beside its weights")
-    shapes = shapes_of(bare_model(AutoModel, config))
-    return BaseFolder(name, folder, config, tokenizer, shapes)
+    check_config(f"base {folder}", config)
+    model = bare_model(AutoModel, config)
+    notes = check_headers(f"base {folder}", folder, model, pools)
+    limit, shapes = positions(model), shapes_of(model)
+    return BaseFolder(name, folder, config, tokenizer, shapes, limit, tuple(notes))
 
 
 def open_checkpoint(task: TaskFiles, base: BaseFolder) -> Source:
     config = config_of(task.expert)
-    heads = [n for n in config.architectures or () if not n.endswith("ForSequenceClassification")]
+    who, named = f"expert {task.expert}", config.architectures or ()
+    check_config(who, config)
+    heads = [name for name in named if not name.endswith("ForSequenceClassification")]
     if heads or config.problem_type in ("regression", "multi_label_classification"):
         raise ValueError(
-            f"expert {task.expert} is {', '.join(heads) or config.problem_type}; only "
-            "single-label sequence classification can be merged here"
+            f"{who} is {', '.join(heads) or config.problem_type}; only single-label sequence "
+            "classification can be merged here"
         )
-    own = [config.id2label[n] for n in range(config.num_labels)]
+    own = names_in(config.id2label, f"{task.expert / 'config.json'}: id2label")
     labels = resolve_labels(task, own, "id2label in config.json")
     model = bare_model(AutoModelForSequenceClassification, config)
+    if named and type(model).__name__ not in named:
+        raise ValueError(
+            f"{who} is a {', '.join(named)}, and transformers' class for {config.model_type!r} is "
+            f"{type(model).__name__}; only its own classes can be merged"
+        )
     return Source(task, "transformers", labels, model)
 
 
 def checkpoint_tensors(source: Source, base: BaseFolder, state: Mapping) -> dict[str, Tensor]:
-    model, missing = read_model(AutoModelForSequenceClassification, source.task.expert)
-    if missing:
-        raise ValueError(
-            f"expert {source.task.expert} lacks {sorted(missing)[:3]}; save the whole fine-tuned "
-            "classifier, with its head"
-        )
+    model, _ = read_model(AutoModelForSequenceClassification, source.task.expert)
     return dict(model.named_parameters())
 
 
@@ -188,15 +200,24 @@ def open_adapter(task: TaskFiles, base: BaseFolder) -> Source:
     return Source(task, "adapter", labels, model, adapters.adapter_of(task.expert, model))
 
 
-def adapter_tensors(source: Source, base: BaseFolder, state: Mapping) -> dict[str, Tensor]:
-    whole = source.adapter.apply({source.prefix + n: tensor for n, tensor in state.items()})
-    if missing := [name for name, _ in source.model.named_parameters() if name not in whole]:
+def check_adapter(source: Source, base: BaseFolder) -> list[str]:
+    """A note where an adapter names another base. Raises ValueError for a head that nobody has."""
+    folder, held = source.task.expert, {*source.adapter.saved}
+    held |= {source.prefix + name for name in StoredModel.at(base.folder).cores}
+    if missing := [name for name, _ in source.model.named_parameters() if name not in held]:
         raise ValueError(
-            f"adapter {source.task.expert} and the base {base.name!r} both lack {missing[:3]}: it "
-            "was drawn at random in training and not saved; train again with its module in "
-            "modules_to_save"
+            f"adapter {folder} and the base {base.name!r} both lack {missing[:3]}: it was drawn at "
+            "random in training and not saved; train again with its module in modules_to_save"
         )
-    return whole
+    said = str(adapters.read_config(folder).get("base_model_name_or_path") or "")
+    names = (base.name, base.folder.name, getattr(base.config, "_name_or_path", ""))
+    if not said or Path(said).name.lower() in {Path(name).name.lower() for name in names}:
+        return []
+    return [f"adapter {folder} says that it was trained on {said!r}; the base is {base.name!r}"]
+
+
+def adapter_tensors(source: Source, base: BaseFolder, state: Mapping) -> dict[str, Tensor]:
+    return source.adapter.apply({source.prefix + n: tensor for n, tensor in state.items()})
 
 
 def open_package(task: TaskFiles, base: BaseFolder) -> Source:
@@ -244,27 +265,17 @@ def open_expert(task: TaskFiles, base: BaseFolder) -> Source:
             "index); remove the one that is not the expert"
         )
     source = OPEN[kind](task, base)
-    if kind != "adapter":
+    if kind == "package":
         StoredModel.at(folder)  # its headers alone
     if len(source.labels) < 2:
         raise ValueError(f"task {task.name!r} has the label {source.labels} alone; it needs two")
     check_architecture(source, base)
-    return source
-
-
-def resolve_labels(task: TaskFiles, own: Sequence[str], where: str) -> tuple[str, ...]:
-    """The labels of a task: its description's, or the expert's own, or else 0, 1, ..."""
-    own, named = tuple(own), not all(UNNAMED.fullmatch(label) for label in own)
-    if task.labels is None:
-        return own if named else tuple(map(str, range(len(own))))
-    if len(task.labels) != len(own) or (named and own != task.labels):
-        order = " in another order" if sorted(own) == sorted(task.labels) else ""
-        raise ValueError(
-            f"task {task.name!r}: labels {list(task.labels)}, but the expert's head has "
-            f"{len(own)} outputs{order}: {list(own)} ({where}); give the labels in the order of "
-            "the outputs"
-        )
-    return task.labels
+    who, notes = f"expert {folder}", []
+    if kind == "transformers":
+        notes = check_headers(who, folder, source.model)
+    elif kind == "adapter":
+        notes = check_adapter(source, base)
+    return replace(source, notes=tuple(notes))
 
 
 def check_architecture(source: Source, base: BaseFolder) -> None:

@@ -19,7 +19,6 @@ from divmerge_book.models.encoders import Base, check_device, make_batches, pool
 from divmerge_book.models.finetuning import Expert, data_digest
 from divmerge_book.user_models.folders import TENSORS, Source, read_model
 from divmerge_book.user_models.plan import Plan
-from divmerge_core.checkpoints.safetensors_io import pools
 from divmerge_core.checkpoints.save import input_files
 from divmerge_core.merging.problem import MergeProblem, Pairs
 from divmerge_core.merging.task_vectors import STORAGES, Layout, TaskVectors
@@ -94,11 +93,6 @@ def load(plan: Plan, *, device: str = "cpu", precision: str = "float32") -> Expe
     place, length = check_device(device), plan.description.max_length
     precision = resolve(precision, place)
     encoder, missing = read_model(AutoModel, plan.base.folder)
-    if lost := sorted(name for name in missing if not pools(name)):
-        raise ValueError(
-            f"the base {plan.base.folder} lacks {len(lost)} tensors of its model, such as "
-            f"{lost[:3]}; only a pooler may be absent: save the whole base again"
-        )
     encoder.config.use_cache = False  # decoders keep keys and values for text that never comes
     state = {n: t for n, t in encoder.to(place).named_parameters() if n not in missing}
     shapes, heads = [source.shapes for source in plan.experts], {}

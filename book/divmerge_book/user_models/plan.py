@@ -137,14 +137,29 @@ def set_padding(
 
 
 def check_length(description: Description, base: BaseFolder) -> None:
-    """Raise ValueError where inputs would be longer than the model has positions."""
-    places = getattr(base.config, "max_position_embeddings", None)
-    limit = min(places or base.tokenizer.model_max_length, base.tokenizer.model_max_length)
-    if description.max_length > limit:
+    """Raise ValueError where inputs have more tokens than the model has positions, or no room."""
+    own, given = base.tokenizer.model_max_length, description.max_length
+    limit, pair = min(base.positions or own, own), any(t.columns.pair for t in description.tasks)
+    least = base.tokenizer.num_special_tokens_to_add(pair=pair) + 1 + pair
+    if not least <= given <= limit:
         raise ValueError(
-            f"{description.path}: max_length is {description.max_length}, the base {base.name!r} "
-            f"reads {limit} tokens at most; set max_length to {limit} or less"
+            f"{description.path}: max_length is {given}, and inputs of the base {base.name!r} have "
+            f"{least} (with its special tokens) to {limit} tokens; set max_length to one of these"
         )
+
+
+def cut_note(
+    task: TaskFiles, rows: Mapping[str, datasets.Dataset], base: BaseFolder, limit: int
+) -> list[str]:
+    """A note where inputs of a task have more tokens than are read."""
+    found = []
+    for split, data in rows.items():
+        columns = [list(data[name]) for name in ("text", "pair") if name in data.column_names]
+        lengths = list(map(len, base.tokenizer(*columns, verbose=False)["input_ids"]))
+        if longer := sum(length > limit for length in lengths):
+            found.append(f"{longer} of {len(data)} {split} inputs (up to {max(lengths)})")
+    text = f"task {task.name!r}: cut at max_length {limit} tokens are {', '.join(found)}"
+    return [text] if found else []
 
 
 def check(description: Description, methods: Sequence[str] = ()) -> Plan:
@@ -168,9 +183,13 @@ def check(description: Description, methods: Sequence[str] = ()) -> Plan:
         for source, split in jobs
     )
     rows: dict[str, dict[str, datasets.Dataset]] = {source.task.name: {} for source in experts}
-    for (source, split), data in zip(jobs, loaded, strict=True):
+    notes = [*base.notes, *(note for source in experts for note in source.notes)]
+    for (source, split), (data, said) in zip(jobs, loaded, strict=True):
         rows[source.task.name][split] = data
-    notes = sum(collect_errors(partial(shared, *item) for item in rows.items()), [])
+        notes += said
+    notes += sum(collect_errors(partial(shared, *item) for item in rows.items()), [])
+    for source in experts:
+        notes += cut_note(source.task, rows[source.task.name], base, description.max_length)
     pads = collect_errors(
         partial(
             own_padding,
@@ -187,7 +206,7 @@ def check(description: Description, methods: Sequence[str] = ()) -> Plan:
         if not {"merge", "test"} & set(task.files())
     ]
     notes += set_padding(base, experts, pads, description.pad_token)
-    for (source, split), data in zip(jobs, loaded, strict=True):
+    for (source, split), (data, _) in zip(jobs, loaded, strict=True):
         present = set(range(len(source.labels))) if split == "merge" else set(data["label"])
         if absent := [label for n, label in enumerate(source.labels) if n not in present]:
             absent = ", ".join(absent)

@@ -1,5 +1,6 @@
 """Merge users' experts by several methods and score them where there are labels."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from divmerge_book.evaluation.hyperparameter_search import (
 from divmerge_book.evaluation.metrics import evaluate
 from divmerge_book.evaluation.report import Report
 from divmerge_book.evaluation.statistics import middle
+from divmerge_book.user_models.labels import order_note
 from divmerge_book.user_models.method_needs import check_methods
 from divmerge_core.divergences import objective
 from divmerge_core.merging.problem import Batch, Merged
@@ -114,6 +116,10 @@ def scored(bench: Experiment, merged: Mapping[str, Merged], seed: int, suite: st
     part, ends = bench.select(list(rows)), sorted({min(rows.values()), max(rows.values())})
     labels = {"suite": suite, "subset": "+".join(rows), "seed": seed}
     parts = [own_experts(part, part.test, **labels, method="expert")]
+    for own in parts[0].itertuples():
+        answers = bench.experts[bench.problem.vectors.tasks.index(own.task)].manifest["answers"]
+        if note := order_note(own.task, own.predicted, own.gold, answers):
+            warnings.warn(note, stacklevel=3)
     for method, flat in merged.items():
         parts.append(evaluate(part.problem, flat, part.test, **labels, method=method))
     return Report.of(

@@ -1,0 +1,82 @@
+"""What the headers of a folder's weights say, held to its configuration; no weight is read."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+from divmerge_core.checkpoints.safetensors_io import StoredModel, pools
+
+# Buffers of older versions, and what an encoder keeps of its pre-training.
+LEFT_OUT = re.compile(r"inv_freq$|(attn|attention)\.(masked_)?bias$|position_ids$|^(lm_head|cls)\.")
+
+
+def positions(model: nn.Module) -> int | None:
+    """How many tokens a model has positions for; RoBERTa's begin after its padding token's."""
+    for name, part in model.named_modules():
+        if re.search(r"(position_embeddings|embed_positions)$", name) and hasattr(part, "weight"):
+            if getattr(part, "padding_idx", None) is not None:
+                return part.weight.shape[0] - part.padding_idx - 1
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def check_config(who: str, config: PretrainedConfig) -> None:
+    """Raise ValueError for quantised weights and for a model with code of its own."""
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{who} is quantised; give the weights that it was made from, in float32 or bfloat16"
+        )
+    if code := getattr(config, "auto_map", None):
+        raise ValueError(
+            f"{who} brings code of its own ({', '.join(map(str, code))} in auto_map of "
+            "config.json), which is not run here; only transformers' own classes can be merged"
+        )
+
+
+def check_headers(
+    who: str, folder: Path, model: nn.Module, lacks: Callable[[str], bool] = lambda name: False
+) -> list[str]:
+    """Notes on tensors in a folder's files that the model (on the meta device) has not.
+
+    lacks: which tensors the files may lack. Raises ValueError, naming them, for tensors that are
+    missing, have another shape than the configuration says, or make the head another one.
+    """
+    stored = StoredModel.at(folder)
+    if get_checkpoint_conversion_mapping(model.config.model_type):
+        return []  # transformers renames or joins such tensors while it loads them
+    prefix = f"{model.base_model_prefix}."
+    have = {stored.core(name): tensor.shape for name, tensor in stored.tensors.items()}
+    wanted: dict[int, list[str]] = {}  # tied ones by all their names
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        wanted.setdefault(id(tensor), []).append(name.removeprefix(prefix))
+    shapes = {
+        name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in model.named_parameters()
+    }
+    lost = [names[0] for names in wanted.values() if not have.keys() & set(names)]
+    if lost := sorted(name for name in lost if not lacks(name)):
+        raise ValueError(
+            f"{who} lacks {len(lost)} tensors of its model, such as {lost[:3]}; save the whole "
+            "model again, with its head where it has one"
+        )
+    if wrong := sorted(n for n in shapes if n in have and have[n] != shapes[n]):
+        shown = ", ".join(f"{n} is {list(have[n])}, not {list(shapes[n])}" for n in wrong[:3])
+        raise ValueError(
+            f"{who}: config.json and the weights disagree: {shown}; was config.json edited (number "
+            "of labels, vocabulary)? Save both again"
+        )
+    known = {name.removeprefix(prefix) for name in model.state_dict()}
+    return others(who, type(model).__name__, {n: s for n, s in have.items() if n not in known})
+
+
+def others(who: str, kind: str, more: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """A note on tensors that are left out. Raises ValueError where an answer may depend on them."""
+    strange = sorted(name for name in more if not (pools(name) or LEFT_OUT.search(name)))
+    if strange and kind.endswith("ForSequenceClassification"):
+        raise ValueError(
+            f"{who} holds {strange[:3]}, which transformers' {kind} has not: its head is another "
+            "one, and would answer otherwise; only transformers' own classifiers can be merged"
+        )
+    return [f"{who}: {', '.join(sorted(more)[:3])} left out; its model has none"] if more else []
