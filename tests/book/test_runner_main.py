@@ -218,7 +218,7 @@ def test_runs_at_once_have_gpus_of_their_own(monkeypatch):
 def write_book(root: Path, **chapters: str) -> Path:
     """A repository whose chapters have one cell each."""
     (root / "book" / "results").mkdir(parents=True)
-    toc = "format: jb-book\nroot: index\nchapters:\n"
+    toc = "format: jb-book\nroot: index\nparts:\n- chapters:\n"
     for name, cell in chapters.items():
         notebook(root / "notebooks" / f"{name}.ipynb", cell)
         toc += f"  - file: notebooks/{name}\n"

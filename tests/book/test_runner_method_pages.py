@@ -143,7 +143,7 @@ def test_the_command_on_the_page_names_a_notebook_that_takes_methods():
 
 def test_the_table_of_contents_takes_every_page_in():
     toc = yaml.safe_load((BOOK / "_toc.yml").read_text("utf-8"))
-    (entry,) = [chapter for chapter in toc["chapters"] if chapter["file"] == "methods/index"]
+    (entry,) = [one for one in toc["parts"][-1]["chapters"] if one["file"] == "methods/index"]
     assert entry["sections"] == [{"glob": "methods/*"}]
 
 
@@ -162,10 +162,11 @@ def test_the_pages_build_without_a_warning_in_the_books_own_settings(tmp_path):
     method_pages.write(source / "methods")
     (source / "index.md").write_text("# Home\n\n[Methods](methods/index.md)\n")
     toc = yaml.safe_load((BOOK / "_toc.yml").read_text("utf-8"))
-    kept = [one for one in toc["chapters"] if one["file"] in ("methods/index", "references")]
+    last = toc["parts"][-1]
+    kept = [one for one in last["chapters"] if one["file"] in ("methods/index", "references")]
     kept.append({"file": "printed"})
     nbformat.write(printing("| a | $b$ |\n|---|---|\n| `c` | $d$ |"), source / "printed.ipynb")
-    (source / "_toc.yml").write_text(yaml.safe_dump({**toc, "chapters": kept}))
+    (source / "_toc.yml").write_text(yaml.safe_dump({**toc, "parts": [{**last, "chapters": kept}]}))
     built = book.write_pages(tmp_path, source).parent  # warnings are errors
 
     def article(page: str) -> str:

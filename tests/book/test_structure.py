@@ -221,10 +221,20 @@ def tree(source: str) -> ast.Module:
     return ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.M))
 
 
-def test_the_table_of_contents_lists_every_notebook():
-    listed = [chapter["file"] for chapter in TOC["chapters"]]
+def test_the_table_of_contents_lists_every_notebook_and_page_once():
+    listed = [chapter["file"] for part in TOC["parts"] for chapter in part["chapters"]]
     chapters = [name for name in listed if name.startswith("notebooks/")]
-    assert chapters == [f"notebooks/{path.stem}" for path in NOTEBOOKS]
+    assert sorted(chapters) == [f"notebooks/{path.stem}" for path in NOTEBOOKS]
+    assert len(set(listed)) == len(listed)
+    others = {path.stem for path in (ROOT / "book").glob("*.md")} - {"index"}
+    assert set(listed) - set(chapters) == others | {"methods/index"}
+
+
+def test_texts_name_chapters_by_title():
+    """A chapter's number on its page is its place in the book, not its file's number."""
+    for path in (*NOTEBOOKS, *(ROOT / "book").glob("*.md"), *MODULES):
+        if not path.stem.startswith("10_"):
+            assert not re.search(r"[Cc]hapters? \d\d", path.read_text()), path
 
 
 @each_notebook

@@ -83,7 +83,7 @@ def check_fit_for(methods: Sequence[str], subsets: Sequence[Sequence[str]]) -> N
         if facts.get("optional") == "large":
             raise ValueError(
                 f"{spec} needs a second, larger base, and a suite has one; call it with large= "
-                "as chapter 07 does, or leave it out"
+                "as Beyond one vector does, or leave it out"
             )
 
 

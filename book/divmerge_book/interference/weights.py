@@ -17,7 +17,7 @@ Pairwise = Callable[[Float[Tensor, "T n"]], Float[Tensor, "T T"]]
 
 
 def cosine(deltas: Float[Tensor, "T N"]) -> Float[Tensor, "T T"]:
-    """Cosine similarity of every two task vectors; 0 beside a zero vector (chapter 01)."""
+    """Cosine similarity of every two task vectors; 0 beside a zero vector."""
     inner = deltas @ deltas.T  # [T, T]
     norms = inner.diagonal().sqrt()
     return (inner / torch.outer(norms, norms)).nan_to_num(nan=0.0).clamp(-1, 1)

@@ -139,7 +139,7 @@ def build(size: str, *, root: Path, workers: int | None = None) -> Path:
     workers = workers_at(size, workers)
     folder, source = root / "_build", root / "_build" / "src"
     toc = yaml.safe_load((root / "book" / "_toc.yml").read_text(encoding="utf-8"))
-    names = [entry["file"] for entry in toc["chapters"]]
+    names = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
     chapters = [Chapter(root, n, size) for n in names if n.startswith("notebooks/")]
     execute_all(chapters, workers)
     shutil.rmtree(source, ignore_errors=True)
