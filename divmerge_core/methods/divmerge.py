@@ -215,8 +215,8 @@ def divmerge_plus(problem: MergeProblem, **options: object) -> Float[Tensor, " N
     differs is `basis`, `grouping`, and the fit: annealed Adam from 0.2, 100 steps over 200 inputs a
     task, chosen on validation rows of eight tasks with BERT-tiny.
 
-    Pitfalls: Those of `divmerge`. The rank per task falls with 1/T. Better directions finds a gain over
-    task vectors with many tasks, none with two, and none from more than one band.
+    Pitfalls: Those of `divmerge`. The rank per task falls with 1/T. Measured gains over task
+    vectors: with many tasks, none with two, and none from more than one band.
 
     Peers: This method is the book's own, not the DivMerge paper's. aTLAS (Zhang et al. 2024, arXiv
     2407.02880) learns a coefficient per task and tensor of raw task vectors with labels or other
