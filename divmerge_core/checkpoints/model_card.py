@@ -118,11 +118,12 @@ def card(
     inputs: Mapping[str, str],
     *,
     reason: str,
+    ready: str = "",
 ) -> str:
     """The model card in Markdown with YAML front matter; needs no network.
 
     hashes, inputs: file -> SHA-256 of the files written and read. reason: why there is no mergekit
-    configuration; empty where there is one.
+    configuration; empty where there is one. ready: on whole models of tasks in the folder.
     """
     parts = (
         front(record),
@@ -131,7 +132,7 @@ def card(
         "## Coefficients\n\n" + coefficients_table(record),
         "## Data\n\n" + data_table(record),
         "## Scores\n\n" + scores_table(record),
-        "## Loading\n\nIn this folder:\n\n" + loading(base, heads),
+        "## Loading\n\nIn this folder:\n\n" + loading(base, heads) + f"\n\n{ready}" * bool(ready),
         "## mergekit\n\n" + mergekit_note(reason),
         "## SHA-256\n\n" + table(("written file", "SHA-256"), hashes.items()),
         table(("input file", "SHA-256"), inputs.items()),

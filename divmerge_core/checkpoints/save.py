@@ -44,6 +44,7 @@ def write(
     max_shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     recipe: Recipe | None = None,
+    complete: Callable[[Path], str] | None = None,
     progress: bool = True,
 ) -> Path:
     """Write a merged model in the hub's layout, the whole folder or nothing; returns the folder.
@@ -52,7 +53,9 @@ def write(
     that the base has on disk (`bert.`). None: they are computed from record.base, record.experts
     and record.coeffs while they are written, for models larger than memory. names: which tensors
     are then merged, named alike; None takes all floating tensors of the base that experts have.
-    Other tensors of the base (buffers, heads) are copied; tied weights are written once.
+    Other tensors of the base (buffers, heads) are copied, but for those that `heads` hold instead;
+    tied weights are written once. complete: adds a whole model per head to the folder, and says so
+    for the card.
 
     dtype: float32, bfloat16 or float16 of all floating tensors; None keeps the base's, tensor by
     tensor. A shard has at most max_shard_bytes of tensors, or one tensor. Memory is bounded by one
@@ -76,20 +79,23 @@ def write(
         raise ValueError(f"heads for {', '.join(strange)}, which are none of the record's tasks")
     for task, head in heads.items():
         validate_head(task, head, base)
+    instead = {base.core(name) for head in heads.values() for name in head.tensors}
+    plan, every = [t for t in plan if base.core(t.name) not in instead], len(plan)
     text, reason = recipe(record, source, kind) if recipe else ("", "none was asked for")
     total = sum(tensor.nbytes for tensor in plan)
-    require_space(folder, total)
+    require_space(folder, total * (1 + len(heads) if complete else 1))
     inputs = hashes_of(record)
     with fresh_folder(folder) as new:
         bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not progress)
         with bar:
             hashes = write_shards(new, plan, max_bytes=max_shard_bytes, wrote=bar.update)
-        copy_beside(record.base, new, kind)
+        copy_beside(record.base, new, kind, headless=len(plan) < every)
         hashes |= save_heads(new, heads)
         (new / "coefficients.json").write_text(coefficients_json(record), encoding="utf-8")
         if text:
             (new / "mergekit_config.yml").write_text(text, encoding="utf-8")
-        content = card(record, base, heads, hashes, inputs, reason=reason)
+        ready = complete(new) if complete else ""
+        content = card(record, base, heads, hashes, inputs, reason=reason, ready=ready)
         (new / "README.md").write_text(content, encoding="utf-8")
     return folder
 
@@ -164,13 +170,18 @@ def require_space(folder: Path, nbytes: int) -> None:
         )
 
 
-def copy_beside(base: Path, folder: Path, dtype: torch.dtype | None) -> None:
-    """Copy the base's config, tokenizer and licence; the config tells the dtype written."""
+def copy_beside(base: Path, folder: Path, dtype: torch.dtype | None, *, headless: bool) -> None:
+    """Copy the base's config, tokenizer and licence; the config tells the dtype written.
+
+    headless: the base's own head was left out, so the config does not speak of it.
+    """
     for pattern in BESIDE:
         for file in base.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
     config = json.loads((base / "config.json").read_text("utf-8"))
+    for name in ("architectures", "num_labels", "id2label", "label2id") if headless else ():
+        config.pop(name, None)
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")

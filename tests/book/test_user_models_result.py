@@ -1,5 +1,6 @@
 """Merges of users' models: scores, closeness, coefficients, and the folder on disk."""
 
+import json
 import math
 import re
 
@@ -23,7 +24,8 @@ from divmerge_book.user_models import (
 )
 from divmerge_book.user_models.labels import order_note
 from divmerge_book.user_models.save import coefficients_of, grouping_of
-from local_files import LABELS, ROWS, changed, make_project
+from local_files import LABELS, ROWS, changed, make_expert, make_project, toy_rows
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from divmerge_core import METHODS
@@ -169,8 +171,38 @@ def test_what_is_written_answers_as_what_was_merged(tmp_path, cache, kind):
             wanted = bench.problem.logits(found.made["average"].merged, number, batch)
             assert_close(model(**batch.inputs).logits, wanted, rtol=0, atol=1e-5)
         assert list(model.config.id2label.values()) == LABELS[task]
+        alone = transformers.pipeline("text-classification", model=str(folder / "tasks" / task))
+        texts = [row["text"] for row in toy_rows(task)["test"]]
+        lengths = torch.tensor([len(ids) for ids in plan.base.tokenizer(texts).input_ids])
+        batches = bench.test[number].batches
+        answers = torch.cat([model(**b.inputs).logits.argmax(-1) for b in batches]).tolist()
+        order = lengths.argsort(stable=True).tolist()
+        said = [LABELS[task].index(one["label"]) for one in alone([texts[n] for n in order])]
+        assert said == answers
     card = (folder / "README.md").read_text()
-    assert "average" in card and "negative" in card and str(ROWS["merge"]) in card
+    assert (
+        'from_pretrained("tasks/mood")' in card
+        and "average" in card
+        and "negative" in card
+        and str(ROWS["merge"]) in card
+    )
+
+
+def test_a_base_that_is_a_classifier_leaves_its_head_behind(tmp_path, cache):
+    project = make_project(tmp_path)
+    make_expert(tmp_path / "base", tmp_path / "base", ["x", "y", "z"], seed=9, scale=0)
+    plan = check(read(project))
+    assert "classifier.bias" in plan.notes[0] and "left out" in plan.notes[0]
+    bench = load(plan)
+    found = merge_and_score(bench, ["average"], budget=1, progress=False)
+    folder = write_merged(plan, bench, found, "average", tmp_path / "merged", progress=False)
+    stored = load_file(folder / "model.safetensors")
+    assert not any("classifier" in name for name in stored)
+    config = json.loads((folder / "config.json").read_text())
+    assert not {"architectures", "id2label", "label2id"} & set(config)
+    own = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "tasks/place")
+    assert list(own.config.id2label.values()) == LABELS["place"]
+    assert torch.equal(own.classifier.bias, bench.experts[1].head["classifier.bias"])
 
 
 def test_only_what_was_merged_can_be_written(plan, bench, found, tmp_path):

@@ -1,7 +1,8 @@
 """Merged models on disk, written and loaded with transformers."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,17 +46,42 @@ def write(
     record: MergeRecord,
     *,
     heads: Mapping[str, Head] | None = None,
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None,
     **options: object,
 ) -> Path:
     """`divmerge_core.checkpoints.write`, with a mergekit configuration and heads of transformers.
 
-    Raises ValueError, before anything is written, where a head does not complete its architecture.
+    tokenizer: where given, `tasks/TASK` holds a whole model with this tokenizer for every task
+    whose head is one of transformers'. Raises ValueError, before anything is written, where a head
+    does not complete its architecture.
     """
     if record.base.is_dir():
         for task, head in (heads or {}).items():
             if head.architecture != MEAN:
                 validate_architecture(task, head, StoredModel.at(record.base))
+    whole = [task for task, head in (heads or {}).items() if head.architecture != MEAN]
+    if tokenizer is not None and whole:
+        options["complete"] = partial(save_whole, tasks=whole, tokenizer=tokenizer)
     return checkpoints.write(folder, record, heads=heads, recipe=mergekit_recipe, **options)
+
+
+def save_whole(
+    folder: Path, tasks: Sequence[str], tokenizer: transformers.PreTrainedTokenizerBase
+) -> str:
+    """Write a model per task with its head, labels and tokenizer below a merged folder.
+
+    Returns Markdown that says how to load them.
+    """
+    for task in tasks:
+        model = load_with_head(folder, task)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.save_pretrained(folder / "tasks" / task)
+        tokenizer.save_pretrained(folder / "tasks" / task)
+    return (
+        f"Whole models, with head, labels and tokenizer, for {', '.join(tasks)}: "
+        f'`AutoModelForSequenceClassification.from_pretrained("tasks/{tasks[0]}")`. Each repeats '
+        "the merged weights, so that it can be copied alone."
+    )
 
 
 def labelled(labels: tuple[str, ...]) -> dict[str, object]:

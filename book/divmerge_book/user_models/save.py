@@ -168,4 +168,5 @@ def write_merged(
         scores=task_scores(found.report, spec).to_dict("records"),
     )
     merged, heads = vectors.layout.unflatten(made.merged), heads_of(plan, bench)
-    return write(folder, record, merged=merged, heads=heads, overwrite=overwrite, **options)
+    options |= {"heads": heads, "tokenizer": plan.base.tokenizer}
+    return write(folder, record, merged=merged, overwrite=overwrite, **options)
