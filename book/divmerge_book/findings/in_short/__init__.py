@@ -27,14 +27,18 @@ class Stored:
     def report(self, name: str) -> Report:
         """The Report in `name`, such as `baselines/embedded_bert_tiny.json`."""
         report = Report.load(self.folder / name)
-        self.dates[name] = report.provenance["date"]
+        self.dates[f"book/results/{name}"] = report.provenance["date"]
         return report
 
     def tables(self, name: str) -> stored_tables.ResultTable:
         """The tables in `name`, such as `protocol/inputs.json`, with their facts."""
         found = stored_tables.ResultTable(*stored_tables.load(self.folder / name), "the stored run")
-        self.dates[name] = found.facts["date"]
+        self.dates[f"book/results/{name}"] = found.facts["date"]
         return found
+
+    def printed(self, work: str) -> None:
+        """Name the file of numbers that others print; work: of `published.paper`."""
+        self.dates[f"book/divmerge_book/published/{work}.json"] = "as printed"
 
 
 def box(sentences: Callable[[Stored], Iterable[str]]) -> Markdown:
@@ -46,8 +50,8 @@ def box(sentences: Callable[[Stored], Iterable[str]]) -> Markdown:
     stored = Stored(next(filter(Path.is_dir, PLACES), PLACES[0]))
     try:
         text = bullets(sentences(stored))
-        files = [f"`book/results/{name}` ({date})" for name, date in stored.dates.items()]
-        text += f"\n\n*Stored results, made with the commands of this book: {listed(files)}.*"
+        files = [f"`{name}` ({date})" for name, date in stored.dates.items()]
+        text += f"\n\n*Made of stored results: {listed(files)}.*"
     except FileNotFoundError as error:
         text = f"`{Path(error.filename).name}` is not stored here; this run's results are below."
     return Markdown(f":::{{admonition}} In short\n:class: tip\n\n{text}\n:::")

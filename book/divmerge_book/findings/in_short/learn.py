@@ -1,0 +1,97 @@
+"""In short: the chapters that explain the method, on the experts of the stored runs."""
+
+import math
+
+from divmerge_book.figures import intervals_of, title
+from divmerge_book.findings import SCORES, each, listed, span
+from divmerge_book.findings.contests import standing
+from divmerge_book.findings.in_short import Stored
+
+MERGES = ["average", "task_arithmetic", "divmerge/task"]
+
+
+def quickstart(stored: Stored) -> list[str]:
+    """What three merges of two experts keep, and what is stored."""
+    report = stored.report("embedded.json")
+    subset = min(report.rows.subset, key=len)
+    found = {name: 100 * intervals_of(report, subset, name).value for name in SCORES}
+    tasks, seeds = subset.split("+"), report.rows.seed.nunique()
+    said = [f"by {SCORES[name]}: {each(one[MERGES], '{:.1f} %')}" for name, one in found.items()]
+    best = found["kept_margin"][MERGES].idxmax()
+    lost = 100 - found["kept_margin"][best]
+    return [
+        f"Two experts, for {listed(f'`{task}`' for task in tasks)}, are merged into one encoder: "
+        f"one model is stored instead of {len(tasks)} (means over {seeds} seeds of experts).",
+        f"The experts are 100 % in both scores; what three merges keep {'; '.join(said)}.",
+        f"The base model, with the experts' heads, has {found['anp']['base']:.1f} % by ANP and "
+        f"{found['kept_margin']['base']:.1f} % by kept margin.",
+        f"No merge is free: {title(best)} keeps most and loses {lost:.1f} % of the experts' lead "
+        "over the majority class.",
+    ]
+
+
+def task_vectors(stored: Stored) -> list[str]:
+    """Angles and signs of task vectors, and the price of one coefficient."""
+    weights, report = stored.tables("interference/weights.json"), stored.report("embedded.json")
+    pairs = weights["pairs"].query("counted == 'all'")
+    trained = weights["places"].query("place != 'embeddings embedding'")
+    subsets = sorted(report.rows.subset.unique(), key=len)
+    kept = [100 * intervals_of(report, one, "anp").value["task_arithmetic"] for one in subsets]
+    ends = [one.count("+") + 1 for one in subsets]
+    return [
+        f"The cosines of task vectors are {span(pairs.cosine, 2, sign=True)} over all pairs of "
+        f"{len(weights.facts['tasks'])} tasks and {pairs.seed.nunique()} seeds; 0 is a right angle.",
+        f"Weight decay alone moved {100 * weights['idle'].parameters.mean():.0f} % of the "
+        "parameters of an expert: rows of the embedding table that its texts never use.",
+        f"In the other tensors, two tasks pull {100 * trained.conflict.mean():.0f} % of the "
+        "parameters in opposite directions; chance gives half.",
+        "With one coefficient for all tasks, the best of a few, task arithmetic keeps "
+        f"{kept[0]:.1f} % ANP at T = {ends[0]} and {kept[-1]:.1f} % at T = {ends[-1]}.",
+    ]
+
+
+def divergences(stored: Stored) -> list[str]:
+    """How large JS, KL and reverse KL are on real merges, and how they rank them."""
+    run = stored.tables("evidence/embedded_bert_tiny.json")
+    table = run["models"]
+    names = {"js": "JS", "kl": "KL", "reverse_kl": "reverse KL"}
+    most = table[list(names)].max()
+    rho = table.groupby(["seed", "draws", "experts", "task"])[[*names, "accuracy"]]
+    rho = rho.corr("spearman").groupby(level=4).mean()
+    return [
+        f"Over {len(table):,} answers of random merges to one task, JS is at most {most.js:.2f} "
+        f"nats; its bound is log 2 = {math.log(2):.2f}.",
+        f"KL and reverse KL have no bound; they reach {most.kl:.1f} and {most.reverse_kl:.1f} nats.",
+        f"The rank correlation of JS over merges is {rho.js.kl:.2f} with KL and "
+        f"{rho.js.reverse_kl:.2f} with reverse KL (means over tasks and sets of merges).",
+        f"Their rank correlations with accuracy are {each(rho.accuracy[list(names)], '{:+.2f}', names, ', ')}.",
+    ]
+
+
+def objective(stored: Stored) -> list[str]:
+    """Whether the objective, which sees no label, ranks merges by accuracy."""
+    run = stored.tables("evidence/embedded_bert_tiny.json")
+    keys, scores = ["seed", "draws", "experts", "model"], ["js", "entropy", "accuracy"]
+    merges = run["models"].groupby(keys)[scores].mean()
+    rho = merges.groupby(keys[:-1])[scores].corr("spearman").accuracy.unstack()
+    own = run["cross"].query("task == model")
+    return [
+        "DivMerge minimises the sum over tasks of the JS between each expert's answers and the "
+        f"merged model's; on its own task an expert has {abs(own.js).max():.3f} nats.",
+        f"The objective sees no label and ranks merges: over {len(rho)} sets of random merges, its "
+        f"rank correlation with the mean accuracy is {rho.js.median():+.2f} in the median "
+        f"({span(rho.js, 2, sign=True)}).",
+        f"Entropy, AdaMerging's objective, has {rho.entropy.median():+.2f} on the same merges.",
+        "What is proved holds for the tasks' own inputs and for the value of the objective, not "
+        "for accuracy: that is measured.",
+    ]
+
+
+def merge(stored: Stored) -> list[str]:
+    """Where DivMerge stands among few baselines, on two suites."""
+    lines = []
+    for name in ("embedded", "glue_encoder"):
+        report = stored.report(f"{name}.json")
+        first, _, rest = standing(report, "the stored run").partition(". ")
+        lines += [f"{first}.", rest]
+    return lines

@@ -1,0 +1,61 @@
+"""In short: the chapters on better directions, the paper's setting and others' numbers."""
+
+from divmerge_book.figures import largest, title
+from divmerge_book.findings import each, listed
+from divmerge_book.findings.contests import gaps, standing
+from divmerge_book.findings.in_short import Stored
+from divmerge_book.published import leaderboard_summary as tables
+from divmerge_book.published import paper
+
+GLUE = "bases/glue_minilm.json"
+
+
+def directions(stored: Stored) -> list[str]:
+    """What DivMerge+ gains on seven GLUE tasks, and over what it is made of."""
+    report = stored.report(GLUE)
+    first, _, rest = standing(report, "the stored run").partition(". ")
+    subset = largest(report.rows).subset.iloc[0]
+    both = gaps(report, subset, ["divmerge+"], ["divmerge/layer", "tsv_m"])
+    return [
+        "DivMerge+ fits coefficients of orthogonalised singular directions (TSV-M's) with "
+        "DivMerge's objective; it is this book's own method, not the paper's.",
+        f"{first}.",
+        *(line.removeprefix("- ") for line in both.splitlines()),
+        f"This is {report.rows.seed.nunique()} seed of experts: {rest}",
+    ]
+
+
+def glue_on_a_gpu(stored: Stored) -> list[str]:
+    """What the paper reports, and what a small encoder gives on its tasks."""
+    report = stored.report(GLUE)
+    first = standing(report, "the stored run").partition(". ")[0]
+    stored.printed("paper")
+    means = paper.averages(6).sort_values(ascending=False)
+    return [
+        "The paper's own setting, Qwen2.5-0.5B on seven GLUE tasks, needs a GPU and a model hub. "
+        "It has not been run here; this chapter says what it needs.",
+        f"A small encoder ({report.provenance['encoder']}) stands in on the same tasks. {first}.",
+        "The paper prints ANP averaged over numbers of tasks: "
+        f"{each(means, '{:.1f} %', str, ', ')}.",
+    ]
+
+
+def published(stored: Stored) -> list[str]:
+    """What a published table hides behind its means."""
+    stored.printed("fusionbench")
+    table, rows = tables.published(), tables.scored_rows()
+    found, half = tables.summary(table), tables.margins(table, rows)
+    order = found["mean"].sort_values(ascending=False).index
+    first, second = order[:2]
+    ends = [f"{title(m)} ({100 * found.worst[m]:.0f} %, {found.worst_task[m]})" for m in order[:2]]
+    below = [f"{title(m)} on {found.below_base[m]}" for m in order[:2] if found.below_base[m]]
+    return [
+        f"FusionBench prints {len(found)} merges of {table.shape[1]} GPT-2 experts; the highest "
+        f"means are {100 * found['mean'][first]:.1f} % ({title(first)}) and "
+        f"{100 * found['mean'][second]:.1f} % ({title(second)}).",
+        f"Test rows alone leave such a mean open by {100 * half['mean'][first]:.1f} points on "
+        "either side (95 %).",
+        f"Their worst task, in % of its expert: {listed(ends)}.",
+        f"Less accurate than the unmerged base: {listed(below)}.",
+        "These are others' numbers; the experts themselves have not been merged for this page.",
+    ]
