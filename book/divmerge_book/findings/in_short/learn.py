@@ -64,7 +64,8 @@ def divergences(stored: Stored) -> list[str]:
         f"KL and reverse KL have no bound; they reach {most.kl:.1f} and {most.reverse_kl:.1f} nats.",
         f"The rank correlation of JS over merges is {rho.js.kl:.2f} with KL and "
         f"{rho.js.reverse_kl:.2f} with reverse KL (means over tasks and sets of merges).",
-        f"Their rank correlations with accuracy are {each(rho.accuracy[list(names)], '{:+.2f}', names, ', ')}.",
+        "Their rank correlations with accuracy are "
+        f"{each(rho.accuracy[list(names)], '{:+.2f}', names, ', ')}.",
     ]
 
 
