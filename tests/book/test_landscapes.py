@@ -170,7 +170,5 @@ def test_a_method_is_marked_where_it_ends(ax):
     assert last["DivMerge, per task"] == [0.9, 0.1] and last["Average"] == [0.5, 0.5]
 
 
-def test_costs_and_barriers_say_their_units(ax):
-    walls = pd.DataFrame({"pair": ["a+b"], "error": [0.1], "error_chord": [0.0]})
-    assert "points" in draw_plane.barrier_plot(ax, walls).get_xlabel()
+def test_costs_say_their_units(ax):
     assert "expert" in draw_plane.cost_map(ax, made_up_costs(), "js").get_xlabel()

@@ -36,6 +36,7 @@ ROOMS = (
 )
 PACKAGES = (ROOT / "divmerge_core", ROOT / "book" / "divmerge_book")
 MODULES = sorted(path for package in PACKAGES for path in package.rglob("*.py"))
+SHOWING = re.compile(r"\b(?:Markdown|display|box)\(")  # a cell that shows text or a table
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 SETUP = f"""\
@@ -310,6 +311,30 @@ def test_every_label_stands_once():
             labels.append(cell.metadata.get("mystnb", {}).get("figure", {}).get("name"))
     counts = Counter(filter(None, labels))
     assert {label for label, count in counts.items() if count > 1} == set()
+
+
+# Chapters with more than 30 code cells, and those whose plumbing is not folded yet: a chapter
+# leaves these lists and does not come back.
+LONG = {"05": 31, "07": 39, "08": 45, "10": 39, "11": 45}
+UNFOLDED = {f"{number:02}" for number in range(18)} - {"12"}
+
+
+@each_notebook
+def test_a_chapter_is_short_its_plumbing_is_folded_and_its_figures_are_referred_to(path):
+    """At most 30 code cells, at most a third of them plumbing: folded cells that show nothing."""
+    cells, chapter = code(path), path.stem[:2]
+    assert len(cells) <= LONG.get(chapter, 30)
+    if chapter in UNFOLDED:
+        return
+    folded = [cell for cell in cells if "hide-input" in cell.metadata.get("tags", [])]
+    figures = [cell for cell in cells if "figure" in cell.metadata.get("mystnb", {})]
+    silent = [c for c in folded if c not in figures and not SHOWING.search(c.source)]
+    assert len(silent) <= len(cells) / 3
+    assert all(cell in folded for cell in [*cells[:4], *figures])
+    prose = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown"]
+    for cell in figures:
+        name = cell.metadata["mystnb"]["figure"]["name"]
+        assert f"{{numref}}`{name}`" in "".join(prose), f"no text refers to {name}"
 
 
 @each_notebook

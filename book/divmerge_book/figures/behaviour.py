@@ -11,7 +11,7 @@ BANDED = ("base", "divmerge/layer")
 SIDES = {"lost": (-1, PALETTE[1]), "gained": (1, PALETTE[0])}
 LAYER_LABELS = {
     "cka": "CKA with the expert",
-    "shift": "shift from the expert, in its spreads",
+    "shift": "shift, in the expert's spreads",
     "common": "common share of the squared shift, %",
 }
 
@@ -37,13 +37,6 @@ def churn(ax: Axes, table: pd.DataFrame) -> Axes:
     return plot.finish(ax, "share of test rows, %, mean over tasks")
 
 
-def churn_by_task(ax: Axes, table: pd.DataFrame, model: str) -> Axes:
-    """`churn` of one model, a row per task, sorted by the net change. table: of `churn_by_task`."""
-    mean = table[table.model == model].groupby("task", sort=False)[["lost", "gained", "net"]].mean()
-    plot.diverging_bars(ax, 100 * mean.sort_values("net", ascending=False), SIDES, "net")
-    return plot.finish(ax, "share of test rows, %", title=title(model))
-
-
 def loss_by_margin(ax: Axes, table: pd.DataFrame) -> Axes:
     """Share of rows lost, by fifths of the expert's margin. table: of `flips_by_margin`."""
     auc, margin = table.groupby("model").auc.first(), table.groupby("part").margin.mean()
@@ -54,7 +47,7 @@ def loss_by_margin(ax: Axes, table: pd.DataFrame) -> Axes:
     plot.lines(ax, table, "part", "lost", looks, by="model")
     plot.ticks(ax, margin.index, [f"{n}\n({100 * value:.0f})" for n, value in margin.items()])
     ax.set_ylim(bottom=0)
-    words = "fifth of these rows by the expert's margin, 1 least confident (mean margin, points)"
+    words = "fifth by the expert's margin, 1 least confident (mean margin, points)"
     return plot.finish(ax, words, "lost, % of what the expert has right", percent="y")
 
 
@@ -78,24 +71,6 @@ def reliability(ax: Axes, table: pd.DataFrame, model: str, *, bins: int = 10) ->
     ax.set_title("Experts" if model == "expert" else title(model), fontsize=10)
     thirds = {"xticks": [0, 0.5, 1], "yticks": [0, 0.5, 1], "aspect": "equal"}
     return plot.finish(ax, percent="xy", xlim=(0, 1), ylim=(0, 1), **thirds)
-
-
-def calibration(ax: Axes, table: pd.DataFrame) -> Axes:
-    """The calibration error of every model (filled) and that of chance (open); means over seeds.
-
-    table: of `calibration_table`. Small points: seeds.
-    """
-    models = models_of(table, "expert")
-    mean = 100 * table.groupby("model")[["chance", "ece"]].mean().loc[models]
-    looks = {**methods(models), "expert": ("Experts", style("expert"))}
-    plot.dumbbells(ax, {looks[m][0]: (*mean.loc[m], looks[m][1]) for m in models})
-    for y, model in enumerate(models):
-        values = 100 * table[table.model == model].ece
-        plot.intervals(
-            ax, y + 0 * values, values, **{**style(model), "marker": ".", "markersize": 4}
-        )
-    ax.set_xlim(left=0)
-    return plot.finish(ax, "expected calibration error, points")
 
 
 def similarity_by_layer(ax: Axes, table: pd.DataFrame, column: str) -> Axes:

@@ -141,18 +141,3 @@ def group_map(
     plot.heat_map(ax, wide, label=label, annot=wide.size <= 80, **how)
     ax.tick_params(axis="y", labelsize=8)
     return ax
-
-
-def coefficients_by_count(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Every task's coefficients times T, over T: means over groups, bars from lowest to highest.
-
-    table: rows of `coefficient_analysis.fitted` of one grouping. The dashed line at 1 is the
-    average of the experts.
-    """
-    mean = table.groupby(["task", "count", "group"], sort=False).coefficient.mean().reset_index()
-    mean["times"] = mean.coefficient * mean["count"]
-    found = plot.spread(mean.sort_values("count", kind="stable"), ["task", "count"], "times")
-    how = {"ends": ("low", "high"), "ordinal": True, "step": 0.07, "linewidth": 1}
-    plot.lines(ax, found, "count", "value", numbered(mean.task), by="task", **how)
-    words = {"x": "tasks merged, $T$", "y": r"$T\,\lambda_{tg}$"}
-    return plot.finish(ax, **words, legend={"fontsize": 8, "ncols": 2}, at_y={1: "--"})

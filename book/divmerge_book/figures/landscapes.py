@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -35,13 +34,15 @@ def plane(ax: Axes, table: pd.DataFrame, column: str, *, colorbar: bool = True) 
     how = {"shading": "nearest", "cmap": shades, "rasterized": True}
     image = ax.pcolormesh(wide.columns, wide.index, wide, vmin=factor * low, vmax=top, **how)
     if colorbar:
-        ax.figure.colorbar(image, ax=ax, label=f"{words}, {unit}", extend=extend)
+        bar = ax.figure.colorbar(image, ax=ax, location="top", extend=extend)
+        bar.set_label(f"{words}, {unit}", fontsize=9)
+        bar.ax.tick_params(labelsize=8)
     look = {"color": "white", "markeredgecolor": "black", "linestyle": "none"}
     ax.plot([1, 0], [0, 1], marker="*", markersize=13, **look)
     ax.plot(0, 0, marker="X", markersize=8, **look)
     ax.grid(visible=False)
     names = (f"$\\lambda$ of {task}" for task in table.pair.iloc[0].split("+"))
-    places = [0, 0.5, 1, 1.5]
+    places = [0, 1]
     return plot.finish(ax, *names, aspect="equal", xticks=places, yticks=places)
 
 
@@ -102,18 +103,3 @@ def interpolation(ax: Axes, table: pd.DataFrame, column: str = "accuracy") -> Ax
     ax.plot(both.index, both, "k--", linewidth=1.3, label="mean of both")
     plot.ticks(ax, [0, 0.5, 1], [first, "average", second])
     return plot.finish(ax, percent="y" if column == "accuracy" else "")
-
-
-def barrier_plot(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Every pair's barrier of test error, against the mean of the ends and against the chord.
-
-    table: of `barriers`; points are means over seeds, sorted; lines join the two of a pair.
-    """
-    mean = 100 * table.groupby("pair")[["error", "error_chord"]].mean()
-    mean, y = mean.sort_values("error", ascending=False), np.arange(len(mean))
-    first, second = mark(1, "o", markersize=6, bar="0.7"), mark(0, "D", markersize=6)
-    ends = mean.error, mean.error_chord, mean.error
-    plot.intervals(ax, y, *ends, label="above the mean of the ends", width=1, **first)
-    plot.intervals(ax, y, mean.error_chord, label="above the chord", **second)
-    plot.label_rows(ax, mean.index.str.replace("+", " + "), size=8)
-    return plot.finish(ax, "barrier of the test error, points")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pandas as pd
 
+from divmerge_book.evaluation.stored_tables import ResultTable
 from divmerge_book.figures import title
 
 SCORES = {"anp": "ANP", "kept_margin": "kept margin"}
@@ -52,6 +53,11 @@ def missing(table: pd.DataFrame, source: str) -> str:
     if "kept_margin" in table:
         return ""
     return f" {source[0].upper()}{source[1:]} has no accuracies by task, so no kept margin."
+
+
+def with_origin(run: ResultTable, *paragraphs: str) -> str:
+    """Paragraphs, and under them where the numbers of the run come from."""
+    return "\n\n".join([*paragraphs, f"*{run.caption}*"])
 
 
 def bullets(lines: Iterable[str]) -> str:

@@ -98,6 +98,14 @@ def calibrated(states: pd.DataFrame, source: str) -> str:
     )
 
 
+def calibration_columns(states: pd.DataFrame) -> pd.DataFrame:
+    """Calibration by model in points, means over seeds. states: of `calibration_table`."""
+    named = {"gap": "confidence minus accuracy", "uneven": "difference by task"}
+    named |= {"ece": "ECE", "chance": "ECE by chance"}
+    mean = 100 * states.groupby("model", sort=False).mean().drop(columns="seed")
+    return mean.loc["expert":].rename(index=title, columns=named).rename_axis("points")
+
+
 def strongest_predictors(found: pd.DataFrame) -> pd.DataFrame:
     """By question: how many predictors are significant, and the strongest.
 

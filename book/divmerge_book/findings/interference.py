@@ -5,6 +5,7 @@ import pandas as pd
 from divmerge_book.evaluation.statistics import format_correlation
 from divmerge_book.figures import title
 from divmerge_book.figures.conflict import place_label
+from divmerge_book.figures.landscapes import MARKS
 from divmerge_book.findings import listed, missing, scores, span
 from divmerge_book.studies.landscapes import RULES, matrix
 
@@ -130,6 +131,21 @@ def causes(table: pd.DataFrame, source: str) -> str:
         f"{100 * js['halved'] / js['averaged']:.0f} % of that, which is no interference between "
         "tasks. (The two need not add up.)"
     )
+
+
+def plane_scores(grid: pd.DataFrame, marks: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """By score: every method's on every pair's plane, and two points of the grid's, in %.
+
+    grid, marks: of `landscapes`.
+    """
+    last, cells, found = marks.dropna(subset=["anp"]), grid.groupby("pair", sort=False), {}
+    for column, words in scores(grid).items():
+        table = last.pivot(index="pair", columns="method", values=column)[list(MARKS)]
+        table = table.loc[list(cells.groups)]
+        lowest = grid.loc[cells.js.idxmin()].set_index("pair")[column]
+        table = table.rename(columns=title).assign(**{"lowest JS": lowest})
+        found[words] = 100 * table.assign(**{"highest of the grid": cells[column].max()})
+    return found
 
 
 def plane(grid: pd.DataFrame, marks: pd.DataFrame, pair: str, source: str) -> str:

@@ -66,6 +66,16 @@ def tables(
     return {"coefficients": rows, "followed": covariate_correlations(rows, draws=options.draws)}
 
 
+def by_count(block: pd.DataFrame) -> pd.DataFrame:
+    """Coefficients by number of tasks. block: rows of `fitted` of one grouping."""
+    groups = block.groupby("count")
+    table = groups.coefficient.agg(["mean", "min", "max"]).rename_axis("T")
+    table["sum over tasks"] = table["mean"] * table.index
+    table["largest move"] = groups.reach.max()
+    over = block.groupby(["count", "task", "group"]).coefficient.std()
+    return table.assign(**{"std over seeds": over.groupby("count").mean()})
+
+
 def covariate_correlations(table: pd.DataFrame, *, draws: int) -> pd.DataFrame:
     """Rank correlations of coefficients with covariates, over tasks and groups, means over seeds.
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from divmerge_book.data.tasks import TASKS
 from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.interference import spectra, weights
 from divmerge_core.kernels.delta_storage import dense
@@ -38,6 +39,15 @@ def weight_statistics(experiments: Mapping[int, Experiment], size: str) -> dict[
         seeds = {seed: table(one.problem.vectors) for seed, one in experiments.items()}
         found[name] = pd.concat(seeds, names=["seed"]).reset_index("seed").reset_index(drop=True)
     return found
+
+
+def training_tokens(experiment: Experiment) -> set[int]:
+    """Numbers of the tokens in the first expert's training rows, as the expert read them."""
+    expert, made = experiment.experts[0], experiment.experts[0].manifest
+    rows = TASKS[expert.task].load("train").shuffle(seed=made["seed"]).select(range(made["rows"]))
+    texts = [list(rows[name]) for name in ("text", "pair") if name in rows.column_names]
+    cut = {"truncation": True, "max_length": made["recipe"]["max_length"]}
+    return {token for row in experiment.base.tokenizer(*texts, **cut)["input_ids"] for token in row}
 
 
 def by_pair(

@@ -21,6 +21,7 @@ from divmerge_book.interference.spectra import alignment_between, mean_alignment
 from divmerge_book.interference.weights import cosine, magnitude_overlap, sign_conflict, trained
 from divmerge_book.studies.evaluator import accuracies, expert_accuracies
 from divmerge_book.studies.mantel import VIEWS, correlate
+from divmerge_book.studies.margins import scored
 from divmerge_book.studies.sizes import settings
 from divmerge_book.studies.study import study
 from divmerge_core.kernels.delta_storage import dense
@@ -171,6 +172,29 @@ def correlations(table: pd.DataFrame, *, draws: int) -> pd.DataFrame:
             some = pd.DataFrame(columns, index).reset_index().assign(threshold=threshold)
             rows.append(some.rename(columns={"value": "rho"}).assign(view=view))
     return pd.concat(rows, ignore_index=True)
+
+
+def best_predictor(found: pd.DataFrame) -> str:
+    """The number without inputs whose mean correlation over pairs is highest, in its direction.
+
+    found: of `correlations`.
+    """
+    own = found[~found.number.isin(INPUTS) & (found["view"] == "pair")]
+    mean = own.groupby("number").rho.mean()
+    return (mean * mean.index.map(SIGNS)).idxmax()
+
+
+def cost_by_method(table: pd.DataFrame, majority: pd.Series) -> pd.DataFrame:
+    """What every method loses, mean and most over tasks of pairs. table: of `pairs`.
+
+    majority: by task, the accuracy of its majority class.
+    """
+    scores = scored(table, majority).groupby("method", sort=False)
+    named = {"drop": "accuracy lost, share", "js": "JS, nats", "kept_margin": "kept margin"}
+    cost = scores[[*named]].agg(["mean", "max"]).drop(columns=[("kept_margin", "max")])
+    cost["tasks below majority, %"] = 100 * scores.below.mean()
+    cost.index = [MERGES.facts[name]["label"] for name in cost.index]
+    return cost.rename(columns=named)
 
 
 def tables(

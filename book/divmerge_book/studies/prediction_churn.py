@@ -200,6 +200,12 @@ def flip_examples(table: pd.DataFrame, model: str, task: str) -> pd.DataFrame:
     return found[["row", "kind", "margin"]]
 
 
+def confident_flips(table: pd.DataFrame, model: str, task: str) -> pd.DataFrame:
+    """The first four rows of each kind of `flip_examples`, with the beginning of their texts."""
+    few = flip_examples(table, model, task).groupby("kind", sort=False).head(4)
+    return few.assign(text=[text[:110] for text in texts(task, few["row"].tolist())])
+
+
 def calibration_inputs(rows: pd.DataFrame) -> tuple[Tensor, Tensor]:
     """Confidence, and right or wrong, of these rows of `per_row`."""
     return torch.tensor(rows.confidence.to_numpy()), torch.tensor(rows.right.to_numpy())
