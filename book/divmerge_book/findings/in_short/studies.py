@@ -46,8 +46,8 @@ def answers(stored: Stored) -> list[str]:
     ece = 100 * states.groupby("model").ece.mean()
     sure = [f"{title(n)} {ece[n]:.1f}" for n in ("expert", "average", "task_arithmetic", OURS)]
     return [
-        f"Added to another expert, `{js.mean().idxmax()}` costs most ({js.mean().max():.3f} nats of "
-        f"JS on average), and `{js.mean(axis=1).idxmax()}` is the task that loses most "
+        f"Added to another expert, `{js.mean().idxmax()}` costs most ({js.mean().max():.3f} nats "
+        f"of JS on average), and `{js.mean(axis=1).idxmax()}` is the task that loses most "
         f"({js.mean(axis=1).max():.3f} nats).",
         f"A shuffled vector of the same length costs {rule.shuffled:.4f} nats and the real one "
         f"{rule.added:.4f}. Half of the own vector with nothing added costs "
