@@ -25,6 +25,7 @@ PIECE = 1 << 18  # numbers read and merged at a time
 LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING = re.compile(r"embed|wte|shared")
+OTHERS = re.compile(r"incomplete|\.(bin|pt|pth|h5|msgpack|onnx|gguf|ckpt|safetensors)$")
 WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and of data parallel training
 
 
@@ -92,10 +93,20 @@ def weight_files(folder: Path) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ValueError(
-            f"{folder} lacks {', '.join(missing[:3])}; give a folder in the hub's layout (weights "
-            "in another format: load them and save_pretrained them once)"
+            f"{folder} lacks {', '.join(missing[:3])}{instead(files)}; give a folder in the hub's "
+            "layout (weights in another format: load them and save_pretrained them once)"
         )
     return files
+
+
+def instead(files: Sequence[Path]) -> str:
+    """What a folder has in the place of missing weights, in words."""
+    if lost := [file.name for file in files if file.is_symlink() and not file.exists()]:
+        return f" ({lost[0]} is a link to nothing: its cache was emptied or moved; fetch it again)"
+    beside = sorted(path.name for path in files[0].parent.iterdir() if OTHERS.search(path.name))
+    if any("incomplete" in name for name in beside):
+        return f" (but {beside[0]}: the download did not end; fetch it again)"
+    return f" (but {', '.join(beside[:3])})" if beside else ""
 
 
 def indexed(path: Path) -> list[str]:

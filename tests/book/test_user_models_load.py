@@ -264,12 +264,38 @@ def pointer(folder: Path) -> None:
     (folder / "model.safetensors").write_text(text)
 
 
+def renamed(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").rename(folder / name)
+
+
+def unlinked(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../../blobs/0123")
+
+
+def in_bytes(tensors: dict) -> dict:
+    return {n: t.to(torch.int8) if t.ndim == 2 else t for n, t in tensors.items()}
+
+
+def nested(folder: Path) -> None:
+    (folder / "checkpoint-9").mkdir()
+    for file in [path for path in folder.iterdir() if path.is_file()]:
+        file.rename(folder / "checkpoint-9" / file.name)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (twice, "holds both model.safetensors and model.safetensors.ind"),
         (adapter_too, "holds an adapter .* and whole weights"),
         (pointer, "is no whole safetensors file but a Git-LFS pointer"),
+        (partial(renamed, name="model.safetensors.incomplete"), "the download did not end; fetch"),
+        (partial(renamed, name="pytorch_model.bin"), "lacks model.safetensors .but pytorch_model"),
+        (partial(renamed, name="model.fp16.safetensors"), "lacks .* .but model.fp16.safetensors"),
+        (unlinked, "model.safetensors is a link to nothing: its cache was emptied"),
+        (partial(stored, change=in_bytes), "is stored as torch.int8, so the weights are quantised"),
+        (nested, "holds no expert: .*did you mean .*checkpoint-9"),
+        (partial(rewritten, hidden_size="32"), "'hidden_size' expected int, got str"),
     ],
 )
 def test_a_folder_with_two_sources_of_weights_or_none_is_refused(project, tmp_path, spoil, message):
@@ -311,6 +337,7 @@ def with_adapter(project: Path, folder: Path, shapes=None, saved=None, **setting
         ({"alpha_pattern": {"self.query": 9}}, 9 / 3),
         ({"alpha_pattern": {"uery": 9}}, 6 / 3),
         ({"r": 99, "rank_pattern": {"query": 3}}, 6 / 3),
+        ({"r": None}, 6 / 3),  # the factors have it
     ],
 )
 def test_an_adapter_is_w_plus_scale_b_a(project, tmp_path, settings, scale):
@@ -353,6 +380,8 @@ def test_an_adapter_of_gpt2_is_transposed(family, tmp_path):
         ({"init_lora_weights": "pissa"}, ["init_lora_weights='pissa'"]),
         ({"use_novelty": True}, ["use_novelty=True"]),
         ({"saved": {}}, ["no classification head", "SEQ_CLS"]),
+        ({"r": 99}, ["r is 99", "rank 3"]),
+        ({"lora_alpha": "6"}, ["lora_alpha is '6'", "correct the file"]),
         ({"shapes": {QUERY: (32, 16)}}, ["[32, 32]", "another model"]),
         ({"shapes": {"bert.encoder.layer.9.x": (32, 32)}}, ["layer.9", "another model"]),
         ({"saved": pooler_and_head(3)}, ["3 outputs", "the shape of its saved head"]),
@@ -361,6 +390,30 @@ def test_an_adapter_of_gpt2_is_transposed(family, tmp_path):
 def test_what_is_more_than_plain_lora_is_refused_by_name(project, tmp_path, settings, words):
     path, _ = with_adapter(project, tmp_path, **settings)
     refused(path, *words)
+
+
+def test_an_adapter_in_a_pickle_of_tensors_is_read_and_one_that_runs_code_is_not(project, tmp_path):
+    path, _ = with_adapter(project, tmp_path)
+    wanted = load(check(read(path))).problem.vectors.deltas[0].clone()
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    torch.save(tensors, file.with_suffix(".bin"))
+    assert torch.equal(load(check(read(path))).problem.vectors.deltas[0], wanted)
+    torch.save({**tensors, "run": Path}, file.with_suffix(".bin"))
+    refused(path, "no whole file of tensors alone")
+
+
+def test_links_umlauts_spaces_and_every_float_are_read(project, tmp_path):
+    folder, blobs = tmp_path / "häns els" / "snapshots" / "a b", tmp_path / "blobs"
+    make_expert(folder, project.parent / "base", LABELS["mood"])
+    stored(folder, lambda own: {name: tensor.double() for name, tensor in own.items()})
+    blobs.mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(blobs / str(number))
+    bench = load(check(read(changed(project, 0, expert=str(folder)))))
+    assert "float32" in str(bench.problem.vectors.base.dtype)
 
 
 def test_a_random_pooler_that_was_not_saved_is_refused(project, tmp_path):

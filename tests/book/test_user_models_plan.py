@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from divmerge_book.user_models import check, load, locate, read
+from divmerge_book.user_models import check, load, locate, read, target
 from helpers import MARKERS, WORDS
 from local_files import (
     LABELS,
@@ -45,7 +45,8 @@ def with_fields(project: Path, **fields) -> Path:
 
 def test_yaml_and_json_say_the_same(project):
     whole = yaml.safe_load(project.read_text())
-    path = text_file(project.parent, json.dumps(whole, indent="\t"), "models.json")
+    text = "\ufeff" + json.dumps(whole, indent="\t")  # an editor's byte order mark
+    path = text_file(project.parent, text, "models.json")
     one, other = read(project), read(path)
     assert one.tasks == other.tasks and one.base == other.base and one.max_length == 16
     assert (one.path, other.path) == (project, path)
@@ -73,6 +74,8 @@ def test_labels_are_words_as_they_are_written_and_null_is_absent(tmp_path):
         ("base: b\nmax_length: long\ntasks: []\n", ["line 2: max_length", "got 'long'"]),
         ("base: b\nmax_length: 1\ntasks: []\n", ["line 2: max_length", "equal to 2, got '1'"]),
         ("base: b\n  tasks: 1\n", ["line 2"]),
+        ("base: b\ntasks:\n\t- a\n", ["line 3", "indent with spaces"]),
+        ("base: b\x07\n", ["is no YAML"]),
         ("", ["empty", "base, tasks, max_length"]),
     ],
 )
@@ -94,6 +97,8 @@ def test_a_wrong_description_is_refused_with_its_line(tmp_path, text, words):
         ({"labels": ["good", "bad"]}, ["['good', 'bad']", "['negative', 'positive']"]),
         ({"validation": "data/mood-test.csv"}, ["stand in validation and in test"]),
         ({"expert": "data"}, ["holds no expert", "adapter_config.json"]),
+        ({"expert": "experts\\mood"}, ["does not exist", "write / between folders"]),
+        ({"expert": "data/mood-merge.csv"}, ["it is a file: give its folder"]),
     ],
 )
 def test_a_wrong_field_of_a_task_is_refused(project, fields, words):
@@ -265,6 +270,19 @@ def test_seen_inputs_and_missing_classes_are_noted(project):
     write_rows(project.parent / "data" / "seen.csv", rows)
     notes = check(read(changed(project, 0, test="data/seen.csv"))).notes
     assert "merge inputs too" in notes[0] and "no test row has the label negative" in notes[1]
+
+
+def test_one_folder_for_two_tasks_is_noted(project):
+    notes = check(
+        read(changed(project, 1, expert="experts/mood", labels=None, test=None, validation=None))
+    ).notes
+    assert "task 'place' and task 'mood' have the same folder" in notes[0]
+
+
+@pytest.mark.parametrize("output", ["base", "experts", "experts/mood/merged", "/proc/merged"])
+def test_an_output_that_would_harm_or_cannot_be_written_is_refused_at_once(project, output):
+    with pytest.raises(ValueError, match="is, holds or lies in|cannot be written to"):
+        target(read(project), output, overwrite=True)
 
 
 def test_a_base_that_is_nowhere_is_refused(project, monkeypatch):

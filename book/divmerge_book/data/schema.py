@@ -92,7 +92,7 @@ def nodes(path: Path, what: str) -> yaml.Node | None:
     if path.suffix not in KINDS:
         raise ValueError(f"{path}: a {what} ends in {', '.join(KINDS)}")
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
         if path.suffix == ".json":
             json.loads(text)
             text = text.replace("\t", " ")  # JSON may indent with tabs, YAML may not
@@ -103,7 +103,10 @@ def nodes(path: Path, what: str) -> yaml.Node | None:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ValueError(f"{path}, line {line}: {error.problem}") from error
+        hint = "; indent with spaces" * ("\\t" in str(error.problem))
+        raise ValueError(f"{path}, line {line}: {error.problem}{hint}") from error
+    except yaml.YAMLError as error:  # a character that cannot be printed
+        raise ValueError(f"{path} is no YAML: {error}") from error
 
 
 def plain(path: Path, node: yaml.Node) -> Any:

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from divmerge_core.checkpoints.safetensors_io import stored
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
 # What changes no weight once training is over, and what we compute with.
 SILENT = {
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type"),
@@ -51,14 +53,12 @@ class Adapter:
     def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state dict with W + scale B A, and with the saved tensors in place of others."""
         result = dict(state)
-        with safe_open(self.path, "pt") as file:
-            for name, pair in self.factors.items():
-                product = file.get_tensor(pair.left).float() @ file.get_tensor(pair.right).float()
-                product = product.T if pair.transposed else product
-                result[name] = state[name] + pair.scale * product.to(state[name].device)
-            for name, key in self.saved.items():
-                result[name] = file.get_tensor(key).float()
-        return result
+        own = tensors_in(self.path)
+        for name, pair in self.factors.items():
+            product = own[pair.left].float() @ own[pair.right].float()
+            product = product.T if pair.transposed else product
+            result[name] = state[name] + pair.scale * product.to(state[name].device)
+        return result | {name: own[key].float() for name, key in self.saved.items()}
 
 
 def read_config(folder: Path) -> dict:
@@ -81,13 +81,39 @@ def read_config(folder: Path) -> dict:
             f"{path}: {named} is more than plain LoRA; merge the adapter into its base with PEFT "
             "(merge_and_unload) and give the checkpoint"
         )
-    if not (folder / WEIGHTS).is_file():
-        raise ValueError(f"{folder} has no {WEIGHTS}; save the adapter with safetensors")
+    weights_of(folder)
     return config
 
 
+def weights_of(folder: Path) -> Path:
+    """An adapter's file: safetensors, or a pickle of tensors as PEFT saved them before 0.6."""
+    for name in (WEIGHTS, PICKLE):
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{folder} has no {WEIGHTS}; save the adapter with save_pretrained")
+
+
+def tensors_in(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of an adapter's file, which may be a pickle.
+
+    Raises ValueError for a pickle of more than tensors, which could run code, or a damaged one.
+    """
+    if path.name != PICKLE:
+        return load_file(path)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        return {str(name): tensor for name, tensor in found.items() if tensor.shape}
+    except Exception as error:  # unpickling raises many kinds
+        raise ValueError(
+            f"{path} is no whole file of tensors alone ({type(error).__name__}); fetch it again, "
+            "or save the adapter with safetensors"
+        ) from error
+
+
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a safetensors file; no weight is read."""
+    """Name -> shape of every tensor in a file; of safetensors no weight is read."""
+    if path.name == PICKLE:
+        return {name: tuple(tensor.shape) for name, tensor in tensors_in(path).items()}
     return {name: tensor.shape for name, tensor in stored(path).items()}
 
 
@@ -103,8 +129,8 @@ def adapter_of(folder: Path, model: nn.Module) -> Adapter:
     the factors' own. Source: PEFT's LoRA, Hu et al. 2022. Raises ValueError for tensors that the
     model lacks and for shapes that do not fit.
     """
-    config, path = read_config(folder), folder / WEIGHTS
-    found, modules = shapes_in(path), dict(model.named_modules())
+    config, path, modules = read_config(folder), weights_of(folder), dict(model.named_modules())
+    found = {n: shape for n, shape in shapes_in(path).items() if ".original_module." not in n}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     saved = {plain_name(key): key for key in found if not LORA.search(key)}
     for name, key in saved.items():
@@ -126,23 +152,41 @@ def adapter_of(folder: Path, model: nn.Module) -> Adapter:
                 f"{list(shapes.get(f'{name}.weight', ()))} in this base; the adapter was trained "
                 "on another model"
             )
-        patterns = (config.get("alpha_pattern") or {}).items()
-        own = (alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", name))
-        root = math.sqrt(one[1]) if config.get("use_rslora") else one[1]
-        scale = next(own, config.get("lora_alpha", 8)) / root
+        scale = scale_of(config, name, one[1], path.parent / CONFIG)
         factors[f"{name}.weight"] = Factors(left, right, scale, transposed)
     if not factors:
         raise ValueError(f"{path} holds no LoRA factors (keys with lora_A and lora_B)")
     return Adapter(path, factors, saved)
 
 
+def scale_of(config: Mapping, name: str, rank: int, where: Path) -> float:
+    """What multiplies the B A of a module: alpha / r, or alpha / sqrt(r) with rsLoRA.
+
+    Raises ValueError where the configuration's rank is not the factors', or alpha is no number.
+    """
+
+    def said(field: str, patterns: str, default: object) -> object:
+        every = (config.get(patterns) or {}).items()
+        own = (value for key, value in every if re.match(rf"(.*\.)?({key})$", name))
+        return next(own, config.get(field, default))
+
+    alpha, wanted = said("lora_alpha", "alpha_pattern", 8), said("r", "rank_pattern", rank)
+    if not isinstance(alpha, int | float) or wanted not in (rank, None):
+        raise ValueError(
+            f"{where}: lora_alpha is {alpha!r} and r is {wanted!r} for {name}, whose factors have "
+            f"rank {rank}; the scale of an adapter is made of both: correct the file"
+        )
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
 def num_labels(folder: Path, model: nn.Module, marker: int) -> int:
     """How many labels an adapter's own head has: where `model` was built with `marker` labels."""
-    found = {plain_name(key): shape for key, shape in shapes_in(folder / WEIGHTS).items()}
+    path = weights_of(folder)
+    found = {plain_name(key): shape for key, shape in shapes_in(path).items()}
     for name, tensor in model.named_parameters():
         if tensor.shape[0] == marker and name in found:
             return found[name][0]
     raise ValueError(
-        f"{folder / WEIGHTS} holds no classification head; train the adapter with task_type "
+        f"{path} holds no classification head; train the adapter with task_type "
         "SEQ_CLS, or name the head in modules_to_save"
     )

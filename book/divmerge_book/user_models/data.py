@@ -24,8 +24,13 @@ def delimited(path: Path, **form) -> pd.DataFrame:
     limit, rows = csv.field_size_limit(2**31 - 1), {}
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
+            first = file.readline()
+            file.seek(0)
+            others = [mark for mark in ";\t" if mark in first]
+            if not form and "," not in first and others:  # as spreadsheets export them
+                form = {"delimiter": others[0]}
             reader = csv.reader(file, strict=True, **form)
-            header = next(reader, [])
+            header = [name.strip() for name in next(reader, [])]
             line = reader.line_num + 1
             for row in reader:
                 if row and len(row) != len(header):
@@ -43,15 +48,25 @@ def delimited(path: Path, **form) -> pd.DataFrame:
     return pd.DataFrame(list(rows.values()), lines, header, dtype=object)
 
 
+def distinct_fields(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """An object of JSON. Raises ValueError for a field that stands twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a field stands twice among {', '.join(name for name, _ in pairs)}")
+    return found
+
+
 def json_lines(path: Path) -> pd.DataFrame:
     """One JSON object a line; blank lines do not count."""
     rows = {}
     with open(path, encoding="utf-8-sig") as file:
         for number, line in ((n, line) for n, line in enumerate(file, 1) if line.strip()):
             try:
-                rows[number] = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: {error.msg}") from error
+                rows[number] = json.loads(line, object_pairs_hook=distinct_fields)
+            except ValueError as error:
+                cause = getattr(error, "msg", error)
+                hint = "; a list does: write each of its objects on a line" * line.startswith("[")
+                raise ValueError(f"{path}, line {number}: {cause}{hint}") from error
             if not isinstance(rows[number], dict):
                 kind = type(rows[number]).__name__
                 raise ValueError(f"{path}, line {number}: every line is one object, not a {kind}")
@@ -136,6 +151,8 @@ def texts(values: pd.Series, tokenizer: Tokenizer) -> list[str]:
     column, cure = f"column {values.name!r}", "correct or remove the row"
     words = (isinstance(text, str) and text.strip() for text in values)
     require(values, words, f"{column} holds VALUE, not a text", cure)
+    whole = (text.encode("utf-8", "ignore").decode() == text for text in values)
+    require(values, whole, f"{column} holds VALUE with half of a character (a surrogate)", cure)
     ids = tokenizer(list(values), add_special_tokens=False)["input_ids"]
     require(values, ids, f"the tokenizer makes no token of VALUE in {column}", cure)
     return list(values)

@@ -14,6 +14,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
@@ -37,7 +38,10 @@ DECIDING = (
     *("position_embedding_type", "relative_attention", "pos_att_type", "is_decoder"),
 )
 MARKER = 977  # a number of labels that no tensor has as its size by chance
-REFUSALS = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError)
+REFUSALS = (
+    *(OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, ImportError),
+    *(SafetensorError, StrictDataclassError),
+)
 OFFLINE = {"trust_remote_code": False}  # no code of a checkpoint's own is run
 
 
@@ -257,7 +261,12 @@ def open_expert(task: TaskFiles, base: BaseFolder) -> Source:
     folder = task.expert
     kind = next((kind for kind, mark in MARKS.items() if (folder / mark).is_file()), None)
     if kind is None:
-        raise ValueError(f"{folder} holds no expert: it needs one of {', '.join(MARKS.values())}")
+        inner = [path.parent for path in sorted(folder.glob("*/*")) if path.name in MARKS.values()]
+        hint = f"; did you mean {inner[-1]}?" if inner else ""
+        hint = "; it is a file: give its folder" if folder.is_file() else hint
+        raise ValueError(
+            f"{folder} holds no expert: it needs one of {', '.join(MARKS.values())}{hint}"
+        )
     whole = any((folder / name).is_file() for name in (SINGLE, INDEX))
     if kind == "adapter" and whole:
         raise ValueError(

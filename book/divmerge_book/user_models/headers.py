@@ -4,12 +4,14 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from divmerge_core.checkpoints.safetensors_io import StoredModel, pools
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Buffers of older versions, and what an encoder keeps of its pre-training.
 LEFT_OUT = re.compile(r"inv_freq$|(attn|attention)\.(masked_)?bias$|position_ids$|^(lm_head|cls)\.")
 
@@ -48,6 +50,11 @@ def check_headers(
     if get_checkpoint_conversion_mapping(model.config.model_type):
         return []  # transformers renames or joins such tensors while it loads them
     prefix = f"{model.base_model_prefix}."
+    if packed := sorted(n for n, t in stored.tensors.items() if packs(n, t.dtype)):
+        raise ValueError(
+            f"{who}: {packed[0]} is stored as {stored.tensors[packed[0]].dtype}, so the weights "
+            "are quantised; give those that they were made from, in float32 or bfloat16"
+        )
     have = {stored.core(name): tensor.shape for name, tensor in stored.tensors.items()}
     wanted: dict[int, list[str]] = {}  # tied ones by all their names
     for name, tensor in model.named_parameters(remove_duplicate=False):
@@ -69,6 +76,11 @@ def check_headers(
         )
     known = {name.removeprefix(prefix) for name in model.state_dict()}
     return others(who, type(model).__name__, {n: s for n, s in have.items() if n not in known})
+
+
+def packs(name: str, dtype: torch.dtype) -> bool:
+    """Whether numbers of this dtype need scales from elsewhere to be weights."""
+    return name.endswith((".weight", ".bias")) and dtype not in FLOATS
 
 
 def others(who: str, kind: str, more: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import datasets
 import pandas as pd
@@ -62,7 +63,21 @@ def files_exist(task: TaskFiles) -> None:
             raise ValueError(
                 f"task {task.name!r}: {field} names {path}, which does not exist; relative paths "
                 "start at the description's own folder"
+                + "; write / between folders"
+                * ("\\" in str(path))
             )
+
+
+def same_experts(description: Description) -> list[str]:
+    """A note on tasks that share one expert, or have the base for one."""
+    base = (description.path.parent / Path(description.base).expanduser()).resolve()
+    places, found = {base: "the base"}, []
+    for task in description.tasks:
+        own = task.expert.resolve()
+        if own in places:
+            found.append(f"task {task.name!r} and {places[own]} have the same folder, {own}")
+        places.setdefault(own, f"task {task.name!r}")
+    return found
 
 
 def tokenizer_gap(
@@ -183,7 +198,8 @@ def check(description: Description, methods: Sequence[str] = ()) -> Plan:
         for source, split in jobs
     )
     rows: dict[str, dict[str, datasets.Dataset]] = {source.task.name: {} for source in experts}
-    notes = [*base.notes, *(note for source in experts for note in source.notes)]
+    notes = same_experts(description)
+    notes += [*base.notes, *(note for source in experts for note in source.notes)]
     for (source, split), (data, said) in zip(jobs, loaded, strict=True):
         rows[source.task.name][split] = data
         notes += said

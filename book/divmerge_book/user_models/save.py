@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -114,9 +115,19 @@ def merge_described(
 def target(description: Description, output: str | os.PathLike, *, overwrite: bool = False) -> Path:
     """Where the merged model goes; relative paths start at the description's own folder.
 
-    Raises ValueError now, and not after the merge, for a folder that holds something already.
+    Raises ValueError now, and not after the merge, for a folder that holds something already, that
+    is, holds or lies in the base or an expert, or where nothing can be written.
     """
     folder = (description.path.parent / Path(output).expanduser()).resolve()
+    base = description.path.parent / Path(description.base).expanduser()
+    for path in (base.resolve(), *(task.expert.resolve() for task in description.tasks)):
+        if path.exists() and (folder.is_relative_to(path) or path.is_relative_to(folder)):
+            raise ValueError(f"output {folder} is, holds or lies in {path}; name another folder")
+    beside = next(path for path in folder.parents if path.is_dir())
+    try:
+        tempfile.TemporaryFile(dir=beside).close()
+    except OSError as error:
+        raise ValueError(f"output {folder}: {beside} cannot be written to ({error})") from error
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise ValueError(
             f"output {folder} exists and is not empty; name a new folder, or set overwrite to "
