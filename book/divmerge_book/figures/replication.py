@@ -1,0 +1,45 @@
+"""The paper's values beside ours, claim by claim."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from divmerge_book.figures.primitives import label_rows, reference
+
+
+def draw(ax: Axes, checks: Sequence) -> Axes:
+    """A row per check: ours, filled where its interval excludes 0, and the paper's value."""
+    reference(ax, 0)
+    for row, one in enumerate(checks):
+        sure = one.low > 0 or one.high < 0
+        ax.plot([one.low, one.high], [row, row], color="C0", linewidth=1.5)
+        ax.plot(one.value, row, "o", color="C0", markerfacecolor="C0" if sure else "white")
+        ax.plot(one.paper, row, "D", color="C1", markersize=5)
+    for label, look in (("stored result, 95 % interval", "oC0"), ("the paper", "DC1")):
+        ax.plot([], [], look, label=label)
+    label_rows(ax, [one.claim for one in checks], size=8, grid=True)
+    return ax
+
+
+def beside_paper(checks: Sequence) -> Figure | None:
+    """A panel per setting, of `findings.replication.Check`s in points; None without any."""
+    shown = [one for one in checks if one.unit == "points"]
+    settings = list(dict.fromkeys(one.setting for one in shown))
+    if not shown:
+        return None
+    rows = [[one for one in shown if one.setting == setting] for setting in settings]
+    fig, axes = plt.subplots(
+        *(len(rows), 1),
+        figsize=(7.5, 0.24 * len(shown) + 1.4),
+        squeeze=False,
+        sharex=True,
+        height_ratios=list(map(len, rows)),
+    )
+    for ax, setting, some in zip(axes[:, 0], settings, rows, strict=True):
+        draw(ax, some).set_title(setting.replace("`", ""), fontsize=9)
+    axes[0, 0].legend(fontsize=8, loc="lower right")
+    axes[-1, 0].set_xlabel("difference, points of ANP")
+    fig.tight_layout()
+    return fig

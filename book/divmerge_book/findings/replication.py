@@ -1,0 +1,203 @@
+"""The DivMerge paper's claims, one by one, beside stored results: replicated or not."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from divmerge_book.evaluation.report import Report
+from divmerge_book.evaluation.statistics import Estimate, mean_interval, pearson
+from divmerge_book.figures import largest, title
+from divmerge_book.findings import bullets, listed
+from divmerge_book.findings.in_short import PLACES, Stored
+from divmerge_book.published import paper
+from divmerge_book.studies import choice, correlations
+
+VERDICTS = REPLICATED, OPPOSITE, OPEN = "replicated", "not replicated", "cannot be told"
+REPORTS = ("bases/glue_minilm.json", "baselines/embedded_bert_tiny.json")  # the paper's tasks first
+ORDERS = (  # the paper's names: the first is above each of the others when all tasks are merged
+    ("LL JS", ("Model averaging", "Multi-SLERP", "TIES", "TL AdaMerging", "LL AdaMerging")),
+    ("TL JS", ("Model averaging", "Multi-SLERP", "TIES", "TL AdaMerging", "LL AdaMerging")),
+    ("LL JS", ("TL JS",)),
+    ("TL AdaMerging", ("LL AdaMerging",)),
+)
+BASELINES = ORDERS[0][1]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim against one stored result.
+
+    paper: the paper's value; value, low, high: ours, with its 95 % interval. All are in points of
+    ANP, or correlations. The paper says that the value is above 0.
+    """
+
+    claim: str
+    setting: str
+    paper: float
+    value: float
+    low: float
+    high: float
+    unit: str = "points"
+
+    @property
+    def verdict(self) -> str:
+        """REPLICATED or OPPOSITE where the interval excludes 0, else OPEN."""
+        return REPLICATED if self.low > 0 else OPPOSITE if self.high < 0 else OPEN
+
+    def words(self) -> tuple[str, str, str]:
+        """The paper's value, ours, and its interval."""
+        form = "{:.2f}" if self.unit == "correlation" else "{:+.1f}"
+        paper, value, low, high = map(form.format, (self.paper, self.value, self.low, self.high))
+        return paper, value, f"{low} to {high}"
+
+
+def setting(report: Report, num_tasks: int) -> str:
+    """What a Report measured: suite, encoder, number of tasks and seeds."""
+    facts, seeds = report.provenance, report.rows.seed.nunique()
+    return f"`{facts['suite']}`, `{facts['encoder']}`, T = {num_tasks}, {count(seeds, 'seed')}"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != 1)
+
+
+def in_points(found: Estimate) -> list[float]:
+    """An estimate and its interval in points."""
+    return [100 * float(number) for number in (found.value, *found.interval())]
+
+
+def orders(report: Report) -> Iterator[Check]:
+    """The paper's orderings of methods by ANP with all tasks merged."""
+    suite, subset = largest(report.rows)[["suite", "subset"]].iloc[0]
+    drawn, printed = report.sampled(suite, subset), paper.table(6).iloc[-1]
+    place = setting(report, subset.count("+") + 1)
+    for better, others in ORDERS:
+        for other in others:
+            pair = [paper.METHODS_HERE[name] for name in (better, other)]
+            if set(pair) <= set(drawn.methods):
+                claim = " is above ".join(map(title, pair))
+                theirs = printed[better] - printed[other]
+                yield Check(claim, place, theirs, *in_points(drawn.estimate(*pair)))
+
+
+def lead(report: Report) -> Iterator[Check]:
+    """DivMerge per layer is further ahead of the best of the paper's baselines with more tasks."""
+    printed = paper.table(6)
+    theirs = printed["LL JS"] - printed[list(BASELINES)].max(axis=1)
+    subsets = sorted(report.rows.subset.unique(), key=lambda name: name.count("+"))
+    ahead = []
+    for subset in (subsets[0], subsets[-1]):
+        drawn = report.sampled(report.rows.suite.iloc[0], subset)
+        by_seed = pd.DataFrame(100 * drawn.exact, columns=drawn.methods)
+        best = by_seed[[paper.METHODS_HERE[name] for name in BASELINES]].mean().idxmax()
+        ahead.append((by_seed["divmerge/layer"] - by_seed[best]).to_numpy())
+    grown = ahead[1] - ahead[0]
+    few, many = (subset.count("+") + 1 for subset in (subsets[0], subsets[-1]))
+    yield Check(
+        f"DivMerge's lead over the best of the paper's baselines is larger at T = {many} than at "
+        f"T = {few} (interval over seeds alone)",
+        setting(report, many),
+        theirs.iloc[-1] - theirs.iloc[0],
+        grown.mean(),
+        *mean_interval(grown),
+    )
+
+
+def objectives(stored: Stored) -> Iterator[Check]:
+    """JS is above KL, with all tasks merged."""
+    found = stored.tables("choice/ablation.json")
+    scores = found.tables["scores"].query("search == 'searched' and count == count.max()")
+    few = scores.method.str.match("expert|js/|kl/")
+    table = choice.summary(scores[few]).set_index(["objective", "grouping"])
+    seeds, printed = found.tables["scores"].seed.nunique(), paper.table(6).iloc[-1]
+    for level, grouping in (("TL", "task"), ("LL", "layer")):
+        row = table.loc[("kl", grouping)]
+        place = f"`embedded`, `{found.facts['encoder']}`, T = {row['count']}, "
+        yield Check(
+            f"JS is above KL, coefficients per {grouping}",
+            place + count(seeds, "seed"),
+            printed[f"{level} JS"] - printed[f"{level} KL"],
+            *(-100 * row[name] for name in ("difference", "from_high", "from_low")),
+        )
+
+
+def predicts(stored: Stored) -> Iterator[Check]:
+    """A small divergence goes with high accuracy, over experts, with and without the task's own."""
+    found = stored.tables("evidence/embedded_bert_tiny.json")
+    wide = found.tables["cross"].pivot(index=["seed", "task"], columns="model")
+    tasks, pairs = list(wide["js"].columns), []
+    for seed, own in wide.groupby("seed"):
+        own = own.loc[seed].loc[tasks]
+        pairs.append((-own["js"][tasks].to_numpy(), own["accuracy"][tasks].to_numpy()))
+    theirs = -paper.figure(5, "js").to_numpy(), paper.table(5).to_numpy().T
+    place = f"`embedded`, `{found.facts['encoder']}`, {count(len(tasks), 'task')}, "
+    for words, kept in (("with", lambda x: x), ("without", correlations.others)):
+        values = np.array([pearson(*map(kept, pair)).mean() for pair in pairs])
+        yield Check(
+            "Over experts, accuracy goes with a small divergence: mean correlation, "
+            f"{words} the task's own expert (interval over seeds alone)",
+            place + count(len(pairs), "seed"),
+            float(pearson(*map(kept, theirs)).mean()),
+            values.mean(),
+            *mean_interval(values),
+            unit="correlation",
+        )
+
+
+def checks(stored: Stored) -> list[Check]:
+    """Every claim that a stored result bears on."""
+    reports = [stored.report(name) for name in REPORTS]
+    found = [one for report in reports for one in orders(report)]
+    return [*found, *lead(reports[1]), *objectives(stored), *predicts(stored)]
+
+
+def stored_checks() -> list[Check]:
+    """The `checks` of the book's stored results; none where they are not at hand, as on Colab."""
+    folder = next(filter(Path.is_dir, PLACES), None)
+    return checks(Stored(folder)) if folder else []
+
+
+def summary(found: Iterable[Check]) -> str:
+    """Claims that hold in every setting that measured them, in some, and in none."""
+    by_claim = defaultdict(list)
+    for one in found:
+        by_claim[one.claim].append(one.verdict == REPLICATED)
+    lines = []
+    for words, holds in (
+        ("Replicated in every setting that measured them", all),
+        ("Replicated in some settings", lambda own: any(own) and not all(own)),
+        ("Replicated in no setting", lambda own: not any(own)),
+    ):
+        claims = [
+            f"{claim} ({count(len(own), 'setting')})"
+            for claim, own in by_claim.items()
+            if holds(own)
+        ]
+        lines.append(f"{words}: {'; '.join(claims) or 'none'}.")
+    return bullets(lines)
+
+
+def table(found: Iterable[Check]) -> pd.DataFrame:
+    """A row per check: Claim, Setting, Paper, Here, 95 % interval, Verdict."""
+    columns = "Claim", "Setting", "Paper", "Here", "95 % interval", "Verdict"
+    rows = [(one.claim, one.setting, *one.words(), one.verdict) for one in found]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def in_short(stored: Stored) -> list[str]:
+    """How many checks have which verdict, and which are not replicated."""
+    every = checks(stored)
+    of = {word: [one for one in every if one.verdict == word] for word in VERDICTS}
+    counts = listed([f"{len(some)} {word}" for word, some in of.items()])
+    sentences = [f"Of {len(every)} checks of the paper's claims, by stored results: {counts}."]
+    glue = [one for one in every if "glue" in one.setting]
+    held = sum(one.verdict == REPLICATED for one in glue)
+    sentences.append(f"On GLUE's tasks, {held} of {len(glue)} orderings of methods are replicated.")
+    for word in (OPPOSITE, OPEN):
+        said = listed([f"{one.claim} ({one.setting})" for one in of[word]], "none")
+        sentences.append(f"{word.capitalize()}: {said}.")
+    return sentences

@@ -1,0 +1,65 @@
+"""The paper's claims against Reports and tables made by hand."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from divmerge_book.evaluation.report import Report
+from divmerge_book.evaluation.stored_tables import ResultTable
+from divmerge_book.findings import replication
+from divmerge_book.findings.in_short import Stored
+from divmerge_book.findings.replication import OPEN, OPPOSITE, REPLICATED, Check
+from divmerge_book.published import paper
+
+RIGHT = {"expert": 100, "divmerge/layer": 95, "divmerge/task": 60, "average": 60, "ties": 95}
+
+
+def report() -> Report:
+    """Two tasks of 100 rows; a method answers the first RIGHT[method] rows right."""
+    gold = [0, 1] * 50
+    rows = [
+        {
+            **{"suite": "toy", "subset": "a+b", "method": method, "seed": seed, "task": task},
+            "predicted": [g if n < right else 1 - g for n, g in enumerate(gold)],
+            "gold": gold,
+        }
+        for seed in (0, 1, 2)
+        for task in "ab"
+        for method, right in RIGHT.items()
+    ]
+    return Report.of(pd.DataFrame(rows), [], suite="toy", encoder="tiny")
+
+
+def test_an_ordering_is_replicated_reversed_or_open_by_its_interval():
+    found = {one.claim: one for one in replication.orders(report())}
+    pair = "DivMerge, per {} is above {}".format
+    assert found[pair("layer", "Average")].verdict == REPLICATED
+    assert found[pair("layer", "Average")].value == pytest.approx(35)
+    assert found[pair("layer", "TIES")].verdict == OPEN
+    assert found[pair("task", "TIES")].verdict == OPPOSITE
+    printed = paper.table(6).loc[7]
+    assert found[pair("task", "TIES")].paper == pytest.approx(printed["TL JS"] - printed["TIES"])
+    assert not any("AdaMerging" in claim for claim in found), "what was not measured is not checked"
+
+
+def test_a_summary_counts_a_claim_over_its_settings():
+    yes, no = ({"paper": 1.0, "value": v, "low": v - 1, "high": v + 1} for v in (2.0, -2.0))
+    found = [Check("x", "one", **yes), Check("x", "two", **no), Check("y", "one", **no)]
+    every, some, none = replication.summary(found).splitlines()
+    assert every.endswith(": none.")
+    assert some.endswith(": x (2 settings).") and none.endswith(": y (1 setting).")
+    assert list(replication.table(found).Verdict) == [REPLICATED, OPPOSITE, OPPOSITE]
+
+
+def test_the_papers_own_correlation_without_the_own_expert_is_small(monkeypatch):
+    """With it .82, as its Table 2 prints; without it .27 (from its Figure 5 and Table 5)."""
+    cross = paper.figure(5, "js").stack().rename("js").to_frame()
+    cross["accuracy"] = paper.table(5).T.stack().to_numpy()
+    cross = cross.rename_axis(["task", "model"]).reset_index().assign(seed=0)
+    both = pd.concat([cross, cross.assign(seed=1)])
+
+    found = ResultTable({"cross": both}, {"encoder": "tiny"}, "stored")
+    monkeypatch.setattr(Stored, "tables", lambda self, name: found)
+    kept, others = replication.predicts(Stored(Path("none")))
+    assert kept.paper == pytest.approx(0.818, abs=1e-3) == kept.value
+    assert others.paper == pytest.approx(0.274, abs=1e-3) == others.value
