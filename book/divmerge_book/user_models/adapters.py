@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,3 +190,22 @@ def num_labels(folder: Path, model: nn.Module, marker: int) -> int:
         f"{path} holds no classification head; train the adapter with task_type "
         "SEQ_CLS, or name the head in modules_to_save"
     )
+
+
+def check_base(
+    folder: Path, adapter: Adapter, model: nn.Module, held: Iterable[str], names: Sequence[str]
+) -> list[str]:
+    """A note where an adapter says that it was trained on a base of none of these names.
+
+    held: the base's tensors, as the model names them. Raises ValueError for what nobody holds.
+    """
+    known = {*adapter.saved, *held}
+    if missing := [name for name, _ in model.named_parameters() if name not in known]:
+        raise ValueError(
+            f"adapter {folder} and the base {names[0]!r} both lack {missing[:3]}: it was drawn at "
+            "random in training and not saved; train again with its module in modules_to_save"
+        )
+    said = str(read_config(folder).get("base_model_name_or_path") or "")
+    if not said or Path(said).name.lower() in {Path(name).name.lower() for name in names}:
+        return []
+    return [f"adapter {folder} says that it was trained on {said!r}; the base is {names[0]!r}"]

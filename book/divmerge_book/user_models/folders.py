@@ -204,22 +204,6 @@ def open_adapter(task: TaskFiles, base: BaseFolder) -> Source:
     return Source(task, "adapter", labels, model, adapters.adapter_of(task.expert, model))
 
 
-def check_adapter(source: Source, base: BaseFolder) -> list[str]:
-    """A note where an adapter names another base. Raises ValueError for a head that nobody has."""
-    folder, held = source.task.expert, {*source.adapter.saved}
-    held |= {source.prefix + name for name in StoredModel.at(base.folder).cores}
-    if missing := [name for name, _ in source.model.named_parameters() if name not in held]:
-        raise ValueError(
-            f"adapter {folder} and the base {base.name!r} both lack {missing[:3]}: it was drawn at "
-            "random in training and not saved; train again with its module in modules_to_save"
-        )
-    said = str(adapters.read_config(folder).get("base_model_name_or_path") or "")
-    names = (base.name, base.folder.name, getattr(base.config, "_name_or_path", ""))
-    if not said or Path(said).name.lower() in {Path(name).name.lower() for name in names}:
-        return []
-    return [f"adapter {folder} says that it was trained on {said!r}; the base is {base.name!r}"]
-
-
 def adapter_tensors(source: Source, base: BaseFolder, state: Mapping) -> dict[str, Tensor]:
     return source.adapter.apply({source.prefix + n: tensor for n, tensor in state.items()})
 
@@ -283,7 +267,9 @@ def open_expert(task: TaskFiles, base: BaseFolder) -> Source:
     if kind == "transformers":
         notes = check_headers(who, folder, source.model)
     elif kind == "adapter":
-        notes = check_adapter(source, base)
+        held = [source.prefix + name for name in StoredModel.at(base.folder).cores]
+        names = (base.name, base.folder.name, getattr(base.config, "_name_or_path", ""))
+        notes = adapters.check_base(folder, source.adapter, source.model, held, names)
     return replace(source, notes=tuple(notes))
 
 
