@@ -19,7 +19,7 @@ def draw(ax: Axes, checks: Sequence) -> Axes:
         ax.plot(one.paper, row, "D", color="C1", markersize=5)
     for label, look in (("stored result, 95 % interval", "oC0"), ("the paper", "DC1")):
         ax.plot([], [], look, label=label)
-    label_rows(ax, [one.claim for one in checks], size=8, grid=True)
+    label_rows(ax, [one.claim.replace("is above", ">") for one in checks], size=8, grid=True)
     return ax
 
 
@@ -39,7 +39,8 @@ def beside_paper(checks: Sequence) -> Figure | None:
     )
     for ax, setting, some in zip(axes[:, 0], settings, rows, strict=True):
         draw(ax, some).set_title(setting.replace("`", ""), fontsize=9)
-    axes[0, 0].legend(fontsize=8, loc="lower right")
-    axes[-1, 0].set_xlabel("difference, points of ANP")
+    axes[-1, 0].set_xlabel("difference, points of ANP", fontsize=9)
+    beside = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
+    axes[-1, 0].legend(fontsize=8, **beside)
     fig.tight_layout()
     return fig
