@@ -206,10 +206,13 @@ In brackets: on how many counted tasks a method is below the majority class.
 def landing(results: Path) -> None:
     """Draw the method, and `landing.png` and `landing.md` from every stored Report in a folder.
 
-    Without stored Reports the text says that nothing has been measured yet.
+    GLUE's is the one with the larger encoder and all seven tasks, where it is stored. Without
+    stored Reports the text says that nothing has been measured yet.
     """
     schematics.save(schematics.method, results / "method.svg", height=3.6)
     reports = {path.stem: Report.load(path) for path in sorted(results.glob("*.json"))}
+    if (seven := results / "bases" / "glue_minilm.json").exists():
+        reports["glue_encoder"] = Report.load(seven)
     if not reports:
         (results / "landing.md").write_text("No full-size results are stored yet.\n", "utf-8")
         return
@@ -219,7 +222,8 @@ def landing(results: Path) -> None:
             subset = largest(report.rows).subset.iloc[0]
             tasks, counted = subset.count("+") + 1, len(report.counted(name))
             heading = f"{name}, {report.provenance['encoder']}\n{tasks} tasks, {counted} counted"
-            forest(ax, score_intervals(report, subset)).set_title(heading)
+            ranked = score_intervals(report, subset).sort_values("value", ascending=False)
+            forest(ax, ranked).set_title(heading)
         fig.tight_layout()
         fig.savefig(results / "landing.png", dpi=160)
         plt.close(fig)
