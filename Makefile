@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test test-colab test-core test-exercises test-peers test-scale lab check lint clean distclean size
+.PHONY: help book test test-colab test-core test-exercises test-pages test-peers test-scale lab check lint clean distclean size
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +49,10 @@ _build/peers/.complete _build/scale/.complete: requirements.lock pyproject.toml
 
 test-colab: $(STAMP)  ## run notebooks on a machine like Colab's, from the notebook file alone (slow)
 	$(BIN)/python -m pytest -m colab -rs tests/book/test_colab.py
+
+test-pages: book  ## open every page in Chromium, wide and narrow, light and dark (best with SIZE=smoke)
+	npm install --silent --no-fund --no-audit --prefix _build/axe axe-core@4.14.1
+	$(BIN)/python -m pytest -m browser -rs tests/book/test_interactive.py tests/book/test_pages.py
 
 test-exercises: $(STAMP)  ## run every exercise that changes a parameter, at size smoke
 	$(BIN)/python -m pytest -m exercise tests/book/test_exercises.py

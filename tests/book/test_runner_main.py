@@ -240,6 +240,7 @@ def executed(monkeypatch):
     monkeypatch.setattr(book, "processes", in_this_process)
     monkeypatch.setattr(book, "write_pages", lambda folder, source: source)
     monkeypatch.setattr("divmerge_book.figures.landing", lambda results: None)
+    monkeypatch.setattr("divmerge_book.runner.interactive_pages.write", lambda source: None)
     return found
 
 
