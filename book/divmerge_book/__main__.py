@@ -4,6 +4,7 @@ divmerge run notebooks/04_merge.ipynb out.ipynb -p size smoke -p seeds 0,1
 divmerge run notebooks/04_merge.ipynb --list
 divmerge grid grid.yaml
 divmerge book --size smoke
+divmerge example my_example
 divmerge check my_models.yaml --method divmerge/layer
 divmerge merge my_models.yaml merged/ --method divmerge/layer
 
@@ -12,6 +13,7 @@ divmerge merge my_models.yaml merged/ --method divmerge/layer
 
 import argparse
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -55,6 +57,10 @@ def command_line() -> argparse.ArgumentParser:
     every.add_argument("--size", default="default")
     every.add_argument("--root", type=Path, default=ROOT)
     every.add_argument("--workers", type=int, help="notebooks side by side; default: as fit")
+    first = commands.add_parser(
+        "example", help="make a small project of three experts, to start from"
+    )
+    first.add_argument("folder", type=Path, help="a new folder")
     seen = commands.add_parser(
         "check", help="say what is wrong with a description; read no weights"
     )
@@ -93,6 +99,14 @@ def execute_command(command: str, **given: object) -> int:
         from divmerge_book.runner import book
 
         book.build(given["size"], root=given["root"].resolve(), workers=given["workers"])
+    elif command == "example":
+        from divmerge_book.user_models.example import make_example
+
+        path = make_example(given["folder"].expanduser())
+        print(f"{path} describes three experts; next:")
+        print(f"divmerge check {shlex.quote(str(path))}")
+        output = shlex.quote(str(path.with_name("merged")))
+        print(f"divmerge merge {shlex.quote(str(path))} {output} --method average")
     else:
         from divmerge_book.user_models import check, locate, merge_described, read
 

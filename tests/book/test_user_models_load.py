@@ -245,7 +245,10 @@ def test_equal_tensors_of_blocks_are_not_tied_though_they_have_a_row_per_token(t
 
 def test_what_a_base_has_beside_its_encoder_is_left_out_and_said(project, tmp_path):
     path = other_base(project, tmp_path, lambda t: t | {"cls.predictions.bias": torch.ones(9)})
-    assert any("cls.predictions.bias left out" in note for note in check(read(path)).notes)
+    assert any(
+        "left out that its model has not: cls.predictions.bias" in note
+        for note in check(read(path)).notes
+    )
 
 
 def twice(folder: Path) -> None:

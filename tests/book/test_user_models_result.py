@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 
 import pandas as pd
 import pytest
@@ -15,6 +16,7 @@ from divmerge_book.models.merged import load_with_head
 from divmerge_book.user_models import (
     check,
     closeness,
+    example,
     load,
     merge_and_score,
     read,
@@ -111,6 +113,17 @@ def test_check_refuses_what_a_method_lacks_with_exit_code_2(project, capsys):
     assert "divmerge/layer reads unlabelled inputs: give task 'mood'" in capsys.readouterr().err
     assert __main__.main(["check", str(path), "--method", "average"]) == 0
     assert "negative, positive" in capsys.readouterr().out
+
+
+def test_the_example_says_what_comes_next_and_replaces_nothing(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    assert __main__.main(["example", str(tmp_path)]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    monkeypatch.setattr(example, "make_example", lambda folder: folder / "my_models.yaml")
+    assert __main__.main(["example", "a b"]) == 0
+    check_it, merge_it = capsys.readouterr().out.splitlines()[1:]
+    assert shlex.split(check_it) == ["divmerge", "check", "a b/my_models.yaml"]
+    assert shlex.split(merge_it)[:4] == ["divmerge", "merge", "a b/my_models.yaml", "a b/merged"]
 
 
 def test_a_method_without_a_single_model_is_refused(bench):

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
+from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from divmerge_book.data.tasks import TASKS, Task
@@ -140,11 +141,15 @@ KINDS = {  # task -> its expert's kind and the format of its rows
 def make_example(folder: Path, *, size: str = "default", seed: int = 0) -> Path:
     """Base, experts and rows of three tasks, and the description of them; returns its path.
 
-    Takes seconds where this package's own expert is cached. Raises ValueError for an unknown size.
+    Takes seconds where this package's own expert is cached. Raises ValueError for an unknown size,
+    and for a folder that holds something already.
     """
-    amount, base, entries = AMOUNTS[size], load_base(ENCODER), []
+    amount = AMOUNTS[size]
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; name a new folder")
+    base, entries = load_base(ENCODER), []
     shutil.copytree(base_folder(ENCODER), folder / "bert-tiny")
-    for name, (save, ending) in KINDS.items():
+    for name, (save, ending) in tqdm(KINDS.items(), "training experts", leave=False):
         torch.manual_seed(seed)
         save(folder / "experts" / name, base, TASKS[name], amount)
         files = {split: f"data/{name}/{split}.{ending}" for split in SPLITS}
