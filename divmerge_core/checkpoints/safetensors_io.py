@@ -1,35 +1,27 @@
-"""Models in the hub's layout: read lazily, a piece of a tensor at a time; written in shards.
+"""Models in the hub's layout, read lazily.
 
-safetensors checks every header and maps files into memory, so that only the pages which a piece
-needs are read.
+safetensors checks every header and maps files into memory, so that only the pages which are looked
+at are read.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from divmerge_core.storage import sha256
-
-PIECE = 1 << 18  # numbers read and merged at a time
 LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING = re.compile(r"embed|wte|shared")
 OTHERS = re.compile(r"incomplete|\.(bin|pt|pth|h5|msgpack|onnx|gguf|ckpt|safetensors)$")
 WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and of data parallel training
-
-
-# --- reading --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -61,10 +53,10 @@ class Stored:
         """How many numbers it holds."""
         return prod(self.shape)
 
-    def piece(self, start: int = 0, stop: int | None = None) -> Shaped[Tensor, " n"]:
-        """Its numbers start..stop, laid out in a row, in its own dtype."""
+    def mapped(self) -> Shaped[Tensor, " n"]:
+        """Its numbers in a row, in its own dtype: read from the file where they are looked at."""
         with opened(self.file) as content:
-            return content.get_tensor(self.name).reshape(-1)[start:stop].clone()
+            return content.get_tensor(self.name).reshape(-1)
 
 
 def stored(file: Path) -> dict[str, Stored]:
@@ -232,63 +224,5 @@ def tied(config: Mapping[str, object], tensors: Mapping[str, Stored]) -> set[str
         name
         for first, *others in by_shape.values()
         for name in others
-        if tensors[name].piece().equal(tensors[first].piece())
+        if tensors[name].mapped().equal(tensors[first].mapped())
     }
-
-
-# --- writing --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One tensor to be written: its dtype and shape, and its numbers start..stop when asked."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    piece: Callable[[int, int], Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-    def whole(self) -> Tensor:
-        """All its numbers, a piece at a time, in a tensor of its shape on the CPU."""
-        numbers = torch.empty(prod(self.shape), dtype=self.dtype)
-        for start in range(0, len(numbers), PIECE):
-            stop = min(start + PIECE, len(numbers))
-            numbers[start:stop] = self.piece(start, stop)
-        return numbers.view(self.shape)
-
-
-def write_shards(
-    folder: Path,
-    tensors: Sequence[Planned],
-    *,
-    max_bytes: int,
-    wrote: Callable[[int], object] = lambda count: None,
-) -> dict[str, str]:
-    """Write a model's tensors: file name -> its SHA-256. wrote: told the bytes of every tensor.
-
-    A shard has at most max_bytes of tensors, or one larger tensor. One file is model.safetensors;
-    several are named as the hub names them, with an index. One shard is in memory at a time.
-    """
-    plan = {tensor.name: tensor for tensor in tensors}
-    parts = split_state_dict_into_shards_factory(
-        plan,
-        get_storage_size=lambda tensor: tensor.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_bytes,
-    )
-    for file, names in parts.filename_to_tensors.items():
-        shard = {}
-        for name in names:
-            shard[name] = plan[name].whole()
-            wrote(plan[name].nbytes)
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        del shard
-    if parts.is_sharded:
-        places = dict(sorted(parts.tensor_to_filename.items()))
-        index = {"metadata": parts.metadata, "weight_map": places}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return {file: sha256(folder / file) for file in parts.filename_to_tensors}

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -12,14 +13,15 @@ from tqdm import tqdm
 
 from divmerge_core.checkpoints.heads import Head, save_head, validate_head
 from divmerge_core.checkpoints.model_card import MergeRecord, card, coefficients_json, group_numbers
-from divmerge_core.checkpoints.safetensors_io import (
-    INDEX,
-    SINGLE,
-    StoredModel,
-    weight_files,
-    write_shards,
+from divmerge_core.checkpoints.safetensors_io import INDEX, SINGLE, StoredModel, weight_files
+from divmerge_core.checkpoints.shards import write_shards
+from divmerge_core.checkpoints.tensor_sources import (
+    MergedTensors,
+    Rule,
+    in_memory,
+    planned,
+    streamed,
 )
-from divmerge_core.checkpoints.tensor_sources import MergedTensors, in_memory, planned, streamed
 from divmerge_core.storage import fresh_folder, sha256
 
 # (record, merged tensors, dtype) -> text of mergekit_config.yml and "", or "" and why there is none
@@ -39,6 +41,7 @@ def write(
     *,
     merged: Mapping[str, Tensor] | None = None,
     names: Sequence[str] | None = None,
+    rule: Rule | None = None,
     heads: Mapping[str, Head] | None = None,
     dtype: torch.dtype | str | None = None,
     max_shard_bytes: int = SHARD_BYTES,
@@ -50,17 +53,18 @@ def write(
     """Write a merged model in the hub's layout, the whole folder or nothing; returns the folder.
 
     merged: the merged tensors by name, such as `layout.unflatten(flat)`, with or without the prefix
-    that the base has on disk (`bert.`). None: they are computed from record.base, record.experts
-    and record.coeffs while they are written, for models larger than memory. names: which tensors
-    are then merged, named alike; None takes all floating tensors of the base that experts have.
-    Other tensors of the base (buffers, heads) are copied, but for those that `heads` hold instead;
-    tied weights are written once. complete: adds a whole model per head to the folder, and says so
-    for the card.
+    that the base has on disk (`bert.`). None: they are computed from record.base and record.experts
+    while they are written, for models larger than memory, by record.coeffs or by a `rule`. names:
+    which tensors are then merged, named alike; None takes all floating tensors of the base that
+    experts have. Other tensors of the base (buffers, heads) are copied, but for those that `heads`
+    hold instead; tied weights are written once. complete: adds a whole model per head to the
+    folder, and says so for the card.
 
     dtype: float32, bfloat16 or float16 of all floating tensors; None keeps the base's, tensor by
-    tensor. A shard has at most max_shard_bytes of tensors, or one tensor. Memory is bounded by one
-    shard and a piece of a tensor per expert. recipe: makes mergekit_config.yml. A killed process
-    leaves no part of the folder under its name; the next write removes its temporary files.
+    tensor. A shard has at most max_shard_bytes of tensors, or one tensor. Memory is bounded by a
+    few tensors: each of PyTorch's threads merges one, and one is written. recipe: makes
+    mergekit_config.yml. A killed process leaves no part of the folder under its name; the next
+    write removes its temporary files.
 
     Raises ValueError, before anything is written, for a folder that exists and is not empty
     (overwrite replaces a model, and nothing but a model), parts that do not fit together, an
@@ -72,7 +76,7 @@ def write(
         raise ValueError(f"max_shard_bytes must be 1 or more, got {max_shard_bytes}")
     kind = float_dtype(dtype)
     validate_target(folder, record, overwrite)
-    base, source = sources_of(record, merged, names)
+    base, source = sources_of(record, merged, names, rule)
     plan, heads = planned(source, kind), heads or {}
     strange = sorted(set(heads) - set(record.tasks))
     if strange:
@@ -84,8 +88,8 @@ def write(
     text, reason = recipe(record, source, kind) if recipe else ("", "none was asked for")
     total = sum(tensor.nbytes for tensor in plan)
     require_space(folder, total * (1 + len(heads) if complete else 1))
-    inputs = hashes_of(record)
-    with fresh_folder(folder) as new:
+    with fresh_folder(folder) as new, ThreadPoolExecutor(1) as beside:
+        inputs = beside.submit(hashes_of, record)
         bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not progress)
         with bar:
             hashes = write_shards(new, plan, max_bytes=max_shard_bytes, wrote=bar.update)
@@ -94,20 +98,23 @@ def write(
         (new / "coefficients.json").write_text(coefficients_json(record), encoding="utf-8")
         if text:
             (new / "mergekit_config.yml").write_text(text, encoding="utf-8")
-        ready = complete(new) if complete else ""
+        ready, inputs = complete(new) if complete else "", inputs.result()
         content = card(record, base, heads, hashes, inputs, reason=reason, ready=ready)
         (new / "README.md").write_text(content, encoding="utf-8")
     return folder
 
 
 def sources_of(
-    record: MergeRecord, merged: Mapping[str, Tensor] | None, names: Sequence[str] | None
+    record: MergeRecord,
+    merged: Mapping[str, Tensor] | None,
+    names: Sequence[str] | None,
+    rule: Rule | None,
 ) -> tuple[StoredModel, MergedTensors]:
     """The base and the merged tensors. Raises ValueError where they do not fit together."""
     base = StoredModel.at(record.base)
     if base.config is None:
         raise ValueError(f"{record.base} holds no config.json; give a base in the hub's layout")
-    source = streamed(base, record, names) if merged is None else in_memory(base, merged)
+    source = streamed(base, record, names, rule) if merged is None else in_memory(base, merged)
     if record.coeffs is not None:
         group_numbers(record, source.cores)
     return base, source

@@ -1,35 +1,40 @@
-"""Where the numbers of a merged model come from: memory, or base and experts on disk, by pieces."""
+"""Where the numbers of a merged model come from: memory, or base and experts on disk."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from divmerge_core.checkpoints.model_card import MergeRecord, group_numbers
-from divmerge_core.checkpoints.safetensors_io import PIECE, Planned, Stored, StoredModel
-from divmerge_core.kernels.merge import grouped_merge
-from divmerge_core.kernels.segments import Segments
+from divmerge_core.checkpoints.safetensors_io import Stored, StoredModel
+from divmerge_core.checkpoints.shards import KINDS, Planned
+
+BLOCK = 1 << 15  # numbers merged at a time: they stay in a core's cache
+# One block of a tensor: (place in it, the base's numbers [n], deltas [T, n]) -> merged numbers [n].
+Block = Callable[[slice, Tensor, Tensor], Tensor]
+# How a tensor is merged: (name on disk, the base's numbers, every expert's) -> its blocks.
+Rule = Callable[[str, Tensor, Sequence[Tensor]], Block]
 
 
 @dataclass(frozen=True)
 class MergedTensors:
-    """Merged numbers of some tensors of the base: name on disk -> piece(start, stop)."""
+    """Merged numbers of some tensors of the base: name on disk -> numbers(dtype), in a row."""
 
     base: StoredModel
-    pieces: Mapping[str, Callable[[int, int], Tensor]]
+    numbers: Mapping[str, Callable[[torch.dtype], Tensor]]
     in_memory: bool = False
 
     @property
     def cores(self) -> tuple[str, ...]:
         """The merged tensors' names as the bare encoder has them."""
-        return tuple(self.base.core(name) for name in self.pieces)
+        return tuple(self.base.core(name) for name in self.numbers)
 
 
 def in_memory(base: StoredModel, merged: Mapping[str, Tensor]) -> MergedTensors:
     """Merged tensors that are there already. Raises ValueError where they do not fit the base."""
-    cores, pieces = base.cores, {}
+    cores, numbers = base.cores, {}
     unknown = [name for name in merged if base.core(name) not in cores]
     if unknown or not merged:
         raise ValueError(
@@ -43,35 +48,86 @@ def in_memory(base: StoredModel, merged: Mapping[str, Tensor]) -> MergedTensors:
             raise ValueError(
                 f"merged {name} has shape {list(tensor.shape)}, {base.folder} has {list(shape)}"
             )
-        pieces[place] = flat_piece(tensor)
-    return MergedTensors(base, pieces, in_memory=True)
+        numbers[place] = partial(finite, place, tensor.detach().reshape(-1))
+    return MergedTensors(base, numbers, in_memory=True)
 
 
-def flat_piece(tensor: Tensor) -> Callable[[int, int], Tensor]:
-    """piece(start, stop) of a tensor in memory."""
-    return lambda start, stop: tensor.detach().reshape(-1)[start:stop]
+def streamed(
+    base: StoredModel,
+    record: MergeRecord,
+    names: Sequence[str] | None,
+    rule: Rule | None = None,
+) -> MergedTensors:
+    """A merge computed from base and experts on disk, a tensor at a time, when it is asked for.
 
-
-def streamed(base: StoredModel, record: MergeRecord, names: Sequence[str] | None) -> MergedTensors:
-    """The merge that a record's coefficients say, computed when it is asked for.
-
-    names: see `write`. Raises ValueError where experts, coefficients and base do not fit together.
+    names: see `write`. rule: None for the sum that the record's coefficients say. Raises ValueError
+    where experts, coefficients and base do not fit together.
     """
-    if record.coeffs is None or set(record.experts) != set(record.tasks):
+    if (record.coeffs is None and rule is None) or set(record.experts) != set(record.tasks):
         raise ValueError(
             "a merge that is not in memory needs record.coeffs and a folder in record.experts for "
             f"each of {', '.join(record.tasks)}; else give merged="
         )
+    tensors = tensors_of(base, record, names)
+    rule = rule or weighted_sum(base, record, [name for name, *_ in tensors])
+    numbers = {entry[0]: partial(merged_numbers, rule, *entry) for entry in tensors}
+    return MergedTensors(base, numbers)
+
+
+def tensors_of(
+    base: StoredModel, record: MergeRecord, names: Sequence[str] | None
+) -> list[tuple[str, Stored, list[Stored]]]:
+    """(name on disk, the base's, every expert's) of the tensors to be merged, in the base's order.
+
+    Raises ValueError for those that cannot be.
+    """
     experts = [StoredModel.at(record.experts[task]) for task in record.tasks]
-    chosen = to_merge(base, experts, record, names)
-    groups = group_numbers(record, [base.core(name) for name in chosen])
-    places = [expert.cores for expert in experts]
-    pieces = {}
-    for name, group in zip(chosen, groups, strict=True):
-        theirs = [e.tensors[p[base.core(name)]] for e, p in zip(experts, places, strict=True)]
-        weights = record.coeffs[:, group : group + 1].detach().cpu()
-        pieces[name] = merged_piece(base.tensors[name], theirs, weights)
-    return MergedTensors(base, pieces)
+    found = [(expert.tensors, expert.cores) for expert in experts]
+    return [
+        (name, base.tensors[name], [own[names[base.core(name)]] for own, names in found])
+        for name in to_merge(base, experts, record, names)
+    ]
+
+
+def weighted_sum(base: StoredModel, record: MergeRecord, names: Sequence[str]) -> Rule:
+    """theta_0 + sum_t Lambda[t, g] tau_t, by the record's coefficients."""
+    groups = group_numbers(record, [base.core(name) for name in names])
+    columns = dict(zip(names, groups, strict=True))
+
+    def rule(name: str, origin: Tensor, experts: Sequence[Tensor]) -> Block:
+        row = record.coeffs[:, columns[name]].detach().cpu()
+        return lambda place, origin, deltas: torch.addmv(origin, deltas.T, row.to(origin))
+
+    return rule
+
+
+def blocks(
+    base: Tensor, experts: Sequence[Tensor], size: int | None = None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(place, base [n], task vectors [T, n]) of every block, in float32 or wider.
+
+    Both are written again for the next block. size: of a block; None for BLOCK.
+    """
+    kind, size = torch.promote_types(base.dtype, torch.float32), size or BLOCK
+    origins, rows = torch.empty(size, dtype=kind), torch.empty(len(experts), size, dtype=kind)
+    for start in range(0, len(base), size):
+        place = slice(start, min(start + size, len(base)))
+        origin, deltas = origins[: place.stop - start], rows[:, : place.stop - start]
+        origin.copy_(base[place])
+        for delta, expert in zip(deltas, experts, strict=True):
+            delta.copy_(expert[place]).sub_(origin)
+        yield place, origin, deltas
+
+
+def merged_numbers(
+    rule: Rule, name: str, base: Stored, experts: Sequence[Stored], dtype: torch.dtype
+) -> Tensor:
+    """One tensor merged by a rule, block by block, in its dtype."""
+    origin, theirs = base.mapped(), [expert.mapped() for expert in experts]
+    block, result = rule(name, origin, theirs), torch.empty(base.size, dtype=dtype)
+    for place, start, deltas in blocks(origin, theirs):
+        result[place] = finite(name, block(place, start, deltas), dtype)
+    return result
 
 
 def to_merge(
@@ -114,61 +170,30 @@ def to_merge(
     return [name for core, name in cores.items() if core in wanted]
 
 
-def merged_piece(
-    base: Stored, experts: Sequence[Stored], weights: Float[Tensor, "T 1"]
-) -> Callable[[int, int], Tensor]:
-    """piece(start, stop) of theta_0 + sum_t Lambda[t] (theta_t - theta_0), in float32 or wider."""
-
-    def piece(start: int, stop: int) -> Tensor:
-        origin = base.piece(start, stop)
-        origin = origin.to(torch.promote_types(origin.dtype, torch.float32))
-        deltas = torch.stack([e.piece(start, stop).to(origin) - origin for e in experts])
-        segments = Segments(((0, len(origin), 0),))
-        return grouped_merge(origin, deltas, weights.to(origin), segments, backend="torch")
-
-    return piece
-
-
 def planned(source: MergedTensors, dtype: torch.dtype | None) -> list[Planned]:
-    """Every tensor of the base, merged where the source has it and copied elsewhere."""
+    """Every tensor of the base, merged where the source has it and copied elsewhere.
+
+    Raises ValueError for a tensor of a dtype that cannot be written.
+    """
 
     def plan(name: str, tensor: Stored) -> Planned:
         wanted = dtype if dtype and tensor.dtype.is_floating_point else tensor.dtype
-        merged = source.pieces.get(name)
-
-        def piece(start: int, stop: int) -> Shaped[Tensor, " n"]:
-            if merged is None:
-                return tensor.piece(start, stop).to(wanted)
-            return finite(name, merged(start, stop), wanted)
-
-        return Planned(name, wanted, tensor.shape, piece)
+        if wanted not in KINDS:
+            raise ValueError(f"{source.base.folder}: {name} is {wanted}, which is not written here")
+        merged = source.numbers.get(name)
+        if merged is None:
+            return Planned(name, wanted, tensor.shape, lambda: tensor.mapped().to(wanted))
+        return Planned(name, wanted, tensor.shape, lambda: merged(wanted))
 
     return [plan(name, tensor) for name, tensor in source.base.tensors.items()]
 
 
 def finite(name: str, numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    """Merged numbers in their dtype. Raises ValueError where one is NaN, inf, or too large."""
-    converted = numbers.to(dtype)
-    if not torch.isfinite(converted).all():
+    """Merged numbers in a dtype, on the CPU. Raises ValueError for NaN, inf, and too large ones."""
+    converted = numbers.to("cpu", dtype)
+    if len(converted) and not torch.isfinite(torch.stack(converted.aminmax())).all():
         reason = "hold NaN or inf; nothing was written"
         if torch.isfinite(numbers).all():
             reason = f"reach {numbers.abs().max():.3g}, too large for {dtype}; take bfloat16"
         raise ValueError(f"merged numbers of {name} {reason}")
     return converted
-
-
-def deviation(source: MergedTensors, said: MergedTensors) -> float:
-    """Largest difference of two merges, over the first PIECE numbers of every tensor.
-
-    Next to the largest weight among them; infinite where they merge different tensors.
-    """
-    if set(source.pieces) != set(said.pieces):
-        return float("inf")
-    gap, size = 0.0, 0.0
-    for name, piece in source.pieces.items():
-        count = min(PIECE, source.base.tensors[name].size)
-        if count:
-            ours, theirs = piece(0, count).cpu().double(), said.pieces[name](0, count).double()
-            gap = max(gap, (ours - theirs).abs().max().item())
-            size = max(size, theirs.abs().max().item())
-    return gap / size if gap else 0.0

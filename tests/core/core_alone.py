@@ -64,7 +64,7 @@ def main() -> None:
         out = write(folder / "out", record, merged=merged, heads={"one": head}, progress=False)
         stored = StoredModel.at(out).tensors
         for key, tensor in merged.items():
-            assert torch.equal(stored[key].piece().view(tensor.shape), tensor)
+            assert torch.equal(stored[key].mapped().view(tensor.shape), tensor)
         assert load_head(out, "one").labels == head.labels
     print("the core works alone")
 

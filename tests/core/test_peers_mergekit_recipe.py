@@ -86,7 +86,7 @@ def same(folder: Path, found: dict[str, torch.Tensor]) -> int:
     theirs = {ours.core(name): tensor for name, tensor in found.items()}
     for name, tensor in ours.tensors.items():
         given = theirs[ours.core(name)].flatten()
-        assert_close(given, tensor.piece(), rtol=1e-5, atol=1e-5, msg=name)
+        assert_close(given, tensor.mapped(), rtol=1e-5, atol=1e-5, msg=name)
     return len(ours.tensors)
 
 
@@ -136,4 +136,4 @@ def test_bfloat16_is_written_by_both(tmp_path):
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     for name, tensor in StoredModel.at(folder).tensors.items():
         # the sums are rounded in another order: by one step of bfloat16 at most
-        assert_close(found[name].flatten(), tensor.piece(), rtol=2**-7, atol=1e-5)
+        assert_close(found[name].flatten(), tensor.mapped(), rtol=2**-7, atol=1e-5)

@@ -11,7 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from divmerge_core.checkpoints.model_card import MergeRecord, group_numbers
 from divmerge_core.checkpoints.safetensors_io import StoredModel
-from divmerge_core.checkpoints.tensor_sources import MergedTensors, deviation, streamed
+from divmerge_core.checkpoints.tensor_sources import MergedTensors, streamed
 
 EXACT = 1e-5  # largest deviation of merged tensors in memory, relative to the largest weight
 
@@ -43,6 +43,22 @@ def mergekit_recipe(
     except NoRecipe as reason:
         return "", str(reason)
     return text, ""
+
+
+def deviation(source: MergedTensors, said: MergedTensors) -> float:
+    """Largest difference of two merges, next to the largest weight.
+
+    Infinite where they merge different tensors.
+    """
+    if set(source.numbers) != set(said.numbers):
+        return float("inf")
+    gap, size = 0.0, 0.0
+    for name, numbers in source.numbers.items():
+        if source.base.tensors[name].size:
+            ours, theirs = numbers(torch.float64), said.numbers[name](torch.float64)
+            gap = max(gap, (ours - theirs).abs().max().item())
+            size = max(size, theirs.abs().max().item())
+    return gap / size if gap else 0.0
 
 
 def configuration(record: MergeRecord, source: MergedTensors, dtype: torch.dtype | None) -> str:

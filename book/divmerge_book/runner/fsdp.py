@@ -59,7 +59,7 @@ def from_folder(folder: str | Path, prefix: str | None = None) -> Source:
     tensors = {core: stored.tensors[name] for core, name in stored.cores.items()}
 
     def piece(key: str, start: int, stop: int) -> Tensor:
-        return tensors[key].piece(start, stop)
+        return tensors[key].mapped()[start:stop].clone()
 
     shapes = {core: tensor.shape for core, tensor in tensors.items()}
     return Source(str(folder), shapes, piece, stored.prefix)
