@@ -7,6 +7,7 @@ divmerge book --size smoke
 divmerge example my_example
 divmerge check my_models.yaml --method divmerge/layer
 divmerge merge my_models.yaml merged/ --method divmerge/layer
+divmerge merge mergekit_config.yml merged/
 
 `python -m divmerge_book` is the same command.
 """
@@ -15,13 +16,10 @@ import argparse
 import re
 import shlex
 import sys
+from importlib import import_module
 from pathlib import Path
 
-import nbformat
-from papermill.exceptions import PapermillExecutionError
-
-from divmerge_book.runner.execute import checked, describe, execute
-
+CONFIG = re.compile(r"^[\"']?merge_method\b", re.MULTILINE)  # a field of mergekit's files alone
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -30,6 +28,10 @@ def run(notebook: str | Path, output: str | Path, /, **parameters: object) -> Pa
 
     Raises ValueError, before a kernel starts, for a name or a type the notebook does not have.
     """
+    import nbformat
+
+    from divmerge_book.runner.execute import checked, execute
+
     values = checked(notebook, parameters, text=False)
     notebook, output = Path(notebook).resolve(), Path(output).resolve()
     if output == notebook or output.is_dir():
@@ -37,6 +39,12 @@ def run(notebook: str | Path, output: str | Path, /, **parameters: object) -> Pa
     page = nbformat.read(notebook, as_version=4)
     execute(page, output, values, cwd=notebook.parent, clean=False)
     return output
+
+
+def is_config(path: str) -> bool:
+    """Whether a file is a configuration of mergekit's and no description of ours."""
+    file = Path(path).expanduser()
+    return file.is_file() and CONFIG.search(file.read_text("utf-8", "replace")) is not None
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -70,6 +78,7 @@ def command_line() -> argparse.ArgumentParser:
         one.add_argument("description", help="see `python -m pydoc divmerge_book.user_models`")
         one.add_argument("--method", dest="methods", **how)
     own.add_argument("output", help="folder of the merged model; a parent of several")
+    own.epilog = "The description may also be mergekit's YAML, merged from disk to disk."
     own.add_argument("--budget", type=int, help="options that each search tries; default: all")
     own.add_argument("--seed", type=int, default=0)
     own.add_argument("--device", default="cpu")
@@ -81,6 +90,8 @@ def command_line() -> argparse.ArgumentParser:
 def execute_command(command: str, **given: object) -> int:
     """What the command line asks for; packages that take seconds to import wait until then."""
     if command == "run":
+        from divmerge_book.runner.execute import checked, describe
+
         notebook, output = given["notebook"], given["output"]
         names = [name for name, _ in given["given"]]
         if given["list"]:
@@ -107,6 +118,16 @@ def execute_command(command: str, **given: object) -> int:
         print(f"divmerge check {shlex.quote(str(path))}")
         output = shlex.quote(str(path.with_name("merged")))
         print(f"divmerge merge {shlex.quote(str(path))} {output} --method average")
+    elif command == "merge" and is_config(given["description"]):
+        from divmerge_book.models.mergekit_merge import merge_config
+
+        others = {"methods": [], "budget": None, "seed": 0, "device": "cpu", "precision": "float32"}
+        if any(given[name] != value for name, value in others.items()):
+            raise ValueError(
+                "mergekit's file says how to merge; the command takes --overwrite only"
+            )
+        folder = merge_config(given["description"], given["output"], overwrite=given["overwrite"])
+        print(f"merged model in {folder}")
     else:
         from divmerge_book.user_models import check, locate, merge_described, read
 
@@ -125,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = ["grid", *arguments]
     try:
         return execute_command(**vars(command_line().parse_args(arguments)))
-    except PapermillExecutionError as error:
+    except import_module("papermill.exceptions").PapermillExecutionError as error:
         print(f"\ncell {error.cell_index} failed:\n{error.source}\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -116,7 +116,7 @@ def test_a_cutoff_counted_in_two_passes_is_that_of_a_sort(rows, size):
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("ties", {"keep": 0}, "keep must be in"),
+        ("ties", {"keep": 0.0}, "keep must be in"),
         ("dare", {"rescale": "l2"}, "rescale must be one of"),
         ("slerp", {}, "exactly 2 experts, got 3"),
         ("fisher", {}, "unknown method that merges from disk to disk 'fisher'; choose one of"),

@@ -196,6 +196,16 @@ def in_order(tensors: Tensors, tasks: int, seed: int) -> Callable[[str], list[to
     return lambda name: [torch.Generator().set_state(state) for state in states[name]]
 
 
+def as_long(change: Change, origin: Tensor, experts: Sequence[Tensor]) -> Change:
+    """The change, scaled up so that every task vector is as long as before in the L1 norm."""
+    sums = torch.zeros(2, len(experts), dtype=torch.float64)
+    for place, _, deltas in blocks(origin, experts):
+        sums[0] += deltas.abs().sum(1)
+        sums[1] += change(place, deltas).abs().sum(1)
+    factor = torch.where(sums[1] > 0, sums[0] / sums[1], 1)[:, None]
+    return lambda place, deltas: change(place, deltas).mul_(factor.to(deltas))
+
+
 def drop_at_random(
     generators: Callable[[str], list[torch.Generator]], drops: Sequence[float], rescale: str
 ) -> Thin:
@@ -209,17 +219,14 @@ def drop_at_random(
         for row, drop, generator in zip(stays, drops, generators(name), strict=True):
             for part in row.split(READ):
                 torch.ge(torch.rand(len(part), generator=generator), drop, out=part)
-        factor = torch.ones(len(experts), 1, dtype=torch.float64)
-        if rescale == "expected":
-            factor = 1 / (1 - torch.tensor(drops, dtype=torch.float64))[:, None]
-        elif rescale == "l1":
-            sums = torch.zeros(2, len(experts), dtype=torch.float64)
-            for place, _, deltas in blocks(origin, experts):
-                deltas.abs_()
-                sums[0] += deltas.sum(1)
-                sums[1] += deltas.mul_(stays[:, place]).sum(1)
-            factor = torch.where(sums[1] > 0, sums[0] / sums[1], 1)[:, None]
-        return lambda place, deltas: deltas.mul_(stays[:, place]).mul_(factor.to(deltas))
+
+        def change(place: slice, deltas: Tensor) -> Tensor:
+            return deltas.mul_(stays[:, place])
+
+        if rescale == "l1":
+            return as_long(change, origin, experts)
+        left = 1 - torch.tensor(drops)[:, None] if rescale == "expected" else torch.ones(1)
+        return lambda place, deltas: change(place, deltas).div_(left.to(deltas))
 
     return thin
 

@@ -1,0 +1,164 @@
+"""mergekit's own YAML: read as mergekit reads it, merged, or refused by name."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from divmerge_book import __main__
+from divmerge_book.models.mergekit_config import at, read_recipe
+from divmerge_book.models.mergekit_merge import merge_config
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+SHAPES = {"model.embed_tokens.weight": (30, 8), "model.layers.0.mlp.up_proj.weight": (12, 8)}
+SHAPES |= {"model.layers.1.self_attn.q_proj.weight": (8, 8), "model.norm.weight": (8,)}
+CONFIG = {"vocab_size": 30, "num_hidden_layers": 2, "architectures": ["LlamaForCausalLM"]}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """Base and two experts in the hub's layout, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("zoo")
+    for seed, name in enumerate(("base", "a", "b")):
+        generator = torch.Generator().manual_seed(seed)
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(CONFIG))
+        (folder / name / "tokenizer.json").write_text("{}")
+        tensors = {n: torch.randn(shape, generator=generator) for n, shape in SHAPES.items()}
+        save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def put(zoo, tmp_path):
+    """Writes a configuration of this method, with base and both experts unless it says more."""
+
+    def written(method: str, weights=({}, {}), base="base", **fields):
+        models = [
+            {"model": str(zoo / name), **({"parameters": w} if w else {})}
+            for name, w in zip(("a", "b"), weights, strict=True)
+        ]
+        whole = {"merge_method": method, "models": models, **fields}
+        if base:
+            whole["base_model"] = str(zoo / base)
+        path = tmp_path / "config.yml"
+        path.write_text(
+            yaml.safe_dump({n: value for n, value in whole.items() if value is not None})
+        )
+        return path
+
+    return written
+
+
+def states(zoo):
+    return [load_file(zoo / name / "model.safetensors") for name in ("base", "a", "b")]
+
+
+def result(path, tmp_path):
+    return load_file(merge_config(path, tmp_path / "out") / "model.safetensors")
+
+
+def test_ties_trims_each_tensor_weighs_then_elects_and_divides_by_weights(zoo, put, tmp_path):
+    weights, densities = (0.4, 1.1), (0.5, 0.3)
+    given = [{"weight": w, "density": d} for w, d in zip(weights, densities, strict=True)]
+    found = result(put("ties", given, parameters={"lambda": 0.7}), tmp_path)
+    base, *experts = states(zoo)
+    for name, start in base.items():
+        entries = []
+        for expert, weight, density in zip(experts, weights, densities, strict=True):
+            delta = (expert[name] - start).flatten()
+            kept = delta.abs().argsort(descending=True)[: int(density * len(delta))]
+            entries.append(torch.zeros_like(delta).index_put((kept,), weight * delta[kept]))
+        moved = torch.zeros(start.numel())
+        for place, (one, two) in enumerate(zip(*entries, strict=True)):
+            sign = 1 if one + two >= 0 else -1
+            agree = [(x, w) for x, w in zip((one, two), weights, strict=True) if x * sign > 0]
+            if agree:
+                moved[place] = sum(x for x, _ in agree) / sum(w for _, w in agree)
+        assert_close(found[name], start + 0.7 * moved.view(start.shape))
+
+
+def test_weights_by_filter_and_by_depth_are_those_of_every_tensor(zoo, put, tmp_path):
+    weights = [{"filter": "mlp", "value": 0.5}, {"filter": "q_proj", "value": [0.0, 0.8]}]
+    path = put("task_arithmetic", ({"weight": [*weights, {"value": 0.2}]}, {"weight": 0.1}))
+    found, (base, a, b) = result(path, tmp_path), states(zoo)
+    for name, own in zip(SHAPES, (0.2, 0.5, 0.8, 0.2), strict=True):
+        assert_close(
+            found[name], base[name] + own * (a[name] - base[name]) + 0.1 * (b[name] - base[name])
+        )
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_linear_needs_no_base_and_divides_by_the_weights(zoo, put, tmp_path, normalize):
+    path = put("linear", ({"weight": 1}, {"weight": 3}), None, parameters={"normalize": normalize})
+    found, (_, a, b) = result(path, tmp_path), states(zoo)
+    by = 4 if normalize else 1
+    assert_close(found, {name: (a[name] + 3 * b[name]) / by for name in a})
+
+
+def test_slerp_goes_from_the_base_model_to_the_other(zoo, put, tmp_path):
+    for t, end in ((0.0, "b"), (1.0, "a")):
+        found = result(put("slerp", base="b", parameters={"t": t}), tmp_path / end)
+        assert_close(found, load_file(zoo / end / "model.safetensors"))
+
+
+def test_dare_that_drops_nothing_is_task_arithmetic_and_draws_alike_each_time(zoo, put, tmp_path):
+    weights = ({"weight": 0.3}, {"weight": 0.6})
+    sums = result(put("task_arithmetic", weights), tmp_path / "sums")
+    assert_close(result(put("dare_linear", weights), tmp_path / "all"), sums)
+    half = put("dare_linear", weights, parameters={"density": 0.5})
+    once, again = (result(half, tmp_path / name) for name in ("once", "again"))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+    assert (once["model.embed_tokens.weight"] == states(zoo)[0]["model.embed_tokens.weight"]).any()
+
+
+def test_a_list_is_read_between_its_entries_over_depth():
+    assert [at([0, 1, 0.5], "x", depth) for depth in (0, 0.25, 0.5, 1)] == [0, 0.5, 1, 0.5]
+    assert at([{"filter": "mlp", "value": 2}], "attn", 0) is None
+
+
+def test_the_command_writes_dtype_tokenizer_file_and_card(zoo, put, tmp_path, capsys):
+    path = put(
+        "linear", ({"weight": 1}, {"weight": 1}), None, dtype="float32", out_dtype="bfloat16"
+    )
+    assert __main__.main(["merge", str(path), str(tmp_path / "out")]) == 0
+    assert "merged model in" in capsys.readouterr().out
+    out = tmp_path / "out"
+    assert (out / "mergekit_config.yml").read_text() == path.read_text()
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    assert (out / "tokenizer.json").is_file()
+    assert "| a | 0.5 |" in (out / "README.md").read_text()
+    assert __main__.main(["merge", str(path), str(out)]) == 2
+    assert "overwrite" in capsys.readouterr().err
+    assert __main__.main(["merge", str(path), str(out), "--method", "ties"]) == 2
+
+
+BOTH = ({"weight": 1}, {"weight": 1})
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "fields", "message"),
+    [
+        ("della", BOTH, {}, "merge_method 'della' is not one of linear, slerp"),
+        ("ties", BOTH, {"chat_template": "auto"}, "unknown field 'chat_template'"),
+        (
+            "ties",
+            BOTH,
+            {"tokenizer_source": "union"},
+            "tokenizer_source 'union': only base is read",
+        ),
+        ("ties", ({"weight": 1, "densty": 1}, {}), {}, "ties takes density.*got densty"),
+        ("ties", ({"weight": 1}, {}), {}, "needs a weight for model.embed_tokens.weight"),
+        ("ties", BOTH, {"base": None}, "ties needs a base_model"),
+        ("linear", BOTH, {}, "linear has no base_model"),
+        ("slerp", ({}, {}), {"parameters": {"t": 0.5}}, "slerp takes base_model and one other"),
+        ("ties", BOTH, {"dtype": "int8"}, "dtype must be one of"),
+        ("ties", BOTH, {"base": "a+lora"}, "adapters are not read here"),
+        ("ties", BOTH, {"models": None, "slices": [{"sources": [{"model": "a"}]}]}, "slices|hub"),
+        ("ties", BOTH, {"models": None}, "give models, or one slice"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name(put, method, weights, fields, message):
+    with pytest.raises(ValueError, match=message):
+        read_recipe(put(method, weights, **fields))
