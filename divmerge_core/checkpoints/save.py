@@ -62,9 +62,8 @@ def write(
 
     dtype: float32, bfloat16 or float16 of all floating tensors; None keeps the base's, tensor by
     tensor. A shard has at most max_shard_bytes of tensors, or one tensor. Memory is bounded by a
-    few tensors: each of PyTorch's threads merges one, and one is written. recipe: makes
-    mergekit_config.yml. A killed process leaves no part of the folder under its name; the next
-    write removes its temporary files.
+    few tensors: each thread of PyTorch's merges one. recipe: makes mergekit_config.yml. A killed
+    process leaves no part of the folder under its name; the next write removes what it left.
 
     Raises ValueError, before anything is written, for a folder that exists and is not empty
     (overwrite replaces a model, and nothing but a model), parts that do not fit together, an

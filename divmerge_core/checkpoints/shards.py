@@ -37,11 +37,7 @@ class Planned:
 
 
 def write_shards(
-    folder: Path,
-    tensors: Sequence[Planned],
-    *,
-    max_bytes: int,
-    wrote: Callable[[int], object] = lambda count: None,
+    folder: Path, tensors: Sequence[Planned], *, max_bytes: int, wrote: Callable[[int], object]
 ) -> dict[str, str]:
     """Write a model's tensors: file name -> its SHA-256. wrote: told the bytes of every tensor.
 
@@ -70,8 +66,7 @@ def ahead(jobs: Sequence[Callable[[], Tensor]]) -> Iterator[Tensor]:
     """The results in order; every thread that PyTorch may use works on a job of its own."""
     workers, waiting = torch.get_num_threads(), deque()
     torch.set_num_threads(workers)  # its first call must not come from two threads
-    alone = {"initializer": torch.set_num_threads, "initargs": (1,)}  # no threads of threads
-    with ThreadPoolExecutor(workers, **alone) as pool:
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for job in jobs:
             waiting.append(pool.submit(job))
             if len(waiting) > workers:

@@ -53,10 +53,7 @@ def in_memory(base: StoredModel, merged: Mapping[str, Tensor]) -> MergedTensors:
 
 
 def streamed(
-    base: StoredModel,
-    record: MergeRecord,
-    names: Sequence[str] | None,
-    rule: Rule | None = None,
+    base: StoredModel, record: MergeRecord, names: Sequence[str] | None, rule: Rule | None = None
 ) -> MergedTensors:
     """A merge computed from base and experts on disk, a tensor at a time, when it is asked for.
 
@@ -91,8 +88,7 @@ def tensors_of(
 
 def weighted_sum(base: StoredModel, record: MergeRecord, names: Sequence[str]) -> Rule:
     """theta_0 + sum_t Lambda[t, g] tau_t, by the record's coefficients."""
-    groups = group_numbers(record, [base.core(name) for name in names])
-    columns = dict(zip(names, groups, strict=True))
+    columns = dict(zip(names, group_numbers(record, list(map(base.core, names))), strict=True))
 
     def rule(name: str, origin: Tensor, experts: Sequence[Tensor]) -> Block:
         row = record.coeffs[:, columns[name]].detach().cpu()

@@ -275,7 +275,7 @@ def test_a_shard_is_filled_up_to_the_limit_and_never_beyond(tmp_path):
         Planned(name, torch.float32, (size,), partial(torch.zeros, size))
         for name, size in sizes.items()
     ]
-    write_shards(tmp_path, plan, max_bytes=80)
+    write_shards(tmp_path, plan, max_bytes=80, wrote=lambda count: None)
     held = [set(load_file(file)) for file in sorted(tmp_path.glob("*.safetensors"))]
     assert held == [{"a", "b"}, {"d"}, {"c"}, {"e", "f"}]
 
