@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from divmerge_core.checkpoints.heads import Head, save_head, validate_head
+from divmerge_core.checkpoints.heads import MEAN, Head, save_head, validate_head
 from divmerge_core.checkpoints.model_card import MergeRecord, card, coefficients_json, group_numbers
 from divmerge_core.checkpoints.safetensors_io import INDEX, SINGLE, StoredModel, weight_files
 from divmerge_core.checkpoints.shards import write_shards
@@ -82,7 +82,7 @@ def write(
         raise ValueError(f"heads for {', '.join(strange)}, which are none of the record's tasks")
     for task, head in heads.items():
         validate_head(task, head, base)
-    instead = {base.core(name) for head in heads.values() for name in head.tensors}
+    instead = {base.core(n) for h in heads.values() if h.architecture != MEAN for n in h.tensors}
     plan, every = [t for t in plan if base.core(t.name) not in instead], len(plan)
     text, reason = recipe(record, source, kind) if recipe else ("", "none was asked for")
     total = sum(tensor.nbytes for tensor in plan)

@@ -20,6 +20,7 @@ from divmerge_core.kernels.segments import Segments, block_table
 from divmerge_core.kernels.threads import in_threads
 
 BLOCK = 4096  # parameters per program on a GPU, read as rows of SCALE_BLOCK
+uncompiled = torch.compiler.disable if torch.version.cuda or torch.version.hip else lambda f: f
 
 
 # --- PyTorch --------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def launch(deltas: Tensor | Int8Deltas, segments: Segments) -> tuple:
     return table, starts, values, scales, values.stride(0), scales.shape[1] if int8 else 0, shape
 
 
-@torch.compiler.disable  # a compiled step calls the launch as it is
+@uncompiled  # a compiled step calls the launch as it is
 def merge_triton(base, deltas, coeffs, segments, out) -> None:
     """One launch for the whole model, whatever the number of tensors."""
     table, _, values, scales, stride, num_scales, shape = launch(deltas, segments)
@@ -203,7 +204,7 @@ def merge_triton(base, deltas, coeffs, segments, out) -> None:
             )  # fmt: skip
 
 
-@torch.compiler.disable
+@uncompiled
 def inner_triton(grad, deltas, segments) -> Tensor:
     """One pass over gradient and deltas, then a reduction of one number per block and task."""
     table, starts, values, scales, stride, num_scales, shape = launch(deltas, segments)
