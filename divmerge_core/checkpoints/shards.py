@@ -78,8 +78,7 @@ def ahead(jobs: Sequence[Callable[[], Tensor]]) -> Iterator[Tensor]:
 def write_file(path: Path, tensors: Sequence[Planned], wrote: Callable[[int], object]) -> str:
     """Write one safetensors file, tensor by tensor; returns its SHA-256.
 
-    The format: the header's length in 8 bytes; the header, JSON with dtype, shape and place of
-    every tensor; the numbers, widest dtypes first, so that all are aligned.
+    The format: a JSON header behind its length, then the numbers, widest first so as to be aligned.
     """
     tensors = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
     header, stop = {"__metadata__": {"format": "pt"}}, 0

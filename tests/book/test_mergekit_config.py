@@ -114,8 +114,8 @@ def test_dare_that_drops_nothing_is_task_arithmetic_and_draws_alike_each_time(zo
 
 
 def test_a_list_is_read_between_its_entries_over_depth():
-    assert [at([0, 1, 0.5], "x", depth) for depth in (0, 0.25, 0.5, 1)] == [0, 0.5, 1, 0.5]
-    assert at([{"filter": "mlp", "value": 2}], "attn", 0) is None
+    assert [at([0, 1, 0.5], "x", depth) for depth in (0.0, 0.25, 0.5, 1.0)] == [0, 0.5, 1, 0.5]
+    assert at([{"filter": "mlp", "value": 2}], "attn", 0.0) is None
 
 
 def test_the_command_writes_dtype_tokenizer_file_and_card(zoo, put, tmp_path, capsys):
