@@ -53,12 +53,11 @@ def write(
     """Write a merged model in the hub's layout, the whole folder or nothing; returns the folder.
 
     merged: the merged tensors by name, such as `layout.unflatten(flat)`, with or without the prefix
-    that the base has on disk (`bert.`). None: they are computed from record.base and record.experts
-    while they are written, for models larger than memory, by record.coeffs or by a `rule`. names:
-    which tensors are then merged, named alike; None takes all floating tensors of the base that
-    experts have. Other tensors of the base (buffers, heads) are copied, but for those that `heads`
-    hold instead; tied weights are written once. complete: adds a whole model per head to the
-    folder, and says so for the card.
+    that the base has on disk (`bert.`). None: computed from record.base and record.experts while
+    they are written, for models larger than memory, by record.coeffs or by a `rule`. names: which
+    tensors are then merged, named alike; None takes all floating ones of the base that experts
+    have. Others of the base are copied, but for those that `heads` hold instead; tied weights are
+    written once. complete: adds a whole model per head, and says so for the card.
 
     dtype: float32, bfloat16 or float16 of all floating tensors; None keeps the base's, tensor by
     tensor. A shard has at most max_shard_bytes of tensors, or one tensor. Memory is bounded by a

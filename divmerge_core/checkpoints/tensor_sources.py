@@ -75,10 +75,7 @@ def streamed(
 def tensors_of(
     base: StoredModel, record: MergeRecord, names: Sequence[str] | None
 ) -> list[tuple[str, Stored, list[Stored]]]:
-    """(name on disk, the base's, every expert's) of the tensors to be merged, in the base's order.
-
-    Raises ValueError for those that cannot be.
-    """
+    """(name on disk, the base's, every expert's) of the tensors to be merged: see `to_merge`."""
     experts = [StoredModel.at(record.experts[task]) for task in record.tasks]
     found = [(expert.tensors, expert.cores) for expert in experts]
     return [

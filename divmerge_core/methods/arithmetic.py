@@ -161,19 +161,12 @@ def ties(
         for start, stop in whole if trim == "global" else problem.vectors.layout.bounds:
             if start < stop:
                 row[start:stop] = largest(row[start:stop], keep)
-    return moved(problem, scale * agreed(trimmed, weight, votes, combine))
-
-
-def agreed(
-    trimmed: Float[Tensor, "T N"], weight: Float[Tensor, " T"], votes: Float[Tensor, " T"], how: str
-) -> Float[Tensor, " N"]:
-    """The `mean` or `sum` of the weighted entries that have the sign of the sum of the votes."""
     agree = (trimmed * (votes @ trimmed).sign()) > 0  # [T, N]
     total = weight @ torch.where(agree, trimmed, 0)
-    if how == "sum":
-        return total
-    count = votes @ agree.to(votes.dtype)
-    return total / torch.where(count > 0, count, 1)
+    if combine == "mean":
+        count = votes @ agree.to(votes.dtype)
+        total = total / torch.where(count > 0, count, 1)
+    return moved(problem, scale * total)
 
 
 def thinned(

@@ -17,7 +17,7 @@ from divmerge_core.checkpoints.tensor_sources import Block, Rule, blocks, tensor
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.merging.task_vectors import Layout, TaskVectors
 from divmerge_core.methods import METHODS
-from divmerge_core.methods.arithmetic import agreed, task_weights
+from divmerge_core.methods.arithmetic import task_weights
 from divmerge_core.methods.spherical import arc
 from divmerge_core.registry import Registry
 
@@ -172,7 +172,10 @@ def ties(
         def block(place: slice, base: Tensor, deltas: Tensor) -> Tensor:
             left = change(place, deltas)
             left.masked_fill_(left.abs() < least, 0)
-            total = agreed(left, weight.to(left), votes.to(left), combine)
+            agree = left * (votes.to(left) @ left).sign() > 0
+            total = weight.to(left) @ left.masked_fill_(~agree, 0)
+            if combine == "mean":
+                total /= (votes.to(left) @ agree.to(left)).clamp(min=torch.finfo(left.dtype).tiny)
             return total.mul_(scale).add_(base)
 
         return block
