@@ -66,8 +66,9 @@ def test_the_call_and_the_options_on_the_page_are_the_methods(name):
     options = eval(method_pages.call(name), {"METHODS": {name: bound}, "problem": None, **own})
     first = (*METHODS.facts[name]["search"], {})[0]
     assert options == {**first, **{key: own[key] for key in own if key in options_of(name)}}
-    rows = [row[0] for row in method_pages.option_rows(name)]
-    assert rows == [f"`{one}`" for one in options_of(name)]
+    rows = method_pages.option_rows(name)
+    assert [row[0] for row in rows] == [f"`{one}`" for one in options_of(name)]
+    assert all(row[-1] for row in rows), "an option without a meaning"
 
 
 # --- the pages ------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ def test_a_new_method_appears_by_itself(tmp_path, monkeypatch):
     assert "**Source.** in a book,\nbut where? {cite:p}`nobody2000,else2001`\n\n## Options" in page
     assert "- {cite:t}`nobody2000`, in a dream\n" in page
     assert "- exactly 3\n" in page and "- matters\n" in page and "- `share=0.5`\n" in page
-    assert "* - `share`\n  - `0.3333`\n  - `float`\n* - `far`\n  - `None`\n" in page
+    assert "* - `share`\n  - `0.3333`\n  - `float`\n  - of the way.\n* - `far`\n" in page
     assert 'METHODS["halfway+"](problem, share=0.5)' in page
     assert "-p methods halfway+\n" in page
 

@@ -98,6 +98,19 @@ def test_the_files_that_commands_and_pages_name_exist():
                 assert list(ROOT.glob(name)), f"{path.name} names {name}, which does not exist"
 
 
+def test_the_citation_and_the_workflow_speak_of_this_repository():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["repository-code"] == REPOSITORY and cited["license"] == PROJECT["license"]
+    assert str(cited["version"]) == PROJECT["version"]
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "book.yml").read_text())["jobs"]
+    lines = [step["run"] for step in jobs["build"]["steps"] if "run" in step]
+    targets = re.findall(r"\bmake ([a-z ]+)", "\n".join(lines))
+    known = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
+    assert {one for line in targets for one in line.split()} <= {*known, "lint"}
+    (uploaded,) = [s["with"]["path"] for s in jobs["build"]["steps"] if "upload" in s.get("uses", "")]
+    assert uploaded == "_build/html" and jobs["publish"]["needs"] == "build"
+
+
 # --- the environment -----------------------------------------------------------------------------
 
 

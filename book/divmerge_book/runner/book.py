@@ -133,7 +133,7 @@ def build(size: str, *, root: Path, workers: int | None = None) -> Path:
     """
     from divmerge_book import figures
     from divmerge_book.evaluation import experiment
-    from divmerge_book.runner import interactive_pages, method_pages
+    from divmerge_book.runner import interactive_pages, which_method
 
     experiment.SIZES[size]  # an unknown one is refused, with those that there are
     workers = workers_at(size, workers)
@@ -145,7 +145,7 @@ def build(size: str, *, root: Path, workers: int | None = None) -> Path:
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(root / "book", source, ignore=shutil.ignore_patterns("divmerge_book"))
     figures.landing(source / "results")
-    method_pages.write(source / "methods")
+    which_method.write(source)
     interactive_pages.write(source)
     for one in chapters:
         (source / one.name).parent.mkdir(exist_ok=True)

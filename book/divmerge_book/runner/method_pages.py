@@ -2,8 +2,9 @@
 
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from divmerge_book.figures import title
 from divmerge_core.methods import METHODS, options_of
@@ -14,6 +15,25 @@ BLOCKS = {  # how the fact `needs` begins -> the heading of the methods that nee
     "validation labels": "No data, and validation labels for one number",
     "unlabelled inputs": "Unlabelled inputs",
     "a validation score": "A validation score",
+}
+COMMON = {  # options that mean the same in every method
+    "seed": "Of everything that is drawn.",
+    "progress": "Show a progress bar.",
+    "inputs": "Unlabelled inputs per task; None for the method's own number.",
+    "epochs": "Passes over the inputs.",
+    "lr": "Step size.",
+    "steps": "Number of steps.",
+    "batch_size": "Inputs per step.",
+    "callback": "Called with every step.",
+    "checkpoint": "A file from which an interrupted fit resumes.",
+    "grouping": "Which tensors share a coefficient.",
+    "optimizer": "Which optimizer fits the coefficients.",
+    "init": "The first coefficients; None for the method's own.",
+    "scale": "The factor of the merged task vector.",
+    "divergence": "A name in DIVERGENCES.",
+    "temperature": "What both sides' logits are divided by.",
+    "basis": "What the coefficients scale, a name in BASES.",
+    "link": "How coefficients are bounded; None for not at all.",
 }
 INTRO = """\
 (methods)=
@@ -77,14 +97,47 @@ def command(name: str) -> str:
     return f"On the suites of this book:\n\n```bash\n{line} -p methods {name}\n```\n"
 
 
-def option_rows(name: str) -> list[tuple[str, str, str]]:
-    """Name, default and type of every option, as they stand in the signature."""
+def meaning(name: str, option: str) -> str:
+    """What is said of an option by its method, else by the one it extends, else everywhere.
+
+    Else the first sentence of the method's docstring that has it.
+    """
+    extended = re.sub(r"(\++|_pp|_plus_plus)$", "", name)
+    found = said(name, option) or said(extended, option) or COMMON.get(option)
+    named = (one for own in (name, extended) for one in body(own) if f"`{option}`" in one)
+    return found or next(named, "").rstrip(";")
+
+
+def body(name: str) -> list[str]:
+    """Sentences of a method's docstring before its pitfalls, without formulas."""
+    text, *_ = inspect.getdoc(METHODS[name]).partition("\n\nPitfalls: ")
+    parts = [" ".join(part.split()) for part in text.split("\n\n") if not part.startswith("$$")]
+    return [one for part in parts for one in re.split(r"(?<=[.;]) (?=[`A-Za-z$])", part)]
+
+
+def said(name: str, option: str) -> str:
+    """The sentences of a method's docstring from the one that begins with an option's name on."""
+    sentences, options = body(name), options_of(name)
+    begins = [re.match(r"`(\w+)`|(\w+)(?=:)", one) for one in sentences]
+    names = [(one[1] or one[2]) if one else "" for one in begins]
+    names = [one if one in options else "" for one in names]
+    if option not in names:
+        return ""
+    first = names.index(option)
+    until = next((n for n in range(first + 1, len(names)) if names[n]), first + 1)
+    opened = re.sub(r"^`?\w+`?(?: and `\w+`)?(:| is| are)? ", "", sentences[first])
+    return " ".join([opened, *sentences[first + 1 : until]]).rstrip(";")
+
+
+def option_rows(name: str) -> list[tuple[str, str, str, str]]:
+    """Name, default, type and meaning of every option; the first two as in the signature."""
     rows = []
     for option in list(inspect.signature(METHODS[name]).parameters.values())[1:]:
         default = option.default
         default = float(f"{default:.4g}") if isinstance(default, float) else default  # 1/6 in print
         kind = re.sub(r"\b(?:[A-Za-z_]\w*\.)+", "", inspect.formatannotation(option.annotation))
-        rows.append((f"`{option.name}`", f"`{default!r}`", f"`{kind}`"))
+        said = meaning(name, option.name)
+        rows.append((f"`{option.name}`", f"`{default!r}`", f"`{kind}`", said))
     return rows
 
 
@@ -104,8 +157,8 @@ def prose(name: str, text: str) -> str:
     return re.sub(r"^(Idea|Pitfalls|Peers|Source): ", r"**\1.** ", text, flags=re.M)
 
 
-def page(name: str) -> str:
-    """One method's page."""
+def page(name: str, measured: Mapping[str, Sequence[str]] = MappingProxyType({})) -> str:
+    """One method's page; measured: of `which_method.standings`."""
     facts, method = METHODS.facts[name], METHODS[name]
     lead, _, body = inspect.getdoc(method).partition("\n\n")
     note = "".join(facts["source"].partition(",")[1:])
@@ -121,13 +174,16 @@ def page(name: str) -> str:
         ("a search tries", tried or "its defaults alone"),
         ("code", f"`{method.__module__.replace('.', '/')}.py`"),
     ]
-    options, head = option_rows(name), ("option", "default", "type")
+    rows += [("measured", line) for line in measured.get(name, ())]
+    options, head = option_rows(name), ("option", "default", "type", "meaning")
     return "\n".join(
         [
             f"(method-{slug(name)})=\n# {title(name)}\n\n{lead}\n",
             table(rows, heads="stub-columns", widths="22 78"),
             f"\n{prose(name, body)}\n\n## Options\n",
-            table([head, *options], heads="header-rows", widths="25 25 50") if options else "None.",
+            table([head, *options], heads="header-rows", widths="14 14 20 52")
+            if options
+            else "None.",
             "\n## How to call it\n",
             f"```python\nfrom divmerge_core import METHODS\n\nmerged = {call(name)}\n```\n",
             command(name),
@@ -155,9 +211,9 @@ def index() -> str:
     return "\n".join(parts)
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, measured: Mapping[str, Sequence[str]] = MappingProxyType({})) -> None:
     """Write `index.md` and one page per method into a folder of the book's source."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.md").write_text(index(), "utf-8")
     for name in METHODS:
-        (folder / f"{slug(name)}.md").write_text(page(name), "utf-8")
+        (folder / f"{slug(name)}.md").write_text(page(name, measured), "utf-8")

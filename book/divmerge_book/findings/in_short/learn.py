@@ -61,7 +61,7 @@ def divergences(stored: Stored) -> list[str]:
     return [
         f"Over {len(table):,} answers of random merges to one task, JS is at most {most.js:.2f} "
         f"nats; its bound is log 2 = {math.log(2):.2f}.",
-        f"KL and reverse KL have no bound; they reach {most.kl:.1f} and {most.reverse_kl:.1f} nats.",
+        f"KL and reverse KL, without a bound, reach {most.kl:.1f} and {most.reverse_kl:.1f} nats.",
         f"The rank correlation of JS over merges is {rho.js.kl:.2f} with KL and "
         f"{rho.js.reverse_kl:.2f} with reverse KL (means over tasks and sets of merges).",
         "Their rank correlations with accuracy are "
