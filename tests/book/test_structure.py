@@ -107,7 +107,9 @@ def test_the_citation_and_the_workflow_speak_of_this_repository():
     targets = re.findall(r"\bmake ([a-z ]+)", "\n".join(lines))
     known = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
     assert {one for line in targets for one in line.split()} <= {*known, "lint"}
-    (uploaded,) = [s["with"]["path"] for s in jobs["build"]["steps"] if "upload" in s.get("uses", "")]
+    (uploaded,) = [
+        s["with"]["path"] for s in jobs["build"]["steps"] if "upload" in s.get("uses", "")
+    ]
     assert uploaded == "_build/html" and jobs["publish"]["needs"] == "build"
 
 

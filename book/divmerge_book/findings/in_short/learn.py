@@ -40,7 +40,7 @@ def task_vectors(stored: Stored) -> list[str]:
     ends = [one.count("+") + 1 for one in subsets]
     return [
         f"The cosines of task vectors are {span(pairs.cosine, 2, sign=True)} over all pairs of "
-        f"{len(weights.facts['tasks'])} tasks and {pairs.seed.nunique()} seeds; 0 is a right angle.",
+        f"{len(weights.facts['tasks'])} tasks and {pairs.seed.nunique()} seeds; 0 is orthogonal.",
         f"Weight decay alone moved {100 * weights['idle'].parameters.mean():.0f} % of the "
         "parameters of an expert: rows of the embedding table that its texts never use.",
         f"In the other tensors, two tasks pull {100 * trained.conflict.mean():.0f} % of the "
