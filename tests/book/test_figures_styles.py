@@ -4,10 +4,12 @@ import importlib
 import inspect
 import pkgutil
 import re
+from itertools import combinations
 
 import divmerge_book.figures
 import divmerge_book.studies
 import matplotlib
+import numpy as np
 import pandas as pd
 import pytest
 from divmerge_book.figures import behaviour, landscapes, scaling, title
@@ -28,6 +30,31 @@ def test_no_two_methods_look_alike_and_families_share_a_colour_of_their_own():
     for spec, (shade, _) in looks.items():
         families.setdefault(shade, set()).add(spec.partition("/")[0].rstrip("+"))
     assert {"divmerge"} in families.values() and {"adamerging"} in families.values()
+
+
+# Machado, Oliveira and Fernandes 2009: colours as people without one kind of cone see them.
+MISSING = {
+    "long": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "middle": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "short": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+XYZ = [[0.4339, 0.3763, 0.1899], [0.2126, 0.7152, 0.0722], [0.0177, 0.1095, 0.8728]]  # over white's
+
+
+def lab(shade, cones: list[list[float]]) -> np.ndarray:
+    """CIE L*a*b* of a colour, seen with these cones: equal distances look equally far apart."""
+    rgb = np.array(to_rgb(shade))
+    light = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    x, y, z = np.cbrt(np.array(XYZ) @ np.clip(np.array(cones) @ light, 0, 1))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("cones", MISSING.values(), ids=MISSING)
+def test_methods_of_one_marker_differ_in_colour_for_the_colour_blind(cones):
+    for one, other in combinations(LOOKS, 2):
+        here, there = style(one), style(other)
+        apart = np.linalg.norm(lab(here["color"], cones) - lab(there["color"], cones))
+        assert here["marker"] != there["marker"] or apart > 12, f"{one}, {other}: {apart:.0f}"
 
 
 def tables(names, **columns) -> pd.DataFrame:

@@ -357,6 +357,13 @@ def test_a_chapter_is_short_its_plumbing_is_folded_and_its_figures_are_referred_
 
 
 @each_notebook
+def test_every_captioned_figure_says_in_words_what_is_seen(path):
+    for cell in code(path):
+        shown = cell.metadata.get("mystnb", {})
+        assert "figure" not in shown or len(shown["image"]["alt"]) > 20, shown["figure"]
+
+
+@each_notebook
 def test_definitions_are_derivations_and_are_compared_with_the_package(path):
     for cell, following in pairwise([*code(path), nbformat.v4.new_code_cell("")]):
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

@@ -54,7 +54,7 @@ def mark(number: int, marker: str, **more) -> dict:
 LOOKS: Mapping[str, tuple[int, str]] = {  # place in the palette, marker
     **{"base": (5, "v"), "average": (7, "s"), "multi_slerp": (5, "P"), "task_arithmetic": (1, "^")},
     **{"ties": (4, "D"), "consensus": (6, "<"), "tsv_m": (3, "v"), "iso_c": (8, ">")},
-    **{"regmean": (9, "X"), "fisher": (8, "v"), "adamerging/task": (0, "o")},
+    **{"regmean": (9, "X"), "fisher": (8, "h"), "adamerging/task": (0, "o")},
     **{"adamerging/layer": (0, "p"), "divmerge/task": (2, "D"), "divmerge/layer": (2, "o")},
     "divmerge+": (2, "*"),
 }
