@@ -23,6 +23,26 @@ SIZE = LanguageSize(
     RECIPE, merge_rows=6, validation_rows=8, test_rows=10, batch_size=2, precision="float32"
 )
 
+SMALL = {
+    **{"vocab_size": 64, "max_position_embeddings": 64, "initializer_range": 0.2},
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_layers": 2},
+    **{"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "rotary_dim": 8, "ffn_dim": 48},
+    **{"word_embed_proj_dim": 16, "d_model": 32, "n_heads": 2, "n_layers": 2, "num_heads": 2},
+    **{"attention_types": [[["global", "local"], 1]], "max_seq_len": 64},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+
+
+def family_config(kind: str, **more: object) -> transformers.PretrainedConfig:
+    """A tiny model's configuration, of any family."""
+    standard = transformers.AutoConfig.for_model(kind)
+    known = {name: value for name, value in SMALL.items() if hasattr(standard, name)}
+    known = {**known, **more}
+    if kind in ("gpt_neo", "falcon"):  # their names for these are properties of others
+        known.pop("head_dim", None)
+    return type(standard)(**known)
+
 
 def tokenizer(extra: str = "") -> transformers.PreTrainedTokenizerFast:
     """Byte pairs learned from TEXTS: knows every text, in one token or several a word."""

@@ -11,17 +11,8 @@ from divmerge_book.models.language.completions import greedy
 from divmerge_book.models.language.forward import Parts, language_forward
 from divmerge_book.models.language.models import Language
 from divmerge_book.models.language.reading import collate
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-SMALL = {
-    **{"vocab_size": 64, "max_position_embeddings": 64, "initializer_range": 0.2},
-    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
-    **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "num_layers": 2},
-    **{"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "rotary_dim": 8, "ffn_dim": 48},
-    **{"word_embed_proj_dim": 16, "d_model": 32, "n_heads": 2, "n_layers": 2, "num_heads": 2},
-    **{"attention_types": [[["global", "local"], 1]], "max_seq_len": 64},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-}
 FAMILIES = {  # with what each does to its logits, made large enough to be seen
     **{name: {} for name in ("llama", "qwen2", "qwen3", "mistral", "mixtral", "gemma", "phi")},
     **{name: {} for name in ("phi3", "gpt2", "gpt_neo", "gpt_neox", "gptj", "falcon", "bloom")},
@@ -39,12 +30,7 @@ ROWS = [((5, 6, 7), (8, 9)), ((4,), (3,)), ((9, 8, 7, 6), (5, 4, 3))]
 
 def toy(kind: str, **more: object) -> Language:
     """A tiny random model of a family."""
-    standard = AutoConfig.for_model(kind)
-    known = {name: value for name, value in SMALL.items() if hasattr(standard, name)}
-    known = {**known, **more}
-    if kind in ("gpt_neo", "falcon"):  # their names for these are properties of others
-        known.pop("head_dim", None)
-    config = type(standard)(**known)
+    config = language_toys.family_config(kind, **more)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     assert sum(parameter.numel() for parameter in model.parameters()) < 10**6

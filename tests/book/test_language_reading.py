@@ -80,14 +80,14 @@ def test_an_answer_without_a_token_is_refused(llama):
 
 
 def test_the_likelihood_of_a_word_is_the_product_of_its_tokens(llama):
-    prompts, words = [(5, 6, 7), (9, 4)], ("yes", "yesterday", "positive", "no")
+    prompts, words = [(5, 6, 7), (9, 4)], (" yes", " yesterday", " positive", " no")
     batch = choices(llama, prompts, words)
     with torch.no_grad():
         logits = llama.model(**batch.inputs).logits[batch.answer]
         found = batch.likelihood(logits)
         for row, prompt in enumerate(prompts):
             for column, word in enumerate(words):
-                answer = list(answer_tokens(llama, " " + word)[:-1])
+                answer = list(answer_tokens(llama, word)[:-1])
                 ids = torch.tensor([[*prompt, *answer]])
                 log_p = llama.model(ids).logits[0].log_softmax(-1)
                 slow = sum(log_p[len(prompt) - 1 + n, t] for n, t in enumerate(answer))
@@ -95,6 +95,6 @@ def test_the_likelihood_of_a_word_is_the_product_of_its_tokens(llama):
 
 
 def test_words_of_one_token_share_one_row_per_prompt(llama):
-    few = [word for word in ("yes", "no") if len(answer_tokens(llama, " " + word)) == 2]
+    few = [word for word in (" yes", " no") if len(answer_tokens(llama, word)) == 2]
     assert len(few) == 2
     assert len(choices(llama, [(5, 6), (7,)], few).inputs["input_ids"]) == 2

@@ -67,13 +67,18 @@ def test_closeness_is_the_mean_divergence_and_the_share_of_equal_answers(bench, 
         ]
     assert row.rows == "test"
     assert row.divergence == pytest.approx(js(*sides).mean().item(), abs=1e-7)
-    assert row.agreement == (sides[0].argmax(-1) == sides[1].argmax(-1)).double().mean().item()
+    same = (sides[0].argmax(-1) == sides[1].argmax(-1)).double().mean().item()
+    assert row.agreement == pytest.approx(same)
 
 
 def test_closeness_by_kl_is_from_the_expert_to_the_merge(bench, monkeypatch):
-    sides = torch.tensor([[0.9, 0.1]]).log(), torch.tensor([[0.5, 0.5]]).log()
-    monkeypatch.setattr(MergeProblem, "logits", lambda *_: sides[0])  # of experts
-    monkeypatch.setattr(MergeProblem, "logits_of", lambda *_: sides[1])  # of merges
+    sides = {"logits": [0.9, 0.1], "logits_of": [0.5, 0.5]}  # of experts, of merges
+    for name, side in sides.items():
+
+        def given(problem, flat, task, batch, side=side):
+            return torch.tensor(side).log().expand(len(batch.weight), -1)
+
+        monkeypatch.setattr(MergeProblem, name, given)
     found = closeness(bench, {"half": bench.problem.vectors.base}, divergence="kl")
     wanted = 0.9 * math.log(1.8) + 0.1 * math.log(0.2)  # .368; the other way it is .511
     assert list(found.divergence) == pytest.approx([wanted, wanted])

@@ -13,7 +13,7 @@ from torch import Tensor
 from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.models.language.completions import greedy, written
 from divmerge_book.models.language.models import Language
-from divmerge_book.models.language.prompts import Prompt
+from divmerge_book.models.language.prompts import Prompt, normal
 from divmerge_book.models.language.reading import ask, by_length, choices
 from divmerge_core.merging.problem import Merged, MergeProblem
 
@@ -31,11 +31,20 @@ def prompt_batches(
 
 
 def likelihood_split(
-    base: Language, prompt: Prompt, rows: Rows, *, max_length: int, batch_size: int = 16
+    base: Language,
+    prompt: Prompt,
+    rows: Rows,
+    *,
+    max_length: int,
+    batch_size: int = 16,
+    before: str = " ",
 ) -> LabelledSplit:
-    """Labelled rows; the prediction is the class whose word is most likely after the prompt."""
+    """Labelled rows; the prediction is the class whose word is most likely after the prompt.
+
+    before: what stands between prompt and word.
+    """
     batches, gold = prompt_batches(base, prompt, rows, max_length, batch_size)
-    words = [choices(base, few, prompt.words) for few in batches]
+    words = [choices(base, few, [before + word for word in prompt.words]) for few in batches]
     return LabelledSplit(words, torch.tensor(gold, device=base.device))
 
 
@@ -45,7 +54,7 @@ class WrittenSplit:
 
     gold: class numbers where the prompt has words. The prediction is the class whose word the
     answer is exactly, and one past the last class where it is none. references: right texts of a
-    free-form task, scored by ROUGE-1.
+    free-form task, graded as `grade` says.
     """
 
     base: Language
@@ -55,6 +64,7 @@ class WrittenSplit:
     precision: str
     gold: Int[Tensor, " B"] | None = None
     references: Sequence[str] | None = None
+    grade: str = "rouge1"
 
     @property
     def rows(self) -> int:
@@ -78,7 +88,7 @@ class WrittenSplit:
         if self.references is None:
             classes = [self.prompt.read(text) for text in texts]
             return {"predicted": classes, "gold": self.gold.tolist()}
-        return {"predicted": rouge1(texts, self.references), "gold": "rouge1"}
+        return {"predicted": GRADES[self.grade](texts, self.references), "gold": self.grade}
 
 
 def written_split(
@@ -90,10 +100,11 @@ def written_split(
     max_new: int,
     precision: str = "float32",
     batch_size: int = 32,
+    grade: str = "rouge1",
 ) -> WrittenSplit:
-    """Labelled rows of a task, to be answered by generation."""
+    """Labelled rows of a task, to be answered by generation. grade: of free text, one of GRADES."""
     batches, right = prompt_batches(base, prompt, rows, max_length, batch_size)
-    gold = {"gold": torch.tensor(right)} if prompt.words else {"references": right}
+    gold = {"gold": torch.tensor(right)} if prompt.words else {"references": right, "grade": grade}
     return WrittenSplit(base, prompt, batches, max_new, precision, **gold)
 
 
@@ -102,3 +113,11 @@ def rouge1(texts: Sequence[str], references: Sequence[str]) -> list[float]:
     scorer = RougeScorer(["rouge1"], use_stemmer=True)
     found = zip(texts, references, strict=True)
     return [round(scorer.score(right, text)["rouge1"].fmeasure, 4) for text, right in found]
+
+
+def exact(texts: Sequence[str], references: Sequence[str]) -> list[float]:
+    """1 for a text that is its reference, in any case, spacing and outer punctuation, else 0."""
+    return [float(normal(a) == normal(b)) for a, b in zip(texts, references, strict=True)]
+
+
+GRADES = {"rouge1": rouge1, "exact": exact}

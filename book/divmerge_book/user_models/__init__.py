@@ -21,6 +21,9 @@ The description (YAML or JSON; relative paths start at its own folder):
         test: data/qt.csv          # labelled; .csv, .tsv, .jsonl, .parquet, datasets folder
         columns: {text: question, pair: context, label: kind}
         labels: [person, place]    # in the order of the model's outputs; else from its config
+
+`kind: language` merges language models, whose answers are text: see `language`. An expert is a
+folder, or a hub name with a revision (`organisation/model@v2`).
 """
 
 from divmerge_book.user_models.description import Description, TaskFiles, locate, read

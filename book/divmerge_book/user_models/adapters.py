@@ -44,21 +44,35 @@ class Factors:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter's file does to a model: tensors with factors, and tensors it replaces."""
+    """What an adapter's file does to a model: tensors with factors, and tensors it replaces.
+
+    saved: key in the file -> tensor of the model, where tied ones have one name.
+    """
 
     path: Path
     factors: Mapping[str, Factors]
     saved: Mapping[str, str]
 
     def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state dict with W + scale B A, and with the saved tensors in place of others."""
-        result = dict(state)
+        """The state dict with the saved tensors in place of others, and with W + scale B A.
+
+        Raises ValueError for two saved tensors that are tied in the model and differ.
+        """
+        result, place, done = dict(state), next(iter(state.values())).device, {}
         own = tensors_in(self.path)
+        for key, name in self.saved.items():
+            result[name] = own[key].float().to(place)
+            if not done.setdefault(name, result[name]).equal(result[name]):
+                raise ValueError(
+                    f"{self.path}: {key} and another tensor are tied in the base, and were trained "
+                    "apart; merge the adapter into an untied base with PEFT and give the whole "
+                    "model"
+                )
         for name, pair in self.factors.items():
             product = own[pair.left].float() @ own[pair.right].float()
             product = product.T if pair.transposed else product
-            result[name] = state[name] + pair.scale * product.to(state[name].device)
-        return result | {name: own[key].float() for name, key in self.saved.items()}
+            result[name] = result[name] + pair.scale * product.to(place)
+        return result
 
 
 def read_config(folder: Path) -> dict:
@@ -119,7 +133,29 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
 
 def plain_name(key: str) -> str:
     """A key of the adapter's file as the model names it."""
-    return re.sub(r"^base_model\.model\.|\.modules_to_save(\.default)?", "", key)
+    return re.sub(r"^base_model\.model\.|\.modules_to_save(\.default)?|\.base_layer", "", key)
+
+
+def tied(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that are tied to another one -> that one's name."""
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[parameter] for name, parameter in every if first[parameter] != name}
+
+
+def refuse_apart(path: Path, config: Mapping, first: Mapping[str, str], saved: set[str]) -> None:
+    """Raise ValueError where training untied a tensor from another: one of the two alone is saved.
+
+    PEFT does so for modules_to_save without ensure_weight_tying.
+    """
+    modules = () if config.get("ensure_weight_tying") else config.get("modules_to_save") or ()
+    for pair in ({name, own} for name, own in first.items()):
+        mine = [name for name in pair & saved if name.split(".")[-2] in modules]
+        if mine and len(pair & saved) == 1:
+            raise ValueError(
+                f"{path}: {mine[0]} was trained apart from the tensor that it is tied to in this "
+                "base; train with ensure_weight_tying, or give the merged model, untied"
+            )
 
 
 def adapter_of(folder: Path, model: nn.Module) -> Adapter:
@@ -131,9 +167,11 @@ def adapter_of(folder: Path, model: nn.Module) -> Adapter:
     """
     config, path, modules = read_config(folder), weights_of(folder), dict(model.named_modules())
     found = {n: shape for n, shape in shapes_in(path).items() if ".original_module." not in n}
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    saved = {plain_name(key): key for key in found if not LORA.search(key)}
-    for name, key in saved.items():
+    shapes, first = {name: tuple(t.shape) for name, t in model.named_parameters()}, tied(model)
+    names = {key: plain_name(key) for key in found if not LORA.search(key)}
+    saved = {key: first.get(name, name) for key, name in names.items()}
+    refuse_apart(path, config, first, set(names.values()))
+    for key, name in saved.items():
         if shapes.get(name) != found[key]:
             raise ValueError(
                 f"{path}: holds {key} {list(found[key])}, the model's {name} has shape "
@@ -143,6 +181,11 @@ def adapter_of(folder: Path, model: nn.Module) -> Adapter:
     for left in (key for key in found if (match := LORA.search(key)) and match[1] == "B"):
         right = re.sub(r"(\.lora_(?:embedding_)?)B", r"\1A", left)
         name = LORA.sub("", plain_name(left))
+        if f"{name}.weight" in {*first, *first.values()}:
+            raise ValueError(
+                f"{path}: has factors for {name}.weight, which is tied to another tensor in this "
+                "base; merge the adapter into an untied base with PEFT and give the whole model"
+            )
         transposed = isinstance(modules.get(name), (Conv1D, nn.Embedding))
         one, other = found[left], found.get(right, ())
         product = (one[0], *other[1:])[:: -1 if transposed else 1]
@@ -199,7 +242,7 @@ def check_base(
 
     held: the base's tensors, as the model names them. Raises ValueError for what nobody holds.
     """
-    known = {*adapter.saved, *held}
+    known = {*adapter.saved.values(), *held}
     if missing := [name for name, _ in model.named_parameters() if name not in known]:
         raise ValueError(
             f"adapter {folder} and the base {names[0]!r} both lack {missing[:3]}: it was drawn at "

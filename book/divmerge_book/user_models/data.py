@@ -100,8 +100,8 @@ READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
 }
 
 
-def read_table(path: Path, wanted: Sequence[str]) -> pd.DataFrame:
-    """The wanted columns of a file or folder; None where a value is missing.
+def read_table(path: Path, wanted: Sequence[str] | None) -> pd.DataFrame:
+    """The wanted columns of a file or folder, or all; None where a value is missing.
 
     The index is each row's place in the file, and its name says so; `attrs` hold the names of
     numbered labels, by column. Raises ValueError, with the line where there is one, for an unknown
@@ -120,6 +120,7 @@ def read_table(path: Path, wanted: Sequence[str]) -> pd.DataFrame:
     except (OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     present = list(map(str, table.columns))
+    wanted = present if wanted is None else wanted
     if wrong := [name for name in wanted if present.count(name) != 1]:
         what = (
             f"column {wrong[0]} twice" if wrong[0] in present else f"no column {', '.join(wrong)}"
@@ -177,7 +178,8 @@ def load_rows(
     Raises ValueError, naming file and row, for what cannot be read, for texts without a token, and
     for labels that the expert does not have.
     """
-    names, notes = task.columns.model_dump(exclude_none=True), []
+    fields = {"text", "pair", "label"}
+    names, notes = task.columns.model_dump(include=fields, exclude_none=True), []
     if split == "merge":
         del names["label"]
     file = task.files()[split]

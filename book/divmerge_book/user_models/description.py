@@ -5,13 +5,18 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PrivateAttr, StringConstraints
+from pydantic import AfterValidator, Field, PrivateAttr, StringConstraints, model_validator
 
 from divmerge_book.data.schema import Fields, FilePath, read_file
 
 SPLITS = ("merge", "validation", "test")
+# Fields that one kind of description has and the other has not.
+ONLY = {
+    "classifier": {"pad_token", "text", "pair", "label"},
+    "language": {"max_new", "score", "prompt", "messages", "answer"},
+}
 
 
 def file_name(name: str) -> str:
@@ -31,18 +36,23 @@ Word = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 
 
 class Columns(Fields):
-    """Names of columns; pair is None for single texts."""
+    """Names of columns; pair is None for single texts, messages for prompts that are plain text."""
 
     text: Word = "text"
     pair: Word | None = None
     label: Word = "label"
+    prompt: Word = "prompt"
+    messages: Word | None = None
+    answer: Word = "answer"
 
 
 class TaskFiles(Fields):
     """One task: where its expert and its rows are, and how to read them.
 
     merge: None for methods that read no inputs. labels: in the order of the model's outputs; None
-    takes them from the expert.
+    takes them from the expert. Of a language model: the answers that are allowed; None where any
+    text is. score: how answers are scored; None is the likelihood of labels, and ROUGE-1 of free
+    text.
     """
 
     name: Annotated[str, AfterValidator(file_name)]
@@ -52,6 +62,7 @@ class TaskFiles(Fields):
     test: FilePath | None = None
     columns: Columns = Columns()
     labels: Annotated[list[Word], AfterValidator(distinct)] | None = None
+    score: Literal["likelihood", "exact", "rouge1"] | None = None
 
     def files(self) -> dict[str, Path]:
         """Split -> path, for the splits that are described."""
@@ -68,16 +79,31 @@ def distinct_names(tasks: list[TaskFiles]) -> tuple[TaskFiles, ...]:
 
 
 class Description(Fields):
-    """Base, tasks, and the number of tokens at which inputs are cut.
+    """What the models are, base, tasks, and the number of tokens at which inputs are cut.
 
-    pad_token: pads batches where neither base nor experts name one, as with GPT-2.
+    pad_token: pads batches where neither base nor experts name one, as with GPT-2. max_new: tokens
+    of a language model's answers. Raises ValueError for fields of the other kind.
     """
 
+    kind: Literal["classifier", "language"] = "classifier"
     base: Word
     tasks: Annotated[list[TaskFiles], AfterValidator(distinct_names)]
     max_length: Annotated[int, Field(ge=2)] = 128
+    max_new: Annotated[int, Field(ge=1)] = 64
     pad_token: Word | None = None
     _path: Path = PrivateAttr(Path())
+
+    @model_validator(mode="after")
+    def one_kind(self) -> "Description":
+        """The description itself, where every field that it has is one of its kind's."""
+        parts = (self, *self.tasks, *(task.columns for task in self.tasks))
+        given = set().union(*(part.model_fields_set for part in parts))
+        for kind, own in ONLY.items():
+            if kind != self.kind and (strange := sorted(given & own)):
+                raise ValueError(
+                    f"{', '.join(strange)}: only for kind: {kind}, and this is kind: {self.kind}"
+                )
+        return self
 
     @property
     def path(self) -> Path:

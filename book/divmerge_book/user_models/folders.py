@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -26,6 +25,7 @@ from divmerge_book.models.merged import base_folder
 from divmerge_book.user_models import adapters
 from divmerge_book.user_models.description import TaskFiles
 from divmerge_book.user_models.headers import check_config, check_headers, positions
+from divmerge_book.user_models.hub import fetched
 from divmerge_book.user_models.labels import names_in, resolve_labels
 from divmerge_core.checkpoints.safetensors_io import INDEX, SINGLE, StoredModel, pools
 
@@ -60,6 +60,11 @@ class BaseFolder:
     shapes: dict[str, tuple[int, ...]]
     positions: int | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What an adapter may call it."""
+        return (self.name, self.folder.name, getattr(self.config, "_name_or_path", ""))
 
 
 @dataclass(frozen=True)
@@ -134,20 +139,6 @@ def tokenizer_of(folder: Path) -> transformers.PreTrainedTokenizerBase | None:
         return None
     with refusing(f"{folder}: its tokenizer cannot be loaded"):
         return AutoTokenizer.from_pretrained(folder, **OFFLINE)
-
-
-def fetched(name: str) -> Path:
-    """The folder of a local, packaged or cached model; else its files are fetched from the hub."""
-    try:
-        return base_folder(name)
-    except ValueError as error:
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-            raise
-        try:
-            wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
-            return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
-        except Exception as cause:  # the client raises many kinds: no network, no such name
-            raise ValueError(f"{error}; the hub could not be reached ({cause!r:.200})") from cause
 
 
 def open_base(name: str, beside: Path) -> BaseFolder:
@@ -236,13 +227,8 @@ TENSORS = {
 }
 
 
-def open_expert(task: TaskFiles, base: BaseFolder) -> Source:
-    """A task's expert, checked against the base by its configuration and the shapes of its tensors.
-
-    Raises ValueError, saying what differs, for a folder of no known kind, another architecture or
-    kind of head, adapters that are more than plain LoRA, and labels that are not the head's.
-    """
-    folder = task.expert
+def kind_in(folder: Path) -> str:
+    """Which kind of expert a folder holds. Raises ValueError for none, and for two."""
     kind = next((kind for kind, mark in MARKS.items() if (folder / mark).is_file()), None)
     if kind is None:
         inner = [path.parent for path in sorted(folder.glob("*/*")) if path.name in MARKS.values()]
@@ -257,6 +243,16 @@ def open_expert(task: TaskFiles, base: BaseFolder) -> Source:
             f"{folder} holds an adapter ({adapters.CONFIG}) and whole weights ({SINGLE} or its "
             "index); remove the one that is not the expert"
         )
+    return kind
+
+
+def open_expert(task: TaskFiles, base: BaseFolder) -> Source:
+    """A task's expert, checked against the base by its configuration and the shapes of its tensors.
+
+    Raises ValueError, saying what differs, for a folder of no known kind, another architecture or
+    kind of head, adapters that are more than plain LoRA, and labels that are not the head's.
+    """
+    kind, folder = kind_in(task.expert), task.expert
     source = OPEN[kind](task, base)
     if kind == "package":
         StoredModel.at(folder)  # its headers alone
@@ -268,8 +264,7 @@ def open_expert(task: TaskFiles, base: BaseFolder) -> Source:
         notes = check_headers(who, folder, source.model)
     elif kind == "adapter":
         held = [source.prefix + name for name in StoredModel.at(base.folder).cores]
-        names = (base.name, base.folder.name, getattr(base.config, "_name_or_path", ""))
-        notes = adapters.check_base(folder, source.adapter, source.model, held, names)
+        notes = adapters.check_base(folder, source.adapter, source.model, held, base.names)
     return replace(source, notes=tuple(notes))
 
 

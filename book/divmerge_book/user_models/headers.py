@@ -47,7 +47,7 @@ def check_headers(
     missing, have another shape than the configuration says, or make the head another one.
     """
     stored = StoredModel.at(folder)
-    if get_checkpoint_conversion_mapping(model.config.model_type):
+    if any(map(get_checkpoint_conversion_mapping, (model.config.model_type, type(model).__name__))):
         return []  # transformers renames or joins such tensors while it loads them
     prefix = f"{model.base_model_prefix}."
     if packed := sorted(n for n, t in stored.tensors.items() if packs(n, t.dtype)):

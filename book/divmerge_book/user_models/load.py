@@ -1,10 +1,8 @@
 """From a checked plan to an experiment: weights are read, one expert at a time."""
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 
 import datasets
 import torch
@@ -18,13 +16,11 @@ from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.models.encoders import Base, check_device, make_batches, pooled, resolve
 from divmerge_book.models.finetuning import Expert, data_digest
 from divmerge_book.user_models.folders import TENSORS, Source, read_model
+from divmerge_book.user_models.language_load import load_language
 from divmerge_book.user_models.plan import Plan
-from divmerge_core.checkpoints.save import input_files
+from divmerge_book.user_models.weights import hashes, warn_of_lengths
 from divmerge_core.merging.problem import MergeProblem, Pairs
 from divmerge_core.merging.task_vectors import STORAGES, Layout, TaskVectors
-from divmerge_core.storage import sha256
-
-FAR = 0.5  # a task vector longer than this share of the base is no fine-tuning that we know
 
 
 def task_forward(
@@ -58,26 +54,6 @@ def labelled_split(rows: datasets.Dataset | None, base: Base, max_length: int) -
     return LabelledSplit(batches, torch.tensor(rows["label"], device=base.device)[order])
 
 
-def warn_of_lengths(vectors: TaskVectors, base: str) -> None:
-    """Warn of task vectors that are nothing, or longer than fine-tuning makes them."""
-    shares = (vectors.norms() / vectors.base.double().norm()).tolist()
-    for task, share in zip(vectors.tasks, shares, strict=True):
-        text = f"task {task!r}: the expert's encoder is the base itself"
-        if share > FAR:
-            text = (
-                f"task {task!r}: the task vector is {share:.2f} times as long as the base "
-                f"{base!r}; is this the base that the expert was fine-tuned from?"
-            )
-        if share == 0 or share > FAR:
-            warnings.warn(text, stacklevel=3)
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the weights that are read, and of the folder's settings and vocabulary."""
-    words = (path for path in folder.iterdir() if path.suffix in {".json", ".txt", ".model"})
-    return {path.name: sha256(path) for path in sorted({*input_files(folder), *words})}
-
-
 def load(plan: Plan, *, device: str = "cpu", precision: str = "float32") -> Experiment:
     """The plan as an experiment: base, task vectors, heads, unlabelled inputs, labelled rows.
 
@@ -90,6 +66,8 @@ def load(plan: Plan, *, device: str = "cpu", precision: str = "float32") -> Expe
 
     Raises ValueError for weights that are missing, damaged, not finite or not of this base.
     """
+    if plan.tokens is not None:
+        return load_language(plan, device=device, precision=precision)
     place, length = check_device(device), plan.description.max_length
     precision = resolve(precision, place)
     encoder, missing = read_model(AutoModel, plan.base.folder)

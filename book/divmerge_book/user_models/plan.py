@@ -10,6 +10,7 @@ import datasets
 import pandas as pd
 import transformers
 
+from divmerge_book.user_models import language
 from divmerge_book.user_models.data import load_rows, shared
 from divmerge_book.user_models.description import SPLITS, Description, TaskFiles, collect_errors
 from divmerge_book.user_models.folders import (
@@ -19,6 +20,8 @@ from divmerge_book.user_models.folders import (
     open_expert,
     tokenizer_of,
 )
+from divmerge_book.user_models.hub import fetched
+from divmerge_book.user_models.language_tokens import Tokens
 from divmerge_book.user_models.method_needs import check_methods
 
 COMPARED = 50  # texts of every task that both tokenizers must cut up alike
@@ -30,6 +33,7 @@ class Plan:
     """A checked description: experts that fit the base, and rows that fit the experts.
 
     rows: split -> per task its rows, None where it has none. notes: remarks that are no errors.
+    tokens: of language models, what their tokenizers agree on.
     """
 
     description: Description
@@ -37,6 +41,7 @@ class Plan:
     experts: tuple[Source, ...]
     rows: Mapping[str, tuple[datasets.Dataset | None, ...]]
     notes: tuple[str, ...]
+    tokens: Tokens | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -56,8 +61,14 @@ class Plan:
         return "\n".join([self.table().to_string(), *(f"note: {note}" for note in self.notes)])
 
 
-def files_exist(task: TaskFiles) -> None:
-    """Raise ValueError for the first path of a task that is not there."""
+def found(task: TaskFiles, folder: Path) -> TaskFiles:
+    """The task with its expert on this disk: `organisation/name@revision` is fetched from the hub.
+
+    Raises ValueError for the first path that is not there.
+    """
+    parts = task.expert.parts[len(folder.parts) :]
+    if not task.expert.exists() and len(parts) == 2 and not (folder / parts[0]).exists():
+        task = task.model_copy(update={"expert": fetched("/".join(parts))})
     for field, path in {"expert": task.expert, **task.files()}.items():
         if not path.exists():
             raise ValueError(
@@ -66,6 +77,7 @@ def files_exist(task: TaskFiles) -> None:
                 + "; write / between folders"
                 * ("\\" in str(path))
             )
+    return task
 
 
 def same_experts(description: Description) -> list[str]:
@@ -188,8 +200,12 @@ def check(description: Description, methods: Sequence[str] = ()) -> Plan:
     lacking = {s: [t.name for t in description.tasks if s not in t.files()] for s in SPLITS}
     if methods:
         check_methods(methods, names, lacking)
-    collect_errors(partial(files_exist, task) for task in description.tasks)
-    base = open_base(description.base, description.path.parent)
+    folder = description.path.parent
+    tasks = collect_errors(partial(found, task, folder) for task in description.tasks)
+    description = description.model_copy(update={"tasks": tuple(tasks)})
+    if description.kind == "language":
+        return Plan(description, *language.checked(description))
+    base = open_base(description.base, folder)
     check_length(description, base)
     experts = tuple(collect_errors(partial(open_expert, task, base) for task in description.tasks))
     jobs = [(source, split) for source in experts for split in source.task.files()]

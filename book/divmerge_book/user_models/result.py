@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm import tqdm
 
 from divmerge_book.evaluation.experiment import SIZES, Experiment
@@ -17,9 +19,10 @@ from divmerge_book.evaluation.hyperparameter_search import (
     own_experts,
     search,
 )
-from divmerge_book.evaluation.metrics import evaluate
+from divmerge_book.evaluation.metrics import evaluate, graded, grades
 from divmerge_book.evaluation.report import Report
 from divmerge_book.evaluation.statistics import middle
+from divmerge_book.models.language.reading import MultipleChoiceBatch
 from divmerge_book.user_models.labels import order_note
 from divmerge_book.user_models.method_needs import check_methods
 from divmerge_core.divergences import objective
@@ -42,6 +45,12 @@ class MergeResult:
     report: Report | None
 
 
+def rows_in(batch: Batch) -> int:
+    """How many inputs a batch holds: of a language model's answer, all positions are of one."""
+    whole = batch.answer is None or isinstance(batch, MultipleChoiceBatch)
+    return len(batch.weight if whole else batch.inputs["input_ids"])
+
+
 @torch.no_grad()
 def closeness(
     bench: Experiment, merged: Mapping[str, Merged], *, divergence: str = "js"
@@ -49,21 +58,26 @@ def closeness(
     """Divergence of merges from every expert, on its test inputs, or else its merge inputs.
 
     Tasks with neither are left out. Columns method, task, rows, divergence (mean over inputs, nats)
-    and agreement (share of inputs with the expert's prediction).
+    and agreement (share of inputs with the expert's prediction; of answers in words, the mean share
+    of positions with its token).
     """
     problem, distance, found = bench.problem, objective(divergence), []
     for number, task in enumerate(problem.vectors.tasks):
         tested = getattr(bench.test[number], "batches", ())  # what is written has none
         batches: Sequence[Batch] = tested or problem.batches[number]
-        if not batches:
-            continue
-        expert = problem.vectors.expert(task)
-        wanted = torch.cat([problem.logits(expert, number, batch) for batch in batches])
-        for method, flat in merged.items():
-            given = torch.cat([problem.logits_of(flat, number, batch) for batch in batches])
-            same = (given.argmax(-1) == wanted.argmax(-1)).double().mean().item()
-            mean = distance(wanted, given).mean().item()
-            found.append((method, task, "test" if tested else "merge", mean, same))
+        sums = {method: torch.zeros(2, dtype=torch.float64) for method in merged}
+        for batch in batches:
+            wanted = problem.logits(problem.vectors.expert(task), number, batch)
+            weight = batch.weight.double().cpu()
+            weight *= rows_in(batch) / weight.sum()
+            for method, flat in merged.items():
+                given = problem.logits_of(flat, number, batch)
+                same = given.argmax(-1) == wanted.argmax(-1)
+                both = torch.stack([distance(wanted, given), same]).double().cpu()
+                sums[method] += both @ weight
+        total = sum(map(rows_in, batches))
+        for method, both in sums.items() if total else ():
+            found.append((method, task, "test" if tested else "merge", *(both / total).tolist()))
     return pd.DataFrame(found, columns=["method", "task", "rows", "divergence", "agreement"])
 
 
@@ -87,9 +101,9 @@ def merge_and_score(
     Raises ValueError for what is unknown, for methods that return no single model, and for those
     that need a validation score where there is none; Diverged where a fit diverges.
     """
-    tasks, searched = bench.problem.vectors.tasks, [split.batches for split in bench.validation]
+    tasks, searched = bench.problem.vectors.tasks, [split.rows for split in bench.validation]
     lacking = {
-        split: [task for task, batches in zip(tasks, every, strict=True) if not batches]
+        split: [task for task, given in zip(tasks, every, strict=True) if not given]
         for split, every in (("merge", bench.problem.batches), ("validation", searched))
     }
     options = {name: value for name, value in overrides.items() if name != "inputs"}
@@ -118,6 +132,8 @@ def scored(bench: Experiment, merged: Mapping[str, Merged], seed: int, suite: st
     parts = [own_experts(part, part.test, **labels, method="expert")]
     for own in parts[0].itertuples():
         answers = bench.experts[bench.problem.vectors.tasks.index(own.task)].manifest["answers"]
+        if graded(own.gold) or max(own.predicted) >= len(answers):
+            continue  # text, which may be none of the labels
         if note := order_note(own.task, own.predicted, own.gold, answers):
             warnings.warn(note, stacklevel=3)
     for method, flat in merged.items():
@@ -133,15 +149,29 @@ def scored(bench: Experiment, merged: Mapping[str, Merged], seed: int, suite: st
     )
 
 
+def rescored(
+    report: Report | None, bench: Experiment, method: str, flat: Float[Tensor, " N"]
+) -> Report | None:
+    """The report with this vector's predictions in the place of a method's."""
+    if report is None:
+        return None
+    mine = report.rows.method == method
+    part = bench.select(list(report.rows[mine].task))
+    labels = report.rows.loc[mine, ["suite", "subset", "method", "seed"]].iloc[0].to_dict()
+    found = evaluate(part.problem, flat, part.test, **labels)
+    return replace(report, rows=pd.concat([report.rows[~mine], found], ignore_index=True))
+
+
 def task_scores(
     report: Report | None, method: str, *, draws: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
     """A method's scores on every labelled task, with 95 % bootstrap intervals over rows.
 
-    Columns task, metric, value, low, high. By task: accuracy; majority, the accuracy of a constant
-    prediction (no interval); ratio and kept_margin (see `Report.against_experts`), with an interval
-    where the task counts in the ANP, and NaN for the margin of an expert that has none. Where tasks
-    count, the last rows are of task `all`: anp and kept_margin.
+    Columns task, metric, value, low, high. By task: accuracy, or the mean grade of free text;
+    majority, the accuracy of a constant prediction (no interval; not of free text); ratio and
+    kept_margin (see `Report.against_experts`), with an interval where the task counts in the ANP,
+    and NaN for the margin of an expert that has none. Where tasks count, the last rows are of task
+    `all`: anp and kept_margin.
     """
     columns = ["task", "metric", "value", "low", "high"]
     if report is None:
@@ -155,10 +185,14 @@ def task_scores(
 
     exact = report.against_experts().query("method == @method").set_index("task")
     for row in report.rows[report.rows.method == method].itertuples():
-        right, own = np.equal(row.predicted, row.gold), exact.loc[row.task]
-        drawn = generator.binomial(len(right), right.mean(), draws) / len(right)
-        found.append((row.task, "accuracy", right.mean(), *middle(drawn)))
-        found.append((row.task, "majority", own.floor, np.nan, np.nan))
+        right, own = grades(row.predicted, row.gold), exact.loc[row.task]
+        if graded(row.gold):
+            drawn = right[generator.integers(0, len(right), (draws, len(right)))].mean(1)
+            found.append((row.task, row.gold, right.mean(), *middle(drawn)))
+        else:
+            drawn = generator.binomial(len(right), right.mean(), draws) / len(right)
+            found.append((row.task, "accuracy", right.mean(), *middle(drawn)))
+            found.append((row.task, "majority", own.floor, np.nan, np.nan))
         metrics = ["ratio", "kept_margin"]
         if own.counted:
             alone = replace(report, rows=report.rows[report.rows.task == row.task])

@@ -4,6 +4,7 @@ import inspect
 import os
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,9 +15,10 @@ from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.models.finetuning import data_digest
 from divmerge_book.models.merged import write
 from divmerge_book.user_models.description import Description, locate, read
+from divmerge_book.user_models.language_save import language_facts, write_language
 from divmerge_book.user_models.load import load
 from divmerge_book.user_models.plan import Plan, check
-from divmerge_book.user_models.result import MergeResult, merge_and_score, task_scores
+from divmerge_book.user_models.result import MergeResult, merge_and_score, rescored, task_scores
 from divmerge_core.checkpoints import Head, MergeRecord
 from divmerge_core.checkpoints.heads import MEAN
 from divmerge_core.merging.coefficients import groups_of
@@ -162,6 +164,7 @@ def write_merged(
             **({"digest": data_digest(merge)[:16]} if (merge := plan.rows["merge"][n]) else {}),
             "labels": ", ".join(source.labels),
             "expert": source.kind,
+            **(language_facts(plan, bench, n) if plan.tokens else {}),
         }
         for n, source in enumerate(plan.experts)
     }
@@ -178,6 +181,10 @@ def write_merged(
         data=data,
         scores=task_scores(found.report, spec).to_dict("records"),
     )
+    if plan.tokens:
+        scores, parts = partial(rescored, found.report, bench, spec), (plan, bench, made.merged)
+        options |= {"rescored": scores, "overwrite": overwrite}
+        return write_language(folder, record, *parts, **options)
     merged, heads = vectors.layout.unflatten(made.merged), heads_of(plan, bench)
     options |= {"heads": heads, "tokenizer": plan.base.tokenizer}
     return write(folder, record, merged=merged, overwrite=overwrite, **options)

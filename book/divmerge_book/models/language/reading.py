@@ -114,8 +114,11 @@ class MultipleChoiceBatch(Batch):
 def choices(
     base: Language, prompts: Sequence[Sequence[int]], words: Sequence[str]
 ) -> MultipleChoiceBatch:
-    """A batch that asks how likely each word is after each prompt; EOS is not part of a word."""
-    answers = [answer_tokens(base, " " + word)[:-1] for word in words]
+    """A batch that asks how likely each word, with the space before it, is after each prompt.
+
+    EOS is not part of a word.
+    """
+    answers = [answer_tokens(base, word)[:-1] for word in words]
     begun = list(dict.fromkeys(answer[:-1] for answer in answers))
     batch, _ = collate(base, [(prompt, (*start, 0)) for prompt in prompts for start in begun])
     places = []

@@ -1,0 +1,32 @@
+"""The folder of a model by its name: here, packaged, kept by the hub's client, or fetched."""
+
+import re
+from pathlib import Path
+
+import huggingface_hub
+
+from divmerge_book.models.merged import base_folder
+
+
+def fetched(name: str) -> Path:
+    """The folder of a local, packaged or cached model; else its files are fetched from the hub.
+
+    `name@revision` is the hub's model at a branch, tag or commit.
+    """
+    repository, _, revision = name.partition("@")
+    try:
+        if revision:
+            raise ValueError(f"there is no folder {name!r}")
+        return base_folder(name)
+    except ValueError as error:
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository):
+            raise
+        try:
+            wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+            return Path(
+                huggingface_hub.snapshot_download(
+                    repository, revision=revision or None, allow_patterns=wanted
+                )
+            )
+        except Exception as cause:  # the client raises many kinds: no network, no such name
+            raise ValueError(f"{error}; the hub could not be reached ({cause!r:.200})") from cause

@@ -1,0 +1,113 @@
+"""Rows of language tasks: prompts or chat messages, and answers where they are to be scored."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+import datasets
+import numpy as np
+import pandas as pd
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from divmerge_book.data.tasks import quiet
+from divmerge_book.user_models.data import read_table, require, texts
+from divmerge_book.user_models.description import TaskFiles
+
+CURE = "Name columns in the description: columns: {prompt: ..., answer: ...} or {messages: ...}"
+
+
+def turns(value: object) -> list[dict] | None:
+    """Chat messages, out of a list or of JSON; None for anything else."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return None
+    if not isinstance(value, list | tuple | np.ndarray) or not len(value):
+        return None
+    found = [{k: v for k, v in m.items() if v is not None} for m in value if isinstance(m, Mapping)]
+    words = [isinstance(m.get(key), str) for m in found for key in ("role", "content")]
+    return found if len(found) == len(value) and all(words) else None
+
+
+def rendered(
+    column: pd.Series, chats: Sequence[list[dict]], tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Messages as the expert's chat template writes them, up to where it begins to answer."""
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"{column.index.name}: column {column.name!r} holds chat messages, and neither the "
+            "expert's tokenizer nor the base's has a chat template; save the tokenizer that the "
+            "expert was trained with beside it, or give prompts"
+        )
+    found, options = [], {"tokenize": False, "add_generation_prompt": True}
+    for place, chat in zip(column.index, chats, strict=True):
+        try:
+            found.append(tokenizer.apply_chat_template(chat, **options))
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{column.index.name} {place}: the expert's chat template refuses the messages: "
+                f"{error}"
+            ) from error
+    return found
+
+
+def prompts(
+    table: pd.DataFrame, task: TaskFiles, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], pd.Series | None, bool]:
+    """Every row's prompt as the expert reads it, the answers in the rows, and whether it is a chat.
+
+    Of chat messages the last one is the answer where it is the assistant's.
+    """
+    names, present = task.columns, list(map(str, table.columns))
+    chat = names.messages
+    if chat is None and names.prompt not in present and "messages" in present:
+        chat = "messages"
+    wanted = names.prompt if chat is None else chat
+    answer = table[names.answer] if names.answer in present else None
+    if present.count(wanted) != 1:
+        raise ValueError(
+            f"{table.index.name.rpartition(',')[0]} has no column {wanted!r}; it has "
+            f"{', '.join(present)}. {CURE}"
+        )
+    column = table[wanted]
+    if chat is None:
+        return texts(column, tokenizer), answer, False
+    chats = [turns(value) for value in column]
+    form = "a list of messages, each with a role and a text as its content"
+    require(column, chats, f"column {chat!r} holds VALUE", f"give {form}")
+    said = [chat[-1]["content"] if chat[-1]["role"] == "assistant" else None for chat in chats]
+    asked = [chat[:-1] if text else chat for chat, text in zip(chats, said, strict=True)]
+    require(column, asked, f"column {chat!r} holds VALUE", "give a message before the answer")
+    if answer is None and any(said):
+        answer = pd.Series(said, table.index, name=chat, dtype=object)
+    return rendered(column, asked, tokenizer), answer, True
+
+
+def load_prompts(
+    task: TaskFiles, split: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[datasets.Dataset, bool]:
+    """Rows of one split, and whether their prompts are chats.
+
+    Columns are `text`, the whole prompt, and outside the merge split its answer: `label`, a
+    number, where the task has labels, and else `answer`, a text. Raises ValueError, naming file and
+    row, for what cannot be read.
+    """
+    table = read_table(path := task.files()[split], None)
+    asked, said, chat = prompts(table, task, tokenizer)
+    columns: dict[str, list] = {"text": asked}
+    if split != "merge":
+        if said is None:
+            raise ValueError(
+                f"{path} has no column {task.columns.answer!r} and no assistant's last message; "
+                f"{split} rows are scored by their answers. {CURE}"
+            )
+        words = [str(text).strip() if text is not None else "" for text in said]
+        require(said, words, f"the answer in column {said.name!r} is empty", "fill in the row")
+        columns["answer"] = words
+        if task.labels is not None:
+            known = [word in task.labels for word in words]
+            what = f"answer VALUE in column {said.name!r} is none of {', '.join(task.labels)}"
+            require(said, known, what, "correct the row, or the labels in the description")
+            columns = {"text": asked, "label": [task.labels.index(word) for word in words]}
+    with quiet():
+        return datasets.Dataset.from_dict(columns), chat

@@ -1,0 +1,294 @@
+"""Users' language models: described, checked, merged, written, and read by transformers alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from divmerge_book import __main__
+from divmerge_book.evaluation.metrics import evaluate
+from divmerge_book.models.language.completions import greedy
+from divmerge_book.user_models import check, load, merge_and_score, read, write_merged
+from divmerge_book.user_models.language_load import reader
+from language_files import (
+    PROMPTS,
+    as_chat,
+    expert_of,
+    logits_of,
+    make_language_project,
+    prompt_rows,
+    save_family,
+    write_lines,
+)
+from language_toys import save_model, tokenizer
+from local_files import changed, refused
+from torch.testing import assert_close
+
+# Toy experts move further than fine-tuning does.
+pytestmark = pytest.mark.filterwarnings("ignore:task .* the task vector is:UserWarning")
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+def load_quietly(path: Path):
+    plan = check(read(path))
+    return plan, load(plan)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A description of two tiny Llamas; only to be read."""
+    return make_language_project(tmp_path_factory.mktemp("home"), labels=None)
+
+
+@pytest.fixture(scope="module")
+def made(home, tmp_path_factory):
+    """Its plan and experiment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIVMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return load_quietly(home)
+
+
+def edit(folder: Path, **changes) -> None:
+    """Other fields in a folder's config.json; None takes one out."""
+    path = folder / "config.json"
+    whole = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in whole.items() if v is not None}))
+
+
+# --- what is merged -------------------------------------------------------------------------------
+
+
+def test_an_experts_vector_answers_as_transformers_does(made):
+    plan, bench = made
+    for number, source in enumerate(plan.experts):
+        batch = bench.problem.batches[number][0]
+        flat = bench.problem.vectors.expert(source.task.name)
+        rows = [ids[mask.bool()] for ids, mask in zip(*batch.inputs.values(), strict=True)]
+        alone = logits_of(source.task.expert, [row.tolist() for row in rows])
+        wanted = [own[-sum(mask) :] for own, mask in zip(alone, batch.answer, strict=True)]
+        found = bench.problem.logits(flat, number, batch)
+        assert_close(found, torch.cat(wanted), rtol=0, atol=1e-5)
+        near = batch.expert.float() - torch.cat(wanted).log_softmax(-1)
+        assert near.abs().max() < 0.05  # kept in bfloat16
+
+
+@pytest.mark.parametrize("method", ["average", "divmerge/task"])
+def test_the_folder_is_the_merge_that_transformers_loads(made, tmp_path, cache, method):
+    plan, bench = made
+    found = merge_and_score(bench, [method], budget=1, progress=False)
+    folder = write_merged(plan, bench, found, method, tmp_path / "merged")
+    flat, rows = found.made[method].merged, [[5, 6, 7, 8], [9, 4]]
+    ours = bench.base.model
+    named = bench.problem.vectors.layout.unflatten(flat)
+    for row, alone in zip(rows, logits_of(folder, rows), strict=True):
+        given = torch.func.functional_call(ours, named, torch.tensor([row])).logits[0]
+        assert_close(alone, given, rtol=0, atol=1e-6)
+    names = {"config.json", "generation_config.json", "tokenizer.json", "README.md"}
+    assert names < {file.name for file in folder.iterdir()}
+    kept = plan.base.folder / "tokenizer.json"
+    assert (folder / kept.name).read_bytes() == kept.read_bytes()
+    card = (folder / "README.md").read_text()
+    assert "LlamaForCausalLM.from_pretrained" in card and "rouge1" in card
+    assert (folder / "mergekit_config.yml").is_file()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "phi", "gpt_neox", "mixtral", "t5"])
+def test_every_family_makes_the_way_there_and_back(tmp_path, cache, kind):
+    """Loaded by transformers, the mean of two experts has the mean of their tensors."""
+    more = {"d_kv": 16, "d_ff": 48} if kind == "t5" else {}
+    base = save_family(tmp_path / "base", kind, **more)
+    splits = dict.fromkeys(["validation", "test", *(["merge"] if kind == "gpt2" else [])])
+    project = make_language_project(tmp_path, base=base, **splits)
+    assert __main__.main(["merge", str(project), str(tmp_path / "m"), "--method", "average"]) == 0
+    folders = [tmp_path / "m", *(tmp_path / "experts" / name for name in PROMPTS)]
+    build = (
+        transformers.AutoModelForSeq2SeqLM if kind == "t5" else transformers.AutoModelForCausalLM
+    )
+    found, *own = (dict(build.from_pretrained(place).named_parameters()) for place in folders)
+    for name, tensor in found.items():
+        assert_close(tensor, (own[0][name] + own[1][name]) / 2, rtol=0, atol=1e-6)
+
+
+def test_the_cards_scores_are_those_of_the_file(home, tmp_path, cache):
+    """A base in bfloat16 is written in bfloat16; its rounded weights are what is scored."""
+    base = tmp_path / "base"
+    model = transformers.AutoModelForCausalLM.from_pretrained(home.parent / "base")
+    model.bfloat16().save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    path = changed(home, 0)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"base": str(base)}))
+    plan, bench = load_quietly(path)
+    found = merge_and_score(bench, ["average"], budget=1, progress=False)
+    folder = write_merged(plan, bench, found, "average", tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert again.dtype == torch.bfloat16
+    flat = found.made["average"].merged.bfloat16().float()
+    layout = bench.problem.vectors.layout
+    assert torch.equal(layout.flatten(dict(again.named_parameters())), flat)
+    scores = [sum(row) / 8 for row in evaluate(bench.problem, flat, bench.test).predicted]
+    card = (folder / "README.md").read_text()
+    assert all(f"{value:.3f}" in card for value in scores)
+
+
+def test_the_command_merges_language_models(home, tmp_path, cache, capsys):
+    command = ["merge", str(home), str(tmp_path / "merged"), "--method", "task_arithmetic"]
+    assert __main__.main([*command, "--budget", "1"]) == 0
+    assert "agreement" in capsys.readouterr().out
+    assert logits_of(tmp_path / "merged", [[5, 6]])[0].shape == (2, 316)
+
+
+def test_labels_are_scored_by_likelihood_and_exactly(home, cache):
+    for score in ("likelihood", "exact"):
+        path = home
+        for number, (_, words) in enumerate(PROMPTS.values()):
+            path = changed(path, number, labels=words.split(), score=score)
+        _, bench = load_quietly(path)
+        rows = evaluate(bench.problem, bench.problem.vectors.base, bench.test)
+        assert {max(gold) for gold in rows.gold} == {1}
+        assert max(map(max, rows.predicted)) <= (1 if score == "likelihood" else 2)
+
+
+def test_an_expert_of_this_package_is_taken_from_its_folder(
+    language_experiment, llama_folder, home, shared_cache
+):
+    bench, path = language_experiment, changed(home, 0)
+    whole = yaml.safe_load(path.read_text()) | {"base": str(llama_folder)}
+    tasks = bench.problem.vectors.tasks
+    for entry, expert in zip(whole["tasks"], bench.experts, strict=True):
+        kept = (shared_cache / "experts").glob(f"lm-{expert.task}-*")
+        digest = expert.manifest["model.safetensors"]
+        (entry["expert"],) = (str(f) for f in kept if digest in (f / "manifest.json").read_text())
+    path.write_text(yaml.safe_dump(whole))
+    plan, found = load_quietly(path)
+    assert {source.kind for source in plan.experts} == {"package"}
+    for mine, theirs in zip(found.problem.vectors.tasks, tasks, strict=True):
+        ours = found.problem.vectors.expert(mine)
+        assert_close(ours, bench.problem.vectors.expert(theirs), rtol=0, atol=1e-6)
+
+
+def test_an_expert_from_the_hub_is_taken_at_its_revision(home, tmp_path, monkeypatch, cache):
+    """As the hub's client keeps it: a snapshot of links, and a reference by name."""
+    kept, source = tmp_path / "hub" / "models--org--mood", home.parent / "experts" / "mood"
+    for revision in ("main", "v2"):
+        (kept / "snapshots" / f"of-{revision}").mkdir(parents=True)
+        (kept / "refs").mkdir(exist_ok=True)
+        (kept / "refs" / revision).write_text(f"of-{revision}")
+    shutil.copytree(source, kept / "blobs")
+    for file in source.iterdir():
+        (kept / "snapshots" / "of-v2" / file.name).symlink_to(kept / "blobs" / file.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    plan = check(read(changed(home, 0, expert="org/mood@v2")))
+    assert plan.experts[0].task.expert == kept / "snapshots" / "of-v2"
+    refused(changed(home, 0, expert="org/mood@v3"), "org/mood@v3", "hub could not be reached")
+
+
+# --- chats ----------------------------------------------------------------------------------------
+
+
+def chatting(folder: Path, *templates: str) -> Path:
+    """A project of chats whose experts have these templates, and whose tokenizers begin texts."""
+    project = make_language_project(folder, row=as_chat)
+    for name, template in zip(PROMPTS, templates, strict=True):
+        own = tokenizer()
+        own.chat_template = template
+        own.save_pretrained(folder / "experts" / name)
+    return project
+
+
+def test_chats_are_read_by_the_experts_template_and_the_last_answer_is_scored(tmp_path, cache):
+    plan, bench = load_quietly(chatting(tmp_path, TEMPLATE, TEMPLATE))
+    row = prompt_rows("mood", 1)[0]
+    text = f"<user>{row['prompt']}<assistant>"
+    assert plan.rows["merge"][0]["text"][0] == text
+    assert plan.rows["test"][0]["answer"] == [r["answer"] for r in prompt_rows("mood", 8, 11)]
+    own = reader(bench.base, plan.experts[0])
+    asked = own.tokenizer(text)["input_ids"]
+    assert asked == tokenizer()(text, add_special_tokens=False)["input_ids"]
+    state = bench.problem.vectors.layout.unflatten(bench.problem.vectors.expert("mood"))
+    (said,) = greedy(own, state, [asked], max_new=4)
+    assert tuple(asked) + said[:-1] in {
+        tuple(ids[mask.bool()].tolist())
+        for b in bench.problem.batches[0]
+        for ids, mask in zip(b.inputs["input_ids"], b.inputs["attention_mask"], strict=True)
+    }
+
+
+def test_a_chat_template_for_each_expert_is_written_by_name(tmp_path, cache):
+    project = chatting(tmp_path, TEMPLATE, TEMPLATE.replace("assistant", "model"))
+    plan, bench = load_quietly(project)
+    assert any("chat templates differ" in note for note in plan.notes)
+    found = merge_and_score(bench, ["average"], budget=1, progress=False)
+    folder = write_merged(plan, bench, found, "average", tmp_path / "merged")
+    own = transformers.AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "good"}]
+    for name, end in (("mood", "<assistant>"), ("same", "<model>")):
+        options = {"tokenize": False, "chat_template": name}
+        assert own.apply_chat_template(chat, **options).endswith(end)
+    assert own.apply_chat_template(chat, tokenize=False).endswith("<assistant>")
+
+
+def test_chats_that_a_template_refuses_and_chats_without_one(tmp_path):
+    words = "{{ raise_exception('no system role') }}"
+    refused(chatting(tmp_path / "a", words, TEMPLATE), "chat template refuses", "no system role")
+    refused(make_language_project(tmp_path / "b", row=as_chat), "neither", "has a chat template")
+
+
+# --- what is refused before weights are read ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"columns": {"prompt": "ask"}}, ["no column 'ask'", "prompt, answer"]),
+        ({"columns": {"answer": "reply"}}, ["no column 'reply'", "assistant's last message"]),
+        ({"columns": {"text": "prompt"}}, ["text: only for kind: classifier"]),
+        ({"columns": {"messages": "answer"}}, ["a list of messages, each with a role"]),
+        ({"labels": ["positive", "bad"]}, ["'negative'", "is none of positive, bad"]),
+        ({"score": "likelihood"}, ["score 'likelihood' is for tasks with labels"]),
+        ({"score": "bleu"}, ["'likelihood', 'exact' or 'rouge1'", "got 'bleu'"]),
+        ({"validation": "data/mood-test.jsonl"}, ["stand in validation and in test"]),
+        ({"expert": "data"}, ["holds no expert"]),
+        ({"expert": "experts/none"}, ["expert names", "does not exist"]),
+    ],
+)
+def test_a_wrong_field_is_refused(home, fields, words):
+    refused(changed(home, 0, **fields), *words)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"hidden_size": 48}, ["config.json and the weights disagree"]),
+        ({"vocab_size": 300}, ["the weights disagree", "is [316, 32], not [300, 32]"]),
+        ({"rope_theta": 5.0, "rope_parameters": None}, ["rope_parameters", "this very base"]),
+        ({"architectures": ["LlamaForSequenceClassification"]}, ["leave `kind` out"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["is quantised"]),
+        ({"tie_word_embeddings": False}, ["lacks 1 tensors", "lm_head.weight"]),
+        ({"num_hidden_layers": 3}, ["lacks 9 tensors", "layers.2"]),
+        ({"auto_map": {"AutoModel": "own.Model"}}, ["code of its own"]),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(home, tmp_path, changes, words):
+    shutil.copytree(home.parent / "experts" / "mood", tmp_path / "other")
+    edit(tmp_path / "other", **changes)
+    path = changed(home, 0, expert=str(tmp_path / "other"))
+    refused(path, *words)
+
+
+def test_other_families_and_untied_heads_are_refused(home, tmp_path):
+    other = expert_of(save_model(tmp_path / "a", "qwen2"), tmp_path / "qwen", seed=1)
+    refused(changed(home, 0, expert=str(other)), "model_type = 'qwen2'", "this very base")
+    other = save_model(tmp_path / "untied", tied=False)
+    refused(changed(home, 0, expert=str(other)), "lm_head.weight", "tied in all or in none")
+
+
+def test_prompts_that_do_not_fit_are_refused(home, tmp_path):
+    long = [{"prompt": "good film " * 200, "answer": "yes"}]
+    path = changed(home, 0, merge=str(write_lines(tmp_path / "long.jsonl", long)))
+    refused(path, "longest prompt has", "max_length is 64")
+    whole = yaml.safe_load(path.read_text()) | {"max_length": 4000}
+    path.write_text(yaml.safe_dump(whole))
+    refused(path, "longest prompt has", "more than the 256 that the model reads")
