@@ -252,6 +252,7 @@ def test_chats_that_a_template_refuses_and_chats_without_one(tmp_path):
         ({"validation": "data/mood-test.jsonl"}, ["stand in validation and in test"]),
         ({"expert": "data"}, ["holds no expert"]),
         ({"expert": "experts/none"}, ["expert names", "does not exist"]),
+        ({"expert": "/no/such/place/none"}, ["expert names /no/such", "does not exist"]),
     ],
 )
 def test_a_wrong_field_is_refused(home, fields, words):
@@ -276,6 +277,12 @@ def test_a_config_that_does_not_fit_is_refused(home, tmp_path, changes, words):
     edit(tmp_path / "other", **changes)
     path = changed(home, 0, expert=str(tmp_path / "other"))
     refused(path, *words)
+
+
+def test_one_expert_twice_and_a_task_without_rows_are_said(home):
+    path = changed(changed(home, 0, expert="experts/same"), 0, merge=None, test=None)
+    notes = check(read(path)).notes
+    assert "have the same folder" in notes[0] and "neither merge nor test rows" in notes[1]
 
 
 def test_other_families_and_untied_heads_are_refused(home, tmp_path):

@@ -66,8 +66,9 @@ def found(task: TaskFiles, folder: Path) -> TaskFiles:
 
     Raises ValueError for the first path that is not there.
     """
-    parts = task.expert.parts[len(folder.parts) :]
-    if not task.expert.exists() and len(parts) == 2 and not (folder / parts[0]).exists():
+    inside = task.expert.is_relative_to(folder) and not task.expert.exists()
+    parts = task.expert.relative_to(folder).parts if inside else ()
+    if len(parts) == 2 and not (folder / parts[0]).exists():
         task = task.model_copy(update={"expert": fetched("/".join(parts))})
     for field, path in {"expert": task.expert, **task.files()}.items():
         if not path.exists():
@@ -80,8 +81,8 @@ def found(task: TaskFiles, folder: Path) -> TaskFiles:
     return task
 
 
-def same_experts(description: Description) -> list[str]:
-    """A note on tasks that share one expert, or have the base for one."""
+def remarks(description: Description) -> list[str]:
+    """Notes on tasks that share one expert, or have the base for one, and on tasks without rows."""
     base = (description.path.parent / Path(description.base).expanduser()).resolve()
     places, found = {base: "the base"}, []
     for task in description.tasks:
@@ -89,7 +90,12 @@ def same_experts(description: Description) -> list[str]:
         if own in places:
             found.append(f"task {task.name!r} and {places[own]} have the same folder, {own}")
         places.setdefault(own, f"task {task.name!r}")
-    return found
+    return found + [
+        f"task {task.name!r} has neither merge nor test rows: how near the merge is to its expert "
+        "is not measured"
+        for task in description.tasks
+        if not {"merge", "test"} & set(task.files())
+    ]
 
 
 def tokenizer_gap(
@@ -204,7 +210,8 @@ def check(description: Description, methods: Sequence[str] = ()) -> Plan:
     tasks = collect_errors(partial(found, task, folder) for task in description.tasks)
     description = description.model_copy(update={"tasks": tuple(tasks)})
     if description.kind == "language":
-        return Plan(description, *language.checked(description))
+        *parts, notes, tokens = language.checked(description)
+        return Plan(description, *parts, (*remarks(description), *notes), tokens)
     base = open_base(description.base, folder)
     check_length(description, base)
     experts = tuple(collect_errors(partial(open_expert, task, base) for task in description.tasks))
@@ -214,7 +221,7 @@ def check(description: Description, methods: Sequence[str] = ()) -> Plan:
         for source, split in jobs
     )
     rows: dict[str, dict[str, datasets.Dataset]] = {source.task.name: {} for source in experts}
-    notes = same_experts(description)
+    notes = remarks(description)
     notes += [*base.notes, *(note for source in experts for note in source.notes)]
     for (source, split), (data, said) in zip(jobs, loaded, strict=True):
         rows[source.task.name][split] = data
@@ -231,12 +238,6 @@ def check(description: Description, methods: Sequence[str] = ()) -> Plan:
         )
         for source in experts
     )
-    notes += [
-        f"task {task.name!r} has neither merge nor test rows: how near the merge is to its expert "
-        "is not measured"
-        for task in description.tasks
-        if not {"merge", "test"} & set(task.files())
-    ]
     notes += set_padding(base, experts, pads, description.pad_token)
     for (source, split), (data, _) in zip(jobs, loaded, strict=True):
         present = set(range(len(source.labels))) if split == "merge" else set(data["label"])
