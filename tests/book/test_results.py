@@ -55,7 +55,7 @@ def test_the_landing_text_is_made_of_the_stored_numbers(tmp_path):
     for path in (*STORED, RESULTS / "bases" / "glue_minilm.json"):
         (tmp_path / path.relative_to(RESULTS)).write_bytes(path.read_bytes())
     figures.landing(tmp_path)
-    assert (tmp_path / "landing.png").stat().st_size > 10_000
+    assert (tmp_path / "landing.svg").stat().st_size > 10_000
     written = (RESULTS / "landing.md").read_text("utf-8")
     assert (tmp_path / "landing.md").read_text("utf-8") == written
 

@@ -190,7 +190,7 @@ def score_table(report: Report, subset: str) -> pd.DataFrame:
     return pd.DataFrame(columns, index=[title(method) for method in index])
 
 
-LANDING = """```{{figure}} results/landing.png
+LANDING = """```{{figure}} results/landing.svg
 :name: fig-landing
 :alt: ANP and kept margin of {merges} merges and the base model with 95 % intervals, \
 one panel for each of {suites} suites
@@ -204,7 +204,7 @@ In brackets: on how many counted tasks a method is below the majority class.
 
 
 def landing(results: Path) -> None:
-    """Draw the method, and `landing.png` and `landing.md` from every stored Report in a folder.
+    """Draw the method, and `landing.svg` and `landing.md` from every stored Report in a folder.
 
     GLUE's is the one with the larger encoder and all seven tasks, where it is stored. Without
     stored Reports the text says that nothing has been measured yet.
@@ -216,16 +216,17 @@ def landing(results: Path) -> None:
     if not reports:
         (results / "landing.md").write_text("No full-size results are stored yet.\n", "utf-8")
         return
-    with sns.axes_style("whitegrid"):
-        fig, axes = plt.subplots(1, len(reports), figsize=(5.6 * len(reports), 5.2), squeeze=False)
+    small = sns.plotting_context("notebook", font_scale=0.75)
+    with sns.axes_style("whitegrid"), plt.rc_context({**small, "svg.hashsalt": "landing"}):
+        shape = {"figsize": (7.5, 6.5), "squeeze": False, "layout": "constrained"}
+        fig, axes = plt.subplots(1, len(reports), **shape)
         for ax, (name, report) in zip(axes[0], reports.items(), strict=True):
             subset = largest(report.rows).subset.iloc[0]
             tasks, counted = subset.count("+") + 1, len(report.counted(name))
             heading = f"{name}, {report.provenance['encoder']}\n{tasks} tasks, {counted} counted"
             ranked = score_intervals(report, subset).sort_values("value", ascending=False)
-            forest(ax, ranked).set_title(heading)
-        fig.tight_layout()
-        fig.savefig(results / "landing.png", dpi=160)
+            forest(ax, ranked).set(title=heading, xlabel="% of the experts")
+        fig.savefig(results / "landing.svg", metadata={"Date": None})
         plt.close(fig)
     methods = set.union(*(set(report.rows.method) for report in reports.values()))
     lines = [LANDING.format(merges=len(methods - {"expert", "base"}), suites=len(reports))]
