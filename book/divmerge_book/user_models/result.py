@@ -65,9 +65,12 @@ def closeness(
     for number, task in enumerate(problem.vectors.tasks):
         tested = getattr(bench.test[number], "batches", ())  # what is written has none
         batches: Sequence[Batch] = tested or problem.batches[number]
+        if not batches:
+            continue
+        expert = problem.vectors.expert(task)
         sums = {method: torch.zeros(2, dtype=torch.float64) for method in merged}
         for batch in batches:
-            wanted = problem.logits(problem.vectors.expert(task), number, batch)
+            wanted = problem.logits(expert, number, batch)
             weight = batch.weight.double().cpu()
             weight *= rows_in(batch) / weight.sum()
             for method, flat in merged.items():
@@ -76,7 +79,7 @@ def closeness(
                 both = torch.stack([distance(wanted, given), same]).double().cpu()
                 sums[method] += both @ weight
         total = sum(map(rows_in, batches))
-        for method, both in sums.items() if total else ():
+        for method, both in sums.items():
             found.append((method, task, "test" if tested else "merge", *(both / total).tolist()))
     return pd.DataFrame(found, columns=["method", "task", "rows", "divergence", "agreement"])
 
