@@ -48,6 +48,7 @@ def write(
     overwrite: bool = False,
     recipe: Recipe | None = None,
     complete: Callable[[Path], str] | None = None,
+    shell: Path | None = None,
     progress: bool = True,
 ) -> Path:
     """Write a merged model in the hub's layout, the whole folder or nothing; returns the folder.
@@ -57,7 +58,8 @@ def write(
     they are written, for models larger than memory, by record.coeffs or by a `rule`. names: which
     tensors are then merged, named alike; None takes all floating ones of the base that experts
     have. Others of the base are copied, but for those that `heads` hold instead; tied weights are
-    written once. complete: adds a whole model per head, and says so for the card.
+    written once. complete: adds a whole model per head, and says so for the card. shell: a folder
+    like record.base with longer tables, to be filled by `merged`.
 
     dtype: float32, bfloat16 or float16 of all floating tensors; None keeps the base's, tensor by
     tensor. A shard has at most max_shard_bytes of tensors, or one tensor. Memory is bounded by a
@@ -74,7 +76,7 @@ def write(
         raise ValueError(f"max_shard_bytes must be 1 or more, got {max_shard_bytes}")
     kind = float_dtype(dtype)
     validate_target(folder, record, overwrite)
-    base, source = sources_of(record, merged, names, rule)
+    base, source = sources_of(record, merged, names, rule, shell)
     plan, heads = planned(source, kind), heads or {}
     strange = sorted(set(heads) - set(record.tasks))
     if strange:
@@ -91,7 +93,7 @@ def write(
         bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not progress)
         with bar:
             hashes = write_shards(new, plan, max_bytes=max_shard_bytes, wrote=bar.update)
-        copy_beside(record.base, new, kind, headless=len(plan) < every)
+        copy_beside(shell or record.base, new, kind, headless=len(plan) < every)
         hashes |= save_heads(new, heads)
         (new / "coefficients.json").write_text(coefficients_json(record), encoding="utf-8")
         if text:
@@ -107,9 +109,10 @@ def sources_of(
     merged: Mapping[str, Tensor] | None,
     names: Sequence[str] | None,
     rule: Rule | None,
+    shell: Path | None,
 ) -> tuple[StoredModel, MergedTensors]:
     """The base and the merged tensors. Raises ValueError where they do not fit together."""
-    base = StoredModel.at(record.base)
+    base = StoredModel.at(shell or record.base)
     if base.config is None:
         raise ValueError(f"{record.base} holds no config.json; give a base in the hub's layout")
     source = streamed(base, record, names, rule) if merged is None else in_memory(base, merged)

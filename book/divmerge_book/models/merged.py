@@ -62,7 +62,12 @@ def write(
     whole = [task for task, head in (heads or {}).items() if head.architecture != MEAN]
     if tokenizer is not None and whole:
         options["complete"] = partial(save_whole, tasks=whole, tokenizer=tokenizer)
-    return checkpoints.write(folder, record, heads=heads, recipe=mergekit_recipe, **options)
+    options["recipe"] = no_recipe if options.get("shell") else mergekit_recipe
+    return checkpoints.write(folder, record, heads=heads, **options)
+
+
+def no_recipe(*_: object) -> tuple[str, str]:
+    return "", "its tables of tokens are not the base's, and mergekit merges no rows apart"
 
 
 def save_whole(

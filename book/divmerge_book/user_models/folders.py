@@ -50,7 +50,8 @@ class BaseFolder:
     """A base, described but not loaded.
 
     shapes: of the encoder's parameters, by name. positions: how many tokens it reads at most, None
-    where nothing limits them. notes: remarks that are no errors.
+    where nothing limits them. notes: remarks that are no errors. table: name of the one that has a
+    row per token.
     """
 
     name: str
@@ -60,6 +61,7 @@ class BaseFolder:
     shapes: dict[str, tuple[int, ...]]
     positions: int | None = None
     notes: tuple[str, ...] = ()
+    table: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -152,7 +154,9 @@ def open_base(name: str, beside: Path) -> BaseFolder:
     model = bare_model(AutoModel, config)
     notes = check_headers(f"base {folder}", folder, model, pools)
     limit, shapes = positions(model), shapes_of(model)
-    return BaseFolder(name, folder, config, tokenizer, shapes, limit, tuple(notes))
+    words = model.get_input_embeddings().weight
+    table = next(name for name, tensor in model.named_parameters() if tensor is words)
+    return BaseFolder(name, folder, config, tokenizer, shapes, limit, tuple(notes), table)
 
 
 def open_checkpoint(task: TaskFiles, base: BaseFolder) -> Source:
@@ -273,13 +277,15 @@ def check_architecture(source: Source, base: BaseFolder) -> None:
     who, config = f"expert {source.task.expert}", getattr(source.model, "config", None)
     for field in DECIDING:
         own, wanted = (getattr(one, field, None) for one in (config, base.config))
-        if None not in (own, wanted) and own != wanted:
+        if None not in (own, wanted) and own != wanted and field != "vocab_size":
             raise ValueError(
                 f"{who} has {field} = {own!r}, the base {base.name!r} has {wanted!r}; merging "
                 "needs experts fine-tuned from this very base"
             )
     own, wanted = source.shapes, base.shapes
     names = {*own, *(name for name in wanted if re.search(r"\.\d+\.", name))}
+    if base.table in own:  # tables may differ in rows
+        own = own | {base.table: (wanted[base.table][0], *own[base.table][1:])}
     if wrong := sorted(name for name in names if own.get(name) != wanted.get(name)):
         shown = ", ".join(f"{n} ({own.get(n)}, base {wanted.get(n)})" for n in wrong[:3])
         raise ValueError(

@@ -48,7 +48,7 @@ class Reading:
 
     def used(self, base: Mapping[int, str]) -> set[int]:
         """Numbers of the tokens in its texts; without texts, of all that the base has not."""
-        known = {self.tokenizer.eos_token_id}
+        known = {self.tokenizer.eos_token_id} - {None}
         if not self.prompts:
             return known | {n for n, token in self.names.items() if base.get(n) != token}
         answers = self.tokenizer(list(self.said) or [""], add_special_tokens=False)["input_ids"]

@@ -16,7 +16,7 @@ from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.models.encoders import Base, check_device, make_batches, pooled, resolve
 from divmerge_book.models.finetuning import Expert, data_digest
 from divmerge_book.user_models.folders import TENSORS, Source, read_model
-from divmerge_book.user_models.language_load import load_language
+from divmerge_book.user_models.language_load import keep_rows, load_language, padded
 from divmerge_book.user_models.plan import Plan
 from divmerge_book.user_models.weights import hashes, warn_of_lengths
 from divmerge_core.merging.problem import MergeProblem, Pairs
@@ -73,6 +73,8 @@ def load(plan: Plan, *, device: str = "cpu", precision: str = "float32") -> Expe
     encoder, missing = read_model(AutoModel, plan.base.folder)
     encoder.config.use_cache = False  # decoders keep keys and values for text that never comes
     state = {n: t for n, t in encoder.to(place).named_parameters() if n not in missing}
+    size, table = plan.vocabulary.rows, plan.base.table
+    state[table] = padded(state[table], size)
     shapes, heads = [source.shapes for source in plan.experts], {}
     weights = {name: t for name, t in state.items() if all(name in own for own in shapes)}
     layout = Layout.of(weights)
@@ -83,12 +85,14 @@ def load(plan: Plan, *, device: str = "cpu", precision: str = "float32") -> Expe
             who, tensors = f"expert {source.task.expert}", TENSORS[source.kind]
             whole = {n: t.to(place) for n, t in tensors(source, plan.base, state).items()}
             own = {name: whole.pop(source.prefix + name) for name in weights}
+            own[table] = torch.cat([own[table], weights[table][len(own[table]) :]])
             Layout.of(whole).check(whole, f"the head of {who}")
             heads[source.task.name] = whole
             yield layout.flatten(own, who).sub_(flat)
 
     stored = STORAGES["float32"](rows(), len(plan.tasks))
     vectors = TaskVectors(layout, plan.tasks, flat, stored)
+    keep_rows(vectors, {table}, plan.vocabulary.owners)
     warn_of_lengths(vectors, plan.base.name)
     manifests = [
         {

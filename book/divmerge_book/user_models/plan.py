@@ -1,14 +1,12 @@
 """All that can be checked before weights are loaded: folders, tokenizers, rows and labels."""
 
-import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import datasets
 import pandas as pd
-import transformers
 
 from divmerge_book.user_models import language
 from divmerge_book.user_models.data import load_rows, shared
@@ -18,14 +16,11 @@ from divmerge_book.user_models.folders import (
     Source,
     open_base,
     open_expert,
-    tokenizer_of,
 )
 from divmerge_book.user_models.hub import fetched
 from divmerge_book.user_models.language_tokens import Tokens
 from divmerge_book.user_models.method_needs import check_methods
-
-COMPARED = 50  # texts of every task that both tokenizers must cut up alike
-ROLES = tuple(f"{role}_token" for role in ("pad", "unk", "cls", "sep", "mask", "bos", "eos"))
+from divmerge_book.user_models.vocabulary import Vocabulary, agreed_words, set_padding
 
 
 @dataclass(frozen=True)
@@ -33,7 +28,7 @@ class Plan:
     """A checked description: experts that fit the base, and rows that fit the experts.
 
     rows: split -> per task its rows, None where it has none. notes: remarks that are no errors.
-    tokens: of language models, what their tokenizers agree on.
+    tokens, vocabulary: what tokenizers of language models, or of classifiers, agree on.
     """
 
     description: Description
@@ -42,6 +37,7 @@ class Plan:
     rows: Mapping[str, tuple[datasets.Dataset | None, ...]]
     notes: tuple[str, ...]
     tokens: Tokens | None = None
+    vocabulary: Vocabulary | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -96,77 +92,6 @@ def remarks(description: Description) -> list[str]:
         for task in description.tasks
         if not {"merge", "test"} & set(task.files())
     ]
-
-
-def tokenizer_gap(
-    base: transformers.PreTrainedTokenizerBase,
-    own: transformers.PreTrainedTokenizerBase,
-    texts: Sequence[str],
-) -> str | None:
-    """How an expert's tokenizer differs from the base's; None where it does not.
-
-    Compared are vocabularies, special tokens that both have, and how these texts are cut up.
-    """
-    ours, theirs = base.get_vocab(), own.get_vocab()
-    if moved := sorted(t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t)):
-        return f"its vocabulary differs from the base's in {len(moved)} tokens, such as {moved[:3]}"
-    for role in ROLES:
-        wanted, found = getattr(base, role, None), getattr(own, role, None)
-        if None not in (wanted, found) and wanted != found:
-            return f"its {role.replace('_', ' ')} is {found!r}, the base's {wanted!r}"
-    for text in texts:
-        if base(text).input_ids != own(text).input_ids:
-            return (
-                f"its tokenizer cuts up {text[:60]!r} in another way than the base's (lower case? "
-                "special tokens?)"
-            )
-    return None
-
-
-def own_padding(source: Source, base: BaseFolder, texts: Sequence[str]) -> str | None:
-    """The expert's padding token; ValueError where it reads these texts otherwise than the base."""
-    own = tokenizer_of(source.task.expert)
-    if own and (gap := tokenizer_gap(base.tokenizer, own, texts)):
-        raise ValueError(
-            f"expert {source.task.expert}: {gap}; merging needs experts that read texts as the "
-            "base does"
-        )
-    return own and own.pad_token
-
-
-def set_padding(
-    base: BaseFolder, experts: Sequence[Source], pads: Sequence[str | None], given: str | None
-) -> list[str]:
-    """Set the base's tokenizer to the inputs that all models take and the one padding token.
-
-    given: the description's. Returns a note where the base itself names no padding token.
-    """
-    tokenizer = base.tokenizer
-    if given is not None and given not in tokenizer.get_vocab():
-        raise ValueError(
-            f"pad_token {given!r} is no token of the base {base.name!r}; give one of its own, such "
-            f"as {tokenizer.eos_token or tokenizer.unk_token!r}"
-        )
-    models = [source.model for source in experts if source.model is not None]
-    numbers = {model.config.pad_token_id for model in models} - {None}
-    used = {tokenizer.pad_token, *pads, given, *map(tokenizer.convert_ids_to_tokens, numbers)}
-    if len(used := used - {None}) != 1:
-        raise ValueError(
-            f"base and experts pad with {sorted(used) or 'nothing'}; one padding token is needed: "
-            "name pad_token in the description, or set it in the base's tokenizer, and "
-            "pad_token_id in every expert's config.json"
-        )
-    tokenizer.pad_token, tokenizer.padding_side = used.pop(), "right"
-    for model in models:
-        model.config.pad_token_id = tokenizer.pad_token_id
-        taken = inspect.signature(model.forward).parameters
-        tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n in taken]
-    if base.config.pad_token_id is None:
-        return [
-            f"the base {base.name!r} names no pad_token_id in its config.json, so the merged model "
-            f"will name none: set it to {tokenizer.pad_token_id} before it reads batches"
-        ]
-    return []
 
 
 def check_length(description: Description, base: BaseFolder) -> None:
@@ -229,20 +154,15 @@ def check(description: Description, methods: Sequence[str] = ()) -> Plan:
     notes += sum(collect_errors(partial(shared, *item) for item in rows.items()), [])
     for source in experts:
         notes += cut_note(source.task, rows[source.task.name], base, description.max_length)
-    pads = collect_errors(
-        partial(
-            own_padding,
-            source,
-            base,
-            [t for own in rows[source.task.name].values() for t in own["text"]][:COMPARED],
-        )
-        for source in experts
-    )
-    notes += set_padding(base, experts, pads, description.pad_token)
+    every = [[t for own in rows[one.task.name].values() for t in own["text"]] for one in experts]
+    vocabulary = agreed_words(base, experts, every)
+    base = replace(base, tokenizer=vocabulary.tokenizer)
+    notes += [*vocabulary.notes]
+    notes += set_padding(base, experts, vocabulary.pads, description.pad_token)
     for (source, split), (data, _) in zip(jobs, loaded, strict=True):
         present = set(range(len(source.labels))) if split == "merge" else set(data["label"])
         if absent := [label for n, label in enumerate(source.labels) if n not in present]:
             absent = ", ".join(absent)
             notes.append(f"task {source.task.name!r}: no {split} row has the label {absent}")
     splits = {split: tuple(own.get(split) for own in rows.values()) for split in SPLITS}
-    return Plan(description, base, experts, splits, tuple(notes))
+    return Plan(description, base, experts, splits, tuple(notes), vocabulary=vocabulary)

@@ -19,6 +19,7 @@ from divmerge_book.user_models.language_save import language_facts, write_langua
 from divmerge_book.user_models.load import load
 from divmerge_book.user_models.plan import Plan, check
 from divmerge_book.user_models.result import MergeResult, merge_and_score, rescored, task_scores
+from divmerge_book.user_models.vocabulary import grown_base
 from divmerge_core.checkpoints import Head, MergeRecord
 from divmerge_core.checkpoints.heads import MEAN
 from divmerge_core.merging.coefficients import groups_of
@@ -158,6 +159,7 @@ def write_merged(
     vectors, made, grouping = bench.problem.vectors, found.made[spec], grouping_of(spec)
     scales_tasks = made.fit and made.fit["tasks"] == list(vectors.tasks)  # else a basis
     near = torch.tensor(made.fit["coefficients"]) if scales_tasks else None
+    own_words = plan.vocabulary is not None and plan.vocabulary.owners
     data = {
         source.task.name: {
             "rows": {split: len(rows[n] or ()) for split, rows in plan.rows.items()},
@@ -165,6 +167,7 @@ def write_merged(
             "labels": ", ".join(source.labels),
             "expert": source.kind,
             **(language_facts(plan, bench, n) if plan.tokens else {}),
+            **({"own tokens": plan.vocabulary.added(n)} if own_words else {}),
         }
         for n, source in enumerate(plan.experts)
     }
@@ -187,4 +190,9 @@ def write_merged(
         return write_language(folder, record, *parts, **options)
     merged, heads = vectors.layout.unflatten(made.merged), heads_of(plan, bench)
     options |= {"heads": heads, "tokenizer": plan.base.tokenizer}
-    return write(folder, record, merged=merged, overwrite=overwrite, **options)
+    size = plan.base.shapes[plan.base.table][0]
+    if not own_words and size == plan.vocabulary.rows:
+        return write(folder, record, merged=merged, overwrite=overwrite, **options)
+    with tempfile.TemporaryDirectory() as place:  # tables and tokenizer are more than the base's
+        options["shell"] = grown_base(plan.base, plan.vocabulary.rows, Path(place))
+        return write(folder, record, merged=merged, overwrite=overwrite, **options)
