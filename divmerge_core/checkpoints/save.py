@@ -179,10 +179,7 @@ def require_space(folder: Path, nbytes: int) -> None:
 
 
 def copy_beside(base: Path, folder: Path, dtype: torch.dtype | None, *, headless: bool) -> None:
-    """Copy the base's config, tokenizer and licence; the config tells the dtype written.
-
-    headless: the base's own head was left out, so the config does not speak of it.
-    """
+    """Copy config (of this dtype; of no head, where it was left out), tokenizer and licence."""
     for pattern in BESIDE:
         for file in base.glob(pattern):
             if file.is_file():
