@@ -16,7 +16,8 @@ from divmerge_book.data.tasks import TASKS
 from divmerge_book.published.sources import distinct_tasks
 from divmerge_book.user_models.data import write_rows
 from divmerge_book.user_models.description import SPLITS
-from divmerge_book.user_models.folders import UNNAMED, config_of, fetched
+from divmerge_book.user_models.folders import config_of, fetched
+from divmerge_book.user_models.labels import unnamed
 from divmerge_core.storage import fresh_folder
 
 SUITE = "gpt2_glue"
@@ -43,7 +44,7 @@ def order_of(task: str, outputs: Sequence[str]) -> list[int]:
             f"the head for {task} has {len(outputs)} outputs, the task {len(answers)} answers: "
             f"{', '.join(answers)}; give an expert that was trained on it"
         )
-    if all(UNNAMED.fullmatch(name) or name.isdecimal() for name in outputs):
+    if unnamed(outputs):
         return list(range(len(answers)))
     known: dict[str, int] = {}
     for words in (WORDS.get(task, ()), answers):
@@ -62,7 +63,7 @@ def words_of(task: str, folder: Path) -> tuple[Sequence[str], bool]:
     config = config_of(folder)
     outputs = [config.id2label[number] for number in range(config.num_labels)]
     order = order_of(task, outputs)
-    if all(UNNAMED.fullmatch(name) for name in outputs):
+    if unnamed(outputs):
         return TASKS[task].answers, False
     return [outputs[order.index(number)] for number in range(len(order))], True
 
