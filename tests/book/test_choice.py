@@ -249,11 +249,8 @@ def test_balance_by_hand():
     assert found["largest"] == pytest.approx(0.75) and found["strained"] == pytest.approx(0.75)
 
 
-def test_shares_are_drawn_in_per_cent_beside_the_equal_one_and_losses_in_units_of_the_first():
+def test_shares_are_drawn_in_per_cent_beside_the_equal_one():
     ax = draw.task_curves(plt.figure().gca(), UNEVEN, "share")
     assert [line.get_ydata()[-1] for line in ax.lines[:2]] == [100, 0]
     assert list(ax.lines[2].get_ydata()) == [50, 50]
-    table = made_up([4.0, 2.0, 1.0], [0.7, 0.8, 0.9])
-    ax = draw.training_curve(plt.figure().gca(), table, "loss")
-    assert list(ax.lines[0].get_ydata()) == [1.0, 0.5, 0.25]
     plt.close("all")

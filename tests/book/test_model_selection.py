@@ -105,9 +105,5 @@ def test_our_figures_draw_every_criterion(ax, found):
     value = means.set_index([*chosen, "criterion"]).value.loc[(*chosen.values(), "reverse_kl")]
     assert [round(x, 6) for x, _ in filter(None, places(ax, "^"))] == [round(value, 6)]
     ax.clear()
-    some = each[(each.among == "all") & (each.how == "pearson") & (each.task != "sum")]
-    draw.correlations_by_task(ax, some)
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["task0", "task1", "task2"]
-    ax.clear()
     draw.selection_curve(ax, model_selection.choices(whole, [1, 5, 12]))
     assert len(ax.get_lines()) == len(draw.CRITERIA) and list(ax.get_xticks()) == [1, 5, 12]

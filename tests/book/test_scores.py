@@ -139,9 +139,7 @@ def test_spreads_by_hand(answers, table):
 def test_figures_against_t_have_a_line_for_every_method(answers, table):
     ax = plt.figure().gca()
     assert len(draw.score_curve(ax, over_subsets(table)).get_legend_handles_labels()[1]) == 2
-    kept = over_subsets(table, statistic="kept_margin")
-    draw.method_curve(ax, over_subsets(table), table, "ties", kept)
-    assert ax.get_title() == "TIES" and ax.get_xlabel() == "tasks merged, $T$"
+    assert ax.get_xlabel() == "tasks merged, $T$"
     draw.seed_curve(ax, over_seeds(table), ["average"])
     draw.variance_sources(ax, spreads(answers))
     assert {"subsets", "seeds", "test rows"} <= set(ax.get_legend_handles_labels()[1])

@@ -184,8 +184,6 @@ def test_figures_of_explanations_say_what_their_axes_are(ax, numbered):
     table = losses_by(lambda task, others: 0.1 * len(others) + 0.01 * ord(task) % 0.05)
     found = forecasts(table)
     assert "pairs add up" in draw.forecast_scatter(ax, found, "sum").get_xlabel()
-    draw.forecast_skill(ax, skill(found, draws=5).assign(method="average"))
-    assert ax.get_xlabel() == "$R^2$ of a task's loss"
     draw.correlations(ax, related(numbered[0], draws=5).assign(method="ties"))
     assert "rank correlation" in ax.get_xlabel()
     draw.task_effects(ax, shapley_values(table))

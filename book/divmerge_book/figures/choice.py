@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 
 from divmerge_book.figures import primitives as plot
 from divmerge_book.figures.styles import OBJECTIVES, PALETTE, mark, numbered
-from divmerge_book.studies.choice import totals
 from divmerge_book.studies.objective_fits import named
 from divmerge_book.studies.predictions import WORDS, of_score
 from divmerge_book.studies.robustness import CORRUPTIONS
@@ -132,23 +131,6 @@ def task_curves(ax: Axes, table: pd.DataFrame, column: str, *, markersize: float
     plot.lines(ax, scaled, "step", column, looks, by="task", markersize=markersize)
     equal = {100 / table.task.nunique(): ":"} if column == "share" else {}
     return plot.finish(ax, "step", at_y=equal)
-
-
-def training_curve(ax: Axes, table: pd.DataFrame, column: str) -> Axes:
-    """Loss (relative to the first), ANP or kept margin (%) over steps, a line per objective.
-
-    table: of `trajectories`, without corruption. Means over seeds.
-    """
-    whole = totals(table).reset_index()
-    first = whole.groupby(["objective", "seed"]).loss.transform("first")
-    whole[column] = whole.loss / first if column == "loss" else 100 * whole[column]
-    front, back = {"linewidth": 1.4, "zorder": 3}, {"linewidth": 0.8, "zorder": 1}
-    looks = {
-        spec: (label, {**look, **front}) if spec in OBJECTIVES else (None, {**look, **back})
-        for spec, (label, look) in looks_of(whole).items()
-    }
-    plot.lines(ax, whole, "step", column, looks, by="objective", markersize=4)
-    return plot.finish(ax, "step")
 
 
 def per_objective(

@@ -112,24 +112,6 @@ def correlation_rows(ax: Axes, table: pd.DataFrame, rows: Mapping[str, Mapping])
     return plot.finish(ax, at={0: "-"})
 
 
-def correlations_by_task(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Correlations over models of every task: small marks seeds, large ones their mean.
-
-    table: rows of the first table of `over_models`, of one sampler, selection and kind.
-    """
-    tasks = list(dict.fromkeys(table.task))
-    names = [name for name in CRITERIA if name in set(table.criterion)]
-    for name, shift in zip(names, plot.dodge(len(names), 0.15), strict=True):
-        (label, look), some = CRITERIA[name], table[table.criterion == name]
-        small = {**look, "markersize": 3.5, "alpha": 0.5}
-        plot.intervals(ax, some.value, some.task.map(tasks.index) + shift, **small)
-        mean = some.groupby("task").value.mean().loc[tasks]
-        plot.intervals(ax, mean, np.arange(len(tasks)) + shift, label=label, markersize=7, **look)
-    plot.ticks(ax, range(len(tasks)), tasks, rotation=25, ha="right")
-    ax.grid(axis="x", visible=False)
-    return plot.finish(ax, at_y={0: "-"})
-
-
 def selection_curve(ax: Axes, table: pd.DataFrame, column: str = "anp") -> Axes:
     """A test score of the model that every criterion chooses, over the number of candidates.
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from divmerge_book.figures import primitives as plot
 from divmerge_book.figures.styles import LOOKS as LOOKS
-from divmerge_book.figures.styles import PALETTE, SOURCES, mark, methods, style, title
+from divmerge_book.figures.styles import PALETTE, SOURCES, mark, methods, style
 from divmerge_book.studies.task_attribution import COVARIATES, FORECASTS
 
 SCORES = {"anp": "ANP, % of the experts", "kept_margin": "kept margin, %"}
@@ -28,28 +28,6 @@ def shades(numbers: pd.Series) -> dict:
     counts = sorted(numbers.unique())
     colours = sns.color_palette("cividis", len(counts))
     return {n: (f"$T$ = {n}", {"color": c}) for n, c in zip(counts, colours, strict=True)}
-
-
-def method_curve(
-    ax: Axes, intervals: pd.DataFrame, scores: pd.DataFrame, method: str, kept: pd.DataFrame
-) -> Axes:
-    """One method against T: a point per subset, the mean over them, and its interval as a band.
-
-    intervals, kept: of `over_subsets`, of the ANP and, drawn as a broken line, of the kept margin.
-    scores: of `by_subset`. Grey lines are the ANP of the other methods.
-    """
-    others = {name: (None, {"color": "0.85", "zorder": 0}) for name in intervals.method}
-    plot.lines(ax, intervals, "T", "value", others, by="method", linewidth=1)
-    some = scores[(scores.method == method) & (scores.seed == scores.seed.iloc[0])]
-    shade = style(method)["color"]
-    ax.plot(some["T"], some.anp, ".", color=shade, markersize=4, alpha=0.5)
-    for table, dash in ((intervals, "-"), (kept, "--")):
-        look = {method: (None, {"color": shade, "linestyle": dash, "linewidth": 1.8})}
-        ends = {"ends": ("low", "high"), "band": True}
-        plot.lines(ax, table, "T", "value", look, by="method", **ends)
-    plot.reference(ax, 0, x=False, linewidth=0.5)
-    ax.set_title(title(method), fontsize=9)
-    return by_count(ax, intervals["T"], at_y={1: "--"})
 
 
 def score_curve(ax: Axes, intervals: pd.DataFrame, shown: Sequence[str] | None = None) -> Axes:
@@ -127,19 +105,6 @@ def forecast_scatter(ax: Axes, table: pd.DataFrame, column: str) -> Axes:
     ends = [table.loss.min(), table.loss.max()]
     ax.plot(ends, ends, color="black", linewidth=0.8, linestyle="--")
     return plot.finish(ax, f"forecast: {FORECASTS[column]}, %", "loss of a task, %", percent="xy")
-
-
-def forecast_skill(ax: Axes, table: pd.DataFrame) -> Axes:
-    """Share of the losses' variance that each forecast explains, over all T above 2.
-
-    table: of `skill` for several methods. Below 0 a forecast is worse than the mean; values below
-    -1 are drawn at the left edge.
-    """
-    rows, columns = table[table["T"] == 0].copy(), ["r2", "r2_low", "r2_high"]
-    rows[columns] = rows[columns].clip(lower=-1)
-    how = {"row": "forecast", "group": "method", "value": "r2", "ends": ("r2_low", "r2_high")}
-    plot.forest(ax, rows, FORECASTS, methods(rows.method), **how)
-    return plot.finish(ax, "$R^2$ of a task's loss", xlim=(-1.04, 1.04), at={0: "-"})
 
 
 def correlations(ax: Axes, table: pd.DataFrame) -> Axes:

@@ -61,5 +61,5 @@ def with_origin(run: ResultTable, *paragraphs: str) -> str:
 
 
 def bullets(lines: Iterable[str]) -> str:
-    """A Markdown list."""
-    return "\n".join(f"- {line}" for line in lines)
+    """A Markdown list; an entry may have paragraphs and lists of its own."""
+    return "\n".join(f"- {line}".replace("\n", "\n  ") for line in lines)

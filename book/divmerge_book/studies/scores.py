@@ -100,6 +100,16 @@ def over_subsets(scores: pd.DataFrame, *, statistic: str = "anp") -> pd.DataFram
     return with_interval(first_seed(scores), ["method", "T"], statistic)
 
 
+def by_scale(curves: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
+    """Means of anp and kept_margin by T, fixed (False: the average) and scale, over subsets.
+
+    curves: of `scaling.fixed`, with a seed and a method; answers: of `scaling`.
+    """
+    keys, tried = ["T", "fixed", "scale"], ratios(curves, answers).rename(columns={"ratio": "anp"})
+    per = tried.groupby([*keys, "subset"])[["anp", "kept_margin"]].mean()
+    return per.groupby(keys).mean().reset_index()
+
+
 def over_seeds(scores: pd.DataFrame, *, statistic: str = "anp") -> pd.DataFrame:
     """The mean over the subsets that all seeds merged: a row per method, T and seed, as `value`."""
     groups = shared(scores).groupby(["method", "T", "seed"], sort=False)

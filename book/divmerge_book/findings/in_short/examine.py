@@ -4,8 +4,10 @@ import pandas as pd
 
 from divmerge_book.figures import baselines as draw
 from divmerge_book.figures import largest, title
+from divmerge_book.findings import beyond as find
 from divmerge_book.findings import listed
 from divmerge_book.findings.in_short import Stored
+from divmerge_book.studies.plans import with_margins
 
 
 def baselines(stored: Stored) -> list[str]:
@@ -41,3 +43,13 @@ def small_predictor(table: pd.DataFrame, limit: float = 1.5) -> str:
         f"{len(table)} more methods answer with more than one model. Of those that store less than "
         f"{limit} models, {title(few.idxmax())} has the highest ANP ({100 * few.max():.1f} %)."
     )
+
+
+def beyond(stored: Stored) -> list[str]:
+    """What more models, more storage, or answers of small experts buy."""
+    drawn = {}
+    for name in ("storage", "arrivals", "mixture", "evolution", "fusion"):
+        found = stored.tables(f"beyond/{name}.json")
+        facts = {**found.facts, "source": found.source}
+        drawn[name] = with_margins(name, found["rows"], facts), facts
+    return find.summary(drawn).removeprefix("- ").split("\n- ")

@@ -1,12 +1,132 @@
 """In short: the chapters that draw tables of studies."""
 
 from divmerge_book.figures import title
-from divmerge_book.findings import listed, span
+from divmerge_book.figures.protocol import SETTINGS
+from divmerge_book.findings import listed, paper, span
+from divmerge_book.findings import protocol as settled
 from divmerge_book.findings.in_short import Stored
-from divmerge_book.studies import landscapes, mergeability, prediction_churn
+from divmerge_book.findings.scaling import dilution
+from divmerge_book.published import paper_reanalysis
+from divmerge_book.studies import choice as divergences
+from divmerge_book.studies import (
+    landscapes,
+    margins,
+    mergeability,
+    model_selection,
+    prediction_churn,
+    predictions,
+    robustness,
+    scores,
+)
+from divmerge_book.studies.objective_fits import named
+from divmerge_book.studies.protocol import COLUMNS
+from divmerge_book.studies.task_attribution import shapley_values
 
 OURS = "divmerge/layer"
 LEVEL = 0.05  # of corrected p-values
+
+
+def choice(stored: Stored) -> list[str]:
+    """Whether another divergence than JS changes a merge, and what JS does not do."""
+    run = predictions.scored(stored.tables("choice/ablation.json"), {}, divergences.summary)
+    found = run["scores"].query("search == 'searched'").dropna(subset=["difference"])
+    own = found[found.objective != "js"]
+    mean = 100 * own.groupby("objective").difference.mean()
+    better = own[(own.holm < LEVEL) & (own.difference > 0)]
+    harm = stored.tables("choice/strains.json")
+    harm = predictions.scored(harm, {}, robustness.corruption_costs)["rows"]
+    cost = 100 * harm[harm.kind == "wrong"].groupby("objective").cost.mean()
+    way = stored.tables("choice/courses.json")["rows"]
+    even = divergences.balance(way[way.kind == "none"]).query("objective == 'js'")
+    gap = divergences.disagreement(way[way.kind == "none"]).groupby("objective").correlation.mean()
+    return [
+        f"Of {len(own)} differences in ANP between another objective and JS, "
+        f"{(own.holm < LEVEL).sum()} are significant after correction, {len(better)} of them in "
+        "favour of the other objective.",
+        f"Mean differences from JS range from {mean.min():+.1f} points ({named(mean.idxmin())}) to "
+        f"{mean.max():+.1f} ({named(mean.idxmax())}).",
+        f"An expert with surely wrong answers costs the other tasks {cost['js']:+.1f} points of "
+        f"ANP under JS and {cost['kl']:+.1f} under KL, against a merge without it.",
+        f"The objective does not balance tasks: of {even.tasks.iloc[0]:.0f} tasks the effective "
+        f"number that determines a step is {even.effective_tasks.mean():.2f} under JS.",
+        f"During a fit by JS, the rank correlation of falling loss and validation ANP is "
+        f"{gap['js']:.2f}.",
+    ]
+
+
+def scaling(stored: Stored) -> list[str]:
+    """What is lost as more tasks are merged, by which methods, and what explains it."""
+    run, fixed = (stored.tables(f"scaling/{name}.json") for name in ("sample", "fixed"))
+    rows, label = run["answers"], {"seed": fixed.facts["seeds"][0], "method": "task_arithmetic"}
+    means = scores.over_subsets(scores.by_subset(scores.ratios(rows, rows)))
+    wide = 100 * means.pivot(index="method", columns="T", values="value")
+    low, high = min(wide), max(wide)
+    best = [
+        f"at T = {n} {title(wide[n].idxmax())} ({wide[n].max():.1f} %; the average "
+        f"{wide[n]['average']:.1f} %)"
+        for n in (low, high)
+    ]
+    drop = wide[low] - wide[high]
+    grid = scores.by_scale(fixed["curves"].assign(**label), rows)
+    every = fixed["every"].assign(**label)
+    plain = scores.ratios(every[~every.fixed].assign(method="average"), rows)
+    harm = 100 * shapley_values(plain, "ratio").set_index("task").marginal_effect
+    spread = scores.spreads(rows).dropna().query("T == @low").groupby("source").sd
+    noise = {name: 100 * (values**2).mean() ** 0.5 for name, values in spread}
+    return [
+        f"The highest ANP of {len(wide)} methods have, {listed(best)}.",
+        f"From T = {low} to {high} methods lose {span(drop)} points of ANP; the least, "
+        f"{title(drop.idxmin())}.",
+        f"At T = {low}, the standard deviation of a method's ANP over subsets of tasks is "
+        f"{noise['subsets']:.1f} points, over seeds {noise['seeds']:.1f}, over test rows "
+        f"{noise['test rows']:.1f}.",
+        dilution(grid, "the stored run"),
+        f"Adding `{harm.idxmin()}` to an average changes the other tasks most, by "
+        f"{harm.min():+.1f} points of their ratio on average.",
+    ]
+
+
+def evidence(stored: Stored) -> list[str]:
+    """What the paper's correlations show, and what divergences tell of merged models."""
+    run = stored.tables("evidence/embedded_bert_tiny.json")
+    merges, cross = run["models"].rename(columns={"draws": "sampler"}), run["cross"]
+    seen = margins.majorities(run.facts["tasks"], run.facts["rows"])
+    whole = model_selection.model_scores(merges, cross, seen)
+    lost = model_selection.selection_regret(whole)
+    lost, some = lost[lost.sampler == "task"], whole[whole.sampler == "task"]
+    by = lost.set_index("criterion").anp
+    table, means = paper_reanalysis.without_the_point()
+    mean = means.set_index(["divergence", "how"]).loc[("JS", "pearson")]
+    return [
+        f"{paper.inside(table)} Without the own expert, the mean correlation for JS falls from "
+        f"{mean.kept:.2f} to {mean.value:.2f} [{mean.low:.2f}, {mean.high:.2f}].",
+        paper.js_and_kl(paper_reanalysis.js_and_kl()).partition(" Not ahead")[0],
+        f"Among {len(whole)} random merges of this book's experts, the choice by least JS on "
+        f"unlabelled inputs has {by['js']:.1f} % test ANP, the choice by least entropy "
+        f"{by['entropy']:.1f} %, the choice by {run.facts['validation_rows']} labels a task "
+        f"{by['validation']:.1f} %, and a random merge {100 * some.anp.mean():.1f} %.",
+    ]
+
+
+def protocol(stored: Stored) -> list[str]:
+    """Which settings of a fit matter, and how many inputs and passes it needs."""
+    settings = predictions.scored(stored.tables("protocol/settings.json"), COLUMNS)
+    inputs = predictions.scored(stored.tables("protocol/inputs.json"), COLUMNS)
+    ends = stored.tables("protocol/optimisers.json")["ends"]
+    one, source, rows = ["anp"], "the stored run", settings["changed"].query("setting != 'default'")
+    order = rows.sort_values("difference")
+    low, high = (
+        f"{SETTINGS[row.setting]} {row.value}, per {row.grouping} ({settled.gap(row)} points)"
+        for row in (order.iloc[0], order.iloc[-1])
+    )
+    return [
+        f"{len(predictions.significant(rows))} of {len(rows)} changes of start, step size or "
+        f"epochs change the ANP significantly; the most harmful is {low}, the best {high}.",
+        settled.readings(settings["kinds"], settings["read"], one, source),
+        settled.needed(inputs["needed"], one, source),
+        settled.shifted(inputs["wrong"], one, source),
+        settled.optimisers(ends, source),
+    ]
 
 
 def interference(stored: Stored) -> list[str]:

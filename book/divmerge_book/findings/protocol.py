@@ -1,0 +1,148 @@
+"""Findings on the settings of a fit, its inputs and its optimisers."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from divmerge_book.figures import protocol as draw
+from divmerge_book.findings import listed
+from divmerge_book.studies.input_shifts import INPUT_SHIFTS
+from divmerge_book.studies.predictions import SCORES, WORDS, of_score, significant
+
+HEADINGS = {
+    **{"grouping": "coefficients per", "coefficients": "coefficients", "reading": "read"},
+    **{"inputs": "inputs", "anp": "ANP, %", "kept_margin": "kept margin, %"},
+    **{"below": "below majority", "counted": "of tasks"},
+}
+
+
+def in_words(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of settings with readable columns, scores and paired differences in %."""
+    found = pd.DataFrame(
+        {
+            words: 100 * table[name] if "%" in words else table[name]
+            for name, words in HEADINGS.items()
+            if name in table and (name != "coefficients" or "reading" not in table)
+        }
+    )
+    for score in (score for score in WORDS if score in table):
+        own = of_score(table, score)
+        found[f"{WORDS[score]}, difference in points"] = [
+            "" if pd.isna(row.difference) else gap(row) for row in own.itertuples()
+        ]
+    return found
+
+
+def gap(row) -> str:
+    """`+1.0 [+0.5, +1.5]`: a paired difference with its interval, in points."""
+    return f"{100 * row.difference:+.1f} [{100 * row.from_low:+.1f}, {100 * row.from_high:+.1f}]"
+
+
+def settings(changed: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
+    """Which changed settings differ significantly from the default. kinds: scores."""
+    total, lines = (changed.setting != "default").sum(), []
+    for score in kinds:
+        found = [
+            f"{draw.SETTINGS[r.setting]} {r.value}, per {r.grouping}: {gap(r)}"
+            for r in significant(of_score(changed, score)).itertuples()
+        ]
+        lines.append(
+            f"In {source} {len(found)} of {total} changes differ significantly from the default in "
+            f"{WORDS[score]}, in points: {'; '.join(found) or 'none'}."
+        )
+    return " ".join(lines)
+
+
+def start(table: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
+    """What a start at 0.5 changes. table: the ablation of the larger merge."""
+    rows = {score: of_score(table.query("setting == 'init'"), score) for score in kinds}
+    said = [
+        f"{gap(row)} points of {WORDS[score]} per {row.grouping}"
+        for score, some in rows.items()
+        for row in some.itertuples()
+    ]
+    return (
+        f"A start at 0.5 instead of 1/T changes the merge of {table.tasks.iloc[0]} tasks, in "
+        f"{source}, by {listed(said)}."
+    )
+
+
+def readings(kinds_of: pd.DataFrame, read: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
+    """The best level of coefficients, and what the smaller data set size costs."""
+    rows = kinds_of.set_index("grouping")
+    total = read.query("reading == 'in total'").set_index("grouping")
+    lines = []
+    for score in kinds:
+        own, costs = of_score(rows, score), -100 * of_score(total, score).difference
+        best = own.score.idxmax()
+        said = listed(f"{cost:.1f} points per {g}" for g, cost in costs.items())
+        lines.append(
+            f"In {source} one coefficient per {best} has the highest {WORDS[score]}, "
+            f"{100 * own.score[best]:.1f} %. Reading the data set size in total costs {said} "
+            "(negative: it gains)."
+        )
+    return " ".join(lines)
+
+
+def needed(table: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
+    """What the most inputs gain over none, and how many gain nine tenths of it."""
+    most, said = table.inputs.max(), []
+    for score in kinds:
+        for grouping, rows in of_score(table, score).groupby("grouping"):
+            rows = rows.sort_values("inputs").set_index("inputs")
+            gains = 100 * (rows.score - rows.score[0])
+            enough = gains.index[gains >= 0.9 * gains[most]].min()
+            text = f"{gains[most]:+.1f} points of {WORDS[score]} per {grouping}"
+            said.append(f"{text} ({enough} give nine tenths)" if gains[most] > 0 else text)
+    return f"In {source}, {most} inputs a task change the average by {listed(said)}."
+
+
+def shifted(wrong: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
+    """Which fully shifted inputs cost most, beside no fit at all."""
+    lines = []
+    for score in kinds:
+        for grouping, own in of_score(wrong.query("share == 1"), score).groupby("grouping"):
+            lost = 100 * own.set_index("kind").difference
+            worst = lost.drop("none").idxmin()
+            lines.append(
+                f"per {grouping}, {INPUT_SHIFTS.facts[worst]['label']} inputs throughout cost "
+                f"most, {lost[worst]:+.1f} points of {WORDS[score]}, where no fit at all costs "
+                f"{lost['none']:+.1f}"
+            )
+    return f"In {source}, {'; '.join(lines)}."
+
+
+def bound(sides: pd.DataFrame, source: str) -> str:
+    """How close the objective's change comes to the bound of Proposition 3."""
+    ratio = sides.apart / sides.bound
+    worst = sides.loc[ratio.idxmax()]
+    return (
+        f"In {source} the largest ratio of the objective's change to the bound is "
+        f"{ratio.max():.2f} ({INPUT_SHIFTS.facts[worst.kind]['label']} inputs, {worst.model}), the "
+        f"median {ratio.median():.3f}."
+    )
+
+
+def optimisers(ends: pd.DataFrame, source: str) -> str:
+    """How often every optimiser meets Adam's loss, and in how many passes."""
+    lines = []
+    for name in ends.optimizer.unique()[1:]:
+        rows = ends[ends.optimizer == name]
+        met, label = rows[rows.passes.notna()], draw.OPTIMISER_LABELS[name]
+        line = f"{label} meets Adam's loss in {len(met)} of {len(rows)} cases"
+        lines.append(f"{line}, after at most {met.passes.max():.0f} passes" if len(met) else line)
+    return f"In {source} {'; '.join(lines)}."
+
+
+def unseen(fine: pd.DataFrame) -> str:
+    """Losses on a fit's inputs and on others, and scores from Adam's. fine: one merge's fits."""
+    lines = []
+    for row in fine.itertuples():
+        line = f"{draw.OPTIMISER_LABELS[row.optimizer]}: {row.reached:.3f} on its inputs, "
+        line += f"{row.unseen:.3f} on others"
+        for score in (score for score in WORDS if score in fine):
+            middle, low, high = (100 * getattr(row, name) for name in SCORES[score][3:6])
+            line += f", {WORDS[score]} {middle:+.1f} [{low:+.1f}, {high:+.1f}] points from Adam's"
+        lines.append(line)
+    first = fine.iloc[0]
+    return f"Loss with {first.tasks} tasks, per {first.grouping}: {'; '.join(lines)}."
