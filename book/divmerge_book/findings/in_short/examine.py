@@ -46,10 +46,11 @@ def small_predictor(table: pd.DataFrame, limit: float = 1.5) -> str:
 
 
 def beyond(stored: Stored) -> list[str]:
-    """What more models, more storage, or answers of small experts buy."""
+    """What more models, more storage, or answers of small experts buy: each finding's beginning."""
     drawn = {}
     for name in ("storage", "arrivals", "mixture", "evolution", "fusion"):
         found = stored.tables(f"beyond/{name}.json")
         facts = {**found.facts, "source": found.source}
         drawn[name] = with_margins(name, found["rows"], facts), facts
-    return find.summary(drawn).removeprefix("- ").split("\n- ")
+    lines = find.summary(drawn).removeprefix("- ").split("\n- ")
+    return [f"{line.partition('. ')[0].removesuffix('.')}." for line in lines]
