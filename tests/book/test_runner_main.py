@@ -307,3 +307,14 @@ def test_pages_that_do_not_build_leave_the_old_ones(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="(?s)two.ipynb.*were not built"):
         book.write_pages(tmp_path, tmp_path / "src")
     assert [path.name for path in tmp_path.iterdir()] == ["html"]
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_a_page_folds_the_cell_of_the_given_parameters(clean, tmp_path, monkeypatch):
+    tags = ["injected-parameters"]
+    cell = nbformat.v4.new_code_cell("size = 1", metadata={"tags": tags})
+    page = nbformat.v4.new_notebook(cells=[cell])
+    monkeypatch.setattr(execute.papermill, "execute_notebook", lambda page, *_, **how: page)
+    execute.execute(page, tmp_path / "out.ipynb", {}, cwd=tmp_path, clean=clean)
+    (found,) = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
+    assert found.metadata.tags == ([*tags, "hide-input"] if clean else tags)

@@ -66,7 +66,8 @@ def execute(
 ) -> None:
     """Run a notebook in the folder `cwd`; `output` appears whole, or not at all.
 
-    `clean`, for pages, leaves out what cells write to stderr: progress bars are for the terminal.
+    `clean`, for pages, leaves out what cells write to stderr, as progress bars are for the
+    terminal, and folds the cell of the given parameters.
     """
     with fresh_file(output) as new:
         executed = papermill.execute_notebook(
@@ -82,4 +83,6 @@ def execute(
         for cell in executed.cells if clean else []:
             if cell.cell_type == "code":
                 cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+            if "injected-parameters" in cell.metadata.get("tags", []):
+                cell.metadata.tags.append("hide-input")
         nbformat.write(executed, new)
