@@ -174,6 +174,9 @@ def test_the_pages_build_without_a_warning_in_the_books_own_settings(tmp_path):
         found = re.search("<article.*</article>", (built / f"{page}.html").read_text(), re.S)
         return re.sub("<[^>]*>", "", found[0])
 
+    scripts = {page: (built / f"{page}.html").read_text() for page in ("index", "printed")}
+    assert [text.count("mathjax/tex-svg.js") for text in scripts.values()] == [0, 1]
+    assert (built / "mathjax" / "tex-svg.js").is_file() and "THEBE" not in scripts["printed"]
     assert "show()" in article("printed") and not re.search(r"[|$]", article("printed"))
     for name in METHODS:
         text = article(f"methods/{method_pages.slug(name)}")

@@ -63,11 +63,11 @@ def forest(ax: Axes, table: pd.DataFrame, *, statistic: str = "ANP") -> Axes:
             numbered_interval(ax, y + 0.42, (row.kept, row.kept_low, row.kept_high), 5, **look)
     if both:
         names = [f"{name} ({k})" if k else name for name, k in zip(names, rows.below, strict=True)]
-        statistic += " and kept margin"
     plot.label_rows(ax, names)
     ax.margins(x=0.12)  # room for numbers
     more = {"ylim": (len(rows) - 0.3, -0.8), "at": {1: "--", 0: ":"} if both else {1: "--"}}
-    return plot.finish(ax, f"{statistic}, % of the experts", percent="x", **more)
+    label = "% of the experts" if both else f"{statistic}, % of the experts"
+    return plot.finish(ax, label, percent="x", **more)
 
 
 def numbered_interval(ax: Axes, y: float | int, found: tuple, size: int, **look) -> None:
@@ -225,7 +225,7 @@ def landing(results: Path) -> None:
             tasks, counted = subset.count("+") + 1, len(report.counted(name))
             heading = f"{name}, {report.provenance['encoder']}\n{tasks} tasks, {counted} counted"
             ranked = score_intervals(report, subset).sort_values("value", ascending=False)
-            forest(ax, ranked).set(title=heading, xlabel="% of the experts")
+            forest(ax, ranked).set_title(heading)
         fig.savefig(results / "landing.svg", metadata={"Date": None})
         plt.close(fig)
     methods = set.union(*(set(report.rows.method) for report in reports.values()))

@@ -3,15 +3,19 @@
 from sphinx.application import Sphinx
 
 
-def without_thebe(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
-    """Leave out Thebe, which no button starts: its settings stand twice, and that is an error."""
-    context["script_files"] = [
-        script
-        for script in context["script_files"]
-        if "thebe" not in f"{script}{getattr(script, 'attributes', '')}"
-    ]
+def used_alone(app: Sphinx, page: str, template: str, context: dict, doctree) -> None:
+    """Leave out MathJax where there is no formula, and Thebe, which no button starts.
+
+    Thebe's settings would stand twice on a page, which is an error.
+    """
+    unused = ["thebe"]
+    if not app.env.get_domain("math").data["has_equations"].get(page):
+        unused.append("mathjax")
+    scripts = {f"{one.filename} {one.attributes}": one for one in context["script_files"]}
+    kept = [one for text, one in scripts.items() if not any(name in text for name in unused)]
+    context["script_files"] = kept
 
 
 def setup(app: Sphinx) -> dict:
-    app.connect("html-page-context", without_thebe, priority=900)
+    app.connect("html-page-context", used_alone, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
