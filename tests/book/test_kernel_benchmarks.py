@@ -1,15 +1,16 @@
 """The benchmarks: implementations compute the same, and measurements mean what they say."""
 
 import math
+import sys
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
-from divmerge_book.evaluation import profiling
+from divmerge_book.evaluation import profiling, stored_tables
 from divmerge_book.evaluation.provenance import origin
 from divmerge_book.figures import costs as cost_figures
-from divmerge_book.kernel_benchmarks import merge_bandwidth, step_time
+from divmerge_book.kernel_benchmarks import disk_merges, merge_bandwidth, step_time
 from divmerge_book.kernel_benchmarks.implementations import (
     DIVERGENCE_IMPLEMENTATIONS,
     IMPLEMENTATIONS,
@@ -17,7 +18,9 @@ from divmerge_book.kernel_benchmarks.implementations import (
     missing,
     stack_of_layers,
 )
+from divmerge_book.models.mergekit_config import read_recipe
 from helpers import linear_problem
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from divmerge_core.divergences import js
@@ -207,3 +210,44 @@ def test_figures_draw_what_they_are_given(axes):
     assert "operations per byte" in ax.get_xlabel()
     ax = cost_figures.step_shares(axes(), {"merge": 1.0, "forward pass": 3.0})
     assert [text.get_text() for text in ax.texts] == ["merge\n25 %", "forward pass\n75 %"]
+
+
+# --- whole commands -------------------------------------------------------------------------------
+
+
+def test_both_commands_can_read_the_models_and_configurations_that_are_made(tmp_path):
+    count = disk_merges.make_models(tmp_path, "tiny")
+    for method in disk_merges.METHODS:
+        (tmp_path / "config.yml").write_text(disk_merges.configuration(method, tmp_path))
+        recipe, dtype = read_recipe(tmp_path / "config.yml")
+        assert (recipe.method, dtype) == (method, torch.bfloat16)
+    sizes = [tensor.numel() for tensor in load_file(tmp_path / "one/model.safetensors").values()]
+    assert sum(sizes) == count
+
+
+def test_a_command_is_measured_by_itself_and_its_failure_is_told(tmp_path):
+    code = "import time; x = b'1' * 50_000_000; time.sleep(0.2)"
+    took, processor, peak = disk_merges.measured([sys.executable, "-c", code], tmp_path / "log")
+    assert took > 0.2 and processor < took + 0.2 and 5e7 < peak < 1.5e8
+    with pytest.raises(RuntimeError, match="no such thing"):
+        disk_merges.measured(
+            [sys.executable, "-c", "raise SystemExit('no such thing')"], tmp_path / "log"
+        )
+
+
+def test_the_table_has_medians_and_ratios(tmp_path):
+    rows = [
+        ("135M", 1, n, "ties", name, factor * (1.0 + n), 2.0 * factor, 1e6 * factor, 3.0)
+        for n in range(3)
+        for name, factor in (("divmerge", 1), ("mergekit", 4))
+    ]
+    rows = pd.DataFrame(rows, columns=disk_merges.COLUMNS)
+    row = disk_merges.summary(rows).loc["135M", "ties"]
+    assert (row["seconds", "divmerge"], row["seconds", "ratio"]) == (2, 4)
+    stored_tables.save(
+        tmp_path / "from_disk.json", {"rows": rows}, dtype="bfloat16", peers={"mergekit": "0.1.5"}
+    )
+    text = disk_merges.as_markdown(tmp_path)
+    assert "| ties | 135M | 2.0 | 8.0 | 4.0 | 2.0 | 8.0 | 4.0 | 1 | 4 | 4 |" in text
+    assert "Medians of 3 to 3 whole commands" in text
+    assert "Not measured here" in disk_merges.as_markdown(tmp_path / "none")

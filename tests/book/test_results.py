@@ -8,7 +8,7 @@ from divmerge_book import figures
 from divmerge_book.evaluation import stored_tables as measured
 from divmerge_book.evaluation.benchmark import ALL_METHODS
 from divmerge_book.evaluation.report import Report, caption
-from divmerge_book.kernel_benchmarks import merge_bandwidth
+from divmerge_book.kernel_benchmarks import disk_merges, merge_bandwidth
 from divmerge_book.kernel_benchmarks.implementations import IMPLEMENTATIONS
 from divmerge_book.kernel_benchmarks.step_time import STEPS
 
@@ -97,7 +97,8 @@ def test_every_cost_is_a_number(table):
 
 # --- what merging costs ---------------------------------------------------------------------------
 
-COSTS = sorted((RESULTS / "kernel").glob("*.json"))
+DISK = RESULTS / "kernel" / "from_disk.json"
+COSTS = sorted(set((RESULTS / "kernel").glob("*.json")) - {DISK})
 
 
 @pytest.fixture(scope="module", params=COSTS, ids=lambda path: path.stem)
@@ -129,6 +130,15 @@ def test_published_costs_count_the_bytes_that_the_formulas_say(costs):
             expected = usual * (tasks if part == "backward" else 1)
         if expected is not None:
             assert row.moved == pytest.approx(expected, rel=0.05), (tasks, name, part)
+
+
+def test_merges_from_disk_were_measured_beside_mergekit_in_one_run():
+    """Both commands as often for every method, in turn; how busy the machine was is in the rows."""
+    tables, facts = measured.load(DISK)
+    rows = tables["rows"]
+    assert set(rows.method) == set(disk_merges.METHODS) and set(rows.command) == {*disk_merges.BOTH}
+    assert (rows.groupby(["shape", "method", "round"]).command.nunique() == 2).all()
+    assert rows.load.notna().all() and facts["peers"]["mergekit"] and facts["machine"]
 
 
 # --- the analysis ---------------------------------------------------------------------------------
