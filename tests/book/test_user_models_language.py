@@ -112,6 +112,35 @@ def test_every_family_makes_the_way_there_and_back(tmp_path, cache, kind):
         assert_close(tensor, (own[0][name] + own[1][name]) / 2, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["ties", "dare", "slerp"])
+def test_without_rows_models_stay_on_disk_and_the_merge_is_the_same(
+    tmp_path, cache, monkeypatch, capsys, method
+):
+    base = save_family(tmp_path / "base", "gpt2")
+    project = make_language_project(
+        tmp_path, base=base, **dict.fromkeys(["validation", "test", "merge"])
+    )
+    command = ["merge", str(project), "--method", method]
+    assert __main__.main([*command, str(tmp_path / "disk")]) == 0
+    assert "from disk to disk" in capsys.readouterr().out
+    monkeypatch.setattr("divmerge_book.user_models.save.obstacle", lambda *given: "told so")
+    assert __main__.main([*command, str(tmp_path / "memory")]) == 0
+    assert "read into memory: told so" in capsys.readouterr().out
+    found, wanted = (
+        dict(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).named_parameters())
+        for name in ("disk", "memory")
+    )
+    if method == "dare":  # which entries go depends on the order of tensors
+        assert found.keys() == wanted.keys()
+    else:
+        assert_close(found, wanted, rtol=0, atol=1e-6)
+    for name in ("config.json", "generation_config.json"):
+        one, two = (json.loads((tmp_path / n / name).read_text()) for n in ("disk", "memory"))
+        assert one["eos_token_id"] == two["eos_token_id"]
+    kept = (base / "tokenizer.json").read_bytes()
+    assert (tmp_path / "disk" / "tokenizer.json").read_bytes() == kept
+
+
 def test_the_cards_scores_are_those_of_the_file(home, tmp_path, cache):
     """A base in bfloat16 is written in bfloat16; its rounded weights are what is scored."""
     base = tmp_path / "base"

@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,16 +96,20 @@ def save_parts(new: Path, model: PreTrainedModel, plan: Plan, shard: int) -> Non
     """Weights, configuration, tokenizer with chat templates, generation settings and licence."""
     model.save_pretrained(new, max_shard_size=shard)
     save_tokenizer(new, plan)
-    name = "generation_config.json"
-    own = next(path for path in (plan.base.folder / name, new / name) if path.is_file())
-    settings = json.loads(own.read_text("utf-8"))
-    settings["eos_token_id"] = model.config.eos_token_id
-    if model.config.pad_token_id is not None:
-        settings["pad_token_id"] = model.config.pad_token_id
-    dump_json(new / name, settings)
+    save_generation(new, plan, model.config.to_dict())
     for pattern in ("LICENSE*", "NOTICE*"):
         for file in plan.base.folder.glob(pattern):
             shutil.copyfile(file, new / file.name)
+
+
+def save_generation(new: Path, plan: Plan, config: Mapping[str, object]) -> None:
+    """The base's generation settings, or those that are there, with the config's last tokens."""
+    name = "generation_config.json"
+    own = [path for path in (plan.base.folder / name, new / name) if path.is_file()]
+    settings = json.loads(own[0].read_text("utf-8")) if own else {}
+    for key in ("eos_token_id", "pad_token_id"):
+        settings |= {key: config[key]} if config.get(key) is not None else {}
+    dump_json(new / name, settings)
 
 
 def recipe(plan: Plan, record: MergeRecord, merged: dict, dtype: torch.dtype) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from divmerge_book.user_models.language_save import language_facts, write_langua
 from divmerge_book.user_models.load import load
 from divmerge_book.user_models.plan import Plan, check
 from divmerge_book.user_models.result import MergeResult, merge_and_score, rescored, task_scores
+from divmerge_book.user_models.streaming import obstacle, write_from_disk
 from divmerge_book.user_models.vocabulary import grown_base
 from divmerge_core.checkpoints import Head, MergeRecord
 from divmerge_core.checkpoints.heads import MEAN
@@ -103,6 +104,11 @@ def merge_described(
         target(described, folder, overwrite=overwrite)
     plan = check(described, list(folders))
     print(plan.summary())
+    if (why := obstacle(plan, list(folders))) is None:
+        print("merged from disk to disk, a few tensors in memory at a time")
+        given = {"overwrite": overwrite}
+        return [write_from_disk(plan, *item, **given) for item in folders.items()]
+    print(f"models are read into memory: {why}")
     bench = load(plan, device=device, precision=precision)
     found = merge_and_score(bench, list(folders), budget=budget, seed=seed)
     if len(found.closeness):
