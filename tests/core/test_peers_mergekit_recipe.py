@@ -8,6 +8,7 @@ import torch
 import transformers
 import yaml
 from divmerge_book.models.merged import write
+from divmerge_book.models.mergekit_merge import merge_config
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -137,3 +138,34 @@ def test_bfloat16_is_written_by_both(tmp_path):
     for name, tensor in StoredModel.at(folder).tensors.items():
         # the sums are rounded in another order: by one step of bfloat16 at most
         assert_close(found[name].flatten(), tensor.mapped(), rtol=2**-7, atol=1e-5)
+
+
+DEEPER = [{"filter": "mlp", "value": [0.1, 0.9]}, {"value": 0.3}]  # by name, and over layers
+OWN = {  # method -> parameters of both models, and of all
+    "linear": ({"weight": 1.0}, {"weight": [0.2, 0.9]}, {}),
+    "task_arithmetic": ({"weight": 0.4}, {"weight": DEEPER}, {"lambda": 0.8}),
+    "ties": ({"weight": 0.4, "density": 0.37}, {"weight": DEEPER, "density": 1.0}, {}),
+    "dare_ties": ({"weight": 0.4}, {"weight": 0.3}, {"density": 1.0}),
+    "dare_linear": ({"weight": 0.4}, {"weight": 0.3}, {"density": 1.0, "normalize": True}),
+    "slerp": ({}, {}, {"t": [{"filter": "self_attn", "value": [0, 0.5, 1]}, {"value": 0.4}]}),
+}
+OWN["ties, as long as before"] = ({"weight": 0.4}, {"weight": 1}, {"density": 0.5, "rescale": True})
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_its_own_files_are_merged_as_it_merges_them(tmp_path, case):
+    """DARE where it drops nothing: what is drawn differs."""
+    save_all(tmp_path, "llama")
+    *each, common = OWN[case]
+    method = case.partition(",")[0]
+    models = [
+        {"model": str(tmp_path / task), **({"parameters": own} if own else {})}
+        for task, own in zip(TASKS, each, strict=True)
+    ]
+    facts = {"merge_method": method, "models": models, "dtype": "float32"}
+    if method != "linear":
+        facts["base_model"] = str(tmp_path / (TASKS[1] if method == "slerp" else "base"))
+    recipe = tmp_path / "config.yml"
+    recipe.write_text(yaml.safe_dump({**facts, **({"parameters": common} if common else {})}))
+    folder = merge_config(recipe, tmp_path / "ours")
+    assert same(folder, run(recipe, tmp_path / "theirs")) > 20
