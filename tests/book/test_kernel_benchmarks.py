@@ -248,6 +248,6 @@ def test_the_table_has_medians_and_ratios(tmp_path):
         tmp_path / "from_disk.json", {"rows": rows}, dtype="bfloat16", peers={"mergekit": "0.1.5"}
     )
     text = disk_merges.as_markdown(tmp_path)
-    assert "| ties | 135M | 2.0 | 8.0 | 4.0 | 2.0 | 8.0 | 4.0 | 1 | 4 | 4 |" in text
+    assert "| ties | 135M | 2.0 | 8.0 | 4.0 | 2.0 | 8.0 | 4.0 | 1 | 4 | 4.0 |" in text
     assert "Medians of 3 to 3 whole commands" in text
     assert "Not measured here" in disk_merges.as_markdown(tmp_path / "none")

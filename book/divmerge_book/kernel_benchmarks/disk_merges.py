@@ -38,6 +38,7 @@ METHODS = {  # parameters of every model, and of all
 COLUMNS = ["shape", "parameters", "round", "method", "command"]
 COLUMNS += ["seconds", "processor", "peak", "load"]  # load: processes that wanted one before
 BOTH = ("divmerge", "mergekit")
+PLAIN = [("peak", name) for name in BOTH]  # without decimals
 KINDS = {"seconds": "s", "processor": "processor s", "peak": "MB"}
 STARTER = """
 import json, os, sys, time
@@ -160,7 +161,7 @@ def as_markdown(folder: Path | None = None) -> str:
     rows, lines = tables["rows"], []
     for (shape, method), row in summary(rows).iterrows():
         cells = [
-            f"{row[c, n]:.{0 if c == 'peak' else 1}f}" for c in KINDS for n in (*BOTH, "ratio")
+            f"{row[c, n]:.{0 if (c, n) in PLAIN else 1}f}" for c in KINDS for n in (*BOTH, "ratio")
         ]
         lines.append(f"| {method} | {shape} | {' | '.join(cells)} |")
     heads = [f"{name}, {word}" for word in KINDS.values() for name in (*BOTH, "ratio")]
@@ -170,8 +171,8 @@ def as_markdown(folder: Path | None = None) -> str:
         f"Medians of {times.min()} to {times.max()} whole commands each, in turn, with "
         f"{facts['dtype']} models and mergekit {facts['peers']['mergekit']}; {facts['machine']}, "
         f"{facts['date']}. Other programs ran: {rows.load.min():.0f} to {rows.load.max():.0f} "
-        "processes wanted a core before a command, so seconds are long; processor seconds hardly "
-        "depend on it."
+        "processes wanted a core before a command, so seconds are long and uneven; processor "
+        "seconds depend on it less."
     )
     return "\n".join([*first, *lines, "", f"*{said}*"])
 
