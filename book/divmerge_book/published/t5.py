@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from divmerge_book.data.code_digest import code_digest, key_of
 from divmerge_book.evaluation.experiment import Experiment, States
@@ -21,13 +22,24 @@ from divmerge_book.models.language.models import Language, load_language
 from divmerge_book.models.language.prompts import Prompt
 from divmerge_book.published.sources import SOURCES, Source, distinct_tasks, task_of
 from divmerge_book.user_models.description import SPLITS
-from divmerge_book.user_models.plan import tokenizer_gap
+from divmerge_book.user_models.language_tokens import Reading
+from divmerge_book.user_models.vocabulary import reading_gap
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.merging.task_vectors import TaskVectors
 from divmerge_core.storage import cache_dir
 
 SUITE = "t5_generation"
 BASE = "google-t5/t5-base"
+
+
+def tokenizer_gap(
+    base: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> str | None:
+    """How an expert's tokenizer differs from the base's, on these texts; None where it does not."""
+    ours, theirs = base.get_vocab(), own.get_vocab()
+    if moved := sorted(t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t)):
+        return f"its vocabulary differs from the base's in {len(moved)} tokens, such as {moved[:3]}"
+    return reading_gap(base, Reading("", own, len(own), texts))
 
 
 def read_expert(base: Language, name: str, source: Source, texts: Sequence[str]) -> Expert:
