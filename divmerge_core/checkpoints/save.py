@@ -139,8 +139,8 @@ def validate_target(folder: Path, record: MergeRecord, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(
-            f"{folder} exists and is not empty; name a new one, or say overwrite=True to replace "
-            "the model in it"
+            f"{folder} exists and is not empty; name a new one, or say overwrite=True (--overwrite "
+            "of the command) to replace the model in it"
         )
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no model, so it is not overwritten; name another folder")
