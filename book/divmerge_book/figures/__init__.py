@@ -66,8 +66,8 @@ def forest(ax: Axes, table: pd.DataFrame, *, statistic: str = "ANP") -> Axes:
     plot.label_rows(ax, names)
     ax.margins(x=0.12)  # room for numbers
     more = {"ylim": (len(rows) - 0.3, -0.8), "at": {1: "--", 0: ":"} if both else {1: "--"}}
-    label = "% of the experts" if both else f"{statistic}, % of the experts"
-    return plot.finish(ax, label, percent="x", **more)
+    label = "ANP (filled), kept margin (hollow)," if both else f"{statistic},"
+    return plot.finish(ax, f"{label}\n% of the experts", percent="x", **more)
 
 
 def numbered_interval(ax: Axes, y: float | int, found: tuple, size: int, **look) -> None:
