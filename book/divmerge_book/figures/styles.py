@@ -15,7 +15,7 @@ TITLES = {
     **{"divmerge": "DivMerge", "divmerge+": "DivMerge+"},
     **{"adamerging": "AdaMerging", "adamerging++": "AdaMerging++"},
     **{"average": "Average", "task_arithmetic": "Task arithmetic", "slerp": "Slerp"},
-    **{"multi_slerp": "Multi-slerp", "model_stock": "Model stock", "ties": "TIES", "dare": "DARE"},
+    **{"multi_slerp": "Multi-SLERP", "model_stock": "Model stock", "ties": "TIES", "dare": "DARE"},
     **{"lines": "LiNeS", "breadcrumbs": "Breadcrumbs", "consensus": "Consensus", "doge": "DOGE"},
     **{"pcb": "PCB-Merging", "fisher": "Fisher merging", "regmean": "RegMean", "wudi": "WUDI"},
     **{"regmean_plus_plus": "RegMean++", "esm": "ESM", "esm_pp": "ESM++", "knots": "KnOTS"},
