@@ -15,20 +15,10 @@ from importlib import import_module
 # Loaded on first use: `import divmerge_core` alone does not wait for torch and transformers.
 PUBLIC = {
     "divergences": ("DIVERGENCES",),
-    "merging.coefficients": (
-        "GROUPINGS",
-        "LINKS",
-        "Coefficients",
-    ),
+    "merging.coefficients": ("GROUPINGS", "LINKS", "Coefficients"),
     "merging.fit": ("fit_coefficients",),
-    "merging.problem": (
-        "Batch",
-        "MergeProblem",
-    ),
-    "merging.task_vectors": (
-        "Layout",
-        "TaskVectors",
-    ),
+    "merging.problem": ("Batch", "MergeProblem"),
+    "merging.task_vectors": ("Layout", "TaskVectors"),
     "methods": ("METHODS",),
 }
 __all__ = sorted(name for names in PUBLIC.values() for name in names)  # noqa: PLE0605

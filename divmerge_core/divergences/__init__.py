@@ -16,7 +16,8 @@ metric near equality, None where there is no such c; `parameter`; `at`, its valu
 
 from divmerge_core.registry import Registry
 
-DIVERGENCES = Registry("divergence")
+ABSENT = {"slope": None, "symmetric": False, "bound": None, "metric": None, "curvature": None}
+DIVERGENCES = Registry("divergence", family="f", **ABSENT)
 
 from divmerge_core.divergences.distances import (
     cosine,

@@ -12,13 +12,11 @@ from divmerge_core.kernels.expert_cache import log_softmax
 
 @DIVERGENCES.register(
     "total_variation",
-    family="f",
     formula=r"\frac12 \sum_v \lvert p_v - q_v \rvert",
     slope=r"-\frac12 \mathrm{sign}(r - 1)",
     symmetric=True,
     bound=1.0,
     metric="itself",
-    curvature=None,
     source="Tsybakov 2009, section 2.4",
 )
 def total_variation(
@@ -33,7 +31,6 @@ def total_variation(
 
 @DIVERGENCES.register(
     "triangular",
-    family="f",
     formula=r"\sum_v \frac{(p_v - q_v)^2}{p_v + q_v}",
     slope=r"-4 r^2 / (1 + r)^2",
     symmetric=True,
@@ -60,7 +57,6 @@ def triangular(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> 
     symmetric=True,
     bound=2.0,
     metric="square root",
-    curvature=None,
     source="Brier 1950",
 )
 def squared_l2(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> Float[Tensor, "*A"]:
@@ -75,11 +71,8 @@ def squared_l2(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> 
     "logit_mse",
     family="other",
     formula=r"\frac1V \sum_v (\log r - \overline{\log r})^2",
-    slope=None,
     symmetric=True,
-    bound=None,
     metric="square root",
-    curvature=None,
     source="Ba and Caruana 2014",
 )
 def logit_mse(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> Float[Tensor, "*A"]:

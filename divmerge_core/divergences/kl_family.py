@@ -35,12 +35,8 @@ def divergence(expert: Tensor, merged: Tensor, kind: str, beta: float = 0.5) -> 
 
 @DIVERGENCES.register(
     "kl",
-    family="f",
     formula=r"\sum_v p_v \log r",
     slope="-r",
-    symmetric=False,
-    bound=None,
-    metric=None,
     curvature=1.0,
     fused="kl",
     source="Kullback and Leibler 1951",
@@ -60,12 +56,8 @@ def kl(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> Float[Te
 
 @DIVERGENCES.register(
     "reverse_kl",
-    family="f",
     formula=r"-\sum_v q_v \log r",
     slope=r"-\log r",
-    symmetric=False,
-    bound=None,
-    metric=None,
     curvature=1.0,
     fused="reverse_kl",
     source="Kullback and Leibler 1951",
@@ -81,12 +73,9 @@ def reverse_kl(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> 
 
 @DIVERGENCES.register(
     "jeffreys",
-    family="f",
     formula=r"\sum_v (p_v - q_v) \log r",
     slope=r"-r - \log r",
     symmetric=True,
-    bound=None,
-    metric=None,
     curvature=2.0,
     fused="jeffreys",
     source="Jeffreys 1946",
@@ -108,7 +97,6 @@ def skewed(beta: float) -> dict:
 
 @DIVERGENCES.register(
     "js",
-    family="f",
     formula=r"\frac12 \mathrm{KL}(p \Vert m) + \frac12 \mathrm{KL}(q \Vert m), m = \frac{p + q}{2}",
     slope=r"-\frac12 \log \frac{1 + r}{2}",
     metric="square root",
@@ -130,11 +118,9 @@ def js(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> Float[Te
 
 @DIVERGENCES.register(
     "skew_js",
-    family="f",
     formula=r"(1 - \beta) \mathrm{KL}(p \Vert m) + \beta \mathrm{KL}(q \Vert m), "
     r"m = (1 - \beta) p + \beta q",
     slope=r"-\beta \log ((1 - \beta) r + \beta)",
-    metric=None,
     parameter=BETA,
     at=skewed,
     fused="js",

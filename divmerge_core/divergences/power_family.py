@@ -28,7 +28,6 @@ def amari(alpha: float) -> dict:
 
 @DIVERGENCES.register(
     "alpha",
-    family="f",
     formula=r"\frac{4}{1 - \alpha^2} \bigl(1 - \sum_v q_v r^{(1 - \alpha) / 2}\bigr)",
     slope=r"-\frac{2}{1 - \alpha} r^{(1 - \alpha) / 2}",
     parameter=ALPHA,
@@ -68,8 +67,6 @@ def ordered(order: float) -> dict:
     family="other",
     formula=r"\frac{1}{\alpha - 1} \log \sum_v q_v r^\alpha",
     slope=r"-r^\alpha / \sum_u q_u r_u^\alpha",
-    bound=None,
-    metric=None,
     parameter=ORDER,
     at=ordered,
     source="Renyi 1961",
@@ -92,7 +89,6 @@ def renyi(
 
 @DIVERGENCES.register(
     "hellinger",
-    family="f",
     formula=r"\frac12 \sum_v (\sqrt{p_v} - \sqrt{q_v})^2",
     slope=r"-\frac12 \sqrt{r}",
     symmetric=True,
@@ -112,12 +108,8 @@ def hellinger(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> F
 
 @DIVERGENCES.register(
     "chi_squared",
-    family="f",
     formula=r"\sum_v \frac{(p_v - q_v)^2}{q_v}",
     slope="-r^2",
-    symmetric=False,
-    bound=None,
-    metric=None,
     curvature=2.0,
     source="Pearson 1900",
 )
@@ -133,12 +125,8 @@ def chi_squared(
 
 @DIVERGENCES.register(
     "reverse_chi_squared",
-    family="f",
     formula=r"\sum_v \frac{(p_v - q_v)^2}{p_v}",
     slope="2 / r",
-    symmetric=False,
-    bound=None,
-    metric=None,
     curvature=2.0,
     source="Neyman 1949",
 )

@@ -59,10 +59,6 @@ class Int8Deltas:
         """Some of the task vectors, in the order given."""
         return Int8Deltas(self.values[list(numbers)], self.scales[list(numbers)])
 
-    def dense(self) -> Float[Tensor, "T N"]:
-        """All task vectors as float32 numbers: four times the memory."""
-        return self.columns(0, self.shape[1])
-
 
 @dataclass(frozen=True)
 class Factors:
@@ -107,7 +103,7 @@ class Factors:
         """out = base + sum_t coeffs[t] left_t @ right_t: one product, with no cross terms."""
         repeats = torch.tensor(self.ranks, device=coeffs.device)
         scale = coeffs.repeat_interleave(repeats, output_size=sum(self.ranks))
-        left, right = self.left.to(scale.dtype) * scale, self.right.to(scale.dtype)
+        left, right = self.left.to(scale) * scale, self.right.to(scale)
         if out.dtype == scale.dtype:
             torch.addmm(base, left, right, out=out)
         else:
@@ -115,7 +111,7 @@ class Factors:
 
     def inner(self, grad: Float[Tensor, "M K"]) -> Float[Tensor, " T"]:
         """<grad, left_t @ right_t> of every task, as <left_t^T grad, right_t>."""
-        products = (self.left.to(grad.dtype).T @ grad * self.right.to(grad.dtype)).sum(dim=1)
+        products = (self.left.to(grad).T @ grad * self.right.to(grad)).sum(dim=1)
         return torch.stack([part.sum() for part in products.split(list(self.ranks))])
 
     def rows(self, numbers: Sequence[int]) -> "Factors":
@@ -133,9 +129,10 @@ class Factors:
 
 @dataclass(frozen=True)
 class LowRankDeltas:
-    """T task vectors, never multiplied out: factors or table rows, by where a tensor starts.
+    """T task vectors, never multiplied out: factors, by where a tensor starts.
 
     Holds r (M + K) numbers per task and M x K tensor with factors. Tensors without have no delta.
+    While a fit runs, embedding tables are TableRows.
     """
 
     shape: tuple[int, int]  # T, N
@@ -146,30 +143,28 @@ class LowRankDeltas:
         """Where tensors with factors start, in order."""
         return sorted(self.factors)
 
-    def between(self, start: int, stop: int) -> Iterator[tuple[int, Factors | TableRows]]:
-        """(place, factors) of every tensor that has numbers in start..stop."""
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[slice, Factors | TableRows]]:
+        """(which numbers, their factors) of every tensor that has numbers in start..stop."""
         first = max(bisect_right(self.places, start) - 1, 0)
         for place in self.places[first : bisect_right(self.places, stop - 1)]:
-            yield place, self.factors[place]
+            factors = self.factors[place]
+            low, high = max(start, place), min(stop, place + factors.shape.numel())
+            for begin, part in factors.within(low - place, high - place):
+                yield slice(place + begin, place + begin + part.shape.numel()), part
 
     def merge(self, base: Tensor, coeffs: Tensor, segments: Segments, out: Tensor) -> None:
         """out = base + sum_t Lambda[t, g] tau_t, a matrix product per adapted tensor and group."""
         out.copy_(base)
-        for place, factors in self.factors.items():
-            for start, stop, group in segments.within(place, place + factors.shape.numel()):
-                for begin, part in factors.within(start - place, stop - place):
-                    here = slice(place + begin, place + begin + part.shape.numel())
-                    own, target = base[here].view(part.shape), out[here].view(part.shape)
-                    part.merge(own, coeffs[:, group], target)
+        for start, stop, group in segments.rows:
+            for here, part in self.pieces(start, stop):
+                own, target = base[here].view(part.shape), out[here].view(part.shape)
+                part.merge(own, coeffs[:, group], target)
 
     def inner(self, grad: Tensor, start: int, stop: int) -> Float[Tensor, " T"]:
         """<grad, tau_t> of every task, for the gradient of the parameters at start..stop."""
         result = grad.new_zeros(self.shape[0])
-        for place, factors in self.between(start, stop):
-            low, high = max(start, place), min(stop, place + factors.shape.numel())
-            for begin, part in factors.within(low - place, high - place):
-                here = slice(place + begin - start, place + begin - start + part.shape.numel())
-                result += part.inner(grad[here].view(part.shape))
+        for here, part in self.pieces(start, stop):
+            result += part.inner(grad[here.start - start : here.stop - start].view(part.shape))
         return result
 
     def rows(self, numbers: Sequence[int]) -> "LowRankDeltas":
@@ -177,13 +172,13 @@ class LowRankDeltas:
         factors = {start: factor.rows(numbers) for start, factor in self.factors.items()}
         return LowRankDeltas((len(numbers), self.shape[1]), factors)
 
-    def dense(self) -> Float[Tensor, "T N"]:
-        """All task vectors multiplied out: T N numbers, for methods that need every one."""
+    def columns(self, start: int, stop: int) -> Float[Tensor, "T n"]:
+        """Task vectors at positions start..stop, multiplied out."""
         first = sample(self)
-        result = torch.zeros(self.shape, dtype=wide(first.dtype), device=first.device)
-        for start, factor in self.factors.items():
-            for row, matrix in zip(result, factor.dense(), strict=True):
-                row[start : start + factor.shape.numel()] = matrix.flatten()
+        result = first.new_zeros(self.shape[0], stop - start, dtype=wide(first.dtype))
+        for here, part in self.pieces(start, stop):
+            for row, matrix in zip(result, part.dense(), strict=True):
+                row[here.start - start : here.stop - start] = matrix.flatten()
         return result
 
 
@@ -197,13 +192,6 @@ def sample(deltas: Deltas) -> Tensor:
     if isinstance(deltas, LowRankDeltas):
         return next(iter(deltas.factors.values())).left
     return deltas.values if isinstance(deltas, Int8Deltas) else deltas
-
-
-def dense(deltas: Deltas) -> Float[Tensor, "T N"]:
-    """Any store's task vectors as one matrix of float32 (float64 stays float64)."""
-    if not isinstance(deltas, Tensor):
-        return deltas.dense()
-    return deltas if deltas.dtype == torch.float64 else deltas.float()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -222,6 +210,22 @@ def columns(
     dense = isinstance(deltas, Tensor)
     for low, high in pieces:
         yield low, high, deltas[:, low:high].to(dtype) if dense else deltas.columns(low, high)
+
+
+def part(deltas: Deltas, start: int, stop: int) -> Float[Tensor, "T n"]:
+    """Task vectors at start..stop as float32 (float64 stays): a view where that serves."""
+    if isinstance(deltas, Tensor):
+        return deltas[:, start:stop].to(wide(deltas.dtype))
+    first = sample(deltas)
+    result = first.new_empty(deltas.shape[0], stop - start, dtype=wide(first.dtype))
+    for low, high, some in columns(deltas, start, stop, result.dtype):
+        result[:, low - start : high - start] = some
+    return result
+
+
+def dense(deltas: Deltas) -> Float[Tensor, "T N"]:
+    """Any store's task vectors as one matrix, for methods that need every number."""
+    return part(deltas, 0, deltas.shape[1])
 
 
 def check(base: Tensor, deltas: Deltas, segments: Segments, coeffs: Tensor | None = None) -> None:

@@ -97,8 +97,3 @@ class StreamedDeltas:
             return StreamedDeltas(self.host[numbers[0] : numbers[0] + 1], self.device)
         chosen, shape = (self.host[number] for number in numbers), (len(numbers), self.shape[1])
         return StreamedDeltas(host_matrix(chosen, shape, self.host.dtype, self.device), self.device)
-
-    def dense(self) -> Float[Tensor, "T N"]:
-        """All task vectors on the device in float32 (float64 stays): what streaming avoids."""
-        wide = torch.float64 if self.host.dtype == torch.float64 else torch.float32
-        return self.host.to(self.device, wide)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -40,17 +40,19 @@ LIMIT = 100.0  # of a coefficient; converging fits stay far below
 
 @dataclass(frozen=True)
 class Step:
-    """The state of a fit, passed to the callback before each update, and once at the end.
-
-    `flat` is the merged model's buffer, overwritten by the next step: clone it to keep it.
-    """
+    """The state of a fit, passed to the callback before each update, and once at the end."""
 
     number: int
     loss: float | None  # nats, summed over tasks; None at the end, where no batch was drawn
     coeffs: Float[Tensor, "T G"]
-    flat: Float[Tensor, " N"]
+    merged: Callable[[], Tensor] = field(repr=False)
     scaled: tuple[str, ...]  # what the rows of coeffs scale: tasks, or components of a basis
     groups: tuple[str, ...]
+
+    @property
+    def flat(self) -> Float[Tensor, " N"]:
+        """The merged parameters, overwritten by the next step: clone them to keep them."""
+        return self.merged()
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class FitContext:
         """Call the callback."""
         if self.callback is not None:
             names = (model.vectors.tasks, model.coefficients.groups)
-            self.callback(Step(number, loss, coeffs.detach().clone(), model.flat, *names))
+            self.callback(Step(number, loss, coeffs.detach().clone(), model.whole, *names))
 
 
 def is_bounded(loss: float | None, coeffs: Float[Tensor, "T G"]) -> bool:
@@ -89,9 +91,6 @@ def require_bounded(number: int, loss: float | None, coeffs: Tensor, advice: str
             f"fit_coefficients: the loss is {loss} at step {number}, the largest coefficient "
             f"{coeffs.detach().abs().max():.3g}; {advice} or check the experts for extreme logits"
         )
-
-
-# --- optimizers -----------------------------------------------------------------------------------
 
 
 def loss_and_gradient(model: MergedModel, chosen: Sequence[int]) -> LossAndGradient:
@@ -287,4 +286,4 @@ def fit_coefficients(
     steps = find(model, context)
     stored.save()
     context.report(model, steps, None, model.merge())
-    return model.flat
+    return model.whole()

@@ -8,14 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
-from types import (
-    BuiltinFunctionType,
-    CodeType,
-    EllipsisType,
-    FunctionType,
-    MethodType,
-    ModuleType,
-)
+from types import BuiltinFunctionType, CodeType, EllipsisType, FunctionType, MethodType, ModuleType
 
 import torch
 from torch import Tensor

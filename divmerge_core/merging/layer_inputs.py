@@ -1,10 +1,11 @@
 """What goes into a model's linear layers, for methods that match layers and not answers."""
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from divmerge_core.merging.problem import MergeProblem
@@ -28,6 +29,45 @@ def linear_layers(problem: MergeProblem) -> dict[str, nn.Linear]:
         for name, layer in require_module(problem, "this method").named_modules()
         if isinstance(layer, nn.Linear) and f"{name}.weight" in names
     }
+
+
+def embedding_tables(problem: MergeProblem) -> dict[str, nn.Embedding]:
+    """The embedding tables that are merged, by the weight's name; none without a module."""
+    named = problem.module.named_modules() if problem.module else ()
+    tables = {f"{name}.weight": part for name, part in named if isinstance(part, nn.Embedding)}
+    return {name: tables[name] for name in problem.vectors.layout.names if name in tables}
+
+
+def rows_read(
+    problem: MergeProblem, tables: Mapping[str, nn.Embedding]
+) -> dict[str, Bool[Tensor, " V"]]:
+    """Which rows of these embedding tables the problem's inputs read, by the weight's name.
+
+    All rows of a table where gradients reach others too, as where the model's output is tied to it.
+    """
+    parameters = problem.vectors.layout.unflatten(problem.vectors.base)
+    leaves = {name: parameters[name].detach().requires_grad_() for name in tables}
+    read = {name: leaf.new_zeros(len(leaf), dtype=torch.bool) for name, leaf in leaves.items()}
+
+    def record(name: str, layer: nn.Module, given: tuple[Tensor, ...], named: dict) -> None:
+        read[name][next(iter((*given, *named.values())))] = True
+
+    hooks = {table: partial(record, name) for name, table in tables.items()}
+    handles = [t.register_forward_pre_hook(hook, with_kwargs=True) for t, hook in hooks.items()]
+    try:
+        for task, batches in enumerate(problem.batches if tables else ()):
+            for number, batch in enumerate(batches):
+                with torch.set_grad_enabled(number == 0):
+                    logits = problem.forward(parameters | leaves, [(task, batch)])[0]
+                if logits.requires_grad:
+                    every, total = list(leaves.values()), logits.square().sum()
+                    slopes = torch.autograd.grad(total, every, materialize_grads=True)
+                    for seen, slope in zip(read.values(), slopes, strict=True):
+                        seen |= slope[~seen].any()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return read
 
 
 @torch.no_grad()
@@ -78,10 +118,7 @@ class Seen:
 
 
 def layer_inputs(
-    problem: MergeProblem,
-    flat: Float[Tensor, " N"],
-    task: int,
-    names: Container[str] | None = None,
+    problem: MergeProblem, flat: Float[Tensor, " N"], task: int, names: Container[str] | None = None
 ) -> dict[str, Seen]:
     """What a model's linear layers read on a task's inputs, by the weight's name.
 

@@ -4,17 +4,20 @@ Autograd stops at the buffer; one product with the task vectors gives the gradie
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from divmerge_core.divergences.parse import Objective
+from divmerge_core.kernels.delta_storage import LowRankDeltas
 from divmerge_core.kernels.expert_cache import TopKLogProbs
 from divmerge_core.kernels.merge import add_inner, grouped_inner, grouped_merge
 from divmerge_core.kernels.segments import Segments
+from divmerge_core.kernels.table_rows import TableRows
 from divmerge_core.merging.coefficients import Coefficients
+from divmerge_core.merging.layer_inputs import embedding_tables, rows_read
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.merging.task_vectors import TaskVectors
 
@@ -74,6 +77,24 @@ def moved_tensors(vectors: TaskVectors) -> list[bool]:
         return [True] * len(vectors.layout.names)
     found = [bool(vectors.deltas[:, a:b].any()) for a, b in vectors.layout.bounds]
     return found if any(found) else [True] * len(found)
+
+
+def as_read(problem: MergeProblem, vectors: TaskVectors) -> TaskVectors:
+    """The vectors with whole embedding tables of a low-rank store cut to the rows that are read.
+
+    A fit on the problem's inputs merges these rows alone, and has gradients of no others.
+    """
+    if not isinstance(vectors.deltas, LowRankDeltas):
+        return vectors
+    stored, tables = dict(vectors.deltas.factors), embedding_tables(problem)
+    bounds = dict(zip(vectors.layout.names, vectors.layout.bounds, strict=True))
+    places = {name: bounds[name][0] for name in tables}
+    whole = {n: tables[n] for n, at in places.items() if at in stored and len(stored[at].left) == 1}
+    for name, read in rows_read(problem, whole).items():
+        kept, table = stored[places[name]], vectors.layout.unflatten(vectors.base)[name]
+        deltas, rows = kept.right.unflatten(1, table.shape), read.nonzero()[:, 0]
+        stored[places[name]] = TableRows.of(table, rows, deltas, kept.ranks)
+    return replace(vectors, deltas=LowRankDeltas(vectors.deltas.shape, stored))
 
 
 def gather_in_buffer(
@@ -170,13 +191,15 @@ def rounds(counts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
 class MergedModel:
     """The merged model in one buffer [N], whose views are the model's parameters.
 
-    vectors: what the coefficients scale: the problem's task vectors, or components of them.
+    vectors: what the coefficients scale: the problem's task vectors, or components of them. read:
+    these as far as the problem's inputs read them.
     targets: the logits that the merged model's are held to, `[task][batch] -> [A, V]`. collect:
     of GRADIENTS, what the backward passes since its last call add up to, as dL/dLambda [T, G].
     """
 
     problem: MergeProblem
     vectors: TaskVectors
+    read: TaskVectors
     coefficients: Coefficients
     objective: Objective
     targets: Sequence[Sequence[Answers]]
@@ -195,7 +218,7 @@ class MergedModel:
         gradients: str,
     ) -> "MergedModel":
         """The buffer, with nothing merged into it yet."""
-        flat = torch.empty_like(vectors.base)
+        flat, read = torch.empty_like(vectors.base), as_read(problem, vectors)
         leaves = vectors.layout.unflatten(flat)
         moved = [True] * len(leaves) if problem.reducer else moved_tensors(vectors)
         for leaf, needed in zip(leaves.values(), moved, strict=True):
@@ -203,17 +226,26 @@ class MergedModel:
         if problem.reducer:  # gradients come to the module's own shares, not to these leaves
             collect = problem.reducer.gather(vectors, coefficients.segments)
         else:
-            collect = GRADIENTS[gradients](leaves, vectors, coefficients.segments)
-        return cls(problem, vectors, coefficients, objective, targets, flat, leaves, collect)
+            collect = GRADIENTS[gradients](leaves, read, coefficients.segments)
+        return cls(problem, vectors, read, coefficients, objective, targets, flat, leaves, collect)
 
-    def merge(self) -> Float[Tensor, "T G"]:
-        """Merge into the buffer; returns the coefficients, with the graph of their link."""
-        vectors, coeffs = self.vectors, self.coefficients()
+    def merge(self, vectors: TaskVectors | None = None) -> Float[Tensor, "T G"]:
+        """Merge into the buffer; returns the coefficients, with the graph of their link.
+
+        vectors: None for those that are read: rows of tables that no input reads stay the base's.
+        """
+        vectors, coeffs = vectors or self.read, self.coefficients()
         segments, out = self.coefficients.segments, self.flat
         grouped_merge(
             vectors.base, vectors.deltas, coeffs.detach(), segments, out=out, validate=False
         )
         return coeffs
+
+    def whole(self) -> Float[Tensor, " N"]:
+        """The buffer, with all parameters merged."""
+        if self.read is not self.vectors:
+            self.merge(self.vectors)
+        return self.flat
 
     def loss(self, chosen: Sequence[int]) -> Float[Tensor, ""]:
         """The loss on one batch of every task: the chosen ones."""

@@ -10,11 +10,10 @@ from itertools import pairwise
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from divmerge_core.kernels.delta_storage import Factors, LowRankDeltas, dense
-from divmerge_core.kernels.table_rows import TableRows
-from divmerge_core.merging.layer_inputs import layer_inputs, require_module
+from divmerge_core.kernels.delta_storage import Factors, LowRankDeltas, part
+from divmerge_core.merging.layer_inputs import embedding_tables, layer_inputs, require_module
 from divmerge_core.merging.linalg import elected, truncated
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.merging.task_vectors import TaskVectors
@@ -81,20 +80,15 @@ def components(
     start: of the matrices that are split; None for 1/T, where all others start. Embedding tables
     are known by the problem's module; without one they count as matrices.
     """
-    vectors, tasks = problem.vectors, problem.vectors.tasks
-    modules = problem.module.named_modules() if problem.module else ()
-    tables = {f"{name}.weight" for name, part in modules if isinstance(part, nn.Embedding)}
+    vectors, tasks, tables = problem.vectors, problem.vectors.tasks, embedding_tables(problem)
     layout, stored, starts = vectors.layout, {}, []
-    deltas, none = dense(vectors.deltas), (0,) * (len(tasks) * (bands - 1))
+    ranks = (1,) * len(tasks) + (0,) * (len(tasks) * (bands - 1))  # of tensors that are kept
     for name, shape, (low, high) in zip(layout.names, layout.shapes, layout.bounds, strict=True):
-        own, parts = deltas[:, low:high], None
-        if name in tables:
-            table = TableRows.of(vectors.base[low:high].view(shape), own.unflatten(1, shape))
-            stored[low] = table.extended(len(none))
-        else:
-            parts = split(name, own.unflatten(1, shape)) if len(shape) == 2 else None
-            kept = Factors(own.new_ones(1, len(tasks)), own, (1,) * len(tasks) + none)
-            stored[low] = kept if parts is None else banded(parts, bands)
+        own, parts = part(vectors.deltas, low, high), None
+        if len(shape) == 2 and name not in tables:
+            parts = split(name, own.unflatten(1, shape))
+        kept = Factors(own.new_ones(1, len(tasks)), own, ranks)
+        stored[low] = kept if parts is None else banded(parts, bands)
         starts.append(1 / len(tasks) if parts is None or start is None else start)
     names = [task if b == 0 else f"{task} band {b + 1}" for b in range(bands) for task in tasks]
     store = LowRankDeltas((len(names), layout.size), stored)

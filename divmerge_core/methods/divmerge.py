@@ -181,14 +181,7 @@ def with_defaults(method: Callable, **given: object) -> Callable[[Callable], Cal
     needs="unlabelled inputs",
     cost="gradients",
     cite="touayouch2026,gargiulo2025",
-    search=(
-        {},
-        {"lr": 0.1},
-        {"basis": "tsv:2"},
-        {"lr": 0.4},
-        {"basis": "tsv"},
-        {"lr": 0.05},
-    ),
+    search=({}, {"lr": 0.1}, {"basis": "tsv:2"}, {"lr": 0.4}, {"basis": "tsv"}, {"lr": 0.05}),
 )
 @with_defaults(
     divmerge,

@@ -4,17 +4,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import linear_problem, mean_divergence, normal, problem_of
+from helpers import linear_problem, mean_divergence, module_problem, normal, problem_of
 from torch import nn
 from torch.testing import assert_close
 
 from divmerge_core.divergences import js
-from divmerge_core.kernels.delta_storage import Factors, LowRankDeltas, dense
+from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.kernels.merge import grouped_inner, grouped_merge
 from divmerge_core.kernels.segments import Segments
 from divmerge_core.kernels.table_rows import TableRows
+from divmerge_core.merging import merged_model
 from divmerge_core.merging.coefficients import Coefficients, groups_of
 from divmerge_core.merging.fit import fit_coefficients
+from divmerge_core.merging.layer_inputs import embedding_tables, rows_read
+from divmerge_core.merging.merged_model import as_read
+from divmerge_core.merging.problem import Batch
+from divmerge_core.merging.task_vectors import TaskVectors
 from divmerge_core.methods.adaptive import adamerging
 from divmerge_core.methods.arithmetic import average
 from divmerge_core.methods.basis import BASES, basis
@@ -125,58 +130,105 @@ def test_components_merge_and_give_gradients_as_their_dense_form(spec):
 # --- embedding tables -----------------------------------------------------------------------------
 
 
-def table_of(decay=(-0.01, -0.02), rows=((1, 4), (4,))):
-    """A table [6, 3] that weight decay shrinks, and rows that two tasks trained."""
-    table = normal(6, 3)
-    deltas = torch.stack([factor * table for factor in decay])
-    for delta, places in zip(deltas, rows, strict=True):
-        delta[list(places)] += 1
-    return table, deltas
+class Reader(nn.Module):
+    """A sum of rows of a table through a matrix; `tied` multiplies by the table once more."""
+
+    def __init__(self, tied: bool):
+        super().__init__()
+        self.words, self.tied = nn.Embedding(6, 3), tied
+        self.dense = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.dense(self.words(input=x).sum(dim=1))
+        return found @ self.words.weight.T if self.tied else found
+
+
+def reading(tied: bool = False):
+    """Two experts of a reader, and inputs that read rows 1, 2 and 4 of its table."""
+    module = Reader(tied).double()
+    base = {name: normal(*value.shape) for name, value in module.named_parameters()}
+    experts = {
+        f"task{t}": {name: value + normal(*value.shape, seed=t + 1) for name, value in base.items()}
+        for t in range(2)
+    }
+    texts = [torch.tensor([[1, 2], [2, 2]]), torch.tensor([[4, 1], [2, 4]])]
+    weight = torch.full((2,), 0.5, dtype=torch.float64)
+    batches = [[Batch({"x": text}, weight)] for text in texts]
+    return module_problem(module, experts, batches, base=base)
+
+
+def test_rows_that_inputs_read_are_found_and_all_rows_of_a_tied_table():
+    problem, tied = reading(), reading(tied=True)
+    (read,) = rows_read(problem, embedding_tables(problem)).values()
+    assert read.nonzero()[:, 0].tolist() == [1, 2, 4]
+    assert rows_read(tied, embedding_tables(tied))["words.weight"].all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("gradients", ["stream", "buffer"])
+def test_a_fit_of_read_rows_ends_where_one_of_whole_tables_does(tied, gradients, monkeypatch):
+    problem = reading(tied)
+    vectors, starts = basis(problem, "tsv:2")
+
+    def fit():
+        seen = []
+        coefficients = Coefficients(vectors.layout, 4, grouping="layer", init=starts)
+        merged = fit_coefficients(
+            *(problem, coefficients, js),
+            **{"vectors": vectors, "gradients": gradients, "epochs": 5, "progress": False},
+            callback=lambda step: seen.append((step.loss or 0.0, step.flat.clone())),
+        )
+        return merged, seen
+
+    cut = as_read(problem, vectors).deltas.factors[0]
+    assert len(cut.read) == (6 if tied else 3)
+    merged, seen = fit()
+    monkeypatch.setattr(merged_model, "as_read", lambda problem, vectors: vectors)
+    expected, wanted = fit()
+    near(merged, expected)
+    for (loss, flat), (other, whole) in zip(seen, wanted, strict=True):
+        assert loss == pytest.approx(other, abs=1e-12)
+        near(flat, whole)
 
 
 def test_a_table_keeps_decay_as_one_number_and_trained_rows_alone():
-    table, deltas = table_of()
-    found = TableRows.of(table, deltas)
-    near(found.decay, torch.tensor([-0.01, -0.02], dtype=torch.float64))
-    assert [places.tolist() for places in found.places] == [[1, 4], [4]]
-    near(torch.stack(list(found.dense())), deltas)
-    near(torch.stack(list(found.rows([1]).dense())), deltas[1:])
-
-
-def test_rounding_errors_of_training_are_no_trained_rows():
-    table = normal(6, 3).float()
-    trained = table.clone()
+    table, read = normal(6, 3).float(), torch.tensor([0, 1, 4])
+    shrunk = table.clone()
     for _ in range(200):
-        trained *= 1 - 1e-5
-    assert [len(places) for places in TableRows.of(table, (trained - table)[None]).places] == [0]
+        shrunk *= 1 - 1e-5
+    trained = table * 0.98
+    trained[[1, 2]] += 1
+    found = TableRows.of(table, read, torch.stack([shrunk, trained]) - table, (1, 1, 0, 0))
+    near(found.left, torch.tensor([0.99999**200 - 1, -0.02]), 1e-5)
+    assert [places.tolist() for places in found.places] == [[], [1]]  # row 2 is not read
+    out, coeffs = table.clone(), torch.tensor([1.0, 2.0, 5.0, 7.0])
+    found.merge(table, coeffs, out)
+    expected = table.clone()
+    expected[read] = (shrunk + 2 * (trained - table))[read]
+    near(out, expected, 1e-5)  # as near as training's rounding errors
 
 
-def test_a_table_merges_and_gives_gradients_as_autograd_does():
-    table, deltas = table_of()
-    store = LowRankDeltas((2, 18), {0: TableRows.of(table, deltas)})
-    coeffs = normal(2, 1).requires_grad_()
-    segments, slope = Segments(((0, 18, 0),)), normal(18, seed=3)
-    expected = table.flatten() + coeffs[:, 0] @ deltas.flatten(1)
-    near(grouped_merge(table.flatten(), store, coeffs, segments), expected)
-    (gradient,) = torch.autograd.grad(expected @ slope, coeffs)
-    near(grouped_inner(slope, store, segments), gradient)
+def test_a_group_that_cuts_a_table_is_refused():
+    problem = reading()
+    store = as_read(problem, basis(problem, "tsv")[0]).deltas
     with pytest.raises(ValueError, match="cut a table"):
-        grouped_inner(slope, store, Segments(((0, 9, 0), (9, 18, 1))))
+        grouped_inner(normal(30), store, Segments(((0, 9, 0), (9, 30, 1))))
 
 
-def test_embedding_tables_keep_their_task_vectors():
-    table, deltas = table_of()
-    module = nn.Module()
-    module.words = nn.Embedding(6, 3)
-    shapes = {"words.weight": (6, 3), "dense": (4, 4)}
-    rows = [torch.cat([d.flatten(), normal(16, seed=9)]) for d in deltas]
-    problem = problem_of(*rows, module=module, **shapes)
-    base = torch.cat([table.flatten(), normal(16, seed=8)])
-    problem = replace(problem, vectors=replace(problem.vectors, base=base))
-    found = basis(problem, "tsv:2")[0].deltas.factors
-    assert isinstance(found[0], TableRows) and isinstance(found[18], Factors)
-    assert basis(problem, "tsv:2")[1] == [0.5, 1]
-    near(added(problem, "tsv:2")[:18], deltas.sum(dim=0).flatten())
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8", "streamed"])
+def test_embedding_tables_keep_their_task_vectors(storage):
+    problem = reading()
+    base = problem.vectors.layout.unflatten(problem.vectors.base.float())
+    rows = problem.vectors.base + problem.vectors.deltas
+    states = [problem.vectors.layout.unflatten(row.float()) for row in rows]
+    vectors = TaskVectors.from_states(base, dict(zip("ab", states, strict=True)), storage=storage)
+    found, starts = basis(replace(problem, vectors=vectors), "tsv:2")
+    assert starts == [0.5, 1, 0.5]  # table, matrix, bias
+    near(
+        added(replace(problem, vectors=vectors), "tsv:2")[:18],
+        dense(vectors.deltas).sum(dim=0)[:18],
+        1e-6,
+    )
 
 
 # --- fits -----------------------------------------------------------------------------------------

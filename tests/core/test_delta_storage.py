@@ -102,10 +102,10 @@ def test_int8_task_vectors_merge_as_what_they_stand_for(backend, monkeypatch):
     base, *rows = normal(4, 700, seed=1).float()
     segments = Segments.of([(0, 130), (130, 131), (131, 700)], [0, 1, 0])
     coeffs, store = normal(3, 2).float(), Int8Deltas.of(rows)
-    expected = grouped_merge(base, store.dense(), coeffs, segments)
+    expected = grouped_merge(base, dense(store), coeffs, segments)
     assert_close(grouped_merge(base, store, coeffs, segments, backend=backend), expected)
     found = grouped_inner(base, store, segments, backend=backend)
-    assert_close(found, grouped_inner(base, store.dense(), segments), rtol=1e-5, atol=1e-4)
+    assert_close(found, grouped_inner(base, dense(store), segments), rtol=1e-5, atol=1e-4)
 
 
 # --- low rank

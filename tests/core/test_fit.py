@@ -60,7 +60,8 @@ def fitted(
     coefficients, steps = start or coefficients_of(problem, **links or {}), []
 
     def callback(step: Step) -> None:
-        steps.append(replace(step, flat=step.flat.clone()))
+        now = step.flat.clone()
+        steps.append(replace(step, merged=lambda: now))
 
     options = {"callback": callback, **QUIET, **options}
     return fit_coefficients(problem, coefficients, objective, **options), coefficients, steps
