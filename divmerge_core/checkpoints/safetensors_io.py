@@ -1,17 +1,17 @@
 """Models in the hub's layout, read lazily.
 
-safetensors checks every header and maps files into memory, so that only the pages which are looked
-at are read.
+safetensors checks every header once; tensors are mapped into memory, so that only the pages which
+are looked at are read.
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
@@ -24,29 +24,14 @@ OTHERS = re.compile(r"incomplete|\.(bin|pt|pth|h5|msgpack|onnx|gguf|ckpt|safeten
 WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and of data parallel training
 
 
-@contextmanager
-def opened(file: Path) -> Iterator[safe_open]:
-    """A safetensors file. Raises ValueError where it is none, or not a whole one."""
-    try:
-        with safe_open(file, "pt") as content:
-            yield content
-    except SafetensorError as error:
-        with open(file, "rb") as start:
-            pointer = start.read(24).startswith(b"version https://git-lfs")
-        kind = "a Git-LFS pointer (git lfs pull fetches the file itself)" if pointer else "damaged"
-        raise ValueError(
-            f"{file} is no whole safetensors file but {kind}: {error}; fetch or save it again"
-        ) from error
-
-
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file, of which only dtype and shape have been read."""
+    """One tensor in a file, of which only dtype, shape and first byte have been read."""
 
     file: Path
-    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    start: int
 
     @property
     def size(self) -> int:
@@ -55,18 +40,33 @@ class Stored:
 
     def mapped(self) -> Shaped[Tensor, " n"]:
         """Its numbers in a row, in its own dtype: read from the file where they are looked at."""
-        with opened(self.file) as content:
-            return content.get_tensor(self.name).reshape(-1)
+        if not self.size:  # no file is mapped from no byte
+            return torch.empty(0, dtype=self.dtype)
+        part = np.memmap(self.file, np.uint8, "c", self.start, self.size * self.dtype.itemsize)
+        return torch.from_numpy(part).view(self.dtype)
 
 
 def stored(file: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file, by name.
 
-    Raises ValueError for a file that is no whole safetensors file.
+    Raises ValueError where it is none, or not a whole one.
     """
-    with opened(file) as content:
-        tensors = {name: content.get_tensor(name) for name in content.keys()}  # none is read yet
-        return {n: Stored(file, n, t.dtype, tuple(t.shape)) for n, t in tensors.items()}
+    try:
+        with safe_open(file, "pt") as content, open(file, "rb") as start:
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # none is read
+            after = 8 + (size := int.from_bytes(start.read(8), "little"))
+            places = json.loads(start.read(size))
+    except SafetensorError as error:
+        with open(file, "rb") as start:
+            pointer = start.read(24).startswith(b"version https://git-lfs")
+        kind = "a Git-LFS pointer (git lfs pull fetches the file itself)" if pointer else "damaged"
+        raise ValueError(
+            f"{file} is no whole safetensors file but {kind}: {error}; fetch or save it again"
+        ) from error
+    return {
+        name: Stored(file, t.dtype, tuple(t.shape), after + places[name]["data_offsets"][0])
+        for name, t in tensors.items()
+    }
 
 
 def weight_files(folder: Path) -> list[Path]:

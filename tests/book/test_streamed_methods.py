@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from divmerge_book.models.streamed_methods import RULES, cutoffs, rule_of, tally
+from divmerge_book.models.streamed_methods import RULES, cutoffs, kept, rule_of, tally
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -127,9 +127,10 @@ def test_what_a_method_refuses_is_refused_before_files_are_read(tmp_path, method
         rule_of(record_of(tmp_path / "nowhere", method, TASKS, **options))
 
 
-def test_rows_of_draws_are_one_sequence():
-    """What lets DARE draw tensor by tensor what it draws for a whole model."""
-    whole = torch.rand(1000, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("drop", [0.0, 0.1, 0.5, 0.9, 1 - 2**-24])
+def test_what_is_kept_is_what_one_sequence_of_draws_keeps(drop):
+    """What lets DARE draw tensor by tensor, two draws at once, what it draws for a whole model."""
+    whole = torch.rand(20_001, generator=torch.Generator().manual_seed(1)) >= drop
     generator = torch.Generator().manual_seed(1)
-    parts = [torch.rand(n, generator=generator) for n in (1, 16, 333, 650)]
+    parts = [kept(n, drop, generator) for n in (0, 1, 16, 333, 650, 19_001)]
     assert torch.equal(torch.cat(parts), whole)

@@ -102,9 +102,11 @@ def linear(recipe: Recipe) -> Rule:
 def thinned(recipe: Recipe, name: str, origin: Tensor, experts: Sequence[Tensor]) -> Change:
     """What a method leaves of a tensor's task vectors, by `density` and `rescale`."""
     method, count = recipe.method, len(experts)
+    if method in ("linear", "task_arithmetic"):
+        return unchanged
     shares = [float(recipe.value("density", name, model, 1.0)) for model in range(count)]
     rescale = flag(recipe, "rescale", name)
-    if method in ("linear", "task_arithmetic") or min(shares) >= 1 or not len(origin):
+    if min(shares) >= 1 or not len(origin):
         return unchanged
     if method.startswith("dare"):
         drops = [1 - min(1.0, share) for share in shares]
