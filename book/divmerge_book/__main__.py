@@ -77,12 +77,12 @@ def command_line() -> argparse.ArgumentParser:
     for one in (seen, own):
         one.add_argument("description", help="see `python -m pydoc divmerge_book.user_models`")
         one.add_argument("--method", dest="methods", **how)
+        one.add_argument("--device", default="cpu")
+        one.add_argument("--precision", default="float32", help="float32, bfloat16 or auto")
     own.add_argument("output", help="folder of the merged model; a parent of several")
     own.epilog = "The description may also be mergekit's YAML, merged from disk to disk."
     own.add_argument("--budget", type=int, help="options that each search tries; default: all")
     own.add_argument("--seed", type=int, default=0)
-    own.add_argument("--device", default="cpu")
-    own.add_argument("--precision", default="float32", help="float32, bfloat16 or auto")
     own.add_argument("--overwrite", action="store_true", help="replace a model in the output")
     return parser
 
@@ -133,7 +133,8 @@ def execute_command(command: str, **given: object) -> int:
 
         given["methods"] = given["methods"] or ["divmerge/layer"]
         if command == "check":
-            print(check(read(locate(given["description"])), given["methods"]).summary())
+            place = {name: given[name] for name in ("device", "precision")}
+            print(check(read(locate(given["description"])), given["methods"], **place).summary())
         for folder in merge_described(**given) if command == "merge" else ():
             print(f"merged model in {folder}")
     return 0

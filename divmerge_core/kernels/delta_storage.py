@@ -42,8 +42,13 @@ class Int8Deltas:
 
     @classmethod
     def of(cls, rows: Iterable[Float[Tensor, " N"]]) -> "Int8Deltas":
-        """Quantise task vectors one at a time, so that no float32 matrix of all is needed."""
-        pairs = [quantise(row) for row in rows]
+        """Quantise task vectors a piece at a time, so that nothing else of their size is needed."""
+
+        def quantised(row: Float[Tensor, " N"]) -> tuple[Tensor, ...]:
+            pieces = map(quantise, row.split(SCALE_BLOCK << 11))
+            return tuple(map(torch.cat, zip(*pieces, strict=True)))
+
+        pairs = [quantised(row) for row in rows]
         return cls(*(torch.stack(parts) for parts in zip(*pairs, strict=True)))
 
     @property

@@ -123,7 +123,7 @@ def test_without_rows_models_stay_on_disk_and_the_merge_is_the_same(
     command = ["merge", str(project), "--method", method]
     assert __main__.main([*command, str(tmp_path / "disk")]) == 0
     assert "from disk to disk" in capsys.readouterr().out
-    monkeypatch.setattr("divmerge_book.user_models.save.obstacle", lambda *given: "told so")
+    monkeypatch.setattr("divmerge_book.user_models.checking.obstacle", lambda *given: "told so")
     assert __main__.main([*command, str(tmp_path / "memory")]) == 0
     assert "read into memory: told so" in capsys.readouterr().out
     found, wanted = (

@@ -7,8 +7,8 @@ import torch
 import transformers
 from divmerge_book.models.language.completions import greedy
 from divmerge_book.user_models import check, load, merge_and_score, read, write_merged
-from divmerge_book.user_models.language_load import keep_rows
 from divmerge_book.user_models.language_tokens import Reading, agreed
+from divmerge_book.user_models.weights import keep_rows
 from helpers import layout_of
 from language_files import make_language_project, prompt_rows, write_lines
 from language_toys import tokenizer

@@ -121,8 +121,7 @@ def memory_plans(
     micro = size.recipe.micro or size.recipe.batch_size
     works = training_of(size, micro, tokens, answers), fit_of(size, num_tasks, tokens, answers)
     loaded = Line("loaded base", 4 * model.parameters, "N x 4 bytes, as it was read")
-    plans = [plan(model, work, gpu) for work in works]
-    return tuple(replace(one, lines=(*one.lines, loaded)) for one in plans)
+    return tuple(plan(model, work, gpu, beside=(loaded,)) for work in works)
 
 
 def memory_table(

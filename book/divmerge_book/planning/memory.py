@@ -5,7 +5,7 @@ for their backward pass, with fused attention and no dropout. Not counted are a 
 allocations and gaps between allocations: leave some room.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -69,10 +69,13 @@ def size(nbytes: float | int) -> str:
     return f"{nbytes / GB:.2f} GB" if nbytes >= GB / 10 else f"{nbytes / 1e6:.2f} MB"
 
 
-def plan(model: Model, work: Training, device: str | float | int = "t4") -> Plan:
+def plan(
+    model: Model, work: Training, device: str | float | int = "t4", *, beside: Sequence[Line] = ()
+) -> Plan:
     """The plan of a fit, or of a fine-tuning with AdamW, on a device: in ACCELERATORS, or bytes.
 
-    Raises ValueError for an unknown device and for an encoder without a number of classes.
+    beside: what lies on the device as well. Raises ValueError for an unknown device and for an
+    encoder without a number of classes.
     """
     gpu = ACCELERATORS[device] if isinstance(device, str) else None
     name, capacity = (gpu.name, gpu.memory) if gpu else ("the device", device)
@@ -83,8 +86,11 @@ def plan(model: Model, work: Training, device: str | float | int = "t4") -> Plan
         title = f"Fit: {model.name}, N = {model.parameters:,}, {work.tasks} tasks"
         if work.deltas.startswith("streamed"):
             host = work.tasks * DELTAS[work.deltas] * model.parameters / work.ranks
-    planned = Plan(title, name, tuple(lines(model, work)), capacity, host)
-    return planned if planned.fits else replace(planned, advice=tuple(advise(model, work, planned)))
+
+    def of(**fields: object) -> tuple[Line, ...]:
+        return (*lines(model, replace(work, **fields)), *beside)
+
+    return advised(Plan(title, name, of(), capacity, host), changes(work), of)
 
 
 def lines(model: Model, work: Training) -> Iterator[Line]:
@@ -182,24 +188,28 @@ def changes(work: Training) -> dict[str, dict]:
     return found
 
 
-def advise(model: Model, work: Training, planned: Plan) -> Iterator[str]:
-    """Changes that save memory, those enough alone first, least first; then several together.
+def advised(planned: Plan, ways: Mapping[str, dict], of: Callable[..., Sequence[Line]]) -> Plan:
+    """The plan, with the changes that save memory where it does not fit.
 
-    All together leave tasks and devices as they are, and come only where no change is enough.
+    ways: what to do -> fields of a Fit or Training that change; of: the lines with these. Ways that
+    are enough alone come first, the least first; then several together: they leave tasks and
+    devices as they are, and come only where no way is enough.
     """
+    if planned.fits:
+        return planned
 
     def saved(fields: dict) -> float | int:
-        return planned.total - sum(line.nbytes for line in lines(model, replace(work, **fields)))
+        return planned.total - sum(line.nbytes for line in of(**fields))
 
     needed = planned.total - planned.capacity
-    every = {what: fields for what, fields in changes(work).items() if saved(fields) > 0}
+    every = {what: fields for what, fields in ways.items() if saved(fields) > 0}
     found, together = {what: saved(fields) for what, fields in every.items()}, {}
     for fields in every.values():
         together |= {} if {"tasks", "ranks"} & set(fields) else fields
     if together and all(nbytes < needed for nbytes in found.values()):
         found["all of these with the same tasks and devices"] = saved(together)
-    for what, nbytes in sorted(
-        found.items(), key=lambda one: (one[1] < needed, abs(one[1] - needed))
-    ):
-        verdict = "enough" if nbytes >= needed else "not enough alone"
-        yield f"{what}: saves {size(nbytes)} ({verdict})"
+    order = sorted(found.items(), key=lambda one: (one[1] < needed, abs(one[1] - needed)))
+    verdicts = [("enough" if nbytes >= needed else "not enough alone") for _, nbytes in order]
+    shown = zip(order, verdicts, strict=True)
+    advice = tuple(f"{what}: saves {size(n)} ({verdict})" for (what, n), verdict in shown)
+    return replace(planned, advice=advice)

@@ -13,6 +13,8 @@ The description (YAML or JSON; relative paths start at its own folder):
     base: models/bert              # folder, hub name, or a packaged encoder such as bert_tiny
     max_length: 128                # tokens; longer inputs are cut
     pad_token: <|endoftext|>       # only where neither base nor experts name one, as with GPT-2
+    storage: int8                  # of task vectors in memory; default: float32. low_rank keeps the
+                                   # factors of adapters, streamed leaves a GPU's in the host's
     tasks:
       - name: questions
         expert: models/questions   # transformers checkpoint, PEFT LoRA folder, or our own expert
@@ -26,8 +28,9 @@ The description (YAML or JSON; relative paths start at its own folder):
 folder, or a hub name with a revision (`organisation/model@v2`).
 """
 
+from divmerge_book.user_models.checking import check
 from divmerge_book.user_models.description import Description, TaskFiles, locate, read
 from divmerge_book.user_models.load import load
-from divmerge_book.user_models.plan import Plan, check
+from divmerge_book.user_models.plan import Plan
 from divmerge_book.user_models.result import MergeResult, closeness, merge_and_score, task_scores
 from divmerge_book.user_models.save import merge_described, target, write_merged

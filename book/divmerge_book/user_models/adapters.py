@@ -74,6 +74,20 @@ class Adapter:
             result[name] = result[name] + pair.scale * product.to(place)
         return result
 
+    @property
+    def rank(self) -> int:
+        """The largest rank of its factors."""
+        shapes = shapes_in(self.path)
+        return max(shapes[pair.left][1] for pair in self.factors.values())
+
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Name -> (B, A) of every tensor with factors, of which scale B A is B @ A."""
+        own, found = tensors_in(self.path), {}
+        for name, pair in self.factors.items():
+            left, right = pair.scale * own[pair.left].float(), own[pair.right].float()
+            found[name] = (right.T, left.T) if pair.transposed else (left, right)
+        return found
+
 
 def read_config(folder: Path) -> dict:
     """An adapter's configuration. Raises ValueError for all that is not plain LoRA, by name."""

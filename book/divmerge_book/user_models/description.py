@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, PrivateAttr, StringConstraints, model_validator
 
 from divmerge_book.data.schema import Fields, FilePath, read_file
+from divmerge_core.merging.task_vectors import STORAGES
 
 SPLITS = ("merge", "validation", "test")
 # Fields that one kind of description has and the other has not.
@@ -82,7 +83,8 @@ class Description(Fields):
     """What the models are, base, tasks, and the number of tokens at which inputs are cut.
 
     pad_token: pads batches where neither base nor experts name one, as with GPT-2. max_new: tokens
-    of a language model's answers. Raises ValueError for fields of the other kind.
+    of a language model's answers. storage: how task vectors are kept in memory; low_rank keeps the
+    factors of LoRA adapters. Raises ValueError for fields of the other kind.
     """
 
     kind: Literal["classifier", "language"] = "classifier"
@@ -91,6 +93,7 @@ class Description(Fields):
     max_length: Annotated[int, Field(ge=2)] = 128
     max_new: Annotated[int, Field(ge=1)] = 64
     pad_token: Word | None = None
+    storage: Literal[(*STORAGES, "low_rank")] = "float32"
     _path: Path = PrivateAttr(Path())
 
     @model_validator(mode="after")

@@ -251,29 +251,13 @@ def check_prompts(
         )
 
 
-def check_memory(
-    rows: Mapping[str, Mapping[str, datasets.Dataset]], tokens: Tokens, description: Description
-) -> None:
-    """Raise ValueError where the experts' distributions would fill more than half of the memory."""
-    count = sum(len(own["merge"]) for own in rows.values() if "merge" in own)
-    needed = 2 * tokens.rows * count * description.max_new  # in bfloat16
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > whole / 2:
-        raise ValueError(
-            f"{description.path}: {count} merge prompts with answers of {description.max_new} "
-            f"tokens (max_new) take up to {needed / 1e9:.0f} GB of distributions over "
-            f"{tokens.rows} tokens, of {whole / 1e9:.0f} GB of memory; give fewer merge rows, or a "
-            "smaller max_new"
-        )
-
-
 def checked(
     description: Description,
 ) -> tuple[BaseFolder, tuple[LanguageSource, ...], Mapping, tuple[str, ...], Tokens]:
     """All that a Plan holds but the description, checked without reading weights.
 
     Raises ValueError with all problems of the first stage that has any: the base; experts'
-    architectures and adapters; rows; splits that share inputs; tokens; memory.
+    architectures and adapters; rows; splits that share inputs; tokens.
     """
     base, model, notes = open_base(description)
     opened = collect_errors(partial(open_expert, task, base) for task in description.tasks)
@@ -283,6 +267,5 @@ def checked(
     rows = {source.task.name: own for source, own in read}
     notes += sum(collect_errors(partial(shared, *item) for item in rows.items()), [])
     tokens = agreed(base.tokenizer, table_rows(model), [source.reading for source in sources])
-    check_memory(rows, tokens, description)
     splits = {split: tuple(own.get(split) for own in rows.values()) for split in SPLITS}
     return base, sources, splits, (*notes, *tokens.notes), tokens

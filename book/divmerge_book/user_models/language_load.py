@@ -1,7 +1,7 @@
 """From a checked plan of language models to an experiment, one expert in memory at a time."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import datasets
@@ -22,9 +22,9 @@ from divmerge_book.models.language.models import Language, described, vocabulary
 from divmerge_book.user_models.folders import read_model
 from divmerge_book.user_models.language import LanguageSource, kind_of, tables
 from divmerge_book.user_models.plan import Plan
-from divmerge_book.user_models.weights import hashes, warn_of_lengths
+from divmerge_book.user_models.weights import hashes, stored_vectors
 from divmerge_core.merging.problem import Batch, MergeProblem
-from divmerge_core.merging.task_vectors import STORAGES, Layout, TaskVectors
+from divmerge_core.merging.task_vectors import Layout
 from divmerge_core.storage import cache_dir
 
 NEVER = -30.0  # log-probability of a token that an expert has no row for
@@ -66,22 +66,6 @@ def padded(table: Tensor, rows: int, value: float = 0.0, *, dim: int = 0) -> Ten
     """A tensor with more rows (or columns, dim 1) that hold this value."""
     more = [0, 0] * (table.ndim - 1 - dim) + [0, rows - table.shape[dim]]
     return torch.nn.functional.pad(table, more, value=value)
-
-
-def keep_rows(vectors: TaskVectors, long: set[str], owners: Mapping[int, Sequence[int]]) -> None:
-    """Leave rows of tables to the experts that own them: the base gets their mean, in place.
-
-    Other experts change nothing there, so one owner's row stands in every merge by coefficients.
-    """
-    base = vectors.layout.unflatten(vectors.base)
-    deltas = [vectors.layout.unflatten(row) for row in vectors.deltas]
-    for name in long & set(base):
-        for row, places in owners.items():
-            own = torch.stack([base[name][row] + deltas[place][name][row] for place in places])
-            base[name][row] = own.mean(0)
-            for place, delta in enumerate(deltas):
-                mine = own[places.index(place)] if place in places else base[name][row]
-                delta[name][row] = mine - base[name][row]
 
 
 def answered(
@@ -139,10 +123,7 @@ def load_language(plan: Plan, *, device: str, precision: str) -> Experiment:
                 state[name] = torch.cat([state[name], more])
             yield layout.flatten(state, f"expert {source.task.expert}").sub_(flat)
 
-    deltas = STORAGES["float32"](rows(), len(plan.tasks))
-    vectors = TaskVectors(layout, plan.tasks, flat, deltas)
-    keep_rows(vectors, long, plan.tokens.owners)
-    warn_of_lengths(vectors, plan.base.name)
+    vectors = stored_vectors(plan, layout, flat, rows(), long)
     experts = [
         Expert(
             source.task.name,
@@ -163,7 +144,7 @@ def load_language(plan: Plan, *, device: str, precision: str) -> Experiment:
         for split in ("validation", "test")
     ]
     seen = [rows and data_digest(rows) for parts in plan.rows.values() for rows in parts]
-    scores = [source.score for source in plan.experts]
+    scores = [plan.description.storage, *(source.score for source in plan.experts)]
     manifests = [expert.manifest for expert in experts]
     digest = key_of(code_digest(load_language), base.digest, manifests, seen, scores, most)
     forward = language_forward(base.model, precision=precision)

@@ -16,11 +16,11 @@ from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.models.encoders import Base, check_device, make_batches, pooled, resolve
 from divmerge_book.models.finetuning import Expert, data_digest
 from divmerge_book.user_models.folders import TENSORS, Source, read_model
-from divmerge_book.user_models.language_load import keep_rows, load_language, padded
+from divmerge_book.user_models.language_load import load_language, padded
 from divmerge_book.user_models.plan import Plan
-from divmerge_book.user_models.weights import hashes, warn_of_lengths
+from divmerge_book.user_models.weights import hashes, stored_vectors
 from divmerge_core.merging.problem import MergeProblem, Pairs
-from divmerge_core.merging.task_vectors import STORAGES, Layout, TaskVectors
+from divmerge_core.merging.task_vectors import Layout
 
 
 def task_forward(
@@ -90,10 +90,7 @@ def load(plan: Plan, *, device: str = "cpu", precision: str = "float32") -> Expe
             heads[source.task.name] = whole
             yield layout.flatten(own, who).sub_(flat)
 
-    stored = STORAGES["float32"](rows(), len(plan.tasks))
-    vectors = TaskVectors(layout, plan.tasks, flat, stored)
-    keep_rows(vectors, {table}, plan.vocabulary.owners)
-    warn_of_lengths(vectors, plan.base.name)
+    vectors = stored_vectors(plan, layout, flat, rows(), {table})
     manifests = [
         {
             **{"task": source.task.name, "answers": list(source.labels), "kind": source.kind},
@@ -102,7 +99,7 @@ def load(plan: Plan, *, device: str = "cpu", precision: str = "float32") -> Expe
         for source in plan.experts
     ]
     rows = [rows and data_digest(rows) for parts in plan.rows.values() for rows in parts]
-    given = (rows, length, plan.base.tokenizer.pad_token, place.type)
+    given = (rows, length, plan.base.tokenizer.pad_token, place.type, plan.description.storage)
     digest = key_of(code_digest(load), hashes(plan.base.folder), manifests, *given)
     base = Base(plan.base.name, encoder, plan.base.tokenizer, digest)
     batches = partial(make_batches, base=base, batch_size=4, max_length=length)

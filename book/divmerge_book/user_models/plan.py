@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pandas as pd
 
+from divmerge_book.planning.memory import Plan as MemoryPlan
 from divmerge_book.user_models import language
 from divmerge_book.user_models.data import load_rows, shared
 from divmerge_book.user_models.description import SPLITS, Description, TaskFiles, collect_errors
@@ -28,7 +29,8 @@ class Plan:
     """A checked description: experts that fit the base, and rows that fit the experts.
 
     rows: split -> per task its rows, None where it has none. notes: remarks that are no errors.
-    tokens, vocabulary: what tokenizers of language models, or of classifiers, agree on.
+    tokens, vocabulary: what tokenizers of language models, or of classifiers, agree on. place, once
+    methods are known: where they are merged; memory: what that needs, for one moment or two.
     """
 
     description: Description
@@ -38,6 +40,8 @@ class Plan:
     notes: tuple[str, ...]
     tokens: Tokens | None = None
     vocabulary: Vocabulary | None = None
+    place: str = ""
+    memory: tuple[MemoryPlan, ...] = ()
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -53,8 +57,9 @@ class Plan:
         return pd.DataFrame(columns, index=pd.Index(self.tasks, name="task"))
 
     def summary(self) -> str:
-        """The table and the notes, as commands print them."""
-        return "\n".join([self.table().to_string(), *(f"note: {note}" for note in self.notes)])
+        """The table, the notes and the memory, as commands print them."""
+        said = [self.table().to_string(), *(f"note: {note}" for note in self.notes)]
+        return "\n".join([*said, *([self.place] if self.place else []), *map(str, self.memory)])
 
 
 def found(task: TaskFiles, folder: Path) -> TaskFiles:
@@ -120,13 +125,8 @@ def cut_note(
     return [text] if found else []
 
 
-def check(description: Description, methods: Sequence[str] = ()) -> Plan:
-    """Everything about a description that can be checked without loading weights.
-
-    methods: those it is to be merged by; what they need is checked too. Raises ValueError with all
-    problems of the first stage that has any: methods; paths; the base; experts' architectures,
-    labels and adapters; rows; splits that share inputs; tokenizers.
-    """
+def inspected(description: Description, methods: Sequence[str] = ()) -> Plan:
+    """The plan without its memory; see `check`, which says what is refused."""
     names = [task.name for task in description.tasks]
     lacking = {s: [t.name for t in description.tasks if s not in t.files()] for s in SPLITS}
     if methods:

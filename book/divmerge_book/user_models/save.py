@@ -14,15 +14,17 @@ from torch import Tensor
 from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.models.finetuning import data_digest
 from divmerge_book.models.merged import write
+from divmerge_book.user_models.checking import check
 from divmerge_book.user_models.description import Description, locate, read
 from divmerge_book.user_models.language_save import language_facts, write_language
 from divmerge_book.user_models.load import load
-from divmerge_book.user_models.plan import Plan, check
+from divmerge_book.user_models.plan import Plan
 from divmerge_book.user_models.result import MergeResult, merge_and_score, rescored, task_scores
-from divmerge_book.user_models.streaming import obstacle, write_from_disk
+from divmerge_book.user_models.streaming import write_from_disk
 from divmerge_book.user_models.vocabulary import grown_base
 from divmerge_core.checkpoints import Head, MergeRecord
 from divmerge_core.checkpoints.heads import MEAN
+from divmerge_core.kernels.delta_storage import LowRankDeltas, columns
 from divmerge_core.merging.coefficients import groups_of
 from divmerge_core.merging.task_vectors import TaskVectors
 from divmerge_core.methods import METHODS, parse
@@ -46,7 +48,7 @@ def coefficients_of(
     gram = torch.zeros(size, count, count, dtype=torch.float64)
     along, moved = torch.zeros(size, count, 1, dtype=torch.float64), 0.0
     for (begin, stop), group in zip(vectors.layout.bounds, groups, strict=True):
-        deltas = vectors.deltas[:, begin:stop].double().cpu()  # [T, n]
+        deltas = deltas_of(vectors, begin, stop).double().cpu()  # [T, n]
         change = (flat[begin:stop].double() - vectors.base[begin:stop].double()).cpu()
         gram[group] += deltas @ deltas.T
         along[group] += deltas @ change[:, None]
@@ -59,6 +61,16 @@ def coefficients_of(
     )  # ||change - made||^2
     limit = 1e-3 * moved.sqrt() + 1e-6 * vectors.base.double().norm().cpu()
     return coeffs[..., 0].T.float() if rest <= limit**2 else None
+
+
+def deltas_of(vectors: TaskVectors, begin: int, stop: int) -> Float[Tensor, "T n"]:
+    """The task vectors of one tensor, whatever their storage."""
+    if not isinstance(vectors.deltas, LowRankDeltas):
+        pieces = columns(vectors.deltas, begin, stop, torch.float32)
+        return torch.cat([piece.clone() for _, _, piece in pieces], dim=1)
+    factors = vectors.deltas.factors.get(begin)
+    none = vectors.base.new_zeros(len(vectors.tasks), stop - begin)
+    return none if factors is None else torch.stack(list(factors.dense())).flatten(1)
 
 
 def grouping_of(spec: str) -> str:
@@ -102,13 +114,11 @@ def merge_described(
         folders = {method: output / method.replace("/", "-") for method in folders}
     for folder in folders.values():
         target(described, folder, overwrite=overwrite)
-    plan = check(described, list(folders))
+    plan = check(described, list(folders), device=device, precision=precision)
     print(plan.summary())
-    if (why := obstacle(plan, list(folders))) is None:
-        print("merged from disk to disk, a few tensors in memory at a time")
+    if not plan.memory:
         given = {"overwrite": overwrite}
         return [write_from_disk(plan, *item, **given) for item in folders.items()]
-    print(f"models are read into memory: {why}")
     bench = load(plan, device=device, precision=precision)
     found = merge_and_score(bench, list(folders), budget=budget, seed=seed)
     if len(found.closeness):
@@ -165,6 +175,7 @@ def write_merged(
     vectors, made, grouping = bench.problem.vectors, found.made[spec], grouping_of(spec)
     scales_tasks = made.fit and made.fit["tasks"] == list(vectors.tasks)  # else a basis
     near = torch.tensor(made.fit["coefficients"]) if scales_tasks else None
+    storage = plan.description.storage
     own_words = plan.vocabulary is not None and plan.vocabulary.owners
     data = {
         source.task.name: {
@@ -172,6 +183,7 @@ def write_merged(
             **({"digest": data_digest(merge)[:16]} if (merge := plan.rows["merge"][n]) else {}),
             "labels": ", ".join(source.labels),
             "expert": source.kind,
+            **({"task vector": storage} if storage != "float32" else {}),
             **(language_facts(plan, bench, n) if plan.tokens else {}),
             **({"own tokens": plan.vocabulary.added(n)} if own_words else {}),
         }
