@@ -6,7 +6,7 @@ divmerge grid grid.yaml
 divmerge book --size smoke
 divmerge example my_example
 divmerge check my_models.yaml --method divmerge/layer
-divmerge merge my_models.yaml merged/ --method divmerge/layer
+divmerge merge my_models.yaml merged/ --method divmerge/layer --set epochs=2 --set lr=0.05
 divmerge merge mergekit_config.yml merged/
 
 `python -m divmerge_book` is the same command.
@@ -74,9 +74,11 @@ def command_line() -> argparse.ArgumentParser:
     )
     own = commands.add_parser("merge", help="merge the models that a file describes")
     how = {"action": "append", "default": [], "help": "may be repeated; default: divmerge/layer"}
+    pairs = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
     for one in (seen, own):
         one.add_argument("description", help="see `python -m pydoc divmerge_book.user_models`")
         one.add_argument("--method", dest="methods", **how)
+        one.add_argument("--set", dest="options", help="an option of the methods", **pairs)
         one.add_argument("--device", default="cpu")
         one.add_argument("--precision", default="float32", help="float32, bfloat16 or auto")
     own.add_argument("output", help="folder of the merged model; a parent of several")
@@ -85,6 +87,18 @@ def command_line() -> argparse.ArgumentParser:
     own.add_argument("--seed", type=int, default=0)
     own.add_argument("--overwrite", action="store_true", help="replace a model in the output")
     return parser
+
+
+def options_in(pairs: list[str]) -> dict[str, object]:
+    """Options out of NAME=VALUE; values are JSON, Python, or words."""
+    from divmerge_book.runner.parameters import parse
+
+    found = {}
+    for name, sign, value in (pair.partition("=") for pair in pairs):
+        if not (name and sign and value) or name in found:
+            raise ValueError(f"--set takes NAME=VALUE, each name once; got {', '.join(pairs)}")
+        found[name] = parse("", value)
+    return found
 
 
 def execute_command(command: str, **given: object) -> int:
@@ -121,7 +135,14 @@ def execute_command(command: str, **given: object) -> int:
     elif command == "merge" and is_config(given["description"]):
         from divmerge_book.models.mergekit_merge import merge_config
 
-        others = {"methods": [], "budget": None, "seed": 0, "device": "cpu", "precision": "float32"}
+        others = {
+            "options": [],
+            "methods": [],
+            "budget": None,
+            "seed": 0,
+            "device": "cpu",
+            "precision": "float32",
+        }
         if any(given[name] != value for name, value in others.items()):
             raise ValueError(
                 "mergekit's file says how to merge; the command takes --overwrite only"
@@ -132,8 +153,9 @@ def execute_command(command: str, **given: object) -> int:
         from divmerge_book.user_models import check, locate, merge_described, read
 
         given["methods"] = given["methods"] or ["divmerge/layer"]
+        given["options"] = options_in(given["options"])
         if command == "check":
-            place = {name: given[name] for name in ("device", "precision")}
+            place = {name: given[name] for name in ("device", "precision", "options")}
             print(check(read(locate(given["description"])), given["methods"], **place).summary())
         for folder in merge_described(**given) if command == "merge" else ():
             print(f"merged model in {folder}")

@@ -41,7 +41,7 @@ class MergeRecord:
     base_name: the base's hub name, for the card; its folder's name where empty.
     data: task -> facts such as {"rows": {"merge": 40, "test": 200}, "digest": "ab12..."}; values
     are numbers, texts or mappings of these. scores: mappings with the keys task, metric, value, low
-    and high (ends of the 95 % interval; None or NaN where there is none).
+    and high (ends of the 95 % interval; None or NaN where there is none). notes: remarks on these.
 
     Raises ValueError where the parts do not fit together, or options are no JSON.
     """
@@ -57,6 +57,7 @@ class MergeRecord:
     base_name: str = ""
     data: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     scores: Sequence[Mapping[str, object]] = ()
+    notes: Sequence[str] = ()
 
     def __post_init__(self):
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
@@ -130,7 +131,7 @@ def card(
         f"# {', '.join(record.tasks)}: one merged model",
         made(record),
         "## Coefficients\n\n" + coefficients_table(record),
-        "## Data\n\n" + data_table(record),
+        "## Data\n\n" + "\n".join([data_table(record), *(f"\n- {n}" for n in record.notes)]),
         "## Scores\n\n" + scores_table(record),
         "## Loading\n\nIn this folder:\n\n" + loading(base, heads) + f"\n\n{ready}" * bool(ready),
         "## mergekit\n\n" + mergekit_note(reason),

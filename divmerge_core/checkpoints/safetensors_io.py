@@ -21,7 +21,7 @@ LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bi
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING = re.compile(r"embed|wte|shared")
 OTHERS = re.compile(r"incomplete|\.(bin|pt|pth|h5|msgpack|onnx|gguf|ckpt|safetensors)$")
-WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and of data parallel training
+WRAPPERS = ("_orig_mod.module.", "module._orig_mod.", "_orig_mod.", "module.")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class StoredModel:
     tensors: by name, without those that are tied to another one. config: config.json; None for an
     expert of this project, whose encoder and head lie in one file without it. prefix: what its
     names have in front of those of the bare encoder, as AutoModel has them (`bert.`), or nothing.
-    early: whether some names on disk are spelled otherwise than today.
+    early: whether some names on disk are spelled otherwise (see `today` and `wrapper`).
     """
 
     folder: Path
@@ -139,13 +139,8 @@ class StoredModel:
         found = {name: tensor for part in parts for name, tensor in part.items()}
         if len(found) < sum(map(len, parts)):
             raise ValueError(f"{folder}: two of its files hold the same tensor; save it again")
-        wrapper = next((w for w in WRAPPERS if all(name.startswith(w) for name in found)), None)
-        if found and wrapper:
-            raise ValueError(
-                f"{folder}: all names begin with {wrapper!r}, so a wrapper of the model was saved; "
-                "load the weights into the model itself and save_pretrained it"
-            )
-        tensors = {today(name): tensor for name, tensor in found.items()}
+        start = len(wrapper(found))
+        tensors = {today(name[start:]): tensor for name, tensor in found.items()}
         if not (folder / "config.json").is_file():
             tensors = {name: t for name, t in tensors.items() if not name.startswith("head.")}
             return cls(folder, tensors, None, "encoder.")
@@ -172,6 +167,11 @@ class StoredModel:
         """
         own = [name for name in self.tensors if name.startswith(self.prefix)] or self.tensors
         return {self.core(name) for name in own if not pools(name)}
+
+
+def wrapper(names: Iterable[str]) -> str:
+    """What torch.compile or data parallel training put before all names, or nothing."""
+    return next((w for w in WRAPPERS if names and all(name.startswith(w) for name in names)), "")
 
 
 def pools(name: str) -> bool:

@@ -43,12 +43,10 @@ class Int8Deltas:
     @classmethod
     def of(cls, rows: Iterable[Float[Tensor, " N"]]) -> "Int8Deltas":
         """Quantise task vectors a piece at a time, so that nothing else of their size is needed."""
-
-        def quantised(row: Float[Tensor, " N"]) -> tuple[Tensor, ...]:
+        pairs = []
+        for row in rows:
             pieces = map(quantise, row.split(SCALE_BLOCK << 11))
-            return tuple(map(torch.cat, zip(*pieces, strict=True)))
-
-        pairs = [quantised(row) for row in rows]
+            pairs.append([torch.cat(parts) for parts in zip(*pieces, strict=True)])
         return cls(*(torch.stack(parts) for parts in zip(*pairs, strict=True)))
 
     @property

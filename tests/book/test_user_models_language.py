@@ -25,6 +25,7 @@ from language_files import (
 )
 from language_toys import save_model, tokenizer
 from local_files import changed, refused
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 # Toy experts move further than fine-tuning does.
@@ -110,6 +111,19 @@ def test_every_family_makes_the_way_there_and_back(tmp_path, cache, kind):
     found, *own = (dict(build.from_pretrained(place).named_parameters()) for place in folders)
     for name, tensor in found.items():
         assert_close(tensor, (own[0][name] + own[1][name]) / 2, rtol=0, atol=1e-6)
+
+
+def test_the_wrapper_of_a_saved_base_is_not_written_again(home, tmp_path, cache):
+    base = Path(shutil.copytree(home.parent / "base", tmp_path / "base"))
+    own = load_file(base / "model.safetensors")
+    wrapped = {f"_orig_mod.{name}": tensor for name, tensor in own.items()}
+    save_file(wrapped, base / "model.safetensors", metadata={"format": "pt"})
+    path = changed(home, 0)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"base": str(base)}))
+    plan, bench = load_quietly(path)
+    found = merge_and_score(bench, ["average"], budget=1, progress=False)
+    folder = write_merged(plan, bench, found, "average", tmp_path / "merged")
+    assert load_file(folder / "model.safetensors").keys() == own.keys()
 
 
 @pytest.mark.parametrize("method", ["ties", "dare", "slerp"])

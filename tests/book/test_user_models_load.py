@@ -184,11 +184,22 @@ def test_a_base_that_lacks_tensors_is_refused_by_name(project, tmp_path, part):
     refused(other_base(project, tmp_path, without(part)), "base", "tensors of its model", part)
 
 
-@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module."])
-def test_the_wrapper_of_a_saved_model_is_named_before_weights_are_read(project, tmp_path, wrapper):
-    path = other_base(project, tmp_path, lambda t: {f"{wrapper}{n}": one for n, one in t.items()})
-    with pytest.raises(ValueError, match=f"all names begin with '{wrapper}', so a wrapper"):
-        check(read(path))
+@pytest.mark.parametrize("before", ["_orig_mod.", "module._orig_mod."])
+def test_the_wrapper_of_a_saved_model_is_taken_off_and_said(project, bench, tmp_path, before):
+    def wrapped(own: dict) -> dict:
+        return {f"{before}{name}": tensor for name, tensor in own.items()}
+
+    path = other_base(project, tmp_path, wrapped)
+    path = spoiled(path, tmp_path, partial(stored, change=wrapped))
+    plan = check(read(path))
+    assert sum(f"all names begin with '{before}'" in note for note in plan.notes) == 2
+    found, wanted = load(plan).problem.vectors, bench.problem.vectors
+    assert torch.equal(found.base, wanted.base) and torch.equal(found.deltas, wanted.deltas)
+    lora, _ = with_adapter(project, tmp_path)
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    plain = load(check(read(lora))).problem.vectors.deltas
+    save_file(wrapped(load_file(file)), file)
+    assert torch.equal(load(check(read(lora))).problem.vectors.deltas, plain)
 
 
 def rewritten(folder: Path, **fields) -> None:

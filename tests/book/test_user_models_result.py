@@ -4,11 +4,16 @@ import json
 import math
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
 import transformers
+import yaml
 from divmerge_book import __main__
 from divmerge_book.evaluation.hyperparameter_search import own_experts
 from divmerge_book.evaluation.report import Report
@@ -24,8 +29,11 @@ from divmerge_book.user_models import (
     task_scores,
     write_merged,
 )
+from divmerge_book.user_models import save as save_module
 from divmerge_book.user_models.labels import order_note
-from divmerge_book.user_models.save import coefficients_of, grouping_of
+from divmerge_book.user_models.result import rescored
+from divmerge_book.user_models.save import coefficients_of, grouping_of, in_file
+from helpers import MARKERS
 from local_files import LABELS, ROWS, changed, make_expert, make_project, toy_rows
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -104,7 +112,18 @@ def test_without_any_rows_weights_are_merged_and_nothing_is_measured(project, tm
     path = changed(changed(project, 0, **bare), 1, **bare)
     command = ["merge", str(path), str(tmp_path / "merged"), "--method", "average"]
     assert __main__.main(command) == 0
-    assert "agreement" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "agreement" not in said and "from disk to disk" in said
+    for name in MARKERS:  # heads are the experts' own
+        own = transformers.AutoModelForSequenceClassification.from_pretrained(
+            project.parent / "experts" / name
+        )
+        ready = type(own).from_pretrained(tmp_path / "merged" / "tasks" / name)
+        for part in ("classifier", "bert.pooler.dense"):
+            assert torch.equal(
+                ready.get_parameter(f"{part}.weight"), own.get_parameter(f"{part}.weight")
+            )
+        assert ready.config.id2label == own.config.id2label
     base, *experts = (
         transformers.AutoModel.from_pretrained(folder).get_input_embeddings().weight
         for folder in (tmp_path / "merged", *(project.parent.glob("experts/*")))
@@ -157,15 +176,18 @@ def test_an_expert_that_another_order_of_labels_would_lift_is_remarked():
     assert order_note("t", [0] * 60, meant, "abc") is None, "a constant answer has no order"
 
 
-def test_labels_in_another_order_are_warned_of(bench, cache, monkeypatch):
+def test_labels_in_another_order_are_warned_of(plan, bench, found, cache, tmp_path, monkeypatch):
     def swapped(*arguments, **labels) -> pd.DataFrame:
         said = [0, 1] * (ROWS["test"] // 2)
         found = own_experts(*arguments, **labels)
         return found.assign(predicted=[said] * 2, gold=[said[::-1], said])
 
     monkeypatch.setattr(result, "own_experts", swapped)
-    with pytest.warns(UserWarning, match="'mood': the expert is right on 0.00 of the rows"):
-        merge_and_score(bench, ["average"], progress=False)
+    said = "'mood': the expert is right on 0.00 of the rows"
+    with pytest.warns(UserWarning, match=said):
+        told = merge_and_score(bench, ["average"], progress=False)
+    write_merged(plan, bench, replace(found, notes=told.notes), "average", tmp_path / "merged")
+    assert said in (tmp_path / "merged" / "README.md").read_text(), "the card has the warning"
 
 
 def test_the_grouping_is_the_one_asked_for_or_the_methods_own():
@@ -267,3 +289,73 @@ def test_the_command_merges_what_a_file_describes(project, tmp_path, cache, caps
         assert load_with_head(tmp_path / "merged" / name, "mood").config.num_labels == 2
     assert __main__.main(command + ["--method", "average"]) == 2, "the folder is not empty"
     assert __main__.main(["merge", str(project), str(tmp_path / "x"), "--method", "avrage"]) == 2
+
+
+def test_options_of_the_methods_are_set_and_wrong_ones_are_refused_first(
+    project, tmp_path, cache, capsys
+):
+    command = ["merge", str(project), str(tmp_path / "merged"), "--method", "task_arithmetic"]
+    assert __main__.main([*command, "--set", "scale=0.25"]) == 0
+    told = json.loads((tmp_path / "merged" / "coefficients.json").read_text())
+    assert told["options"]["scale"] == 0.25
+    assert_close(torch.tensor(told["values"]), torch.full((2, 1), 0.25))
+    for given, words in (
+        ("scale=much", "task_arithmetic: scale is 'much'; Input should be a valid number"),
+        ("lr=1", "no such options ['lr']; these methods take ['scale']"),
+        ("scale", "--set takes NAME=VALUE"),
+    ):
+        command[2] = str(tmp_path / "other")
+        check_too = ["check", str(project), "--method", "task_arithmetic", "--set", given]
+        capsys.readouterr()
+        assert __main__.main([*command, "--set", given]) == 2
+        said = capsys.readouterr().err
+        assert words in said and "Traceback" not in said
+        assert __main__.main(check_too) == 2 and capsys.readouterr().err == said
+
+
+def test_the_cards_scores_are_those_of_the_file(project, tmp_path, cache):
+    """A base in bfloat16 is written in bfloat16; its rounded weights are what is scored."""
+    base = tmp_path / "base"
+    shutil.copytree(project.parent / "base", base)
+    save = transformers.AutoModel.from_pretrained(base, dtype=torch.bfloat16).save_pretrained
+    save(base)
+    path = project.with_name("in-bfloat16.yaml")
+    path.write_text(yaml.safe_dump(yaml.safe_load(project.read_text()) | {"base": str(base)}))
+    plan = check(read(path))
+    bench = load(plan)
+    found = merge_and_score(bench, ["average"], budget=1, progress=False)
+    exact, layout = found.made["average"].merged, bench.problem.vectors.layout
+    parts = layout.unflatten(exact)
+    kinds = {n: t.dtype for n, t in load_file(base / "model.safetensors").items()}
+    rounded = layout.flatten({name: parts[name].to(kinds[name]) for name in layout.names})
+    assert not torch.equal(exact, rounded)
+    folder = write_merged(plan, bench, found, "average", tmp_path / "merged")
+    assert torch.equal(in_file(folder, layout), rounded)
+    wanted = task_scores(rescored(found.report, bench, "average", rounded), "average")
+    asked = []
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(
+            save_module, "rescored", lambda *given: asked.append(given[-1]) or found.report
+        )
+        write_merged(plan, bench, found, "average", tmp_path / "again")
+    assert torch.equal(asked[0], rounded), "what is scored is the file"
+    card = (folder / "README.md").read_text()
+    assert all(f"{value:.3f}" in card for value in wanted.value.dropna())
+
+
+def test_a_refusal_is_one_message_and_exit_code_2(tmp_path):
+    command = [sys.executable, "-m", "divmerge_book", "check", str(tmp_path / "none.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(r"error: there is no description '.*none.yaml'; .*\n", done.stderr)
+
+
+def test_an_interrupted_merge_has_exit_code_130(project, tmp_path, monkeypatch, capsys):
+    def interrupt(*given, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(save_module, "load", interrupt)
+    command = ["merge", str(project), str(tmp_path / "merged"), "--method", "average"]
+    assert __main__.main(command) == 130 and not (tmp_path / "merged").exists()
+    assert "interrupted" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import transformers
 from divmerge_book.models.merged import load_with_head
 from divmerge_book.user_models import check, load, merge_and_score, read, write_merged
 from helpers import MARKERS, WORDS
-from local_files import LABELS, make_project, refused
+from local_files import LABELS, changed, make_adapter, make_project, refused
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -97,3 +97,26 @@ def test_a_tokenizer_that_knows_more_than_the_table_holds_is_refused(tmp_path):
     project = make_project(tmp_path)
     grown(tmp_path / "experts/mood", ["tooling", "gadget"], SIZE + 1)
     refused(project, f"knows {SIZE + 2} tokens and it has rows for {SIZE + 1}")
+
+
+@pytest.mark.parametrize("part", ["", "modules_to_save.default."])
+def test_an_adapter_with_a_resized_table_brings_its_rows(tmp_path, cache, part):
+    """As PEFT's modules_to_save, and its save_embedding_layers, leave them."""
+    project = make_project(tmp_path)
+    words, table = transformers.AutoTokenizer.from_pretrained(tmp_path / "base"), "embeddings.word_"
+    words.add_tokens(["<own>"])
+    base = load_file(tmp_path / "base" / "model.safetensors")[f"{table}embeddings.weight"]
+    own = torch.cat([base + 1, torch.full((1, 32), 0.5)])
+    saved = {f"bert.{table}embeddings.{part}weight": own, "classifier.bias": torch.zeros(2)}
+    saved |= {"classifier.weight": torch.ones(2, 32), "bert.pooler.dense.bias": torch.zeros(32)}
+    saved |= {"bert.pooler.dense.weight": torch.eye(32)}
+    query = {"bert.encoder.layer.0.attention.self.query": (32, 32)}
+    make_adapter(tmp_path / "lora", query, saved=saved)
+    words.save_pretrained(tmp_path / "lora")
+    path = changed(project, 0, expert=str(tmp_path / "lora"), labels=LABELS["mood"])
+    plan, bench, parts = merged(path, tmp_path / "merged")
+    assert plan.vocabulary.rows == SIZE + 1 and set(plan.vocabulary.owners) == {SIZE}
+    assert torch.equal(parts[f"{table}embeddings.weight"][SIZE], own[SIZE])
+    vectors = bench.problem.vectors
+    moved = vectors.layout.unflatten(vectors.deltas[0])[f"{table}embeddings.weight"]
+    assert_close(moved[:SIZE], torch.ones(SIZE, 32), rtol=0, atol=1e-5)

@@ -1,8 +1,7 @@
 """Merged models on disk, written and loaded with transformers."""
 
 import os
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -47,21 +46,27 @@ def write(
     *,
     heads: Mapping[str, Head] | None = None,
     tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+    written: Callable[[Path], None] = lambda folder: None,
     **options: object,
 ) -> Path:
     """`divmerge_core.checkpoints.write`, with a mergekit configuration and heads of transformers.
 
-    tokenizer: where given, `tasks/TASK` holds a whole model with this tokenizer for every task
-    whose head is one of transformers'. Raises ValueError, before anything is written, where a head
-    does not complete its architecture.
+    written: called with the folder as soon as weights and heads are there. tokenizer: where given,
+    `tasks/TASK` holds a whole model with this tokenizer for every task whose head is one of
+    transformers'. Raises ValueError, before anything is written, where a head does not complete its
+    architecture.
     """
     if record.base.is_dir():
         for task, head in (heads or {}).items():
             if head.architecture != MEAN:
                 validate_architecture(task, head, StoredModel.at(record.base))
     whole = [task for task, head in (heads or {}).items() if head.architecture != MEAN]
-    if tokenizer is not None and whole:
-        options["complete"] = partial(save_whole, tasks=whole, tokenizer=tokenizer)
+
+    def complete(new: Path) -> str:
+        written(new)
+        return save_whole(new, whole, tokenizer) if tokenizer is not None and whole else ""
+
+    options["complete"] = complete
     options["recipe"] = no_recipe if options.get("shell") else mergekit_recipe
     return checkpoints.write(folder, record, heads=heads, **options)
 

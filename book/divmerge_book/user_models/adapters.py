@@ -147,6 +147,7 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
 
 def plain_name(key: str) -> str:
     """A key of the adapter's file as the model names it."""
+    key = re.sub(r"^(_orig_mod\.|module\.)+|(?<=\.)_orig_mod\.", "", key)  # of wrappers
     return re.sub(r"^base_model\.model\.|\.modules_to_save(\.default)?|\.base_layer", "", key)
 
 

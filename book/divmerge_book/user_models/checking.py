@@ -1,6 +1,6 @@
 """Everything that can be said before weights are read: is it right, and does it fit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from divmerge_book.user_models.description import Description
@@ -15,19 +15,20 @@ def check(
     *,
     device: str = "cpu",
     precision: str = "float32",
+    options: Mapping[str, object] | None = None,
 ) -> Plan:
     """Everything about a description that can be checked without loading weights.
 
-    methods: those it is to be merged by; what they need is checked too, of memory on the device as
-    well. Raises ValueError with all problems of the first stage that has any: methods; paths; the
-    base; experts' architectures, labels and adapters; rows; splits that share inputs; tokenizers;
-    storage; memory.
+    methods: those it is to be merged by, with these options; what they need is checked too, of
+    memory on the device as well. Raises ValueError with all problems of the first stage that has
+    any: methods; paths; the base; experts' architectures, labels and adapters; rows; splits that
+    share inputs; tokenizers; storage; memory.
     """
-    plan = inspected(description, methods)
+    plan = inspected(description, methods, options or {})
     check_storage(plan)
     if not methods:
         return plan
-    if (why := obstacle(plan, methods)) is None:
+    if (why := obstacle(plan, methods, options or {})) is None:
         return replace(plan, place="merged from disk to disk, a few tensors in memory at a time")
     plans = memory_plans(plan, methods, device=device, precision=precision)
     return replace(plan, place=f"models are read into memory: {why}", memory=plans)

@@ -24,7 +24,7 @@ from divmerge_book.models.language.models import quiet_transformers
 from divmerge_book.models.merged import base_folder
 from divmerge_book.user_models import adapters
 from divmerge_book.user_models.description import TaskFiles
-from divmerge_book.user_models.headers import check_config, check_headers, positions
+from divmerge_book.user_models.headers import check_config, check_headers, positions, wrapper_in
 from divmerge_book.user_models.hub import fetched
 from divmerge_book.user_models.labels import names_in, resolve_labels
 from divmerge_core.checkpoints.safetensors_io import INDEX, SINGLE, StoredModel, pools
@@ -125,12 +125,17 @@ def bare_model(kind: type, config: transformers.PretrainedConfig) -> nn.Module:
         return kind.from_config(config, **OFFLINE)
 
 
-def read_model(kind: type, folder: object) -> tuple[nn.Module, set[str]]:
+def read_model(kind: type, folder: Path) -> tuple[nn.Module, set[str]]:
     """A model in float32, and the names that its checkpoint lacks."""
     quiet_transformers()
     options = {"dtype": torch.float32, "output_loading_info": True, **OFFLINE}
+    mapping = {f"^{re.escape(before)}": ""} if (before := wrapper_in(folder)) else {}
+    options |= {"key_mapping": mapping} if mapping else {}
     with refusing(f"{folder}: its weights cannot be loaded"):
         model, info = kind.from_pretrained(folder, **options)
+    if mapping:  # else save_pretrained writes the wrapper's names again
+        renamed = (one for one in model._weight_conversions if one.source_patterns != [*mapping])
+        model._weight_conversions = list(renamed)
     return model.eval().requires_grad_(False), set(info["missing_keys"])
 
 
@@ -187,10 +192,13 @@ def checkpoint_tensors(source: Source, base: BaseFolder, state: Mapping) -> dict
 
 def open_adapter(task: TaskFiles, base: BaseFolder) -> Source:
     adapters.read_config(task.expert)
+    found = adapters.shapes_in(adapters.weights_of(task.expert))
+    saved = [s for key, s in found.items() if adapters.plain_name(key).endswith(base.table)]
 
     def built(count: int) -> nn.Module:
         config = config_of(base.folder)
         config.num_labels = count
+        config.vocab_size = saved[0][0] if saved else config.vocab_size  # a table saved whole
         return bare_model(AutoModelForSequenceClassification, config)
 
     count = adapters.num_labels(task.expert, built(MARKER), MARKER)

@@ -9,7 +9,13 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from divmerge_core.checkpoints.safetensors_io import StoredModel, pools
+from divmerge_core.checkpoints.safetensors_io import (
+    StoredModel,
+    pools,
+    stored,
+    weight_files,
+    wrapper,
+)
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Buffers of older versions, and what an encoder keeps of its pre-training.
@@ -23,6 +29,11 @@ def positions(model: nn.Module) -> int | None:
             if getattr(part, "padding_idx", None) is not None:
                 return part.weight.shape[0] - part.padding_idx - 1
     return getattr(model.config, "max_position_embeddings", None)
+
+
+def wrapper_in(folder: Path) -> str:
+    """What a wrapper of the model put before all names in a folder's files, or nothing."""
+    return wrapper([name for file in weight_files(folder) for name in stored(file)])
 
 
 def check_config(who: str, config: PretrainedConfig) -> None:
@@ -46,16 +57,18 @@ def check_headers(
     lacks: which tensors the files may lack. Raises ValueError, naming them, for tensors that are
     missing, have another shape than the configuration says, or make the head another one.
     """
-    stored = StoredModel.at(folder)
+    disk, notes = StoredModel.at(folder), []
+    if before := wrapper_in(folder):
+        notes = [f"{who}: all names begin with {before!r}, which a wrapper of the model put there"]
     if any(map(get_checkpoint_conversion_mapping, (model.config.model_type, type(model).__name__))):
-        return []  # transformers renames or joins such tensors while it loads them
+        return notes  # transformers renames or joins such tensors while it loads them
     prefix = f"{model.base_model_prefix}."
-    if packed := sorted(n for n, t in stored.tensors.items() if packs(n, t.dtype)):
+    if packed := sorted(n for n, t in disk.tensors.items() if packs(n, t.dtype)):
         raise ValueError(
-            f"{who}: {packed[0]} is stored as {stored.tensors[packed[0]].dtype}, so the weights "
+            f"{who}: {packed[0]} is stored as {disk.tensors[packed[0]].dtype}, so the weights "
             "are quantised; give those that they were made from, in float32 or bfloat16"
         )
-    have = {stored.core(name): tensor.shape for name, tensor in stored.tensors.items()}
+    have = {disk.core(name): tensor.shape for name, tensor in disk.tensors.items()}
     wanted: dict[int, list[str]] = {}  # tied ones by all their names
     for name, tensor in model.named_parameters(remove_duplicate=False):
         wanted.setdefault(id(tensor), []).append(name.removeprefix(prefix))
@@ -75,7 +88,9 @@ def check_headers(
             "of labels, vocabulary)? Save both again"
         )
     known = {name.removeprefix(prefix) for name in model.state_dict()}
-    return others(who, type(model).__name__, {n: s for n, s in have.items() if n not in known})
+    return notes + others(
+        who, type(model).__name__, {n: s for n, s in have.items() if n not in known}
+    )
 
 
 def packs(name: str, dtype: torch.dtype) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import datasets
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from divmerge_book.data.code_digest import code_digest, key_of
 from divmerge_book.evaluation.experiment import Experiment
@@ -112,7 +113,8 @@ def load_language(plan: Plan, *, device: str, precision: str) -> Experiment:
     batches, counts = [], []
 
     def rows() -> Iterator[Tensor]:  # one expert is in memory at a time
-        every = zip(plan.experts, readers, plan.rows["merge"], strict=True)
+        experts = tqdm(plan.experts, "reading experts", leave=False)
+        every = zip(experts, readers, plan.rows["merge"], strict=True)
         for source, own, asked in every:
             state = expert_state(source, base)
             found, count = answered(own, source, state, asked, **how)

@@ -8,6 +8,7 @@ import datasets
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from tqdm import tqdm
 from transformers import AutoModel
 
 from divmerge_book.data.code_digest import code_digest, key_of
@@ -81,7 +82,7 @@ def load(plan: Plan, *, device: str = "cpu", precision: str = "float32") -> Expe
     flat = layout.flatten(weights, "the base model")
 
     def rows() -> Iterator[Tensor]:  # one expert is in memory at a time
-        for source in plan.experts:
+        for source in tqdm(plan.experts, "reading experts", leave=False):
             who, tensors = f"expert {source.task.expert}", TENSORS[source.kind]
             whole = {n: t.to(place) for n, t in tensors(source, plan.base, state).items()}
             own = {name: whole.pop(source.prefix + name) for name in weights}

@@ -12,6 +12,7 @@ from divmerge_book.models.encoders import check_device, resolve
 from divmerge_book.planning.memory import Line, Plan, advised, lines, size
 from divmerge_book.planning.workloads import Fit, Model
 from divmerge_book.user_models.plan import Plan as Checked
+from divmerge_book.user_models.streaming import merged_names
 from divmerge_core.checkpoints.safetensors_io import StoredModel
 from divmerge_core.methods import METHODS, parse
 
@@ -61,7 +62,8 @@ def fit_of(plan: Checked, precision: str) -> tuple[Model, Fit]:
     """The merged model in numbers, and a step of a fit at most: rows as long as they may be."""
     words, language = plan.tokens or plan.vocabulary, plan.tokens is not None
     table = plan.base.shapes.get(plan.base.table, (words.rows,))
-    numbers = sum(map(prod, plan.base.shapes.values()))
+    names = plan.base.shapes if language else merged_names(plan)
+    numbers = sum(prod(plan.base.shapes[name]) for name in names)
     numbers += (words.rows - table[0]) * prod(table[1:]) * bool(plan.base.table)
     model = replace(Model.of(plan.base.config, head=language), parameters=numbers)
     tokens, answers = plan.description.max_length, TOGETHER

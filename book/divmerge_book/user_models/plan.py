@@ -19,6 +19,7 @@ from divmerge_book.user_models.folders import (
     open_expert,
 )
 from divmerge_book.user_models.hub import fetched
+from divmerge_book.user_models.labels import unnamed
 from divmerge_book.user_models.language_tokens import Tokens
 from divmerge_book.user_models.method_needs import check_methods
 from divmerge_book.user_models.vocabulary import Vocabulary, agreed_words, set_padding
@@ -99,6 +100,19 @@ def remarks(description: Description) -> list[str]:
     ]
 
 
+def order_remark(source: Source) -> list[str]:
+    """A note where nothing can tell whether a description's labels are in the outputs' order."""
+    named = source.model is not None and source.kind == "transformers"
+    if source.task.labels is None or "test" in source.task.files() or source.kind == "package":
+        return []
+    if named and not unnamed(list(map(str, source.model.config.id2label.values()))):
+        return []
+    return [
+        f"task {source.task.name!r}: its outputs have no names, and without test rows nothing "
+        f"shows that they are {', '.join(source.labels)} in this order"
+    ]
+
+
 def check_length(description: Description, base: BaseFolder) -> None:
     """Raise ValueError where inputs have more tokens than the model has positions, or no room."""
     own, given = base.tokenizer.model_max_length, description.max_length
@@ -125,12 +139,14 @@ def cut_note(
     return [text] if found else []
 
 
-def inspected(description: Description, methods: Sequence[str] = ()) -> Plan:
+def inspected(
+    description: Description, methods: Sequence[str], options: Mapping[str, object]
+) -> Plan:
     """The plan without its memory; see `check`, which says what is refused."""
     names = [task.name for task in description.tasks]
     lacking = {s: [t.name for t in description.tasks if s not in t.files()] for s in SPLITS}
     if methods:
-        check_methods(methods, names, lacking)
+        check_methods(methods, names, lacking, options)
     folder = description.path.parent
     tasks = collect_errors(partial(found, task, folder) for task in description.tasks)
     description = description.model_copy(update={"tasks": tuple(tasks)})
@@ -153,6 +169,7 @@ def inspected(description: Description, methods: Sequence[str] = ()) -> Plan:
         notes += said
     notes += sum(collect_errors(partial(shared, *item) for item in rows.items()), [])
     for source in experts:
+        notes += order_remark(source)
         notes += cut_note(source.task, rows[source.task.name], base, description.max_length)
     every = [[t for own in rows[one.task.name].values() for t in own["text"]] for one in experts]
     vocabulary = agreed_words(base, experts, every)

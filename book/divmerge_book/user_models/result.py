@@ -37,12 +37,14 @@ class MergeResult:
 
     closeness: method, task, rows (the split of the inputs), divergence (mean, in nats, from the
     expert) and agreement (share of inputs with the expert's prediction): these need no labels.
+    notes: what was warned of.
     """
 
     made: Mapping[str, Made]
     options: Mapping[str, Mapping]
     closeness: pd.DataFrame
     report: Report | None
+    notes: Sequence[str] = ()
 
 
 def rows_in(batch: Batch) -> int:
@@ -97,8 +99,8 @@ def merge_and_score(
     """Every method on the user's experts, scored where there are labelled test rows.
 
     budget: candidates of each method's search on validation rows, None for all that it registers;
-    without validation rows each takes its published options. overrides: options of the fits
-    (`epochs`, `lr`, `init`, `inputs`, `divergence`). suite: its name in the report, whose methods
+    without validation rows each takes its published options. overrides: options of the methods
+    (`epochs`, `lr`, `inputs`, `divergence`, `scale`). suite: its name in the report, whose methods
     `expert` and `base` are the references.
 
     Raises ValueError for what is unknown, for methods that return no single model, and for those
@@ -109,8 +111,7 @@ def merge_and_score(
         split: [task for task, given in zip(tasks, every, strict=True) if not given]
         for split, every in (("merge", bench.problem.batches), ("validation", searched))
     }
-    options = {name: value for name, value in overrides.items() if name != "inputs"}
-    check_methods(specs, tasks, lacking, options)
+    check_methods(specs, tasks, lacking, overrides)
     searching = not lacking["validation"]
     size = replace(SIZES["full"], candidates=budget if searching else 1, inputs=None)
     made, options = {}, {}
@@ -121,16 +122,22 @@ def merge_and_score(
         options[spec] = tried[search(merges, tried).best]
         made[spec] = merges(options[spec])
     flats = {"base": bench.problem.vectors.base, **{s: one.merged for s, one in made.items()}}
-    return MergeResult(made, options, closeness(bench, flats), scored(bench, flats, seed, suite))
+    return MergeResult(made, options, closeness(bench, flats), *scored(bench, flats, seed, suite))
 
 
-def scored(bench: Experiment, merged: Mapping[str, Merged], seed: int, suite: str) -> Report | None:
-    """Predictions of experts and merges on the labelled test rows; None without any."""
+def scored(
+    bench: Experiment, merged: Mapping[str, Merged], seed: int, suite: str
+) -> tuple[Report | None, list[str]]:
+    """Predictions of experts and merges on the labelled test rows, None without any; warnings."""
     every = zip(bench.problem.vectors.tasks, bench.test, strict=True)
     rows = {task: split.rows for task, split in every if split.rows}
     if not rows:
-        return None
-    part, ends = bench.select(list(rows)), sorted({min(rows.values()), max(rows.values())})
+        return None, []
+    part, ends, notes = (
+        bench.select(list(rows)),
+        sorted({min(rows.values()), max(rows.values())}),
+        [],
+    )
     labels = {"suite": suite, "subset": "+".join(rows), "seed": seed}
     parts = [own_experts(part, part.test, **labels, method="expert")]
     for own in parts[0].itertuples():
@@ -139,9 +146,10 @@ def scored(bench: Experiment, merged: Mapping[str, Merged], seed: int, suite: st
             continue  # text, which may be none of the labels
         if note := order_note(own.task, own.predicted, own.gold, answers):
             warnings.warn(note, stacklevel=3)
+            notes.append(note)
     for method, flat in merged.items():
         parts.append(evaluate(part.problem, flat, part.test, **labels, method=method))
-    return Report.of(
+    report = Report.of(
         pd.concat(parts, ignore_index=True),
         suite=suite,
         encoder=bench.base.name,
@@ -150,6 +158,7 @@ def scored(bench: Experiment, merged: Mapping[str, Merged], seed: int, suite: st
         precision=bench.experts[0].manifest["precision"],
         rows_per_task={"test": " to ".join(map(str, ends))},
     )
+    return report, notes
 
 
 def rescored(

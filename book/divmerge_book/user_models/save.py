@@ -3,7 +3,7 @@
 import inspect
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +24,10 @@ from divmerge_book.user_models.streaming import write_from_disk
 from divmerge_book.user_models.vocabulary import grown_base
 from divmerge_core.checkpoints import Head, MergeRecord
 from divmerge_core.checkpoints.heads import MEAN
+from divmerge_core.checkpoints.safetensors_io import StoredModel
 from divmerge_core.kernels.delta_storage import LowRankDeltas, columns
 from divmerge_core.merging.coefficients import groups_of
-from divmerge_core.merging.task_vectors import TaskVectors
+from divmerge_core.merging.task_vectors import Layout, TaskVectors
 from divmerge_core.methods import METHODS, parse
 
 
@@ -61,6 +62,13 @@ def coefficients_of(
     )  # ||change - made||^2
     limit = 1e-3 * moved.sqrt() + 1e-6 * vectors.base.double().norm().cpu()
     return coeffs[..., 0].T.float() if rest <= limit**2 else None
+
+
+def in_file(folder: Path, layout: Layout) -> Float[Tensor, " N"]:
+    """The merged numbers as they lie in a folder, rounded to its dtypes."""
+    model = StoredModel.at(folder)
+    own = {name: model.tensors[model.cores[name]] for name in layout.names}
+    return layout.flatten({name: t.mapped().view(t.shape).float() for name, t in own.items()})
 
 
 def deltas_of(vectors: TaskVectors, begin: int, stop: int) -> Float[Tensor, "T n"]:
@@ -101,11 +109,13 @@ def merge_described(
     device: str = "cpu",
     precision: str = "float32",
     overwrite: bool = False,
+    options: Mapping[str, object] | None = None,
 ) -> list[Path]:
     """Merge the models of a description file by every method and write each; prints the scores.
 
     The command `divmerge merge`. One method writes to `output`, several to `output/METHOD` with
-    `-` for `/`. Relative outputs start at the current folder. budget: as in `merge_and_score`.
+    `-` for `/`. Relative outputs start at the current folder. budget, and options of the methods:
+    as in `merge_and_score`.
     Raises ValueError, before weights are read, for whatever a description may have wrong.
     """
     described, output = read(locate(description)), Path(output).expanduser().resolve()
@@ -114,13 +124,14 @@ def merge_described(
         folders = {method: output / method.replace("/", "-") for method in folders}
     for folder in folders.values():
         target(described, folder, overwrite=overwrite)
-    plan = check(described, list(folders), device=device, precision=precision)
+    how = {"device": device, "precision": precision}
+    plan = check(described, list(folders), **how, options=options)
     print(plan.summary())
     if not plan.memory:
-        given = {"overwrite": overwrite}
+        given = {"overwrite": overwrite, "options": options or {}}
         return [write_from_disk(plan, *item, **given) for item in folders.items()]
-    bench = load(plan, device=device, precision=precision)
-    found = merge_and_score(bench, list(folders), budget=budget, seed=seed)
+    bench = load(plan, **how)
+    found = merge_and_score(bench, list(folders), budget=budget, seed=seed, **(options or {}))
     if len(found.closeness):
         print(found.closeness.to_string(index=False))
     for method, folder in folders.items():
@@ -200,14 +211,23 @@ def write_merged(
         grouping=grouping,
         base_name=plan.base.name,
         data=data,
-        scores=task_scores(found.report, spec).to_dict("records"),
+        scores=(scores := task_scores(found.report, spec).to_dict("records")),
+        notes=(*plan.notes, *found.notes),
     )
     if plan.tokens:
-        scores, parts = partial(rescored, found.report, bench, spec), (plan, bench, made.merged)
-        options |= {"rescored": scores, "overwrite": overwrite}
+        again, parts = partial(rescored, found.report, bench, spec), (plan, bench, made.merged)
+        options |= {"rescored": again, "overwrite": overwrite}
         return write_language(folder, record, *parts, **options)
     merged, heads = vectors.layout.unflatten(made.merged), heads_of(plan, bench)
-    options |= {"heads": heads, "tokenizer": plan.base.tokenizer}
+
+    def read_back(new: Path) -> None:
+        """The card's scores are those of the file: the record holds this very list."""
+        read = in_file(new, vectors.layout).to(made.merged.device)
+        if not torch.equal(read, made.merged):
+            report = rescored(found.report, bench, spec, read)
+            scores[:] = task_scores(report, spec).to_dict("records")
+
+    options |= {"heads": heads, "tokenizer": plan.base.tokenizer, "written": read_back}
     size = plan.base.shapes[plan.base.table][0]
     if not own_words and size == plan.vocabulary.rows:
         return write(folder, record, merged=merged, overwrite=overwrite, **options)

@@ -1,28 +1,30 @@
-"""Users' language models merged from disk to disk, where no data is asked for or given."""
+"""Users' models merged from disk to disk, where no data is asked for or given."""
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from divmerge_book.models import merged
 from divmerge_book.models.mergekit_export import mergekit_recipe
 from divmerge_book.models.streamed_methods import RULES, rule_of
 from divmerge_book.user_models.language_save import save_generation, save_tokenizer
 from divmerge_book.user_models.plan import Plan
-from divmerge_core.checkpoints import MergeRecord, write
+from divmerge_core.checkpoints import Head, MergeRecord, write
 from divmerge_core.checkpoints.safetensors_io import StoredModel
 from divmerge_core.checkpoints.tensor_sources import tensors_of
-from divmerge_core.methods import METHODS
+from divmerge_core.methods import METHODS, options_of
 from divmerge_core.storage import dump_json
 
 
-def record_of(plan: Plan, method: str) -> MergeRecord:
-    """The merge by a method's published options."""
+def record_of(plan: Plan, method: str, given: Mapping[str, object]) -> MergeRecord:
+    """The merge by a method's published options, but for those that are given."""
     options = dict((METHODS.facts[method]["search"] or ({},))[0])
+    options |= {name: value for name, value in given.items() if name in options_of(method)}
     record = MergeRecord(
         method=method,
         tasks=plan.tasks,
@@ -31,6 +33,7 @@ def record_of(plan: Plan, method: str) -> MergeRecord:
         options=options,
         base_name=plan.base.name,
         data={source.task.name: {"expert": source.kind} for source in plan.experts},
+        notes=plan.notes,
     )
     if method in ("average", "task_arithmetic"):
         weight = options.get("scale", 1 / len(plan.tasks))
@@ -38,30 +41,68 @@ def record_of(plan: Plan, method: str) -> MergeRecord:
     return record
 
 
-def obstacle(plan: Plan, methods: Sequence[str]) -> str | None:
+def obstacle(plan: Plan, methods: Sequence[str], options: Mapping[str, object]) -> str | None:
     """Why models are read into memory to be merged; None where they stay on disk."""
-    if plan.tokens is None:
-        return "they are classifiers, each with a head of its own"
     if any(rows for own in plan.rows.values() for rows in own):
         return "there are rows to look at or to score"
     if others := [method for method in methods if method not in RULES]:
         return f"{', '.join(others)} cannot be merged from disk; {', '.join(RULES)} can"
-    if plan.tokens.owners or {source.kind for source in plan.experts} != {"transformers"}:
-        return "experts are adapters or have tokens of their own"
+    if (plan.tokens or plan.vocabulary).owners or {source.kind for source in plan.experts} != {
+        "transformers"
+    }:
+        return "experts are not all whole models of transformers, or have tokens of their own"
+    for source in plan.experts if plan.tokens is None else ():
+        stored = StoredModel.at(source.task.expert).tensors.keys()
+        if lost := dict(source.model.named_parameters()).keys() - stored:
+            return f"{source.task.expert} names {min(lost)} otherwise than transformers does"
     try:
-        tensors_of(StoredModel.at(plan.base.folder), record_of(plan, methods[0]), None)
+        base = StoredModel.at(plan.base.folder)
+        found = {
+            base.core(name) for name, *_ in tensors_of(base, record_of(plan, methods[0], {}), None)
+        }
+        if plan.tokens is None and found != merged_names(plan):
+            return "the base, or not every expert, has more than the encoder that all share"
     except ValueError as error:
         return str(error)
     return None
 
 
 def write_from_disk(
-    plan: Plan, method: str, folder: str | os.PathLike, *, overwrite: bool = False
+    plan: Plan,
+    method: str,
+    folder: str | os.PathLike,
+    *,
+    options: Mapping[str, object],
+    overwrite: bool = False,
 ) -> Path:
     """Merge and write, a tensor at a time; see `checkpoints.write`."""
-    record, complete = record_of(plan, method), partial(save_words, plan)
-    how = {"recipe": mergekit_recipe, "complete": complete, "overwrite": overwrite}
-    return write(folder, record, rule=rule_of(record), **how)
+    record = record_of(plan, method, options)
+    how = {"rule": rule_of(record), "overwrite": overwrite}
+    if plan.tokens is None:
+        heads = heads_on_disk(plan)
+        return merged.write(folder, record, heads=heads, tokenizer=plan.base.tokenizer, **how)
+    how |= {"recipe": mergekit_recipe, "complete": partial(save_words, plan)}
+    return write(folder, record, **how)
+
+
+def merged_names(plan: Plan) -> set[str]:
+    """The classifiers' tensors that base and all experts have, as the bare encoder names them."""
+    held, shapes = StoredModel.at(plan.base.folder).cores, [one.shapes for one in plan.experts]
+    return {n for n in plan.base.shapes if n in held and all(n in own for own in shapes)}
+
+
+def heads_on_disk(plan: Plan) -> dict[str, Head]:
+    """Every task's head: what its classifier has beside the merged tensors."""
+    found, names = {}, merged_names(plan)
+    for source in plan.experts:
+        own, wanted = StoredModel.at(source.task.expert), dict(source.model.named_parameters())
+        tensors = {
+            name: one.mapped().view(one.shape).float()
+            for name, one in own.tensors.items()
+            if name in wanted and own.core(name) not in names
+        }
+        found[source.task.name] = Head(tensors, source.labels, type(source.model).__name__)
+    return found
 
 
 def save_words(plan: Plan, new: Path) -> str:

@@ -1,0 +1,112 @@
+"""What headers, configurations and rows show is refused by `check`, in the words of `merge`."""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import yaml
+from divmerge_book import __main__
+from divmerge_book.user_models import memory, save
+from local_files import LABELS, changed, make_adapter, toy_rows, write_rows
+
+
+def fields(project: Path, folder: Path, **own) -> Path:
+    """The description with other fields of its own."""
+    path = project.with_name(f"{folder.name}.yaml")
+    path.write_text(yaml.safe_dump(yaml.safe_load(project.read_text()) | own))
+    return path
+
+
+def copied(project: Path, folder: Path, spoil: Callable[[Path], None], *, base: bool = False):
+    """The project with its base, or its first expert, spoiled in a copy."""
+    own = project.parent / ("base" if base else "experts/mood")
+    spoil(Path(shutil.copytree(own, folder / "spoiled")))
+    target = str(folder / "spoiled")
+    return fields(project, folder, base=target) if base else changed(project, 0, expert=target)
+
+
+def edited(folder: Path, **own) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+
+
+def wordless(folder: Path) -> None:
+    for file in (*folder.glob("tokenizer*"), *folder.glob("vocab*")):
+        file.unlink()
+
+
+def rows(project: Path, folder: Path, split: str, *edits: dict) -> Path:
+    """The project with other rows in one split of its first task."""
+    file = write_rows(folder / f"{split}.jsonl", [*toy_rows("mood")[split], *edits])
+    return changed(project, 0, **{split: str(file)})
+
+
+def with_dora(project: Path, folder: Path) -> Path:
+    make_adapter(folder / "lora", {"bert.pooler.dense": (32, 32)}, use_dora=True)
+    return changed(project, 0, expert=str(folder / "lora"))
+
+
+def same(project: Path, folder: Path) -> Path:
+    return project
+
+
+BROKEN = {  # name -> (what is spoiled, options of both commands, words of the message)
+    "field": (partial(fields, layers=3), "", "layers"),
+    "path": (lambda project, _: changed(project, 0, expert="nowhere"), "", "does not exist"),
+    "words": (partial(copied, spoil=wordless, base=True), "", "has no tokenizer"),
+    "download": (partial(copied, spoil=cut), "", "is no whole safetensors file but damaged"),
+    "size": (partial(copied, spoil=partial(edited, hidden_size=64)), "", "has hidden_size = 64"),
+    "order": (
+        lambda project, _: changed(project, 0, labels=LABELS["mood"][::-1]),
+        *("", "in another order"),
+    ),
+    "column": (
+        lambda project, _: changed(project, 0, columns={"text": "sentence"}),
+        *("", "has no column sentence"),
+    ),
+    "label": (
+        lambda *where: rows(*where, "test", {"text": "a cat", "label": "odd"}),
+        *("", "'odd'"),
+    ),
+    "shared": (
+        lambda *where: rows(*where, "validation", toy_rows("mood")["test"][0]),
+        *("", "stand in validation and in test"),
+    ),
+    "no rows": (lambda project, _: changed(project, 0, merge=None), "", "reads unlabelled inputs"),
+    "method": (same, "--method tiess", "did you mean 'ties'"),
+    "option": (same, "--set rate=1", "no such options ['rate']"),
+    "range": (same, "--method ties --set keep=7.5", "keep must be"),
+    "storage": (partial(fields, storage="low_rank"), "", "is a whole model; take int8"),
+    "adapter": (with_dora, "", "use_dora=True is more than plain LoRA"),
+    "device": (same, "--device tpu", "no device 'tpu' here"),
+    "precision": (same, "--precision int4", "precision must be auto, float32 or bfloat16"),
+    "memory": (same, "", "the merge needs"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_check_refuses_what_merge_would_and_says_the_same(
+    project, tmp_path, monkeypatch, capsys, name
+):
+    def never(*given, **options):
+        pytest.fail("weights are read")
+
+    spoil, options, words = BROKEN[name]
+    monkeypatch.setattr(save, "load", never)
+    if name == "memory":
+        monkeypatch.setattr(memory, "room", lambda place: (10**6, 10**6))
+    path, told = spoil(project, tmp_path), []
+    for command in (["check", str(path)], ["merge", str(path), str(tmp_path / "merged")]):
+        capsys.readouterr()
+        assert __main__.main([*command, *options.split()]) == 2
+        told.append(capsys.readouterr().err)
+    assert told[0] == told[1] and words in told[0], told
+    assert not (tmp_path / "merged").exists()
