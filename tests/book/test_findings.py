@@ -7,14 +7,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from divmerge_book.evaluation.stored_tables import load
-from divmerge_book.figures import title
 from divmerge_book.findings import behaviour, beyond, bullets, evidence, interference, listed, span
 from divmerge_book.findings import scaling as count
 from divmerge_book.published import paper, paper_reanalysis
 from divmerge_book.studies import landscapes, model_selection
-from divmerge_book.studies import scores as scoring
-from divmerge_book.studies import task_attribution as attribution
-from divmerge_book.studies.continual_merging import BATCH, backward_transfer
+from divmerge_book.studies.continual_merging import BATCH
 
 RESULTS = Path(__file__).resolve().parents[2] / "book" / "results"
 RUN = "this run"
@@ -411,113 +408,6 @@ def stored(path: str, table: str) -> list[dict]:
 def mean(values) -> float:
     found = list(values)
     return sum(found) / len(found)
-
-
-def accuracy(packed: str) -> float:
-    bits = f"{int(packed, 16):b}"[1:]
-    return bits.count("1") / len(bits)
-
-
-@pytest.fixture(scope="module")
-def sample() -> dict:
-    tables, _ = load(RESULTS / "scaling" / "sample.json")
-    return tables
-
-
-@pytest.fixture(scope="module")
-def first_seed() -> tuple[list[dict], dict[str, float]]:
-    """Rows of the first seed, and the experts' accuracies."""
-    rows = [row for row in stored("scaling/sample.json", "answers") if row["seed"] == 0]
-    own = {row["task"]: accuracy(row["right"]) for row in rows if row["method"] == "expert"}
-    return rows, own
-
-
-def test_the_stored_leaders_are_those_of_a_loop(sample, first_seed):
-    rows, own = first_seed
-    ratio: dict[tuple, list] = {}
-    for row in rows:
-        if row["method"] not in ("expert", "commonest answer"):
-            value = accuracy(row["right"]) / own[row["task"]]
-            ratio.setdefault((row["method"], row["subset"]), []).append(value)
-    anp: dict[tuple, list] = {}
-    for (method, subset), values in ratio.items():
-        anp.setdefault((subset.count("+") + 1, method), []).append(mean(values))
-    best = {}
-    for (number, method), values in anp.items():
-        if mean(values) > best.get(number, (0, ""))[0]:
-            best[number] = mean(values), method
-    scores = scoring.by_subset(scoring.ratios(sample["answers"], sample["answers"]))
-    text = count.leaders(scoring.over_subsets(scores), "the stored run")
-    for method in {method for _, method in best.values()}:
-        numbers = [f"{number}" for number in sorted(best) if best[number][1] == method]
-        holds(text, f"{title(method)} at T = {listed(numbers)}")
-
-
-def test_the_stored_sums_of_pairs_are_those_of_a_loop(sample, first_seed):
-    own, lost = first_seed[1], {}
-    for row in stored("scaling/fixed.json", "every"):
-        key = row["fixed"], row["task"], frozenset(row["subset"].split("+"))
-        lost[key] = 1 - accuracy(row["right"]) / own[row["task"]]
-    tables, _ = load(RESULTS / "scaling" / "fixed.json")
-    every = tables["every"].assign(seed=0, method="task_arithmetic")
-    every.loc[~every.fixed, "method"] = "average"
-    ratios = scoring.ratios(every, sample["answers"])
-    text = count.added_up(
-        {m: attribution.pair_forecasts(ratios[ratios.method == m]) for m in ratios.method.unique()},
-        "the stored run",
-    )
-    for fixed, name in ((False, "Average"), (True, "Task arithmetic")):
-        sums = []
-        for task in own:
-            alone = lost[fixed, task, frozenset([task])]
-            pairs = [lost[fixed, task, frozenset([task, o])] for o in own if o != task]
-            sums.append(alone + sum(pair - alone for pair in pairs))
-        whole = mean(lost[fixed, task, frozenset(own)] for task in own)
-        holds(text, f"{name} {mean(sums) / whole:.1f}")
-
-
-def test_the_stored_arrivals_are_those_of_a_loop():
-    ratio: dict[tuple, list] = {}
-    for row in stored("beyond/arrivals.json", "rows"):
-        if row["arrived"] == 8:
-            key = row["method"], row["order"]
-            ratio.setdefault(key, []).append(row["accuracy"] / row["expert"])
-    final = {m: mean(mean(v) for (n, _), v in ratio.items() if n == m) for m, _ in ratio}
-    table, _ = load(RESULTS / "beyond" / "arrivals.json")
-    text = beyond.arriving(backward_transfer(table["rows"]), "the stored run")
-    for rule, whole in BATCH.items():
-        gap = round(100 * (final[rule] - final[whole]), 1) + 0.0  # no minus before a zero
-        holds(text, f"{title(rule)} ({gap:+.1f})")
-
-
-def test_the_stored_costs_are_those_of_a_loop():
-    js: dict[str, list] = {}
-    for row in stored("interference/costs.json", "rows"):
-        if row["rule"] == "added":
-            js.setdefault(row["other"], []).append(row["js"])
-    cost = {other: mean(values) for other, values in js.items()}
-    first, second, *_ = sorted(cost, key=cost.get, reverse=True)
-    tables, _ = load(RESULTS / "interference" / "costs.json")
-    said = f"`{first}` ({cost[first]:.3f} nats on average), then `{second}` ({cost[second]:.3f})"
-    holds(interference.asymmetric(tables["rows"], "the stored run"), said)
-
-
-def test_the_stored_barriers_are_those_of_a_loop():
-    error: dict[tuple, dict] = {}
-    rows = stored("interference/segments.json", "rows")
-    for row in rows:
-        line = error.setdefault((row["pair"], row["seed"]), {})
-        line[row["at"]] = line.get(row["at"], 0) + (1 - row["accuracy"]) / 2
-    chord: dict[str, list] = {}
-    for (pair, _), line in error.items():
-        over = [e - (1 - at) * line[0.0] - at * line[1.0] for at, e in line.items()]
-        chord.setdefault(pair, []).append(max(over))
-    noise = (mean(r["accuracy"] * (1 - r["accuracy"]) for r in rows) / 150) ** 0.5
-    high = [f"{p} ({100 * mean(v):.1f})" for p, v in chord.items() if mean(v) > noise]
-    tables, facts = load(RESULTS / "interference" / "segments.json")
-    walls = landscapes.barriers(tables["rows"])
-    text = interference.barriers(tables["rows"], walls, facts["rows"], "the stored run")
-    holds(text, f"than that are: {listed(high)}.")
 
 
 def test_the_stored_choice_by_js_is_that_of_a_loop():

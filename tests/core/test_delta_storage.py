@@ -161,16 +161,6 @@ def test_segments_may_split_a_tensor_of_adapters_anywhere(data):
         assert_close(found, inner_range(part, matrix, start, stop))
 
 
-def test_a_tensor_of_adapters_split_by_hand():
-    """A matrix of ones: its first row gets the first coefficient, its second row the other."""
-    ones = {"w": (torch.ones(2, 1), torch.ones(1, 2))}
-    thin = TaskVectors.from_adapters({"w": torch.zeros(2, 2)}, {"one": ones})
-    segments, coeffs = Segments(((0, 2, 0), (2, 4, 1))), torch.tensor([[1.0, 5.0]])
-    assert grouped_merge(thin.base, thin.deltas, coeffs, segments).tolist() == [1, 1, 5, 5]
-    grad = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert grouped_inner(grad, thin.deltas, segments).tolist() == [[3, 7]]
-
-
 def test_adapters_of_a_large_matrix_are_one_product_for_all_threads():
     """600 x 600 numbers are more than one thread would merge alone."""
     pair = normal(600, 2).float(), normal(2, 600, seed=1).float()
@@ -179,18 +169,6 @@ def test_adapters_of_a_large_matrix_are_one_product_for_all_threads():
     found = grouped_inner(torch.ones(360_000), thin.deltas, Segments(((0, 360_000, 0),)))
     expected = dense(thin.deltas).double().sum()
     assert_close(found.double()[0, 0], expected, rtol=1e-4, atol=1e-2)
-
-
-def test_adding_up_factors_separately_is_another_model():
-    """(B1 + B2)(A1 + A2) has cross terms B1 A2 + B2 A1 that no expert learned."""
-    base, adapters = base_and_adapters(2, (2, 2))
-    (b1, a1), (b2, a2) = (adapters[task]["first"] for task in ("task0", "task1"))
-    thin = TaskVectors.from_adapters(base, adapters)
-    merged = thin.layout.unflatten(thin.merge([1, 1]))["first"] - base["first"]
-    apart = (b1 + b2) @ (a1 + a2) - merged
-    assert_close(merged, b1 @ a1 + b2 @ a2)
-    assert_close(apart, b1 @ a2 + b2 @ a1)
-    assert apart.norm() > 0.5 * merged.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

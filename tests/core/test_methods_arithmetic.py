@@ -74,14 +74,6 @@ def test_a_tensor_of_small_entries_is_trimmed_away_globally_and_keeps_its_share_
     assert_close(by_tensor, by_tensor.new_tensor([9, 8, 0, 0, 0.4, 0.3, 0, 0]))
 
 
-@pytest.mark.parametrize(("deltas", "before", "after"), [((3, -2), -2, 3), ((3, 3), 3, 4.5)])
-def test_weights_before_the_election_turn_its_sign_and_divide_by_their_sum(deltas, before, after):
-    """Weights 1 and 2; after the election they divide by the number of tasks that agree."""
-    problem = problem_of(*([delta] for delta in deltas))
-    for weights, expected in (("before", before), ("after", after)):
-        assert ties(problem, keep=1.0, coeffs=[1, 2], weights=weights).tolist() == [expected]
-
-
 # --- dare
 @pytest.mark.parametrize("rescale", ["expected", "l1", "none"])
 def test_dare_that_drops_nothing_is_the_method_after_it(problem, rescale):
@@ -96,15 +88,6 @@ def test_dare_drops_entries_of_every_task_anew_and_scales_up_the_rest(rescale, k
     merged = dare(problem, drop=0.75, scale=1.0, rescale=rescale)
     assert set(merged.tolist()) == {0.0, kept, 2 * kept}
     assert 0.70 < (1 - merged / kept / 2).mean() < 0.80
-
-
-def test_dare_expects_the_task_vectors_themselves():
-    """The mean of 200 draws, within five deviations: an entry's variance is x^2 p / (1 - p)."""
-    problem = problem_of([1, -2, 3, 0.5], [2, 1, -1, 0.0])
-    draws = torch.stack([dare(problem, drop=0.5, scale=1.0, seed=seed) for seed in range(200)])
-    spread = problem.vectors.deltas.square().sum(dim=0).div(200).sqrt()
-    off = draws.mean(dim=0) - task_arithmetic(problem, scale=1.0)
-    assert (off.abs() < 5 * spread).all() and (draws.std(dim=0) > 0).all()
 
 
 def test_dare_can_keep_the_l1_norm_of_every_tensor_but_of_one_that_it_drops_entirely():

@@ -3,16 +3,15 @@
 import math
 import random
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from itertools import combinations
 
 import pytest
 import torch
-from helpers import QUIET, linear_problem, mean_divergence, normal, problem_of, refuses
+from helpers import QUIET, linear_problem, normal, problem_of, refuses
 from torch import nn
 from torch.testing import assert_close
 
-from divmerge_core.merging.linalg import matrices
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.methods.arithmetic import average, task_arithmetic
 from divmerge_core.methods.clustered import Clusters, crp_prior, dp_mixture, posterior_score
@@ -147,38 +146,6 @@ def test_opcm_is_the_recursion_on_models(share, cross):
     assert_close(found, slowly_opcm(problem, share, cross), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_an_expert_adds_an_orthogonal_change_and_the_whole_gets_the_mean_length(share):
-    """M_T = M_{T-1} scaled + D with <D, M_{T-1}> = 0, so all matrices share one scale."""
-    problem, before = turned(linear_problem(num_tasks=4), 1), None
-    vectors, lengths = problem.vectors, problem.vectors.norms()
-    for count in range(1, 5):
-        merged = opcm(problem.select(vectors.tasks[:count]), share=share, **QUIET)
-        after = merged - vectors.base
-        assert_close(after.norm(), lengths[:count].mean(), rtol=1e-13, atol=0)
-        if before is None:
-            assert_close(after, vectors.deltas[0], rtol=1e-13, atol=1e-14)
-        else:
-            scales = [
-                (after[place] @ before[place]) / before[place].square().sum()
-                for _, place, _ in matrices(vectors.layout)
-            ]
-            assert_close(torch.stack(scales), scales[0].expand(len(scales)), rtol=1e-12, atol=0)
-        before = after
-
-
-def test_opcm_depends_less_on_the_order_than_sequential_ties_does():
-    problem = linear_problem(num_tasks=4)
-
-    def spread(method) -> float:
-        """Root mean square distance from the mean, in units of the mean's distance from base."""
-        rows = torch.stack([method(turned(problem, order)) for order in range(5)])
-        mean = rows.mean(dim=0)
-        return float((rows - mean).norm() / 5**0.5 / (mean - problem.vectors.base).norm())
-
-    assert spread(partial(opcm, **QUIET)) < spread(sequential_ties)
-
-
 def test_opcm_without_matrices_with_an_idle_expert_and_with_experts_that_cancel():
     deltas = normal(4, 9)
     found = opcm(problem_of(*deltas, base=1.0, bias=(4,), norm=(5,)), **QUIET) - 1
@@ -248,11 +215,6 @@ def grouped(problem: MergeProblem, like: Clusters, numbers: list[int]) -> Cluste
     return replace(like, problem=problem, models=tuple(models), numbers=tuple(numbers))
 
 
-def squared_error(problem: MergeProblem, merged) -> float:
-    """Mean square distance of logits from every expert's own, over all tasks."""
-    return mean_divergence(problem, merged, lambda expert, found: (found - expert).square())
-
-
 @pytest.mark.parametrize(
     ("order", "options"),
     [(1, {}), (2, {}), (3, {}), (0, {"zeta": 0.1}), (0, {"zeta": 5.0}), (0, {"zeta": 0.5})]
@@ -272,38 +234,6 @@ def test_the_mixture_finds_planted_families_and_merges_each_by_opcm(order, optio
     for task, batches in enumerate(problem.batches):
         model = found.models[found.numbers[task]]
         assert torch.equal(found.logits(task, batches[0]), problem.logits(model, task, batches[0]))
-
-
-def test_the_answers_hardly_depend_on_the_order_in_which_experts_come():
-    errors = torch.tensor([squared_error(turned(families(), n), mixed(n)) for n in range(1, 4)])
-    assert errors.std() / errors.mean() < 0.1
-
-
-def k_means(rows: torch.Tensor, count: int) -> list[int]:
-    """Lloyd's algorithm from the first `count` rows that lie farthest from one another."""
-    centres = rows[:1]
-    while len(centres) < count:
-        centres = torch.cat([centres, rows[torch.cdist(rows, centres).amin(1).argmax()][None]])
-    for _ in range(20):
-        numbers = torch.cdist(rows, centres).argmin(1)
-        centres = torch.stack([rows[numbers == n].mean(0) for n in range(count)])
-    return numbers.tolist()
-
-
-@pytest.mark.parametrize("related", [0.9, 0.5])
-def test_at_equal_storage_it_answers_nearer_than_random_groups_and_near_k_means(related):
-    """k-means clusters task vectors; it is given the number of models, which the mixture finds."""
-    problem = families(related)
-    found = dp_mixture(problem, **QUIET)
-    error = squared_error(problem, found)
-    assert error < 1.1 * squared_error(
-        problem, grouped(problem, found, k_means(problem.vectors.deltas, len(found.models)))
-    )
-    if related == 0.9:
-        shuffled = list(found.numbers)
-        random.Random(0).shuffle(shuffled)
-        assert error < 0.5 * squared_error(problem, grouped(problem, found, shuffled))
-        assert error < 0.5 * squared_error(problem, opcm(problem, **QUIET))
 
 
 def test_at_zeta_0_the_mixture_is_one_opcm_merge_and_at_infinity_the_experts():

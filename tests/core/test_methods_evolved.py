@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -84,60 +83,6 @@ def test_callback_is_told_the_best_score_so_far_and_the_best_is_what_comes_out(p
     assert seen == pytest.approx(by_task.cummax(dim=1).values.flatten().tolist())
     best = int(by_task[-1].argmax()) + 2 * 11
     assert float(sum(flat[best % 7] for flat in merged.flats)) == pytest.approx(max(values[22:]))
-
-
-def searches(
-    problem: MergeProblem, score, generator: torch.Generator, *, steps: int, seed: int = 0
-) -> dict[str, list[float]]:
-    """Scores of the first task's path by evolution, random search and greedy search, in order.
-
-    Greedy search changes one gene at a time wherever that helps, group after group.
-    """
-    pool, budget, evolved = Pool.of(problem, "layer"), 1 + 4 * steps, []
-
-    def first_task(value: float) -> None:
-        evolved.append(value)
-        if len(evolved) == budget:
-            raise StopIteration
-
-    options = {"grouping": "layer", "steps": steps, "seed": seed, "on_score": first_task}
-    with pytest.raises(StopIteration):
-        layer_evolution(problem, score=lambda paths: score(paths.flats[0]), **options, **QUIET)
-    drawn = [score(pool.model(some_path(pool, generator))) for _ in range(budget)]
-    genes = [(0, 1.0)] * pool.segments.num_groups
-    greedy = [score(pool.model(Path(tuple(genes))))]
-    trials = ((g, gene) for _ in range(budget) for g in range(len(genes)) for gene in pool.choices)
-    for group, gene in islice(trials, budget - 1):
-        value = score(pool.model(Path((*genes[:group], gene, *genes[group + 1 :]))))
-        if value > max(greedy):
-            genes[group] = gene
-        greedy.append(value)
-    return {"evolved": evolved, "drawn": drawn, "greedy": greedy}
-
-
-def test_evolution_beats_random_search_and_where_groups_act_together_mostly_greedy_search():
-    """Layers of a linear model, to answer as a path drawn at random does; no search always wins.
-    Where groups act alone, greedy search beats both."""
-    problem = blocks_problem(6, num_tasks=2)
-    pool, generator = Pool.of(problem, "layer"), torch.Generator().manual_seed(0)
-    target = pool.model(some_path(pool, generator))
-    found = searches(problem, lambda flat: -float((flat - target).norm()), generator, steps=16)
-    best = {name: max(values) for name, values in found.items()}
-    assert best["greedy"] > -1e-9 >= best["evolved"] > best["drawn"]
-    wins = {"drawn": 0, "greedy": 0}
-    for seed in range(8):
-        problem = linear_problem(seed=seed, scale=1.0, batches=1)
-        pool, generator = Pool.of(problem, "layer"), torch.Generator().manual_seed(100 + seed)
-        batch = problem.batches[0][0]
-        gold = problem.logits(pool.model(some_path(pool, generator)), 0, batch)
-
-        def score(flat: Tensor, problem=problem, batch=batch, gold=gold) -> float:
-            return -float((problem.logits(flat, 0, batch) - gold).square().mean())
-
-        found = searches(problem, score, generator, steps=16, seed=seed)
-        for name in wins:
-            wins[name] += max(found["evolved"]) > max(found[name])
-    assert min(wins.values()) > 4
 
 
 def test_what_was_found_for_one_task_helps_the_next():
@@ -402,23 +347,6 @@ def test_a_reward_that_belongs_to_other_draws_teaches_nothing():
         trust = learned_policy(pool.problem, shuffled, average, **options)
         found.append(separation(trust, pool.corrupt))
     assert 0.3 < sum(found) / len(found) < 0.7
-
-
-def test_leaving_one_out_does_as_well_and_cosines_and_norms_fail_where_most_are_corrupted():
-    """What a policy has to beat: 11 scores for leaving each out, none for cosines and norms."""
-    cosines, norms = {}, {}
-    for share in (0.2, 0.6):
-        pool = corrupted_pool(share)
-        vectors, every = pool.problem.vectors, pool.validation(average(pool.problem))
-        others = [[task for task in vectors.tasks if task != out] for out in vectors.tasks]
-        without = [pool.validation(average(pool.problem.select(names))) for names in others]
-        assert separation(published_policy(share), pool.corrupt) > 0.95
-        assert separation(every - torch.tensor(without), pool.corrupt) > 0.9
-        near = torch.cosine_similarity(vectors.deltas, vectors.deltas.mean(0)[None])
-        cosines[share] = separation(near, pool.corrupt)
-        far = (vectors.norms() - vectors.norms().median()).abs()
-        norms[share] = separation(-far, pool.corrupt)
-    assert cosines[0.2] > 0.9 and cosines[0.6] < 0.8 and norms[0.6] < 0.8
 
 
 def test_a_score_that_tells_nothing_keeps_all_experts(problem):

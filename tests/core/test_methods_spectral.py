@@ -27,10 +27,6 @@ def diagonal(*values: float) -> torch.Tensor:
     return torch.diag(torch.tensor(values, dtype=torch.float64))
 
 
-def rotation(size: int) -> torch.Tensor:
-    return torch.linalg.qr(normal(size, size, seed=99)).Q
-
-
 def inverse_root(matrix: torch.Tensor) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     return vectors @ torch.diag(values.rsqrt()) @ vectors.T
@@ -167,21 +163,6 @@ def test_common_and_own_directions_fill_the_matrix():
 
 
 # --- KnOTS
-both_sides = pytest.mark.parametrize("shared", ["output", "input"])
-
-
-@both_sides
-def test_knots_turns_with_its_experts_where_ties_does_not(shared):
-    """A rotation of the common side of every task rotates the outcome."""
-    deltas, turn = [normal(5, 5, seed=n) for n in range(3)], rotation(5)
-
-    def turned(matrix):
-        return turn @ matrix if shared == "output" else matrix @ turn
-
-    options = {"keep": 0.4, "scale": 1.0}
-    first = change(knots, *deltas, shared=shared, **options)
-    near(change(knots, *map(turned, deltas), shared=shared, **options), turned(first))
-    assert (change(ties, *map(turned, deltas), **options) - turned(first)).abs().max() > 0.1
 
 
 def test_the_input_side_is_the_output_side_of_the_transposed():
