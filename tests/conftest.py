@@ -6,7 +6,6 @@ from dataclasses import replace
 import datasets
 import pytest
 import torch
-import transformers
 
 # Without a GPU, Triton's kernels run in its interpreter; it has to know before it is imported.
 if not torch.cuda.is_available():
@@ -19,7 +18,8 @@ from divmerge_book.evaluation.experiment import SIZES, Size, make_problem, prepa
 from divmerge_book.models.encoders import load_base
 from divmerge_book.models.finetuning import fine_tune
 from divmerge_book.models.language import load_language
-from helpers import MARKERS, TINY_RECIPE, WORDS, linear_problem, shared_by, toy_task
+from helpers import MARKERS, TINY_RECIPE, linear_problem, shared_by, toy_task
+from local_files import make_base
 
 from divmerge_core.storage import cache_dir
 
@@ -51,16 +51,7 @@ def problem():
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A random two-layer BERT and its tokenizer, saved as the hub keeps them."""
-    folder = tmp_path_factory.mktemp("encoder")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 64, "max_position_embeddings": 32}
-    config = transformers.BertConfig(vocab_size=len(WORDS), **sizes)
-    torch.manual_seed(0)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    vocabulary = {word: number for number, word in enumerate(WORDS)}
-    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
-    return folder
+    return make_base(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,13 @@
 """Tiny random language models with a tokenizer of their own, saved as the hub keeps them."""
 
-import random
 from pathlib import Path
 
-import datasets
 import tokenizers
 import torch
 import transformers
 from divmerge_book.evaluation.sizes import LanguageSize
 from divmerge_book.models.language.training import LanguageRecipe
+from divmerge_book.published.toy_models import save_data
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 TEXTS = [
@@ -85,21 +84,6 @@ def save_model(folder: Path, kind: str = "llama", *, seed: int = 0, tied: bool =
 
 def save_glue(folder: Path) -> Path:
     """SST-2, CoLA and MNLI with made-up rows, in the layout of nyu-mll/glue."""
-    draw = random.Random(0)
-    words = "film actor story scene music dog house river".split()
-
-    def text(good: bool) -> str:
-        return f"{'good' if good else 'bad'} {' '.join(draw.choices(words, k=4))} {draw.random()}"
-
-    columns = {"sst2": ["sentence"], "cola": ["sentence"], "mnli": ["premise", "hypothesis"]}
-    for name, keys in columns.items():
-        held = "validation_matched" if name == "mnli" else "validation"
-        for split, count in (("train", 800), (held, 30)):
-            rows = [
-                {**{key: text(n % 2 == 0) for key in keys}, "label": int(n % 2 == 0), "idx": n}
-                for n in range(count)
-            ]
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            path = folder / name / f"{split}-00000-of-00001.parquet"
-            datasets.Dataset.from_list(rows).to_parquet(path)
+    for name in ("sst2", "cola", "mnli"):
+        save_data(folder / name, name)
     return folder

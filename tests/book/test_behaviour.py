@@ -22,15 +22,11 @@ from divmerge_book.interference.behaviour import (
     margin,
     shift,
 )
-from helpers import linear_problem
+from helpers import linear_problem, normal
 from torch.testing import assert_close
 
 from divmerge_core.merging.problem import Batch, MergeProblem
 from divmerge_core.merging.task_vectors import TaskVectors
-
-
-def draws(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def error_of(problem: MergeProblem, coefficients: list[float], distance: str = "js") -> float:
@@ -69,11 +65,11 @@ def test_on_an_axis_the_error_is_what_one_vector_changes_for_the_other_task(dist
 
 def features_apart() -> MergeProblem:
     """Task vectors that act on features which only their own task's inputs have."""
-    base, experts, batches = {"w": draws(3, 4)}, {}, []
+    base, experts, batches = {"w": normal(3, 4)}, {}, []
     for number, name in enumerate("ab"):
         mine = slice(2 * number, 2 * number + 2)
-        change, x = draws(3, 4).mul(0), draws(8, 4).mul(0)
-        change[:, mine], x[:, mine] = draws(3, 2, seed=number), draws(8, 2, seed=9 + number)
+        change, x = normal(3, 4).mul(0), normal(8, 4).mul(0)
+        change[:, mine], x[:, mine] = normal(3, 2, seed=number), normal(8, 2, seed=9 + number)
         experts[name] = {"w": base["w"] + change}
         batches.append([Batch({"x": x}, torch.full((8,), 1 / 8, dtype=torch.float64))])
 
@@ -128,31 +124,31 @@ def test_margin_and_confidence_by_hand():
 
 
 def test_cka_is_one_for_a_representation_turned_scaled_and_moved():
-    x = draws(20, 6)
-    turn, _ = torch.linalg.qr(draws(6, 6, seed=1))
+    x = normal(20, 6)
+    turn, _ = torch.linalg.qr(normal(6, 6, seed=1))
     assert_close([cka(x, x), cka(x, 3 * x @ turn + 5)], [1.0, 1.0])
     assert cka(x, x * torch.tensor([10.0, 1, 1, 1, 1, 1])) < 0.95, "no turn"
 
 
 def test_cka_of_independent_representations_is_near_zero_even_with_many_dimensions():
-    found = [cka(draws(30, 200, seed=n), draws(30, 200, seed=100 + n)) for n in range(20)]
+    found = [cka(normal(30, 200, seed=n), normal(30, 200, seed=100 + n)) for n in range(20)]
     assert abs(sum(found) / 20) < 0.02
 
 
 def test_the_dependence_is_the_mean_over_all_ordered_quadruples():
-    x, y = (draws(6, 3, seed=n) for n in (0, 1))
+    x, y = (normal(6, 3, seed=n) for n in (0, 1))
     k, m = x @ x.T, y @ y.T
     slow = [k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q]) for i, j, q, r in permutations(range(6), 4)]
     assert_close(hsic(k, m), torch.stack(slow).mean())
 
 
 def test_constants_and_too_few_rows_say_nothing():
-    assert cka(torch.ones(5, 2), draws(5, 2)) == 0
-    for x, y in ((draws(3, 2), draws(3, 2)), (draws(5, 2), draws(6, 2))):
+    assert cka(torch.ones(5, 2), normal(5, 2)) == 0
+    for x, y in ((normal(3, 2), normal(3, 2)), (normal(5, 2), normal(6, 2))):
         with pytest.raises(ValueError, match="4 or more"):
             cka(x, y)
     with pytest.raises(ValueError, match="does not vary"):
-        shift(torch.ones(4, 2), draws(4, 2).float())
+        shift(torch.ones(4, 2), normal(4, 2).float())
 
 
 def test_a_common_move_is_all_common_and_unseen_by_cka_and_one_that_cancels_is_not():

@@ -14,18 +14,12 @@ from divmerge_book.interference.weights import (
     sign_conflict,
     trained,
 )
-from helpers import linear_problem
+from helpers import linear_problem, normal
 from torch.testing import assert_close
 
 from divmerge_core.merging.coefficients import GROUPINGS, groups_of
 from divmerge_core.merging.task_vectors import Layout, TaskVectors
 from divmerge_core.registry import UnknownName
-
-
-def random_rows(count: int = 3, size: int = 50) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, size, dtype=torch.float64, generator=generator)
-
 
 pairwise = pytest.mark.parametrize("function", [cosine, sign_conflict, magnitude_overlap])
 
@@ -35,7 +29,7 @@ pairwise = pytest.mark.parametrize("function", [cosine, sign_conflict, magnitude
     [(cosine, 1, -1), (sign_conflict, 0, 1), (magnitude_overlap, 1, 1)],
 )
 def test_a_vector_beside_itself_and_its_negation(function, itself, negation):
-    (row,) = random_rows(1)
+    row = normal(50)
     expected = [[itself, negation], [negation, itself]]
     found = function(torch.stack([row, -3 * row]))
     assert_close(found, torch.tensor(expected, dtype=torch.float64))
@@ -53,7 +47,7 @@ def test_sign_conflict_by_hand_leaves_out_what_either_vector_leaves_unchanged():
 
 @pairwise
 def test_a_measure_is_symmetric_of_the_dtype_given_and_zero_beside_a_zero_vector(function):
-    deltas = random_rows()
+    deltas = normal(3, 50)
     found = function(deltas)
     for value in (0.1, 7.0):
         assert_close(function(value * deltas), found)

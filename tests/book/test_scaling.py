@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from divmerge_book.evaluation.experiment import SIZES, Experiment, Size
+from divmerge_book.evaluation.experiment import SIZES, Size
 from divmerge_book.studies import scaling as module
 from divmerge_book.studies.scaling import (
     EXPERT,
@@ -31,11 +31,6 @@ from divmerge_core.divergences import js
 from divmerge_core.methods import METHODS
 
 TASKS = list("abcdef")
-
-
-@pytest.fixture
-def experiment(tiny, cache) -> Experiment:
-    return linear_experiment(tiny, 4)
 
 
 @pytest.mark.parametrize("whole", [(), (2, -1)])
@@ -75,27 +70,27 @@ def test_packed_rows_come_back():
         assert unpacked(packed(torch.tensor(bits))) == bits
 
 
-def test_an_expert_is_right_on_its_own_task_and_js_is_the_mean_over_test_rows(experiment):
-    problem = experiment.problem
+def test_an_expert_is_right_on_its_own_task_and_js_is_the_mean_over_test_rows(linear):
+    problem = linear.problem
     own, merged = problem.vectors.expert("task1"), METHODS["average"](problem)
-    rows = judged(experiment, own, references(experiment))
+    rows = judged(linear, own, references(linear))
     assert all(unpacked(rows[1]["right"]))  # gold is the expert's answer
     assert [row["js"] == 0 for row in rows] == [False, True, False, False]
-    for number, row in enumerate(judged(experiment, merged, references(experiment))):
+    for number, row in enumerate(judged(linear, merged, references(linear))):
         models = [problem.vectors.expert(row["task"]), merged]
         pairs = [
             [problem.logits(flat, number, batch) for flat in models]
-            for batch in experiment.test[number].batches
+            for batch in linear.test[number].batches
         ]
         expected = torch.cat([js(*pair) for pair in pairs]).mean().item()
         assert row["js"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_every_method_merges_the_same_subsets_once_with_options_found_once(
-    tiny, experiment, monkeypatch
+    tiny, linear, monkeypatch
 ):
-    experiments = {0: experiment, 7: linear_experiment(tiny, 4, digest="others", seed=1)}
-    subsets = subsets_of(experiment.problem.vectors.tasks, 2)
+    experiments = {0: linear, 7: linear_experiment(tiny, 4, digest="others", seed=1)}
+    subsets = subsets_of(linear.problem.vectors.tasks, 2)
     size = Size("none", (0,), epochs=1, candidates=2)
     methods = ["average", "task_arithmetic", "divmerge/task"]
     rows, found = scaling(experiments, subsets, methods=methods, size=size)
@@ -111,25 +106,25 @@ def test_every_method_merges_the_same_subsets_once_with_options_found_once(
     assert set(found[found.method == "task_arithmetic"].tried) == {2}
     assert set(found[found.method == "average"].tried) == {1}
     monkeypatch.setattr(module, "judged", refuse)
-    again, _ = scaling({0: experiment}, subsets, methods=methods[::2], size=size)
+    again, _ = scaling({0: linear}, subsets, methods=methods[::2], size=size)
     before = rows.query("seed == 0 and method != 'task_arithmetic'").reset_index(drop=True)
     pd.testing.assert_frame_equal(again, before)
 
 
-def test_a_fixed_share_of_one_over_t_is_the_average(experiment):
+def test_a_fixed_share_of_one_over_t_is_the_average(linear):
     subset = ("task0", "task2", "task3")
-    rows = fixed(experiment, [subset, ("task1",)], [None, 1.0])
-    chosen = experiment.select(subset)
-    expected = judged(chosen, METHODS["average"](chosen.problem), references(experiment))
+    rows = fixed(linear, [subset, ("task1",)], [None, 1.0])
+    chosen = linear.select(subset)
+    expected = judged(chosen, METHODS["average"](chosen.problem), references(linear))
     some = rows[~rows.fixed & (rows.subset == "task0+task2+task3")]
     assert some.right.tolist() == [row["right"] for row in expected]
     assert set(some.scale) == {1 / 3}
     assert rows[rows.subset == "task1"].js.tolist() == [0, 0]  # the expert itself
 
 
-def test_geometry_is_that_of_the_task_vectors(experiment):
-    deltas, table = experiment.problem.vectors.deltas, geometry(experiment)
+def test_geometry_is_that_of_the_task_vectors(linear):
+    deltas, table = linear.problem.vectors.deltas, geometry(linear)
     tasks, squares = squares_of(table)
     np.testing.assert_allclose(squares["inner"], (deltas @ deltas.T).numpy(), rtol=1e-9)
-    assert tuple(tasks) == experiment.problem.vectors.tasks
+    assert tuple(tasks) == linear.problem.vectors.tasks
     assert table[table.task == table.other].conflict.eq(0).all()

@@ -6,31 +6,25 @@ import numpy as np
 import pytest
 from divmerge_book.studies import searches as module
 from divmerge_book.studies.searches import SEARCHES, ValidationScore, compare_searches
-from helpers import experiment_of, linear_problem
 
 from divmerge_core.methods.paths import Path, Pool
-
-
-@pytest.fixture
-def experiment(tiny, cache):
-    return experiment_of(linear_problem(num_tasks=4, scale=0.8), tiny)
 
 
 @pytest.mark.parametrize("name", SEARCHES)
 @pytest.mark.parametrize("calls", [5, 17, 33])
 def test_every_search_spends_its_calls_from_the_expert_to_the_best(
-    experiment, name, calls, monkeypatch
+    linear, name, calls, monkeypatch
 ):
     """The score here is proximity to a target that no expert is."""
-    vectors = experiment.problem.vectors
-    target = Pool.of(experiment.problem, "block").model(Path(((1, 1.0), (0, 0.5), (3, 0.25))))
+    vectors = linear.problem.vectors
+    target = Pool.of(linear.problem, "block").model(Path(((1, 1.0), (0, 0.5), (3, 0.25))))
 
     def proximity(experiment, flat, tasks=None) -> list[float]:
         return [50 - float((flat - target).norm())]
 
     monkeypatch.setattr(module, "accuracies", proximity)
-    score = ValidationScore(experiment, calls)
-    paths = SEARCHES[name](experiment, score, 0)
+    score = ValidationScore(linear, calls)
+    paths = SEARCHES[name](linear, score, 0)
     assert len(score.given) == 4 * calls and len(paths.flats) == 4
     rows, best = np.reshape(score.given, (4, calls)), score.best()
     assert best == sorted(best)
@@ -41,18 +35,18 @@ def test_every_search_spends_its_calls_from_the_expert_to_the_best(
             assert proximity(None, paths.flats[task])[0] == pytest.approx(rows[task].max())
 
 
-def test_every_search_is_compared_with_the_experts(experiment):
-    small = replace(experiment, digest="fewer rows")
-    table = compare_searches({(0, 15): experiment, (0, 8): small}, calls=5)
+def test_every_search_is_compared_with_the_experts(linear):
+    small = replace(linear, digest="fewer rows")
+    table = compare_searches({(0, 15): linear, (0, 8): small}, calls=5)
     last = table[table.test.notna()]
     assert len(last) == len(last.groupby(["rows", "search"])) == 2 * (len(SEARCHES) + 1)
     assert set(table.search) == {*SEARCHES, "expert"} and set(table["rows"]) == {15, 8}
     expert = last[last.search == "expert"].iloc[0]
     assert expert.validation == expert.test == 1 and expert.gap == 0 and expert.call == 1
-    assert expert.bytes == 4 * experiment.problem.vectors.base.nbytes
+    assert expert.bytes == 4 * linear.problem.vectors.base.nbytes
     assert (last.gap == last.validation - last.test).all()
 
 
-def test_calls_that_make_no_generations_are_refused(experiment):
+def test_calls_that_make_no_generations_are_refused(linear):
     with pytest.raises(ValueError, match="1 plus a multiple of 4"):
-        compare_searches({(0, 15): experiment}, calls=12)
+        compare_searches({(0, 15): linear}, calls=12)

@@ -13,20 +13,16 @@ from divmerge_book.interference.spectra import (
     singular_values,
     stable_rank,
 )
-from helpers import linear_problem
+from helpers import linear_problem, normal
 from torch import float64, tensor
 from torch.testing import assert_close
 
 shaped = pytest.mark.parametrize("shape", [(6, 6), (3, 9), (9, 3)])
 
 
-def random_matrix(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=float64, generator=torch.Generator().manual_seed(seed))
-
-
 @shaped
 def test_singular_values_are_those_of_the_svd(shape):
-    matrix = random_matrix(*shape)
+    matrix = normal(*shape)
     assert_close(singular_values(matrix), torch.linalg.svdvals(matrix))
     total = matrix.float().double().square().sum()
     assert_close(singular_values(matrix.float()).square().sum(), total, rtol=1e-12, atol=0)
@@ -43,7 +39,7 @@ def test_ranks_count_equal_values_whatever_their_length_and_nothing_in_a_zero_ma
     assert rank(torch.full((5,), 0.3, dtype=float64)) == pytest.approx(5)
     assert rank(tensor([0.3, 0.0, 0.0], dtype=float64)) == pytest.approx(1)
     assert rank(torch.zeros(3, dtype=float64)) == 0
-    values = singular_values(random_matrix(6, 9))
+    values = singular_values(normal(6, 9))
     assert rank(7 * values) == pytest.approx(rank(values)) and 1 <= rank(values) <= 6
 
 
@@ -60,7 +56,7 @@ def test_dominant_directions_by_hand():
 
 @shaped
 def test_a_matrix_is_aligned_with_itself_and_less_as_the_cut_gets_coarser(shape):
-    merged, task = random_matrix(*shape), random_matrix(*shape, seed=1)
+    merged, task = normal(*shape), normal(*shape, seed=1)
     assert alignment(merged, [merged], residual=0.0) == [pytest.approx(1)]
     (cut,) = alignment(merged, [merged], residual=0.05)
     assert (1 - 0.05**2) ** 0.5 <= cut <= 1
@@ -71,23 +67,16 @@ def test_a_matrix_is_aligned_with_itself_and_less_as_the_cut_gets_coarser(shape)
 
 def test_matrices_with_orthogonal_columns_or_zeros_are_not_aligned():
     one, other, zero = torch.zeros(3, 4, 3, dtype=float64)
-    one[:2], other[2:] = random_matrix(2, 3), random_matrix(2, 3, seed=1)
+    one[:2], other[2:] = normal(2, 3), normal(2, 3, seed=1)
     assert alignment(one, [other]) == [0.0]
     assert alignment(other, [one, other]) == [0.0, pytest.approx(1, abs=0.002)]
     assert alignment(one, [zero]) == alignment(zero, [one]) == [0.0]
 
 
-def test_alignment_by_hand():
-    merged = torch.diag(tensor([3.0, 0.1], dtype=float64))  # one direction dominates
-    task = tensor([[3.0, 0.0], [0.0, 4.0]], dtype=float64)
-    assert alignment(merged, [task], residual=0.05) == [pytest.approx(3 / 5)]
-    assert alignment(merged, [task], residual=0.01) == [pytest.approx(1)]
-
-
 @shaped
 @pytest.mark.parametrize("residual", [0.05, 0.3, 0.6])
 def test_alignment_is_that_of_the_slow_projection(shape, residual):
-    merged, task = random_matrix(*shape), random_matrix(*shape, seed=1)
+    merged, task = normal(*shape), normal(*shape, seed=1)
     left, values, _ = torch.linalg.svd(merged, full_matrices=False)
     rest = [values[count:].norm() <= residual * values.norm() for count in range(len(values) + 1)]
     left = left[:, : rest.index(True)]
@@ -96,8 +85,8 @@ def test_alignment_is_that_of_the_slow_projection(shape, residual):
 
 
 def test_by_chance_the_squared_alignment_is_the_share_of_directions():
-    merged = random_matrix(40, 40)
-    others = [random_matrix(40, 40, seed=n) for n in range(1, 41)]
+    merged = normal(40, 40)
+    others = [normal(40, 40, seed=n) for n in range(1, 41)]
     squares = tensor(alignment(merged, others, residual=0.5)).square()
     expected = chance_alignment(merged, residual=0.5) ** 2
     assert expected == dominant(singular_values(merged).square(), 0.5) / 40

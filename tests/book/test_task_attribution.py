@@ -2,7 +2,6 @@
 
 from itertools import combinations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -170,14 +169,6 @@ def test_effects_of_tasks_by_hand():
     assert found.own_change[["a", "b"]].tolist() == pytest.approx([-(0.1 + 0.2) / 2, 0])
     kept = shapley_values(table, "kept_margin").set_index("task").loc[found.index]
     assert kept.to_numpy() == pytest.approx(3 * found.to_numpy())
-
-
-@pytest.fixture
-def ax():
-    figure, axes = plt.subplots()
-    yield axes
-    figure.canvas.draw()
-    plt.close(figure)
 
 
 def test_figures_of_explanations_say_what_their_axes_are(ax, numbered):
