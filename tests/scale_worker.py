@@ -12,7 +12,7 @@ from divmerge_book.models.encoders import pooled
 from divmerge_book.runner.distributed import causal_forward, without_weights
 from divmerge_book.runner.fsdp import (
     Shards,
-    Source,
+    WeightSource,
     from_state,
     sharded_problem,
 )
@@ -83,14 +83,14 @@ def batches_of(name: str, rows: int, generator: torch.Generator) -> list[list[Ba
     return found
 
 
-def counted(source: Source, read: list[int]) -> Source:
+def counted(source: WeightSource, read: list[int]) -> WeightSource:
     """The same source; how many numbers are asked for is noted."""
 
     def piece(name: str, start: int, stop: int) -> Tensor:
         read.append(stop - start)
         return source.piece(name, start, stop)
 
-    return Source(source.name, source.shapes, piece, source.prefix)
+    return WeightSource(source.name, source.shapes, piece, source.prefix)
 
 
 def compared(case: str, group: ProcessGroup) -> dict:

@@ -32,7 +32,7 @@ PRECISIONS = {
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightSource:
     """Weights of a model in memory or on disk: piece(name, start, stop) of a flattened tensor.
 
     prefix: what a module's names have in front of the names here, or nothing.
@@ -44,16 +44,16 @@ class Source:
     prefix: str = ""
 
 
-def from_state(name: str, state: Mapping[str, Tensor]) -> Source:
+def from_state(name: str, state: Mapping[str, Tensor]) -> WeightSource:
     """Weights of a state dict in memory."""
 
     def piece(key: str, start: int, stop: int) -> Tensor:
         return state[key].detach().reshape(-1)[start:stop]
 
-    return Source(name, {key: tuple(tensor.shape) for key, tensor in state.items()}, piece)
+    return WeightSource(name, {key: tuple(tensor.shape) for key, tensor in state.items()}, piece)
 
 
-def from_folder(folder: str | Path, prefix: str | None = None) -> Source:
+def from_folder(folder: str | Path, prefix: str | None = None) -> WeightSource:
     """Weights of a model on disk in the hub's layout, read on demand; prefix: as in StoredModel."""
     stored = StoredModel.at(Path(folder), prefix)
     tensors = {core: stored.tensors[name] for core, name in stored.cores.items()}
@@ -62,10 +62,10 @@ def from_folder(folder: str | Path, prefix: str | None = None) -> Source:
         return tensors[key].mapped()[start:stop].clone()
 
     shapes = {core: tensor.shape for core, tensor in tensors.items()}
-    return Source(str(folder), shapes, piece, stored.prefix)
+    return WeightSource(str(folder), shapes, piece, stored.prefix)
 
 
-def require_shapes(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def require_shapes(source: WeightSource, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise ValueError unless the source has every tensor of a model, in its shape."""
     for name, shape in shapes.items():
         found = source.shapes.get(name.removeprefix(source.prefix))
@@ -141,7 +141,7 @@ class Shards:
             assert prod(shape) == stop - start, f"FSDP2 cut {name} otherwise: {shape}"
         return cls(group, module, shapes, layout)
 
-    def read(self, source: Source) -> dict[str, Tensor]:
+    def read(self, source: WeightSource) -> dict[str, Tensor]:
         """The rank's shard of every tensor; nothing else of the source is read."""
         state = {}
         for name, local in zip(self.layout.names, self.layout.shapes, strict=True):
@@ -151,7 +151,7 @@ class Shards:
         return state
 
     def vectors(
-        self, base: Source, experts: Mapping[str, Source], *, storage: str = "float32"
+        self, base: WeightSource, experts: Mapping[str, WeightSource], *, storage: str = "float32"
     ) -> TaskVectors:
         """The rank's columns of base and task vectors, read one expert at a time.
 
@@ -164,7 +164,7 @@ class Shards:
         for source in (base, *experts.values()):
             require_shapes(source, self.shapes)
 
-        def own(source: Source) -> Float[Tensor, " N"]:
+        def own(source: WeightSource) -> Float[Tensor, " N"]:
             state = self.read(source)
             layout.check(state, source.name)
             return layout.flatten(state)
