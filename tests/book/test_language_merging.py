@@ -19,7 +19,6 @@ from language_toys import SIZE
 from divmerge_core import METHODS
 from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.kernels.expert_cache import TopKLogProbs, cache_expert
-from divmerge_core.merging.fit_checkpoint import FitCheckpoint
 from divmerge_core.merging.merged_model import expert_logits, objective_against
 
 PROMPT_TOKENS = [(5, 6, 7, 8, 9), (4,), (9, 8)]
@@ -138,49 +137,12 @@ def test_kept_answers_are_the_targets(language_experiment):
     assert kept[1][0] is language_experiment.problem.batches[1][0].expert
 
 
-def test_divmerge_lowers_the_divergence_over_the_vocabulary(language_experiment):
-    losses = []
-
-    def callback(step):
-        losses.append(step.loss)
-
-    options = {"grouping": "block", "epochs": 5, "lr": 5e-2, "callback": callback}
-    quiet_merge(language_experiment, "divmerge", **options)
-    assert sum(losses[-4:-1]) < sum(losses[:3])
-
-
-def test_divmerge_takes_its_options_here_too(language_experiment):
-    seen = []
-    options = {"divergence": "kl", "temperature": 2.0, "optimizer": "lbfgs", "link": "sigmoid"}
-    options |= {"inputs": 2, "epochs": 2, "callback": seen.append}
-    quiet_merge(language_experiment, "divmerge", **options)
-    assert 0 < seen[-1].coeffs.min() and seen[-1].coeffs.max() < 1
-    quiet_merge(language_experiment, "adamerging", grouping="task", inputs=2, epochs=1)
-
-
 def test_top_answers_are_merged_towards_as_well(llama_folder, glue_rows):
     size = replace(SIZE, base=str(llama_folder), top=16)
     bench = prepare_language("glue", ["sst2", "cola"], size=size, progress=False)
     seen = []
     quiet_merge(bench, "divmerge", epochs=1, callback=seen.append)
     assert all(step.loss >= 0 for step in seen[:-1])
-
-
-def test_a_killed_fit_resumes_to_the_same_model(language_experiment, tmp_path, monkeypatch):
-    path, save = tmp_path / "fit.pt", FitCheckpoint.save
-
-    def killed(self):
-        save(self)
-        raise KeyboardInterrupt
-
-    whole = quiet_merge(language_experiment, "divmerge", grouping="layer")
-    with monkeypatch.context() as patch:
-        patch.setattr(FitCheckpoint, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            quiet_merge(language_experiment, "divmerge", grouping="layer", checkpoint=path)
-    assert 0 < len(torch.load(path)["evaluations"])
-    resumed = quiet_merge(language_experiment, "divmerge", grouping="layer", checkpoint=path)
-    assert torch.equal(resumed, whole)
 
 
 def test_a_comparison_scores_words_and_writing(llama_folder, glue_rows, shared_cache):

@@ -4,9 +4,9 @@ import json
 import shutil
 
 import pytest
-from divmerge_book.models.language import load_language, load_language_expert
+from divmerge_book.models.language import load_language
 from divmerge_book.models.language.forward import Parts
-from divmerge_book.models.language.models import MODELS, vocabulary_digest
+from divmerge_book.models.language.models import MODELS, check_tensors, vocabulary_digest
 from divmerge_book.models.language.training import trained
 from language_toys import save_model, tokenizer
 
@@ -75,18 +75,6 @@ def test_the_upper_blocks_are_what_they_say(llama, qwen):
         trained(llama.model, "top:3")
 
 
-def test_an_expert_from_a_folder_has_its_own_weights(llama, tmp_path):
-    found = load_language_expert(llama, save_model(tmp_path, seed=1), "sst2")
-    assert found.task == "sst2" and set(found.state) == set(llama.state)
-
-
-def test_an_expert_with_another_tokenizer_is_refused(llama, tmp_path):
-    save_model(tmp_path, seed=1)
-    tokenizer("entirely other words").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="another tokenizer or vocabulary"):
-        load_language_expert(llama, tmp_path, "sst2")
-
-
-def test_an_expert_with_other_tensors_is_refused(llama, tmp_path):
-    with pytest.raises(ValueError, match=r"differs from .* in \['lm_head.weight'"):
-        load_language_expert(llama, save_model(tmp_path, tied=False), "sst2")
+def test_other_tensors_than_the_bases_are_refused(llama, qwen):
+    with pytest.raises(ValueError, match=r"expert differs from .* in \['lm_head.weight'"):
+        check_tensors(llama, qwen.state, "expert")

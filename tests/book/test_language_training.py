@@ -121,8 +121,9 @@ def test_an_expert_of_another_base_is_refused(llama, glue_rows, tmp_path, monkey
     language_expert(llama, TASKS["sst2"], RECIPE, progress=False)
     (folder,) = (tmp_path / "cache" / "experts").glob("lm-sst2-*")
     other = load_language(str(save_model(tmp_path, seed=1)))
-    with pytest.raises(ValueError, match="with other weights than"):
-        load_language_expert(other, folder)
+    for base in (other, replace(llama, vocabulary="other")):
+        with pytest.raises(ValueError, match="with other weights or another vocabulary than"):
+            load_language_expert(base, folder)
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"lr": 0.0}, {"micro": -1}, {"rows": -3}])

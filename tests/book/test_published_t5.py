@@ -20,8 +20,7 @@ from divmerge_book.models.language.reading import collate
 from divmerge_book.models.language.seq2seq import encodes
 from divmerge_book.published import sources, t5
 from divmerge_book.published import toy_models as toys
-from divmerge_book.published.sources import SOURCES, Source, rows_of
-from divmerge_book.user_models import merge_and_score
+from divmerge_book.published.sources import SOURCES, PublishedTask, rows_of
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -35,7 +34,7 @@ FEW = {"rows": ROWS, "max_length": 24, "max_new": 4, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> tuple[str, dict[str, Source]]:
+def made(tmp_path_factory) -> tuple[str, dict[str, PublishedTask]]:
     """A tiny base, experts and their data; only to be read."""
     folder = tmp_path_factory.mktemp("hub") / "tiny"
     toys.make_toys(folder, NAMES, steps=40)
@@ -201,15 +200,6 @@ def test_a_batch_of_writers_falls_apart_into_rows_with_all_their_positions(bench
         assert_close(alone, together, rtol=1e-4, atol=1e-5)
 
 
-def test_options_are_searched_and_merges_scored_like_those_of_classifiers(bench):
-    options = {"budget": 2, "suite": t5.SUITE, "progress": False}
-    found = merge_and_score(bench, ["task_arithmetic"], **options)
-    assert set(found.report.rows.method) == {"expert", "base", "task_arithmetic"}
-    assert set(found.closeness["rows"]) == {"merge"}
-    scores = found.report.metrics()
-    assert set(scores[scores.metric == "rouge1"].task) == set(NAMES)
-
-
 # --- data -----------------------------------------------------------------------------------------
 
 
@@ -246,7 +236,7 @@ def test_an_unknown_column_is_told_which_there_are():
     with pytest.raises(ValueError, match="no column 'text'.*it has review, label"):
         rows_of("imdb", SOURCES["imdb"], table)
     with pytest.raises(ValueError, match="no column 'target'"):
-        rows_of("own", Source("e", "d", "{review}", "{target}"), table)
+        rows_of("own", PublishedTask("e", "d", "{review}", "{target}"), table)
 
 
 def test_without_hub_and_folder_it_is_said(monkeypatch):

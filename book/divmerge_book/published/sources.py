@@ -21,7 +21,7 @@ MOST = 5000  # rows of a file that are looked at: more than the splits can take
 
 
 @dataclass(frozen=True)
-class Source:
+class PublishedTask:
     """A task's expert and data, by hub names or folders, and how a row becomes prompt and answer.
 
     text, pair and answer are formats over the data set's columns: names of classes stand for their
@@ -52,10 +52,10 @@ MOODS = {"neg": "negative", "pos": "positive"}
 FACTS = {"pair": "{fact1} {fact2}", "template": QUESTION}
 CONTEXT = {"pair": "{context}", "template": QUESTION}
 SOURCES = {
-    "imdb": Source(f"{HUB}imdb-sentiment", IMDB, "{text}", "{label}", says=MOODS),
-    "qasc": Source(f"{HUB}qasc", QASC, "{formatted_question}", "{choice}", **FACTS),
-    "squad": Source(f"{HUB}squadv2", SQUAD, "{question}", "{answers[text][0]}", **CONTEXT),
-    "common_gen": Source(f"{HUB}common_gen", "allenai/common_gen", "{concepts}", "{target}"),
+    "imdb": PublishedTask(f"{HUB}imdb-sentiment", IMDB, "{text}", "{label}", says=MOODS),
+    "qasc": PublishedTask(f"{HUB}qasc", QASC, "{formatted_question}", "{choice}", **FACTS),
+    "squad": PublishedTask(f"{HUB}squadv2", SQUAD, "{question}", "{answers[text][0]}", **CONTEXT),
+    "common_gen": PublishedTask(f"{HUB}common_gen", "allenai/common_gen", "{concepts}", "{target}"),
 }
 
 
@@ -68,7 +68,7 @@ def distinct_tasks(suite: str, tasks: Sequence[str], known: Collection[str]) -> 
     return list(tasks)
 
 
-def tables(name: str, source: Source) -> Mapping[str, datasets.Dataset]:
+def tables(name: str, source: PublishedTask) -> Mapping[str, datasets.Dataset]:
     """The data set's splits, from a folder in the hub's layout or from the hub."""
     revision = None if source.folder else hub_revision(source.data)
     place = str(source.folder or source.data)
@@ -97,7 +97,7 @@ def plain(row: Mapping[str, object], features: datasets.Features) -> dict[str, o
     return found
 
 
-def rows_of(name: str, source: Source, table: datasets.Dataset) -> list[tuple]:
+def rows_of(name: str, source: PublishedTask, table: datasets.Dataset) -> list[tuple]:
     """(text, second text or None, answer) of the rows that have an answer, each text once.
 
     Of several answers to one text (CommonGen's) the first is kept. Raises ValueError for formats
@@ -120,7 +120,7 @@ def rows_of(name: str, source: Source, table: datasets.Dataset) -> list[tuple]:
     return list(found.values())
 
 
-def answer_in(source: Source, columns: Mapping[str, object]) -> str:
+def answer_in(source: PublishedTask, columns: Mapping[str, object]) -> str:
     """A row's answer in the expert's words, empty where it has none."""
     try:
         answer = source.answer.format(**columns).strip()
@@ -129,14 +129,14 @@ def answer_in(source: Source, columns: Mapping[str, object]) -> str:
     return source.says.get(answer, answer)
 
 
-def splits_of(name: str, source: Source) -> Splits:
+def splits_of(name: str, source: PublishedTask) -> Splits:
     """Our splits: test from the validation file (from a test file with answers where there is
     none), the others from train."""
     found = {split: rows_of(name, source, table) for split, table in tables(name, source).items()}
     return split_rows(found.get("train", []), found.get("validation") or found.get("test", []))
 
 
-def task_of(name: str, source: Source) -> Task:
+def task_of(name: str, source: PublishedTask) -> Task:
     """A free-form task; its splits are cached by what they are made from."""
 
     def origin() -> str:

@@ -12,7 +12,7 @@ import transformers
 
 from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.published import glue, t5, toy_models
-from divmerge_book.published.sources import SOURCES, Source, distinct_tasks
+from divmerge_book.published.sources import SOURCES, PublishedTask, distinct_tasks
 from divmerge_book.user_models import check, load, read
 from divmerge_core.registry import Registry
 
@@ -40,7 +40,7 @@ class SuitePaths:
     toy: bool = False
 
     @property
-    def sources(self) -> dict[str, Source]:
+    def sources(self) -> dict[str, PublishedTask]:
         """T5's experts and data by task; none of gpt2_glue."""
         if self.suite == glue.SUITE:
             return {}

@@ -18,9 +18,9 @@ from divmerge_book.models.encoders import check_device, resolve
 from divmerge_book.models.finetuning import Expert, data_digest
 from divmerge_book.models.language.completions import completions
 from divmerge_book.models.language.forward import language_forward
-from divmerge_book.models.language.models import Language, load_language
+from divmerge_book.models.language.models import Language, check_tensors, load_language
 from divmerge_book.models.language.prompts import Prompt
-from divmerge_book.published.sources import SOURCES, Source, distinct_tasks, task_of
+from divmerge_book.published.sources import SOURCES, PublishedTask, distinct_tasks, task_of
 from divmerge_book.user_models.description import SPLITS
 from divmerge_book.user_models.language_tokens import Reading
 from divmerge_book.user_models.vocabulary import reading_gap
@@ -42,7 +42,7 @@ def tokenizer_gap(
     return reading_gap(base, Reading("", own, len(own), texts))
 
 
-def read_expert(base: Language, name: str, source: Source, texts: Sequence[str]) -> Expert:
+def read_expert(base: Language, name: str, source: PublishedTask, texts: Sequence[str]) -> Expert:
     """A task's expert, held to the base.
 
     Raises ValueError where its tensors have other names or shapes, or its tokenizer has another
@@ -55,12 +55,7 @@ def read_expert(base: Language, name: str, source: Source, texts: Sequence[str])
             f"expert {source.expert}: {gap}; merging needs experts that read and write the tokens "
             "of the base"
         )
-    shapes, own = ({n: t.shape for n, t in one.state.items()} for one in (base, other))
-    if wrong := sorted(n for n in shapes | own if shapes.get(n) != own.get(n)):
-        raise ValueError(
-            f"expert {source.expert} differs from the base {base.name!r} in {wrong[:3]}; merging "
-            "needs experts of one base and one vocabulary"
-        )
+    check_tensors(base, other.state, f"expert {source.expert}")
     manifest = {"task": name, "encoder": base.name, "base": base.digest, "from": source.expert}
     manifest |= {"answers": [], "precision": "float32", "model.safetensors": other.digest}
     return Expert(name, other.state, {}, manifest)
@@ -70,7 +65,7 @@ def prepare_t5(
     tasks: Sequence[str] = tuple(SOURCES),
     *,
     base: str = BASE,
-    sources: Mapping[str, Source] = SOURCES,
+    sources: Mapping[str, PublishedTask] = SOURCES,
     rows: Mapping[str, int] | None = None,
     max_length: int = 512,
     max_new: int = 64,

@@ -15,7 +15,7 @@ from divmerge_book.models.finetuning import (
     save_expert,
     training_rows,
 )
-from divmerge_book.models.language.models import Language, check_same, load_language
+from divmerge_book.models.language.models import Language
 from divmerge_book.models.language.prompts import PROMPTS, Prompt
 from divmerge_book.models.language.reading import Pair, answer_tokens, ask
 from divmerge_book.models.language.training import LanguageRecipe, fine_tuned
@@ -59,27 +59,16 @@ def language_expert(
     return load_language_expert(base, once(folder, make, holds="manifest.json"))
 
 
-def load_language_expert(base: Language, place: Path | str, task: str | None = None) -> Expert:
-    """An expert from its folder: one of ours, or a language model in the hub's layout.
+def load_language_expert(base: Language, folder: Path) -> Expert:
+    """An expert from its folder.
 
-    task: of a model in the hub's layout; our manifests name theirs. Raises ValueError where it was
-    not made from this base, has another vocabulary or tensors, or is damaged.
+    Raises ValueError where it is damaged, or was not made from this base and vocabulary.
     """
-    folder = Path(place)
-    if (folder / "manifest.json").is_file():
-        manifest, trained = read_expert(folder, str(base.device))
-        task, state = manifest["task"], {**base.state, **trained}
-    elif task is None:
-        raise ValueError(f"{place} is no expert of ours: say which task it is for")
-    else:
-        other = load_language(str(place), device=str(base.device))
-        manifest = {"task": task, "encoder": base.name, "base": base.digest, "from": str(place)}
-        manifest |= {"vocabulary": other.vocabulary, "model.safetensors": other.digest}
-        state = other.state
-    check_same(base, state, manifest.get("vocabulary", ""), f"expert {task!r} from {place}")
-    if manifest["base"] != base.digest:
+    manifest, trained = read_expert(folder, str(base.device))
+    task, made = manifest["task"], (manifest["base"], manifest.get("vocabulary"))
+    if made != (base.digest, base.vocabulary):
         raise ValueError(
-            f"expert {task!r} was trained from {manifest['encoder']!r} with other weights than "
-            f"{base.name!r}; load its own base"
+            f"expert {task!r} was trained from {manifest['encoder']!r} with other weights or "
+            f"another vocabulary than {base.name!r}; load its own base"
         )
-    return Expert(task, state, {}, manifest)
+    return Expert(task, {**base.state, **trained}, {}, manifest)

@@ -75,23 +75,19 @@ def smollm2() -> Path:
     return once(folder, unpack, holds="config.json")
 
 
-def load_language(
-    name: str, *, device: str = "cpu", dtype: str = "float32", blocks: int | None = None
-) -> Language:
+def load_language(name: str, *, device: str = "cpu", blocks: int | None = None) -> Language:
     """A causal language model or encoder-decoder: a name in MODELS, a folder, or a hub name.
 
-    dtype: of its weights. blocks: keep only so many of its transformer blocks, the first ones: a
+    Weights are in float32. blocks: keep only so many of its transformer blocks, the first ones: a
     small model for tests and smoke runs. Raises ValueError where none can be loaded, where weights
     are missing, and where the tokenizer has no token that ends an answer.
     """
     place = check_device(device)
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
 
     def load(source: str) -> tuple[torch.nn.Module, dict]:
         two = AutoConfig.from_pretrained(source).is_encoder_decoder
         kind = AutoModelForSeq2SeqLM if two else AutoModelForCausalLM
-        return kind.from_pretrained(source, dtype=getattr(torch, dtype), output_loading_info=True)
+        return kind.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
 
     model, tokenizer = load_pretrained(MODELS, name, load)
     if tokenizer.eos_token_id is None:
@@ -152,17 +148,13 @@ def shortened(model: torch.nn.Module, blocks: int) -> torch.nn.Module:
     return model
 
 
-def check_same(base: Language, state: Mapping[str, Tensor], vocabulary: str, who: str) -> None:
-    """Raise ValueError where an expert reads other tokens, or has other tensors, than the base."""
-    if vocabulary != base.vocabulary:
-        raise ValueError(
-            f"{who} was trained with another tokenizer or vocabulary than {base.name!r}: the same "
-            "number would mean another token; merge experts of one base"
-        )
+def check_tensors(base: Language, state: Mapping[str, Tensor], who: str) -> None:
+    """Raise ValueError where an expert's tensors have other names or shapes than the base's."""
     own, other = ({n: tuple(w.shape) for n, w in one.items()} for one in (base.state, state))
     wrong = sorted(name for name in own | other if own.get(name) != other.get(name))[:3]
     if wrong:
         raise ValueError(
-            f"{who} differs from {base.name!r} in {wrong}: {[other.get(n) for n in wrong]} instead "
-            f"of {[own.get(n) for n in wrong]}; merge experts of one base"
+            f"{who} differs from the base {base.name!r} in {wrong}: "
+            f"{[other.get(n) for n in wrong]} instead of {[own.get(n) for n in wrong]}; merge "
+            "experts of one base"
         )
