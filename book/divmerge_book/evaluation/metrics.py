@@ -51,7 +51,6 @@ def evaluate(
     task. labels fill the columns suite, subset, method and seed. Free text has grades between 0
     and 1 for `predicted` and their name for `gold`. Raises ValueError for a merged vector that
     holds NaN or inf.
-        Raises ValueError for a merged vector that holds NaN or inf.
     """
     if isinstance(merged, Tensor) and not torch.isfinite(merged).all():
         raise ValueError("the merged parameters hold NaN or inf; nothing can be scored")

@@ -31,6 +31,14 @@ def all_logits(
     return torch.cat([problem.logits(flat, task, batch) for batch in batches])
 
 
+def expert_logits(
+    problem: MergeProblem, batches: Sequence[Sequence[Batch]]
+) -> list[Float[Tensor, "B V"]]:
+    """Every expert's logits on all rows of its own task's batches."""
+    experts = enumerate(map(problem.vectors.expert, problem.vectors.tasks))
+    return [all_logits(problem, flat, task, batches[task]) for task, flat in experts]
+
+
 def js_from_expert(
     problem: MergeProblem, flat: Float[Tensor, " N"], task: int, batches: Sequence[Batch]
 ) -> float:

@@ -13,7 +13,7 @@ from divmerge_book.evaluation.cache import cached
 from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.hyperparameter_search import own_experts, shares
 from divmerge_book.evaluation.metrics import LabelledSplit, predict
-from divmerge_book.interference.behaviour import all_logits
+from divmerge_book.interference.behaviour import all_logits, expert_logits
 from divmerge_core.divergences import js
 from divmerge_core.merging.problem import Batch, Merged
 
@@ -82,8 +82,8 @@ class Evaluator:
     @cached_property
     def experts(self) -> list[Float[Tensor, "B V"]]:
         """Every expert's logits on its own task."""
-        vectors = self.experiment.problem.vectors
-        return [self.logits(vectors.expert(name), task) for task, name in enumerate(vectors.tasks)]
+        batches = [split.batches for split in self.experiment.test]
+        return expert_logits(self.experiment.problem, batches)
 
     def logits(self, flat: Float[Tensor, " N"], task: int) -> Float[Tensor, "B V"]:
         return all_logits(self.experiment.problem, flat, task, self.experiment.test[task].batches)

@@ -11,11 +11,11 @@ from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.metrics import predict
 from divmerge_book.evaluation.profiling import seconds
 from divmerge_book.studies.evaluator import accuracies, scores_by_task
-from divmerge_book.studies.searches import CHILDREN, GROUPING, ValidationScore
+from divmerge_book.studies.input_shifts import first_rows
+from divmerge_book.studies.searches import CHILDREN, ValidationScore, path_per_task
 from divmerge_book.studies.study import study
 from divmerge_core.merging.problem import Batch, Merged, MergeProblem
 from divmerge_core.methods import METHODS, options_of, parse
-from divmerge_core.methods.paths import Path, Paths, Pool
 
 # What selects the weights for an input: one set for all, the input, or its task's number.
 ROUTING = {
@@ -31,13 +31,8 @@ Timed = tuple[MergeProblem, Merged, Sequence[tuple[int, Batch]]]  # with tasks a
 
 def timing_batches(experiment: Experiment, rows: int, tasks: int = 4) -> list[tuple[int, Batch]]:
     """A batch of `rows` test inputs of medium length of each of the first tasks."""
-    found = []
-    for number, split in enumerate(experiment.test[:tasks]):
-        batch = split.batches[len(split.batches) // 2]
-        inputs = {key: value[:rows] for key, value in batch.inputs.items()}
-        count = len(next(iter(inputs.values())))
-        found.append((number, Batch(inputs, batch.weight.new_full((count,), 1 / count))))
-    return found
+    middles = [split.batches[len(split.batches) // 2] for split in experiment.test[:tasks]]
+    return [(number, first_rows(batch, rows)) for number, batch in enumerate(middles)]
 
 
 def milliseconds(models: Mapping[str, Timed], repeats: int) -> dict[str, np.ndarray]:
@@ -61,10 +56,7 @@ def merged_of(experiment: Experiment, spec: str, options: Mapping) -> Merged:
     """What a method returns, or for `expert` the experts themselves, as paths."""
     problem = experiment.problem
     if spec == "expert":
-        pool = Pool.of(problem, GROUPING)
-        numbers = range(len(problem.vectors.tasks))
-        paths = [Path(((task, 1.0),) * pool.segments.num_groups) for task in numbers]
-        return Paths(problem, [pool.model(path) for path in paths], paths, pool.segments)
+        return path_per_task(experiment, lambda pool, own, task: own)
     name, fixed = parse(spec)
     given = {**fixed, **options}
     if name == "layer_evolution":

@@ -14,12 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from divmerge_book.evaluation.experiment import Experiment
+from divmerge_book.evaluation.metrics import predict
+from divmerge_book.interference.behaviour import all_logits, expert_logits
 from divmerge_book.studies.study import Experiments, study
 from divmerge_core.divergences import DIVERGENCES, entropy
 from divmerge_core.kernels.merge import grouped_merge
 from divmerge_core.kernels.segments import Segments
 from divmerge_core.merging.coefficients import groups_of
-from divmerge_core.merging.problem import Batch
 from divmerge_core.registry import Registry
 
 PIECE = 20  # models in a cached result
@@ -78,36 +79,18 @@ def random_merge(
     return grouped_merge(vectors.base, vectors.deltas, coeffs.to(vectors.base), segments)
 
 
-@torch.no_grad()
-def logits_of(
-    experiment: Experiment, flat: Float[Tensor, " N"], task: int, batches: Sequence[Batch]
-) -> Float[Tensor, "A V"]:
-    """Logits of one model on all these batches, through one task's head."""
-    named = experiment.problem.vectors.layout.unflatten(flat)
-    return torch.cat(experiment.problem.forward(named, [(task, batch) for batch in batches]))
-
-
-def expert_logits(experiment: Experiment) -> list[Float[Tensor, "A V"]]:
-    """Every expert's logits on its own merge rows."""
-    vectors, batches = experiment.problem.vectors, experiment.problem.batches
-    return [
-        logits_of(experiment, vectors.expert(task), number, batches[number])
-        for number, task in enumerate(vectors.tasks)
-    ]
-
-
 def measured(
     experiment: Experiment, flat: Float[Tensor, " N"], experts: Sequence[Float[Tensor, "A V"]]
 ) -> list[dict]:
     """One model, a row per task: MEASURES (nats, means over merge rows), validation, accuracy."""
-    rows = []
+    problem, rows = experiment.problem, []
     splits = {"validation": experiment.validation, "accuracy": experiment.test}
-    for number, task in enumerate(experiment.problem.vectors.tasks):
-        merged = logits_of(experiment, flat, number, experiment.problem.batches[number])
+    for number, task in enumerate(problem.vectors.tasks):
+        merged = all_logits(problem, flat, number, problem.batches[number])
         found = {n: DIVERGENCES[n](experts[number], merged).mean().item() for n in MEASURES[:-1]}
         found["entropy"] = entropy(merged).mean().item()
         for name, split in splits.items():
-            said = logits_of(experiment, flat, number, split[number].batches).argmax(-1)
+            said = predict(problem, flat, number, split[number])
             found[name] = (said == split[number].gold).double().mean().item()
         rows.append({"task": task} | {name: round(value, 5) for name, value in found.items()})
     return rows
@@ -118,7 +101,8 @@ def experts_on_tasks(experiment: Experiment, *, seed: int) -> list[dict]:
 
     Columns: task (of rows, head and reference expert), model (the expert), and those of `measured`.
     """
-    experts, vectors = expert_logits(experiment), experiment.problem.vectors
+    vectors = experiment.problem.vectors
+    experts = expert_logits(experiment.problem, experiment.problem.batches)
     return [
         {"model": model, **row}
         for model in vectors.tasks
@@ -130,7 +114,7 @@ def measure_models(
     experiment: Experiment, *, seed: int, sampler: str, first: int, last: int, centre: int | None
 ) -> list[dict]:
     """The rows of models number `first` to `last` of a sampler."""
-    experts = expert_logits(experiment)
+    experts = expert_logits(experiment.problem, experiment.problem.batches)
     return [
         {"model": number, **row}
         for number in range(first, last + 1)

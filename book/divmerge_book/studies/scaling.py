@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from divmerge_book.evaluation.experiment import SIZES, Experiment, Size
 from divmerge_book.evaluation.hyperparameter_search import Merges, candidates, search
-from divmerge_book.interference.behaviour import all_logits
+from divmerge_book.interference.behaviour import expert_logits
 from divmerge_book.interference.weights import cosine, sign_conflict
 from divmerge_book.studies.sizes import settings
 from divmerge_book.studies.study import Experiments, study
@@ -92,11 +92,8 @@ def unpacked(text: str) -> list[bool]:
 
 def references(experiment: Experiment) -> References:
     """Every expert's logits on its own test rows."""
-    problem, test = experiment.problem, experiment.test
-    return {
-        task: all_logits(problem, problem.vectors.expert(task), n, test[n].batches)
-        for n, task in enumerate(problem.vectors.tasks)
-    }
+    problem, batches = experiment.problem, [split.batches for split in experiment.test]
+    return dict(zip(problem.vectors.tasks, expert_logits(problem, batches), strict=True))
 
 
 @torch.no_grad()
