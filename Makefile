@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 SIZE ?= default
 WORKERS ?= 2
+OUT ?= _build/gpu
+ENCODER ?= minilm
 CORE := torch safetensors jaxtyping tqdm numpy filelock huggingface-hub platformdirs
 SIZES := smoke default full
 BIN := $(VENV)/bin
@@ -14,7 +16,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test test-colab test-core test-exercises test-pages test-peers test-scale lab check lint clean distclean size
+.PHONY: help book test test-colab test-core test-exercises test-pages test-peers test-scale gpu lab check lint clean distclean size
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -56,6 +58,10 @@ test-pages: book  ## open every page in Chromium, wide and narrow, light and dar
 
 test-exercises: $(STAMP)  ## run every exercise that changes a parameter, at size smoke
 	$(BIN)/python -m pytest -m exercise tests/book/test_exercises.py
+
+# Without $(VENV), whose PyTorch may see no GPU: PYTHON is one that does and has requirements.lock's other packages.
+gpu:  ## measure what fits into eight minutes of a GPU, without network (OUT=FOLDER ENCODER=FOLDER PYTHON=...)
+	PYTHONPATH=.:book $(PYTHON) -m divmerge_book.runner.gpu $(OUT) --encoder $(ENCODER)
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(BIN)/python -m jupyterlab notebooks

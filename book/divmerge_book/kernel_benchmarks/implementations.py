@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -172,16 +173,23 @@ DIVERGENCE_IMPLEMENTATIONS.register("ours", label="divmerge_core, fused")(
 )
 
 
-@DIVERGENCE_IMPLEMENTATIONS.register("plain", label="definition, autograd")
-def plain_js(expert: Tensor, merged: Tensor) -> Part:
-    """The textbook formula, differentiated by autograd."""
+def textbook_js(expert: Tensor, merged: Tensor) -> Tensor:
+    """JS of every row by its formula."""
+    log_p, log_q = torch.log_softmax(expert, -1), torch.log_softmax(merged, -1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1) / 2
 
-    def loss(x: Tensor) -> Tensor:
-        log_p, log_q = torch.log_softmax(expert, -1), torch.log_softmax(x, -1)
-        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-        return (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1) / 2
 
-    return lambda: gradient_of(loss, merged)
+DIVERGENCE_IMPLEMENTATIONS.register("plain", label="definition, autograd")(
+    lambda expert, merged: lambda: gradient_of(partial(textbook_js, expert), merged)
+)
+
+
+@DIVERGENCE_IMPLEMENTATIONS.register("compiled", label="definition, torch.compile", gpu=True)
+def compiled_js(expert: Tensor, merged: Tensor) -> Part:
+    """The formula and its gradient as compiled graphs."""
+    loss = torch.compile(textbook_js, dynamic=False)
+    return lambda: gradient_of(partial(loss, expert), merged)
 
 
 @DIVERGENCE_IMPLEMENTATIONS.register("liger", label="Liger", package="liger-kernel", gpu=True)

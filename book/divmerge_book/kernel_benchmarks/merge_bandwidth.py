@@ -5,6 +5,7 @@ round measures every implementation once, in a new random order. Stored tables n
 implementation in the column `contestant`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -55,9 +56,11 @@ def side_by_side(
 ) -> pd.DataFrame:
     """Every call once a round, in random order: a row per implementation, part and round.
 
-    bytes and peak are of a call before the first round.
+    bytes and peak are of a call before the first round; bytes are NaN on a GPU, for what Triton's
+    kernels move is not seen.
     """
-    costs = {key: (bytes_moved(call), peak_bytes(call, device)) for key, call in calls.items()}
+    seen = bytes_moved if device.type == "cpu" else lambda call: math.nan
+    costs = {key: (seen(call), peak_bytes(call, device)) for key, call in calls.items()}
     rng, rows = np.random.default_rng(0), []
     for number in tqdm(range(repeats), "rounds", leave=False):
         for index in rng.permutation(len(calls)):
