@@ -60,6 +60,15 @@ def test_the_landing_text_is_made_of_the_stored_numbers(tmp_path):
     assert (tmp_path / "landing.md").read_text("utf-8") == written
 
 
+def test_the_readme_says_what_its_figure_shows():
+    text = " ".join((RESULTS.parents[1] / "README.md").read_text("utf-8").split())
+    for name in ("embedded.json", "bases/glue_minilm.json"):
+        report = Report.load(RESULTS / name)
+        facts, most = report.provenance, figures.largest(report.rows).subset.iloc[0].count("+") + 1
+        said = f"uite `{facts['suite']}`, encoder `{facts['encoder']}`, T = {most}, seeds: "
+        assert f"{said}{report.rows.seed.nunique()} ([file](book/results/{name}))" in text
+
+
 # --- all baselines --------------------------------------------------------------------------------
 
 TABLES = sorted((RESULTS / "baselines").glob("*.json"))

@@ -249,3 +249,4 @@ add_suite("glue_encoder", *SEVEN)
 WORDS = {"head": "vocabulary"}
 add_suite("embedded_lm", "trec", "movie", "headline", base="smollm2", **WORDS)
 add_suite("glue", *SEVEN, base="Qwen/Qwen2.5-0.5B", **WORDS)
+add_suite("glue_lm", *SEVEN, base="smollm2", **WORDS)

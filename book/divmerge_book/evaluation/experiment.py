@@ -209,10 +209,11 @@ def prepare_language(
 ) -> Experiment:
     """The experiment of a language suite: experts and completions are cached, or made now.
 
-    suite: `embedded_lm` or `glue`. size: `smoke`, `default`, `full`, or a LanguageSize of your own
-    (`replace(LANGUAGE_SIZES["glue/default"], base=...)`). An interrupted run resumes. Raises
-    ValueError for an unknown suite, task, size or device, for a base that cannot be loaded, and for
-    one whose logits differ from the model's own (see `check_forward`), before anything is trained.
+    suite: `embedded_lm`, `glue` or `glue_lm`. size: `smoke`, `default`, `full`, or a LanguageSize
+    of your own (`replace(LANGUAGE_SIZES["glue/default"], base=...)`). An interrupted run resumes.
+    Raises ValueError for an unknown suite, task, size or device, for a base that cannot be loaded,
+    and for one whose logits differ from the model's own (see `check_forward`), before anything is
+    trained.
     """
     size = size_of(suite, size)
     names, place = task_names(suite, tasks), check_device(device)

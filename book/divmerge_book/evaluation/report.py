@@ -11,6 +11,7 @@ import pandas as pd
 
 from divmerge_book.evaluation.metrics import combine, grades, main_scores, majority_class, scores
 from divmerge_book.evaluation.provenance import origin
+from divmerge_book.evaluation.sizes import departures
 from divmerge_book.evaluation.statistics import Estimate, crossed, row_means
 from divmerge_core.storage import fresh_file
 
@@ -227,9 +228,11 @@ def from_text(rows: pd.DataFrame) -> pd.DataFrame:
 def caption(report: Report) -> str:
     """One line of provenance for a figure or table."""
     facts, seeds = report.provenance, report.rows.seed.nunique()
+    given = {fit["options"]["inputs"] for fit in report.fits if "inputs" in fit["options"]}
+    own = facts | ({"inputs": given.pop()} if len(given) == 1 else {})
     return (
         f"{facts['encoder']}, {facts['size']} size, {seeds} seed{'s' * (seeds > 1)}, "
         f"{facts['rows_per_task']['test']} test rows a task, {facts['device']}, "
         f"{facts['precision']}, torch {facts['torch']}, transformers {facts['transformers']}, "
-        f"measured {facts['date']}"
+        f"measured {facts['date']}{departures(own)}"
     )

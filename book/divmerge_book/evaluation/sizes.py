@@ -1,5 +1,6 @@
 """Sizes of runs: how much of a suite is trained, merged and scored."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from divmerge_book.data.tasks import SUITES
@@ -48,12 +49,38 @@ class Size:
 QUICK = Recipe(rows=400)
 SMOKE = {"merge_rows": 40, "validation_rows": 50, "test_rows": 100, "epochs": 2, "steps": 40}
 FEW = {"merge_rows": 32, "validation_rows": 32, "test_rows": 150, "candidates": 1, "calls": 60}
+# The setting of an analysis wherever it does not study that very thing, which is the one of the
+# table of all methods: inputs of a fit and test rows per task, passes over the inputs, seeds of
+# experts, options that a search scores. Captions say where a stored run has another.
+STANDARD = {"inputs": FEW["merge_rows"], "rows": FEW["test_rows"], "epochs": 4, "seeds": 3}
+STANDARD |= {"candidates": 6}
 SIZES = Registry("size")
 SIZES.register("smoke")(
     Size("bert_tiny", (0,), QUICK, QUICK, **SMOKE, precision="float32", candidates=1, calls=10)
 )
 SIZES.register("default")(Size("minilm", (0,), **FEW))
 SIZES.register("full")(Size("minilm", (0, 1, 2), inputs=100))
+
+
+def setting(facts: Mapping) -> dict[str, int | None]:
+    """What a stored run's facts say on each item of STANDARD; None where they say nothing."""
+    rows = facts.get("rows_per_task", {})
+    found = {
+        "inputs": facts.get("inputs", facts.get("merge_rows", rows.get("merge"))),
+        "rows": facts.get("rows") or rows.get("test"),
+        "epochs": facts.get("epochs"),
+        "seeds": len(facts.get("seeds", ())),
+        "candidates": facts.get("budget") or len(facts.get("rates", ())),
+    }
+    return {name: value or None for name, value in found.items()}
+
+
+def departures(facts: Mapping) -> str:
+    """How a stored run of the embedded suite departs from STANDARD, in words; else nothing."""
+    own = setting(facts) if facts.get("suite") == "embedded" else {}
+    other = {n: value for n, value in own.items() if value not in (None, STANDARD[n])}
+    words = [f"{name} {value} (standard {STANDARD[name]})" for name, value in other.items()]
+    return f"; not the standard setting: {', '.join(words)}" if words else ""
 
 
 @dataclass(frozen=True)
@@ -89,6 +116,7 @@ HALF = {"precision": "bfloat16", "checkpointing": True}
 GLUE_RECIPE = LanguageRecipe(
     rows=6000, epochs=2, lr=1e-5, batch_size=32, micro=16, max_length=256, max_new=8, **HALF
 )
+SMALL_GLUE = replace(GLUE_RECIPE, lr=5e-5)  # a third of the parameters, larger steps
 QUICK_GLUE = replace(GLUE_RECIPE, rows=64, epochs=1)
 ROWS = {"merge_rows": 100, "validation_rows": 100, "test_rows": 200}
 GLUE = LanguageSize(GLUE_RECIPE, **ROWS, storage="bfloat16", **HALF)
@@ -102,6 +130,9 @@ for name, base, changes in (
     ("glue/smoke", GLUE, {"recipe": QUICK_GLUE, "merge_rows": 8, "test_rows": 16}),
     ("glue/default", GLUE, {}),
     ("glue/full", GLUE, {"recipe": replace(GLUE_RECIPE, rows=None), **FULL}),
+    ("glue_lm/smoke", GLUE, {"recipe": QUICK_UPPER, **BLOCKS}),
+    ("glue_lm/default", GLUE, {"recipe": replace(SMALL_GLUE, rows=2000)}),
+    ("glue_lm/full", GLUE, {"recipe": SMALL_GLUE, **FULL, "test_rows": 200, "candidates": 3}),
 ):
     LANGUAGE_SIZES.register(name)(replace(base, **changes))
 

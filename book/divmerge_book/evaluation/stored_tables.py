@@ -9,6 +9,7 @@ import pandas as pd
 
 from divmerge_book.evaluation.provenance import origin
 from divmerge_book.evaluation.report import Report, caption
+from divmerge_book.evaluation.sizes import departures
 from divmerge_core.storage import write_json
 
 Tables = Mapping[str, pd.DataFrame]
@@ -179,4 +180,5 @@ def described(facts: Mapping) -> str:
         f"{facts['encoder']}, {facts['suite']}, {len(facts['tasks'])} tasks, {facts['size']} size, "
         f"{seeds} seed{'s' * (seeds > 1)} of experts, {facts['rows']} test rows a task, "
         f"{facts['device']}, {facts['machine']}, torch {facts['torch']}, measured {facts['date']}"
+        f"{departures(facts)}"
     )

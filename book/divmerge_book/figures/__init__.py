@@ -190,6 +190,7 @@ def score_table(report: Report, subset: str) -> pd.DataFrame:
     return pd.DataFrame(columns, index=[title(method) for method in index])
 
 
+STORED = "https://github.com/divmerge/divmerge-book/blob/main/book/results"
 LANDING = """```{{figure}} results/landing.svg
 :name: fig-landing
 :alt: ANP and kept margin of {merges} merges and the base model with 95 % intervals, \
@@ -210,9 +211,10 @@ def landing(results: Path) -> None:
     stored Reports the text says that nothing has been measured yet.
     """
     schematics.save(schematics.method, results / "method.svg", height=3.6)
-    reports = {path.stem: Report.load(path) for path in sorted(results.glob("*.json"))}
+    files = {path.stem: path for path in sorted(results.glob("*.json"))}
     if (seven := results / "bases" / "glue_minilm.json").exists():
-        reports["glue_encoder"] = Report.load(seven)
+        files["glue_encoder"] = seven
+    reports = {name: Report.load(path) for name, path in files.items()}
     if not reports:
         (results / "landing.md").write_text("No full-size results are stored yet.\n", "utf-8")
         return
@@ -231,5 +233,7 @@ def landing(results: Path) -> None:
     methods = set.union(*(set(report.rows.method) for report in reports.values()))
     lines = [LANDING.format(merges=len(methods - {"expert", "base"}), suites=len(reports))]
     for name, report in reports.items():
-        lines += [rank_summary(report), f"*({name}: {caption(report)})*", ""]
+        file = files[name].relative_to(results).as_posix()
+        link = f"stored in [`book/results/{file}`]({STORED}/{file})"
+        lines += [rank_summary(report), f"*({name}: {caption(report)}; {link})*", ""]
     (results / "landing.md").write_text("\n".join(lines), "utf-8")

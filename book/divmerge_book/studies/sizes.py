@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 
+from divmerge_book.evaluation.sizes import STANDARD
+
 FREE = (
     *("average", "model_stock", "multi_slerp", "task_arithmetic", "ties", "dare", "breadcrumbs"),
     *("pcb", "consensus", "tsv_m", "iso_c", "iso_cts", "doge", "opcm"),
@@ -37,7 +39,13 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     # `followed` seeds and `every` so many steps; stressed, kinds, temperatures: of the robustness
     # studies. counts: numbers of tasks. inputs, validation, test: rows per task. rates: of Adam.
     "choice": {
-        "all": {"epochs": 4, "rates": (3e-2, 1e-1), "followed": 1, "every": 4, "counts": (2,)},
+        "all": {
+            "epochs": STANDARD["epochs"],
+            "rates": (3e-2, 1e-1),
+            "followed": 1,
+            "every": 4,
+            "counts": (2,),
+        },
         "smoke": {
             **{"specs": ("js", "kl", "entropy", "labels"), "groupings": ("task",)},
             **{"inputs": 8, "validation": 30, "test": 60, "epochs": 2, "rates": (3e-2,)},
@@ -53,7 +61,7 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
         },
         "full": {
             **{"specs": (), "groupings": ("task", "block", "layer"), "counts": (2, 4, 8)},
-            **{"inputs": 24, "validation": 50, "test": 150},
+            **{"inputs": STANDARD["inputs"], "validation": 50, "test": STANDARD["rows"]},
             "stressed": ("js", "kl", "reverse_kl", "squared_l2", "logit_mse"),
             "kinds": ("none", "noise", "permuted", "wrong", "overconfident"),
             **{"temperatures": (1.0, 2.0, 4.0, 8.0), "watched": (), "followed": 2, "every": 6},
@@ -77,7 +85,7 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
             **{"counts": (0, 1, 4, 16), "adam": 60, "passes": 12, "rows": 100},
         },
         "full": {
-            **{"tasks": 4, "large": 8, "inputs": 32, "published": 200, "steps": 32},
+            **{"tasks": 4, "large": 8, "inputs": STANDARD["inputs"], "published": 200, "steps": 32},
             "grid": {"init": (0.0, 0.5, 1.0), "lr": (1e-3, 3e-2, 1e-1), "epochs": (1, 8)},
             **{"counts": (0, 1, 4, 16, 100, 400), "several": (2, 8)},
             **{"adam": 400, "passes": 40, "rows": 300},
@@ -153,7 +161,7 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
         "all": {"pairs": 2},
         "smoke": dict(side=6, points=5, lines=3, rows=20, answered=40),
         "default": dict(side=11, points=7, lines=4, rows=40, answered=100),
-        "full": dict(side=16, points=7, lines=8, rows=150, answered=150),
+        "full": dict(side=16, points=7, lines=8, rows=STANDARD["rows"], answered=STANDARD["rows"]),
     },
     # merges: names of `mergeability.MERGES`. rows: test rows per task. inputs, epochs: of DivMerge.
     # draws: of bootstrap and permutations. seeds: of experts.
@@ -161,8 +169,8 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
         "smoke": dict(seeds=(0,), merges=PLAIN[:2], rows=40, inputs=16, epochs=1, draws=200),
         "default": dict(seeds=(0,), merges=PLAIN[::2], rows=48, inputs=16, epochs=2, draws=500),
         "full": {
-            **{"seeds": (0, 1, 2), "merges": (*PLAIN, "tsv_m", "divmerge"), "rows": 150},
-            **{"inputs": 32, "epochs": 2, "draws": 5000},
+            **{"seeds": (0, 1, 2), "merges": (*PLAIN, "tsv_m", "divmerge")},
+            **{"rows": STANDARD["rows"], "inputs": STANDARD["inputs"], "epochs": 2, "draws": 5000},
         },
     },
     # counts: numbers of tasks, the first of the suite.

@@ -1,0 +1,80 @@
+"""One quantity in every stored result that holds it: DivMerge with all eight tasks, BERT-tiny.
+
+Chapters measured it in settings of their own; values are comparable where the settings are equal.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import pandas as pd
+
+from divmerge_book.evaluation.sizes import STANDARD, setting
+from divmerge_book.findings.in_short import Stored
+from divmerge_book.studies import scores
+from divmerge_book.studies.predictions import report_of
+
+TABLE = "baselines/embedded_bert_tiny.json"
+# File and table of predictions -> the rows of DivMerge per {g} and of the experts; what the rows
+# fix, where the file's facts do not say it.
+PREDICTIONS: Mapping[tuple[str, str], tuple[str, Mapping]] = {
+    ("choice/ablation.json", "scores"): (
+        "search == 'searched' and count == 8 and method in ('js/{g}', 'expert')",
+        {},
+    ),
+    ("protocol/settings.json", "start"): (
+        "grouping == '{g}' and method in ('default', 'expert')",
+        {"epochs": 4, "candidates": 1},  # the published values
+    ),
+    ("bases/ablation.json", "answers"): (
+        "tasks == 8 and grouping == '{g}' and method in ('js=raw', 'expert')",
+        {},
+    ),
+}
+
+
+def values(stored: Stored, grouping: str = "layer") -> pd.DataFrame:
+    """A row per stored file: file, anp, low, high, and the items of STANDARD.
+
+    anp in percent with its 95 % interval; an item is missing where the file does not say it.
+    """
+    return pd.DataFrame(every(stored, grouping))
+
+
+def every(stored: Stored, grouping: str) -> Iterator[dict]:
+    report, spec = stored.report(TABLE), f"divmerge/{grouping}"
+    whole = max(report.rows.subset.unique(), key=len)
+    options = next(f for f in report.fits if (f["subset"], f["method"]) == (whole, spec))["options"]
+    found = report.sampled("embedded", whole).estimate(spec)
+    yield row(TABLE, found, report.provenance | {"epochs": options["epochs"]})
+    for (file, name), (wanted, fixed) in PREDICTIONS.items():
+        run = stored.tables(file)
+        packed = run[name].query(wanted.format(g=grouping))
+        label = packed.method[packed.method != "expert"].iloc[0]
+        found = report_of(packed).sampled("suite", "all").estimate(label)
+        yield row(file, found, {**run.facts, **fixed}) | fixed
+    run = stored.tables("scaling/sample.json")
+    table = scores.by_subset(scores.ratios(run["answers"], run["answers"]))
+    seeds = table[(table["T"] == 8) & (table.method == spec)].anp
+    place = {"file": "scaling/sample.json", "anp": 100 * seeds.mean(), "low": None, "high": None}
+    yield place | setting(run.facts)
+
+
+def row(file: str, found, facts: Mapping) -> dict[str, object]:
+    low, high = found.interval()
+    points = {"anp": found.value, "low": low, "high": high}
+    return {"file": file, **{n: 100 * float(v) for n, v in points.items()}, **setting(facts)}
+
+
+def as_markdown(stored: Stored) -> str:
+    """The table, the standard setting, and what differs from it in bold."""
+    lines = ["| stored result | ANP, % | " + " | ".join(STANDARD) + " |"]
+    lines.append("|---" * (2 + len(STANDARD)) + "|")
+    for one in values(stored).to_dict("records"):
+        cells = []
+        for name, usual in STANDARD.items():
+            cells.append("not stored" if pd.isna(one[name]) else f"{one[name]:.0f}")
+            if not pd.isna(one[name]) and one[name] != usual:
+                cells[-1] = f"**{cells[-1]}**"
+        ends = "" if pd.isna(one["low"]) else f" ({one['low']:.1f} to {one['high']:.1f})"
+        lines.append(f"| `{one['file']}` | {one['anp']:.1f}{ends} | {' | '.join(cells)} |")
+    usual = ", ".join(f"{name} {value}" for name, value in STANDARD.items())
+    return "\n".join([*lines, "", f"*The standard setting: {usual}; what differs is in bold.*"])
