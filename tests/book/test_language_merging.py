@@ -148,8 +148,8 @@ def test_top_answers_are_merged_towards_as_well(llama_folder, glue_rows):
 def test_a_comparison_scores_words_and_writing(llama_folder, glue_rows, shared_cache):
     recipe = replace(SIZE.recipe, max_length=160)
     size = replace(SIZE, base=str(llama_folder), epochs=1, recipe=recipe)
-    methods = ["average", "divmerge/task"]
-    found = compare_language("glue", ["sst2", "mnli"], methods=methods, size=size)
+    methods = ["average", "tsv_m", "adamerging/layer", "divmerge/task", "divmerge+"]
+    found = compare_language("glue_lm", ["sst2", "mnli"], methods=methods, size=size)
     assert list(found.counts.task) == ["sst2", "mnli"] and (found.counts.prompts == 6).all()
     for report in (found.likelihood, found.written):
         assert isinstance(report, Report)

@@ -108,6 +108,19 @@ def test_the_upper_blocks_alone_are_trained_and_kept(llama, glue_rows):
     assert set(expert.state) == set(llama.state)
 
 
+def test_lora_moves_the_matrices_of_the_blocks_by_its_rank(llama, tmp_path, monkeypatch):
+    recipe, path = replace(RECIPE, trains="lora:2"), tmp_path / "training.pt"
+    tuned = fine_tuned(llama, PAIRS, recipe, progress=False)
+    assert len(tuned) == 2 * 7 and all(name.endswith("proj.weight") for name in tuned)
+    for name, matrix in tuned.items():
+        numbers = torch.linalg.svdvals(matrix - llama.state[name])
+        assert numbers[1] > 1e-6 and (numbers[2:] < 1e-6).all(), name
+    killed(path, llama, monkeypatch, recipe=recipe)
+    assert equal(fine_tuned(llama, PAIRS, recipe, checkpoint=path, progress=False), tuned)
+    with pytest.raises(ValueError, match="or lora:RANK, got 'lora:0'"):
+        replace(RECIPE, trains="lora:0").on(llama)
+
+
 def test_experts_are_kept_by_content(llama, glue_rows, monkeypatch):
     first = language_expert(llama, TASKS["sst2"], RECIPE, progress=False)
     monkeypatch.setattr("divmerge_book.models.language.finetuning.fine_tuned", None)

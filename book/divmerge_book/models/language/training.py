@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from divmerge_book.data.code_digest import key_of
@@ -27,10 +28,11 @@ class LanguageRecipe:
     rows: training rows drawn by the seed; None for all. lr: peak of AdamW's step size, reached
     after `warmup` of the steps and falling linearly to 0. batch_size: rows a step; micro: rows that
     go through the model at a time, their gradients added up; None for all at once. max_length: of
-    prompts, in tokens; max_new: of answers, with EOS. trains: `all` parameters, or `top:K`, the
-    upper K blocks and what follows them, without the embeddings. precision: of matrix products,
-    `float32`, `bfloat16` or `auto`. checkpointing: recompute activations in the backward pass.
-    save_every: steps between two checkpoints.
+    prompts, in tokens; max_new: of answers, with EOS. trains: `all` parameters, `top:K`, the upper
+    K blocks and what follows them, without the embeddings, or `lora:R`, a product of rank R added
+    to every matrix of the blocks. precision: of matrix products, `float32`, `bfloat16` or `auto`.
+    checkpointing: recompute activations in the backward pass. save_every: steps between two
+    checkpoints.
     """
 
     rows: int | None = 1200
@@ -60,7 +62,7 @@ class LanguageRecipe:
 
 
 def trained(model: torch.nn.Module, which: str) -> list[str]:
-    """Names of the parameters that `which` trains: `all`, or `top:K` blocks.
+    """Names of the parameters that `which` moves: `all`, `top:K` blocks, or matrices by `lora:R`.
 
     Raises ValueError for anything else, and for more blocks than there are.
     """
@@ -68,9 +70,14 @@ def trained(model: torch.nn.Module, which: str) -> list[str]:
     if which == "all":
         return names
     prefix, blocks = blocks_of(model)
+    if re.fullmatch(r"lora:[1-9]\d*", which):
+        linear = (n for n, part in model.named_modules() if isinstance(part, torch.nn.Linear))
+        return [f"{name}.weight" for name in linear if name.startswith(f"{prefix}.")]
     wanted = re.fullmatch(r"top:(\d+)", which)
     if not wanted or not 1 <= int(wanted[1]) <= len(blocks):
-        raise ValueError(f"trains must be all or top:1 .. top:{len(blocks)}, got {which!r}")
+        raise ValueError(
+            f"trains must be all, top:1 .. top:{len(blocks)}, or lora:RANK, got {which!r}"
+        )
     first = len(blocks) - int(wanted[1])
     last = max(n for n, name in enumerate(names) if name.startswith(f"{prefix}."))
     tops = {f"{prefix}.{number}." for number in range(first, len(blocks))}
@@ -87,6 +94,19 @@ def order_of(lengths: Sequence[int], recipe: LanguageRecipe, seed: int) -> list[
         for _ in range(recipe.epochs)
         for number in torch.randperm(len(groups), generator=generator).tolist()
     ]
+
+
+class LowRank(torch.nn.Module):
+    """A matrix [M, K] plus a product of rank R, which starts at zero (LoRA, alpha = R)."""
+
+    def __init__(self, matrix: Tensor, rank: int):
+        super().__init__()
+        shape = rank, matrix.shape[1]
+        self.down = torch.nn.Parameter(torch.randn(shape, device=matrix.device) / shape[1] ** 0.5)
+        self.up = torch.nn.Parameter(matrix.new_zeros(matrix.shape[0], rank))
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        return matrix + self.up @ self.down
 
 
 def fine_tuned(
@@ -107,13 +127,17 @@ def fine_tuned(
     """
     model = copy.deepcopy(base.model).float()
     names = trained(model, recipe.trains)
-    for name, tensor in model.named_parameters():
-        tensor.requires_grad_(name in names)
+    torch.manual_seed(seed)
+    kind, _, rank = recipe.trains.partition(":")
+    for name, tensor in list(model.named_parameters()):
+        tensor.requires_grad_(name in names and kind != "lora")
+        if name in names and kind == "lora":
+            part = model.get_submodule(name.removesuffix(".weight"))
+            register_parametrization(part, "weight", LowRank(tensor, int(rank)))
     for block in blocks_of(model)[1] if recipe.checkpointing else ():
         block.forward = partial(recomputed, block.forward, use_reentrant=False)
     weights = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     adam = adamw(weights.values(), recipe)
-    torch.manual_seed(seed)
     order = order_of([len(prompt) + len(answer) for prompt, answer in pairs], recipe, seed)
     digest = key_of(base.digest, pairs, recipe, seed)
     begin = resume(checkpoint, weights, adam, digest)
@@ -128,6 +152,8 @@ def fine_tuned(
             save(checkpoint, weights, adam, step, digest)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
+    if kind == "lora":
+        weights = {n: model.get_submodule(n.removesuffix(".weight")).weight for n in names}
     return {name: tensor.detach() for name, tensor in weights.items()}
 
 
