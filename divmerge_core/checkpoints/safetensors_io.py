@@ -53,9 +53,11 @@ def stored(file: Path) -> dict[str, Stored]:
     """
     try:
         with safe_open(file, "pt") as content, open(file, "rb") as start:
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # none is read
             after = 8 + (size := int.from_bytes(start.read(8), "little"))
-            places = json.loads(start.read(size))
+            header = json.loads(start.read(size))
+            found = {name: header[name] for name in content.keys()}
+            kinds = {facts["dtype"]: name for name, facts in found.items()}
+            kinds = {kind: content.get_tensor(name).dtype for kind, name in kinds.items()}
     except SafetensorError as error:
         with open(file, "rb") as start:
             pointer = start.read(24).startswith(b"version https://git-lfs")
@@ -64,8 +66,8 @@ def stored(file: Path) -> dict[str, Stored]:
             f"{file} is no whole safetensors file but {kind}: {error}; fetch or save it again"
         ) from error
     return {
-        name: Stored(file, t.dtype, tuple(t.shape), after + places[name]["data_offsets"][0])
-        for name, t in tensors.items()
+        name: Stored(file, kinds[f["dtype"]], tuple(f["shape"]), after + f["data_offsets"][0])
+        for name, f in found.items()
     }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from divmerge_book.evaluation.metrics import evaluate
 from divmerge_book.models.language.completions import greedy
 from divmerge_book.user_models import check, load, merge_and_score, read, write_merged
 from divmerge_book.user_models.language_load import reader
+from divmerge_book.user_models.streaming import write_from_disk
 from language_files import (
     PROMPTS,
     as_chat,
@@ -24,9 +26,12 @@ from language_files import (
     write_lines,
 )
 from language_toys import save_model, tokenizer
-from local_files import changed, refused
+from local_files import changed, make_adapter, refused
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+
+from divmerge_core.checkpoints import write
+from divmerge_core.checkpoints.safetensors_io import SINGLE
 
 # Toy experts move further than fine-tuning does.
 pytestmark = pytest.mark.filterwarnings("ignore:task .* the task vector is:UserWarning")
@@ -155,6 +160,41 @@ def test_without_rows_models_stay_on_disk_and_the_merge_is_the_same(
     assert (tmp_path / "disk" / "tokenizer.json").read_bytes() == kept
 
 
+@pytest.mark.parametrize("kind, rows", [("llama", True), ("qwen2", False)])
+def test_the_folder_is_what_other_programs_read(tmp_path, cache, monkeypatch, kind, rows):
+    """What vLLM and llama.cpp's converter look at: index, names, rows, dtype, tokens, template."""
+    base, words = save_family(tmp_path / "base", kind), tokenizer()
+    words.chat_template = TEMPLATE
+    words.save_pretrained(base)
+    splits = {} if rows else dict.fromkeys(["validation", "test", "merge"])
+    plan = check(read(make_language_project(tmp_path, base=base, **splits)), ["average"])
+    if rows:
+        bench = load(plan)
+        found = merge_and_score(bench, ["average"], budget=1, progress=False)
+        given = (plan, bench, found, "average", tmp_path / "merged")
+        folder = write_merged(*given, max_shard_bytes=40_000)
+    else:
+        small = partial(write, max_shard_bytes=40_000)
+        monkeypatch.setattr("divmerge_book.user_models.streaming.write", small)
+        folder = write_from_disk(plan, "average", tmp_path / "merged", options={})
+    parts = {file.name: load_file(file) for file in folder.glob("model-*-of-*.safetensors")}
+    held = {name: file for file, tensors in parts.items() for name in tensors}
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index == held and len(parts) > 1 and set(held) == set(load_file(base / SINGLE))
+    config, settings, old = (
+        json.loads((place / f"{name}.json").read_text())
+        for place, name in ((folder, "config"), (folder, "generation_config"), (base, "config"))
+    )
+    kept = ("architectures", "model_type", "vocab_size", "dtype", "tie_word_embeddings")
+    assert [config[name] for name in kept] == [old[name] for name in kept]
+    table = parts[held["model.embed_tokens.weight"]]["model.embed_tokens.weight"]
+    assert table.dtype == torch.float32 == getattr(torch, config["dtype"])
+    again, its = (transformers.AutoTokenizer.from_pretrained(place) for place in (folder, base))
+    assert (again.get_vocab(), again.chat_template) == (its.get_vocab(), TEMPLATE)
+    assert len(table) == config["vocab_size"] > max(again.get_vocab().values())
+    assert settings["eos_token_id"] == config["eos_token_id"] == again.eos_token_id
+
+
 def test_the_cards_scores_are_those_of_the_file(home, tmp_path, cache):
     """A base in bfloat16 is written in bfloat16; its rounded weights are what is scored."""
     base = tmp_path / "base"
@@ -212,9 +252,13 @@ def test_an_expert_of_this_package_is_taken_from_its_folder(
         assert_close(ours, bench.problem.vectors.expert(theirs), rtol=0, atol=1e-6)
 
 
-def test_an_expert_from_the_hub_is_taken_at_its_revision(home, tmp_path, monkeypatch, cache):
+@pytest.mark.parametrize("kind", ["transformers", "adapter"])
+def test_an_expert_from_the_hub_is_taken_at_its_revision(home, tmp_path, monkeypatch, cache, kind):
     """As the hub's client keeps it: a snapshot of links, and a reference by name."""
     kept, source = tmp_path / "hub" / "models--org--mood", home.parent / "experts" / "mood"
+    if kind == "adapter":
+        source, shapes = tmp_path / "lora", {"model.layers.0.self_attn.q_proj": (32, 32)}
+        make_adapter(source, shapes, task_type="CAUSAL_LM", target_modules=["q_proj"])
     for revision in ("main", "v2"):
         (kept / "snapshots" / f"of-{revision}").mkdir(parents=True)
         (kept / "refs").mkdir(exist_ok=True)
@@ -225,6 +269,8 @@ def test_an_expert_from_the_hub_is_taken_at_its_revision(home, tmp_path, monkeyp
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     plan = check(read(changed(home, 0, expert="org/mood@v2")))
     assert plan.experts[0].task.expert == kept / "snapshots" / "of-v2"
+    assert plan.experts[0].kind == kind
+    assert load(plan).problem.vectors.norms()[0] > 0
     refused(changed(home, 0, expert="org/mood@v3"), "org/mood@v3", "hub could not be reached")
 
 

@@ -27,6 +27,7 @@ from divmerge_book.evaluation import stored_tables
 EXPERTS = ("one", "two", "three")
 # layers, hidden and inner width, vocabulary, heads, heads of keys: of SmolLM2's two smaller models
 SHAPES = {"135M": (30, 576, 1536, 49152, 9, 3), "360M": (32, 960, 2560, 49152, 15, 5)}
+SHAPES["508M"] = (28, 1024, 3072, 151936, 16, 8)  # 1 GB a model in bfloat16
 SHAPES["tiny"] = (2, 64, 96, 500, 4, 2)
 METHODS = {  # parameters of every model, and of all
     "linear": ({"weight": 1.0}, {}),
