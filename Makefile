@@ -5,6 +5,7 @@ SIZE ?= default
 WORKERS ?= 2
 OUT ?= _build/gpu
 ENCODER ?= minilm
+CHROMIUM ?= chromium
 CORE := torch safetensors jaxtyping tqdm numpy filelock huggingface-hub platformdirs
 SIZES := smoke default full
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book test test-colab test-core test-exercises test-pages test-peers test-scale gpu lab check lint clean distclean size
+.PHONY: help book pdf test test-colab test-core test-exercises test-pages test-peers test-scale gpu lab check lint clean distclean size
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +56,12 @@ test-colab: $(STAMP)  ## run notebooks on a machine like Colab's, from the noteb
 test-pages: book  ## open every page in Chromium, wide and narrow, light and dark (best with SIZE=smoke)
 	npm install --silent --no-fund --no-audit --prefix _build/axe axe-core@4.14.1
 	$(BIN)/python -m pytest -m browser -rs tests/book/test_interactive.py tests/book/test_pages.py
+
+pdf: book  ## print the chapters of the part Learn to _build/pdf, by the browser's print style (needs Chromium)
+	@mkdir -p _build/pdf
+	for page in _build/html/notebooks/0[0-4]_*.html; do \
+	  $(CHROMIUM) --headless --no-sandbox --no-pdf-header-footer --virtual-time-budget=20000 \
+	    --print-to-pdf=_build/pdf/$$(basename $$page .html).pdf "file://$(CURDIR)/$$page" || exit 1; done
 
 test-exercises: $(STAMP)  ## run every exercise that changes a parameter, at size smoke
 	$(BIN)/python -m pytest -m exercise tests/book/test_exercises.py

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from divmerge_book import __main__
 from divmerge_book.runner import execute
-from test_structure import NOTEBOOKS, code, names
+from test_structure import CHAPTERS, ROOT, code, names
 
 # Parameters that only some tables of a chapter depend on; the others stay the stored ones.
 SOME = {"planes", "methods"}
@@ -38,11 +38,11 @@ def draws(path: Path) -> bool:
 
 
 CALLS = [
-    pytest.param(path, one, id=f"{path.stem} {one}") for path in NOTEBOOKS for one in calls(path)
+    pytest.param(path, one, id=f"{path.stem} {one}") for path in CHAPTERS for one in calls(path)
 ]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
+@pytest.mark.parametrize("path", CHAPTERS, ids=names)
 def test_an_exercise_names_parameters_as_they_are_given(path):
     """So that each can be copied, and is run below."""
     allowed = execute.parameters(path)
@@ -52,8 +52,18 @@ def test_an_exercise_names_parameters_as_they_are_given(path):
 
 
 def test_every_chapter_with_stored_tables_has_an_exercise_that_is_run():
-    drawing = [path for path in NOTEBOOKS if draws(path)]
+    drawing = [path for path in CHAPTERS if draws(path)]
     assert drawing and all(calls(path) for path in drawing)
+
+
+def test_every_exercise_has_its_solution():
+    cells = nbformat.read(ROOT / "notebooks" / "solutions.ipynb", as_version=4).cells
+    for path in CHAPTERS:
+        title = nbformat.read(path, as_version=4).cells[0].source
+        (label,) = re.findall(r"^\((chapter-[\w-]+)\)=", title)
+        (text,) = [c.source for c in cells if f"Exercises of {{ref}}`{label}`" in c.source]
+        asked = re.findall(r"^(\d+)\. ", exercises(path), re.M)
+        assert re.findall(r" Solution (\d+)$", text, re.M) == asked, path.stem
 
 
 @pytest.mark.exercise

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from divmerge_book.evaluation.stored_tables import load
 from divmerge_book.findings import behaviour, beyond, bullets, evidence, interference, listed, span
+from divmerge_book.findings import learn as first
 from divmerge_book.findings import scaling as count
 from divmerge_book.published import paper, paper_reanalysis
 from divmerge_book.studies import landscapes, model_selection
@@ -444,3 +446,27 @@ def test_what_the_page_says_of_the_papers_tables_holds():
     means = means.set_index(["divergence", "how"])
     assert (means.value > 0).all() and (means.value["JS"] > means.value["KL"]).all()
     assert (means.alone.xs("pearson", level="how") > 0.9 * means.kept["JS", "pearson"]).all()
+
+
+# --- the chapters that explain the method ---------------------------------------------------------
+
+
+def test_the_summaries_of_the_first_chapters_say_what_a_run_gave():
+    ratio = pd.DataFrame({"a": [90.0, 100.0], "b": [100.0, 80.0]}, index=[0.5, 1.0])
+    text = first.task_vectors(
+        torch.tensor([[0.01, 0.02]]), pd.Series([-0.1, 0.2]), {"all": 0.5}, {("a", "b"): ratio}
+    )
+    holds(text, "1.0 to 2.0 %", "-0.10 to +0.20", "50 % (all)", "coefficient, 0.5, keeps 95.0 %")
+    holds(text, "costs `a` 10.0 points")
+    values = {"kl": torch.tensor([7.0, 0.0]), "js": torch.tensor([0.5, 0.0])}
+    text = first.divergences(torch.tensor([-8.0, 1.0]), values, values, 0.95)
+    holds(text, "log-odds -8", "KL 7.00 nats, JS 0.50 nats", "JS pulls hardest at log-odds -8.0")
+    rows = pd.MultiIndex.from_product([["js"], ["start", "end of Adam", "grid minimum"]])
+    columns = ["task 1", "task 2", "objective (nats)", "right answers"]
+    table = pd.DataFrame([[0.5, 0.5, 0.9, 0.7], [1, 1, 0.4, 0.8], [1, 1, 0.3, 0.8]], rows, columns)
+    holds(first.objective(table, {"js": 0.25}), "0.900 to 0.400", "70.0 to 80.0 %", "in 25 %")
+    aims = pd.DataFrame({"aim": [0.8, 2.0], "reached": [0.9, 1.5]}, index=["merge", "step"])
+    dtypes = pd.Index(["float32", "int8"])
+    stored = pd.DataFrame({"JS to float32": [0, 0.01], "JS to the experts": [0.2, 0.2]}, dtypes)
+    text = first.kernel(aims, stored, RUN)
+    holds(text, "1 of 2 aims", "merge 0.90 (aim 0.8)", "int8 0.01 nats", "is 0.2 nats")

@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from divmerge_book.findings import in_short
-from test_structure import NOTEBOOKS, names
+from test_structure import CHAPTERS, names
 
 RESULTS = Path(__file__).resolve().parents[2] / "book" / "results"
 MODULES = [
@@ -24,7 +24,7 @@ FUNCTIONS = [
 ]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=names)
+@pytest.mark.parametrize("path", CHAPTERS, ids=names)
 def test_a_chapter_opens_with_its_box(path):
     """Before the first section."""
     cells = [cell.source for cell in nbformat.read(path, as_version=4).cells]

@@ -38,6 +38,7 @@ PACKAGES = (ROOT / "divmerge_core", ROOT / "book" / "divmerge_book")
 MODULES = sorted(path for package in PACKAGES for path in package.rglob("*.py"))
 SHOWING = re.compile(r"\b(?:Markdown|display|box)\(")  # a cell that shows text or a table
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CHAPTERS = [path for path in NOTEBOOKS if path.stem != "solutions"]
 
 SETUP = f"""\
 # On Colab this installs the package; elsewhere nothing happens.
@@ -331,9 +332,7 @@ def test_every_label_stands_once():
     assert {label for label, count in counts.items() if count > 1} == set()
 
 
-# Chapters with more than 30 code cells, and those whose plumbing is not folded yet: a chapter
-# leaves these lists and does not come back.
-LONG = {"01": 31, "02": 32, "05": 32}
+# Chapters whose plumbing is not folded yet: a chapter leaves this list and does not come back.
 UNFOLDED = {"13", "19"}
 
 
@@ -341,7 +340,7 @@ UNFOLDED = {"13", "19"}
 def test_a_chapter_is_short_its_plumbing_is_folded_and_its_figures_are_referred_to(path):
     """At most 30 code cells, at most a third of them plumbing: folded cells that show nothing."""
     cells, chapter = code(path), path.stem[:2]
-    assert len(cells) <= LONG.get(chapter, 30)
+    assert len(cells) <= 30
     if chapter in UNFOLDED:
         return
     folded = [cell for cell in cells if "hide-input" in cell.metadata.get("tags", [])]

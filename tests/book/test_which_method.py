@@ -38,6 +38,8 @@ def test_the_page_and_the_lines_on_methods_are_made_of_the_stored_table():
         for *_, spec in which_method.best(rows, count):
             assert part.count(which_method.link(spec)) == 1
             assert which_method.command(spec) in text
+    glue = text.partition("## The best on GLUE\n")[2].partition("\n## ")[0]
+    assert which_method.link("divmerge+") in glue and which_method.command("divmerge+") in text
     largest = found[max(found)]
     lines = which_method.standings(RESULTS)
     assert set(lines) == {parse(spec)[0] for spec in largest.index} <= set(METHODS)

@@ -7,13 +7,21 @@ from pathlib import Path
 import pandas as pd
 
 from divmerge_book.evaluation.report import Report, caption
-from divmerge_book.figures import title
-from divmerge_book.figures.baselines import BLOCKS, REFERENCE, is_single_model, summary
+from divmerge_book.figures import score_intervals, title
+from divmerge_book.figures.baselines import (
+    BLOCKS,
+    REFERENCE,
+    block,
+    is_single_model,
+    single_models,
+    summary,
+)
 from divmerge_book.runner import method_pages
 from divmerge_book.runner.method_pages import NOTEBOOK, slug, table
 from divmerge_core.methods import parse
 
 TABLE = "baselines/embedded_bert_tiny.json"
+GLUE = "bases/glue_minilm.json"  # fewer methods, DivMerge+ among them; no costs
 DATA = {  # what is at hand -> the data that a method may look at
     "nothing but weights": 1,
     "unlabelled inputs": 2,
@@ -74,16 +82,30 @@ def command(spec: str) -> str:
     return f".venv/bin/python -m divmerge_book run \\\n  {NOTEBOOK} out.ipynb -p methods {spec}"
 
 
+def decision(
+    rows: pd.DataFrame, count: int, heads: Sequence[str], widths: str
+) -> tuple[list[str], str]:
+    """The methods that `best` names, each once, and their table with these columns."""
+    chosen = {spec: (data, stored) for data, stored, spec in reversed(best(rows, count))}
+    lines = [row_of(*chosen[m], m, rows.loc[m])[: len(heads)] for m in reversed(chosen)]
+    return list(chosen), table([heads, *lines], heads="header-rows", widths=widths)
+
+
 def tables(results: Path) -> str:
     """The decision tables, one for each stored number of tasks, and a command for each method."""
-    report, found = summaries(results)
+    (report, found), glue = summaries(results), Report.load(results / GLUE)
     parts, named = [f"*{caption(report)}, {report.provenance['machine']}.*\n"], {}
     for count, rows in found.items():
-        chosen = {spec: (data, stored) for data, stored, spec in reversed(best(rows, count))}
-        lines = [row_of(*chosen[m], m, rows.loc[m]) for m in reversed(chosen)]  # each once
-        named |= dict.fromkeys(chosen)
-        parts.append(f"## The best by ANP at T = {count}\n")
-        parts.append(table([HEADS, *lines], heads="header-rows", widths="17 17 18 19 19 5 5"))
+        specs, text = decision(rows, count, HEADS, "17 17 18 19 19 5 5")
+        named |= dict.fromkeys(specs)
+        parts += [f"## The best by ANP at T = {count}\n", text]
+    (subset,) = glue.rows.subset.unique()
+    rows = score_intervals(glue, subset).set_index("method").drop(["expert", "base"])
+    rows = single_models(rows)
+    rows = rows.assign(block=rows.index.map(block), stored=1.0, seconds=0.0, peak_bytes=0)
+    specs, text = decision(rows, subset.count("+") + 1, HEADS[:5], "18 18 24 20 20")
+    named |= dict.fromkeys(specs)
+    parts += [f"## The best on GLUE\n\n*{caption(glue)}; costs were not measured.*\n", text]
     parts += ["\n## Commands\n\n```bash", *map(command, named), "```\n"]
     return "\n".join(parts)
 

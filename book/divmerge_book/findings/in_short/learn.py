@@ -6,6 +6,7 @@ from divmerge_book.figures import intervals_of, title
 from divmerge_book.findings import SCORES, each, listed, span
 from divmerge_book.findings.contests import standing
 from divmerge_book.findings.in_short import Stored
+from divmerge_book.findings.learn import kept
 
 MERGES = ["average", "task_arithmetic", "divmerge/task"]
 
@@ -16,13 +17,13 @@ def quickstart(stored: Stored) -> list[str]:
     subset = min(report.rows.subset, key=len)
     found = {name: 100 * intervals_of(report, subset, name).value for name in SCORES}
     tasks, seeds = subset.split("+"), report.rows.seed.nunique()
-    said = [f"by {SCORES[name]}: {each(one[MERGES], '{:.1f} %')}" for name, one in found.items()]
     best = found["kept_margin"][MERGES].idxmax()
     lost = 100 - found["kept_margin"][best]
     return [
         f"Two experts, for {listed(f'`{task}`' for task in tasks)}, are merged into one encoder: "
         f"one model is stored instead of {len(tasks)} (means over {seeds} seeds of experts).",
-        f"The experts are 100 % in both scores; what three merges keep {'; '.join(said)}.",
+        "The experts are 100 % in both scores; what three merges keep "
+        f"{kept(report, subset, MERGES)}.",
         f"The base model, with the experts' heads, has {found['anp']['base']:.1f} % by ANP and "
         f"{found['kept_margin']['base']:.1f} % by kept margin.",
         f"No merge is free: {title(best)} keeps most and loses {lost:.1f} % of the experts' lead "
