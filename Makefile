@@ -60,8 +60,8 @@ test-pages: book  ## open every page in Chromium, wide and narrow, light and dar
 pdf: book  ## print the chapters of the part Learn to _build/pdf, by the browser's print style (needs Chromium)
 	@mkdir -p _build/pdf
 	for page in _build/html/notebooks/0[0-4]_*.html; do \
-	  $(CHROMIUM) --headless --no-sandbox --no-pdf-header-footer --virtual-time-budget=20000 \
-	    --print-to-pdf=_build/pdf/$$(basename $$page .html).pdf "file://$(CURDIR)/$$page" || exit 1; done
+	  $(CHROMIUM) --headless --no-sandbox --no-pdf-header-footer --virtual-time-budget=60000 \
+	    --allow-file-access-from-files --print-to-pdf=_build/pdf/$$(basename $$page .html).pdf "file://$(CURDIR)/$$page" || exit 1; done
 
 test-exercises: $(STAMP)  ## run every exercise that changes a parameter, at size smoke
 	$(BIN)/python -m pytest -m exercise tests/book/test_exercises.py
