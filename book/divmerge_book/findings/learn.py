@@ -37,7 +37,7 @@ def quickstart(report: Report, counts: pd.DataFrame, stored: tuple[int, int]) ->
         f"{len(counts)} with {stored[0] / 1e6:.1f} million.",
         f"**Lost**: of the rows that its expert has right, DivMerge has {total.lost} of "
         f"{total.lost + total['both right']} wrong; it has {total.won} right that the expert has "
-        f"wrong (lost and won by task: {listed(by_task)}).",
+        f"wrong (lost and won by task: {'; '.join(by_task)}).",
     ]
     if report.counted(suite):
         lines.insert(1, f"What the merges keep, {kept(report, subset, methods)}.")
