@@ -6,7 +6,12 @@ import pytest
 import torch
 from divmerge_book.data.tasks import TASKS
 from divmerge_book.evaluation.hyperparameter_search import shares
-from divmerge_book.evaluation.language_scoring import likelihood_split, rouge1, written_split
+from divmerge_book.evaluation.language_scoring import (
+    likelihood_split,
+    prompt_batches,
+    rouge1,
+    written_split,
+)
 from divmerge_book.evaluation.metrics import grades
 from divmerge_book.evaluation.report import Report
 from divmerge_book.models.language import PROMPTS
@@ -31,6 +36,14 @@ def one_model(base) -> tuple[MergeProblem, torch.Tensor]:
 
     vectors = TaskVectors.from_states(base.state, {"sst2": base.state})
     return MergeProblem(vectors, [[]], language_forward(base.model)), vectors.base
+
+
+def test_every_prompt_keeps_its_right_answer(llama):
+    """Prompts of like length go together, so that rows change places."""
+    rows = [{"text": "film " * n, "label": n % 2} for n in (5, 1, 4, 2, 3)]
+    groups, right = prompt_batches(llama, PROMPTS["sst2"], rows, 200, 2)
+    by_words = sorted(zip((len(one) for group in groups for one in group), right, strict=True))
+    assert [label for _, label in by_words] == [1, 0, 1, 0, 1]
 
 
 def test_likelihood_takes_the_likeliest_word_of_every_row(llama, glue_rows):

@@ -174,6 +174,7 @@ def test_an_interval_depends_on_seed_and_level(report):
     assert not first.equals(report.intervals(draws=200, seed=1))
     wide, narrow = interval(report, level=0.99), interval(report, level=0.5)
     assert wide.high - wide.low > narrow.high - narrow.low
+    assert report.sampled(SUITE, SUBSET, draws=2).freedom == 2 * 20 - 2
 
 
 def test_seeds_that_differ_widen_the_interval():
