@@ -99,8 +99,8 @@ def memory_plans(
         Line("loaded base", n, "N x 4 bytes, the model that answers"),
         Line("merges", n * len(methods), f"{len(methods)} x N x 4 bytes"),
     )
-    why, times = "N x 4 bytes, and again as one vector", 2 if plan.tokens else 1
-    read = Line("a model that is read", times * n, why if plan.tokens else "N x 4 bytes")
+    times = 3 if plan.tokens else 2  # a model, its bytes on their way, and for language its vector
+    read = Line("what is read or written", times * n, f"{times} x N x 4 bytes")
     dense = any(parse(spec)[0] not in FROM_STORE for spec in methods) and not fits
     copies = (Line("working copies", 2 * n * fit.tasks, f"2 x {fit.tasks} x N x 4 bytes"),) * dense
 
@@ -117,11 +117,15 @@ def memory_plans(
         advised(Plan(f"{what}: {title}", name, of(), free), ways(plan, fit), of)
         for what, of in (("Merging", merging), ("Reading and writing", reading))
     )
-    found = (first, second) if second.total > first.total else (first,)
+    more = (other_ways(plan),)
+    found = tuple(
+        one if one.fits else replace(one, advice=one.advice + more)
+        for one in ((first, second) if second.total > first.total else (first,))
+    )
     if (most := found[-1]).total > whole:
         raise ValueError(
             f"{plan.description.path}: the merge needs {size(most.total)}, and {name} is "
-            f"{size(whole)} in all, of which {size(free)} are free\n{most}\n- {other_ways(plan)}"
+            f"{size(whole)} in all, of which {size(free)} are free\n{most}"
         )
     return found
 
