@@ -99,6 +99,15 @@ def test_the_plan_has_what_a_fit_holds(project, plan, bench):
     assert held["working copies"] == 2 * vectors.deltas.nbytes and "gradients" not in held
 
 
+def test_a_model_of_a_strange_shape_is_planned_but_for_its_activations(project, monkeypatch):
+    def strange(*given, **options):
+        raise AttributeError("no num_attention_heads")
+
+    monkeypatch.setattr(memory.Model, "of", strange)
+    told = check(read(project), ["divmerge/layer"]).memory
+    assert {line.what for line in told[0].lines} >= {"base", "task vectors", "merged model"}
+
+
 @pytest.mark.parametrize("free, whole", [(1.0001, 8), (1.0001, 1.0001)])
 def test_a_merge_without_room_is_told_before_anything_is_read(
     project, monkeypatch, capsys, free, whole

@@ -65,7 +65,15 @@ def fit_of(plan: Checked, precision: str) -> tuple[Model, Fit]:
     names = plan.base.shapes if language else merged_names(plan)
     numbers = sum(prod(plan.base.shapes[name]) for name in names)
     numbers += (words.rows - table[0]) * prod(table[1:]) * bool(plan.base.table)
-    model = replace(Model.of(plan.base.config, head=language), parameters=numbers)
+    try:
+        model = replace(Model.of(plan.base.config, head=language), parameters=numbers)
+    except (
+        AttributeError,
+        NotImplementedError,
+        TypeError,
+        ValueError,
+    ):  # activations are not counted
+        model = Model(numbers, max(map(prod, plan.base.shapes.values())), *[0] * 7)
     tokens, answers = plan.description.max_length, TOGETHER
     classes = max((len(source.labels) for source in plan.experts), default=2)
     if language:
