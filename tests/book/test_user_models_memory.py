@@ -9,6 +9,7 @@ from divmerge_book import __main__
 from divmerge_book.planning.memory import CONTEXT
 from divmerge_book.user_models import check, load, memory, merge_and_score, read, write_merged
 from divmerge_book.user_models.save import deltas_of
+from helpers import WORDS
 from language_files import make_language_project
 from local_files import LABELS, changed, make_adapter, refused
 from torch.testing import assert_close
@@ -75,7 +76,14 @@ def test_adapters_are_kept_as_factors(lora):
         assert_close(deltas_of(found, begin, stop), wanted.deltas[:, begin:stop])
 
 
-def test_a_storage_that_experts_do_not_have_is_refused(project):
+def test_a_storage_that_experts_do_not_have_is_refused(project, tmp_path):
+    table = "bert.embeddings.word_embeddings.weight"
+    saved = {table: torch.ones(len(WORDS), 32), "classifier.weight": torch.ones(2, 32)}
+    saved |= {"classifier.bias": torch.ones(2), "bert.pooler.dense.bias": torch.ones(32)}
+    saved |= {"bert.pooler.dense.weight": torch.eye(32)}
+    make_adapter(tmp_path / "lora", MATRICES, saved=saved)
+    path = changed(project, 0, expert=str(tmp_path / "lora"), labels=LABELS["mood"])
+    refused(stored(path, storage="low_rank"), "saved ['embeddings.word_embeddings.weight'] whole")
     refused(stored(project, storage="low_rank"), "is a whole model; take int8")
     refused(stored(project, storage="int4"), "storage: Input should be 'float32', 'bfloat16'")
 

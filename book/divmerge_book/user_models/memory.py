@@ -48,7 +48,8 @@ def check_storage(plan: Checked) -> None:
     held = StoredModel.at(plan.base.folder).cores
     for source in plan.experts:
         whole = source.adapter is None
-        saved = {} if whole else {n.removeprefix(source.prefix) for n in source.adapter.saved}
+        names = () if whole else source.adapter.saved.values()
+        saved = {name.removeprefix(source.prefix) for name in names}
         if whole or (saved := sorted(saved & set(held))):
             raise ValueError(
                 f"{plan.description.path}: storage is low_rank, which keeps the factors of LoRA "
@@ -67,12 +68,8 @@ def fit_of(plan: Checked, precision: str) -> tuple[Model, Fit]:
     numbers += (words.rows - table[0]) * prod(table[1:]) * bool(plan.base.table)
     try:
         model = replace(Model.of(plan.base.config, head=language), parameters=numbers)
-    except (
-        AttributeError,
-        NotImplementedError,
-        TypeError,
-        ValueError,
-    ):  # activations are not counted
+    except (AttributeError, NotImplementedError, TypeError, ValueError):
+        # Its activations are not counted.
         model = Model(numbers, max(map(prod, plan.base.shapes.values())), *[0] * 7)
     tokens, answers = plan.description.max_length, TOGETHER
     classes = max((len(source.labels) for source in plan.experts), default=2)
