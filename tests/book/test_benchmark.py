@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+import torch
 from divmerge_book.evaluation import benchmark, experiment, hyperparameter_search
 from divmerge_book.evaluation.benchmark import ALL_METHODS, compare, every_method
 from divmerge_book.evaluation.experiment import SIZES
@@ -203,6 +204,14 @@ def test_the_first_seeds_choice_serves_every_seed(monkeypatch):
     by_seed = {(fit["method"], fit["seed"]): fit["options"] for fit in report.fits}
     assert by_seed["ties", 0] == by_seed["ties", 1]
     assert by_seed["divmerge/task", 1] == {**by_seed["divmerge/task", 0], "seed": 1}
+
+
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties"])
+def test_another_scale_of_a_linear_method_is_what_it_makes_itself(linear, ran, name):
+    merges = Merges(linear, name)
+    _, again = (merges({"scale": scale}).merged for scale in (1.0, 0.4))
+    assert ran == [name]
+    torch.testing.assert_close(again, METHODS[name](linear.problem, scale=0.4))
 
 
 def test_only_a_fit_that_diverged_is_a_candidate_without_a_score(fresh, monkeypatch):

@@ -71,7 +71,7 @@ def test_the_upper_blocks_are_what_they_say(llama, qwen):
     assert "model.norm.weight" in top and "model.embed_tokens.weight" not in top
     assert "lm_head.weight" in trained(qwen.model, "top:1")
     assert trained(llama.model, "all") == list(llama.state)
-    with pytest.raises(ValueError, match=r"all or top:1 \.\. top:2, got 'top:3'"):
+    with pytest.raises(ValueError, match=r"all, top:1 \.\. top:2, or lora:RANK, got 'top:3'"):
         trained(llama.model, "top:3")
 
 
