@@ -124,6 +124,9 @@ def test_candidates_are_the_registered_options_with_the_fits_own():
     one = replace(SIZES["smoke"], candidates=1)
     assert candidates("task_arithmetic", one, 0, {}, PROBLEM) == [{"scale": 0.3}]  # the published
     assert candidates("average", SIZES["smoke"], 0, {"lr": 0.1}, PROBLEM) == [{}]
+    per_step = METHODS.facts["evolved_coefficients"]["calls"](len(PROBLEM.vectors.tasks))
+    (searched,) = candidates("evolved_coefficients", replace(one, calls=61), 0, {}, PROBLEM)
+    assert searched["steps"] == 61 // per_step
     size = replace(SIZES["smoke"], candidates=2, epochs=3)
     options = candidates("divmerge/block", size, 5, {"lr": 0.1}, PROBLEM)
     assert [option.get("init") for option in options] == [None, 0.5]
