@@ -65,3 +65,16 @@ def test_the_preset_is_the_basis_with_the_objective(experiment, name):
     ours = METHODS[name](experiment.problem, **options)
     plain = {"basis": "tsv:3", "grouping": "layer", "optimizer": "annealed_adam", "lr": 0.2}
     assert ours.equal(METHODS["divmerge"](experiment.problem, **plain, **options))
+
+
+def test_the_summary_has_gains_by_number_of_tasks_and_what_is_held():
+    rows = [
+        {"objective": o, "basis": b, "tasks": n, "grouping": "layer", "anp": a, "difference": d}
+        for o, b, n, a, d in (("js", "tsv:3", 8, 0.9, 0.0), ("js", "raw", 8, 0.8, -0.1))
+    ]
+    table = pd.DataFrame(rows).assign(from_low=-0.2, from_high=-0.05)
+    held = pd.DataFrame({"task vectors": [8.0], "TSV directions": [2.5]}, index=[8])
+    gains, parts, memory = find.summary(table, held, "the stored run")
+    assert gains.endswith("by +10.0 points at T = 8 [+5.0, +20.0].")
+    assert parts == "At T = 8 DivMerge+ has 90.0 % ANP; raw task vectors fitted by JS 80.0 %."
+    assert memory.endswith("T = 8: task vectors 8.00 N, TSV directions 2.50 N.")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from divmerge_book.evaluation.sizes import LANGUAGE_SIZES
+from divmerge_book.findings import planning as find
 from divmerge_book.models import encoders
 from divmerge_book.models.encoders import device_line
 from divmerge_book.planning import presets
@@ -122,3 +123,12 @@ def test_fine_tuning_takes_as_long_as_its_steps():
     one = training_seconds(model, once, gpu, 64, 3, 9999)
     assert training_seconds(model, thrice, gpu, 64, 3, 9999) == pytest.approx(3 * one)
     assert one > 10 * 28 * model.parameters / gpu.bandwidth  # AdamW's traffic alone, in ten steps
+
+
+def test_the_summary_of_plans_has_their_gigabytes_and_who_holds_them():
+    size, shape = LANGUAGE_SIZES["glue/default"], {"num_tasks": 7, "tokens": 64, "answers": 3}
+    _, fit = memory_plans(size, "t4", model=qwen(), **shape)
+    table = suite_forecast(size, ["t4", "h100"], rows=6000, **shape)
+    said = find.summary(fit, table, "cpu")
+    assert f"holds {fit.total / 1e9:.1f} GB" in said and "ran on cpu" in said
+    assert ", ".join(table.index[table.fits]).split(", ")[-1] in said

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from divmerge_book.evaluation.report import Report
+from divmerge_book.findings import published as find
 from divmerge_book.published import leaderboard_summary as board
 from divmerge_book.published import paper
 from divmerge_book.published.leaderboard_summary import published, scored_rows, summary
@@ -168,3 +169,12 @@ def test_a_measured_table_has_the_form_of_the_published_one():
     found = board.measured(Report(pd.DataFrame(rows).assign(gold="0101")))
     assert found.loc["average"].tolist() == [0.75, 0.75]
     assert summary(found).loc["average", "normalised"] == 0.75
+
+
+def test_sentences_on_a_printed_table_have_its_numbers():
+    said = find.known_to(published(), scored_rows())
+    assert "Below the unmerged base on RTE: " in said and f"({scored_rows()['QQP']} rows)" in said
+    wide = 100 * fusionbench("task arithmetic")
+    best = wide.mean(axis=1).idxmax()
+    printed = f"({wide.loc[best].mean():.1f} %) at scale {best:g}, with {wide.RTE[best]:.1f} % on"
+    assert find.scales(board.sweep()).startswith(f"Task arithmetic has its best mean {printed} RTE")

@@ -45,7 +45,8 @@ def test_an_ordering_is_replicated_reversed_or_open_by_its_interval():
 def test_a_summary_counts_a_claim_over_its_settings():
     yes, no = ({"paper": 1.0, "value": v, "low": v - 1, "high": v + 1} for v in (2.0, -2.0))
     found = [Check("x", "one", **yes), Check("x", "two", **no), Check("y", "one", **no)]
-    every, some, none = replication.summary(found).splitlines()
+    counts, every, some, none = replication.summary(found).splitlines()
+    assert counts.endswith(": 1 replicated, 2 not replicated and 0 cannot be told.")
     assert every.endswith(": none.")
     assert some.endswith(": x (2 settings).") and none.endswith(": y (1 setting).")
     assert list(replication.table(found).Verdict) == [REPLICATED, OPPOSITE, OPPOSITE]
@@ -63,3 +64,19 @@ def test_the_papers_own_correlation_without_the_own_expert_is_small(monkeypatch)
     kept, others = replication.predicts(Stored(Path("none")))
     assert kept.paper == pytest.approx(0.818, abs=1e-3) == kept.value
     assert others.paper == pytest.approx(0.274, abs=1e-3) == others.value
+
+
+def test_a_report_of_ones_own_is_checked_and_named_and_stored_results_are_read_once(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(replication, "caption", lambda one: "a run")
+    report().save(path := tmp_path / "mine.json")
+    found, origin = replication.drawn(str(path))
+    assert len(found) == len(list(replication.orders(report()))) and f"`{path}`" in origin
+    monkeypatch.setattr(replication, "PLACES", (tmp_path,))
+    monkeypatch.setattr(Stored, "report", lambda self, name: self.dates.update({name: "d"}))
+    for name in ("orders", "objectives", "predicts", "lead"):
+        monkeypatch.setattr(replication, name, lambda one: [])
+    assert replication.in_short(stored := Stored(tmp_path))[0].startswith("Of 0 checks")
+    monkeypatch.setattr(Stored, "report", None)
+    assert replication.drawn() == ([], stored.origin())

@@ -81,7 +81,8 @@ def test_what_the_size_says_may_differ_and_is_told(tmp_path):
     assert found.caption.endswith("; asked for was size default, rows 10, seeds 0, tasks a.")
     same = stored_or_measure(path, {"rows": table([2.0])}, **{**FACTS, "size": "default"})
     assert same.caption.endswith("; asked for was size default.")
-    assert "asked" not in stored_or_measure(path, {}, **FACTS).caption
+    plain = stored_or_measure(path, {}, **FACTS).caption
+    assert "asked" not in plain and plain.endswith(f", in `{tmp_path.name}/study.json`.")
 
 
 def test_a_stored_table_of_a_smaller_size_does_not_stand_in_for_a_larger(tmp_path):

@@ -97,15 +97,16 @@ def stored_or_measure(
     made = origin(**facts)
     stored = load(path) if path.is_file() and not publish else None
     agrees, note = agreement(stored and stored[1], {name: made[name] for name in facts}, asked)
+    place = named(path)
     keep = agrees and not live
     if not keep or facts.get("size") == "smoke":
         tables = tables() if callable(tables) else tables
     if keep:
-        return ResultTable(*stored, "the stored run", note)
+        return ResultTable(*stored, "the stored run", place + note)
     if publish:
         save(path, tables, **facts)
         if not live:
-            return ResultTable(*load(path), "the stored run")
+            return ResultTable(*load(path), "the stored run", place)
     return ResultTable(tables, made, "this run", "" if agrees else note)
 
 
@@ -128,8 +129,13 @@ def stored_or_report(
     stored = Report.load(path) if path.is_file() else None
     kept, made = (one and {**merged(one), **one.provenance} for one in (stored, report))
     agrees, note = agreement(kept, made, asked)
-    drawn = stored if agrees else report
+    drawn, note = (stored, named(path) + note) if agrees else (report, note)
     return drawn, f"Drawn from {'the stored' if agrees else 'this'} run: {caption(drawn)}{note}."
+
+
+def named(path: Path) -> str:
+    """What a caption says of the file: its folder and name."""
+    return f", in `{'/'.join(path.parts[-2:])}`"
 
 
 def merged(report: Report) -> dict:

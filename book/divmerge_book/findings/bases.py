@@ -3,7 +3,7 @@
 import pandas as pd
 
 from divmerge_book.figures.bases import BASES
-from divmerge_book.findings import SCORES, bullets
+from divmerge_book.findings import SCORES, bullets, listed
 from divmerge_book.studies.predictions import SCORES as COLUMNS
 
 OURS = "tsv:3"
@@ -32,7 +32,7 @@ def parts(table: pd.DataFrame, source: str) -> str:
             _, _, _, gap, low, high, _, corrected = COLUMNS[score]
             sure = "" if row[corrected] < 0.05 else "; not significant after correction"
             ends = f"{-100 * row[high]:+.1f} to {-100 * row[low]:+.1f}"
-            said.append(f"{-100 * row[gap]:+.1f} points of {words} ({ends}{sure})")
+            said.append(f"{round(-100 * row[gap], 1) + 0:+.1f} points of {words} ({ends}{sure})")
         lines.append(f"over {lacks}: {' and '.join(said)}")
     return (
         f"In {source}, T = {ours.tasks}, DivMerge+ reaches {100 * ours.anp:.1f} % ANP and "
@@ -63,3 +63,29 @@ def over_tasks(table: pd.DataFrame, source: str) -> str:
             f"{-100 * row.kept_difference:+.1f} points of kept margin ({ends})"
         )
     return f"Gains of the basis over raw task vectors in {source}:\n\n{bullets(lines)}"
+
+
+def summary(table: pd.DataFrame, held: pd.DataFrame, source: str) -> list[str]:
+    """What coefficients should scale, by number of tasks; what the objective adds; memory.
+
+    table: against `js=tsv:3`. held: of components in models by T, a column per store.
+    """
+    layer = table[table.grouping == "layer"]
+    raw = layer[(layer.objective == "js") & (layer.basis == "raw")].sort_values("tasks")
+    gains = [
+        f"{-100 * row.difference:+.1f} points at T = {row.tasks} "
+        f"[{-100 * row.from_high:+.1f}, {-100 * row.from_low:+.1f}]"
+        for row in raw.itertuples()
+    ]
+    most = layer[layer.tasks == layer.tasks.max()].set_index(["objective", "basis"]).anp * 100
+    parts = {"start without a fit": ("none", OURS), "fit by entropy": ("entropy", OURS)}
+    parts |= {"raw task vectors fitted by JS": ("js", "raw")}
+    others = [f"{words} {most[key]:.1f} %" for words, key in parts.items() if key in most.index]
+    last = held.iloc[-1]
+    memory = ", ".join(f"{words} {number:.2f} N" for words, number in last.items())
+    return [
+        f"Coefficients of cleaned directions in place of task vectors change the ANP, in {source}, "
+        f"by {listed(gains)}.",
+        f"At T = {layer.tasks.max()} DivMerge+ has {most['js', OURS]:.1f} % ANP; {listed(others)}.",
+        f"Numbers held beside the base at T = {held.index[-1]}: {memory}.",
+    ]

@@ -1,14 +1,15 @@
 """The DivMerge paper's claims, one by one, beside stored results: replicated or not."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from divmerge_book.evaluation.report import Report
+from divmerge_book.evaluation.report import Report, caption
 from divmerge_book.evaluation.statistics import Estimate, mean_interval, pearson
 from divmerge_book.figures import largest, title
 from divmerge_book.findings import bullets, listed
@@ -152,25 +153,43 @@ def predicts(stored: Stored) -> Iterator[Check]:
         )
 
 
-def checks(stored: Stored) -> list[Check]:
-    """Every claim that a stored result bears on."""
+@cache
+def checks(folder: Path) -> tuple[list[Check], Stored]:
+    """Every claim that a result stored in a folder bears on, and what was read for it."""
+    stored = Stored(folder)
     reports = [stored.report(name) for name in REPORTS]
     found = [one for report in reports for one in orders(report)]
-    return [*found, *lead(reports[1]), *objectives(stored), *predicts(stored)]
+    return [*found, *lead(reports[1]), *objectives(stored), *predicts(stored)], stored
 
 
-def stored_checks() -> list[Check]:
-    """The `checks` of the book's stored results; none where they are not at hand, as on Colab."""
+def drawn(report: str = "") -> tuple[list[Check], str]:
+    """The checks of the Report in a file, or those of the stored results, and where they are from.
+
+    There are none where no results are stored, as on Colab.
+    """
+    if report:
+        own = Report.load(report)
+        return list(orders(own)), f"Drawn from `{report}`: {caption(own)}."
     folder = next(filter(Path.is_dir, PLACES), None)
-    return checks(Stored(folder)) if folder else []
+    if folder is None:
+        return [], "Results are not stored here; give `report` a file."
+    found, stored = checks(folder)
+    return found, stored.origin()
 
 
-def summary(found: Iterable[Check]) -> str:
-    """Claims that hold in every setting that measured them, in some, and in none."""
+def counts(found: Sequence[Check]) -> str:
+    """How many checks have which verdict."""
+    of = Counter(one.verdict for one in found)
+    said = listed([f"{of[word]} {word}" for word in VERDICTS])
+    return f"Of {len(found)} checks of the paper's claims, by stored results: {said}."
+
+
+def summary(found: Sequence[Check]) -> str:
+    """How many claims hold, and which do in every setting that measured them, in some, in none."""
     by_claim = defaultdict(list)
     for one in found:
         by_claim[one.claim].append(one.verdict == REPLICATED)
-    lines = []
+    lines = [counts(found)]
     for words, holds in (
         ("Replicated in every setting that measured them", all),
         ("Replicated in some settings", lambda own: any(own) and not all(own)),
@@ -188,20 +207,19 @@ def summary(found: Iterable[Check]) -> str:
 def table(found: Iterable[Check]) -> pd.DataFrame:
     """A row per check: Claim, Setting, Paper, Here, 95 % interval, Verdict."""
     columns = "Claim", "Setting", "Paper", "Here", "95 % interval", "Verdict"
-    rows = [(one.claim, one.setting, *one.words(), one.verdict) for one in found]
+    rows = [(one.claim, one.setting.replace("`", ""), *one.words(), one.verdict) for one in found]
     return pd.DataFrame(rows, columns=columns)
 
 
 def in_short(stored: Stored) -> list[str]:
     """How many checks have which verdict, and which are not replicated."""
-    every = checks(stored)
-    of = {word: [one for one in every if one.verdict == word] for word in VERDICTS}
-    counts = listed([f"{len(some)} {word}" for word, some in of.items()])
-    sentences = [f"Of {len(every)} checks of the paper's claims, by stored results: {counts}."]
+    every, read = checks(stored.folder)
+    stored.dates.update(read.dates)
+    sentences = [counts(every)]
     glue = [one for one in every if "glue" in one.setting]
     held = sum(one.verdict == REPLICATED for one in glue)
     sentences.append(f"On GLUE's tasks, {held} of {len(glue)} orderings of methods are replicated.")
     for word in (OPPOSITE, OPEN):
-        said = listed([f"{one.claim} ({one.setting})" for one in of[word]], "none")
+        said = listed(f"{one.claim} ({one.setting})" for one in every if one.verdict == word)
         sentences.append(f"{word.capitalize()}: {said}.")
     return sentences

@@ -109,11 +109,17 @@ def objectives() -> list[str]:
     return [*DIVERGENCES, *BASELINE_OBJECTIVES]
 
 
+SPELT = {  # of words in names of objectives: what is no common word
+    **{word: word.upper() for word in ("js", "kl", "l2", "mse")},
+    **{"hellinger": "Hellinger", "jeffreys": "Jeffreys", "renyi": "Rényi"},
+}
+
+
 def named(spec: str) -> str:
-    """`reverse_chi_squared` -> `reverse chi squared`; `hidden_cosine` -> its label."""
+    """`reverse_kl` -> `reverse KL`; `hidden_cosine` -> its label."""
     if spec in BASELINE_OBJECTIVES:
         return BASELINE_OBJECTIVES.facts[spec]["label"]
-    return spec.replace("_", " ")
+    return " ".join(SPELT.get(word, word) for word in spec.split("_"))
 
 
 # --- one fit --------------------------------------------------------------------------------------

@@ -40,6 +40,11 @@ class Stored:
         """Name the file of numbers that others print; work: of `published.paper`."""
         self.dates[f"book/divmerge_book/published/{work}.json"] = "as printed"
 
+    def origin(self) -> str:
+        """A line that names the files that were read."""
+        files = listed([f"`{name}` ({date})" for name, date in self.dates.items()])
+        return f"Made of stored results: {files}."
+
 
 def box(sentences: Callable[[Stored], Iterable[str]]) -> Markdown:
     """A chapter's sentences in a box, with the files that they were made of.
@@ -50,8 +55,7 @@ def box(sentences: Callable[[Stored], Iterable[str]]) -> Markdown:
     stored = Stored(next(filter(Path.is_dir, PLACES), PLACES[0]))
     try:
         text = bullets(sentences(stored))
-        files = [f"`{name}` ({date})" for name, date in stored.dates.items()]
-        text += f"\n\n*Made of stored results: {listed(files)}.*"
+        text += f"\n\n*{stored.origin()}*"
     except FileNotFoundError as error:
         text = f"`{Path(error.filename).name}` is not stored here; this run's results are below."
     return Markdown(f":::{{admonition}} In short\n:class: tip\n\n{text}\n:::")
