@@ -21,7 +21,7 @@ def test_gradients_against_a_wrong_expert_are_those_of_the_formulas():
     strength = divergence_shapes.gradients()
     said = choice.letting_go(strength)
     fading, _, growing = said.partition(" falls to less than half")
-    assert "js" in fading and "chi squared" in growing.partition("KL keeps")[0]
+    assert "JS" in fading and "chi squared" in growing.partition("KL keeps")[0]
 
 
 def test_smooth_divergences_are_the_fisher_metric_near_the_expert():
@@ -43,7 +43,7 @@ def test_significant_differences_are_named_by_side():
     )
     text = choice.differences(table, ["anp"], RUN)
     assert "Of 3 differences from JS in ANP, in this run, 2 are significant" in text
-    assert "above: kl, +2.0 points (per task, T = 2)" in text and "hellinger" not in text
+    assert "above: KL, +2.0 points (per task, T = 2)" in text and "Hellinger" not in text
 
 
 def test_the_papers_tables_say_what_they_print():
