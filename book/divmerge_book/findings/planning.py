@@ -23,6 +23,6 @@ def summary(fit: Plan, forecast: pd.DataFrame, device: str) -> str:
             f"With fewer rows and int8 task vectors: {listed(small)}.",
             f"Experts and fit take at least {span(forecast['experts and fit, s'] / 60)} minutes; "
             f"{span(share, 0)} % of that is the experts.",
-            f"This page ran on {device}. Nothing of the paper's setting was run: these are plans.",
+            f"This page ran on {device}; the numbers above are plans and no measurements.",
         ]
     )
