@@ -249,6 +249,11 @@ class TaskVectors:
         deltas = LowRankDeltas((len(adapters), layout.size), stored)
         return cls(layout, tuple(adapters), layout.flatten(base), deltas)
 
+    def stored_as(self, storage: str) -> "TaskVectors":
+        """The same task vectors kept as one of STORAGES."""
+        deltas = STORAGES[storage](iter(dense(self.deltas)), len(self.tasks))
+        return TaskVectors(self.layout, self.tasks, self.base, deltas)
+
     def select(self, tasks: Sequence[str]) -> "TaskVectors":
         """The same base with only these tasks, in this order."""
         unknown = [task for task in tasks if task not in self.tasks]

@@ -68,11 +68,6 @@ def states():
     return make[0], {"one": make[1], "two": make[2]}
 
 
-def stored_as(vectors: TaskVectors, storage: str) -> TaskVectors:
-    rows = iter(dense(vectors.deltas))
-    return replace(vectors, deltas=STORAGES[storage](rows, len(vectors.tasks)))
-
-
 def test_int8_is_the_same_in_pieces_as_whole():
     row = normal((SCALE_BLOCK << 11) + 77)
     for found, wanted in zip(vars(Int8Deltas.of([row])).values(), quantise(row), strict=True):
@@ -82,7 +77,7 @@ def test_int8_is_the_same_in_pieces_as_whole():
 @pytest.mark.parametrize("storage", STORAGES)
 def test_storages_keep_task_vectors_as_well_as_they_say(storage):
     plain = TaskVectors.from_states(*states())
-    for kept in (stored_as(plain, storage), TaskVectors.from_states(*states(), storage=storage)):
+    for kept in (plain.stored_as(storage), TaskVectors.from_states(*states(), storage=storage)):
         off = (dense(kept.deltas) - plain.deltas).abs().max()
         assert off <= ERRORS[storage] * plain.deltas.abs().max() * 1.01
         expert = kept.expert("two")
@@ -296,7 +291,7 @@ def test_fits_of_low_rank_or_streamed_experts_are_those_of_the_matrix(gradients,
     """Streamed ones bit for bit."""
     problem = linear_problem(dtype=torch.float32)
     for streamed, held in (("streamed", "float32"), ("streamed_bfloat16", "bfloat16")):
-        both = (stored_as(problem.vectors, storage) for storage in (streamed, held))
+        both = (problem.vectors.stored_as(storage) for storage in (streamed, held))
         fits = (fitted(problem, vectors, gradients) for vectors in both)
         assert all(map(torch.equal, *fits))
     problem = linear_problem()
