@@ -104,7 +104,7 @@ def test_in_the_forest_only_what_survives_correction_is_filled():
     marks = [line for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata()) == 1]
     assert [line.get_xdata()[0] for line in marks] == [2.0, -10.0]
     assert [line.get_markerfacecolor() == "white" for line in marks] == [False, True]
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["kl", "entropy (AdaMerging)"]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["KL", "entropy (AdaMerging)"]
     assert "points" in ax.get_xlabel()
     plt.close("all")
 
