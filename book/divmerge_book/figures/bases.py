@@ -17,18 +17,23 @@ OBJECTIVES: Mapping[str, tuple[str, Mapping]] = {
 BASES: Mapping[str, str] = {
     "raw": "task vectors",
     "ties": "TIES entries",
-    "svd:3": "own directions, 3 bands",
+    "svd": "own directions",
     "essential": "essential subspaces",
     "isotropic": "TSV, equal values",
     "tsv": "TSV directions",
-    "tsv:2": "TSV directions, 2 bands",
-    "tsv:3": "TSV directions, 3 bands",
 }
+
+
+def name_of(spec: str) -> str:
+    """`TSV directions, 3 bands` for `tsv:3`."""
+    name, _, number = spec.partition(":")
+    return BASES[name] + (f", {number} {'kept' if name == 'ties' else 'bands'}" if number else "")
 
 
 def ablation(ax: Axes, table: pd.DataFrame, *, score: str) -> Axes:
     """A score of every basis, a mark per objective, with 95 % intervals."""
-    rows = {name: label for name, label in BASES.items() if name in set(table.basis)}
+    order = sorted(set(table.basis), key=lambda s: (list(BASES).index(s.partition(":")[0]), s))
+    rows = {spec: name_of(spec) for spec in order}
     plot.forest(ax, of_score(table, score), rows, OBJECTIVES, row="basis", group="objective",
                 value="score")  # fmt: skip
     return plot.finish(ax, f"{WORDS[score]}, %", percent="x")
@@ -36,7 +41,7 @@ def ablation(ax: Axes, table: pd.DataFrame, *, score: str) -> Axes:
 
 def by_count(ax: Axes, table: pd.DataFrame, *, score: str) -> Axes:
     """A score over the number of tasks, a line per basis, with 95 % intervals."""
-    looks = {"raw": (BASES["raw"], mark(7, "s")), "tsv:3": (BASES["tsv:3"], mark(2, "o"))}
+    looks = {"raw": (name_of("raw"), mark(7, "s")), "tsv:3": (name_of("tsv:3"), mark(2, "o"))}
     ends, found = ("low", "high"), of_score(table, score)
     plot.lines(ax, found, "tasks", "score", looks, by="basis", ends=ends, step=0.1)
     plot.ticks(ax, sorted(set(table.tasks)))

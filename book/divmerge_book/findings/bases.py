@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from divmerge_book.figures.bases import BASES
+from divmerge_book.figures.bases import name_of
 from divmerge_book.findings import SCORES, bullets, listed
 from divmerge_book.studies.predictions import SCORES as COLUMNS
 
@@ -47,8 +47,8 @@ def best(table: pd.DataFrame, source: str) -> str:
     for score, words in SCORES.items():
         first, *_, last = fitted[score].sort_values(ascending=False).index
         said.append(
-            f"by {words} {BASES[first]} lead ({100 * fitted[score][first]:.1f} %) and "
-            f"{BASES[last]} are last ({100 * fitted[score][last]:.1f} %)"
+            f"by {words} {name_of(first)} lead ({100 * fitted[score][first]:.1f} %) and "
+            f"{name_of(last)} are last ({100 * fitted[score][last]:.1f} %)"
         )
     return f"Of {len(fitted)} bases fitted by JS in {source}, {'; '.join(said)}."
 
