@@ -55,7 +55,7 @@ def rows_read(
     hooks = {table: partial(record, name) for name, table in tables.items()}
     handles = [t.register_forward_pre_hook(hook, with_kwargs=True) for t, hook in hooks.items()]
     try:
-        for task, batches in enumerate(problem.batches if tables else ()):
+        for task, batches in enumerate(problem.batches):
             for number, batch in enumerate(batches):
                 with torch.set_grad_enabled(number == 0):
                     logits = problem.forward(parameters | leaves, [(task, batch)])[0]

@@ -84,12 +84,13 @@ def as_read(problem: MergeProblem, vectors: TaskVectors) -> TaskVectors:
 
     A fit on the problem's inputs merges these rows alone, and has gradients of no others.
     """
-    if not isinstance(vectors.deltas, LowRankDeltas):
-        return vectors
-    stored, tables = dict(vectors.deltas.factors), embedding_tables(problem)
+    stored = dict(getattr(vectors.deltas, "factors", {}))
+    tables = embedding_tables(problem) if stored else {}
     bounds = dict(zip(vectors.layout.names, vectors.layout.bounds, strict=True))
     places = {name: bounds[name][0] for name in tables}
     whole = {n: tables[n] for n, at in places.items() if at in stored and len(stored[at].left) == 1}
+    if not whole:
+        return vectors
     for name, read in rows_read(problem, whole).items():
         kept, table = stored[places[name]], vectors.layout.unflatten(vectors.base)[name]
         deltas, rows = kept.right.unflatten(1, table.shape), read.nonzero()[:, 0]
@@ -191,10 +192,10 @@ def rounds(counts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
 class MergedModel:
     """The merged model in one buffer [N], whose views are the model's parameters.
 
-    vectors: what the coefficients scale: the problem's task vectors, or components of them. read:
-    these as far as the problem's inputs read them.
-    targets: the logits that the merged model's are held to, `[task][batch] -> [A, V]`. collect:
-    of GRADIENTS, what the backward passes since its last call add up to, as dL/dLambda [T, G].
+    vectors: what the coefficients scale: the problem's task vectors, or components of them.
+    read: these as far as the problem's inputs read them. targets: the logits that the merged
+    model's are held to, `[task][batch] -> [A, V]`. collect: of GRADIENTS, what the backward passes
+    since its last call add up to, as dL/dLambda [T, G].
     """
 
     problem: MergeProblem

@@ -8,13 +8,12 @@ import yaml
 from divmerge_book import __main__
 from divmerge_book.planning.memory import CONTEXT
 from divmerge_book.user_models import check, load, memory, merge_and_score, read, write_merged
-from divmerge_book.user_models.save import deltas_of
 from helpers import WORDS
 from language_files import make_language_project
 from local_files import LABELS, changed, make_adapter, refused
 from torch.testing import assert_close
 
-from divmerge_core.kernels.delta_storage import Int8Deltas, LowRankDeltas, dense
+from divmerge_core.kernels.delta_storage import Int8Deltas, LowRankDeltas, dense, part
 
 pytestmark = pytest.mark.filterwarnings("ignore:task .*is this the base:UserWarning")
 MATRICES = {f"bert.encoder.layer.{n}.attention.self.query": (32, 32) for n in range(2)}
@@ -46,7 +45,7 @@ def test_task_vectors_are_kept_as_the_description_says(project, bench, tmp_path,
     coeffs = json.loads((tmp_path / "merged" / "coefficients.json").read_text())["values"]
     assert_close(torch.tensor(coeffs), torch.full((2, 1), 0.5))
     begin, stop = found.layout.bounds[3]
-    assert torch.equal(deltas_of(found, begin, stop), dense(found.deltas)[:, begin:stop])
+    assert torch.equal(part(found.deltas, begin, stop), dense(found.deltas)[:, begin:stop])
 
 
 @pytest.fixture
@@ -73,7 +72,7 @@ def test_adapters_are_kept_as_factors(lora):
     assert_close(dense(found.deltas), wanted.deltas, rtol=1e-5, atol=1e-6)
     assert_close(found.expert("mood"), wanted.expert("mood"), rtol=1e-5, atol=1e-6)
     for begin, stop in found.layout.bounds:
-        assert_close(deltas_of(found, begin, stop), wanted.deltas[:, begin:stop])
+        assert_close(part(found.deltas, begin, stop), wanted.deltas[:, begin:stop])
 
 
 def test_a_storage_that_experts_do_not_have_is_refused(project, tmp_path):

@@ -13,8 +13,7 @@ from torch import Tensor
 from divmerge_book.evaluation.report import Report
 from divmerge_book.figures import intervals_of
 from divmerge_book.findings import SCORES, bullets, each, listed, span
-
-NAMES = {"js": "JS", "kl": "KL", "reverse_kl": "reverse KL"}
+from divmerge_book.studies.objective_fits import named
 
 
 def kept(report: Report, subset: str, methods: list[str]) -> str:
@@ -88,9 +87,9 @@ def divergences(
     return bullets(
         [
             f"A merged model at log-odds {odds[0]:g} against an expert that is {sure:.0%} sure: "
-            f"{each(far, '{:.2f} nats', NAMES, ', ')}. Only JS has a bound for all answers, log 2 "
+            f"{each(far, '{:.2f} nats', named, ', ')}. Only JS has a bound for all answers, log 2 "
             f"= {math.log(2):.2f}.",
-            f"There the gradients are {each(pull, '{:.2f}', NAMES, ', ')} nats per unit of logit. "
+            f"There the gradients are {each(pull, '{:.2f}', named, ', ')} nats per unit of logit. "
             f"JS pulls hardest at log-odds {peak['js']:.1f}, KL at {peak['kl']:.1f}.",
         ]
     )
@@ -109,7 +108,7 @@ def objective(table: pd.DataFrame, bends: Mapping[str, float]) -> str:
         right = 100 * rows.droplevel(0)["right answers"]
         place = rows.droplevel(0).loc["grid minimum", ["task 1", "task 2"]]
         lines.append(
-            f"{NAMES.get(name, name)}: in this run Adam takes the objective from "
+            f"{named(name)}: in this run Adam takes the objective from "
             f"{value['start']:.3f} to {value['end of Adam']:.3f} nats (grid minimum "
             f"{value['grid minimum']:.3f}, at {place.iloc[0]:.2f} and {place.iloc[1]:.2f}). The "
             f"right answers, which it never sees, go from {right['start']:.1f} to "

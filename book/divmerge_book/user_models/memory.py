@@ -148,6 +148,6 @@ def ways(plan: Checked, fit: Fit) -> dict[str, dict]:
 
 def other_ways(plan: Checked) -> str:
     """What else takes less memory, in words."""
-    streams = plan.tokens and all(source.kind == "transformers" for source in plan.experts)
-    disk = "without rows, methods that need none are merged from disk to disk; " * bool(streams)
+    streams = all(source.kind == "transformers" for source in plan.experts)
+    disk = "without rows, methods that need none are merged from disk to disk; " * streams
     return f"{disk}fewer tasks, or fewer methods in one command, take less"

@@ -25,7 +25,7 @@ from divmerge_book.user_models.vocabulary import grown_base
 from divmerge_core.checkpoints import Head, MergeRecord
 from divmerge_core.checkpoints.heads import MEAN
 from divmerge_core.checkpoints.safetensors_io import StoredModel
-from divmerge_core.kernels.delta_storage import LowRankDeltas, columns
+from divmerge_core.kernels.delta_storage import part
 from divmerge_core.merging.coefficients import groups_of
 from divmerge_core.merging.task_vectors import Layout, TaskVectors
 from divmerge_core.methods import METHODS, parse
@@ -49,7 +49,7 @@ def coefficients_of(
     gram = torch.zeros(size, count, count, dtype=torch.float64)
     along, moved = torch.zeros(size, count, 1, dtype=torch.float64), 0.0
     for (begin, stop), group in zip(vectors.layout.bounds, groups, strict=True):
-        deltas = deltas_of(vectors, begin, stop).double().cpu()  # [T, n]
+        deltas = part(vectors.deltas, begin, stop).double().cpu()  # [T, n]
         change = (flat[begin:stop].double() - vectors.base[begin:stop].double()).cpu()
         gram[group] += deltas @ deltas.T
         along[group] += deltas @ change[:, None]
@@ -69,16 +69,6 @@ def in_file(folder: Path, layout: Layout) -> Float[Tensor, " N"]:
     model = StoredModel.at(folder)
     own = {name: model.tensors[model.cores[name]] for name in layout.names}
     return layout.flatten({name: t.mapped().view(t.shape).float() for name, t in own.items()})
-
-
-def deltas_of(vectors: TaskVectors, begin: int, stop: int) -> Float[Tensor, "T n"]:
-    """The task vectors of one tensor, whatever their storage."""
-    if not isinstance(vectors.deltas, LowRankDeltas):
-        pieces = columns(vectors.deltas, begin, stop, torch.float32)
-        return torch.cat([piece.clone() for _, _, piece in pieces], dim=1)
-    factors = vectors.deltas.factors.get(begin)
-    none = vectors.base.new_zeros(len(vectors.tasks), stop - begin)
-    return none if factors is None else torch.stack(list(factors.dense())).flatten(1)
 
 
 def grouping_of(spec: str) -> str:

@@ -7,6 +7,7 @@ from divmerge_book.findings import SCORES, each, listed, span
 from divmerge_book.findings.contests import standing
 from divmerge_book.findings.in_short import Stored
 from divmerge_book.findings.learn import kept
+from divmerge_book.studies.objective_fits import named
 
 MERGES = ["average", "task_arithmetic", "divmerge/task"]
 
@@ -55,8 +56,8 @@ def divergences(stored: Stored) -> list[str]:
     """How large JS, KL and reverse KL are on real merges, and how they rank them."""
     run = stored.tables("evidence/embedded_bert_tiny.json")
     table = run["models"]
-    names = {"js": "JS", "kl": "KL", "reverse_kl": "reverse KL"}
-    most = table[list(names)].max()
+    names = ["js", "kl", "reverse_kl"]
+    most = table[names].max()
     rho = table.groupby(["seed", "draws", "experts", "task"])[[*names, "accuracy"]]
     rho = rho.corr("spearman").groupby(level=4).mean()
     return [
@@ -66,7 +67,7 @@ def divergences(stored: Stored) -> list[str]:
         f"The rank correlation of JS over merges is {rho.js.kl:.2f} with KL and "
         f"{rho.js.reverse_kl:.2f} with reverse KL (means over tasks and sets of merges).",
         "Their rank correlations with accuracy are "
-        f"{each(rho.accuracy[list(names)], '{:+.2f}', names, ', ')}.",
+        f"{each(rho.accuracy[names], '{:+.2f}', named, ', ')}.",
     ]
 
 
