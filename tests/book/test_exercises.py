@@ -32,11 +32,7 @@ def calls(path: Path) -> list[dict[str, str]]:
     return [one for n, one in enumerate(found) if "publish" not in one and one not in found[:n]]
 
 
-def draws(path: Path) -> bool:
-    """Whether a chapter shows stored tables, or measures them where others are asked for."""
-    return any("stored_or_" in cell.source for cell in code(path))
-
-
+DRAWING = [path for path in CHAPTERS if any("stored_or_" in cell.source for cell in code(path))]
 CALLS = [
     pytest.param(path, one, id=f"{path.stem} {one}") for path in CHAPTERS for one in calls(path)
 ]
@@ -52,11 +48,10 @@ def test_an_exercise_names_parameters_as_they_are_given(path):
 
 
 def test_every_chapter_with_stored_tables_has_an_exercise_that_is_run():
-    drawing = [path for path in CHAPTERS if draws(path)]
-    assert drawing and all(calls(path) for path in drawing)
+    assert DRAWING and all(calls(path) for path in DRAWING)
 
 
-def test_every_exercise_has_its_solution():
+def test_every_exercise_has_its_solution_and_leads_to_it():
     cells = nbformat.read(ROOT / "notebooks" / "solutions.ipynb", as_version=4).cells
     for path in CHAPTERS:
         title = nbformat.read(path, as_version=4).cells[0].source
@@ -64,6 +59,8 @@ def test_every_exercise_has_its_solution():
         (text,) = [c.source for c in cells if f"Exercises of {{ref}}`{label}`" in c.source]
         asked = re.findall(r"^(\d+)\. ", exercises(path), re.M)
         assert re.findall(r" Solution (\d+)$", text, re.M) == asked, path.stem
+        own = label.replace("chapter", "solutions")
+        assert text.startswith(f"({own})=\n## ") and f" <{own}>` are" in exercises(path), path.stem
 
 
 @pytest.mark.exercise
@@ -81,6 +78,6 @@ def test_an_exercise_shows_its_own_result(path, given, tmp_path):
         for out in cell.outputs
     ]
     drawn = re.findall(r"Drawn from (this|the stored) run: .*", "\n".join(shown))
-    if draws(path):
+    if path in DRAWING:
         assert "this" in drawn
         assert "the stored" not in drawn or SOME & set(given)

@@ -120,11 +120,17 @@ def test_pairs_add_up_where_their_sum_is_the_loss():
     [
         ([-0.5, -0.1, 0.0], ["`a` is number 1 of 3 by its own loss; `a` loses most"]),
         ([0.0, -0.1, -0.5], ["3 of 3 by its own loss; `c` loses most", "is number 3 by harm"]),
+        ([-0.5, None, 0.0], ["`a` is number 1 of 2 by its own loss"]),
+        ([-0.5, None, None], ["too few tasks count in the ANP"]),
     ],
 )
 def test_who_harms_and_who_loses_may_be_one_task_or_two(own, said):
     table = {"task": list("abc"), "marginal_effect": [-0.3, -0.1, 0.0], "own_change": own}
-    holds(count.effect("ties", pd.DataFrame(table)), *said)
+    holds(
+        count.effects({"ties": pd.DataFrame(table).astype({"own_change": float})}, RUN),
+        *said,
+        unsaid="nan",
+    )
 
 
 # --- beyond one vector ----------------------------------------------------------------------------

@@ -42,13 +42,12 @@ def test_an_ordering_is_replicated_reversed_or_open_by_its_interval():
     assert not any("AdaMerging" in claim for claim in found), "what was not measured is not checked"
 
 
-def test_a_summary_counts_a_claim_over_its_settings():
+def test_a_summary_counts_verdicts_and_names_what_is_not_replicated():
     yes, no = ({"paper": 1.0, "value": v, "low": v - 1, "high": v + 1} for v in (2.0, -2.0))
-    found = [Check("x", "one", **yes), Check("x", "two", **no), Check("y", "one", **no)]
-    counts, every, some, none = replication.summary(found).splitlines()
+    found = [Check("x", "one", **yes), Check("x", "two", **no), Check("y", "two", **no)]
+    counts, opposite, unknown = replication.summary(found).splitlines()
     assert counts.endswith(": 1 replicated, 2 not replicated and 0 cannot be told.")
-    assert every.endswith(": none.")
-    assert some.endswith(": x (2 settings).") and none.endswith(": y (1 setting).")
+    assert opposite == "- Not replicated: x; y (two)." and unknown == "- Cannot be told: none."
     assert list(replication.table(found).Verdict) == [REPLICATED, OPPOSITE, OPPOSITE]
 
 

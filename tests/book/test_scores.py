@@ -74,6 +74,8 @@ def test_scores_are_those_of_a_report(rows, answers, table):
     each = report.against_experts()
     expert = each[each.method == EXPERT].groupby("task")[["value", "floor"]].mean()
     assert own.tolist() == pytest.approx((expert.floor / expert.value)[own.index])
+    with pytest.raises(ValueError, match="no expert of c beats the majority class by 2 points"):
+        floor(answers[answers.task == "c"])
     ours = table.set_index(["seed", "method", "subset"])
     theirs = report.metrics().query("task == 'all' and method != 'expert'")
     for row in theirs[theirs.metric != "below_majority"].itertuples():

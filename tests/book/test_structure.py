@@ -332,17 +332,11 @@ def test_every_label_stands_once():
     assert {label for label, count in counts.items() if count > 1} == set()
 
 
-# Chapters whose plumbing is not folded yet: a chapter leaves this list and does not come back.
-UNFOLDED = {"13"}
-
-
 @each_notebook
 def test_a_chapter_is_short_its_plumbing_is_folded_and_its_figures_are_referred_to(path):
     """At most 30 code cells, at most a third of them plumbing: folded cells that show nothing."""
-    cells, chapter = code(path), path.stem[:2]
+    cells = code(path)
     assert len(cells) <= 30
-    if chapter in UNFOLDED:
-        return
     folded = [cell for cell in cells if "hide-input" in cell.metadata.get("tags", [])]
     figures = [cell for cell in cells if "figure" in cell.metadata.get("mystnb", {})]
     silent = [c for c in folded if c not in figures and not SHOWING.search(c.source)]

@@ -184,24 +184,19 @@ def counts(found: Sequence[Check]) -> str:
     return f"Of {len(found)} checks of the paper's claims, by stored results: {said}."
 
 
-def summary(found: Sequence[Check]) -> str:
-    """How many claims hold, and which do in every setting that measured them, in some, in none."""
-    by_claim = defaultdict(list)
+def of_verdict(found: Iterable[Check], word: str) -> str:
+    """The claims with a verdict, by setting."""
+    claims = defaultdict(list)
     for one in found:
-        by_claim[one.claim].append(one.verdict == REPLICATED)
-    lines = [counts(found)]
-    for words, holds in (
-        ("Replicated in every setting that measured them", all),
-        ("Replicated in some settings", lambda own: any(own) and not all(own)),
-        ("Replicated in no setting", lambda own: not any(own)),
-    ):
-        claims = [
-            f"{claim} ({count(len(own), 'setting')})"
-            for claim, own in by_claim.items()
-            if holds(own)
-        ]
-        lines.append(f"{words}: {'; '.join(claims) or 'none'}.")
-    return bullets(lines)
+        if one.verdict == word:
+            claims[one.setting].append(one.claim)
+    said = [f"{'; '.join(own)} ({place})" for place, own in claims.items()]
+    return f"{word.capitalize()}: {'; '.join(said) or 'none'}."
+
+
+def summary(found: Sequence[Check]) -> str:
+    """How many checks have which verdict, and the claims that are not replicated, by setting."""
+    return bullets([counts(found), *(of_verdict(found, word) for word in (OPPOSITE, OPEN))])
 
 
 def table(found: Iterable[Check]) -> pd.DataFrame:
@@ -215,11 +210,7 @@ def in_short(stored: Stored) -> list[str]:
     """How many checks have which verdict, and which are not replicated."""
     every, read = checks(stored.folder)
     stored.dates.update(read.dates)
-    sentences = [counts(every)]
     glue = [one for one in every if "glue" in one.setting]
     held = sum(one.verdict == REPLICATED for one in glue)
-    sentences.append(f"On GLUE's tasks, {held} of {len(glue)} orderings of methods are replicated.")
-    for word in (OPPOSITE, OPEN):
-        said = listed(f"{one.claim} ({one.setting})" for one in every if one.verdict == word)
-        sentences.append(f"{word.capitalize()}: {said}.")
-    return sentences
+    held = f"On GLUE's tasks, {held} of {len(glue)} orderings of methods are replicated."
+    return [counts(every), held, *(of_verdict(every, word) for word in (OPPOSITE, OPEN))]

@@ -230,10 +230,13 @@ def strongest(related: pd.DataFrame, source: str) -> str:
 def effect(method: str, table: pd.DataFrame) -> str:
     """Who harms most and who loses most under one method, each with its place in the other order.
 
-    table: of `task_attribution.shapley_values`.
+    table: of `task_attribution.shapley_values`. Tasks without both numbers are left out: a task
+    that does not count in the ANP has no loss of its own.
     """
-    rows = 100 * table.set_index("task")[["marginal_effect", "own_change"]]
+    rows = 100 * table.set_index("task")[["marginal_effect", "own_change"]].dropna()
     place, count = rows.rank().astype(int), len(rows)
+    if count < 2:
+        return f"{title(method)}: too few tasks count in the ANP to compare harm and loss"
     bad, hurt = rows.idxmin()
     first, second = rows.marginal_effect.nsmallest(2)
     return (
@@ -247,10 +250,10 @@ def effect(method: str, table: pd.DataFrame) -> str:
 def effects(tables: Mapping[str, pd.DataFrame], source: str, words: str = "ANP") -> str:
     """`effect` of every method, and how far harm and loss go together; words: of the score."""
     rho = [t.marginal_effect.corr(t.own_change, method="spearman") for t in tables.values()]
-    return (
-        f"By {words} in {source}:\n\n{bullets(effect(*item) for item in tables.items())}\n\nRank "
-        f"correlation of harm done and loss over tasks: {span(rho, 2, sign=True)}."
-    )
+    text = f"By {words} in {source}:\n\n{bullets(effect(*item) for item in tables.items())}"
+    if known := [value for value in rho if pd.notna(value)]:
+        text += f"\n\nRank correlation of harm done and loss: {span(known, 2, sign=True)}."
+    return text
 
 
 def summary(
@@ -258,13 +261,6 @@ def summary(
     forecasts: Mapping[str, pd.DataFrame], effects: Mapping[str, pd.DataFrame], source: str,
 ) -> str:  # fmt: skip
     """The chapter's findings, a bullet each; see `leaders`, `dilution`, `added_up` and `effect`."""
-    method, table = next(iter(effects.items()))
-    return bullets(
-        (
-            leaders(means, source),
-            leaders(kept, source, "kept margin"),
-            dilution(grid, source),
-            added_up(forecasts, source),
-            f"Harm and loss by task in {source}. {effect(method, table)}.",
-        )
-    )
+    lines = [leaders(means, source), leaders(kept, source, "kept margin"), dilution(grid, source)]
+    first = f"Harm and loss by task in {source}. {effect(*next(iter(effects.items())))}."
+    return bullets([*lines, added_up(forecasts, source), first])

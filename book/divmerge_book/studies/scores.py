@@ -35,11 +35,18 @@ def reference_means(answers: pd.DataFrame) -> pd.DataFrame:
 def floor(answers: pd.DataFrame) -> pd.Series:
     """The majority class's accuracy over the expert's, means over seeds, by counted task.
 
-    A task counts in the ANP where its expert beats the majority class by MARGIN.
+    A task counts in the ANP where its expert beats the majority class by MARGIN. Raises ValueError
+    where none does.
     """
     means = reference_means(answers)
-    means = means[means[EXPERT] >= means[MAJORITY] + MARGIN]
-    return means[MAJORITY] / means[EXPERT]
+    counted = means[means[EXPERT] >= means[MAJORITY] + MARGIN]
+    if counted.empty:
+        raise ValueError(
+            f"no expert of {', '.join(means.index)} beats the majority class by "
+            f"{100 * MARGIN:.0f} points, so no task counts in the ANP; give other tasks, or a "
+            f"larger size, which trains them longer"
+        )
+    return counted[MAJORITY] / counted[EXPERT]
 
 
 def merged_rows(rows: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
