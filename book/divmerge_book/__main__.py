@@ -132,23 +132,19 @@ def execute_command(command: str, **given: object) -> int:
         print(f"divmerge check {shlex.quote(str(path))}")
         output = shlex.quote(str(path.with_name("merged")))
         print(f"divmerge merge {shlex.quote(str(path))} {output} --method average")
-    elif command == "merge" and is_config(given["description"]):
-        from divmerge_book.models.mergekit_merge import merge_config
+    elif command in ("check", "merge") and is_config(given["description"]):
+        from divmerge_book.models.mergekit_merge import merge_config, summary
 
-        others = {
-            "options": [],
-            "methods": [],
-            "budget": None,
-            "seed": 0,
-            "device": "cpu",
-            "precision": "float32",
-        }
-        if any(given[name] != value for name, value in others.items()):
+        own = {"options": [], "methods": [], "budget": None, "seed": 0}
+        own |= {"device": "cpu", "precision": "float32"}
+        if any(given.get(name, value) != value for name, value in own.items()):
             raise ValueError(
                 "mergekit's file says how to merge; the command takes --overwrite only"
             )
-        folder = merge_config(given["description"], given["output"], overwrite=given["overwrite"])
-        print(f"merged model in {folder}")
+        print(summary(given["description"]))
+        if command == "merge":
+            place = given["description"], given["output"]
+            print(f"merged model in {merge_config(*place, overwrite=given['overwrite'])}")
     else:
         from divmerge_book.user_models import check, locate, merge_described, read
 

@@ -109,8 +109,8 @@ class Coefficients(nn.Module):
         reached = self.link(raw)
         if not torch.isfinite(raw).all() or (reached - start).abs().max() > 1e-5:
             raise ValueError(
-                f"link {link!r} cannot start at {value}: sigmoid needs a value in (0, 1), "
-                f"clamp one in [0, 1], softmax 1/T = {1 / num_tasks:.4g}; identity takes any "
+                f"init must be one that link {link!r} reaches, got {value}: sigmoid reaches "
+                f"(0, 1), clamp [0, 1], softmax 1/T = {1 / num_tasks:.4g}; identity takes any "
                 "finite number"
             )
 

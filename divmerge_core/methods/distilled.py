@@ -9,8 +9,7 @@ from divmerge_core.divergences import objective
 from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.merging.merged_model import expert_logits, schedule
 from divmerge_core.merging.problem import Diverged, MergeProblem
-from divmerge_core.methods import METHODS
-from divmerge_core.methods.checks import check_distance, check_finite, require_positive
+from divmerge_core.methods import METHODS, checks
 from divmerge_core.methods.divmerge import limit
 
 
@@ -61,7 +60,8 @@ def distillation(
     Source: Hinton et al. 2015, arXiv 1503.02531; the objective is that of DivMerge, Eq. 4.
     """
     distance = objective(divergence)
-    require_positive(epochs=epochs, lr=lr)
+    checks.require_positive(epochs=epochs, lr=lr)
+    checks.require_finite(init=init or 0.0)
     problem.require_inputs("distillation")
     problem = limit(problem, inputs, "task")
     vectors, experts = problem.vectors, expert_logits(problem)
@@ -81,12 +81,12 @@ def distillation(
             raise Diverged(
                 f"distillation: step {number}, lr {lr} (lower it if too high): {error}"
             ) from error
-        check_finite("distillation", loss, number, lr)
+        checks.check_finite("distillation", loss, number, lr)
         adam.zero_grad()
         loss.backward()
         for leaf, (start, stop) in zip(leaves.values(), vectors.layout.bounds, strict=True):
             if leaf.grad is not None:  # a tensor that forward does not use has none
                 leaf.grad *= free[start:stop].view_as(leaf)
         adam.step()
-        check_distance("distillation", torch.dist(live, vectors.base), reach, number, lr)
+        checks.check_distance("distillation", torch.dist(live, vectors.base), reach, number, lr)
     return live

@@ -14,8 +14,7 @@ from divmerge_core.merging.coefficients import GROUPINGS
 from divmerge_core.merging.layer_inputs import require_module
 from divmerge_core.merging.merged_model import schedule
 from divmerge_core.merging.problem import Batch, MergeProblem
-from divmerge_core.methods import METHODS
-from divmerge_core.methods.checks import check_distance, check_finite, require_positive
+from divmerge_core.methods import METHODS, checks
 from divmerge_core.methods.divmerge import limit
 from divmerge_core.methods.forward import hooked
 
@@ -159,13 +158,13 @@ def fit_stage(
             for of_task, index in zip(calls, chosen, strict=True)
             for call in of_task[index]
         )
-        check_finite("prodistill", loss, where, lr)
+        checks.check_finite("prodistill", loss, where, lr)
         adam.zero_grad()
         loss.backward()
         adam.step()
         own = {full: merged(full) for full in names}
         way = length([(own[full].detach() - base[full]).view(1, -1) for full in names]).max()
-        check_distance("prodistill", way, reach, where, lr)
+        checks.check_distance("prodistill", way, reach, where, lr)
     return {full: tensor.detach() for full, tensor in own.items()}
 
 
@@ -220,7 +219,8 @@ def prodistill(
 
     Source: Xu et al. 2025, arXiv 2502.12706.
     """
-    require_positive(epochs=epochs, lr=lr)
+    checks.require_positive(epochs=epochs, lr=lr)
+    checks.require_finite(init=init)
     problem.require_inputs("prodistill")
     problem = limit(problem, inputs, "task")
     vectors, found = problem.vectors, stages(problem)

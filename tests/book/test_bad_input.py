@@ -9,15 +9,17 @@ import pytest
 import torch
 from divmerge_book.data.tasks import TASKS
 from divmerge_book.evaluation import cache, experiment, hyperparameter_search
-from divmerge_book.evaluation.benchmark import compare
+from divmerge_book.evaluation.benchmark import compare, every_method, takes
 from divmerge_book.evaluation.experiment import make_problem, prepare
 from divmerge_book.models import finetuning as training
 from divmerge_book.models.encoders import load_base
 from divmerge_book.models.finetuning import fine_tune
+from divmerge_book.models.method_options import check_options
 from helpers import TINY_RECIPE, forbid, linear_problem, refuse, task_of, toy_splits, toy_task
 
 from divmerge_core import METHODS, storage
 from divmerge_core.merging.problem import Diverged
+from divmerge_core.methods import parse
 
 
 @pytest.fixture
@@ -45,6 +47,10 @@ UNKNOWN = [
     ({"budget": 0}, "budget must be 1 candidate or more, got 0"),
     ({"divergence": "jss"}, "unknown divergence 'jss'; choose one of: .*mean 'js'"),
     ({"link": "relu"}, "unknown link 'relu'; choose one of: identity, sigmoid, softmax"),
+    ({"lr": -1.0}, "lr above 0 and finite, got 4 and -1.0"),
+    ({"epochs": "many"}, "divmerge/task: epochs is 'many'; Input should be a valid integer"),
+    ({"link": "softmax", "init": 0.3}, "softmax 1/T = 0.5"),
+    ({"seeds": [-1]}, r"seeds are 0 or more and less than 2\*\*63, got \[-1\]"),
     ({"steps": 3}, r"no such options \['steps'\]; these methods take \['basis', .*'lr'"),
     ({"grouping": "layer"}, r"no such options \['grouping'\].* as in 'divmerge/block'"),
     ({"seed": 3}, r"no such options \['seed'\]"),
@@ -58,6 +64,13 @@ def test_what_is_unknown_is_refused_with_the_choices(idle, options, message):
     arguments = {"suite": "toy", "size": "toy", "methods": ["divmerge/task"], **options}
     with pytest.raises(ValueError, match=message):
         compare(arguments.pop("suite"), **arguments)
+
+
+@pytest.mark.parametrize("spec", every_method())
+def test_what_the_searches_try_is_in_range_before_a_model_is_there(spec):
+    tasks = ["a", "b"] if takes(spec, 2) else ["a", "b", "c"]
+    for options in ({}, *METHODS.facts[parse(spec)[0]]["search"]):
+        check_options(spec, tasks, options)
 
 
 def test_the_checks_come_before_the_experts(idle, monkeypatch):

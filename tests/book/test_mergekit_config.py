@@ -122,6 +122,8 @@ def test_the_command_writes_dtype_tokenizer_file_and_card(zoo, put, tmp_path, ca
     path = put(
         "linear", ({"weight": 1}, {"weight": 1}), None, dtype="float32", out_dtype="bfloat16"
     )
+    assert __main__.main(["check", str(path)]) == 0
+    assert "linear of 2 models, 4 tensors, from disk to disk" in capsys.readouterr().out
     assert __main__.main(["merge", str(path), str(tmp_path / "out")]) == 0
     assert "merged model in" in capsys.readouterr().out
     out = tmp_path / "out"
@@ -157,8 +159,19 @@ BOTH = ({"weight": 1}, {"weight": 1})
         ("ties", BOTH, {"base": "a+lora"}, "adapters are not read here"),
         ("ties", BOTH, {"models": None, "slices": [{"sources": [{"model": "a"}]}]}, "slices|hub"),
         ("ties", BOTH, {"models": None}, "give models, or one slice"),
+        ("ties", BOTH, {"parameters": {"density": 2}}, r"density must be in \[0, 1\], got 2"),
+        ("ties", BOTH, {"parameters": {"lambda": float("inf")}}, "lambda must be a finite number"),
+        ("linear", ({"weight": ["a", 1]}, {"weight": 1}), {"base": None}, "weight must be a fin"),
+        ("dare_ties", ({"weight": 1, "density": -0.1}, {"weight": 1}), {}, "got -0.1 for model.em"),
     ],
 )
-def test_what_is_not_read_is_refused_by_name(put, method, weights, fields, message):
+def test_what_is_not_read_is_refused_by_name_by_both_commands(
+    put, capsys, method, weights, fields, message
+):
+    path, told = put(method, weights, **fields), []
     with pytest.raises(ValueError, match=message):
-        read_recipe(put(method, weights, **fields))
+        read_recipe(path)
+    for command in (["check", str(path)], ["merge", str(path), str(path.with_name("out"))]):
+        assert __main__.main(command) == 2
+        told.append(capsys.readouterr().err)
+    assert told[0] == told[1]

@@ -74,8 +74,8 @@ UNREACHED |= {"identity": (NAN, INF)}
 
 @pytest.mark.parametrize(("link", "value"), [(k, v) for k, some in UNREACHED.items() for v in some])
 def test_a_value_that_the_link_cannot_reach_is_refused(link, value):
-    said = rf"link '{link}' cannot start at {value}: .*\(0, 1\).*\[0, 1\].* 1/T = 0.5; identity"
-    with refuses(said):
+    said = rf"init must be one that link '{link}' reaches, got {value}: "
+    with refuses(said + r".*\(0, 1\).*\[0, 1\].* 1/T = 0.5; identity"):
         Coefficients(LAYOUT, 2, link=link, init=value)
 
 

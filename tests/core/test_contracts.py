@@ -265,8 +265,9 @@ OUT_OF_RANGE = {
     **{"keep": FRACTIONS, "ratio": (0.0, 1.5), "size_base": (0.0, 1.1)},  # (0, 1]
     **{"share": CLOSED, "common": CLOSED, "off_diagonal": CLOSED, "t": CLOSED},  # [0, 1]
     **{"drop": (1.0, -0.1, NAN), "remove": (-0.1, 1.0, NAN), "start": (1.0, -0.1)},  # [0, 1)
-    **{"scale": (NAN, -INF), "alpha": (INF,), "beta": (NAN,), "weight": (NAN, INF)},
+    **{"scale": (NAN, -INF), "init": (NAN, INF), "alpha": (INF,), "beta": (NAN,)},
     **{"lr": (0.0, -1.0, NAN, INF), "floor": (0.0, NAN, INF), "sigma": (0.0, INF)},
+    **{"weight": (NAN, INF)},
     **{"eta": (-1.0,), "power": (-1.0, NAN), "zeta": (-1.0, NAN), "threshold": (0.0, -1.0)},
     **{"inputs": (0, -1), "epochs": (0,), "rank": (0,), "batch_size": (0,), "children": (0,)},
     **{"steps": (-1,), "draw": (0,), "fraction": (0,), "agree": (-1,), "clip": (0.5, -0.1)},
@@ -312,7 +313,7 @@ WEIGHTS = "one positive, finite weight for each of 3 tasks"
         ("ties", {"coeffs": [1, 2, INF]}, WEIGHTS),
         ("multi_slerp", {"weights": [1, -1, 1]}, WEIGHTS),
         ("breadcrumbs", {"keep": 0.6, "remove": 0.5}, "got remove 0.5 and keep 0.6; 0.01 removes"),
-        ("divmerge", {"link": "softmax", "init": 0.5}, "link 'softmax' cannot start at 0.5"),
+        ("divmerge", {"link": "softmax", "init": 0.5}, "link 'softmax' reaches, got 0.5"),
         ("divmerge", {"divergence": "jss"}, "unknown divergence 'jss'; choose one of: .*mean 'js'"),
         ("lines", {"rule": "lines"}, "must be another method that returns parameters, got 'lines'"),
         ("lines", {"rule": "emr"}, "must be another method that returns parameters, got 'emr'"),

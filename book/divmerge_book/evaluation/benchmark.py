@@ -18,8 +18,7 @@ from divmerge_book.evaluation.metrics import evaluate
 from divmerge_book.evaluation.report import Report
 from divmerge_book.evaluation.sizes import SIZES, LanguageSize, Size
 from divmerge_book.models.encoders import check_device, resolve
-from divmerge_core.divergences import objective
-from divmerge_core.merging.coefficients import LINKS
+from divmerge_book.models.method_options import check_options
 from divmerge_core.methods import METHODS, options_of, parse
 
 ALL_METHODS = (
@@ -44,20 +43,20 @@ def every_method() -> list[str]:
 def check_request(
     methods: Sequence[str], seeds: Sequence[int], overrides: Mapping, budget: int | None = None
 ) -> None:
-    """Raise ValueError for methods, options or choices that do not exist or are out of range."""
+    """Raise ValueError for methods, options or budgets that do not exist or are out of range."""
     if not methods or not seeds:
         raise ValueError(f"give one method and one seed or more, got {list(methods)} and {seeds}")
     for name, given in (("method", list(methods)), ("seed", list(seeds))):
         if twice := sorted({one for one in given if given.count(one) > 1}):
             raise ValueError(f"give every {name} once; {twice} came more than once in {given}")
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**63]:
+        raise ValueError(f"seeds are 0 or more and less than 2**63, got {wrong}")
     known = {key for spec in methods for key in options_of(parse(spec)[0])} - SET_HERE
     if wrong := set(overrides) - known:
         raise ValueError(
             f"no such options {sorted(wrong)}; these methods take {sorted(known)}; write a "
             "grouping as in 'divmerge/block'"
         )
-    objective(overrides.get("divergence", "js"), overrides.get("temperature", 1.0))
-    LINKS[overrides.get("link", "identity")]
     inputs = overrides.get("inputs", 1)
     if not 1 <= inputs <= ROWS["merge"]:
         raise ValueError(f"inputs must be 1 to {ROWS['merge']} per task, got {inputs}")
@@ -70,8 +69,10 @@ def takes(spec: str, num_tasks: int) -> bool:
     return METHODS.facts[parse(spec)[0]].get("exactly", num_tasks) == num_tasks
 
 
-def check_fit_for(methods: Sequence[str], subsets: Sequence[Sequence[str]]) -> None:
-    """Raise ValueError for a method whose requirements a suite does not meet."""
+def check_fit_for(
+    methods: Sequence[str], subsets: Sequence[Sequence[str]], overrides: Mapping
+) -> None:
+    """Raise ValueError for a method whose requirements a suite does not meet, or its options."""
     sizes = sorted({len(subset) for subset in subsets})
     for spec in methods:
         facts = METHODS.facts[parse(spec)[0]]
@@ -85,6 +86,8 @@ def check_fit_for(methods: Sequence[str], subsets: Sequence[Sequence[str]]) -> N
                 f"{spec} needs a second, larger base, and a suite has one; call it with large= "
                 "as Beyond one vector does, or leave it out"
             )
+        for tasks in (subset for subset in subsets if takes(spec, len(subset))):
+            check_options(spec, tasks, overrides)
 
 
 @dataclass
@@ -192,7 +195,7 @@ def compare(
     device = str(check_device(device))
     every = [*(task_names(suite, subset) for subset in subsets), names]
     wanted = list(dict.fromkeys(map(tuple, every)))  # a subset named twice is merged once
-    check_fit_for(methods, wanted)
+    check_fit_for(methods, wanted, overrides)
     more = max(own.merge_rows, overrides.get("inputs", 0)) if own.merge_rows else None
     own = replace(own, candidates=budget or own.candidates, merge_rows=more)
     found = Comparison(suite, methods, own, overrides, points, published)

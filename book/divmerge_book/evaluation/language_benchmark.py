@@ -48,6 +48,7 @@ def compare_language(
     names, size = task_names(suite, tasks), size_of(suite, size)
     seeds = list(size.seeds if seeds is None else seeds)
     benchmark.check_request(methods, seeds, overrides, budget)
+    benchmark.check_fit_for(methods, [names], overrides)
     device, budget = str(check_device(device)), budget or size.candidates
     limits = {"inputs": size.merge_rows, "epochs": size.epochs, "candidates": budget}
     settings = Size(size.base or SUITES[suite].base, tuple(seeds), **limits)

@@ -1,10 +1,12 @@
 """mergekit's own YAML, for the methods that both have: read and checked."""
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from divmerge_core.checkpoints.tensor_sources import tensors_of
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 LAYER = re.compile(r"\.(\d+)\.")
 SUM = {"weight", "normalize", "lambda", "int8_mask", "density", "rescale"}
+SHARES = {"density", "t", "normalize", "rescale", "int8_mask"}  # in [0, 1]; false is 0
 # method -> parameters that it takes, and mergekit's defaults of normalize and rescale.
 KNOWN: dict[str, tuple[set[str], bool, bool]] = {
     "linear": ({"weight", "normalize"}, True, False),
@@ -77,13 +80,25 @@ class Recipe:
     def value(self, parameter: str, name: str, model: int = -1, default: Any = None) -> Any:
         """A parameter of a model (-1: of all) at one tensor.
 
-        Raises ValueError where it has neither a value nor a default.
+        Raises ValueError where it has neither a value nor a default, or one out of range.
         """
         layer = LAYER.search(name)
         depth = int(layer[1]) / self.last if layer and self.last else float(bool(layer))
         for scope in dict.fromkeys((model, -1)):
-            if (found := at(self.settings[scope].get(parameter), name, depth)) is not None:
-                return found
+            given = self.settings[scope].get(parameter)
+            try:
+                if (found := at(given, name, depth)) is None:
+                    continue
+                right = math.isfinite(float(found))
+                right &= parameter not in SHARES or 0 <= float(found) <= 1
+            except (TypeError, ValueError):
+                right = False
+            if not right:
+                allowed = "in [0, 1]" if parameter in SHARES else "a finite number"
+                raise ValueError(
+                    f"{self.method}: {parameter} must be {allowed}, got {given} for {name}"
+                )
+            return found
         if default is None:
             raise ValueError(
                 f"{self.method} needs a {parameter} for {name}; give it to every model"
@@ -213,9 +228,10 @@ def read_recipe(path: str | os.PathLike) -> tuple[Recipe, torch.dtype | None]:
     )
     tensors = [name for name, *_ in tensors_of(StoredModel.at(record.base), record, None)]
     recipe = Recipe(method, record, [*settings, common], tensors)
-    for name in tensors:  # all that is missing is missed now
-        for model in range(len(names)):
-            recipe.value("t" if method == "slerp" else "weight", name, model)
+    needed = "t" if method == "slerp" else "weight"
+    for name in tensors:  # all that is missing or out of range is refused now
+        for model, parameter in product(range(len(names)), sorted(taken)):
+            recipe.value(parameter, name, model, None if parameter == needed else 1.0)
     return recipe, float_dtype(config.out_dtype or config.dtype)
 
 

@@ -56,6 +56,13 @@ def merge_config(
     )
 
 
+def summary(path: str | os.PathLike) -> str:
+    """What a file of mergekit's describes, in a line. Raises ValueError as `merge_config` does."""
+    recipe, _ = read_recipe(path)
+    sizes = f"{len(recipe.record.tasks)} models, {len(recipe.names)} tensors"
+    return f"{recipe.method} of {sizes}, from disk to disk"
+
+
 def rule_of(recipe: Recipe) -> Rule:
     """How the recipe's method merges a tensor."""
     if recipe.method == "slerp":

@@ -13,12 +13,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from divmerge_book.models.method_options import check_options
 from divmerge_core.checkpoints import MergeRecord
 from divmerge_core.checkpoints.safetensors_io import Stored, StoredModel
 from divmerge_core.checkpoints.shards import ahead
 from divmerge_core.checkpoints.tensor_sources import Block, Rule, blocks, tensors_of
-from divmerge_core.merging.problem import MergeProblem
-from divmerge_core.merging.task_vectors import Layout, TaskVectors
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.arithmetic import task_weights
 from divmerge_core.methods.spherical import arc
@@ -39,11 +38,7 @@ def rule_of(record: MergeRecord) -> Rule:
     Raises ValueError for a method without one, and for options that the method itself refuses.
     """
     rule = RULES[record.method]
-    count = len(record.tasks)
-    small = TaskVectors(Layout(("x",), ((1,),)), record.tasks, torch.zeros(1), torch.ones(count, 1))
-    METHODS[record.method](
-        MergeProblem(small, [[]] * count, lambda parameters, pairs: []), **record.options
-    )
+    check_options(record.method, record.tasks, record.options)
     return rule(record, **record.options)
 
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from divmerge_book.evaluation.benchmark import check_request
 from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.models.finetuning import data_digest
 from divmerge_book.models.merged import write
@@ -114,6 +115,7 @@ def merge_described(
         folders = {method: output / method.replace("/", "-") for method in folders}
     for folder in folders.values():
         target(described, folder, overwrite=overwrite)
+    check_request(list(folders), [seed], {}, budget)
     how = {"device": device, "precision": precision}
     plan = check(described, list(folders), **how, options=options)
     print(plan.summary())
