@@ -48,15 +48,17 @@ class Estimate:
     def half(self, level: float = 0.95) -> np.ndarray | np.floating:
         """Half the width of the interval: the standard error times a t quantile.
 
-        The quantile is the mean of Satterthwaite's (1946), too small for few seeds, and of
-        Cochran's (1951), each component's own weighted by its variance, too large.
+        The quantile lies between Satterthwaite's (1946), too small for few seeds, and Cochran's
+        (1951), each component's own weighted by its variance, too large where rows vary as much:
+        nearer to Cochran's by the share that seeds have in the variance.
         """
         point, seeds = (1 + level) / 2, max(self.num_seeds - 1, 1)
         total = self.between + self.within
         share = self.between / np.where(total > 0, total, 1)
         freedom = 1 / (share**2 / seeds + (1 - share) ** 2 / self.freedom)
         own = share * stats.t.ppf(point, seeds) + (1 - share) * stats.t.ppf(point, self.freedom)
-        return (own + stats.t.ppf(point, freedom)) / 2 * np.sqrt(total)
+        quantile = share * own + (1 - share) * stats.t.ppf(point, freedom)
+        return quantile * np.sqrt(total)
 
     def interval(self, level: float = 0.95) -> tuple[np.ndarray | np.floating, ...]:
         """The lower and the upper end of the confidence interval of this level."""
