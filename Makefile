@@ -17,10 +17,12 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help book pdf test test-colab test-core test-exercises test-pages test-peers test-scale gpu lab check lint clean distclean size
+.PHONY: help install book pdf test test-colab test-core test-exercises test-pages test-peers test-scale gpu lab check lint clean distclean size
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP)  ## make the environment alone
 
 book: size $(STAMP)  ## run the notebooks and build the HTML book (SIZE=smoke, default or full)
 	$(BIN)/python -m divmerge_book book --size $(SIZE)
