@@ -82,6 +82,10 @@ def without_counts(
             "of counters, masks or packed weights means nothing; give the expert the base's, or "
             "load packed weights dequantised to bfloat16"
         )
+    if counts and len(counts) == len(base):
+        raise ValueError(
+            f"{who} holds whole numbers alone, {list(counts)[:5]}: load packed weights dequantised"
+        )
     return {name: tensor for name, tensor in state.items() if name not in counts}
 
 
@@ -260,12 +264,8 @@ class TaskVectors:
         if unknown:
             raise ValueError(f"no task vector for {unknown}; there are {', '.join(self.tasks)}")
         rows = [self.tasks.index(task) for task in tasks]
-        if not isinstance(self.deltas, Tensor):
-            deltas = self.deltas.rows(rows)
-        elif len(rows) == 1:  # a view
-            deltas = self.deltas[rows[0] : rows[0] + 1]
-        else:
-            deltas = self.deltas[rows]
+        places = slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows  # one is a view
+        deltas = self.deltas[places] if isinstance(self.deltas, Tensor) else self.deltas.rows(rows)
         return TaskVectors(self.layout, tuple(tasks), self.base, deltas)
 
     def merge(self, weights: Sequence[float | int]) -> Float[Tensor, " N"]:

@@ -84,6 +84,8 @@ def test_whole_numbers_that_differ_are_refused_by_name(name):
         expert = {**state(1), **COUNTS, name: other}
         with refuses(rf"'one': \['{name}'\] of {COUNTS[name].dtype} differ from the base's"):
             of({**state(0), **COUNTS}, one=expert)
+    with refuses(rf"the base model holds whole numbers alone, \['{name}'\]: load packed"):
+        of({name: COUNTS[name]}, one={name: COUNTS[name]})
 
 
 def odd(value) -> torch.Tensor:
