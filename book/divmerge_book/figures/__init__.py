@@ -107,7 +107,7 @@ def largest(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def rank_summary(report: Report) -> str:
-    """The rank of DivMerge on the largest subset, in sentences with the report's numbers."""
+    """The rank of DivMerge on the largest subset, as a list with the report's numbers."""
     suite, subset = largest(report.rows)[["suite", "subset"]].iloc[0]
     ranked = score_intervals(report, subset).set_index("method").drop(["expert", "base"])
     lines = []
@@ -128,19 +128,16 @@ def rank_summary(report: Report) -> str:
             f"{gap:+.1f} points [{low:+.1f}, {high:+.1f}]."
         )
     tasks, counted = subset.split("+"), report.counted(suite)
-    some = ranked.below[ranked.below > 0].sort_values(ascending=False)
     lines.append(
         f"Below the majority class on one of {len(counted)} counted tasks or more: "
-        f"{', '.join(f'{title(method)} ({count})' for method, count in some.items())}."
-        if len(some)
-        else "No method is below the majority class on a counted task."
+        f"{(ranked.below > 0).sum()} of {len(ranked)} methods (see the figure)."
     )
     if left_out := [task for task in tasks if task not in counted]:
         lines.append(
             f"Not counted, as their experts do not beat the majority class by "
             f"{100 * MARGIN:.0f} points: {', '.join(left_out)}."
         )
-    return f"On {suite}, T = {len(tasks)}. " + " ".join(lines)
+    return "\n- ".join([f"On {suite}, T = {len(tasks)}:\n", *lines])
 
 
 def task_table(report: Report, subset: str) -> pd.DataFrame:
@@ -170,7 +167,9 @@ def majority_rows(rows: pd.DataFrame) -> pd.DataFrame:
 
 def percent_intervals(table: pd.DataFrame) -> list[str]:
     """`50.0 [40.0, 60.0]`: a share and its interval in every row, in %."""
-    return ["{:.1f} [{:.1f}, {:.1f}]".format(*row) for row in 100 * table.to_numpy()]
+    return [
+        "{:.1f} [{:.1f},\N{NO-BREAK SPACE}{:.1f}]".format(*row) for row in 100 * table.to_numpy()
+    ]
 
 
 def score_table(report: Report, subset: str) -> pd.DataFrame:
@@ -235,5 +234,5 @@ def landing(results: Path) -> None:
     for name, report in reports.items():
         file = files[name].relative_to(results).as_posix()
         link = f"stored in [`book/results/{file}`]({STORED}/{file})"
-        lines += [rank_summary(report), f"*({name}: {caption(report)}; {link})*", ""]
+        lines += [rank_summary(report), "", f"*({name}: {caption(report)}; {link})*", ""]
     (results / "landing.md").write_text("\n".join(lines), "utf-8")

@@ -82,8 +82,8 @@ def lowest(table: pd.DataFrame) -> str:
         return "No method is below the majority class on a counted task."
     most = [f"{title(row.Index)} ({row.below} of {row.counted})" for row in rows[:3].itertuples()]
     return (
-        f"{len(rows)} of {len(table)} methods are below the majority class on one counted task or "
-        f"more; most tasks: {listed(most)}."
+        f"Below the majority class on one counted task or more: {len(rows)} of {len(table)} "
+        f"methods; on most tasks: {listed(most)}."
     )
 
 
