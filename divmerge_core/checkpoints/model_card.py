@@ -42,6 +42,7 @@ class MergeRecord:
     data: task -> facts such as {"rows": {"merge": 40, "test": 200}, "digest": "ab12..."}; values
     are numbers, texts or mappings of these. scores: mappings with the keys task, metric, value, low
     and high (ends of the 95 % interval; None or NaN where there is none). notes: remarks on these.
+    opened: task -> tensors of an expert whose folder holds no whole model, such as an adapter's.
 
     Raises ValueError where the parts do not fit together, or options are no JSON.
     """
@@ -58,6 +59,7 @@ class MergeRecord:
     data: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     scores: Sequence[Mapping[str, object]] = ()
     notes: Sequence[str] = ()
+    opened: Mapping[str, StoredModel] = field(default_factory=dict)
 
     def __post_init__(self):
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):

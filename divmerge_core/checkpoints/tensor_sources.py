@@ -76,7 +76,7 @@ def tensors_of(
     base: StoredModel, record: MergeRecord, names: Sequence[str] | None
 ) -> list[tuple[str, Stored, list[Stored]]]:
     """(name on disk, the base's, every expert's) of the tensors to be merged: see `to_merge`."""
-    experts = [StoredModel.at(record.experts[task]) for task in record.tasks]
+    experts = [record.opened.get(t) or StoredModel.at(record.experts[t]) for t in record.tasks]
     found = [(expert.tensors, expert.cores) for expert in experts]
     return [
         (name, base.tensors[name], [own[names[base.core(name)]] for own, names in found])
@@ -131,8 +131,7 @@ def to_merge(
     names: Sequence[str] | None,
 ) -> list[str]:
     """Names on disk of the tensors to be merged. Raises ValueError for those that cannot be."""
-    cores = base.cores
-    held = [expert.cores for expert in experts]
+    cores, held = base.cores, [expert.cores for expert in experts]
     if names is None:
         floating = [
             core for core, name in cores.items() if base.tensors[name].dtype.is_floating_point
@@ -174,10 +173,8 @@ def planned(source: MergedTensors, dtype: torch.dtype | None) -> list[Planned]:
         wanted = dtype if dtype and tensor.dtype.is_floating_point else tensor.dtype
         if wanted not in KINDS:
             raise ValueError(f"{source.base.folder}: {name} is {wanted}, which is not written here")
-        merged = source.numbers.get(name)
-        if merged is None:
-            return Planned(name, wanted, tensor.shape, lambda: tensor.mapped().to(wanted))
-        return Planned(name, wanted, tensor.shape, lambda: merged(wanted))
+        numbers = source.numbers.get(name, lambda kind: tensor.mapped().to(kind))
+        return Planned(name, wanted, tensor.shape, lambda: numbers(wanted))
 
     return [plan(name, tensor) for name, tensor in source.base.tensors.items()]
 

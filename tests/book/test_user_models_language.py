@@ -131,7 +131,14 @@ def test_the_wrapper_of_a_saved_base_is_not_written_again(home, tmp_path, cache)
     assert load_file(folder / "model.safetensors").keys() == own.keys()
 
 
-@pytest.mark.parametrize("method", ["ties", "dare", "slerp"])
+ADAPTERS = {  # how an adapter differs from alpha / r times B A for two matrices
+    "": {},
+    "rsLoRA, patterns": {"use_rslora": True, "alpha_pattern": {"h.0.attn.c_attn": 9}},
+    "saved whole": {"saved": {"transformer.ln_f.bias": torch.ones(32)}},
+}
+
+
+@pytest.mark.parametrize("method", ["average", "ties", "dare", "slerp", *ADAPTERS])
 def test_without_rows_models_stay_on_disk_and_the_merge_is_the_same(
     tmp_path, cache, monkeypatch, capsys, method
 ):
@@ -139,6 +146,11 @@ def test_without_rows_models_stay_on_disk_and_the_merge_is_the_same(
     project = make_language_project(
         tmp_path, base=base, **dict.fromkeys(["validation", "test", "merge"])
     )
+    if method in ADAPTERS:
+        shapes = {"transformer.h.0.attn.c_attn": (96, 32), "transformer.h.1.mlp.c_fc": (128, 32)}
+        plain = {"task_type": "CAUSAL_LM", "fan_in_fan_out": True}
+        make_adapter(tmp_path / "lora", shapes, **plain, **ADAPTERS[method])
+        project, method = changed(project, 0, expert="lora"), "ties"
     command = ["merge", str(project), "--method", method]
     assert __main__.main([*command, str(tmp_path / "disk")]) == 0
     assert "from disk to disk" in capsys.readouterr().out

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from divmerge_core.checkpoints.safetensors_io import stored
+from divmerge_core.checkpoints.safetensors_io import Stored, StoredModel, stored
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
@@ -68,11 +68,32 @@ class Adapter:
                     "apart; merge the adapter into an untied base with PEFT and give the whole "
                     "model"
                 )
-        for name, pair in self.factors.items():
-            product = own[pair.left].float() @ own[pair.right].float()
-            product = product.T if pair.transposed else product
-            result[name] = result[name] + pair.scale * product.to(place)
+        for name in self.factors:
+            result[name] = self.added(name, result[name], own)
         return result
+
+    def added(self, name: str, tensor: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        """W + scale B A of one tensor; own: the file's tensors by key."""
+        pair = self.factors[name]
+        product = own[pair.left].float() @ own[pair.right].float()
+        return tensor + pair.scale * (product.T if pair.transposed else product).to(tensor.device)
+
+    def on(self, base: StoredModel) -> StoredModel:
+        """The base on disk with this adapter on it, whose tensors are computed when they are read.
+
+        Raises ValueError where only the model in memory shows what the adapter changes.
+        """
+        if self.path.name == PICKLE:
+            raise ValueError(f"{self.path} is a pickle")
+        parts, names = stored(self.path), [*self.saved.values(), *self.factors]
+        places = {name: base.cores.get(base.core(name)) for name in names}
+        if len(places) < len(names) or not all(places.values()):
+            raise ValueError(f"{self.path} changes tensors that {base.folder} names otherwise")
+        own = {places[name]: parts[key] for key, name in self.saved.items()}
+        for name in self.factors:
+            facts = vars(base.tensors[places[name]])
+            own[places[name]] = Adapted(**facts, adapter=self, name=name, parts=parts)
+        return replace(base, folder=self.path.parent, tensors={**base.tensors, **own})
 
     @property
     def rank(self) -> int:
@@ -87,6 +108,23 @@ class Adapter:
             left, right = pair.scale * own[pair.left].float(), own[pair.right].float()
             found[name] = (right.T, left.T) if pair.transposed else (left, right)
         return found
+
+
+@dataclass(frozen=True)
+class Adapted(Stored):
+    """A tensor of a base in a file, to which an adapter's scale B A is added when it is read."""
+
+    adapter: Adapter
+    name: str
+    parts: Mapping[str, Stored]
+
+    def mapped(self) -> Tensor:
+        """Its numbers in a row, in float32."""
+        pair = self.adapter.factors[self.name]
+        own = {key: self.parts[key] for key in (pair.left, pair.right)}
+        own = {key: one.mapped().view(one.shape) for key, one in own.items()}
+        tensor = super().mapped().view(self.shape).float()
+        return self.adapter.added(self.name, tensor, own).flatten()
 
 
 def read_config(folder: Path) -> dict:

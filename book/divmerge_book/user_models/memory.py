@@ -12,7 +12,7 @@ from divmerge_book.models.encoders import check_device, resolve
 from divmerge_book.planning.memory import Line, Plan, advised, lines, size
 from divmerge_book.planning.workloads import Fit, Model
 from divmerge_book.user_models.plan import Plan as Checked
-from divmerge_book.user_models.streaming import merged_names
+from divmerge_book.user_models.streaming import merged_names, streamable
 from divmerge_core.checkpoints.safetensors_io import StoredModel
 from divmerge_core.methods import METHODS, parse
 
@@ -148,6 +148,6 @@ def ways(plan: Checked, fit: Fit) -> dict[str, dict]:
 
 def other_ways(plan: Checked) -> str:
     """What else takes less memory, in words."""
-    streams = all(source.kind == "transformers" for source in plan.experts)
+    streams = all(source.kind in streamable(plan) for source in plan.experts)
     disk = "without rows, methods that need none are merged from disk to disk; " * streams
     return f"{disk}fewer tasks, or fewer methods in one command, take less"

@@ -25,6 +25,7 @@ def record_of(plan: Plan, method: str, given: Mapping[str, object]) -> MergeReco
     """The merge by a method's published options, but for those that are given."""
     options = dict((METHODS.facts[method]["search"] or ({},))[0])
     options |= {name: value for name, value in given.items() if name in options_of(method)}
+    base = StoredModel.at(plan.base.folder)
     record = MergeRecord(
         method=method,
         tasks=plan.tasks,
@@ -34,11 +35,17 @@ def record_of(plan: Plan, method: str, given: Mapping[str, object]) -> MergeReco
         base_name=plan.base.name,
         data={source.task.name: {"expert": source.kind} for source in plan.experts},
         notes=plan.notes,
+        opened={s.task.name: s.adapter.on(base) for s in plan.experts if s.adapter},
     )
     if method in ("average", "task_arithmetic"):
         weight = options.get("scale", 1 / len(plan.tasks))
         record = replace(record, coeffs=torch.full((len(plan.tasks), 1), weight))
     return record
+
+
+def streamable(plan: Plan) -> set[str]:
+    """Kinds of experts that are merged from disk: language models' adapters too."""
+    return {"transformers"} if plan.tokens is None else {"transformers", "adapter"}
 
 
 def obstacle(plan: Plan, methods: Sequence[str], options: Mapping[str, object]) -> str | None:
@@ -47,10 +54,9 @@ def obstacle(plan: Plan, methods: Sequence[str], options: Mapping[str, object]) 
         return "there are rows to look at or to score"
     if others := [method for method in methods if method not in RULES]:
         return f"{', '.join(others)} cannot be merged from disk; {', '.join(RULES)} can"
-    if (plan.tokens or plan.vocabulary).owners or {source.kind for source in plan.experts} != {
-        "transformers"
-    }:
-        return "experts are not all whole models of transformers, or have tokens of their own"
+    kinds = {source.kind for source in plan.experts}
+    if (plan.tokens or plan.vocabulary).owners or not kinds <= streamable(plan):
+        return f"experts are {', '.join(sorted(kinds))}, or have tokens of their own"
     for source in plan.experts if plan.tokens is None else ():
         stored = StoredModel.at(source.task.expert).tensors.keys()
         if lost := dict(source.model.named_parameters()).keys() - stored:
