@@ -5,8 +5,6 @@ import math
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pandas as pd
@@ -344,11 +342,10 @@ def test_the_cards_scores_are_those_of_the_file(project, tmp_path, cache):
     assert all(f"{value:.3f}" in card for value in wanted.value.dropna())
 
 
-def test_a_refusal_is_one_message_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "divmerge_book", "check", str(tmp_path / "none.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 2 and not done.stdout
-    assert re.fullmatch(r"error: there is no description '.*none.yaml'; .*\n", done.stderr)
+def test_a_refusal_is_one_message_and_exit_code_2(tmp_path, capsys):
+    assert __main__.main(["check", str(tmp_path / "none.yaml")]) == 2
+    out, err = capsys.readouterr()
+    assert not out and re.fullmatch(r"error: there is no description '.*none.yaml'; .*\n", err)
 
 
 def test_an_interrupted_merge_has_exit_code_130(project, tmp_path, monkeypatch, capsys):

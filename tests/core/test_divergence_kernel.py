@@ -592,7 +592,8 @@ COMPILED = [
     for kind in (KINDS if name == FULL else ["js"])
     for dtype in ["bf16", "fp32"]
     for target in compiled.TARGETS
-    if target != "sm_80" or (name, kind) == (FULL, "js")
+    if (target != "sm_80" or (name, kind) == (FULL, "js"))
+    and (kind == "js" or (dtype, target) == ("bf16", "sm_90"))
 ]
 
 
