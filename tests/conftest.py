@@ -1,6 +1,5 @@
 """Fixtures: a tiny encoder in the hub's layout, toy tasks and experts, and caches of their own."""
 
-import importlib
 import os
 from dataclasses import replace
 
@@ -12,22 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# What a package under jaxtyping's hook imports is compiled from its source in every process. These
-# are imported before, from the compiled files: seven seconds of each process.
-for name in (
-    *(
-        "IPython.display",
-        "accelerate",
-        "beartype.claw",
-        "huggingface_hub",
-        "jupyter_client.manager",
-    ),
-    *("matplotlib.pyplot", "papermill", "pydantic", "rouge_score.rouge_scorer", "scipy.cluster.vq"),
-    *("scipy.stats", "seaborn", "torch.distributed.fsdp", "torch.func", "torch._dynamo"),
-    *("transformers.generation", "transformers.modeling_utils", "transformers.pytorch_utils"),
-):
-    importlib.import_module(name)
-
+import early_imports  # noqa: F401
 import language_toys
 from divmerge_book.data import downloads
 from divmerge_book.data.tasks import SUITES, TASKS, Suite
