@@ -1,7 +1,4 @@
-"""Triton where it is installed, and which backend a kernel runs on.
-
-Triton is optional: without it every kernel has its PyTorch definition, and nothing else changes.
-"""
+"""Triton where it is installed and can run, and which backend a kernel runs on: else PyTorch."""
 
 import inspect
 import os
@@ -12,7 +9,11 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+# Its import is slow: it is made on a GPU, or where the variable says to interpret or compile.
+WANTED = bool(torch.cuda.device_count()) or "TRITON_INTERPRET" in os.environ
 try:
+    if not WANTED:
+        raise ImportError
     import triton
     import triton.language as tl
 except ImportError:
@@ -48,7 +49,7 @@ def resolve_backend(backend: str, *tensors: Tensor) -> str:
     on_gpu = tensors[0].is_cuda  # PyTorch calls AMD's GPUs cuda as well
     if backend == "auto":
         return "triton" if on_gpu and triton is not None and not double else "torch"
-    if backend == "triton" and triton is None:
+    if backend == "triton" and triton is None and WANTED:
         raise ValueError(
             "backend 'triton' needs the package triton, which is not installed; "
             "pip install triton, or say backend='torch'"
