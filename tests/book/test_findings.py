@@ -463,7 +463,7 @@ def test_the_summaries_of_the_first_chapters_say_what_a_run_gave():
         torch.tensor([[0.01, 0.02]]), pd.Series([-0.1, 0.2]), {"all": 0.5}, {("a", "b"): ratio}
     )
     holds(text, "1.0 to 2.0 %", "-0.10 to +0.20", "50 % (all)", "coefficient, 0.5, keeps 95.0 %")
-    holds(text, "costs `a` 10.0 points")
+    holds(text, "`a`, loses 10.0 points")
     values = {"kl": torch.tensor([7.0, 0.0]), "js": torch.tensor([0.5, 0.0])}
     text = first.divergences(torch.tensor([-8.0, 1.0]), values, values, 0.95)
     holds(text, "log-odds -8", "KL 7.00 nats, JS 0.50 nats", "JS pulls hardest at log-odds -8.0")
@@ -475,4 +475,4 @@ def test_the_summaries_of_the_first_chapters_say_what_a_run_gave():
     dtypes = pd.Index(["float32", "int8"])
     stored = pd.DataFrame({"JS to float32": [0, 0.01], "JS to the experts": [0.2, 0.2]}, dtypes)
     text = first.kernel(aims, stored, RUN)
-    holds(text, "1 of 2 aims", "merge 0.90 (aim 0.8)", "int8 0.01 nats", "is 0.2 nats")
+    holds(text, "1 of 2 aims", "merge: 0.90 (0.8)", "int8 0.01 nats", "is 0.2 nats")

@@ -67,8 +67,8 @@ def task_vectors(
         price = ratio.max() - ratio.loc[best]
         lines.append(
             f"T = {len(tasks)}: the best common coefficient, {best:g}, keeps "
-            f"{ratio.loc[best].mean():.1f} % of the experts' accuracy. It costs `{price.idxmax()}` "
-            f"{price.max():.1f} points against the best coefficient for this task."
+            f"{ratio.loc[best].mean():.1f} % of the experts' accuracy. The task that pays most for "
+            f"sharing it, `{price.idxmax()}`, loses {price.max():.1f} points by it."
         )
     return bullets(lines)
 
@@ -125,12 +125,12 @@ def kernel(aims: pd.DataFrame, storages: pd.DataFrame, source: str) -> str:
     experts in nats.
     """
     known = aims.dropna()
-    said = [f"{name} {row.reached:.2f} (aim {row.aim:g})" for name, row in known.iterrows()]
+    said = [f"{name}: {row.reached:.2f} ({row.aim:g})" for name, row in known.iterrows()]
     rounded = storages.drop(index="float32")["JS to float32"]
     return bullets(
         [
-            f"In {source}, {(known.reached >= known.aim).sum()} of {len(known)} aims are reached: "
-            f"{listed(said)}.",
+            f"In {source}, {(known.reached >= known.aim).sum()} of {len(known)} aims are reached. "
+            f"Each with its aim in brackets: {'; '.join(said)}.",
             f"Rounding the task vectors changes the merged model's answers by "
             f"{each(rounded, '{:.2g}', str, ', ')} nats of JS in this run; the merge itself is "
             f"{storages['JS to the experts']['float32']:.2g} nats from the experts.",
