@@ -275,19 +275,6 @@ def scale_of(config: Mapping, name: str, rank: int, where: Path) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def num_labels(folder: Path, model: nn.Module, marker: int) -> int:
-    """How many labels an adapter's own head has: where `model` was built with `marker` labels."""
-    path = weights_of(folder)
-    found = {plain_name(key): shape for key, shape in shapes_in(path).items()}
-    for name, tensor in model.named_parameters():
-        if tensor.shape[0] == marker and name in found:
-            return found[name][0]
-    raise ValueError(
-        f"{path} holds no classification head; train the adapter with task_type "
-        "SEQ_CLS, or name the head in modules_to_save"
-    )
-
-
 def check_base(
     folder: Path, adapter: Adapter, model: nn.Module, held: Iterable[str], names: Sequence[str]
 ) -> list[str]:

@@ -26,7 +26,7 @@ from divmerge_book.user_models import adapters
 from divmerge_book.user_models.description import TaskFiles
 from divmerge_book.user_models.headers import check_config, check_headers, positions, wrapper_in
 from divmerge_book.user_models.hub import fetched
-from divmerge_book.user_models.labels import names_in, resolve_labels
+from divmerge_book.user_models.labels import names_in, num_labels, resolve_labels
 from divmerge_core.checkpoints.safetensors_io import INDEX, SINGLE, StoredModel, pools
 
 # What decides a model's computation, by transformers' common names; unknown ones are not compared.
@@ -201,7 +201,7 @@ def open_adapter(task: TaskFiles, base: BaseFolder) -> Source:
         config.vocab_size = saved[0][0] if saved else config.vocab_size  # a table saved whole
         return bare_model(AutoModelForSequenceClassification, config)
 
-    count = adapters.num_labels(task.expert, built(MARKER), MARKER)
+    count = num_labels(task.expert, built(MARKER), MARKER)
     unnamed = [f"LABEL_{n}" for n in range(count)]
     labels, model = resolve_labels(task, unnamed, "the shape of its saved head"), built(count)
     return Source(task, "adapter", labels, model, adapters.adapter_of(task.expert, model))

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
+from torch import nn
 
+from divmerge_book.user_models.adapters import plain_name, shapes_in, weights_of
 from divmerge_book.user_models.description import TaskFiles
 
 LIFT = 0.1  # accuracy that other numbers of labels must win to be worth a remark
@@ -107,4 +109,17 @@ def order_note(
         f"task {task!r}: the expert is right on {np.trace(counts) / total:.2f} of the rows and "
         f"would be on {best:.2f} if its outputs were {order}; are the labels, or the numbers in "
         "the rows, in another order than its outputs?"
+    )
+
+
+def num_labels(folder: Path, model: nn.Module, marker: int) -> int:
+    """How many labels an adapter's own head has: where `model` was built with `marker` labels."""
+    path = weights_of(folder)
+    found = {plain_name(key): shape for key, shape in shapes_in(path).items()}
+    for name, tensor in model.named_parameters():
+        if tensor.shape[0] == marker and name in found:
+            return found[name][0]
+    raise ValueError(
+        f"{path} holds no classification head; train the adapter with task_type "
+        "SEQ_CLS, or name the head in modules_to_save"
     )
