@@ -121,6 +121,14 @@ def test_differences_of_pairs_are_listed_by_both_scores():
     assert "+0.0 points of ANP [+0.0, +0.0] (includes 0)" in text and text.count("\n") == 0
 
 
+def test_gains_by_task_are_in_kept_margin_and_name_what_is_lost():
+    text = contests.by_task(MIXED, BOTH, "divmerge/task", "average")
+    assert "seed): `even` -40 (-40 to -40), `uneven` +150 (+150 to +150)." in text
+    assert text.endswith("It is behind on `even`.")
+    text = contests.by_task(AHEAD, BOTH, "divmerge/task", "average")
+    assert text.endswith("It is behind on no task.")
+
+
 def summary(**rows: tuple) -> pd.DataFrame:
     """A table as of `baselines.summary`: block, value, kept, published, kept_published."""
     columns = ["block", "value", "kept", "published", "kept_published"]

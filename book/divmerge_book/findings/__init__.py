@@ -20,6 +20,11 @@ def listed(words: Iterable[str], none: str = "none") -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
+def count(number: int, noun: str) -> str:
+    """`1 seed`, `3 seeds`."""
+    return f"{number} {noun}" + "s" * (number != 1)
+
+
 def span(values: Iterable[float], digits: int = 1, sign: bool = False) -> str:
     """`low to high`, or the one number where both are printed alike."""
     found = list(values)

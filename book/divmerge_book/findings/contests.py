@@ -45,6 +45,26 @@ def gaps(report: Report, subset: str, methods: Sequence[str], others: Sequence[s
     )
 
 
+def by_task(report: Report, subset: str, ours: str, other: str) -> str:
+    """The kept margin of one method less another's on every counted task, the largest loss first.
+
+    Each is a mean over seeds, with the lowest and the highest seed where there are several.
+    """
+    found = report.against_experts().query("subset == @subset and counted")
+    table = found.pivot_table("kept_margin", ["task", "seed"], "method", sort=False)
+    gains = (100 * (table[ours] - table[other])).groupby(level="task")
+    means, said = gains.mean().sort_values(), []
+    for task, mean in means.items():
+        own = gains.get_group(task)
+        ends = f" ({own.min():+.0f} to {own.max():+.0f})" if len(own) > 1 else ""
+        said.append(f"`{task}` {mean:+.0f}{ends}")
+    behind = listed([f"`{task}`" for task in means.index[means < 0]], "no task")
+    return (
+        f"{title(ours)} minus {title(other)} by task, in points of kept margin as a mean over "
+        f"seeds (lowest to highest seed): {', '.join(said)}. It is behind on {behind}."
+    )
+
+
 def standing(report: Report, source: str) -> str:
     """By both scores: the best DivMerge of the largest merge against the best other single model.
 

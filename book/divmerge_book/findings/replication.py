@@ -12,7 +12,7 @@ import pandas as pd
 from divmerge_book.evaluation.report import Report, caption
 from divmerge_book.evaluation.statistics import Estimate, mean_interval, pearson
 from divmerge_book.figures import largest, title
-from divmerge_book.findings import bullets, listed
+from divmerge_book.findings import bullets, count, listed
 from divmerge_book.findings.in_short import PLACES, Stored
 from divmerge_book.published import paper
 from divmerge_book.studies import choice, correlations
@@ -60,10 +60,6 @@ def setting(report: Report, num_tasks: int) -> str:
     """What a Report measured: suite, encoder, number of tasks and seeds."""
     facts, seeds = report.provenance, report.rows.seed.nunique()
     return f"`{facts['suite']}`, `{facts['encoder']}`, T = {num_tasks}, {count(seeds, 'seed')}"
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + "s" * (number != 1)
 
 
 def in_points(found: Estimate) -> list[float]:

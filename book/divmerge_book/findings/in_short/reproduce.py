@@ -1,28 +1,28 @@
 """In short: the chapters on better directions, the paper's setting and others' numbers."""
 
 from divmerge_book.figures import largest, title
-from divmerge_book.findings import each, listed
+from divmerge_book.findings import count, each, listed
 from divmerge_book.findings.contests import gaps, standing
 from divmerge_book.findings.in_short import Stored
 from divmerge_book.published import leaderboard_summary as tables
 from divmerge_book.published import paper
 
-GLUE = "bases/glue_minilm.json"
+GLUE, EIGHT = "bases/glue_minilm.json", "bases/embedded_minilm.json"
 
 
 def directions(stored: Stored) -> list[str]:
-    """What DivMerge+ gains on seven GLUE tasks, and over what it is made of."""
-    report = stored.report(GLUE)
-    first, _, rest = standing(report, "the stored run").partition(". ")
-    subset = largest(report.rows).subset.iloc[0]
-    both = gaps(report, subset, ["divmerge+"], ["divmerge/layer", "tsv_m"])
-    return [
+    """What DivMerge+ gains on eight tasks and on seven of GLUE, and over what it is made of."""
+    said = [
         "DivMerge+ fits coefficients of orthogonalised singular directions (TSV-M's) with "
-        "DivMerge's objective; it is this book's own method, not the paper's.",
-        f"{first}.",
-        *(line.removeprefix("- ") for line in both.splitlines()),
-        f"This is {report.rows.seed.nunique()} seed of experts: {rest}",
+        "DivMerge's objective; it is this book's own method, not the paper's."
     ]
+    for report in map(stored.report, (EIGHT, GLUE)):
+        subset = largest(report.rows).subset.iloc[0]
+        run = f"the stored run with {count(report.rows.seed.nunique(), 'seed')} of experts"
+        both = gaps(report, subset, ["divmerge+"], ["divmerge/layer", "tsv_m"])
+        said.append(f"{standing(report, run).partition('. ')[0]}.")
+        said.append("There " + both.removeprefix("- ").replace(".\n- ", "; "))
+    return said
 
 
 def glue_on_a_gpu(stored: Stored) -> list[str]:
