@@ -111,7 +111,7 @@ class LanguageSize:
 
 
 UPPER = LanguageSize(LanguageRecipe(rows=800, lr=3e-4, trains="top:6"))
-QUICK_UPPER = replace(UPPER.recipe, rows=64, lr=1e-3, trains="all", max_length=48, max_new=8)
+QUICK_UPPER = replace(UPPER.recipe, rows=32, lr=1e-3, trains="all", max_length=48, max_new=8)
 HALF = {"precision": "bfloat16", "checkpointing": True}
 GLUE_RECIPE = LanguageRecipe(
     rows=6000, epochs=2, lr=1e-5, batch_size=32, micro=16, max_length=256, max_new=8, **HALF
