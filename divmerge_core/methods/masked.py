@@ -11,7 +11,7 @@ from divmerge_core.merging.problem import Batch, MergeProblem
 from divmerge_core.merging.task_vectors import Layout
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.arithmetic import moved
-from divmerge_core.methods.checks import check_choice, check_keep, require_finite
+from divmerge_core.methods.checks import check_choice, check_keep, require_finite, require_positive
 
 # --- two-sided trimming ---------------------------------------------------------------------------
 
@@ -139,16 +139,14 @@ def consensus(
     Peers: FusionBench's method compares the base's weights where these lines compare task vectors;
     its helper of the same name does not.
 
-    Raises ValueError unless `threshold` is positive, `agree` 0 or more and `scale` finite.
+    Raises ValueError unless `threshold` is positive and finite, `agree` >= 0, `scale` finite.
 
     Source: Wang et al. 2024 (arXiv 2405.07813).
     """
     require_finite(scale=scale)
-    if not threshold > 0 or agree < 0:
-        raise ValueError(
-            f"threshold must be positive and agree 0 or more, got {threshold} and {agree}; the "
-            "paper takes 0.2 to 0.6 and 2"
-        )
+    require_positive(threshold=threshold)
+    if agree < 0:
+        raise ValueError(f"agree must be 0 or more, got {agree}; the paper takes 2")
     deltas = dense(problem.vectors.deltas)
     shared = tall_masks(deltas, threshold).sum(dim=0) >= agree
     return moved(problem, scale * torch.where(shared, deltas.sum(dim=0), 0))

@@ -226,6 +226,7 @@ def test_the_cards_scores_are_those_of_the_file(home, tmp_path, cache):
     scores = [sum(row) / 8 for row in evaluate(bench.problem, flat, bench.test).predicted]
     card = (folder / "README.md").read_text()
     assert all(f"{value:.3f}" in card for value in scores)
+    assert "base_model: base" in card and str(base) not in card, "a place on this disk only"
 
 
 def test_the_command_merges_language_models(home, tmp_path, cache, capsys):

@@ -1,6 +1,7 @@
 """Users' experts merged: the identity of every family, heads, adapters, damaged weights."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -437,10 +438,15 @@ def test_a_random_pooler_that_was_not_saved_is_refused(project, tmp_path):
 
 
 def test_an_adapter_that_names_another_base_is_noted(project, tmp_path):
-    for named, notes in (("hub/bert-large", 1), ("somewhere/base", 0), (None, 0)):
-        path, _ = with_adapter(project, tmp_path, base_model_name_or_path=named)
-        found = [note for note in check(read(path)).notes if "trained on 'hub/bert-large'" in note]
+    named = {"hub/bert-large": 1, "somewhere/base": 0, None: 0, "/home/their/own": 1}
+    for name, notes in named.items():
+        path, _ = with_adapter(project, tmp_path, base_model_name_or_path=name)
+        plan = check(read(path))
+        found = [
+            note for note in plan.notes if re.search("trained on '(hub/bert-large|own)'", note)
+        ]
         assert len(found) == notes
+        assert not any(str(tmp_path) in note for note in plan.portable["notes"])
 
 
 # --- this package's own experts -------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -270,6 +272,19 @@ def test_seen_inputs_and_missing_classes_are_noted(project):
     write_rows(project.parent / "data" / "seen.csv", rows)
     notes = check(read(changed(project, 0, test="data/seen.csv"))).notes
     assert "merge inputs too" in notes[0] and "no test row has the label negative" in notes[1]
+
+
+def test_a_card_names_models_as_others_can_find_them(project, tmp_path):
+    cached = tmp_path / "models--some--bert" / "snapshots" / "0123"
+    shutil.copytree(project.parent / "base", cached)
+    project = changed(project, 1, expert="experts/mood", labels=None, test=None, validation=None)
+    plan = check(read(with_fields(project, base=str(cached))))
+    plan = replace(plan, notes=(f"base {cached}: odd", *plan.notes))
+    assert plan.portable["base_name"] == "some/bert" and str(tmp_path) not in str(plan.portable)
+    assert plan.portable["notes"][:2] == (
+        "base some/bert: odd",
+        "task 'place' and task 'mood' have the same folder, mood",
+    )
 
 
 def test_one_folder_for_two_tasks_is_noted(project):

@@ -236,8 +236,12 @@ def test_a_base_that_is_a_classifier_leaves_its_head_behind(tmp_path, cache):
     folder = write_merged(plan, bench, found, "average", tmp_path / "merged", progress=False)
     stored = load_file(folder / "model.safetensors")
     assert not any("classifier" in name for name in stored)
-    config = json.loads((folder / "config.json").read_text())
+    card, config = (
+        (folder / "README.md").read_text(),
+        json.loads((folder / "config.json").read_text()),
+    )
     assert not {"architectures", "id2label", "label2id"} & set(config)
+    assert "base base: 2 tensors left out" in card and str(tmp_path) not in card
     own = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "tasks/place")
     assert list(own.config.id2label.values()) == LABELS["place"]
     assert torch.equal(own.classifier.bias, bench.experts[1].head["classifier.bias"])
@@ -282,6 +286,7 @@ def test_the_command_merges_what_a_file_describes(project, tmp_path, cache, caps
     assert __main__.main([*command, "--method", "average", "--method", "task_arithmetic"]) == 0
     said = capsys.readouterr().out
     assert "accuracy" in said and "agreement" in said and "negative, positive" in said
+    assert re.search(r"mood +majority +[\d.]+ +- +-\n", said), "no interval, and no NaN"
     for name in ("average", "task_arithmetic"):
         assert f"merged model in {tmp_path / 'merged' / name}" in said
         assert load_with_head(tmp_path / "merged" / name, "mood").config.num_labels == 2

@@ -268,7 +268,7 @@ OUT_OF_RANGE = {
     **{"scale": (NAN, -INF), "init": (NAN, INF), "alpha": (INF,), "beta": (NAN,)},
     **{"lr": (0.0, -1.0, NAN, INF), "floor": (0.0, NAN, INF), "sigma": (0.0, INF)},
     **{"weight": (NAN, INF)},
-    **{"eta": (-1.0,), "power": (-1.0, NAN), "zeta": (-1.0, NAN), "threshold": (0.0, -1.0)},
+    **{"eta": (-1.0,), "power": (-1.0, NAN), "zeta": (-1.0, NAN), "threshold": (0.0, NAN, INF)},
     **{"inputs": (0, -1), "epochs": (0,), "rank": (0,), "batch_size": (0,), "children": (0,)},
     **{"steps": (-1,), "draw": (0,), "fraction": (0,), "agree": (-1,), "clip": (0.5, -0.1)},
     **{"router_layers": (3,), "grouping": ("blok",), "divergence": ("jss",), "link": ("relu",)},

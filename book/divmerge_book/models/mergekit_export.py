@@ -108,7 +108,7 @@ def readable(record: MergeRecord) -> list[StoredModel]:
         raise NoRecipe(f"{record.method} is not a sum of task vectors with coefficients")
     if set(record.experts) != set(record.tasks):
         raise NoRecipe("the experts are not all given as folders")
-    folders = [Path(record.experts[task]).resolve() for task in record.tasks]
+    found, folders = [], [Path(record.experts[task]).resolve() for task in record.tasks]
     if len({*folders, record.base.resolve()}) <= len(folders):
         raise NoRecipe("base and experts are not all different folders")
     for folder in folders:
@@ -116,10 +116,11 @@ def readable(record: MergeRecord) -> list[StoredModel]:
             raise NoRecipe(f"{folder.name} is an adapter, multiplied out before the merge")
         if not (folder / "config.json").is_file():
             raise NoRecipe(f"{folder.name} has no config.json, so mergekit cannot read it")
-    try:
-        return [StoredModel.at(folder) for folder in folders]
-    except ValueError as error:
-        raise NoRecipe(str(error)) from error
+        try:
+            found.append(StoredModel.at(folder))
+        except ValueError as error:  # its path is nothing for a card
+            raise NoRecipe(str(error).replace(str(folder), folder.name)) from error
+    return found
 
 
 def architecture(models: Sequence[StoredModel]) -> tuple[transformers.PretrainedConfig, str, bool]:

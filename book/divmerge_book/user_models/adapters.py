@@ -289,6 +289,7 @@ def check_base(
             "random in training and not saved; train again with its module in modules_to_save"
         )
     said = str(read_config(folder).get("base_model_name_or_path") or "")
+    said = Path(said).name if Path(said).is_absolute() else said  # else the trainer's disk is told
     if not said or Path(said).name.lower() in {Path(name).name.lower() for name in names}:
         return []
     return [f"adapter {folder} says that it was trained on {said!r}; the base is {names[0]!r}"]

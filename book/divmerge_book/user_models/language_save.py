@@ -119,7 +119,8 @@ def recipe(plan: Plan, record: MergeRecord, merged: dict, dtype: torch.dtype) ->
     try:
         return mergekit_recipe(record, in_memory(StoredModel.at(record.base), merged), dtype)
     except ValueError as error:
-        return "", f"tensors on disk are not those that are merged ({error})"
+        why = str(error).replace(str(record.base), record.base.name)
+        return "", f"tensors on disk are not those that are merged ({why})"
 
 
 def write_language(

@@ -1,5 +1,6 @@
 """All that can be checked before weights are loaded: folders, tokenizers, rows and labels."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,6 +49,20 @@ class Plan:
     def tasks(self) -> tuple[str, ...]:
         return tuple(source.task.name for source in self.experts)
 
+    @property
+    def portable(self) -> dict[str, object]:
+        """What a card says of the base, and notes: without the places of folders on this disk."""
+        base, tasks = self.base.folder, [source.task for source in self.experts]
+        paths = [base, *(path for t in tasks for path in (t.expert, *t.files().values()))]
+        names = {path: public_name(path) for path in paths}
+        if not (self.description.path.parent / Path(self.base.name).expanduser()).is_dir():
+            names[base] = self.base.name
+        notes = self.notes
+        known = {str(p): name for path, name in names.items() for p in (path, path.resolve())}
+        for path in sorted(known, key=len, reverse=True):  # a file before its folder
+            notes = tuple(note.replace(path, known[path]) for note in notes)
+        return {"base_name": names[base], "notes": notes}
+
     def table(self) -> pd.DataFrame:
         """One row per task: its expert's kind, its labels, and how many rows every split has."""
         columns = {
@@ -61,6 +76,14 @@ class Plan:
         """The table, the notes and the memory, as commands print them."""
         said = [self.table().to_string(), *(f"note: {note}" for note in self.notes)]
         return "\n".join([*said, *([self.place] if self.place else []), *map(str, self.memory)])
+
+
+def public_name(path: Path) -> str:
+    """A file's or folder's own name; of a model in the hub's cache, the hub's."""
+    cached = re.fullmatch(r"models--(.+)", path.parent.parent.name)
+    if cached and path.parent.name == "snapshots":
+        return cached[1].replace("--", "/")
+    return path.name
 
 
 def found(task: TaskFiles, folder: Path) -> TaskFiles:

@@ -129,7 +129,7 @@ def merge_described(
     for method, folder in folders.items():
         scores = task_scores(found.report, method)
         if len(scores):
-            print(f"{method}\n{scores.to_string(index=False)}")
+            print(f"{method}\n{scores.to_string(index=False, na_rep='-')}")
         write_merged(plan, bench, found, method, folder, overwrite=overwrite)
     return list(folders.values())
 
@@ -201,10 +201,10 @@ def write_merged(
         coeffs=coefficients_of(vectors, made.merged, grouping, near),
         groups=groups_of(vectors.layout, grouping)[0],
         grouping=grouping,
-        base_name=plan.base.name,
         data=data,
         scores=(scores := task_scores(found.report, spec).to_dict("records")),
-        notes=(*plan.notes, *found.notes),
+        base_name=(shown := plan.portable)["base_name"],
+        notes=(*shown["notes"], *found.notes),
     )
     if plan.tokens:
         again, parts = partial(rescored, found.report, bench, spec), (plan, bench, made.merged)

@@ -32,9 +32,8 @@ def record_of(plan: Plan, method: str, given: Mapping[str, object]) -> MergeReco
         base=plan.base.folder,
         experts={source.task.name: source.task.expert for source in plan.experts},
         options=options,
-        base_name=plan.base.name,
         data={source.task.name: {"expert": source.kind} for source in plan.experts},
-        notes=plan.notes,
+        **plan.portable,
         opened={s.task.name: s.adapter.on(base) for s in plan.experts if s.adapter},
     )
     if method in ("average", "task_arithmetic"):
