@@ -7,7 +7,6 @@ import sys
 import threading
 from dataclasses import fields, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -275,10 +274,10 @@ def test_all_else_that_decides_an_expert_is_in_its_key(tiny, cache, monkeypatch)
         key(base=replace(tiny, digest="other")),
         key(base=elsewhere),
     ]
-    version = metadata.version
+    version = digests.installed
     for library in ("torch", "transformers", "tokenizers"):
         with monkeypatch.context() as patch:
-            patch.setattr(metadata, "version", lambda n, own=library: version(n) + "+" * (n == own))
+            patch.setattr(digests, "installed", lambda n, x=library: version(n) + "+" * (n == x))
             found.append(key())
     monkeypatch.setattr("divmerge_book.models.finetuning.code_digest", lambda name: "other code")
     found.append(key())

@@ -592,8 +592,9 @@ COMPILED = [
     for kind in (KINDS if name == FULL else ["js"])
     for dtype in ["bf16", "fp32"]
     for target in compiled.TARGETS
-    if (target != "sm_80" or (name, kind) == (FULL, "js"))
-    and (kind == "js" or (dtype, target) == ("bf16", "sm_90"))
+    if (name, kind) == (FULL, "js")
+    or (target, dtype) == ("sm_90", "bf16")
+    or (kind == "js" and (target, dtype) in (("sm_90", "fp32"), ("gfx942", "bf16")))
 ]
 
 

@@ -44,7 +44,10 @@ Place = tuple[str, int]  # a module and the number of a statement in it
 
 def versions(*libraries: str) -> dict[str, str]:
     """The versions of these libraries, or of all that results depend on."""
-    return {name: metadata.version(name) for name in libraries or LIBRARIES}
+    return {name: installed(name) for name in libraries or LIBRARIES}
+
+
+installed = functools.cache(metadata.version)  # it parses a file each time it is asked
 
 
 def key_of(*what: object) -> str:
