@@ -51,8 +51,8 @@ def verdict(report: Report) -> str:
             [
                 "By ANP the best DivMerge is DivMerge, per task, number 2 of 2 with 65.0 %",
                 "By kept margin the best DivMerge is DivMerge, per task, number 2 of 2",
-                *("Average: +32.0 points of ANP [", "+140.0 points of kept margin ["),
-                "(2.0 s against 1.0 s; looks at no data)",
+                *("| Average | +32.0 [", " | +140.0 [", "Its merge takes 1.0 s."),
+                "| 2.0 | no data | 1 |",
             ],
         ),
         (AHEAD, ["number 1 of 2", "No other method has a higher ANP or kept margin."]),
@@ -61,12 +61,12 @@ def verdict(report: Report) -> str:
             [
                 "By ANP the best DivMerge is DivMerge, per task, number 2 of 2",
                 "By kept margin the best DivMerge is DivMerge, per task, number 1 of 2",
-                "- Average: +2.5 points of ANP [",
+                "| Average | +2.5 [",
             ],
         ),
         (
             made(divmerge_task=(60, 92), emr=(95, 99)),
-            ["no single model: 2.50 models stored"],
+            ["| no data | 2.50 |"],
         ),
         (made(ties=(60, 90)), ["DivMerge is not among"]),
     ],

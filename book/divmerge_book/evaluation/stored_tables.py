@@ -175,16 +175,16 @@ def in_words(value: object) -> str:
     if isinstance(value, dict):
         return " ".join(f"{name} {one}" for name, one in value.items())
     if isinstance(value, list):
-        return " ".join(map(str, value)) if len(value) <= 4 else f"{len(value)} of them"
+        return " ".join(map(str, value)) or "none" if len(value) <= 4 else f"{len(value)} of them"
     return str(value)
 
 
 def described(facts: Mapping) -> str:
     """One line of provenance: what was measured, how much of it, where and when."""
     seeds = len(facts["seeds"])
+    rows = f"{facts['rows']} test rows a task, " if facts["rows"] else ""  # 0: weights alone
     return (
         f"{facts['encoder']}, {facts['suite']}, {len(facts['tasks'])} tasks, {facts['size']} size, "
-        f"{seeds} seed{'s' * (seeds > 1)} of experts, {facts['rows']} test rows a task, "
-        f"{facts['device']}, {facts['machine']}, torch {facts['torch']}, measured {facts['date']}"
-        f"{departures(facts)}"
+        f"{seeds} seed{'s' * (seeds > 1)} of experts, {rows}{facts['device']}, {facts['machine']}, "
+        f"torch {facts['torch']}, measured {facts['date']}{departures(facts)}"
     )

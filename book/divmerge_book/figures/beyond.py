@@ -64,7 +64,7 @@ def model_counts(ax: Axes, table: pd.DataFrame) -> Axes:
     own = table[table.how == "dp_mixture"].replace({"zeta": {"inf": r"$\infty$"}})
     looks = numbered(own.sigma, markers="os^", form="$\\sigma$ = {:g}")
     plot.lines(ax, own, "zeta", "models", looks, by="sigma", ordinal=True)
-    ax.tick_params(axis="x", rotation=45)
+    ax.tick_params(axis="x", rotation=90, labelsize=8)
     ax.set_yticks(range(1, int(own.models.max()) + 1))
     return plot.finish(ax, r"$\zeta$, the weight of a new model", "models $L$", legend=9)
 
@@ -74,8 +74,7 @@ def score_by_size(ax: Axes, table: pd.DataFrame, column: str = "anp") -> Axes:
     for how, (label, look) in styles.CLUSTERINGS.items():
         some = table[table.how == how].drop_duplicates(["models", "groups"]).sort_values("bytes")
         plot.line(ax, some.bytes / 1e6, some[column], label=label, markersize=6, alpha=0.85, **look)
-    legend = {"fontsize": 9, "loc": "lower right"}
-    return plot.finish(ax, "stored, MB", WORDS[column], percent="y", legend=legend)
+    return plot.finish(ax, "stored, MB", WORDS[column], percent="y")
 
 
 def selection_by_corruption(ax: Axes, table: pd.DataFrame, kind: str, column: str) -> Axes:

@@ -65,6 +65,13 @@ def with_origin(run: ResultTable, *paragraphs: str) -> str:
     return "\n\n".join([*paragraphs, f"*{run.caption}*"])
 
 
+def table_of(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
 def bullets(lines: Iterable[str]) -> str:
     """A Markdown list; an entry may have paragraphs and lists of its own."""
     return "\n".join(f"- {line}".replace("\n", "\n  ") for line in lines)

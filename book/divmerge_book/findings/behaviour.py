@@ -36,14 +36,14 @@ def layers_and_losses(depth: pd.DataFrame, turns: pd.DataFrame, source: str) -> 
     stay = depth[(depth.layer == depth.layer.max()) & depth.model.isin(MERGES)]
     stay, columns = stay.merge(turns, on=["seed", "model", "task"]), ["cka", "shift", "common"]
     rho = stay.groupby(["seed", "model"])[[*columns, "net"]].corr("spearman").net
+    words = {"cka": "CKA", "shift": "shift", "common": "share of the shift common to all inputs"}
     rho, count = rho.groupby(level=2).mean()[columns].map(format_correlation), stay.task.nunique()
     best = stay.groupby("model")[["cka", "net"]].mean().idxmax().map(title)
     return (
         "Rank correlation over tasks of the last layer's number with the change in accuracy, mean "
-        f"over merges and seeds, in {source}: {each(rho, '{}', str, ', ')}. With {count} tasks, a "
-        f"single one of these correlations has a standard error of about "
-        f"{1 / (count - 1) ** 0.5:.2f}. Between merges: {best.cka} has the highest mean CKA, "
-        f"{best.net} the highest accuracy."
+        f"over merges and seeds, in {source}: {each(rho, '{}', words, ', ')}. With {count} tasks, "
+        f"one such correlation has a standard error of about {1 / (count - 1) ** 0.5:.2f}. Between "
+        f"merges: {best.cka} has the highest mean CKA, {best.net} the highest accuracy."
     )
 
 
@@ -112,7 +112,7 @@ def strongest_predictors(found: pd.DataFrame) -> pd.DataFrame:
     found: of `mergeability.correlations`.
     """
     own = found[~found.number.isin(mergeability.INPUTS)].dropna(subset=["rho"])
-    groups = own.groupby("view", sort=False)
+    groups, words = own.groupby("view", sort=False), mergeability.OUTCOMES
     best = own.loc[groups.rho.apply(lambda rho: rho.abs().idxmax())].set_index("view")
     table = pd.DataFrame(
         {
@@ -120,7 +120,9 @@ def strongest_predictors(found: pd.DataFrame) -> pd.DataFrame:
             "p below 0.05": groups.p.agg(lambda p: (p <= LEVEL).sum()),
             "after correction": groups.p_max.agg(lambda p: (p <= LEVEL).sum()),
             "strongest": best.number.map(mergeability.LABELS),
-            **{"method": best.method, "damage": best.damage, "rho": best.rho, "p": best.p},
+            "method": best.method.map(lambda name: mergeability.MERGES.facts[name]["label"]),
+            "damage": best.damage.map(lambda name: words[name].partition(",")[0]),
+            **{"rho": best.rho, "p": best.p},
             **{"corrected p": best.p_max, "needed": best.threshold},
         }
     )
@@ -132,8 +134,8 @@ def predictors(found: pd.DataFrame, source: str) -> str:
     """By question: whether a weight number predicts damage; found: `mergeability.correlations`."""
     lines = [
         f"*{row['question']}*: {row['after correction']} of {row['correlations']} correlations are "
-        f"significant after correction; the strongest is {row['strongest']} for {row['method']} "
-        f"and {row['damage']}, {row['rho']:+.2f}, where {row['needed']:.2f} is needed"
+        f"significant after correction; the strongest is that of {row['strongest']} with the "
+        f"{row['damage']} ({row['method']}), {row['rho']:+.2f}, where {row['needed']:.2f} is needed"
         for row in strongest_predictors(found).to_dict("records")
     ]
     return f"Weight numbers and damage in {source}. {'; '.join(lines)}."

@@ -30,10 +30,10 @@ def arriving(found: pd.DataFrame, source: str) -> str:
     behind, level = split(said, gap < -LEVEL)
     return (
         f"In {source} the best final accuracy of a continual rule is that of "
-        f"{title(own.ratio.idxmax())}, {own.ratio.max():.1f} % of the experts'. Against the method "
-        f"that sees all experts at once, in points, these rules are behind: {behind}; these are "
-        f"not: {level}. Backward transfer is {span(own.bwt, sign=True)} points, highest for "
-        f"{title(own.bwt.idxmax())}.{margins(found)}"
+        f"{title(own.ratio.idxmax())}, {own.ratio.max():.1f} % of the experts'. Compared with "
+        f"the method that merges all experts at once, these rules are worse (points): {behind}; "
+        f"these are not: {level}. Backward transfer is {span(own.bwt, sign=True)} points, highest "
+        f"for {title(own.bwt.idxmax())}.{margins(found)}"
     )
 
 
@@ -169,9 +169,9 @@ def luck(table: pd.DataFrame) -> str:
     start, calls = few[few.search == "expert"].validation.mean(), int(few.call.max())
     error = 100 * math.sqrt(start * (1 - start) / rows)
     return (
-        f"standard error on {rows} rows: {error:.1f} points\n"
-        f"best of {calls} equally good candidates: +{error * math.sqrt(2 * math.log(calls)):.1f} "
-        "points"
+        f"The standard error of one model's accuracy on {rows} rows is {error:.1f} points. The "
+        f"best of {calls} independent and equally good candidates is expected up to "
+        f"{error * math.sqrt(2 * math.log(calls)):.1f} points above its true accuracy."
     )
 
 
@@ -206,10 +206,10 @@ def stored_well(table: pd.DataFrame, source: str) -> str:
         small = table.loc[table[column][table.models < 1.5].idxmax()]
         blind = table.loc[table[column][table.finds != "task"].idxmax()]
         said.append(
-            f"Below one and a half models, {title(small.method)} has the highest {words} in "
-            f"{source}: {100 * small[column]:.1f} %. Without the task's number, "
-            f"{title(blind.method)} has: {100 * blind[column]:.1f} %, with {blind.models:.2f} "
-            f"models stored and {blind.slower:.1f} times a model's time."
+            f"Of the methods that store less than 1.5 models, {title(small.method)} has the "
+            f"highest {words} in {source}: {100 * small[column]:.1f} %. Of those that do not need "
+            f"the task's number, {title(blind.method)} has the highest: {100 * blind[column]:.1f} "
+            f"%, with {blind.models:.2f} models stored and {blind.slower:.1f} times a model's time."
         )
     return " ".join(said) + missing(table, source)
 

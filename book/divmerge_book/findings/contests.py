@@ -9,7 +9,7 @@ from divmerge_book.evaluation.report import Report, Sampled
 from divmerge_book.figures import largest, score_intervals, title
 from divmerge_book.figures.baselines import PUBLISHED_AS, REFERENCE, is_single_model, single_models
 from divmerge_book.figures.baselines import SCORES as COLUMNS
-from divmerge_book.findings import SCORES, bullets, listed, span
+from divmerge_book.findings import SCORES, bullets, listed, span, table_of
 
 COLUMN_OF = dict(zip(SCORES, COLUMNS, strict=True))  # of a `summary`, by score
 
@@ -111,7 +111,7 @@ def lowest(table: pd.DataFrame) -> str:
 
 
 def verdict(report: Report, subset: str, table: pd.DataFrame) -> str:
-    """Who beats the best DivMerge on a subset by either score, by how much and at what price."""
+    """A table of who beats the best DivMerge on a subset by either score, and at what price."""
     named = table[table.block != REFERENCE]
     ours = named.index.str.startswith("divmerge")
     if not ours.any():
@@ -127,13 +127,17 @@ def verdict(report: Report, subset: str, table: pd.DataFrame) -> str:
         )
     first, lines = named.seconds[best["anp"]], []
     for method, row in named[ahead].sort_values("value", ascending=False).iterrows():
-        price = f"{row.seconds:.1f} s against {first:.1f} s; looks at {row.block}"
-        if not is_single_model(method):
-            price += f"; no single model: {row.stored:.2f} models stored"
-        pairs = {name: (method, other) for name, other in best.items()}
-        lines.append(f"{title(method)}: {gap(drawn, pairs)} ({price})")
-    none = "No other method has a higher ANP or kept margin."
-    return f"{' '.join(head)}\n\n{bullets(lines) or none}"
+        cells = [
+            gap(drawn, {name: (method, other)}).replace(f"points of {SCORES[name]} ", "")
+            for name, other in best.items()
+        ]
+        stored = "1" if is_single_model(method) else f"{row.stored:.2f}"
+        lines.append([title(method), *cells, f"{row.seconds:.1f}", row.block, stored])
+    if not lines:
+        return f"{' '.join(head)}\n\nNo other method has a higher ANP or kept margin."
+    heads = ("method", *(f"{words}, points" for words in SCORES.values()))
+    rows = table_of([*heads, "merge, s", "data used", "models stored"], lines)
+    return f"{' '.join(head)} Its merge takes {first:.1f} s.\n\n{rows}"
 
 
 def by_access(table: pd.DataFrame, source: str) -> str:

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from divmerge_book.figures.styles import CRITERIA, labels
-from divmerge_book.findings import bullets, each, listed, scores, split
+from divmerge_book.findings import bullets, each, listed, scores, split, table_of
 from divmerge_book.studies.model_selection import AMONG
 from divmerge_book.studies.random_merges import MEASURES, SAMPLERS
 
@@ -48,12 +48,12 @@ def ranked(mean: pd.DataFrame, source: str) -> str:
     ):
         one = rows.set_index("criterion")
         lead = one.loc["reverse_kl"]
-        lines.append(
-            f"**{SAMPLERS.facts[kind]['label']}, {among}**: "
-            f"{each(one.value, '{:.2f}', NAMES, ', ')}. Reverse KL minus JS: "
-            f"{lead.lead:+.2f} [{lead.lead_low:+.2f}, {lead.lead_high:+.2f}]"
-        )
-    return f"Rank correlations with a task's accuracy in {source}:\n\n{bullets(lines)}"
+        last = f"{lead.lead:+.2f} [{lead.lead_low:+.2f}, {lead.lead_high:+.2f}]"
+        values = [f"{value:.2f}" for value in one.value]
+        lines.append([f"{SAMPLERS.facts[kind]['label']}: {among}", *values, last])
+    heads = ["coefficients drawn for", *one.index.map(NAMES), "reverse KL minus JS"]
+    table = table_of(heads, lines)
+    return f"Rank correlations with a task's accuracy in {source}:\n\n{table}"
 
 
 def narrowed(mean: pd.DataFrame, source: str) -> str:

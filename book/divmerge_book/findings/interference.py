@@ -19,14 +19,14 @@ def counted(pairs: pd.DataFrame, idle: pd.DataFrame, source: str) -> str:
     """
     mean = pairs.groupby("counted")[["conflict", "cosine"]].mean()
     whole, some = mean.loc["all"], mean.loc["touched"]
+    cosine = some.cosine - whole.cosine
     share = 100 * idle.groupby("task")[["parameters", "length"]].mean()
     near = "near" if abs(some.conflict - 0.5) <= CHANCE else "not near"
     return (
         f"In {source}, {span(share.parameters, 0)} % of a task vector's entries only shrank; they "
         f"make up at most {share.length.max():.3f} % of its squared length. The mean sign conflict "
         f"is {whole.conflict:.2f} over all parameters and {some.conflict:.2f} without idle rows, "
-        f"{near} the 0.5 of random signs. The mean cosine, which weighs entries by size, goes "
-        f"from {whole.cosine:.3f} to {some.cosine:.3f}."
+        f"{near} the 0.5 of random signs. The mean cosine changes by {cosine:+.3f}."
     )
 
 
@@ -148,26 +148,18 @@ def plane_scores(grid: pd.DataFrame, marks: pd.DataFrame) -> dict[str, pd.DataFr
     return found
 
 
-def plane(grid: pd.DataFrame, marks: pd.DataFrame, pair: str, source: str) -> str:
-    """The best point of a pair's plane, the best with one scale, and where methods end.
-
-    grid, marks: of `landscapes`.
-    """
+def plane(grid: pd.DataFrame, pair: str, source: str) -> str:
+    """The best point of a pair's plane, and the best with one scale; grid: of `landscapes`."""
     some, lines = grid[grid.pair == pair], []
-    ends = marks[marks.pair == pair].dropna(subset=["anp"])
     for column, words in scores(grid).items():
         value = 100 * some[column]
         best, lowest = some.loc[value.idxmax()], some.js.idxmin()
-        said = [
-            f"{title(r.method)} {100 * r[column]:.1f} % at ({r.l1:.2f}, {r.l2:.2f})"
-            for _, r in ends.iterrows()
-        ]
         lines.append(
-            f"For {pair.replace('+', ' and ')}, by {words}, in {source}: {'; '.join(said)}. The "
-            f"best point of the grid has {value.max():.1f} % at ({best.l1:.2f}, {best.l2:.2f}), "
-            f"the best with one scale for both {value[some.l1 == some.l2].max():.1f} %, the point "
-            f"of lowest JS {value[lowest]:.1f} %; {100 * (value > value.max() - 5).mean():.0f} % "
-            f"of the grid lie within 5 points of the best."
+            f"For {pair.replace('+', ' and ')}, by {words}, in {source} the best point of the grid "
+            f"has {value.max():.1f} % at ({best.l1:.2f}, {best.l2:.2f}), the best with one scale "
+            f"for both {value[some.l1 == some.l2].max():.1f} %, the point of lowest JS "
+            f"{value[lowest]:.1f} %; {100 * (value > value.max() - 5).mean():.0f} % of the grid "
+            f"lie within 5 points of the best."
         )
     return " ".join(lines) + missing(grid, source)
 

@@ -24,7 +24,7 @@ def inside(table: pd.DataFrame) -> str:
     rows = table[table.how == "pearson"]
     within = rows.kept.between(rows.alone_low, rows.alone_high)
     return (
-        f"{within.sum()} of the {len(rows)} printed numbers are inside the bar of what the own "
+        f"{within.sum()} of the {len(rows)} printed numbers lie within the range that the own "
         "expert alone gives."
     )
 
@@ -111,8 +111,8 @@ def js_and_kl(versus: pd.DataFrame) -> str:
     """In how many cells JS is ahead of KL. versus: of `js_and_kl`."""
     groups = versus.groupby(["tasks", "level"]).gain
     wins = [
-        f"{(some > 0).sum()} of {len(some)} ({tasks}, per {level}; mean gain in Tables 6 and 7 "
-        f"{some[versus.table != 3].mean():+.2f})"
+        f"in {(some > 0).sum()} of {len(some)} cells on {tasks} per {level} "
+        f"({some[versus.table != 3].mean():+.2f} points)"
         for (tasks, level), some in groups
     ]
     lost = "; ".join(
@@ -122,8 +122,8 @@ def js_and_kl(versus: pd.DataFrame) -> str:
     printed = paper.table(2)
     behind = listed(printed.index[printed.JS < printed.KL])
     return (
-        f"JS is ahead of KL in {'; '.join(wins)}. Not ahead: {lost}. In Table 2 KL has the higher "
-        f"correlation on {behind}."
+        f"In the paper's tables (in brackets the mean gain in Tables 6 and 7) JS is ahead of KL "
+        f"{listed(wins)}. Not ahead: {lost}. In Table 2 KL has the higher correlation on {behind}."
     )
 
 

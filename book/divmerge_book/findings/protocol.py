@@ -39,16 +39,17 @@ def gap(row) -> str:
 
 
 def settings(changed: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
-    """Which changed settings differ significantly from the default. kinds: scores."""
+    """How many changed settings differ significantly, and the extreme ones. kinds: scores."""
     total, lines = (changed.setting != "default").sum(), []
     for score in kinds:
         found = [
             f"{draw.SETTINGS[r.setting]} {r.value}, per {r.grouping}: {gap(r)}"
-            for r in significant(of_score(changed, score)).itertuples()
+            for r in significant(of_score(changed, score)).sort_values("difference").itertuples()
         ]
+        ends = "; ".join(dict.fromkeys([*found[:1], *found[-1:]])) or "none"
         lines.append(
             f"In {source} {len(found)} of {total} changes differ significantly from the default in "
-            f"{WORDS[score]}, in points: {'; '.join(found) or 'none'}."
+            f"{WORDS[score]}; the lowest and the highest, in points: {ends}."
         )
     return " ".join(lines)
 
@@ -94,7 +95,7 @@ def needed(table: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
             enough = gains.index[gains >= 0.9 * gains[most]].min()
             text = f"{gains[most]:+.1f} points of {WORDS[score]} per {grouping}"
             said.append(f"{text} ({enough} give nine tenths)" if gains[most] > 0 else text)
-    return f"In {source}, {most} inputs a task change the average by {listed(said)}."
+    return f"In {source}, a fit on {most} inputs a task changes the average by {listed(said)}."
 
 
 def shifted(wrong: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
@@ -105,11 +106,10 @@ def shifted(wrong: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
             lost = 100 * own.set_index("kind").difference
             worst = lost.drop("none").idxmin()
             lines.append(
-                f"per {grouping}, {INPUT_SHIFTS.facts[worst]['label']} inputs throughout cost "
-                f"most, {lost[worst]:+.1f} points of {WORDS[score]}, where no fit at all costs "
-                f"{lost['none']:+.1f}"
+                f"*{INPUT_SHIFTS.facts[worst]['label']}* per {grouping} ({lost[worst]:+.1f} points "
+                f"of {WORDS[score]}; no fit at all {lost['none']:+.1f})"
             )
-    return f"In {source}, {'; '.join(lines)}."
+    return f"With all inputs replaced, the lowest scores in {source} are with {listed(lines)}."
 
 
 def bound(sides: pd.DataFrame, source: str) -> str:
@@ -118,7 +118,7 @@ def bound(sides: pd.DataFrame, source: str) -> str:
     worst = sides.loc[ratio.idxmax()]
     return (
         f"In {source} the largest ratio of the objective's change to the bound is "
-        f"{ratio.max():.2f} ({INPUT_SHIFTS.facts[worst.kind]['label']} inputs, {worst.model}), the "
+        f"{ratio.max():.2f} (*{INPUT_SHIFTS.facts[worst.kind]['label']}*, {worst.model}), the "
         f"median {ratio.median():.3f}."
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import pandas as pd
 
 from divmerge_book.evaluation.sizes import STANDARD, setting
+from divmerge_book.findings import table_of
 from divmerge_book.findings.in_short import Stored
 from divmerge_book.studies import scores
 from divmerge_book.studies.predictions import report_of
@@ -66,8 +67,7 @@ def row(file: str, found, facts: Mapping) -> dict[str, object]:
 
 def as_markdown(stored: Stored) -> str:
     """The table, the standard setting, and what differs from it in bold."""
-    lines = ["| stored result | ANP, % | " + " | ".join(STANDARD) + " |"]
-    lines.append("|---" * (2 + len(STANDARD)) + "|")
+    lines = []
     for one in values(stored).to_dict("records"):
         cells = []
         for name, usual in STANDARD.items():
@@ -75,6 +75,7 @@ def as_markdown(stored: Stored) -> str:
             if not pd.isna(one[name]) and one[name] != usual:
                 cells[-1] = f"**{cells[-1]}**"
         ends = "" if pd.isna(one["low"]) else f" ({one['low']:.1f} to {one['high']:.1f})"
-        lines.append(f"| `{one['file']}` | {one['anp']:.1f}{ends} | {' | '.join(cells)} |")
+        lines.append([f"`{one['file']}`", f"{one['anp']:.1f}{ends}", *cells])
     usual = ", ".join(f"{name} {value}" for name, value in STANDARD.items())
-    return "\n".join([*lines, "", f"*The standard setting: {usual}; what differs is in bold.*"])
+    table = table_of(["stored result", "ANP, %", *STANDARD], lines)
+    return f"{table}\n\n*The standard setting: {usual}; what differs is in bold.*"

@@ -6,7 +6,7 @@ from itertools import combinations
 import pandas as pd
 
 from divmerge_book.figures import title
-from divmerge_book.findings import SCORES, bullets, each, listed, span, split
+from divmerge_book.findings import SCORES, bullets, each, listed, span, split, table_of
 from divmerge_book.studies.scores import SOURCES, differences
 from divmerge_book.studies.task_attribution import COVARIATES, FORECASTS
 
@@ -63,12 +63,10 @@ def sources(spreads: pd.DataFrame, source: str) -> str:
     """Root mean square over methods of each standard deviation, by T. spreads: of `scores`."""
     square = spreads.dropna().assign(square=lambda table: table.sd**2)
     wide = 100 * square.pivot_table("square", "T", "source").reindex(columns=list(SOURCES)) ** 0.5
-    lines = [
-        f"$T = {n}$: "
-        + ", ".join(f"{value:.1f} over {name}" for name, value in row.dropna().items())
-        for n, row in wide.iterrows()
-    ]
-    return f"Points of ANP in {source}, over methods:\n\n{bullets(lines)}"
+    wide = wide.map("{:.1f}".format).replace("nan", "").rename(columns="over {}".format)
+    rows = [[str(n), *row] for n, row in zip(wide.index, wide.to_numpy(), strict=True)]
+    table = table_of(["T", *wide], rows)
+    return f"Standard deviation in points of ANP, root mean square of methods, {source}:\n\n{table}"
 
 
 def paired(scores: pd.DataFrame, source: str) -> str:
@@ -170,8 +168,8 @@ def dilution(grid: pd.DataFrame, source: str, column: str = "anp") -> str:
     low, high = min(level.index), max(level.index)
     drop, saved = mean[low] - mean[high], level[high] - mean[high]
     text = (
-        f"On the subsets merged for this figure, in {source}, the average loses {drop:.1f} points "
-        f"of {SCORES[column]} from $T = {low}$ to ${high}$. The best coefficient tried at "
+        f"On the subsets merged with several coefficients in {source}, the average loses "
+        f"{drop:.1f} points of {SCORES[column]} from $T = {low}$ to ${high}$. The best of them at "
         f"$T = {high}$, the average's own among them, saves {saved:.1f} points; at "
         f"$T = {low}$ it gains {level[low] - mean[low]:.1f}."
     )

@@ -1,9 +1,11 @@
 """In short: the chapters on better directions, the paper's setting and others' numbers."""
 
+from divmerge_book.evaluation.sizes import LANGUAGE_SIZES
 from divmerge_book.figures import largest, title
-from divmerge_book.findings import count, each, listed
+from divmerge_book.findings import count, each, listed, span
 from divmerge_book.findings.contests import gaps, standing
 from divmerge_book.findings.in_short import Stored
+from divmerge_book.planning.language_plans import suite_forecast
 from divmerge_book.published import leaderboard_summary as tables
 from divmerge_book.published import paper
 
@@ -31,9 +33,13 @@ def glue_on_a_gpu(stored: Stored) -> list[str]:
     first = standing(report, "the stored run").partition(". ")[0]
     stored.printed("paper")
     means = paper.averages(6).sort_values(ascending=False)
+    shape = {"num_tasks": 7, "tokens": 64, "answers": 3, "rows": 6000}
+    plan = suite_forecast(LANGUAGE_SIZES["glue/default"], **shape)
     return [
-        "The paper's own setting, Qwen2.5-0.5B on seven GLUE tasks, needs a GPU and a model hub. "
-        "It has not been run here; this chapter says what it needs.",
+        "The paper's setting, Qwen2.5-0.5B on seven GLUE tasks, needs a GPU and was not run here.",
+        f"Planned, not measured: the fit holds {span(plan['fit, GB'])} GB, by GPU, and there is "
+        f"room on {listed(plan.index[plan.fits.astype(bool)])}. Experts and fit take at least "
+        f"{span(plan['experts and fit, s'] / 60)} minutes, by the data sheets' peak rates.",
         f"A small encoder ({report.provenance['encoder']}) stands in on the same tasks. {first}.",
         "The paper prints ANP averaged over numbers of tasks: "
         f"{each(means, '{:.1f} %', str, ', ')}.",
@@ -45,16 +51,15 @@ def published(stored: Stored) -> list[str]:
     stored.printed("fusionbench")
     table, rows = tables.published(), tables.scored_rows()
     found, half = tables.summary(table), tables.margins(table, rows)
-    order = found["mean"].sort_values(ascending=False).index
-    first, second = order[:2]
-    ends = [f"{title(m)} ({100 * found.worst[m]:.0f} %, {found.worst_task[m]})" for m in order[:2]]
-    below = [f"{title(m)} on {found.below_base[m]}" for m in order[:2] if found.below_base[m]]
+    first, second = order = found["mean"].nlargest(2).index
+    ends = [f"{title(m)} ({100 * found.worst[m]:.0f} %, {found.worst_task[m]})" for m in order]
+    below = [f"{title(m)} on {found.below_base[m]}" for m in order if found.below_base[m]]
     return [
         f"FusionBench prints {len(found)} merges of {table.shape[1]} GPT-2 experts; the highest "
         f"means are {100 * found['mean'][first]:.1f} % ({title(first)}) and "
         f"{100 * found['mean'][second]:.1f} % ({title(second)}).",
-        f"Test rows alone leave such a mean open by {100 * half['mean'][first]:.1f} points on "
-        "either side (95 %).",
+        f"By its test rows alone, such a mean has a 95 % interval of "
+        f"±{100 * half['mean'][first]:.1f} points.",
         f"Their worst task, in % of its expert: {listed(ends)}.",
         f"Less accurate than the unmerged base: {listed(below)}.",
         "These are others' numbers; the experts themselves have not been merged for this page.",

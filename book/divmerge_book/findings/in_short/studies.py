@@ -62,11 +62,12 @@ def scaling(stored: Stored) -> list[str]:
     wide = 100 * means.pivot(index="method", columns="T", values="value")
     low, high = min(wide), max(wide)
     best = [
-        f"at T = {n} {title(wide[n].idxmax())} ({wide[n].max():.1f} %; the average "
+        f"at T = {n} {title(wide[n].idxmax())} with {wide[n].max():.1f} % (the average has "
         f"{wide[n]['average']:.1f} %)"
         for n in (low, high)
     ]
     drop = wide[low] - wide[high]
+    most, least = drop.idxmax(), drop.idxmin()
     grid = scores.by_scale(fixed["curves"].assign(**label), rows)
     every = fixed["every"].assign(**label)
     plain = scores.ratios(every[~every.fixed].assign(method="average"), rows)
@@ -74,9 +75,9 @@ def scaling(stored: Stored) -> list[str]:
     spread = scores.spreads(rows).dropna().query("T == @low").groupby("source").sd
     noise = {name: 100 * (values**2).mean() ** 0.5 for name, values in spread}
     return [
-        f"The highest ANP of {len(wide)} methods have, {listed(best)}.",
-        f"From T = {low} to {high} methods lose {span(drop)} points of ANP; the least, "
-        f"{title(drop.idxmin())}.",
+        f"Of {len(wide)} methods the one with the highest ANP is {listed(best)}.",
+        f"From T = {low} to {high} the ANP changes by {-drop[most]:+.1f} points ({title(most)}) to "
+        f"{-drop[least]:+.1f} ({title(least)}, which starts from {wide[low][least]:.1f} %).",
         f"At T = {low}, the standard deviation of a method's ANP over subsets of tasks is "
         f"{noise['subsets']:.1f} points, over seeds {noise['seeds']:.1f}, over test rows "
         f"{noise['test rows']:.1f}.",
@@ -98,7 +99,8 @@ def evidence(stored: Stored) -> list[str]:
     table, means = paper_reanalysis.without_the_point()
     mean = means.set_index(["divergence", "how"]).loc[("JS", "pearson")]
     return [
-        f"{paper.inside(table)} Without the own expert, the mean correlation for JS falls from "
+        f"The paper supports its objective with correlations over seven experts, one of which is "
+        f"the task's own. {paper.inside(table)} Without it, the mean correlation for JS falls from "
         f"{mean.kept:.2f} to {mean.value:.2f} [{mean.low:.2f}, {mean.high:.2f}].",
         paper.js_and_kl(paper_reanalysis.js_and_kl()).partition(" Not ahead")[0],
         f"Among {len(whole)} random merges of this book's experts, the choice by least JS on "
