@@ -107,6 +107,6 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $(VENV)/.installing
 	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -r requirements.lock
 	@# pip compiles on one core; a few packages hold templates that are no Python and fail here.
-	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	@$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[triton]'
 	@touch $@ && rm $(VENV)/.installing

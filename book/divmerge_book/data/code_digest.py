@@ -38,6 +38,7 @@ KEEPERS = {
 VALUES = frozenset({"ENCODERS", "LANGUAGE_SIZES", "MODELS", "SIZES"})
 WORDS = {"cite", "label", "source"}  # facts of an entry that only pages show
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "scipy")
+installed = functools.cache(metadata.version)  # which parses a file at every call
 
 Place = tuple[str, int]  # a module and the number of a statement in it
 
@@ -45,9 +46,6 @@ Place = tuple[str, int]  # a module and the number of a statement in it
 def versions(*libraries: str) -> dict[str, str]:
     """The versions of these libraries, or of all that results depend on."""
     return {name: installed(name) for name in libraries or LIBRARIES}
-
-
-installed = functools.cache(metadata.version)  # it parses a file each time it is asked
 
 
 def key_of(*what: object) -> str:
