@@ -111,7 +111,7 @@ class LanguageSize:
 
 
 UPPER = LanguageSize(LanguageRecipe(rows=800, lr=3e-4, trains="top:6"))
-QUICK_UPPER = replace(UPPER.recipe, rows=32, lr=1e-3, trains="all", max_length=48, max_new=8)
+QUICK_UPPER = replace(UPPER.recipe, rows=16, lr=1e-3, trains="all", max_length=48, max_new=8)
 HALF = {"precision": "bfloat16", "checkpointing": True}
 GLUE_RECIPE = LanguageRecipe(
     rows=6000, epochs=2, lr=1e-5, batch_size=32, micro=16, max_length=256, max_new=8, **HALF
@@ -120,7 +120,7 @@ SMALL_GLUE = replace(GLUE_RECIPE, lr=5e-5)  # a third of the parameters, larger 
 QUICK_GLUE = replace(GLUE_RECIPE, rows=64, epochs=1)
 ROWS = {"merge_rows": 100, "validation_rows": 100, "test_rows": 200}
 GLUE = LanguageSize(GLUE_RECIPE, **ROWS, storage="bfloat16", **HALF)
-BLOCKS = {"blocks": 2, "merge_rows": 8, "validation_rows": 8, "test_rows": 12, "epochs": 2}
+BLOCKS = {"blocks": 2, "merge_rows": 4, "validation_rows": 6, "test_rows": 8, "epochs": 2}
 FULL = {"seeds": (0, 1, 2), "test_rows": None, "merge_rows": 200}
 LANGUAGE_SIZES = Registry("size of a language suite")  # "suite/size"
 for name, base, changes in (

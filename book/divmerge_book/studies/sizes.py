@@ -166,7 +166,7 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     # merges: names of `mergeability.MERGES`. rows: test rows per task. inputs, epochs: of DivMerge.
     # draws: of bootstrap and permutations. seeds: of experts.
     "mergeability": {
-        "smoke": dict(seeds=(0,), merges=PLAIN[:2], rows=40, inputs=16, epochs=1, draws=200),
+        "smoke": dict(seeds=(0,), merges=PLAIN[:2], rows=40, inputs=16, epochs=1, draws=60),
         "default": dict(seeds=(0,), merges=PLAIN[::2], rows=48, inputs=16, epochs=2, draws=500),
         "full": {
             **{"seeds": (0, 1, 2), "merges": (*PLAIN, "tsv_m", "divmerge")},
@@ -176,7 +176,7 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     # counts: numbers of tasks, the first of the suite.
     "coefficients": {
         "all": {"groupings": ("block",), "counts": (2, 4, 8), "seeds": (0,)},
-        "smoke": dict(counts=(2, 3), inputs=16, epochs=1, draws=200),
+        "smoke": dict(counts=(2, 3), inputs=16, epochs=1, draws=60),
         "default": dict(inputs=16, epochs=2, draws=500),
         "full": dict(inputs=48, epochs=4, seeds=(0, 1, 2), draws=5000),
     },
