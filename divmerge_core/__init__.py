@@ -3,7 +3,7 @@
     from divmerge_core import METHODS, MergeProblem, TaskVectors
 
     vectors = TaskVectors.from_states(base, {"trec": one, "movie": other})  # tau [T, N]
-    problem = MergeProblem(forward, vectors, batches)     # a forward pass and unlabelled inputs
+    problem = MergeProblem(vectors, batches, forward)     # a forward pass and unlabelled inputs
     merged = METHODS["divmerge"](problem)                 # merged parameters [N]
 
 Rooms: `kernels` (the merge and the divergence, and their gradients), `divergences`, `merging` (task

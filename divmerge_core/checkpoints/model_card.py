@@ -88,8 +88,7 @@ def group_numbers(record: MergeRecord, names: Sequence[str]) -> list[int]:
     """Each tensor's column of the coefficients. Raises ValueError for tensors of no group."""
     label = GROUPINGS[record.grouping]
     columns = {group: number for number, group in enumerate(record.groups)}
-    outside = [name for name in names if label(name) not in columns]
-    if outside:
+    if outside := [name for name in names if label(name) not in columns]:
         raise ValueError(
             f"grouping {record.grouping!r} puts {outside[:3]} in groups that have no coefficient; "
             f"there are {', '.join(record.groups[:5])} (names= says which tensors are merged)"
@@ -209,8 +208,7 @@ def flat(facts: object, before: str = "") -> dict[str, object]:
 def data_table(record: MergeRecord) -> str:
     """Which rows were used for what: one line per task."""
     facts = {task: flat(record.data.get(task, {})) for task in record.tasks}
-    columns = list(dict.fromkeys(name for row in facts.values() for name in row))
-    if not columns:
+    if not (columns := list(dict.fromkeys(name for row in facts.values() for name in row))):
         return "Not stated."
     rows = [(t, *(row.get(name, "not stated") for name in columns)) for t, row in facts.items()]
     return table(("task", *columns), rows)

@@ -84,8 +84,7 @@ def weight_files(folder: Path) -> list[Path]:
             "remove the one that is out of date"
         )
     files = [folder / name for name in names]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
+    if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(
             f"{folder} lacks {', '.join(missing[:3])}{instead(files)}; give a folder in the hub's "
             "layout (weights in another format: load them and save_pretrained them once)"

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -78,8 +79,7 @@ def write(
     validate_target(folder, record, overwrite)
     base, source = sources_of(record, merged, names, rule, shell)
     plan, heads = planned(source, kind), heads or {}
-    strange = sorted(set(heads) - set(record.tasks))
-    if strange:
+    if strange := sorted(set(heads) - set(record.tasks)):
         raise ValueError(f"heads for {', '.join(strange)}, which are none of the record's tasks")
     for task, head in heads.items():
         validate_head(task, head, base)
@@ -148,9 +148,9 @@ def validate_target(folder: Path, record: MergeRecord, overwrite: bool) -> None:
 
 def hashes_of(record: MergeRecord) -> dict[str, str]:
     """SHA-256 of the weights that went in: `base/FILE` and `TASK/FILE` -> hash."""
-    folders = {"base": record.base, **record.experts}
+    folders, once = {"base": record.base, **record.experts}, cache(sha256)  # the base may be one
     return {
-        f"{name}/{file.name}": sha256(file)
+        f"{name}/{file.name}": once(file)
         for name, folder in folders.items()
         for file in input_files(folder)
     }

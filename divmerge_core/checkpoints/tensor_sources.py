@@ -11,6 +11,7 @@ from torch import Tensor
 from divmerge_core.checkpoints.model_card import MergeRecord, group_numbers
 from divmerge_core.checkpoints.safetensors_io import Stored, StoredModel
 from divmerge_core.checkpoints.shards import KINDS, Planned
+from divmerge_core.merging.task_vectors import require_mapping
 
 BLOCK = 1 << 17  # numbers merged at a time: fewer leave calls the larger share, more the cache
 # One block of a tensor: (place in it, the base's numbers [n], deltas [T, n]) -> merged numbers [n].
@@ -35,6 +36,7 @@ class MergedTensors:
 
 def in_memory(base: StoredModel, merged: Mapping[str, Tensor]) -> MergedTensors:
     """Merged tensors that are there already. Raises ValueError where they do not fit the base."""
+    require_mapping(merged, "merged")
     cores, numbers = base.cores, {}
     unknown = [name for name in merged if base.core(name) not in cores]
     if unknown or not merged:
@@ -90,7 +92,7 @@ def weighted_sum(base: StoredModel, record: MergeRecord, names: Sequence[str]) -
 
     def rule(name: str, origin: Tensor, experts: Sequence[Tensor]) -> Block:
         row = record.coeffs[:, columns[name]].detach().cpu()
-        return lambda place, origin, deltas: torch.addmv(origin, deltas.T, row.to(origin))
+        return lambda place, origin, deltas: origin.addmv_(deltas.T, row.to(origin))
 
     return rule
 
@@ -109,7 +111,7 @@ def blocks(
         origin, deltas = origins[: place.stop - start], rows[:, : place.stop - start]
         origin.copy_(base[place])
         for delta, expert in zip(deltas, experts, strict=True):
-            delta.copy_(expert[place]).sub_(origin)
+            delta.zero_() if expert is base else delta.copy_(expert[place]).sub_(origin)
         yield place, origin, deltas
 
 
@@ -117,10 +119,11 @@ def merged_numbers(
     rule: Rule, name: str, base: Stored, experts: Sequence[Stored], dtype: torch.dtype
 ) -> Tensor:
     """One tensor merged by a rule, block by block, in its dtype."""
-    origin, theirs = base.mapped(), [expert.mapped() for expert in experts]
+    origin = base.mapped()
+    theirs = [origin if expert == base else expert.mapped() for expert in experts]
     block, result = rule(name, origin, theirs), torch.empty(base.size, dtype=dtype)
     for place, start, deltas in blocks(origin, theirs):
-        result[place] = finite(name, block(place, start, deltas), dtype)
+        finite(name, block(place, start, deltas), dtype, result[place])
     return result
 
 
@@ -133,14 +136,11 @@ def to_merge(
     """Names on disk of the tensors to be merged. Raises ValueError for those that cannot be."""
     cores, held = base.cores, [expert.cores for expert in experts]
     if names is None:
-        floating = [
-            core for core, name in cores.items() if base.tensors[name].dtype.is_floating_point
-        ]
+        floating = (c for c, n in cores.items() if base.tensors[n].dtype.is_floating_point)
         names = [core for core in floating if any(core in theirs for theirs in held)]
     names = [base.core(name) for name in names]
     for task, expert, theirs in zip(record.tasks, experts, held, strict=True):
-        lost = sorted(expert.encoder - set(cores))
-        if lost:
+        if lost := sorted(expert.encoder - set(cores)):
             raise ValueError(
                 f"{base.folder} lacks {lost[:5]}, which expert {task!r} holds; only a pooler may "
                 "be absent: give a base with all its weights"
@@ -179,9 +179,9 @@ def planned(source: MergedTensors, dtype: torch.dtype | None) -> list[Planned]:
     return [plan(name, tensor) for name, tensor in source.base.tensors.items()]
 
 
-def finite(name: str, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+def finite(name: str, numbers: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
     """Merged numbers in a dtype, on the CPU. Raises ValueError for NaN, inf, and too large ones."""
-    converted = numbers.to("cpu", dtype)
+    converted = numbers.to("cpu", dtype) if into is None else into.copy_(numbers)
     if len(converted) and not all(math.isfinite(end) for end in converted.aminmax()):
         reason = "hold NaN or inf; nothing was written"
         if torch.isfinite(numbers).all():

@@ -158,8 +158,7 @@ class FitCheckpoint:
             raise ValueError(
                 f"{path} holds no fit that was stopped; delete it or give another checkpoint"
             ) from error
-        changed = sorted(k for k in {*fit, *before} if before.get(k) != fit.get(k))
-        if changed:
+        if changed := sorted(k for k in {*fit, *before} if before.get(k) != fit.get(k)):
             raise ValueError(
                 f"{path} was written by a fit with other {', '.join(changed)}; delete it or give "
                 "another checkpoint"

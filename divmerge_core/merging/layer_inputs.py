@@ -87,8 +87,7 @@ def visit_layer_inputs(
         def record(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
             x = given[0]
             # a decoder's layers read its own tokens, or, where they look across, the encoder's
-            own = [mask for mask in masks if x.ndim == 3 and mask.shape == x.shape[:2]]
-            if own:
+            if own := [mask for mask in masks if x.ndim == 3 and mask.shape == x.shape[:2]]:
                 x = x[own[-1 if "decoder" in name else 0].bool()]
             see(name, x.reshape(-1, x.shape[-1]))
 

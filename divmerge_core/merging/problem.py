@@ -110,6 +110,5 @@ class MergeProblem:
 
     def require_inputs(self, method: str) -> None:
         """Raise ValueError where a task has no unlabelled inputs, which `method` needs."""
-        empty = [t for t, b in zip(self.vectors.tasks, self.batches, strict=True) if not b]
-        if empty:
+        if empty := [t for t, b in zip(self.vectors.tasks, self.batches, strict=True) if not b]:
             raise ValueError(f"{method} needs unlabelled inputs of every task; none for {empty}")

@@ -17,6 +17,7 @@ from divmerge_core.kernels.segments import Segments
 from divmerge_core.registry import Registry
 
 STORAGES = Registry("storage")
+STATE = "names to tensors, such as module.state_dict()"
 
 
 def stacked(dtype: torch.dtype | None) -> Callable[[Iterator[Tensor], int], Tensor]:
@@ -40,7 +41,13 @@ STORAGES.register("streamed")(StreamedDeltas.of)
 STORAGES.register("streamed_bfloat16")(partial(StreamedDeltas.of, dtype=torch.bfloat16))
 
 
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+def require_mapping(given: object, who: str, to: str = STATE, kind: type = Tensor) -> None:
+    """Raise ValueError, saying what it should map names to, unless these are of a kind."""
+    odd = {who: given}
+    if isinstance(given, Mapping):
+        odd = {f"{who}: {name}": one for name, one in given.items() if not isinstance(one, kind)}
+    for name, one in odd.items():
+        raise ValueError(f"{name} is a {type(one).__name__}; give a mapping of {to}")
 
 
 def unmergeable(tensor: Tensor) -> str | None:
@@ -51,7 +58,7 @@ def unmergeable(tensor: Tensor) -> str | None:
         return f"is stored as {tensor.layout}; give tensor.to_dense()"
     if tensor.is_complex():
         return f"is {tensor.dtype}; give torch.view_as_real(tensor), whose numbers are real"
-    if tensor.dtype in FLOATING:
+    if tensor.is_floating_point() and tensor.itemsize > 1:
         return None
     if tensor.is_floating_point() or tensor.is_quantized:
         return f"is {tensor.dtype}, in which nothing is added up; dequantise the model to bfloat16"
@@ -70,13 +77,13 @@ def without_counts(
 
     Raises ValueError, naming them, where these are not the base's own.
     """
+    require_mapping(state, who)
     counts = {name: tensor for name, tensor in base.items() if is_count(tensor)}
     own = {name: state[name] for name in counts if name in state}
     for name, tensor in own.items():
         if tensor.is_meta:
             raise ValueError(f"{who}: {name} {unmergeable(tensor)}")
-    other = [n for n, t in own.items() if t.dtype != counts[n].dtype or not t.equal(counts[n])]
-    if other:
+    if other := [n for n, t in own.items() if t.dtype != counts[n].dtype or not t.equal(counts[n])]:
         raise ValueError(
             f"{who}: {other[:5]} of {counts[other[0]].dtype} differ from the base's, and the mean "
             "of counters, masks or packed weights means nothing; give the expert the base's, or "
@@ -103,6 +110,7 @@ class Layout:
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> "Layout":
         """The layout of a state dict, in its own order."""
+        require_mapping(state, "the state dict")
         return cls(tuple(state), tuple(tuple(tensor.shape) for tensor in state.values()))
 
     @property
@@ -140,6 +148,7 @@ class Layout:
 
     def check(self, state: Mapping[str, Tensor], who: str = "the state dict") -> None:
         """Raise ValueError unless `state` has this layout's tensors, all floating and finite."""
+        require_mapping(state, who)
         missing, extra = set(self.names) - set(state), set(state) - set(self.names)
         if missing or extra:
             raise ValueError(
@@ -152,8 +161,7 @@ class Layout:
                     f"{who}: {name} has shape {tuple(state[name].shape)}, the base has {shape}; "
                     "merging needs experts of one architecture and vocabulary"
                 )
-            refusal = unmergeable(state[name])
-            if refusal is not None:
+            if refusal := unmergeable(state[name]):
                 raise ValueError(f"{who}: {name} {refusal}")
             if not torch.isfinite(state[name]).all():
                 raise ValueError(f"{who}: {name} holds NaN or inf; the checkpoint is damaged")
@@ -200,6 +208,7 @@ class TaskVectors:
         """
         store, weights = STORAGES[storage], without_counts(base, base, "the base model")
         layout = Layout.of(weights)
+        require_mapping(experts, "experts", "tasks to state dicts", Mapping)
         if not experts:
             raise ValueError("no experts given; merging needs one or more")
         flat = layout.flatten(weights, "the base model")
@@ -230,7 +239,9 @@ class TaskVectors:
         layout = Layout.of(base)
         layout.check(base, "the base model")
         shapes = dict(zip(layout.names, layout.shapes, strict=True))
+        require_mapping(adapters, "adapters", "tasks to factors by name", Mapping)
         for task, factors in adapters.items():
+            require_mapping(factors, f"adapter {task!r}", "names to factors (B, A)", Sequence)
             for name, (left, right) in factors.items():
                 shape = (left.shape[0], right.shape[1])
                 if shapes.get(name) != shape or left.shape[1] != right.shape[0]:
@@ -241,8 +252,7 @@ class TaskVectors:
                     )
         stored = {}
         for name, (start, _) in zip(layout.names, layout.bounds, strict=True):
-            pairs = [factors[name] for factors in adapters.values() if name in factors]
-            if pairs:
+            if pairs := [factors[name] for factors in adapters.values() if name in factors]:
                 stored[start] = Factors(
                     torch.cat([left * scale for left, _ in pairs], dim=1),
                     torch.cat([right for _, right in pairs]),
@@ -260,8 +270,7 @@ class TaskVectors:
 
     def select(self, tasks: Sequence[str]) -> "TaskVectors":
         """The same base with only these tasks, in this order."""
-        unknown = [task for task in tasks if task not in self.tasks]
-        if unknown:
+        if unknown := [task for task in tasks if task not in self.tasks]:
             raise ValueError(f"no task vector for {unknown}; there are {', '.join(self.tasks)}")
         rows = [self.tasks.index(task) for task in tasks]
         places = slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows  # one is a view

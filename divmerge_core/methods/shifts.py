@@ -196,8 +196,7 @@ def wudi_gradient(deltas: Float[Tensor, "T M K"]) -> Callable[[Tensor], Tensor]:
 def linear_parts(problem: MergeProblem) -> list[tuple[str, slice, tuple[int, ...]]]:
     """Weights of linear layers, as `matrices` has them. Raises ValueError where there are none."""
     require_module(problem, "wudi")
-    names = linear_layers(problem)
-    if not names:
+    if not (names := linear_layers(problem)):
         raise ValueError(
             "wudi with scope='linear' merges the weights of nn.Linear layers, and the problem's "
             "module has none whose weight is merged; take scope='matrices'"

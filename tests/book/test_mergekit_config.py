@@ -11,6 +11,9 @@ from divmerge_book.models.mergekit_merge import merge_config
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from divmerge_core.checkpoints import save
+from divmerge_core.checkpoints.safetensors_io import Stored
+
 SHAPES = {"model.embed_tokens.weight": (30, 8), "model.layers.0.mlp.up_proj.weight": (12, 8)}
 SHAPES |= {"model.layers.1.self_attn.q_proj.weight": (8, 8), "model.norm.weight": (8,)}
 CONFIG = {"vocab_size": 30, "num_hidden_layers": 2, "architectures": ["LlamaForCausalLM"]}
@@ -95,6 +98,21 @@ def test_linear_needs_no_base_and_divides_by_the_weights(zoo, put, tmp_path, nor
     found, (_, a, b) = result(path, tmp_path), states(zoo)
     by = 4 if normalize else 1
     assert_close(found, {name: (a[name] + 3 * b[name]) / by for name in a})
+
+
+@pytest.mark.parametrize(("method", "files"), [("linear", 2), ("slerp", 2), ("task_arithmetic", 3)])
+def test_a_model_that_stands_for_the_base_is_read_and_hashed_once(
+    put, tmp_path, monkeypatch, method, files
+):
+    read, hashed = [], []
+    mapped = Stored.mapped
+    monkeypatch.setattr(Stored, "mapped", lambda own: read.append(own) or mapped(own))
+    monkeypatch.setattr(save, "sha256", lambda file: hashed.append(file) or str(file))
+    base = {"linear": None, "slerp": "a"}.get(method, "base")
+    given = {"base": base, "parameters": {"t": 0.5} if method == "slerp" else {"weight": 1.0}}
+    card = (merge_config(put(method, **given), tmp_path / "out") / "README.md").read_text()
+    assert len(set(hashed)) == len(hashed) == files and len(read) == files * len(SHAPES)
+    assert all(f"| {name}/model.safetensors |" in card for name in ("base", "b"))
 
 
 def test_slerp_goes_from_the_base_model_to_the_other(zoo, put, tmp_path):

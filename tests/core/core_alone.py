@@ -14,6 +14,15 @@ REFUSED = (
 )
 
 
+def refused(function, *given, **options) -> str:
+    """What a function says that refuses what it was given; nothing here checks types before."""
+    try:
+        function(*given, **options)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError(f"{given} was taken")
+
+
 def main() -> None:
     sys.modules.update(dict.fromkeys(REFUSED))  # importing one of them raises ImportError
     import json
@@ -22,7 +31,7 @@ def main() -> None:
     from safetensors.torch import save_file
 
     import divmerge_core
-    from divmerge_core import METHODS, Batch, MergeProblem, TaskVectors
+    from divmerge_core import METHODS, Batch, Layout, MergeProblem, TaskVectors
     from divmerge_core.checkpoints import Head, MergeRecord, load_head, write
     from divmerge_core.checkpoints.safetensors_io import StoredModel
 
@@ -41,6 +50,19 @@ def main() -> None:
         for task in ("one", "two")
     }
     vectors = TaskVectors.from_states(base, states)
+    named = "give a mapping of names to tensors, such as module.state_dict()"
+    odd = {"is a Linear": torch.nn.Linear(3, 4), "is a list": [base]}
+    for what, given in odd.items():
+        for make in (TaskVectors.from_states, TaskVectors.from_adapters):
+            assert refused(make, given, {}) == f"the base model {what}; {named}"
+        for make in (Layout.of, vectors.layout.flatten):
+            assert refused(make, given) == f"the state dict {what}; {named}"
+    arrays = {"one": {name: tensor.numpy() for name, tensor in base.items()}}
+    assert "expert 'one': weight is a ndarray" in refused(TaskVectors.from_states, base, arrays)
+    for given in ([base], {"one": odd["is a Linear"]}, base):
+        assert "of tasks to state dicts" in refused(TaskVectors.from_states, base, given)
+        assert "of tasks to factors by name" in refused(TaskVectors.from_adapters, base, given)
+    assert "names to factors (B, A)" in refused(TaskVectors.from_adapters, base, {"one": base})
     batches = [[Batch({"x": torch.randn(5, 3)}, torch.full((5,), 0.2))] for _ in states]
 
     def forward(parameters, pairs):
@@ -62,6 +84,8 @@ def main() -> None:
         (folder / "base" / "config.json").write_text(json.dumps({"hidden_size": 3}))
         save_file(base, folder / "base" / "model.safetensors")
         record = MergeRecord("divmerge", vectors.tasks, folder / "base")
+        said = refused(write, folder / "out", record, merged=odd["is a Linear"])
+        assert said == f"merged is a Linear; {named}"
         head = Head({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, ("no", "yes"))
         merged = vectors.layout.unflatten(fitted)
         out = write(folder / "out", record, merged=merged, heads={"one": head}, progress=False)

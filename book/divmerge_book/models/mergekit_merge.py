@@ -99,8 +99,8 @@ def linear(recipe: Recipe) -> Rule:
         row = coefficients(recipe, name)
         change = thinned(recipe, name, origin, experts)
         share = float(row.sum()) if recipe.method == "linear" else 1.0  # of the base
-        return lambda place, base, deltas: torch.addmv(
-            base, change(place, deltas).T, row.to(deltas), beta=share
+        return lambda place, base, deltas: base.addmv_(
+            change(place, deltas).T, row.to(deltas), beta=share
         )
 
     return rule

@@ -51,9 +51,7 @@ def weighted(weights: Sequence[float], thin: Thin | None = None) -> Rule:
     def rule(name: str, origin: Tensor, experts: Sequence[Tensor]) -> Block:
         change = thin(name, origin, experts) if thin else unchanged
         row = torch.tensor(weights)
-        return lambda place, base, deltas: torch.addmv(
-            base, change(place, deltas).T, row.to(deltas)
-        )
+        return lambda place, base, deltas: base.addmv_(change(place, deltas).T, row.to(deltas))
 
     return rule
 
@@ -269,7 +267,7 @@ def spherical(share: Callable[[str], float]) -> Rule:
         cosine = float(gram[0, 1] / lengths.prod()) if lengths.all() else 1.0
         ways = torch.tensor(arc(min(1.0, max(-1.0, cosine)), share(name)))
         both = float(ways.sum())
-        return lambda place, base, deltas: torch.addmv(base, deltas.T, ways.to(deltas), beta=both)
+        return lambda place, base, deltas: base.addmv_(deltas.T, ways.to(deltas), beta=both)
 
     return rule
 
