@@ -11,7 +11,7 @@ import tokenizers
 import torch
 import transformers
 import yaml
-from divmerge_book.user_models import check, read
+from divmerge_book.user_models import check, load, merge_and_score, read, write_merged
 from helpers import MARKERS, WORDS, sentences
 from safetensors.torch import save_file
 
@@ -194,6 +194,14 @@ def changed(path: Path, task: int, **fields) -> Path:
     new = path.with_name(f"changed-{path.name}")
     new.write_text(yaml.safe_dump(whole))
     return new
+
+
+def averaged(project: Path, folder: Path) -> tuple:
+    """Plan, experiment and scores of the average of what a file describes, and its folder."""
+    plan = check(read(project))
+    bench = load(plan)
+    found = merge_and_score(bench, ["average"], budget=1, progress=False)
+    return plan, bench, found, write_merged(plan, bench, found, "average", folder)
 
 
 def refused(path: Path, *words: str) -> None:

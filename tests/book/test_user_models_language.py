@@ -26,7 +26,7 @@ from language_files import (
     write_lines,
 )
 from language_toys import save_model, tokenizer
-from local_files import changed, make_adapter, refused
+from local_files import averaged, changed, make_adapter, refused
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -125,9 +125,7 @@ def test_the_wrapper_of_a_saved_base_is_not_written_again(home, tmp_path, cache)
     save_file(wrapped, base / "model.safetensors", metadata={"format": "pt"})
     path = changed(home, 0)
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"base": str(base)}))
-    plan, bench = load_quietly(path)
-    found = merge_and_score(bench, ["average"], budget=1, progress=False)
-    folder = write_merged(plan, bench, found, "average", tmp_path / "merged")
+    plan, bench, found, folder = averaged(path, tmp_path / "merged")
     assert load_file(folder / "model.safetensors").keys() == own.keys()
 
 
@@ -215,9 +213,7 @@ def test_the_cards_scores_are_those_of_the_file(home, tmp_path, cache):
     tokenizer().save_pretrained(base)
     path = changed(home, 0)
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"base": str(base)}))
-    plan, bench = load_quietly(path)
-    found = merge_and_score(bench, ["average"], budget=1, progress=False)
-    folder = write_merged(plan, bench, found, "average", tmp_path / "merged")
+    plan, bench, found, folder = averaged(path, tmp_path / "merged")
     again = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert again.dtype == torch.bfloat16
     flat = found.made["average"].merged.bfloat16().float()
@@ -321,10 +317,8 @@ def test_chats_are_read_by_the_experts_template_and_the_last_answer_is_scored(tm
 
 def test_a_chat_template_for_each_expert_is_written_by_name(tmp_path, cache):
     project = chatting(tmp_path, TEMPLATE, TEMPLATE.replace("assistant", "model"))
-    plan, bench = load_quietly(project)
+    plan, bench, found, folder = averaged(project, tmp_path / "merged")
     assert any("chat templates differ" in note for note in plan.notes)
-    found = merge_and_score(bench, ["average"], budget=1, progress=False)
-    folder = write_merged(plan, bench, found, "average", tmp_path / "merged")
     own = transformers.AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "good"}]
     for name, end in (("mood", "<assistant>"), ("same", "<model>")):

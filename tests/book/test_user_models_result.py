@@ -32,7 +32,7 @@ from divmerge_book.user_models.labels import order_note
 from divmerge_book.user_models.result import rescored
 from divmerge_book.user_models.save import coefficients_of, grouping_of, in_file
 from helpers import MARKERS
-from local_files import LABELS, ROWS, changed, make_expert, make_project, toy_rows
+from local_files import LABELS, ROWS, averaged, changed, make_expert, make_project, toy_rows
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -195,10 +195,7 @@ def test_the_grouping_is_the_one_asked_for_or_the_methods_own():
 
 @pytest.mark.parametrize("kind", ["distilbert", "t5"])
 def test_what_is_written_answers_as_what_was_merged(tmp_path, cache, kind):
-    plan = check(read(make_project(tmp_path, kind)))
-    bench = load(plan)
-    found = merge_and_score(bench, ["average"], budget=1, progress=False)
-    folder = write_merged(plan, bench, found, "average", tmp_path / "merged", progress=False)
+    plan, bench, found, folder = averaged(make_project(tmp_path, kind), tmp_path / "merged")
     encoder = transformers.AutoModel.from_pretrained(folder)
     merged = bench.problem.vectors.layout.unflatten(found.made["average"].merged)
     for name, tensor in merged.items():
@@ -229,11 +226,8 @@ def test_what_is_written_answers_as_what_was_merged(tmp_path, cache, kind):
 def test_a_base_that_is_a_classifier_leaves_its_head_behind(tmp_path, cache):
     project = make_project(tmp_path)
     make_expert(tmp_path / "base", tmp_path / "base", ["x", "y", "z"], seed=9, scale=0)
-    plan = check(read(project))
+    plan, bench, found, folder = averaged(project, tmp_path / "merged")
     assert "classifier.bias" in plan.notes[0] and "left out" in plan.notes[0]
-    bench = load(plan)
-    found = merge_and_score(bench, ["average"], budget=1, progress=False)
-    folder = write_merged(plan, bench, found, "average", tmp_path / "merged", progress=False)
     stored = load_file(folder / "model.safetensors")
     assert not any("classifier" in name for name in stored)
     card, config = (

@@ -6,13 +6,13 @@ import pytest
 import torch
 import transformers
 from divmerge_book.models.language.completions import greedy
-from divmerge_book.user_models import check, load, merge_and_score, read, write_merged
+from divmerge_book.user_models import check, load, read
 from divmerge_book.user_models.language_tokens import Reading, agreed
 from divmerge_book.user_models.weights import keep_rows
 from helpers import layout_of
 from language_files import make_language_project, prompt_rows, write_lines
 from language_toys import tokenizer
-from local_files import refused
+from local_files import averaged, refused
 from torch.testing import assert_close
 
 from divmerge_core.merging.task_vectors import TaskVectors
@@ -144,11 +144,8 @@ def test_rows_stay_with_their_owners_in_every_merge():
 def test_an_added_token_and_longer_tables_reach_the_merged_folder(tmp_path, cache):
     project = make_language_project(tmp_path)
     own = resized(project, "mood", added("<mood>"), rows=330, uses="<mood>")
-    plan = check(read(project))
+    plan, bench, found, folder = averaged(project, tmp_path / "merged")
     assert "'mood': its expert added or renamed 1 tokens (<mood>)" in plan.notes[0]
-    bench = load(plan)
-    found = merge_and_score(bench, ["average"], budget=1, progress=False)
-    folder = write_merged(plan, bench, found, "average", tmp_path / "merged")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     table = model.get_input_embeddings().weight
     assert len(table) == 330 == model.config.vocab_size
@@ -176,10 +173,7 @@ def test_answers_end_where_each_expert_ends_them(tmp_path, cache):
     other = tokenizer()
     other.eos_token = other.convert_ids_to_tokens(71)
     resized(project, "same", other)
-    plan = check(read(project))
-    bench = load(plan)
-    found = merge_and_score(bench, ["average"], budget=1, progress=False)
-    folder = write_merged(plan, bench, found, "average", tmp_path / "merged")
+    plan, bench, found, folder = averaged(project, tmp_path / "merged")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert model.generation_config.eos_token_id == [0, 71] == model.config.eos_token_id
     for exam, stop in zip(bench.test, (0, 71), strict=True):

@@ -7,9 +7,8 @@ import pytest
 import torch
 import transformers
 from divmerge_book.models.merged import load_with_head
-from divmerge_book.user_models import check, load, merge_and_score, read, write_merged
 from helpers import MARKERS, WORDS
-from local_files import LABELS, changed, make_adapter, make_project, refused
+from local_files import LABELS, averaged, changed, make_adapter, make_project, refused
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -38,10 +37,7 @@ def grown(folder: Path, words: list[str], rows: int, pad: str | None = None) -> 
 
 def merged(project: Path, folder: Path):
     """The plan, the experiment, the average's parameters by name, and its folder."""
-    plan = check(read(project))
-    bench = load(plan)
-    found = merge_and_score(bench, ["average"], budget=1, progress=False)
-    write_merged(plan, bench, found, "average", folder, progress=False)
+    plan, bench, found, _ = averaged(project, folder)
     flat = found.made["average"].merged
     for number, task in enumerate(plan.tasks):  # what is written answers as what was merged
         batch = bench.test[number].batches[0]
