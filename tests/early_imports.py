@@ -5,6 +5,17 @@ come from their compiled files.
 """
 
 import importlib
+import os
+import sys
+
+import torch
+
+# Without a GPU, Triton's kernels run in its interpreter; it has to know before it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# A grammar of IRIs that jsonschema compiles for four seconds; nothing here holds an IRI.
+sys.modules["rfc3987_syntax"] = None
 
 for name in (
     *("IPython.display", "accelerate", "beartype.claw", "huggingface_hub", "matplotlib.pyplot"),

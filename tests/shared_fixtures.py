@@ -1,18 +1,12 @@
 """Fixtures: a tiny encoder in the hub's layout, toy tasks and experts, and caches of their own."""
 
-import os
 from dataclasses import replace
 
 import datasets
-import pytest
-import torch
-
-# Without a GPU, Triton's kernels run in its interpreter; it has to know before it is imported.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import early_imports  # noqa: F401
 import language_toys
+import pytest
+import torch
 from divmerge_book.data import downloads
 from divmerge_book.data.tasks import SUITES, TASKS, Suite
 from divmerge_book.evaluation.experiment import SIZES, Size, make_problem, prepare, prepare_language

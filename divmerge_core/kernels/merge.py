@@ -9,6 +9,8 @@ base) whatever the dtype of base and deltas. Two backends compute the same: `tor
 definition; and `triton`, one launch for the whole model.
 """
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -26,19 +28,15 @@ uncompiled = torch.compiler.disable if torch.version.cuda or torch.version.hip e
 # --- PyTorch --------------------------------------------------------------------------------------
 
 
-def merge_torch(base, deltas, coeffs, segments, out) -> None:
+def merge_rows(base, deltas, coeffs, out, rows) -> None:
     """The definition: in each group, the base plus a row of coefficients times a matrix."""
-
-    def share(rows) -> None:
-        for start, stop, group in rows:
-            for low, high, matrix in delta_storage.columns(deltas, start, stop, coeffs.dtype):
-                vector, row = base[None, low:high], coeffs[None, :, group]
-                if base.dtype == coeffs.dtype:  # one pass, no temporary
-                    torch.addmm(vector, row, matrix, out=out[None, low:high])
-                else:
-                    out[low:high] = torch.addmm(vector.to(coeffs.dtype), row, matrix)[0]
-
-    in_threads(share, segments, base)
+    for start, stop, group in rows:
+        for low, high, matrix in delta_storage.columns(deltas, start, stop, coeffs.dtype):
+            vector, row = base[None, low:high], coeffs[None, :, group]
+            if base.dtype == coeffs.dtype:  # one pass, no temporary
+                torch.addmm(vector, row, matrix, out=out[None, low:high])
+            else:
+                out[low:high] = torch.addmm(vector.to(coeffs.dtype), row, matrix)[0]
 
 
 def inner_range(
@@ -224,17 +222,16 @@ def inner_triton(grad, deltas, segments) -> Tensor:
 
 # --- what others call -----------------------------------------------------------------------------
 
-MERGES = {"torch": merge_torch, "triton": merge_triton}
-
 
 def write(base, deltas, coeffs, segments, out, backend) -> Tensor:
     """The forward formula into `out`, on a backend already resolved."""
     base, coeffs = base.detach(), coeffs.detach().to(wide(base.dtype)).contiguous()
     if isinstance(deltas, LowRankDeltas):
         deltas.merge(base, coeffs, segments, out)
+    elif backend == "triton" and not isinstance(deltas, delta_storage.StreamedDeltas):
+        merge_triton(base, deltas, coeffs, segments, out)
     else:
-        backend = "torch" if isinstance(deltas, delta_storage.StreamedDeltas) else backend
-        MERGES[backend](base, deltas, coeffs, segments, out)
+        in_threads(partial(merge_rows, base, deltas, coeffs, out), segments, base)
     return out
 
 

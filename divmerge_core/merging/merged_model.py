@@ -5,13 +5,14 @@ Autograd stops at the buffer; one product with the task vectors gives the gradie
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from divmerge_core.divergences.parse import Objective
-from divmerge_core.kernels.delta_storage import LowRankDeltas
+from divmerge_core.kernels.delta_storage import Deltas, LowRankDeltas
 from divmerge_core.kernels.expert_cache import TopKLogProbs
 from divmerge_core.kernels.merge import add_inner, grouped_inner, grouped_merge
 from divmerge_core.kernels.segments import Segments
@@ -118,6 +119,13 @@ def gather_in_buffer(
     return collect
 
 
+def consume(total: Tensor, deltas: Deltas, rows: Sequence, start: int, leaf: Tensor) -> None:
+    """Multiply a tensor's gradient, add the products to total [T, G], and free it."""
+    grad = leaf.grad.to_local() if hasattr(leaf.grad, "to_local") else leaf.grad
+    add_inner(total, grad.flatten(), deltas, rows, start)
+    leaf.grad = None
+
+
 def accumulate_with_hooks(
     leaves: Mapping[str, Tensor],
     vectors: TaskVectors,
@@ -131,19 +139,10 @@ def accumulate_with_hooks(
     """
     result = vectors.base.new_zeros(len(vectors.tasks), segments.num_groups)
 
-    def consume(start: int, stop: int) -> Callable[[Tensor], None]:
-        rows = segments.within(start, stop)
-
-        def hook(leaf: Tensor) -> None:
-            grad = leaf.grad.to_local() if hasattr(leaf.grad, "to_local") else leaf.grad
-            add_inner(result, grad.flatten(), vectors.deltas, rows, start)
-            leaf.grad = None
-
-        return hook
-
     for leaf, (start, stop) in zip(leaves.values(), vectors.layout.bounds, strict=True):
         if leaf.requires_grad and start < stop:
-            handle = leaf.register_post_accumulate_grad_hook(consume(start, stop))
+            hook = partial(consume, result, vectors.deltas, segments.within(start, stop), start)
+            handle = leaf.register_post_accumulate_grad_hook(hook)
             if hooks is not None:
                 hooks.append(handle)
 

@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 
+import early_imports  # noqa: F401
 import matplotlib.pyplot as plt
 import pytest
 from divmerge_book.user_models import check, load, read

@@ -144,6 +144,15 @@ def test_no_method_tries_more_candidates_than_another():
         assert len(found) == (1 if itself or not facts["search"] else 6), name
 
 
+def test_published_options_that_are_the_best_stand_once(monkeypatch):
+    toy_size(monkeypatch, candidates=2)
+    scores = iter([0.9, 0.5])
+    monkeypatch.setattr(hyperparameter_search, "validation_anp", lambda *_: next(scores))
+    report = run("task_arithmetic", published=True)
+    assert [fit["method"] for fit in report.fits] == ["task_arithmetic"]
+    assert set(report.rows.method) == {"expert", "base", "task_arithmetic"}
+
+
 def test_the_best_candidate_on_validation_rows_is_tested_beside_the_published_one(ran, monkeypatch):
     """A search over three thresholds of consensus, whose scores are fixed."""
     toy_size(monkeypatch, candidates=3)

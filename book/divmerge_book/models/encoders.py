@@ -13,6 +13,7 @@ import transformers
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.utils.rnn import pad_sequence
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoTokenizer
 
 from divmerge_book.data.downloads import fetch
@@ -184,13 +185,11 @@ def pooled(
 
 def join(batches: Sequence[Batch], pad: Mapping[str, int]) -> dict[str, Tensor]:
     """Inputs of several batches as one, padded to the longest."""
-    width = max(batch.inputs["input_ids"].shape[1] for batch in batches)
-
-    def widen(key: str, tensor: Tensor) -> Tensor:
-        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=pad.get(key, 0))
-
-    inputs = [batch.inputs for batch in batches]
-    return {key: torch.cat([widen(key, one[key]) for one in inputs]) for key in inputs[0]}
+    rows = {key: [row for one in batches for row in one.inputs[key]] for key in batches[0].inputs}
+    return {
+        key: pad_sequence(tensors, batch_first=True, padding_value=pad.get(key, 0))
+        for key, tensors in rows.items()
+    }
 
 
 def classifier_forward(
