@@ -124,9 +124,10 @@ def test_differences_of_pairs_are_listed_by_both_scores():
 def test_gains_by_task_are_in_kept_margin_and_name_what_is_lost():
     text = contests.by_task(MIXED, BOTH, "divmerge/task", "average")
     assert "seed): `even` -40 (-40 to -40), `uneven` +150 (+150 to +150)." in text
-    assert text.endswith("It is behind on `even`.")
+    assert "It is behind on `even`." in text
+    assert "on `uneven` (10.0 points) and `even` (50.0 points); the less, the fewer" in text
     text = contests.by_task(AHEAD, BOTH, "divmerge/task", "average")
-    assert text.endswith("It is behind on no task.")
+    assert "It is behind on no task." in text
 
 
 def summary(**rows: tuple) -> pd.DataFrame:

@@ -59,9 +59,14 @@ def by_task(report: Report, subset: str, ours: str, other: str) -> str:
         ends = f" ({own.min():+.0f} to {own.max():+.0f})" if len(own) > 1 else ""
         said.append(f"`{task}` {mean:+.0f}{ends}")
     behind = listed([f"`{task}`" for task in means.index[means < 0]], "no task")
+    experts = found[found.method == "expert"].groupby("task")[["value", "floor"]].mean()
+    least = (100 * (experts.value - experts.floor)).nsmallest(2)
+    few = listed([f"`{task}` ({gap:.1f} points)" for task, gap in least.items()])
     return (
         f"{title(ours)} minus {title(other)} by task, in points of kept margin as a mean over "
-        f"seeds (lowest to highest seed): {', '.join(said)}. It is behind on {behind}."
+        f"seeds (lowest to highest seed): {', '.join(said)}. It is behind on {behind}. "
+        f"Experts are least above the majority class on {few}; the less, the fewer rows "
+        "decide a kept margin."
     )
 
 
