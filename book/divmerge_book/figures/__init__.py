@@ -206,13 +206,14 @@ In brackets: on how many counted tasks a method is below the majority class.
 def landing(results: Path) -> None:
     """Draw the method, and `landing.svg` and `landing.md` from every stored Report in a folder.
 
-    GLUE's is the one with the larger encoder and all seven tasks, where it is stored. Without
-    stored Reports the text says that nothing has been measured yet.
+    A suite's is the one of `bases`, which has most methods, where it is stored. Without stored
+    Reports the text says that nothing has been measured yet.
     """
     schematics.save(schematics.method, results / "method.svg", height=3.6)
     files = {path.stem: path for path in sorted(results.glob("*.json"))}
-    if (seven := results / "bases" / "glue_minilm.json").exists():
-        files["glue_encoder"] = seven
+    for suite, name in (("embedded", "embedded_minilm"), ("glue_encoder", "glue_minilm")):
+        if (more := results / "bases" / f"{name}.json").exists():
+            files[suite] = more
     reports = {name: Report.load(path) for name, path in files.items()}
     if not reports:
         (results / "landing.md").write_text("No full-size results are stored yet.\n", "utf-8")
