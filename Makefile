@@ -109,4 +109,5 @@ $(STAMP): requirements.lock pyproject.toml
 	@# pip compiles on one core; a few packages hold templates that are no Python and fail here.
 	@$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 	$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[triton]'
+	@$(BIN)/python -m compileall -qq -j 0 divmerge_core book/divmerge_book
 	@touch $@ && rm $(VENV)/.installing
