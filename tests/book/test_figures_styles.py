@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from divmerge_book.figures import behaviour, landscapes, scaling, title
+from divmerge_book.figures.primitives import annotate
 from divmerge_book.figures.styles import LOOKS, style
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -94,3 +95,18 @@ def test_the_tables_that_figures_name_are_made_by_functions_that_exist(name):
     for function, thing in inspect.getmembers(module, inspect.isfunction):
         for cited in CITED.findall(inspect.getdoc(thing) or ""):
             assert cited in functions, f"{name}.{function} is drawn from `{cited}`, which is not"
+
+
+def test_names_cover_neither_each_other_nor_another_point(ax):
+    """Three points close by, one at the right end; names as long as a third of the figure."""
+    points = [(0.0, 0.0, "the first of all"), (0.1, 0.001, "b"), (0.15, 0.06, "c"), (1, 0.05, "end")]
+    for x, y, _ in points:
+        ax.plot(x, y, "o")
+    ax.margins(y=2)
+    annotate(ax, points)
+    ax.figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    for number, box in enumerate(boxes):
+        assert box.count_overlaps(boxes) == 1 and ax.bbox.count_contains(box.get_points()) == 2
+        places = [ax.transData.transform(point[:2]) for point in points]
+        assert not box.count_contains(places), points[number]

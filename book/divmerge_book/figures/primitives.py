@@ -78,24 +78,36 @@ def spread(table: pd.DataFrame, keys: Sequence[str], column: str) -> pd.DataFram
 def annotate(
     ax: Axes, points: Iterable[tuple], *, size: Number = 8, up: Number = 0, left: bool | None = None
 ) -> None:
-    """Names beside points (x, y, name), `up` points higher, and more where they would overlap.
+    """Names beside points (x, y, name), `up` points higher, and moved where that is not free.
 
-    left: names to the left of their points; None: to the left of those in the right half.
+    left: names to the left of their points; None: to the left of those in the right half, or to the
+    other side where only that has room.
     """
-    scale, extent = 72 / ax.figure.dpi, ax.get_window_extent().intervalx
-    taken: list[tuple[float, float, float]] = []  # left, right and height of labels, in points
-    for x, y, text in sorted(points, key=lambda point: point[1]):
-        at, height = scale * ax.transData.transform((x, y))
-        flip = at > scale * sum(extent) / 2 if left is None else left
-        width, top = 0.58 * size * len(text), height + up
-        begin = at - 7 - width if flip else at + 7
-        for low, high, other in sorted(taken, key=lambda label: label[2]):
-            if begin < high and low < begin + width and abs(top - other) < 1.5 * size:
-                top = other + 1.5 * size
-        taken.append((begin, begin + width, top))
-        place = {"xytext": (-7 if flip else 7, top - height), "textcoords": "offset points"}
+    scale, extent = 72 / ax.figure.dpi, ax.get_window_extent().intervalx * 72 / ax.figure.dpi
+    points = sorted(points, key=lambda point: point[1])
+    spots = [scale * ax.transData.transform(point[:2]) for point in points]
+    taken = [(at - 5, at + 5, height) for at, height in spots]  # left, right and height, in points
+
+    def free(low: float, high: float, height: float) -> bool:
+        apart = (
+            high < left or right < low or abs(height - y) > 0.8 * size for left, right, y in taken
+        )
+        return extent[0] < low and high < extent[1] and all(apart)
+
+    for (x, y, text), (at, height) in zip(points, spots, strict=True):
+        width, flip = 0.58 * size * len(text), at > extent.mean() if left is None else left
+        sides = {True: (at - 7 - width, at - 7), False: (at + 7, at + 7 + width)}
+        tries = [
+            (side, up + step)
+            for step in (0, 6, -6, 12, -12, 18, -18)
+            for side in ((flip, not flip) if left is None else (flip,))
+        ]
+        side, shift = next((t for t in tries if free(*sides[t[0]], height + t[1])), tries[0])
+        taken.append((*sides[side], height + shift))
+        place = {"xytext": (-7 if side else 7, shift), "textcoords": "offset points"}
+        place["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.2, "alpha": 0.7}
         ax.annotate(
-            text, (x, y), ha="right" if flip else "left", va="center", fontsize=size, **place
+            text, (x, y), ha="right" if side else "left", va="center", fontsize=size, **place
         )
 
 
