@@ -11,7 +11,7 @@ from torch import Tensor
 from divmerge_core.checkpoints.model_card import MergeRecord, group_numbers
 from divmerge_core.checkpoints.safetensors_io import Stored, StoredModel
 from divmerge_core.checkpoints.shards import KINDS, Planned
-from divmerge_core.merging.task_vectors import require_mapping
+from divmerge_core.merging.require import require_mapping
 
 BLOCK = 1 << 17  # numbers merged at a time: fewer leave calls the larger share, more the cache
 # One block of a tensor: (place in it, the base's numbers [n], deltas [T, n]) -> merged numbers [n].

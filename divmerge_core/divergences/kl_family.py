@@ -107,8 +107,7 @@ def skewed(beta: float) -> dict:
 def js(expert: Float[Tensor, "*A V"], merged: Float[Tensor, "*A V"]) -> Float[Tensor, "*A"]:
     r"""Jensen-Shannon divergence, (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2, in nats.
 
-    Symmetric, between 0 and log 2. Source: DivMerge (arXiv 2509.02108), Eq. 4 with D = JS, its
-    default.
+    Symmetric, between 0 and log 2. Source: DivMerge (arXiv 2509.02108), Eq. 4, D = JS (default).
 
     >>> round(js(torch.tensor([[100.0, 0.0]]), torch.tensor([[0.0, 100.0]])).item(), 4)
     0.6931
@@ -134,8 +133,7 @@ def skew_js(
 
     beta: in [0.001, 0.999], the weight of q in the mixture and of its own term; 1/2 is js. As beta
     goes to 0, skew_js / beta goes to reverse_kl; as it goes to 1, skew_js / (1 - beta) goes to kl.
-    At most the entropy of a coin that falls on one side with chance beta. Raises ValueError for
-    other betas.
+    At most the entropy of a coin of chance beta. Raises ValueError for others.
     """
     BETA.check(beta)
     return divergence(expert, merged, "js", beta)

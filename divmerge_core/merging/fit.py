@@ -193,8 +193,7 @@ def fingerprint(
 ) -> dict[str, object]:
     """All that determines a fit, by name: settings as they are, tensors and code by digests.
 
-    `model`, the forward pass with heads and precision, is identified by the base's logits on one
-    batch of every task.
+    `model`, the forward pass with heads and precision: by the base's logits on a batch per task.
     """
     answers = [
         problem.logits(vectors.base, task, batches[0])
@@ -250,8 +249,7 @@ def fit_coefficients(
     every tensor's gradient as it comes and frees it; `buffer` keeps all N for one pass at the end
     (a problem on several devices always streams). checkpoint: a file of all losses and gradients so
     far: an interrupted fit, called again with the same arguments, replays them and ends at the same
-    coefficients bit for bit (`fingerprint` identifies a fit). callback: called with a Step before
-    every update.
+    coefficients bit for bit (`fingerprint` identifies a fit). callback: gets a Step before updates.
 
     Raises ValueError for a checkpoint of another fit or on several devices, unknown names, values
     outside these ranges, a task without inputs, and targets that do not fit the batches; and

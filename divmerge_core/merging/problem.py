@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from divmerge_core.kernels.expert_cache import TopKLogProbs
 from divmerge_core.kernels.segments import Segments
+from divmerge_core.merging.require import require
 from divmerge_core.merging.task_vectors import TaskVectors
 
 
@@ -80,11 +81,16 @@ class MergeProblem:
     reducer: GradientReducer | None = field(default=None, repr=False)
 
     def __post_init__(self):
+        kinds = {"vectors": TaskVectors, "batches": Sequence, "forward": Callable}
+        for name, kind in kinds.items():
+            require(getattr(self, name), kind, name, "MergeProblem(vectors, batches, forward)")
         if len(self.batches) != len(self.vectors.tasks):
             raise ValueError(
                 f"{len(self.vectors.tasks)} tasks but inputs for {len(self.batches)}; "
                 "give one sequence of batches per task (it may be empty)"
             )
+        for task, own in zip(self.vectors.tasks, self.batches, strict=True):
+            require(own, Sequence, f"batches of {task!r}", "a list of Batch, which may be empty")
 
     def logits(self, flat: Float[Tensor, " N"], task: int, batch: Batch) -> Float[Tensor, "A V"]:
         """Logits of the model with parameters `flat` on a task's inputs."""

@@ -6,6 +6,7 @@ from functools import partial
 from itertools import accumulate, chain
 from math import prod
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,10 +15,10 @@ from divmerge_core.kernels.delta_storage import Deltas, Factors, Int8Deltas, Low
 from divmerge_core.kernels.host_offload import StreamedDeltas
 from divmerge_core.kernels.merge import grouped_merge
 from divmerge_core.kernels.segments import Segments
+from divmerge_core.merging.require import require, require_mapping
 from divmerge_core.registry import Registry
 
 STORAGES = Registry("storage")
-STATE = "names to tensors, such as module.state_dict()"
 
 
 def stacked(dtype: torch.dtype | None) -> Callable[[Iterator[Tensor], int], Tensor]:
@@ -39,15 +40,6 @@ STORAGES.register("float16")(stacked(torch.float16))
 STORAGES.register("int8")(lambda rows, count: Int8Deltas.of(rows))
 STORAGES.register("streamed")(StreamedDeltas.of)
 STORAGES.register("streamed_bfloat16")(partial(StreamedDeltas.of, dtype=torch.bfloat16))
-
-
-def require_mapping(given: object, who: str, to: str = STATE, kind: type = Tensor) -> None:
-    """Raise ValueError, saying what it should map names to, unless these are of a kind."""
-    odd = {who: given}
-    if isinstance(given, Mapping):
-        odd = {f"{who}: {name}": one for name, one in given.items() if not isinstance(one, kind)}
-    for name, one in odd.items():
-        raise ValueError(f"{name} is a {type(one).__name__}; give a mapping of {to}")
 
 
 def unmergeable(tensor: Tensor) -> str | None:
@@ -139,6 +131,7 @@ class Layout:
 
     def unflatten(self, flat: Float[Tensor, " N"]) -> dict[str, Tensor]:
         """Views of the flat vector under their names: writing to one writes to the vector."""
+        require(flat, Tensor, "the vector", f"one tensor of {self.size} numbers, such as a merge")
         if flat.shape != (self.size,):
             raise ValueError(f"expected a vector of {self.size} numbers, got {tuple(flat.shape)}")
         return {
@@ -181,6 +174,10 @@ class TaskVectors:
     deltas: Deltas
 
     def __post_init__(self):
+        stores = Tensor | Int8Deltas | LowRankDeltas | StreamedDeltas
+        kinds = {"layout": Layout, "tasks": tuple | list, "base": Tensor, "deltas": stores}
+        for name, kind in kinds.items():
+            require(getattr(self, name), kind, name, "TaskVectors(layout, tasks, base, deltas)")
         shape, size = tuple(self.deltas.shape), self.layout.size
         if shape != (len(self.tasks), size) or self.base.shape != (size,):
             raise ValueError(
@@ -202,9 +199,8 @@ class TaskVectors:
 
         Whole numbers and truth values (counters, positions, masks) are not in the layout: they stay
         the base's, which has to be what every expert has too. storage: how task vectors are kept, a
-        name in STORAGES; `streamed` leaves them in the host's memory. Raises ValueError, naming the
-        tensors, where an expert's differ in name or shape, are not finite, or are of a kind that
-        cannot be added up: complex, float8, quantised, sparse, or without numbers.
+        name in STORAGES; `streamed` leaves them in the host's memory. Raises ValueError for tensors
+        of other names or shapes than the base's, not finite, complex, float8, quantised or sparse.
         """
         store, weights = STORAGES[storage], without_counts(base, base, "the base model")
         layout = Layout.of(weights)
@@ -279,6 +275,8 @@ class TaskVectors:
 
     def merge(self, weights: Sequence[float | int]) -> Float[Tensor, " N"]:
         """theta_0 + sum_t weights[t] tau_t: one coefficient per task for the whole model."""
+        cure = f"a list with a number for each of {', '.join(self.tasks)}, in this order"
+        require(weights, list | tuple | np.ndarray | Tensor, "weights", cure)
         coeffs = torch.tensor(list(weights), dtype=torch.float64, device=self.base.device)
         segments = Segments(((0, self.layout.size, 0),))
         return grouped_merge(self.base, self.deltas, coeffs[:, None], segments)

@@ -16,10 +16,34 @@ calls the score.
 """
 
 import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
+from divmerge_core.merging.problem import MergeProblem
+from divmerge_core.merging.require import require
 from divmerge_core.registry import Registry
 
-METHODS = Registry("method", needs="nothing", cost="weights", symmetric=True, search=())
+
+class Methods(Registry):
+    """Methods that refuse, in words, what is no MergeProblem."""
+
+    def register(self, name: str, **facts: Any) -> Callable[[Any], Any]:
+        keep = super().register(name, **facts)
+
+        def guarded(method: Callable) -> Callable:
+            @wraps(method)
+            def call(problem: MergeProblem, *given: Any, **options: Any) -> Any:
+                require(problem, MergeProblem, f"the problem of {name}", CURE)
+                return method(problem, *given, **options)
+
+            return keep(call)
+
+        return guarded
+
+
+CURE = "MergeProblem(vectors, batches, forward); a method that reads no inputs takes [] per task"
+METHODS = Methods("method", needs="nothing", cost="weights", symmetric=True, search=())
 
 from divmerge_core.methods import (
     adaptive,

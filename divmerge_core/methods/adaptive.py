@@ -115,8 +115,7 @@ def adamerging(
     per task and step; FusionBench's configurations do neither, nor do the defaults here.
     FusionBench's versions for GPT-2 and Flan-T5 take the entropy of the batch's mean logits, which
     rewards one confident answer for all inputs: `mean_logit=True`. All its versions leave dropout
-    on where the network has any: `dropout=True`. With neither, its layer-wise loop takes the same
-    steps as this one.
+    on where the network has any: `dropout=True`. With neither, its layer-wise loop takes our steps.
 
     Raises ValueError for unknown names, values out of range, a task without inputs, a fit that
     diverges, and for dropout where the problem knows no module.

@@ -53,8 +53,7 @@ def average(problem: MergeProblem) -> Float[Tensor, " N"]:
     All tensors alike; there are no options.
 
     Pitfalls: Where task vectors are nearly orthogonal, each shrinks to 1/T of its length, so with
-    many tasks the merge goes back to the base. The paper averages experts of one task, not of
-    several.
+    many tasks the merge goes back to the base. The paper averages experts of one task only.
 
     Source: Wortsman et al. 2022 (arXiv 2203.05482), the uniform soup.
     """
@@ -83,11 +82,9 @@ def task_arithmetic(problem: MergeProblem, *, scale: float = 0.3) -> Float[Tenso
     All tensors alike. `scale` is $\lambda$, any finite number: the paper's code takes 0.3 for eight
     vision tasks, and chooses from 0 to 1 in steps of 0.05 on validation rows; 1/T is the average.
 
-    Pitfalls: The best scale falls as tasks get more, and well above it accuracy collapses. All
-    tasks share it.
+    Pitfalls: The best scale falls with more tasks; well above it accuracy collapses. All share it.
 
-    Peers: mergekit's `task_arithmetic` weighs each task by itself, and is the same at equal
-    weights.
+    Peers: mergekit's `task_arithmetic` has a weight for each task; equal ones give the same.
 
     Raises ValueError for a scale that is not finite.
 
@@ -231,8 +228,7 @@ def dare(
     Peers: mergekit takes the share that stays (`density`) and rescales as `l1` by default; its
     DARE-TIES trims no more, which is `keep=1.0`. FusionBench drops half.
 
-    Raises ValueError unless `drop` is in [0, 1), `keep` in (0, 1], `scale` finite, and the names
-    known.
+    Raises ValueError unless `drop` is in [0, 1), `keep` in (0, 1], `scale` finite, names known.
 
     Source: Yu et al. 2024 (arXiv 2311.03099).
     """

@@ -147,12 +147,10 @@ def dp_mixture(
     OPCM with `share`; $n_l$ is the size of group $l$, and $e_l(x)$ how far the joined model answers
     from the expert, in units of the change from base to expert (see `residuals`). A new group is
     judged by base plus `start` times the task vector, as the expert itself would always win: so an
-    expert joins where about that share of its change survives. The task's number finds the model
-    when it answers.
+    expert joins where about that share of its change survives. A task's number finds its model.
 
     zeta: 0 gives `opcm`, `inf` every expert alone; the authors take 2. sigma: the authors' 0.25.
-    start: in [0, 1), a choice made here. posterior: `log` as above, or `published` for the authors'
-    form.
+    start: in [0, 1), our choice. posterior: `log` as above, or `published` for the authors' form.
 
     Pitfalls: The loss of a group's earlier members is ignored and assignments are final, so order
     may matter. More models need more storage, so compare at equal storage. It costs one merge and
@@ -163,8 +161,7 @@ def dp_mixture(
     choices. The authors' code multiplies softmaxes of likelihoods and of a tenth of the prior,
     which makes the prior nearly flat: with `published` the limits of `zeta` do not hold.
 
-    Raises ValueError for values out of range, a task without inputs, and logits that are not
-    finite.
+    Raises ValueError for values out of range, a task without inputs, and infinite logits or NaN.
 
     Source: Wang et al. 2022, arXiv 2205.10787.
     """

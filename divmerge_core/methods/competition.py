@@ -71,8 +71,7 @@ def pcb(
     1], are weights; the others weigh 0. Task vectors enter the mean clipped. All tensors alike.
     `ratio` in (0, 1], `clip` in [0, 0.5) and `scale`: the authors' defaults are 0.1, 0.01 and 1.2.
     `inter`: `pairwise` is the sum above, the authors' vision script; `total` is tanh of the product
-    with the summed task vectors, raw: their language script, with `clip=0.01`, and their short one,
-    with `clip=1e-4`.
+    with the summed task vectors, raw: their language scripts, whose `clip` is 0.01 or 1e-4.
 
     Pitfalls: At `total` the products are tiny, so tanh is nearly linear and the score hardly
     depends on accord. One outlier fixes the unit of a whole model: that is what `clip` is for.
@@ -81,8 +80,7 @@ def pcb(
     where both have exp and tanh. They keep one entry fewer, round the upper quantile down, and may
     search one scale per task.
 
-    Raises ValueError unless `ratio` is in (0, 1], `clip` in [0, 0.5), `scale` finite and `inter`
-    known.
+    Raises ValueError unless `ratio` in (0, 1], `clip` in [0, 0.5), `scale` finite, `inter` known.
 
     Source: Du et al. 2024 (arXiv 2410.02396).
     """

@@ -24,8 +24,7 @@ PAPER_INPUTS = {"task": 200, "block": 200, "layer": 400}  # per task; the paper 
 def limit(problem: MergeProblem, inputs: int | None, grouping: str) -> MergeProblem:
     """The problem with `inputs` inputs per task, in whole batches taken evenly from all of them.
 
-    Rounded up to whole batches; all inputs where there are fewer. None means PAPER_INPUTS (Table 9
-    of the paper).
+    Rounded up to whole batches; all inputs where there are fewer. None: PAPER_INPUTS (its Table 9).
     """
     inputs = PAPER_INPUTS.get(grouping, 200) if inputs is None else inputs
     if inputs < 1:
@@ -118,8 +117,7 @@ def divmerge(
     with `lr` 0.1 gets near its loss in a tenth of the steps; `lbfgs` sees all inputs in every step
     and needs the fewest passes for a low loss: give it 32 inputs and 10 to 20 epochs, and more
     inputs by layer, where it overfits few. `epochs` and `lr`: passes over the inputs, and Adam's
-    step size. checkpoint: a file from which an interrupted fit resumes. callback: called with every
-    step.
+    step size. checkpoint: a file from which a killed fit resumes. callback: called with every step.
 
     Pitfalls: It copies the experts, mistakes included, and needs inputs of the test distribution.
     Tasks are weighted equally, whatever their number of classes: one with large divergences
@@ -132,8 +130,7 @@ def divmerge(
     clamp its step is the one taken here. A later comparison (arXiv 2610.07819) reports 100 steps of
     size 0.01 with 200 inputs and `js`.
 
-    Raises ValueError for unknown names, values out of range, a task without inputs, and a fit that
-    diverges.
+    Raises ValueError for unknown names, values out of range, a task without inputs, divergence.
 
     Source: Touayouch et al. 2026, arXiv 2509.02108, Eq. 4 and Algorithm 1.
     """

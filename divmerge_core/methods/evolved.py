@@ -79,22 +79,19 @@ def layer_evolution(
     $$
 
     Idea: The best model of a task may combine another expert's attention with its own MLPs.
-    Mutation and selection find such combinations from a score alone, and finished tasks are never
-    changed again.
+    Mutation and selection find such combinations from a score alone; finished tasks never change.
 
     Tasks come in their order. Each starts at its own expert, in place of the source's training of
     clones; `steps` generations of `children` mutate parents, the best and least used first, and a
     child is kept unless it scores below its parent on this task. Then the best path is locked:
     later tasks may copy it and never change it, so a finished task's answers stay the same to the
-    last bit. All tensors of a group, of whatever shape, move together. A child differs in one gene
-    at least.
+    last bit. All tensors of a group, of whatever shape, move together. A child is never its parent.
 
     score: of one model per task; while a task evolves, earlier ones answer by their locked paths
     and later ones by the base, so a mean over tasks ranks this task's paths. It is called T (1 +
     `steps` times `children`) times; 32 and 4 are published. size_base: the b above, in (0, 1]; $s$
     is the share of N that the path takes, where a gene that k tasks use counts 1/k. 1 (published)
-    ignores size, 0.9 prefers shared genes. on_score: called after every score with the best one of
-    the task so far.
+    ignores size, 0.9 prefers shared genes. on_score: called after every score with the task's best.
 
     Pitfalls: So many choices overfit a small validation split. The result needs each input's task:
     compare it with the experts, not with one merged model. Where groups do not interact, a greedy
@@ -150,8 +147,7 @@ def layer_evolution(
 def covariance_adaptation(start: Float[Tensor, " n"], sigma: float, seed: int) -> Any:
     """pycma's CMAEvolutionStrategy: its own constants, silent, with random numbers from the seed.
 
-    It would seed NumPy's global generator, or draw from it, unless it is given a function to draw
-    from and no seed.
+    It would seed NumPy's global generator, or draw from it, but for a given `randn` and no seed.
     """
     import cma  # here, as it imports a plotting library
 
@@ -221,8 +217,7 @@ def evolved_coefficients(
     parameters in a box, and published no search code. mergekit's `mergekit-evolve` searches all
     numbers of a recipe by CMA-ES.
 
-    Raises ValueError for options out of range, an unknown grouping, a missing score, and one that
-    is not finite.
+    Raises ValueError for options out of range, unknown groupings, a missing or infinite score, NaN.
 
     Source: Akiba et al. 2025, arXiv 2403.13187; CMA-ES is Hansen 2016, arXiv 1604.00772.
     """

@@ -201,8 +201,7 @@ def prodistill(
     transformer block. $z$ comes out of the stages merged before, $z_t$ out of the expert alone.
     Matrices, biases, norms and embeddings of a stage are all fitted; what lies in no stage keeps
     the coefficient `init`. One batch of every task per step of Adam; the square is summed over
-    features and averaged over tokens without padding. A language model has to run without its
-    cache.
+    features and averaged over tokens without padding. A language model must run without its cache.
 
     `init` and `lr`: published as 0.3 and 0.01. inputs: per task, published as 64 for text; None for
     DivMerge's 200. epochs: published as 50 for text.
@@ -214,8 +213,7 @@ def prodistill(
     embeddings at `init`, and dropout on in the block that learns; none of these is done here.
 
     Raises ValueError for values out of range, a task without inputs, a problem without a module
-    that runs, a loss that stops being finite, and a stage 100 times as far from the base as in any
-    expert.
+    that runs, a loss that is not finite, a stage 100 times as far from the base as any expert's.
 
     Source: Xu et al. 2025, arXiv 2502.12706.
     """

@@ -64,8 +64,7 @@ def breadcrumbs(
     0.01 is gentler. Small tensors lose their largest entry as soon as `remove` rounds to one.
 
     Peers: The authors' code ranks within rows. mergekit's `density` and `gamma` are `keep` and
-    `remove`, 0.01 there; it rounds both numbers of entries down, so that a tensor of a few entries
-    may lose them all.
+    `remove`, 0.01 there; it rounds both numbers of entries down, so small tensors may lose all.
 
     Raises ValueError unless `keep` is in (0, 1], `remove` in [0, 1), their sum at most 1, `scale`
     finite, and `per` known.
@@ -133,8 +132,7 @@ def consensus(
     validation rows; here it is one for all. `agree` is k, in the paper 2, which drops what none or
     one task uses; 0 is task arithmetic, and more than T gives the base. `scale` is $\lambda$.
 
-    Pitfalls: One expert alone gives the base at `agree=2`. With two tasks an entry must serve both,
-    so little is left.
+    Pitfalls: One expert alone gives the base at `agree=2`. With two tasks, few entries serve both.
 
     Peers: FusionBench's method compares the base's weights where these lines compare task vectors;
     its helper of the same name does not.

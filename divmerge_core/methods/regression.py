@@ -51,8 +51,7 @@ def regmean(
     Peers: Where inputs leave a choice, public code inverts a singular matrix all the same; and it
     counts padding, which is left out here.
 
-    Raises ValueError for values out of range, a task without inputs, and a problem without its
-    module.
+    Raises ValueError for values out of range, a task without inputs, a problem without module.
 
     Source: Jin et al. 2023 (arXiv 2212.09849).
     """

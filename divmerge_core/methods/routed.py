@@ -66,12 +66,10 @@ def wemoe(
     input of the block's first such layer, and padding is left out of the mean. All else, embeddings
     too, is task arithmetic at `scale`, which is also where the weights $w$ start; they may be
     negative. The routers learn alone, by Adam, to lower the answers' entropy summed over tasks, one
-    batch of each task per step, with $w$ averaged over the batch; the result answers with a $w$ of
-    each input's own.
+    batch of each task per step, with $w$ averaged over the batch; each input's own $w$ answers.
 
     scale: published as 0.3. router_layers: matrices of a router, published as 2 and 1; with 0 it is
-    a constant vector, so that `steps=0` gives task arithmetic. `steps` and `lr`: published as 1000
-    and 0.0001.
+    a constant vector, so that `steps=0` gives task arithmetic. Published: 1000 steps, lr 0.0001.
 
     Pitfalls: Entropy alone may collapse to one answer. All experts' MLPs have to be stored, and two
     matrices per router add d x d numbers per block. Published runs train on test inputs. Initial

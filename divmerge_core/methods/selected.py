@@ -119,8 +119,7 @@ def selection_policy(
     and loses accuracy where no expert is corrupted. Draws follow the experts' order, so it matters.
 
     Peers: The policy is that of the authors' code, there over classifiers whose knowledge is
-    distilled into a meta-learner; the merge, the experts drawn one by one and the thresholds are
-    this package's.
+    distilled into a meta-learner; the merge, the experts drawn singly and the thresholds are ours.
 
     Raises ValueError for options out of range, a rule that is not data-free, a missing score, and
     one that is not finite.

@@ -242,8 +242,7 @@ def wudi(
     on the weights of linear layers alone: `steps=300, scope="linear"`.
 
     Pitfalls: The loss is quadratic and the step count a choice: no step leaves the sum of task
-    vectors, and the limit is a least-squares solution in closed form, how near is decided by `lr`
-    and `steps`.
+    vectors, and the limit is a least-squares solution in closed form; `lr`, `steps` say how near.
 
     Peers: FusionBench's function, called without its example's options, takes 300 steps too. The
     gradient here is the same, summed over experts once and not at every step. A user of the

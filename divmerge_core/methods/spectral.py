@@ -125,8 +125,7 @@ def iso_c(problem: MergeProblem, *, scale: float = 1.0) -> Float[Tensor, " N"]:
     equal singular values every direction of the sum has the same weight.
 
     Every tensor with two axes counts, embeddings too; all others take the mean, not the sum.
-    `scale` applies to both: the authors search 0.1 to 3.0 on validation rows, FusionBench's pages
-    show 1.5.
+    `scale` applies to both: the authors search 0.1 to 3.0 on validation rows, FusionBench has 1.5.
 
     Pitfalls: Where the sum has low rank (LoRA experts) its null directions get the same weight as
     any other, in directions that are rounding noise: expect less there. One expert alone keeps its
@@ -243,19 +242,16 @@ def knots(
     The pieces $\operatorname{diag}(s) V_t^\top = U^\top D_t$ are merged over all tensors at once,
     and U maps the outcome back. Every tensor with two axes counts, embeddings too; all others join
     TIES as they are. `keep` and `scale` as in `ties`, here the authors' for ViT-B: 0.2 and 0.6.
-    `shared`: the side of the matrices that has the common basis, `output` as with the authors, or
-    `input`.
+    `shared`: the side of the matrices that has the common basis, `output` (theirs) or `input`.
 
-    Pitfalls: Made for LoRA experts. At full rank the SVD, in float64, is slow on tall matrices such
-    as embeddings.
+    Pitfalls: Made for LoRA experts. At full rank the SVD, in float64, is slow on embeddings.
 
     Peers: The authors' code drops directions with s below 1e-5, FusionBench below 1e-4; here s is
     held against the largest one, so that the unit of the weights does not matter. The authors' code
     also appends a layer's bias to its weight as one more column, and its `input` side works for
     square matrices only.
 
-    Raises ValueError for a side that does not exist, a scale that is not finite, and a share
-    outside (0, 1].
+    Raises ValueError for a side that does not exist, an infinite scale, a share outside (0, 1].
 
     Source: Stoica et al. 2025 (arXiv 2410.19735).
     """

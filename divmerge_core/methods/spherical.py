@@ -60,13 +60,11 @@ def slerp(problem: MergeProblem, *, t: float = 0.5) -> Float[Tensor, " N"]:
     Pitfalls: Experts of one base are often closer than that, and slerp is then the average. It
     takes two experts, and their order matters unless t is 0.5.
 
-    Peers: mergekit and FusionBench agree but for zero tensors, whose angle they take for a right
-    one.
+    Peers: mergekit and FusionBench agree but for zero tensors, whose angle they call a right one.
 
     Raises ValueError unless there are two experts and t is in [0, 1].
 
-    Source: Shoemake 1985 for the arc; mergekit (arXiv 2403.13257) for its use. It is in no paper on
-    merging.
+    Source: Shoemake 1985 for the arc; mergekit (arXiv 2403.13257) for its use (no paper).
     """
     vectors = problem.vectors
     if len(vectors.tasks) != 2:
@@ -113,8 +111,7 @@ def multi_slerp(
 
     Raises ValueError unless `weights` are T positive numbers and `origin` is known.
 
-    Source: mergekit's `multislerp`; its paper, Goddard et al. 2024 (arXiv 2403.13257), is older
-    than the method.
+    Source: mergekit's `multislerp`; its paper, Goddard et al. 2024 (arXiv 2403.13257), is older.
     """
     check_choice("origin", origin, ("base", "zero"))
     vectors, deltas = problem.vectors, dense(problem.vectors.deltas)

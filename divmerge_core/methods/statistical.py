@@ -55,15 +55,13 @@ def fisher(
 
     Pitfalls: One backward pass per input and answer. Where every $F_t$ is below the floor, experts
     are weighted by $c_t$ alone, which is largest for the most confident expert: a floor that is
-    large beside $F_t$ decides the merge. Words that a task's inputs do not contain have no
-    information.
+    large beside $F_t$ decides the merge. Words in no input of a task have no information.
 
     Peers: MergeLM and FusionBench sum root p times log p over answers and over a batch before they
     square, so that terms cancel: of two answers, an undecided input counts for nothing. They add
     the floor. The authors floor one chosen expert only, and search weights of experts.
 
-    Raises ValueError for values out of range, a task without inputs, and logits that are not
-    finite.
+    Raises ValueError for values out of range, a task without inputs, and infinite logits or NaN.
 
     Source: Matena and Raffel 2022 (arXiv 2111.09832).
     """
@@ -88,8 +86,7 @@ def fisher_diagonal(
     """Mean over a task's inputs of sum_y p(y) (d log p(y) / d theta)^2, with p the model's own.
 
     One backward pass for every input (every answer position of a language model) and answer:
-    exact, with no drawn labels, and meant for classifiers. Raises ValueError at logits that are
-    not finite.
+    exact, with no drawn labels, and for classifiers. Raises ValueError at infinite logits or NaN.
     """
     leaves = problem.vectors.layout.unflatten(flat.detach().clone())
     for leaf in leaves.values():

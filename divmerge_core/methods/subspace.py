@@ -64,8 +64,7 @@ def esm(
     tasks, input dimensions and layers ($\beta$), each by (norm / mean norm) to the `power`, 2 in
     the paper, as in the authors' vision code; `layer` polarises layers alone, as in their RoBERTa
     code. `scale` is $\lambda$: in the former 2 alpha, with alpha searched in [0, 2] on validation
-    labels, in the latter searched in [0, 5]. `inputs`: per task, in whole batches drawn by `seed`;
-    the paper takes 32.
+    labels, in the latter searched in [0, 5]. `inputs`: per task, in drawn batches; 32 published.
 
     Pitfalls: The result has equal singular values, so one expert alone does not come back. Few
     layers of a kind make power 2 fragile: try 0 or 1. With fewer tokens than M/T, directions that
@@ -132,8 +131,7 @@ def esm_pp(
     expert's inputs, $m_t$ is the task's mean layer input, and $\bar x$ the mean over an input's own
     tokens, padding left out. Every layer chooses for itself; the task number is not looked at.
     Biases and embeddings stay ESM's. `rank`: 32 in the paper. `layers`: a regular expression for
-    the weights that get such a way; the empty one takes all linear layers. Other options are those
-    of `esm`.
+    the weights that get such a way; the empty one takes all linear layers. Others are `esm`'s.
 
     Pitfalls: It returns a predictor, which stores rank (M + K) more numbers per layer and task.
     Tasks of similar texts have similar means, and then inputs go to a wrong expert.

@@ -69,7 +69,26 @@ def main() -> None:
         weight, bias = parameters["weight"], parameters["bias"]
         return [torch.nn.functional.linear(batch.inputs["x"], weight, bias) for _, batch in pairs]
 
+    for given in ({"one": 1.0}, {0: 1, 1: 2}, {0.5}, 1.0, None, "12"):
+        said = f"weights is a {type(given).__name__}; give a list with a number for each of one, "
+        assert refused(vectors.merge, given).startswith(said)
+    assert "one tensor of 16 numbers" in refused(vectors.layout.unflatten, base)
+    parts = (vectors.layout, vectors.tasks, vectors.base, vectors.deltas)
+    for n, name in enumerate(("layout", "tasks", "base", "deltas")):
+        given = [*parts[:n], base, *parts[n + 1 :]]
+        assert f"{name} is a dict; give TaskVectors(lay" in refused(TaskVectors, *given)
+    for said, *given in (
+        ("batches is a function", vectors, forward, batches),
+        ("vectors is a list", batches, vectors, forward),
+        ("batches is a dict", vectors, dict.fromkeys(states, batches[0]), forward),
+        ("forward is a NoneType; give MergeProblem(vec", vectors, batches, None),
+        ("batches of 'one' is a Batch; give a list", vectors, sum(batches, []), forward),
+    ):
+        assert said in refused(MergeProblem, *given)
     problem = MergeProblem(vectors, batches, forward)
+    for given in (vectors, states, None):
+        said = refused(METHODS["average"], given)
+        assert f"of average is a {type(given).__name__}; give MergeProblem(vec" in said
     average = METHODS["task_arithmetic"](problem, scale=0.5)
     torch.testing.assert_close(average, vectors.merge([0.5, 0.5]))
     losses = []

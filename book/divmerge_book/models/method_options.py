@@ -58,6 +58,6 @@ def check_options(spec: str, tasks: Sequence[str], options: Mapping[str, object]
     try:
         METHODS[name](small_problem(tasks), **own)
     except (Begun, Diverged):
-        pass
+        pass  # all options were checked: it asked for logits or a score, or toys made it diverge
     except TypeError as error:  # of a mapping of another method's options
         raise ValueError(f"{spec} does not take {dict(options)}: {error}") from error
