@@ -97,7 +97,7 @@ def instead(files: Sequence[Path]) -> str:
     if lost := [file.name for file in files if file.is_symlink() and not file.exists()]:
         return f" ({lost[0]} is a link to nothing: its cache was emptied or moved; fetch it again)"
     beside = sorted(path.name for path in files[0].parent.iterdir() if OTHERS.search(path.name))
-    if cut := [name for name in beside if "incomplete" in name]:
+    if cut := [name for name in beside if re.search(r"incomplete|-of-\d+\.safet", name)]:
         return f" (but {cut[0]}: the download did not end; fetch it again)"
     return f" (but {', '.join(beside[:3])})" if beside else ""
 

@@ -209,6 +209,12 @@ def rewritten(folder: Path, **fields) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
+def begun(folder: Path, word: str) -> None:
+    """config.json that begins otherwise."""
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace("{", word, 1))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -232,6 +238,15 @@ def rewritten(folder: Path, **fields) -> None:
         (partial(rewritten, id2label={"0": "a", "2": "b"}), r"numbers the outputs \[0, 2\]; they"),
         (partial(rewritten, id2label={"0": "a", "1": "a"}), "distinct and not empty; give labels"),
         (partial(rewritten, id2label={"0": "a", "1": ""}), "distinct and not empty; give labels"),
+        (partial(rewritten, id2label=["a", "b"]), "it maps the outputs' numbers to names, such as"),
+        (partial(rewritten, id2label={"a": 0}), "it maps the outputs' numbers to names, such as"),
+        (
+            partial(rewritten, label2id={"negative": 1, "positive": 0}),
+            "label2id {'negative': 1, 'positive': 0}; correct the one",
+        ),
+        (partial(rewritten, architectures="Bert"), "config.json: architectures is no list"),
+        (partial(begun, word="{ // mine"), "config.json is no JSON object .*line 1 column 3"),
+        (partial(begun, word="\ufeff{"), "config.json is no JSON object .Unexpected UTF-8 BOM"),
     ],
 )
 def test_an_expert_that_is_not_what_its_folder_says_is_refused_at_check(
@@ -283,9 +298,15 @@ def renamed(folder: Path, name: str) -> None:
     (folder / "model.safetensors").rename(folder / name)
 
 
-def unlinked(folder: Path) -> None:
+def unlinked(folder: Path, name: str = "model.safetensors") -> None:
+    (folder / name).unlink()
+    (folder / name).symlink_to("../../blobs/0123")
+
+
+def shardless(folder: Path, name: str) -> None:
+    twice(folder)
     (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").symlink_to("../../blobs/0123")
+    next(folder.glob(name)).unlink()
 
 
 def in_bytes(tensors: dict) -> dict:
@@ -308,6 +329,12 @@ def nested(folder: Path) -> None:
         (partial(renamed, name="pytorch_model.bin"), "lacks model.safetensors .but pytorch_model"),
         (partial(renamed, name="model.fp16.safetensors"), "lacks .* .but model.fp16.safetensors"),
         (unlinked, "model.safetensors is a link to nothing: its cache was emptied"),
+        (
+            partial(unlinked, name="tokenizer.json"),
+            "tokenizer.json is a link to nothing: its cache",
+        ),
+        (partial(shardless, name="model-00002*"), "00001-of-.*: the download did not end; fetch"),
+        (partial(shardless, name="*.index.json"), "00001-of-.*: the download did not end; fetch"),
         (partial(stored, change=in_bytes), "is stored as torch.int8, so the weights are quantised"),
         (nested, "holds no expert: .*did you mean .*checkpoint-9"),
         (partial(rewritten, hidden_size="32"), "'hidden_size' expected int, got str"),

@@ -78,6 +78,9 @@ def test_labels_are_words_as_they_are_written_and_null_is_absent(tmp_path):
         ("base: b\n  tasks: 1\n", ["line 2"]),
         ("base: b\ntasks:\n\t- a\n", ["line 3", "indent with spaces"]),
         ("base: b\x07\n", ["is no YAML"]),
+        ("base: b\n[1, 2]: c\n", ["line 2", "a list or mapping is no name of a field"]),
+        ("base: b\ntasks: &a [*a, *a]\n", ["stands inside of what it names"]),
+        ("base: ~nobody-here/b\ntasks: []\n", ["line 1: base: ~nobody-here/b begins with ~"]),
         ("", ["empty", "base, tasks, max_length"]),
     ],
 )
@@ -294,9 +297,17 @@ def test_one_folder_for_two_tasks_is_noted(project):
     assert "task 'place' and task 'mood' have the same folder" in notes[0]
 
 
-@pytest.mark.parametrize("output", ["base", "experts", "experts/mood/merged", "/proc/merged"])
+@pytest.mark.parametrize(
+    "output",
+    [
+        *("base", "experts", "experts/mood/merged", "/proc/merged", "data", "data/mood-test.csv"),
+        *("models.yaml", "models.yaml/merged", "x" * 300, "full"),
+    ],
+)
 def test_an_output_that_would_harm_or_cannot_be_written_is_refused_at_once(project, output):
-    with pytest.raises(ValueError, match="is, holds or lies in|cannot be written to"):
+    (project.parent / "full" / "notes").mkdir(parents=True, exist_ok=True)
+    words = "is, holds or lies in|cannot be written to|is or holds|holds no model to be replaced"
+    with pytest.raises(ValueError, match=words):
         target(read(project), output, overwrite=True)
 
 

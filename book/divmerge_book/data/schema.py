@@ -56,9 +56,19 @@ def error_at(field: str, text: str) -> PydanticCustomError:
     return PydanticCustomError("field", "{text}", {"text": text, "field": field})
 
 
+def at_home(path: Path) -> Path:
+    """The path with a home folder for its ~. Raises ValueError where no such user is here."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} begins with ~ and no user here is called so; write ./~"
+        ) from error
+
+
 def from_the_folder(path: Path, info: Any) -> Path:
     """A path of the file; relative paths start at the file's folder."""
-    return Path(info.context["folder"] if info.context else "", path.expanduser())
+    return Path(info.context["folder"] if info.context else "", at_home(path))
 
 
 FilePath = Annotated[Path, AfterValidator(from_the_folder)]
@@ -83,6 +93,10 @@ def read_file(
     try:
         context = {**context, "folder": path.parent}
         return schema.model_validate(plain(path, root), context=context)
+    except RecursionError:
+        raise ValueError(
+            f"{path}: an alias (*) stands inside of what it names; write it out"
+        ) from None
     except ValidationError as error:
         raise ValueError(error_message(path, root, error)) from None
 
@@ -114,6 +128,9 @@ def plain(path: Path, node: yaml.Node) -> Any:
     if isinstance(node, yaml.MappingNode):
         names = [str(key.value) for key, _ in node.value]
         for number, (key, _) in enumerate(node.value):
+            if not isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                raise ValueError(f"{path}, line {line}: a list or mapping is no name of a field")
             if names[number] in names[:number]:
                 line = key.start_mark.line + 1
                 raise ValueError(f"{path}, line {line}: field {key.value!r} stands twice")

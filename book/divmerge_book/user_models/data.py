@@ -24,13 +24,13 @@ def delimited(path: Path, **form) -> pd.DataFrame:
     limit, rows = csv.field_size_limit(2**31 - 1), {}
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
+            first = next(filter(str.strip, file), "")
             file.seek(0)
             others = [mark for mark in ";\t" if mark in first]
             if not form and "," not in first and others:  # as spreadsheets export them
                 form = {"delimiter": others[0]}
             reader = csv.reader(file, strict=True, **form)
-            header = [name.strip() for name in next(reader, [])]
+            header = [name.strip() for name in next(filter(None, reader), [])]
             line = reader.line_num + 1
             for row in reader:
                 if row and len(row) != len(header):

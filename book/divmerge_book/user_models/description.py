@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, StringConstraints, model_validator
 
-from divmerge_book.data.schema import Fields, FilePath, read_file
+from divmerge_book.data.schema import Fields, FilePath, at_home, read_file
 from divmerge_core.merging.task_vectors import STORAGES
 
 SPLITS = ("merge", "validation", "test")
@@ -88,7 +88,7 @@ class Description(Fields):
     """
 
     kind: Literal["classifier", "language"] = "classifier"
-    base: Word
+    base: Annotated[Word, AfterValidator(lambda name: at_home(Path(name)) and name)]
     tasks: Annotated[list[TaskFiles], AfterValidator(distinct_names)]
     max_length: Annotated[int, Field(ge=2)] = 128
     max_new: Annotated[int, Field(ge=1)] = 64

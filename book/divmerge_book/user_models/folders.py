@@ -22,9 +22,9 @@ from divmerge_book.models.encoders import load_base
 from divmerge_book.models.finetuning import load_expert
 from divmerge_book.models.language.models import quiet_transformers
 from divmerge_book.models.merged import base_folder
-from divmerge_book.user_models import adapters
+from divmerge_book.user_models import adapters, headers
 from divmerge_book.user_models.description import TaskFiles
-from divmerge_book.user_models.headers import check_config, check_headers, positions, wrapper_in
+from divmerge_book.user_models.headers import check_config, check_folder, check_headers, positions
 from divmerge_book.user_models.hub import fetched
 from divmerge_book.user_models.labels import names_in, num_labels, resolve_labels
 from divmerge_core.checkpoints.safetensors_io import INDEX, SINGLE, StoredModel, pools
@@ -115,6 +115,7 @@ def refusing(what: str) -> Iterator[None]:
 
 def config_of(folder: Path) -> transformers.PretrainedConfig:
     """The configuration in a folder."""
+    check_folder(folder)
     with refusing(f"{folder}: its configuration is not one that transformers knows"):
         return AutoConfig.from_pretrained(folder, **OFFLINE)
 
@@ -129,7 +130,7 @@ def read_model(kind: type, folder: Path) -> tuple[nn.Module, set[str]]:
     """A model in float32, and the names that its checkpoint lacks."""
     quiet_transformers()
     options = {"dtype": torch.float32, "output_loading_info": True, **OFFLINE}
-    mapping = {f"^{re.escape(before)}": ""} if (before := wrapper_in(folder)) else {}
+    mapping = {f"^{re.escape(before)}": ""} if (before := headers.wrapper_in(folder)) else {}
     options |= {"key_mapping": mapping} if mapping else {}
     with refusing(f"{folder}: its weights cannot be loaded"):
         model, info = kind.from_pretrained(folder, **options)
@@ -174,7 +175,8 @@ def open_checkpoint(task: TaskFiles, base: BaseFolder) -> Source:
             f"{who} is {', '.join(heads) or config.problem_type}; only single-label sequence "
             "classification can be merged here"
         )
-    own = names_in(config.id2label, f"{task.expert / 'config.json'}: id2label")
+    where = f"{task.expert / 'config.json'}: id2label"
+    own = names_in(config.id2label, where, config.label2id)
     labels = resolve_labels(task, own, "id2label in config.json")
     model = bare_model(AutoModelForSequenceClassification, config)
     if named and type(model).__name__ not in named:
@@ -232,15 +234,13 @@ def package_tensors(source: Source, base: BaseFolder, state: Mapping) -> dict[st
 MARKS = {"adapter": adapters.CONFIG, "package": "manifest.json", "transformers": "config.json"}
 OPEN = {"adapter": open_adapter, "package": open_package, "transformers": open_checkpoint}
 # (source, base, the base's tensors) -> all tensors of an expert, by its classifier's names.
-TENSORS = {
-    "adapter": adapter_tensors,
-    "package": package_tensors,
-    "transformers": checkpoint_tensors,
-}
+TENSORS = {"adapter": adapter_tensors, "package": package_tensors}
+TENSORS |= {"transformers": checkpoint_tensors}
 
 
 def kind_in(folder: Path) -> str:
     """Which kind of expert a folder holds. Raises ValueError for none, and for two."""
+    check_folder(folder)
     kind = next((kind for kind, mark in MARKS.items() if (folder / mark).is_file()), None)
     if kind is None:
         inner = [path.parent for path in sorted(folder.glob("*/*")) if path.name in MARKS.values()]

@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from divmerge_core.checkpoints.safetensors_io import (
     StoredModel,
     pools,
+    read_config,
     stored,
     weight_files,
     wrapper,
@@ -34,6 +35,25 @@ def positions(model: nn.Module) -> int | None:
 def wrapper_in(folder: Path) -> str:
     """What a wrapper of the model put before all names in a folder's files, or nothing."""
     return wrapper([name for file in weight_files(folder) for name in stored(file)])
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError for links to nothing, and for a config.json that is edited amiss."""
+    read = (path for path in folder.glob("*") if path.suffix in (".json", ".txt", ".model"))
+    if lost := [path for path in read if not path.exists()]:
+        raise ValueError(
+            f"{lost[0]} is a link to nothing: its cache was emptied or moved; fetch it again"
+        )
+    file = folder / "config.json"
+    config = read_config(folder) if file.is_file() else {}
+    if not isinstance(config.get("architectures") or [], list):
+        raise ValueError(f"{file}: architectures is no list; write it in [ ]")
+    named = config.get("id2label") or {}
+    if not isinstance(named, dict) or not all(map(str.isdecimal, named)):
+        raise ValueError(
+            f"{file}: id2label is {named!r}; it maps the outputs' numbers to names, such as "
+            '{"0": "no", "1": "yes"}'
+        )
 
 
 def check_config(who: str, config: PretrainedConfig) -> None:

@@ -20,14 +20,22 @@ def unnamed(names: Sequence[str]) -> bool:
     return all(name.lower() in (f"label_{n}", str(n)) for n, name in enumerate(names))
 
 
-def names_in(named: Mapping[int, object], where: str) -> tuple[str, ...]:
-    """The outputs' names in id2label. Raises ValueError unless they are numbered 0, 1, ..."""
+def names_in(named: Mapping, where: str, numbers: Mapping | None = None) -> tuple[str, ...]:
+    """The outputs' names in id2label. Raises ValueError unless they are numbered 0, 1, ...
+
+    numbers: label2id, which may have other names, but for the same ones no other numbers.
+    """
     if sorted(named) != list(range(len(named))):
         raise ValueError(
             f"{where} numbers the outputs {sorted(named)}; they are 0 to {len(named) - 1}, so "
             "correct it by hand"
         )
-    return tuple(str(named[number]).strip() for number in range(len(named)))
+    own = tuple(str(named[number]).strip() for number in range(len(named)))
+    if {*own} == {*(numbers or ())} and any(numbers[name] != n for n, name in enumerate(own)):
+        raise ValueError(
+            f"{where} is {named} and label2id {numbers}; correct the one that is wrong by hand"
+        )
+    return own
 
 
 def resolve_labels(task: TaskFiles, own: Sequence[str], where: str) -> tuple[str, ...]:

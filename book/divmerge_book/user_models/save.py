@@ -145,16 +145,22 @@ def target(description: Description, output: str | os.PathLike, *, overwrite: bo
     for path in (base.resolve(), *(task.expert.resolve() for task in description.tasks)):
         if path.exists() and (folder.is_relative_to(path) or path.is_relative_to(folder)):
             raise ValueError(f"output {folder} is, holds or lies in {path}; name another folder")
-    beside = next(path for path in folder.parents if path.is_dir())
+    for path in (description.path, *(p for t in description.tasks for p in t.files().values())):
+        if path.resolve().is_relative_to(folder):
+            raise ValueError(f"output {folder} is or holds {path}; name another folder")
+    beside = next(path for path in folder.parents if path.exists())
     try:
+        full = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
         tempfile.TemporaryFile(dir=beside).close()
     except OSError as error:
         raise ValueError(f"output {folder}: {beside} cannot be written to ({error})") from error
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+    if full and not overwrite:
         raise ValueError(
             f"output {folder} exists and is not empty; name a new folder, or set overwrite to "
             "replace the model in it"
         )
+    if full and not (folder / "config.json").is_file():
+        raise ValueError(f"output {folder} holds no model to be replaced; name another folder")
     return folder
 
 
