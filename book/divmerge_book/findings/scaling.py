@@ -50,12 +50,14 @@ def ahead(scores: pd.DataFrame, means: pd.DataFrame, source: str, statistic: str
     lines = []
     for number, best in wide.loc[others].idxmax().items():
         row = 100 * gaps.loc[(number, best)]
-        width = f"[{row.low:+.1f}, {row.high:+.1f}], ahead in {row.won:.0f} % of the subsets"
-        width = "one subset" if pd.isna(row.low) else width
-        lines.append(f"$T = {number}$: {row.value:+.1f} points from {title(best)}; {width}")
+        ends = ["one subset", ""]
+        if not pd.isna(row.low):
+            ends = [f"[{row.low:+.1f}, {row.high:+.1f}]", f"{row.won:.0f} %"]
+        lines.append([str(number), title(best), f"{row.value:+.1f}", *ends])
+    heads = ["$T$", "best other", "points", "95 % interval", "subsets ahead"]
     return (
-        f"{title(ours)} and the best of the others by {SCORES[statistic]} in {source}:\n\n"
-        f"{bullets(lines)}"
+        f"{title(ours)} minus the best of the others by {SCORES[statistic]} in {source}:\n\n"
+        f"{table_of(heads, lines)}"
     )
 
 
@@ -204,13 +206,11 @@ def skilled(skills: pd.DataFrame, source: str) -> str:
     """How much of the losses' variance each forecast explains. skills: of `skill`."""
     if skills.empty:
         return "The subsets of this run are too few to fit the rival forecasts."
-    whole = skills[skills["T"] == 0].sort_values("r2", ascending=False).set_index("forecast")
-    methods = dict.fromkeys(skills.method)
-    lines = [
-        f"{title(m)}, $R^2$: {each(whole.r2[whole.method == m], '{:.2f}', FORECASTS)}"
-        for m in methods
-    ]
-    return f"Single losses of single tasks, {source}:\n\n{bullets(lines)}"
+    whole = skills[skills["T"] == 0].sort_values("r2", ascending=False)
+    wide = whole.pivot_table("r2", "method", "forecast", sort=False)
+    lines = [[title(m), *(f"{r2:.2f}" for r2 in row)] for m, *row in wide.itertuples()]
+    table = table_of(["method", *map(FORECASTS.get, wide)], lines)
+    return f"$R^2$ of forecasts of single losses of single tasks, {source}:\n\n{table}"
 
 
 def strongest(related: pd.DataFrame, source: str) -> str:
