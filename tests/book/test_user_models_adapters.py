@@ -125,5 +125,13 @@ def test_a_table_trained_apart_from_its_head_is_refused(tied):
 
 def test_half_an_adapter_is_refused(tied):
     path, _ = lora(tied)
-    (tied.parent / "lora" / "adapter_model.safetensors").unlink()
-    refused(path, "has no adapter_model.safetensors")
+    edit(path, lambda own: {n: t for n, t in own.items() if n != min(n for n in own if "_B" in n)})
+    refused(path, "lora_A without its lora_B")
+    path, _ = lora(tied)
+    edit(path, lambda own: {n: t.to(torch.int8) for n, t in own.items()})
+    refused(path, "is torch.int8, so it is quantised")
+    file = tied.parent / "lora" / "adapter_model.safetensors"
+    file.rename(file.with_suffix(".incomplete"))
+    refused(path, "has no adapter_model.safetensors", "the download did not end")
+    (tied.parent / "lora" / "adapter_config.json").write_text("3")
+    refused(path, "adapter_config.json is no JSON")

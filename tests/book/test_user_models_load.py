@@ -12,6 +12,7 @@ import yaml
 from divmerge_book.models.encoders import classifier_forward
 from divmerge_book.models.finetuning import load_expert
 from divmerge_book.user_models import check, load, read
+from divmerge_book.user_models.streaming import heads_on_disk
 from helpers import MARKERS, WORDS
 from local_files import (
     LABELS,
@@ -167,6 +168,9 @@ def test_an_expert_without_all_its_numbers_is_refused(project, tmp_path, change,
     path = spoiled(project, tmp_path, lambda folder: stored(folder, change))
     with pytest.raises(ValueError, match=message):
         load(check(read(path)))
+    if "classifier" in message:  # merged from disk to disk, it is its task's head
+        with pytest.raises(ValueError, match=message):
+            heads_on_disk(check(read(path)))
 
 
 def test_an_expert_of_another_base_or_none_is_noted(project, tmp_path):
@@ -424,6 +428,9 @@ def test_an_adapter_of_gpt2_is_transposed(family, tmp_path):
         ({"saved": {}}, ["no classification head", "SEQ_CLS"]),
         ({"r": 99}, ["r is 99", "rank 3"]),
         ({"lora_alpha": "6"}, ["lora_alpha is '6'", "correct the file"]),
+        ({"lora_alpha": float("nan")}, ["lora_alpha is nan", "correct the file"]),
+        ({"alpha_pattern": ["query"]}, ["alpha_pattern maps no modules to numbers: ['query']"]),
+        ({"rank_pattern": {"*": 3}}, ["rank_pattern maps no modules to numbers"]),
         ({"shapes": {QUERY: (32, 16)}}, ["[32, 32]", "another model"]),
         ({"shapes": {"bert.encoder.layer.9.x": (32, 32)}}, ["layer.9", "another model"]),
         ({"saved": pooler_and_head(3)}, ["3 outputs", "the shape of its saved head"]),

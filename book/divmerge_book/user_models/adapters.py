@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from divmerge_core.checkpoints.safetensors_io import Stored, StoredModel, stored
+from divmerge_book.user_models.headers import FLOATS, tied
+from divmerge_core.checkpoints.safetensors_io import Stored, StoredModel, instead, stored
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
@@ -131,8 +132,8 @@ def read_config(folder: Path) -> dict:
     """An adapter's configuration. Raises ValueError for all that is not plain LoRA, by name."""
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+        config = dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if (kind := config.get("peft_type")) != "LORA":
         raise ValueError(
@@ -156,7 +157,8 @@ def weights_of(folder: Path) -> Path:
     for name in (WEIGHTS, PICKLE):
         if (folder / name).is_file():
             return folder / name
-    raise ValueError(f"{folder} has no {WEIGHTS}; save the adapter with save_pretrained")
+    found = instead([folder / WEIGHTS])
+    raise ValueError(f"{folder} has no {WEIGHTS}{found}; save the adapter with save_pretrained")
 
 
 def tensors_in(path: Path) -> Mapping[str, Tensor]:
@@ -177,23 +179,17 @@ def tensors_in(path: Path) -> Mapping[str, Tensor]:
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a file; of safetensors no weight is read."""
-    if path.name == PICKLE:
-        return {name: tuple(tensor.shape) for name, tensor in tensors_in(path).items()}
-    return {name: tensor.shape for name, tensor in stored(path).items()}
+    """Name -> shape of every tensor in a file. Raises ValueError for quantised ones."""
+    found = tensors_in(path) if path.name == PICKLE else stored(path)
+    if packed := [f"{n} is {t.dtype}" for n, t in found.items() if t.dtype not in FLOATS]:
+        raise ValueError(f"{path}: {packed[0]}, so it is quantised; give float32 or bfloat16")
+    return {name: tuple(tensor.shape) for name, tensor in found.items()}
 
 
 def plain_name(key: str) -> str:
     """A key of the adapter's file as the model names it."""
     key = re.sub(r"^(_orig_mod\.|module\.)+|(?<=\.)_orig_mod\.", "", key)  # of wrappers
     return re.sub(r"^base_model\.model\.|\.modules_to_save(\.default)?|\.base_layer", "", key)
-
-
-def tied(model: nn.Module) -> dict[str, str]:
-    """Names of parameters that are tied to another one -> that one's name."""
-    first = {parameter: name for name, parameter in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
-    return {name: first[parameter] for name, parameter in every if first[parameter] != name}
 
 
 def refuse_apart(path: Path, config: Mapping, first: Mapping[str, str], saved: set[str]) -> None:
@@ -250,8 +246,10 @@ def adapter_of(folder: Path, model: nn.Module) -> Adapter:
             )
         scale = scale_of(config, name, one[1], path.parent / CONFIG)
         factors[f"{name}.weight"] = Factors(left, right, scale, transposed)
-    if not factors:
-        raise ValueError(f"{path} holds no LoRA factors (keys with lora_A and lora_B)")
+    if not 0 < len(factors) == sum(LORA.search(key) is not None for key in found) / 2:
+        raise ValueError(
+            f"{path}: holds no LoRA factors, or lora_A without its lora_B; fetch it again"
+        )
     return Adapter(path, factors, saved)
 
 
@@ -262,12 +260,15 @@ def scale_of(config: Mapping, name: str, rank: int, where: Path) -> float:
     """
 
     def said(field: str, patterns: str, default: object) -> object:
-        every = (config.get(patterns) or {}).items()
-        own = (value for key, value in every if re.match(rf"(.*\.)?({key})$", name))
-        return next(own, config.get(field, default))
+        every = config.get(patterns) or {}
+        try:
+            own = (value for key, value in every.items() if re.match(rf"(.*\.)?({key})$", name))
+            return next(own, config.get(field, default))
+        except (AttributeError, re.error) as error:
+            raise ValueError(f"{where}: {patterns} maps no modules to numbers: {every}") from error
 
     alpha, wanted = said("lora_alpha", "alpha_pattern", 8), said("r", "rank_pattern", rank)
-    if not isinstance(alpha, int | float) or wanted not in (rank, None):
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or wanted not in (rank, None):
         raise ValueError(
             f"{where}: lora_alpha is {alpha!r} and r is {wanted!r} for {name}, whose factors have "
             f"rank {rank}; the scale of an adapter is made of both: correct the file"

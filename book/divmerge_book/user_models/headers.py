@@ -113,6 +113,13 @@ def check_headers(
     )
 
 
+def tied(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that are tied to another one -> that one's name."""
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[parameter] for name, parameter in every if first[parameter] != name}
+
+
 def packs(name: str, dtype: torch.dtype) -> bool:
     """Whether numbers of this dtype need scales from elsewhere to be weights."""
     return name.endswith((".weight", ".bias")) and dtype not in FLOATS

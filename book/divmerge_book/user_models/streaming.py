@@ -17,6 +17,7 @@ from divmerge_book.user_models.plan import Plan
 from divmerge_core.checkpoints import Head, MergeRecord, write
 from divmerge_core.checkpoints.safetensors_io import StoredModel
 from divmerge_core.checkpoints.tensor_sources import tensors_of
+from divmerge_core.merging.task_vectors import Layout
 from divmerge_core.methods import METHODS, options_of
 from divmerge_core.storage import dump_json
 
@@ -106,6 +107,7 @@ def heads_on_disk(plan: Plan) -> dict[str, Head]:
             for name, one in own.tensors.items()
             if name in wanted and own.core(name) not in names
         }
+        Layout.of(tensors).check(tensors, f"the head of expert {source.task.expert}")
         found[source.task.name] = Head(tensors, source.labels, type(source.model).__name__)
     return found
 
