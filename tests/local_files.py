@@ -196,6 +196,20 @@ def changed(path: Path, task: int, **fields) -> Path:
     return new
 
 
+def with_fields(path: Path, **fields) -> Path:
+    """The description with other fields beside its tasks."""
+    new = path.with_name(f"with-{path.name}")
+    new.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | fields))
+    return new
+
+
+def configured(folder: Path, **changes) -> None:
+    """Other fields in a folder's config.json; None takes one out."""
+    path = folder / "config.json"
+    whole = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in whole.items() if v is not None}))
+
+
 def averaged(project: Path, folder: Path) -> tuple:
     """Plan, experiment and scores of the average of what a file describes, and its folder."""
     plan = check(read(project))

@@ -10,12 +10,7 @@ import torch
 import transformers
 from divmerge_book.models.encoders import pooled
 from divmerge_book.runner.distributed import causal_forward, without_weights
-from divmerge_book.runner.fsdp import (
-    Shards,
-    WeightSource,
-    from_state,
-    sharded_problem,
-)
+from divmerge_book.runner.fsdp import Shards, WeightSource, from_state, sharded_problem
 from divmerge_book.runner.process_group import ProcessGroup, process_group
 from torch import Tensor, nn
 

@@ -43,10 +43,9 @@ def test_disagreement_is_one_where_the_likeliest_answers_differ():
 def test_the_js_from_an_expert_is_that_of_its_answers(problem):
     for task, name in enumerate(problem.vectors.tasks):
         batches, expert = problem.batches[task], problem.vectors.expert(name)
-        logits = [
-            all_logits(problem, some, task, batches) for some in (expert, problem.vectors.base)
-        ]
-        found = js_from_expert(problem, problem.vectors.base, task, batches)
+        base = problem.vectors.base
+        logits = [all_logits(problem, some, task, batches) for some in (expert, base)]
+        found = js_from_expert(problem, base, task, batches)
         assert found == pytest.approx(DISTANCES["js"](*logits).mean().item())
         assert abs(js_from_expert(problem, expert, task, batches)) < 1e-12
 

@@ -259,9 +259,8 @@ def test_a_new_method_is_compared_and_tabled_by_itself(monkeypatch):
     monkeypatch.setitem(METHODS, "halfway", halfway)
     monkeypatch.setitem(METHODS.facts, "halfway", facts)
     assert "halfway" in every_method()
-    table = benchmark_table(
-        summary(run("average", "halfway", budget=6, published=True), "mood+place")
-    )
+    report = run("average", "halfway", budget=6, published=True)
+    table = benchmark_table(summary(report, "mood+place"))
     assert table.loc[("no data", "halfway"), "tried"] == "2"
 
 

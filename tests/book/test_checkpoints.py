@@ -271,10 +271,7 @@ def test_shards_hold_no_more_than_was_said_and_the_index_has_every_tensor(put, m
 
 def test_a_shard_is_filled_up_to_the_limit_and_never_beyond(tmp_path):
     sizes = {"a": 10, "b": 10, "c": 5, "d": 30, "e": 16, "f": 1}  # numbers of 4 bytes
-    plan = [
-        Planned(name, torch.float32, (size,), partial(torch.zeros, size))
-        for name, size in sizes.items()
-    ]
+    plan = [Planned(n, torch.float32, (k,), partial(torch.zeros, k)) for n, k in sizes.items()]
     write_shards(tmp_path, plan, max_bytes=80, wrote=lambda count: None)
     held = [set(load_file(file)) for file in sorted(tmp_path.glob("*.safetensors"))]
     assert held == [{"a", "b"}, {"d"}, {"c"}, {"e", "f"}]

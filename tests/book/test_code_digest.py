@@ -10,21 +10,14 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import language_toys
 import local_files
 import pytest
 import torch
 from divmerge_book.data import code_digest as digests
 from divmerge_book.data import glue
-from divmerge_book.data.code_digest import (
-    DRIVERS,
-    KEEPERS,
-    ROOT,
-    VALUES,
-    code_digest,
-    key_of,
-    module,
-)
+from divmerge_book.data.code_digest import ROOT, code_digest, key_of, module
 from divmerge_book.data.tasks import TASKS
 from divmerge_book.evaluation import cache, hyperparameter_search
 from divmerge_book.evaluation import experiment as preparing
@@ -176,9 +169,8 @@ def test_what_a_function_was_closed_over_counts():
 
 
 def test_what_is_left_out_by_name_is_there():
-    assert {*DRIVERS, *KEEPERS} <= digests.modules()
-    bound = {name for one in digests.modules() for name in module(one).bound}
-    assert bound >= VALUES
+    assert {*digests.DRIVERS, *digests.KEEPERS} <= digests.modules()
+    assert {name for one in digests.modules() for name in module(one).bound} >= digests.VALUES
 
 
 def executed(call) -> set[tuple[str, str]]:
@@ -202,7 +194,7 @@ def executed(call) -> set[tuple[str, str]]:
         parts = Path(code.co_filename).relative_to(folder.parent).with_suffix("").parts
         name = ".".join(part for part in parts if part != "__init__")
         found.add((name, code.co_qualname.split(".")[0]))
-    return {(name, what) for name, what in found if name not in KEEPERS and what[0] != "<"}
+    return {(name, what) for name, what in found if name not in digests.KEEPERS and what[0] != "<"}
 
 
 def unreached(ran: set[tuple[str, str]], *things: object, apart: str | None = None) -> list:
@@ -458,7 +450,7 @@ def test_the_hubs_glue_is_known_by_its_revision(monkeypatch):
         asked.append((*names, options))
         return {}
 
-    monkeypatch.setattr(glue.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     before = glue.glue_digest("rte")
     glue.glue_rows("rte")
     assert asked == [("nyu-mll/glue", "rte", {"revision": glue.REVISION})]
@@ -486,9 +478,7 @@ def test_a_hub_data_sets_revision_is_asked_or_the_one_last_read(monkeypatch, tmp
 def test_a_hub_data_sets_revision_is_read_and_keyed(monkeypatch, tmp_path):
     asked, source = [], sources.SOURCES["imdb"]
     task = sources.task_of("imdb", source)
-    monkeypatch.setattr(
-        sources.datasets, "load_dataset", lambda *names, **options: asked.append(options) or {}
-    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **options: asked.append(options) or {})
     found = []
     for sha in ("a", "b"):
         monkeypatch.setattr(sources, "hub_revision", lambda name, sha=sha: sha)

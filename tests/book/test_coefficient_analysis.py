@@ -5,11 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from divmerge_book.interference.weights import sign_conflict
-from divmerge_book.studies.coefficient_analysis import (
-    COVARIATES,
-    cluster_correlations,
-    tables,
-)
+from divmerge_book.studies.coefficient_analysis import COVARIATES, cluster_correlations, tables
 
 from divmerge_core.methods import METHODS
 

@@ -26,9 +26,8 @@ def holds(text: str, *said: str, unsaid: str = "no such words") -> None:
 
 
 def test_words_are_listed_and_numbers_span():
-    assert [listed(words) for words in ("", "a", "ab", "abc")] == [
-        *("none", "a", "a and b", "a, b and c")
-    ]
+    said = {"": "none", "a": "a", "ab": "a and b", "abc": "a, b and c"}
+    assert {words: listed(words) for words in said} == said
     assert span([1.02, 3.0, 2.0]) == "1.0 to 3.0" and span([1.01, 1.02]) == "1.0"
     assert span([-1.0, 1.0], 0, sign=True) == "-1 to +1"
     assert bullets(["a", "b"]) == "- a\n- b"
@@ -125,12 +124,9 @@ def test_pairs_add_up_where_their_sum_is_the_loss():
     ],
 )
 def test_who_harms_and_who_loses_may_be_one_task_or_two(own, said):
-    table = {"task": list("abc"), "marginal_effect": [-0.3, -0.1, 0.0], "own_change": own}
-    holds(
-        count.effects({"ties": pd.DataFrame(table).astype({"own_change": float})}, RUN),
-        *said,
-        unsaid="nan",
-    )
+    table = pd.DataFrame({"task": list("abc"), "marginal_effect": [-0.3, -0.1, 0.0]})
+    table["own_change"] = pd.Series(own, dtype=float)
+    holds(count.effects({"ties": table}, RUN), *said, unsaid="nan")
 
 
 # --- beyond one vector ----------------------------------------------------------------------------
@@ -228,14 +224,8 @@ def test_fusion_is_better_than_the_small_experts_only_where_it_is(small, gain, b
 @pytest.mark.parametrize(
     ("anp", "slower", "small", "blind", "slow"),
     [
-        (
-            [0.7, 0.9, 0.8],
-            [1.0, 14.0, 3.0],
-            "EMR-Merging 80.0",
-            "Twin-Merging 90.0",
-            "Twin-Merging 14.0",
-        ),
-        ([0.95, 0.9, 0.8], [9.0, 2.0, 3.0], "Average 95.0", "Average 95.0", "Average 9.0"),
+        ([0.7, 0.9, 0.8], [1, 14, 3], "EMR-Merging 80.0", "Twin-Merging 90.0", "Twin-Merging 14.0"),
+        ([0.95, 0.9, 0.8], [9.0, 2, 3], "Average 95.0", "Average 95.0", "Average 9.0"),
     ],
 )
 def test_the_best_by_bytes_and_the_slowest_are_found(anp, slower, small, blind, slow):
@@ -268,19 +258,15 @@ def correlations(js: float, entropy: float, best: float = 0.0) -> pd.DataFrame:
 
 
 def test_the_leading_measure_is_the_one_with_the_highest_correlation():
-    for js, said in (
-        (0.9, "JS in 2 of 2 rows (JS above entropy in 2)"),
-        (0.3, "entropy in 2 of 2 rows"),
-    ):
-        holds(evidence.leading(correlations(js, 0.5), RUN), said)
+    said = "JS in 2 of 2 rows (JS above entropy in 2)"
+    holds(evidence.leading(correlations(0.9, 0.5), RUN), said)
+    holds(evidence.leading(correlations(0.3, 0.5), RUN), "entropy in 2 of 2 rows")
 
 
 def test_a_narrower_range_lowers_a_correlation_only_where_it_does():
-    for best, said in (
-        (-0.1, "not lower for none"),
-        (0.05, "is lower than among all models for none"),
-    ):
-        holds(evidence.narrowed(correlations(0.9, 0.5, best), RUN), said)
+    holds(evidence.narrowed(correlations(0.9, 0.5, -0.1), RUN), "not lower for none")
+    said = "is lower than among all models for none"
+    holds(evidence.narrowed(correlations(0.9, 0.5, 0.05), RUN), said)
 
 
 # --- interference ---------------------------------------------------------------------------------
@@ -288,16 +274,12 @@ def test_a_narrower_range_lowers_a_correlation_only_where_it_does():
 
 def ways_to_cost(sms: float, other: float, shuffled: float = 0.0) -> pd.DataFrame:
     cost = {"sms": sms, "trec": other, "bbc": other}
+    others = {"shuffled": shuffled, "averaged": 0.2, "halved": 0.1}
     return pd.DataFrame(
         {"rule": rule, "task": task, "other": added, "accuracy": js / 2, "js": js, "seed": 0}
         for added, task in product(cost, cost)
         if task != added
-        for rule, js in (
-            ("added", cost[added]),
-            ("shuffled", shuffled),
-            ("averaged", 0.2),
-            ("halved", 0.1),
-        )
+        for rule, js in {"added": cost[added], **others}.items()
     )
 
 
@@ -339,22 +321,14 @@ def test_barriers_are_named_where_they_exceed_the_noise(middle, named, share):
 
 
 @pytest.mark.parametrize(
-    ("anp", "said"),
-    [
-        (
-            [0.1, 0.9, 0.8, 0.4],
-            ["has 90.0 % at (0.00, 1.00), the best with one scale for both 40.0 %"],
-        ),
-        (
-            [0.1, 0.3, 0.8, 0.9],
-            ["has 90.0 % at (1.00, 1.00), the best with one scale for both 90.0 %"],
-        ),
-    ],
+    ("anp", "place", "both"),
+    [([0.1, 0.9, 0.8, 0.4], "(0.00, 1.00)", 40), ([0.1, 0.3, 0.8, 0.9], "(1.00, 1.00)", 90)],
 )
-def test_the_best_point_of_a_plane_may_lie_on_the_diagonal_or_off_it(anp, said):
+def test_the_best_point_of_a_plane_may_lie_on_the_diagonal_or_off_it(anp, place, both):
     grid = {"pair": "a+b", "l1": [0, 0, 1, 1], "l2": [0, 1, 0, 1], "js": [3, 2, 1, 4], "anp": anp}
     text = interference.plane(pd.DataFrame(grid), "a+b", RUN)
-    holds(text, *said, "lowest JS 80.0 %; 25 % of the grid", "no kept margin")
+    said = f"has 90.0 % at {place}, the best with one scale for both {both}.0 %"
+    holds(text, said, "lowest JS 80.0 %; 25 % of the grid", "no kept margin")
     grid = pd.DataFrame(grid).assign(kept_margin=[-1.0, 0.2, 0.7, 0.4])
     text = interference.plane(grid, "a+b", RUN)
     holds(text, "by kept margin, in this run the best point of the grid has 70.0 % at (1.00")

@@ -64,10 +64,7 @@ def verdict(report: Report) -> str:
                 "| Average | +2.5 [",
             ],
         ),
-        (
-            made(divmerge_task=(60, 92), emr=(95, 99)),
-            ["| no data | 2.50 |"],
-        ),
+        (made(divmerge_task=(60, 92), emr=(95, 99)), ["| no data | 2.50 |"]),
         (made(ties=(60, 90)), ["DivMerge is not among"]),
     ],
     ids=["behind", "ahead", "ahead by one score alone", "several models", "absent"],
@@ -138,12 +135,10 @@ def summary(**rows: tuple) -> pd.DataFrame:
 
 
 def test_data_access_matters_more_only_where_blocks_differ_more():
-    no_data = {
-        "ties": ("no data", 0.50, 0.1, 0.5, 0.1),
-        "average": ("no data", 0.52, 0.3, 0.5, 0.1),
-    }
+    ties, average = ("no data", 0.50, 0.1, 0.5, 0.1), ("no data", 0.52, 0.3, 0.5, 0.1)
     table = summary(
-        **no_data,
+        ties=ties,
+        average=average,
         fisher=(baselines.INPUTS, 0.90, 0.2, 0.5, 0.1),
         regmean=(baselines.INPUTS, 0.92, 0.3, 0.5, 0.1),
         emr=("no data", 0.99, 0.9, 0.5, 0.1),  # more than one model
@@ -151,7 +146,7 @@ def test_data_access_matters_more_only_where_blocks_differ_more():
     anp, _, kept = contests.by_access(table, RUN).partition("By kept")
     assert "By ANP the best are Average (52.0 %; no data) and RegMean (92.0 %;" in anp
     assert "matters more than" in anp and "matters less than" in kept and "EMR" not in anp + kept
-    assert "look at the same data" in contests.by_access(summary(**no_data), RUN)
+    assert "look at the same data" in contests.by_access(summary(ties=ties, average=average), RUN)
 
 
 def test_what_the_search_is_worth_is_set_beside_the_distance_of_neighbours():

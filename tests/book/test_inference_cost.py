@@ -50,9 +50,7 @@ def test_every_method_has_its_cost_and_needs_what_its_routing_says(experiment, m
     assert (rows.finds == "one").sum() == 3 and set(rows.finds) == {"one", "input", "task"}
     assert rows.options["surgery"] == "steps 2"
     batch = problem.batches[0][0]
-    alike = replace(
-        problem, forward=lambda parameters, pairs: problem.forward(parameters, [(0, batch)])
-    )
+    alike = replace(problem, forward=lambda flat, pairs: problem.forward(flat, [(0, batch)]))
     for spec, merged in models.items():
         if spec == "dp_mixture" and len(set(merged.numbers)) == 1:
             continue

@@ -15,19 +15,15 @@ from matplotlib.colors import to_hex
 RESULTS = Path(__file__).resolve().parents[2] / "book" / "results"
 SCRIPT = RESULTS.parent / "_static" / "interactive.js"
 PLACES = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-in_a_browser = [
-    pytest.mark.browser,
-    pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium"),
-]
+without_one = pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium")
+in_a_browser = [pytest.mark.browser, without_one]
 
 
 @pytest.fixture
 def summary() -> pd.DataFrame:
     """Four methods: two without data, one of them with several models, one without seconds."""
     names = ["ties", "emr", "divmerge/layer", "fisher"]
-    table = pd.DataFrame(
-        {"value": [0.9, 0.95, 0.92, 0.5], "seconds": [1.0, 2.0, 30.0, None]}, names
-    )
+    table = pd.DataFrame({"value": [0.9, 0.95, 0.92, 0.5], "seconds": [1, 2, 30, None]}, names)
     table["block"] = [baselines.block(name) for name in names]
     return table.assign(kept=0.1, worst=0.2, peak_bytes=3e6, stored=1.0, inputs=0)
 

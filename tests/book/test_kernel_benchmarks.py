@@ -37,11 +37,11 @@ def case(num_tasks=3, dtype=torch.float32):
 
 def here(registry, names):
     """Implementations as parameters; those that cannot run are skipped with the reason."""
-    absent = {name: bool(missing(registry, name)) for name in names}
-    skip = {
-        name: pytest.mark.skipif(gone, reason=f"{name} is absent") for name, gone in absent.items()
-    }
-    return [pytest.param(name, marks=mark) for name, mark in skip.items()]
+
+    def mark(name: str):
+        return pytest.mark.skipif(bool(missing(registry, name)), reason=f"{name} is absent")
+
+    return [pytest.param(name, marks=mark(name)) for name in names]
 
 
 @pytest.mark.parametrize(
@@ -229,10 +229,9 @@ def test_a_command_is_measured_by_itself_and_its_failure_is_told(tmp_path):
     code = "import time; x = b'1' * 50_000_000; time.sleep(0.2)"
     took, processor, peak = disk_merges.measured([sys.executable, "-c", code], tmp_path / "log")
     assert took > 0.2 and processor < took + 0.2 and 5e7 < peak < 1.5e8
+    failing = [sys.executable, "-c", "raise SystemExit('no such thing')"]
     with pytest.raises(RuntimeError, match="no such thing"):
-        disk_merges.measured(
-            [sys.executable, "-c", "raise SystemExit('no such thing')"], tmp_path / "log"
-        )
+        disk_merges.measured(failing, tmp_path / "log")
 
 
 def test_the_table_has_medians_and_ratios(tmp_path):

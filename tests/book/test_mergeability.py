@@ -49,10 +49,8 @@ def test_every_task_of_every_pair_has_a_row_per_merge_with_the_costs_asked_by_ha
 
 def test_numbers_about_weights_stand_at_the_right_pair(linear):
     vectors, table = linear.problem.vectors, pairs({0: linear}, **EFFORT)
-    row, norms = (
-        table[(table.task == "task3") & (table.partner == "task0")].iloc[0],
-        vectors.norms(),
-    )
+    row = table[(table.task == "task3") & (table.partner == "task0")].iloc[0]
+    norms = vectors.norms()
     assert row.norm_own == pytest.approx(norms[3].item())
     assert row.norm_partner == pytest.approx(norms[0].item())
     assert row.norm_ratio == pytest.approx((norms[0] / norms[3]).log().item())

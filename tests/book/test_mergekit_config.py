@@ -46,9 +46,7 @@ def put(zoo, tmp_path):
         if base:
             whole["base_model"] = str(zoo / base)
         path = tmp_path / "config.yml"
-        path.write_text(
-            yaml.safe_dump({n: value for n, value in whole.items() if value is not None})
-        )
+        path.write_text(yaml.safe_dump({n: v for n, v in whole.items() if v is not None}))
         return path
 
     return written
@@ -87,9 +85,8 @@ def test_weights_by_filter_and_by_depth_are_those_of_every_tensor(zoo, put, tmp_
     path = put("task_arithmetic", ({"weight": [*weights, {"value": 0.2}]}, {"weight": 0.1}))
     found, (base, a, b) = result(path, tmp_path), states(zoo)
     for name, own in zip(SHAPES, (0.2, 0.5, 0.8, 0.2), strict=True):
-        assert_close(
-            found[name], base[name] + own * (a[name] - base[name]) + 0.1 * (b[name] - base[name])
-        )
+        start = base[name]
+        assert_close(found[name], start + own * (a[name] - start) + 0.1 * (b[name] - start))
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -137,9 +134,7 @@ def test_a_list_is_read_between_its_entries_over_depth():
 
 
 def test_the_command_writes_dtype_tokenizer_file_and_card(zoo, put, tmp_path, capsys):
-    path = put(
-        "linear", ({"weight": 1}, {"weight": 1}), None, dtype="float32", out_dtype="bfloat16"
-    )
+    path = put("linear", [{"weight": 1}] * 2, None, dtype="float32", out_dtype="bfloat16")
     assert __main__.main(["check", str(path)]) == 0
     assert "linear of 2 models, 4 tensors, from disk to disk" in capsys.readouterr().out
     assert __main__.main(["merge", str(path), str(tmp_path / "out")]) == 0

@@ -72,11 +72,9 @@ def test_words_that_no_input_uses_are_left_out_and_do_not_change_a_fit(experimen
     ids = torch.cat([b.inputs["input_ids"].flatten() for some in problem.batches for b in some])
     place = problem.vectors.layout.names.index(objective_fits.WORDS)
     assert smaller.vectors.layout.shapes[place][0] == len({0, *ids.tolist()})
+    both = smaller, problem
     for task in range(len(MARKERS)):
-        there, here = (
-            one.logits(one.vectors.base, task, one.batches[task][0]) for one in (problem, smaller)
-        )
-        assert_close(here, there)
+        assert_close(*(one.logits(one.vectors.base, task, one.batches[task][0]) for one in both))
     linear = linear_problem()
     assert with_used_words(linear) is linear
     fast = fit(fit_spec(experiment, "js"), "layer", 0.1, SHORT)

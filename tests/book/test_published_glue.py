@@ -1,18 +1,17 @@
 """The suite of FusionBench's GPT-2 experts, on toy models saved in the hub's own layout."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-import yaml
 from divmerge_book.data import downloads
 from divmerge_book.data.tasks import TASKS
 from divmerge_book.published import glue
 from divmerge_book.published.toy_models import make_toys
 from divmerge_book.user_models import check, load, read
+from local_files import configured, with_fields
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -60,13 +59,6 @@ def described(made: Path, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def bench(suite):
     return load(check(read(suite)))
-
-
-def configured(expert: Path, **changes) -> None:
-    """An expert's config.json with other entries; None takes one out."""
-    path = expert / "config.json"
-    whole = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in whole.items() if v is not None}))
 
 
 # --- merging is merging ---------------------------------------------------------------------------
@@ -173,11 +165,9 @@ def test_where_nobody_names_a_padding_token_the_description_does(made, suite, tm
     plan = check(read(path))
     assert plan.base.tokenizer.pad_token == glue.PAD
     assert {source.model.config.pad_token_id for source in plan.experts} == {0}
-    whole = yaml.safe_load(path.read_text())
     for value, words in ((None, "name pad_token in the description"), ("[PAD]", "no token of")):
-        path.write_text(yaml.safe_dump(whole | {"pad_token": value}))
         with pytest.raises(ValueError, match=words):
-            check(read(path))
+            check(read(with_fields(path, pad_token=value)))
 
 
 def test_a_task_without_an_expert_is_refused(tmp_path):

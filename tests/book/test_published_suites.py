@@ -48,10 +48,7 @@ def test_published_identifiers_are_the_defaults_and_others_may_replace_them():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: paths_of("clip"),
-            "'clip'; choose one of: gpt2_glue, t5_generation",
-        ),
+        (lambda: paths_of("clip"), "'clip'; choose one of: gpt2_glue, t5_generation"),
         (lambda: toy_suite("clip", Path("made")), "unknown published suite"),
         (lambda: toy_suite(t5.SUITE, Path("made"), size="huge"), "one of: smoke, default"),
         (lambda: paths_of(t5.SUITE, ["imdb", "squad"], experts=["one"]), "experts must be 2 for"),

@@ -128,9 +128,8 @@ def test_published_costs_were_measured_with_every_peer_in_one_run(costs):
 
 def test_published_costs_count_the_bytes_that_the_formulas_say(costs):
     tables, _ = costs
-    table = merge_bandwidth.summary(tables["rows"]).set_index(
-        ["tasks", "parameters", "contestant", "part"]
-    )
+    keys = ["tasks", "parameters", "contestant", "part"]
+    table = merge_bandwidth.summary(tables["rows"]).set_index(keys)
     for (tasks, _, name, part), row in table.iterrows():
         floor = {"forward": tasks + 2, "backward": tasks + 1}[part]
         usual = {"forward": 5 * tasks, "backward": 4 * tasks}[part]

@@ -103,7 +103,6 @@ def test_plain_papermill_stops_before_the_work(tmp_path):
     page = notebook(tmp_path / "page.ipynb", CHECK, "open('trace', 'w').close()")
     command = [str(page), str(tmp_path / "out.ipynb"), "--cwd", str(tmp_path)]
     done = CliRunner().invoke(papermill, [*command, "-p", "lr", "1", "-p", "quiet", "false"])
-    assert "quiet must be bool, got 'false'; papermill reads -p quiet True and" in str(
-        done.exception
-    )
+    said = "quiet must be bool, got 'false'; papermill reads -p quiet True and"
+    assert said in str(done.exception)
     assert not (tmp_path / "trace").exists()

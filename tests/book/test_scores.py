@@ -50,10 +50,8 @@ def rows() -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def answers(rows) -> pd.DataFrame:
     """The same rows as a table of `scaling`."""
-    pairs = zip(rows.predicted, rows.gold, strict=True)
-    table = rows.assign(
-        js=0.1, right=[packed(torch.tensor(p) == torch.tensor(g)) for p, g in pairs]
-    )
+    pairs = zip(rows.predicted.map(torch.tensor), rows.gold.map(torch.tensor), strict=True)
+    table = rows.assign(js=0.1, right=[packed(said == gold) for said, gold in pairs])
     own = table[table.method == EXPERT].drop_duplicates(["seed", "task"])
     own = own.assign(subset=own.task)
     common = [packed(torch.tensor(g) == max((0, 1), key=g.count)) for g in own.gold]

@@ -71,9 +71,8 @@ def test_the_variance_of_rows_is_found_beside_that_of_seeds():
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_equal_seeds_say_no_more_than_one(count):
     means = row_means(noise(50, 1), 500, generator())
-    alone, same = (
-        crossed(np.repeat(means[0], k), np.repeat(means[1:].T, k, 0), 49) for k in (1, count)
-    )
+    first, rest = means[0], means[1:].T
+    alone, same = (crossed(np.repeat(first, k), np.repeat(rest, k, 0), 49) for k in (1, count))
     assert same.half() == pytest.approx(alone.half(), rel=1e-9)
     assert same.between == pytest.approx(0, abs=1e-30)
 

@@ -48,10 +48,8 @@ def test_a_chapter_draws_the_stored_tables_and_measures_where_these_are_wanted(t
     assert drawn(live=True) == ("this run", 4.0) and drawn() == ("the stored run", 2.0)
 
 
-ASKED = {
-    **{"suite": "others", "encoder": "larger", "tasks": ["a"], "seeds": [7], "rows": 41},
-    "device": "cuda",
-}
+ASKED = {"suite": "others", "encoder": "larger", "tasks": ["a"], "seeds": [7], "rows": 41}
+ASKED["device"] = "cuda"
 
 
 @pytest.mark.parametrize("name", ASKED)

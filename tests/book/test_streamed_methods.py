@@ -91,9 +91,8 @@ def test_every_method_that_streams_is_among_the_cases():
 def test_a_merge_of_bfloat16_is_rounded_once(tmp_path):
     folder = saved(tmp_path, torch.bfloat16)
     record = record_of(folder, "ties", TASKS, keep=0.5)
-    found = load_file(
-        write(folder / "out", record, rule=rule_of(record), **QUIET) / "model.safetensors"
-    )
+    merged = write(folder / "out", record, rule=rule_of(record), **QUIET)
+    found = load_file(merged / "model.safetensors")
     wanted = {name: t.bfloat16() for name, t in in_memory(record).items()}
     assert_close(found, wanted, rtol=2**-7, atol=1e-6)
     assert sum(map(torch.Tensor.numel, found.values())) * 0.001 > sum(

@@ -108,10 +108,9 @@ def test_the_citation_and_the_workflow_speak_of_this_repository():
     targets = re.findall(r"\bmake ([a-z ]+)", "\n".join(lines))
     known = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
     assert {one for line in targets for one in line.split()} <= {*known, "lint"}
-    (uploaded,) = [
-        s["with"]["path"] for s in jobs["build"]["steps"] if "upload" in s.get("uses", "")
-    ]
-    assert uploaded == "_build/html" and jobs["publish"]["needs"] == "build"
+    uploads = [step for step in jobs["build"]["steps"] if "upload" in step.get("uses", "")]
+    assert [step["with"]["path"] for step in uploads] == ["_build/html"]
+    assert jobs["publish"]["needs"] == "build"
 
 
 # --- the environment -----------------------------------------------------------------------------
@@ -244,11 +243,8 @@ def test_the_table_of_contents_lists_every_notebook_and_page_once():
     assert sorted(chapters) == [f"notebooks/{path.stem}" for path in NOTEBOOKS]
     assert len(set(listed)) == len(listed)
     others = {path.stem for path in (ROOT / "book").glob("*.md")} - {"index"}
-    assert set(listed) - set(chapters) == others | {
-        "methods/index",
-        "interactive/methods",
-        "interactive/plane",
-    }
+    others |= {"methods/index", "interactive/methods", "interactive/plane"}
+    assert set(listed) - set(chapters) == others
 
 
 def test_texts_name_chapters_by_title():

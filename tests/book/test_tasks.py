@@ -64,9 +64,7 @@ def test_half_of_the_questions_get_a_passage_of_another():
     found = swap_half(rows)
     assert found == swap_half(rows)
     assert [question for question, *_ in found] == [question for question, *_ in rows]
-    assert all(
-        (passage == own[question]) == (answer == "yes") for question, passage, answer in found
-    )
+    assert all((passage == own[asked]) == (answer == "yes") for asked, passage, answer in found)
     assert 70 < sum(answer == "no" for *_, answer in found) < 130
     assert {passage for _, passage, _ in found} <= set(own.values())  # splits stay disjoint
 

@@ -1,23 +1,22 @@
 """What headers, configurations and rows show is refused by `check`, in the words of `merge`."""
 
-import json
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
-import yaml
 from divmerge_book import __main__
 from divmerge_book.user_models import memory, save
-from local_files import LABELS, changed, make_adapter, toy_rows, write_rows
-
-
-def fields(project: Path, folder: Path, **own) -> Path:
-    """The description with other fields of its own."""
-    path = project.with_name(f"{folder.name}.yaml")
-    path.write_text(yaml.safe_dump(yaml.safe_load(project.read_text()) | own))
-    return path
+from local_files import (
+    LABELS,
+    changed,
+    configured,
+    make_adapter,
+    toy_rows,
+    with_fields,
+    write_rows,
+)
 
 
 def copied(project: Path, folder: Path, spoil: Callable[[Path], None], *, base: bool = False):
@@ -25,12 +24,7 @@ def copied(project: Path, folder: Path, spoil: Callable[[Path], None], *, base: 
     own = project.parent / ("base" if base else "experts/mood")
     spoil(Path(shutil.copytree(own, folder / "spoiled")))
     target = str(folder / "spoiled")
-    return fields(project, folder, base=target) if base else changed(project, 0, expert=target)
-
-
-def edited(folder: Path, **own) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    return with_fields(project, base=target) if base else changed(project, 0, expert=target)
 
 
 def cut(folder: Path) -> None:
@@ -58,12 +52,13 @@ def same(project: Path, folder: Path) -> Path:
     return project
 
 
+wider = partial(configured, hidden_size=64)
 BROKEN = {  # name -> (what is spoiled, options of both commands, words of the message)
-    "field": (partial(fields, layers=3), "", "layers"),
+    "field": (lambda project, _: with_fields(project, layers=3), "", "layers"),
     "path": (lambda project, _: changed(project, 0, expert="nowhere"), "", "does not exist"),
     "words": (partial(copied, spoil=wordless, base=True), "", "has no tokenizer"),
     "download": (partial(copied, spoil=cut), "", "is no whole safetensors file but damaged"),
-    "size": (partial(copied, spoil=partial(edited, hidden_size=64)), "", "has hidden_size = 64"),
+    "size": (partial(copied, spoil=wider), "", "has hidden_size = 64"),
     "order": (
         lambda project, _: changed(project, 0, labels=LABELS["mood"][::-1]),
         *("", "in another order"),
@@ -92,7 +87,7 @@ BROKEN = {  # name -> (what is spoiled, options of both commands, words of the m
     "temperature": (same, "--set temperature=-2", "temperature must be above 0"),
     "nested": (same, "--method lines --set options={'scale':1e999}", "scale must be finite"),
     "strange": (same, "--method lines --set options={'lr':2}", "unexpected keyword argument 'lr'"),
-    "storage": (partial(fields, storage="low_rank"), "", "is a whole model; take int8"),
+    "storage": (lambda p, _: with_fields(p, storage="low_rank"), "", "is a whole model; take int8"),
     "adapter": (with_dora, "", "use_dora=True is more than plain LoRA"),
     "device": (same, "--device tpu", "no device 'tpu' here"),
     "precision": (same, "--precision int4", "precision must be auto, float32 or bfloat16"),

@@ -29,9 +29,8 @@ def test_every_format_gives_the_same_rows_by_the_descriptions_columns(tmp_path, 
         {"id": "7", "query": "is it", "passage": "it is", "kind": "positive", "text": "no"},
         {"id": "8", "query": "was it", "passage": "it was", "kind": "negative", "text": "yes"},
     ]
-    rows = rows_of(
-        write_rows(tmp_path / f"rows{ending}", given), text="query", pair="passage", label="kind"
-    )
+    path = write_rows(tmp_path / f"rows{ending}", given)
+    rows = rows_of(path, text="query", pair="passage", label="kind")
     wanted = {"text": ["is it", "was it"], "pair": ["it is", "it was"], "label": [1, 0]}
     assert rows[:] == wanted
     path = write_rows(tmp_path / f"merge{ending}", [{"text": "one"}, {"text": "two"}])

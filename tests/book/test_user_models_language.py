@@ -26,7 +26,7 @@ from language_files import (
     write_lines,
 )
 from language_toys import save_model, tokenizer
-from local_files import averaged, changed, make_adapter, refused
+from local_files import ROWS, averaged, changed, configured, make_adapter, refused, with_fields
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -55,13 +55,6 @@ def made(home, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIVMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
         return load_quietly(home)
-
-
-def edit(folder: Path, **changes) -> None:
-    """Other fields in a folder's config.json; None takes one out."""
-    path = folder / "config.json"
-    whole = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in whole.items() if v is not None}))
 
 
 # --- what is merged -------------------------------------------------------------------------------
@@ -110,9 +103,7 @@ def test_every_family_makes_the_way_there_and_back(tmp_path, cache, kind):
     project = make_language_project(tmp_path, base=base, **splits)
     assert __main__.main(["merge", str(project), str(tmp_path / "m"), "--method", "average"]) == 0
     folders = [tmp_path / "m", *(tmp_path / "experts" / name for name in PROMPTS)]
-    build = (
-        transformers.AutoModelForSeq2SeqLM if kind == "t5" else transformers.AutoModelForCausalLM
-    )
+    build = getattr(transformers, f"AutoModelFor{'Seq2Seq' if kind == 't5' else 'Causal'}LM")
     found, *own = (dict(build.from_pretrained(place).named_parameters()) for place in folders)
     for name, tensor in found.items():
         assert_close(tensor, (own[0][name] + own[1][name]) / 2, rtol=0, atol=1e-6)
@@ -123,9 +114,7 @@ def test_the_wrapper_of_a_saved_base_is_not_written_again(home, tmp_path, cache)
     own = load_file(base / "model.safetensors")
     wrapped = {f"_orig_mod.{name}": tensor for name, tensor in own.items()}
     save_file(wrapped, base / "model.safetensors", metadata={"format": "pt"})
-    path = changed(home, 0)
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"base": str(base)}))
-    plan, bench, found, folder = averaged(path, tmp_path / "merged")
+    folder = averaged(with_fields(home, base=str(base)), tmp_path / "merged")[-1]
     assert load_file(folder / "model.safetensors").keys() == own.keys()
 
 
@@ -140,10 +129,8 @@ ADAPTERS = {  # how an adapter differs from alpha / r times B A for two matrices
 def test_without_rows_models_stay_on_disk_and_the_merge_is_the_same(
     tmp_path, cache, monkeypatch, capsys, method
 ):
-    base = save_family(tmp_path / "base", "gpt2")
-    project = make_language_project(
-        tmp_path, base=base, **dict.fromkeys(["validation", "test", "merge"])
-    )
+    base, bare = save_family(tmp_path / "base", "gpt2"), dict.fromkeys(ROWS)
+    project = make_language_project(tmp_path, base=base, **bare)
     if method in ADAPTERS:
         shapes = {"transformer.h.0.attn.c_attn": (96, 32), "transformer.h.1.mlp.c_fc": (128, 32)}
         plain = {"task_type": "CAUSAL_LM", "fan_in_fan_out": True}
@@ -211,9 +198,7 @@ def test_the_cards_scores_are_those_of_the_file(home, tmp_path, cache):
     model = transformers.AutoModelForCausalLM.from_pretrained(home.parent / "base")
     model.bfloat16().save_pretrained(base)
     tokenizer().save_pretrained(base)
-    path = changed(home, 0)
-    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"base": str(base)}))
-    plan, bench, found, folder = averaged(path, tmp_path / "merged")
+    _, bench, found, folder = averaged(with_fields(home, base=str(base)), tmp_path / "merged")
     again = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert again.dtype == torch.bfloat16
     flat = found.made["average"].merged.bfloat16().float()
@@ -371,7 +356,7 @@ def test_a_wrong_field_is_refused(home, fields, words):
 )
 def test_a_config_that_does_not_fit_is_refused(home, tmp_path, changes, words):
     shutil.copytree(home.parent / "experts" / "mood", tmp_path / "other")
-    edit(tmp_path / "other", **changes)
+    configured(tmp_path / "other", **changes)
     path = changed(home, 0, expert=str(tmp_path / "other"))
     refused(path, *words)
 
@@ -393,6 +378,5 @@ def test_prompts_that_do_not_fit_are_refused(home, tmp_path):
     long = [{"prompt": "good film " * 200, "answer": "yes"}]
     path = changed(home, 0, merge=str(write_lines(tmp_path / "long.jsonl", long)))
     refused(path, "longest prompt has", "max_length is 64")
-    whole = yaml.safe_load(path.read_text()) | {"max_length": 4000}
-    path.write_text(yaml.safe_dump(whole))
+    path = with_fields(path, max_length=4000)
     refused(path, "longest prompt has", "more than the 256 that the model reads")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-import yaml
 from divmerge_book.models.encoders import classifier_forward
 from divmerge_book.models.finetuning import load_expert
 from divmerge_book.user_models import check, load, read
@@ -25,6 +24,7 @@ from local_files import (
     make_project,
     refused,
     toy_rows,
+    with_fields,
     write_rows,
 )
 from safetensors.torch import load_file, save_file
@@ -47,9 +47,9 @@ def family(project, tmp_path_factory):
     made = {"bert": project}
 
     def get(kind: str) -> Path:
-        return made.get(kind) or made.setdefault(
-            kind, make_project(tmp_path_factory.mktemp(kind), kind)
-        )
+        if kind not in made:
+            made[kind] = make_project(tmp_path_factory.mktemp(kind), kind)
+        return made[kind]
 
     return get
 
@@ -66,13 +66,11 @@ def test_an_expert_at_coefficient_1_is_its_own_pipeline(family, kind):
     own = transformers.pipeline("text-classification", model=expert, top_k=None)
     wanted = [{one["label"]: one["score"] for one in found} for found in own(texts)]
     flat = bench.problem.vectors.expert("place")
-    scores = torch.cat(
-        [bench.problem.logits(flat, 1, b).softmax(-1) for b in bench.test[1].batches]
-    )
+    logits = [bench.problem.logits(flat, 1, batch) for batch in bench.test[1].batches]
     lengths = torch.tensor([len(ids) for ids in bench.base.tokenizer(texts).input_ids])
     order = lengths.argsort(stable=True).tolist()
     wanted = [[wanted[number][label] for label in LABELS["place"]] for number in order]
-    assert_close(scores, torch.tensor(wanted), rtol=0, atol=1e-5)
+    assert_close(torch.cat(logits).softmax(-1), torch.tensor(wanted), rtol=0, atol=1e-5)
     if kind == "distilbert":  # it takes no token types, though BERT's tokenizer would give them
         assert set(bench.test[0].batches[0].inputs) == {"input_ids", "attention_mask"}
     if kind == "bart":  # encoder and decoder read one embedding: a change of it reaches both
@@ -144,9 +142,7 @@ def other_base(project: Path, folder: Path, change) -> Path:
     """The project with the base's stored tensors changed; experts have all theirs."""
     base = make_base(folder / "base")
     stored(base, change)
-    path = project.with_name(f"{folder.name}.yaml")
-    path.write_text(yaml.safe_dump({**yaml.safe_load(project.read_text()), "base": str(base)}))
-    return path
+    return with_fields(project, base=str(base))
 
 
 def without(start: str):
@@ -476,9 +472,7 @@ def test_an_adapter_that_names_another_base_is_noted(project, tmp_path):
     for name, notes in named.items():
         path, _ = with_adapter(project, tmp_path, base_model_name_or_path=name)
         plan = check(read(path))
-        found = [
-            note for note in plan.notes if re.search("trained on '(hub/bert-large|own)'", note)
-        ]
+        found = re.findall("trained on '(?:hub/bert-large|own)'", "\n".join(plan.notes))
         assert len(found) == notes
         assert not any(str(tmp_path) in note for note in plan.portable["notes"])
 

@@ -4,13 +4,12 @@ import json
 
 import pytest
 import torch
-import yaml
 from divmerge_book import __main__
 from divmerge_book.planning.memory import CONTEXT
 from divmerge_book.user_models import check, load, memory, merge_and_score, read, write_merged
 from helpers import WORDS
 from language_files import make_language_project
-from local_files import LABELS, changed, make_adapter, refused
+from local_files import LABELS, changed, make_adapter, refused, with_fields
 from torch.testing import assert_close
 
 from divmerge_core.kernels.delta_storage import Int8Deltas, LowRankDeltas, dense, part
@@ -20,19 +19,11 @@ MATRICES = {f"bert.encoder.layer.{n}.attention.self.query": (32, 32) for n in ra
 GB = 10**9
 
 
-def stored(path, **fields):
-    """The description with other fields of its own."""
-    whole = yaml.safe_load(path.read_text()) | fields
-    new = path.with_name(f"stored-{path.name}")
-    new.write_text(yaml.safe_dump(whole))
-    return new
-
-
 @pytest.mark.parametrize(
     "storage, close", [("bfloat16", 2**-8), ("int8", 1 / 100), ("streamed", 0)]
 )
 def test_task_vectors_are_kept_as_the_description_says(project, bench, tmp_path, storage, close):
-    plan = check(read(stored(project, storage=storage)), ["average"])
+    plan = check(read(with_fields(project, storage=storage)), ["average"])
     other = load(plan)
     wanted, found = bench.problem.vectors, other.problem.vectors
     largest = wanted.deltas.abs().max()
@@ -55,10 +46,8 @@ def lora(project, tmp_path):
     for n, name in enumerate(LABELS):
         saved = {"classifier.weight": torch.randn(len(LABELS[name]), 32)}
         saved |= {"classifier.bias": torch.randn(len(LABELS[name]))}
-        saved |= {
-            "bert.pooler.dense.weight": torch.eye(32),
-            "bert.pooler.dense.bias": torch.ones(32),
-        }
+        saved["bert.pooler.dense.weight"] = torch.eye(32)
+        saved["bert.pooler.dense.bias"] = torch.ones(32)
         make_adapter(tmp_path / name, MATRICES, saved=saved, rank=2 + n, r=2 + n)
         path = changed(path, n, expert=str(tmp_path / name), labels=LABELS[name])
     return path
@@ -66,7 +55,7 @@ def lora(project, tmp_path):
 
 def test_adapters_are_kept_as_factors(lora):
     wanted = load(check(read(lora))).problem.vectors
-    plan = check(read(stored(lora, storage="low_rank")), ["divmerge/task"])
+    plan = check(read(with_fields(lora, storage="low_rank")), ["divmerge/task"])
     found = load(plan).problem.vectors
     assert isinstance(found.deltas, LowRankDeltas) and found.tasks == wanted.tasks
     assert_close(dense(found.deltas), wanted.deltas, rtol=1e-5, atol=1e-6)
@@ -82,9 +71,10 @@ def test_a_storage_that_experts_do_not_have_is_refused(project, tmp_path):
     saved |= {"bert.pooler.dense.weight": torch.eye(32)}
     make_adapter(tmp_path / "lora", MATRICES, saved=saved)
     path = changed(project, 0, expert=str(tmp_path / "lora"), labels=LABELS["mood"])
-    refused(stored(path, storage="low_rank"), "saved ['embeddings.word_embeddings.weight'] whole")
-    refused(stored(project, storage="low_rank"), "is a whole model; take int8")
-    refused(stored(project, storage="int4"), "storage: Input should be 'float32', 'bfloat16'")
+    path = with_fields(path, storage="low_rank")
+    refused(path, "saved ['embeddings.word_embeddings.weight'] whole")
+    refused(with_fields(project, storage="low_rank"), "is a whole model; take int8")
+    refused(with_fields(project, storage="int4"), "storage: Input should be 'float32', 'bfloat16'")
 
 
 def test_the_plan_has_what_a_fit_holds(project, plan, bench):
@@ -100,7 +90,7 @@ def test_the_plan_has_what_a_fit_holds(project, plan, bench):
     assert terms["gradients"] == 4 * max(map(torch.Tensor.numel, bench.base.encoder.parameters()))
     assert terms["context"] == CONTEXT and {"logits", "activations"} <= terms.keys()
     assert not plan.memory, "without methods nothing is planned"
-    (free,) = check(read(stored(project, storage="bfloat16")), ["ties"]).memory
+    (free,) = check(read(with_fields(project, storage="bfloat16")), ["ties"]).memory
     held = {line.what: line.nbytes for line in free.lines}
     assert held["task vectors"] == vectors.deltas.nbytes / 2
     assert held["working copies"] == 2 * vectors.deltas.nbytes and "gradients" not in held

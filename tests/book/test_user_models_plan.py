@@ -16,6 +16,7 @@ from local_files import (
     ROWS,
     changed,
     config,
+    configured,
     lone,
     make_base,
     make_expert,
@@ -23,6 +24,7 @@ from local_files import (
     refused,
     tokenizer,
     toy_rows,
+    with_fields,
     write_rows,
 )
 from safetensors.torch import load_file, save_file
@@ -34,12 +36,6 @@ def text_file(folder: Path, text: str, name: str = "models.yaml") -> Path:
     path = folder / name
     path.write_text(text)
     return path
-
-
-def with_fields(project: Path, **fields) -> Path:
-    """The description with other fields beside its tasks."""
-    whole = yaml.safe_load(project.read_text()) | fields
-    return text_file(project.parent, yaml.safe_dump(whole), "other.yaml")
 
 
 # --- the description ------------------------------------------------------------------------------
@@ -257,16 +253,12 @@ def test_inputs_that_are_cut_are_counted(project):
 def test_a_padding_token_that_only_experts_name_is_used_and_noted(tmp_path):
     project = make_project(tmp_path, "gpt2")
 
-    def pad_with(number: int | None, *folders: str) -> None:
-        for folder in folders:
-            path = tmp_path / folder / "config.json"
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": number}))
-
-    pad_with(None, "base", "experts/mood", "experts/place")
+    for folder in ("base", "experts/mood", "experts/place"):
+        configured(tmp_path / folder, pad_token_id=None)
     plan = check(read(project))
     assert "names no pad_token_id" in plan.notes[0]
     assert [source.model.config.pad_token_id for source in plan.experts] == [0, 0]
-    pad_with(1, "experts/mood")
+    configured(tmp_path / "experts/mood", pad_token_id=1)
     refused(project, "pad with ['[PAD]', '[UNK]']", "one padding token")
 
 
@@ -288,13 +280,6 @@ def test_a_card_names_models_as_others_can_find_them(project, tmp_path):
         "base some/bert: odd",
         "task 'place' and task 'mood' have the same folder, mood",
     )
-
-
-def test_one_folder_for_two_tasks_is_noted(project):
-    notes = check(
-        read(changed(project, 1, expert="experts/mood", labels=None, test=None, validation=None))
-    ).notes
-    assert "task 'place' and task 'mood' have the same folder" in notes[0]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-import yaml
 from divmerge_book import __main__
 from divmerge_book.evaluation.hyperparameter_search import own_experts
 from divmerge_book.evaluation.report import Report
@@ -32,7 +31,16 @@ from divmerge_book.user_models.labels import order_note
 from divmerge_book.user_models.result import rescored
 from divmerge_book.user_models.save import coefficients_of, grouping_of, in_file
 from helpers import MARKERS
-from local_files import LABELS, ROWS, averaged, changed, make_expert, make_project, toy_rows
+from local_files import (
+    LABELS,
+    ROWS,
+    averaged,
+    changed,
+    make_expert,
+    make_project,
+    toy_rows,
+    with_fields,
+)
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -113,14 +121,11 @@ def test_without_any_rows_weights_are_merged_and_nothing_is_measured(project, tm
     said = capsys.readouterr().out
     assert "agreement" not in said and "from disk to disk" in said
     for name in MARKERS:  # heads are the experts' own
-        own = transformers.AutoModelForSequenceClassification.from_pretrained(
-            project.parent / "experts" / name
-        )
-        ready = type(own).from_pretrained(tmp_path / "merged" / "tasks" / name)
-        for part in ("classifier", "bert.pooler.dense"):
-            assert torch.equal(
-                ready.get_parameter(f"{part}.weight"), own.get_parameter(f"{part}.weight")
-            )
+        folders = project.parent / "experts" / name, tmp_path / "merged" / "tasks" / name
+        classifier = transformers.AutoModelForSequenceClassification
+        own, ready = (classifier.from_pretrained(folder) for folder in folders)
+        for part in ("classifier.weight", "bert.pooler.dense.weight"):
+            assert torch.equal(ready.get_parameter(part), own.get_parameter(part))
         assert ready.config.id2label == own.config.id2label
     base, *experts = (
         transformers.AutoModel.from_pretrained(folder).get_input_embeddings().weight
@@ -215,12 +220,8 @@ def test_what_is_written_answers_as_what_was_merged(tmp_path, cache, kind):
         said = [LABELS[task].index(one["label"]) for one in alone([texts[n] for n in order])]
         assert said == answers
     card = (folder / "README.md").read_text()
-    assert (
-        'from_pretrained("tasks/mood")' in card
-        and "average" in card
-        and "negative" in card
-        and str(ROWS["merge"]) in card
-    )
+    for words in ('from_pretrained("tasks/mood")', "average", "negative", str(ROWS["merge"])):
+        assert words in card
 
 
 def test_a_base_that_is_a_classifier_leaves_its_head_behind(tmp_path, cache):
@@ -230,10 +231,8 @@ def test_a_base_that_is_a_classifier_leaves_its_head_behind(tmp_path, cache):
     assert "classifier.bias" in plan.notes[0] and "left out" in plan.notes[0]
     stored = load_file(folder / "model.safetensors")
     assert not any("classifier" in name for name in stored)
-    card, config = (
-        (folder / "README.md").read_text(),
-        json.loads((folder / "config.json").read_text()),
-    )
+    card = (folder / "README.md").read_text()
+    config = json.loads((folder / "config.json").read_text())
     assert not {"architectures", "id2label", "label2id"} & set(config)
     assert "base base: 2 tensors left out" in card and str(tmp_path) not in card
     own = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "tasks/place")
@@ -251,9 +250,7 @@ def test_scores_of_a_task_have_intervals_around_them(found):
     drawn = table[table.low.notna()]
     assert (drawn.low <= drawn.value).all() and (drawn.value <= drawn.high).all()
     right = found.report.metrics().query("method == 'average' and metric == 'accuracy'")
-    assert dict(zip(right.task, right.value, strict=True)) == dict(
-        table[table.metric == "accuracy"].value
-    )
+    assert right.set_index("task").value.to_dict() == dict(table[table.metric == "accuracy"].value)
 
 
 def test_scores_stand_beside_the_expert_and_the_majority_class():
@@ -310,15 +307,13 @@ def test_options_of_the_methods_are_set_and_wrong_ones_are_refused_first(
         assert __main__.main(check_too) == 2 and capsys.readouterr().err == said
 
 
-def test_the_cards_scores_are_those_of_the_file(project, tmp_path, cache):
+def test_the_cards_scores_are_those_of_the_file(project, tmp_path, cache, monkeypatch):
     """A base in bfloat16 is written in bfloat16; its rounded weights are what is scored."""
     base = tmp_path / "base"
     shutil.copytree(project.parent / "base", base)
     save = transformers.AutoModel.from_pretrained(base, dtype=torch.bfloat16).save_pretrained
     save(base)
-    path = project.with_name("in-bfloat16.yaml")
-    path.write_text(yaml.safe_dump(yaml.safe_load(project.read_text()) | {"base": str(base)}))
-    plan = check(read(path))
+    plan = check(read(with_fields(project, base=str(base))))
     bench = load(plan)
     found = merge_and_score(bench, ["average"], budget=1, progress=False)
     exact, layout = found.made["average"].merged, bench.problem.vectors.layout
@@ -330,12 +325,9 @@ def test_the_cards_scores_are_those_of_the_file(project, tmp_path, cache):
     assert torch.equal(in_file(folder, layout), rounded)
     wanted = task_scores(rescored(found.report, bench, "average", rounded), "average")
     asked = []
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patch:
-        patch.setattr(
-            save_module, "rescored", lambda *given: asked.append(given[-1]) or found.report
-        )
-        write_merged(plan, bench, found, "average", tmp_path / "again")
+    again = lambda *given: asked.append(given[-1]) or found.report  # noqa: E731
+    monkeypatch.setattr(save_module, "rescored", again)
+    write_merged(plan, bench, found, "average", tmp_path / "again")
     assert torch.equal(asked[0], rounded), "what is scored is the file"
     card = (folder / "README.md").read_text()
     assert all(f"{value:.3f}" in card for value in wanted.value.dropna())

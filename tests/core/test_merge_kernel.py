@@ -141,11 +141,10 @@ def test_the_sum_by_hand_in_float32_and_bitwise_the_same_on_every_run(backend):
     segments = Segments(((0, 2, 0), (2, 3, 1)))
     base, deltas = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])
     coeffs = torch.tensor([[2.0, 10.0], [3.0, 100.0]])
-    merged = grouped_merge(
-        *(x.to(DEVICE) for x in (base, deltas, coeffs)), segments, backend=backend
-    )
+    base, deltas, coeffs = (x.to(DEVICE) for x in (base, deltas, coeffs))
+    merged = grouped_merge(base, deltas, coeffs, segments, backend=backend)
     assert merged.tolist() == [1 + 2, 2 + 3, 3 + 20 + 100]
-    found = grouped_inner(base.to(DEVICE), deltas.to(DEVICE), segments, backend=backend)
+    found = grouped_inner(base, deltas, segments, backend=backend)
     assert found.tolist() == [[1, 6], [2, 3]]
     ones, segments = torch.ones(10_000, dtype=brain, device=DEVICE), Segments(((0, 10_000, 0),))
     assert grouped_inner(ones, ones[None], segments, backend=backend).item() == 10_000

@@ -186,9 +186,8 @@ def test_only_parameters_that_some_expert_changed_learn():
         deltas[0, 1::4] = 0  # one expert is enough
         return deltas
 
-    flat = distillation(
-        replace(problem, vectors=problem.vectors.map(sparse)), lr=1e-2, epochs=2, **QUIET
-    )
+    partly = replace(problem, vectors=problem.vectors.map(sparse))
+    flat = distillation(partly, lr=1e-2, epochs=2, **QUIET)
     moved = flat != problem.vectors.base
     assert moved[1::2].all() and not moved[::2].any()
 
@@ -209,12 +208,11 @@ def test_a_tensor_that_the_model_does_not_use_stays_at_its_start():
 
 
 # --- prodistill
+LAYERS = ("embeddings", "encoder.layer.0.dense", "encoder.layer.1.dense")
+
+
 def test_stages_are_the_largest_modules_of_one_block_that_run_in_their_order(toy_problem):
-    assert list(stages(linear_problem())) == [
-        "embeddings",
-        "encoder.layer.0.dense",
-        "encoder.layer.1.dense",
-    ]
+    assert tuple(stages(linear_problem())) == LAYERS
     assert list(stages(toy_problem)) == ["embeddings", "encoder.layer.0", "encoder.layer.1"]
 
 
@@ -244,7 +242,7 @@ def naive_prodistill(problem: MergeProblem, init: float, steps: int, lr: float) 
     experts = [places(vectors.expert(name)) for name in vectors.tasks]
     streams = targets = [every[0].inputs["x"] for every in problem.batches]
     found = []
-    for name in ("embeddings", "encoder.layer.0.dense", "encoder.layer.1.dense"):
+    for name in LAYERS:
         base = affine(places(vectors.base), name)
         deltas = torch.stack([affine(places(row), name) for row in vectors.deltas])
         targets = [mapped(z, affine(e, name)) for e, z in zip(experts, targets, strict=True)]
@@ -308,10 +306,8 @@ def test_parameters_outside_every_stage_keep_the_initial_coefficient():
     expert = {n: b + normal(*b.shape).float() for n, b in state_of(model).items()}
     problem = module_problem(model, {"a": expert}, [[batch_of(normal(4, 3).float())]])
     assert list(stages(problem)) == ["blocks.0", "blocks.1"]
-    places = problem.vectors.layout.unflatten
-    shares = places(
-        (prodistill(problem, epochs=3, **QUIET) - problem.vectors.base) / problem.vectors.deltas[0]
-    )
+    vectors, merged = problem.vectors, prodistill(problem, epochs=3, **QUIET)
+    shares = vectors.layout.unflatten((merged - vectors.base) / vectors.deltas[0])
     assert_close(shares["shift"], torch.full((3,), 0.3), rtol=0, atol=1e-5)
     assert (shares["blocks.0.weight"] - 0.3).abs().min() > 1e-3
 

@@ -56,13 +56,9 @@ def test_sequential_ties_adds_the_trimmed_sum_to_what_was_merged_as_worked_out_b
     Third: [-2, 0, 0, 6.5, 0] meets [0, 9, 0, 0, -9]: nothing collides.
     """
     deltas = torch.tensor([[4.0, -2, 0, 6, 2], [-8, 1, 0, 4, 1], [0, 9, 1, 1, -9]])
-    steps = (
-        ([0], [3, 0, 1, 4, 2]),
-        ([0, 1], [-1, 0, 1, 7.5, 2]),
-        ([0, 1, 2], [-2, 4.5, 1, 10.75, -2.5]),
-    )
-    for rows, expected in steps:
-        found = sequential_ties(problem_of(*deltas[rows], base=1.0), keep=0.4, scale=0.5)
+    steps = ([3, 0, 1, 4, 2], [-1, 0, 1, 7.5, 2], [-2, 4.5, 1, 10.75, -2.5])
+    for count, expected in enumerate(steps, start=1):
+        found = sequential_ties(problem_of(*deltas[:count], base=1.0), keep=0.4, scale=0.5)
         assert found.tolist() == expected
 
 

@@ -128,9 +128,8 @@ def test_wemoe_is_the_merge_of_every_inputs_own_weights(problem, layers):
 def test_an_input_is_answered_alike_in_any_batch_unless_weights_are_averaged(problem):
     merged = wemoe(problem, steps=20, lr=0.1, progress=False)
     one, two, _ = problem.batches[0]
-    there, back = (
-        batch_of(torch.cat([b.inputs["x"] for b in both])) for both in ((one, two), (two, one))
-    )
+    xs = one.inputs["x"], two.inputs["x"]
+    there, back = (batch_of(torch.cat(both)) for both in (xs, xs[::-1]))
     alone, mean = (merged.answers(0, batch, reduce=True) for batch in (one, there))
     assert (mean[: len(alone)] - alone).abs().max() > 1e-3
     turned = merged.answers(0, back, reduce=True)
@@ -179,9 +178,8 @@ def routed_loss(problem: MergeProblem, merged, numbers: list[torch.Tensor]) -> t
 def test_wemoes_second_step_is_adams_on_weights_averaged_over_the_batch(problem):
     """The merge and its routers written out, with autograd through all of it."""
     problem = fewer(problem, 1)
-    start, found = (
-        wemoe(problem, router_layers=1, steps=steps, lr=1e-2, progress=False) for steps in (0, 2)
-    )
+    options = {"router_layers": 1, "lr": 1e-2, "progress": False}
+    start, found = (wemoe(problem, steps=steps, **options) for steps in (0, 2))
     numbers = [
         part.detach().clone().requires_grad_()
         for router in start.routers.values()
@@ -283,10 +281,8 @@ def test_one_batch_becomes_batches_of_one_input():
     words, answer = torch.arange(6).view(2, 3), torch.tensor([[0, 1, 1], [0, 0, 1]]).bool()
     parts = list(rows(Batch({"input_ids": words}, torch.full((3,), 1 / 3), answer)))
     assert [part.inputs["input_ids"].tolist() for part in parts] == [[[0, 1, 2]], [[3, 4, 5]]]
-    assert [part.weight.tolist() for part in parts] == [
-        pytest.approx([1 / 3] * 2),
-        pytest.approx([1 / 3]),
-    ]
+    for part, count in zip(parts, (2, 1), strict=True):
+        assert part.weight.tolist() == pytest.approx([1 / 3] * count)
     expected = [[[False, True, True]], [[False, False, True]]]
     assert [part.answer.tolist() for part in parts] == expected
 

@@ -89,12 +89,8 @@ def test_positions_of_an_answer_share_the_weight_of_their_input():
         scores = [parameters["weight"] * batch.inputs["x"][batch.answer] for _, batch in pairs]
         return [torch.stack([score, 0 * score], dim=1) for score in scores]
 
-    weight = numbers([0.25, 0.25, 0.5])
-    problem = replace(
-        switch([0.0], slopes=(0.0,)),
-        batches=[[Batch({"x": tokens}, weight, answer)]],
-        forward=forward,
-    )
+    batches = [[Batch({"x": tokens}, numbers([0.25, 0.25, 0.5]), answer)]]
+    problem = replace(switch([0.0], slopes=(0.0,)), batches=batches, forward=forward)
     rows = list(examples(problem.batches[0]))
     assert [row.weight.tolist() for row in rows] == [[0.25, 0.25], [0.5]]
     assert [int(row.answer.sum()) for row in rows] == [2, 1]
@@ -204,9 +200,8 @@ def test_regmean_averages_what_reads_the_same_inputs_in_all_tasks_or_nothing(off
         near(regmean(problem, **options, **QUIET), average(problem), 1e-7)
     xs = [normal(9, 4, seed=n) * torch.tensor([1.0, 1.0, 0.0, 1.0]) for n in range(2)]
     problem = layer(*deltas, inputs=xs)
-    found, mean = (
-        weights(problem, flat) for flat in (regmean(problem, **options, **QUIET), average(problem))
-    )
+    merges = regmean(problem, **options, **QUIET), average(problem)
+    found, mean = (weights(problem, flat) for flat in merges)
     near(found[:, 2], mean[:, 2], 1e-7)
     assert (found - mean).abs().max() > 0.01
 

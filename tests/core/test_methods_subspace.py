@@ -257,18 +257,14 @@ def test_the_routed_model_stores_one_model_and_each_layers_factors_and_prototype
 def test_a_layer_that_no_input_passes_has_no_detour_and_is_merged_as_by_tsv_m():
     problem = linear_problem(num_tasks=2)
     names = [name for name in problem.vectors.layout.names if "layer.1" in name]
-    layer = problem.module.encoder.layer
+    model = problem.module
+    both = torch.nn.Sequential(model.embeddings, model.encoder.layer[0]["dense"])
 
     def forward(parameters, pairs):
         """Without the last layer."""
         first, second, shift, *_ = parameters.values()
-        xs = [
-            functional_call(problem.module.embeddings, {"weight": first}, b.inputs["x"])
-            for _, b in pairs
-        ]
-        return [
-            functional_call(layer[0]["dense"], {"weight": second, "bias": shift}, x) for x in xs
-        ]
+        own = {"0.weight": first, "1.weight": second, "1.bias": shift}
+        return [functional_call(both, own, batch.inputs["x"]) for _, batch in pairs]
 
     idle = replace(problem, forward=forward)
     routed = esm_pp(idle, **QUIET)
@@ -289,11 +285,8 @@ def test_no_hook_stays_behind_where_the_model_fails(problem):
 def doge_loss(deltas, coeffs, shift) -> torch.Tensor:
     """Written out: a loop over experts and rows."""
     merged = sum(c * (delta + shift) for c, delta in zip(coeffs, deltas, strict=True))
-    return sum(
-        (row @ (row - near)) ** 2
-        for delta in deltas
-        for row, near in zip(delta, merged, strict=True)
-    )
+    pairs = (pair for delta in deltas for pair in zip(delta, merged, strict=True))
+    return sum((row @ (row - near)) ** 2 for row, near in pairs)
 
 
 def autograd_of(loss):

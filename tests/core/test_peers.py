@@ -88,10 +88,8 @@ def pair(kind: str, num_tasks: int = 3, **options) -> tuple[MergeProblem, list[n
     """Our problem of the models, with one batch of inputs per task, and copies of the models."""
     made = deepcopy(models(kind, **options)[: 1 + num_tasks])
     generator = torch.Generator().manual_seed(1)
-    words, dense = (
-        [torch.randint(40, (6, 8), generator=generator) for _ in made[1:]],
-        [torch.randn(6, 10, generator=generator) for _ in made[1:]],
-    )
+    words = [torch.randint(40, (6, 8), generator=generator) for _ in made[1:]]
+    dense = [torch.randn(6, 10, generator=generator) for _ in made[1:]]
     if kind in ("linear", "token"):
         batches, answer = [[batch_of(x)] for x in dense], None
     else:
@@ -114,9 +112,8 @@ def given(batch: Batch) -> torch.Tensor:
 
 def parts_of(problem: MergeProblem, rows=None) -> list[dict[str, torch.Tensor]]:
     """Every task vector, or other rows, as a state dict."""
-    return list(
-        map(problem.vectors.layout.unflatten, problem.vectors.deltas if rows is None else rows)
-    )
+    rows = problem.vectors.deltas if rows is None else rows
+    return list(map(problem.vectors.layout.unflatten, rows))
 
 
 def same(problem: MergeProblem, found: torch.Tensor, peer: dict[str, torch.Tensor]) -> None:
@@ -180,10 +177,8 @@ MERGEKIT = [  # its method, its parameters, ours, its options
     ),
     ("multislerp", {"weight": WEIGHTS}, multi_slerp, {"weights": WEIGHTS, "origin": "base"}),
     ("multislerp", {"weight": WEIGHTS}, multi_slerp, {"weights": WEIGHTS, "origin": "zero"}),
-    *(
-        ("model_stock", {"filter_wise": rows}, model_stock, {"filter_wise": rows})
-        for rows in (0, 1)
-    ),
+    ("model_stock", {"filter_wise": 0}, model_stock, {"filter_wise": False}),
+    ("model_stock", {"filter_wise": 1}, model_stock, {"filter_wise": True}),
     *(("slerp", {"t": t}, slerp, {"t": t}) for t in (0.0, 0.3, 0.5, 1.0)),
 ]
 
@@ -194,16 +189,12 @@ def test_mergekits_merge_is_ours(kind, peer, parameters, method, options):
     """At tasks almost parallel to almost orthogonal."""
     for scale in (0.003, 0.02, 3.0) if peer == "slerp" else (0.02,):
         problem, made = pair(kind, 2 if peer == "slerp" else 3, scale=scale)
-        states, options = (
-            list(map(state_of, made)),
-            {k: v if k != "filter_wise" else bool(v) for k, v in options.items()},
-        )
+        states = list(map(state_of, made))
         if peer in ("linear", "slerp") or options.get("origin") == "zero":
             states = states[1:]
         base = len(states) > len(problem.vectors.tasks) or peer == "slerp"
-        same(
-            problem, method(problem, **options), by_mergekit(states, peer, base=base, **parameters)
-        )
+        found = by_mergekit(states, peer, base=base, **parameters)
+        same(problem, method(problem, **options), found)
 
 
 @every_kind
@@ -301,9 +292,8 @@ def test_fusion_benchs_sums_masks_and_spheres_are_ours(kind, monkeypatch):
         parts = {name: mask[task].float() for name, mask in masks.items()}
         assert torch.equal(found.masks[task], layout.flatten(parts).bool())
     peer, generators = fusion_bench("method.dare.utils"), [torch.Generator() for _ in range(2)]
-    monkeypatch.setattr(
-        torch, "rand_like", lambda row: torch.rand(len(row), generator=generators[0])
-    )
+    drawn = partial(torch.rand, generator=generators[0])
+    monkeypatch.setattr(torch, "rand_like", lambda row: drawn(len(row)))
     for row in deltas:
         theirs = row.clone()
         peer.param_random_drop_(theirs, 0.5, rescale=True)
@@ -587,10 +577,8 @@ def test_the_peers_information_is_another_at_two_answers_ours_times_the_gap_of_t
     flat, ratios = problem.vectors.expert("task0"), []
     for peer, batch in zip(peer_information(problem, flat), problem.batches[0], strict=True):
         one = MergeProblem(problem.vectors, [[batch]], problem.forward)
-        ours, roots = (
-            fisher_diagonal(one, flat, 0),
-            problem.logits(flat, 0, batch).softmax(-1)[0].sqrt(),
-        )
+        ours = fisher_diagonal(one, flat, 0)
+        roots = problem.logits(flat, 0, batch).softmax(-1)[0].sqrt()
         ratios.append((peer / ours).median())
         if classes == 2:
             near(peer, ours * (roots[0] - roots[1]).square())
@@ -603,9 +591,7 @@ def test_fusion_benchs_fisher_merge_is_ours_given_the_same_information(kind, nor
     """With the floor in it: the peer would add one, we raise what is lower."""
     peer, problem = fusion_bench("method.fisher_merging.fisher_merging"), pair(kind)[0]
     experts = [problem.vectors.expert(task) for task in problem.vectors.tasks]
-    found = [
-        fisher_diagonal(problem, e, number).clamp(min=1e-9) for number, e in enumerate(experts)
-    ]
+    found = [fisher_diagonal(problem, e, n).clamp(min=1e-9) for n, e in enumerate(experts)]
     parts = parts_of(problem, experts)
     values = {name: [part[name] for part in parts] for name in problem.vectors.layout.names}
     found = peer.merging_with_fisher_weights(
@@ -682,10 +668,8 @@ def test_surgery_takes_the_steps_of_fusionbenchs_adapters():
     made[0].load_state_dict(problem.vectors.layout.unflatten(task_arithmetic(problem)))
     adapters = wrapper(made[0], list(problem.vectors.tasks), projection_dim=10)
     drawn = torch.rand(16, 10, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    downs = [
-        getattr(adapters, f"feature_mapping_to_head_down_proj_{t}")
-        for t in ours.problem.vectors.tasks
-    ]
+    names = [f"feature_mapping_to_head_down_proj_{task}" for task in problem.vectors.tasks]
+    downs = [getattr(adapters, name) for name in names]
     assert 0.2 < downs[0].weight.abs().max() <= 10**-0.5  # it draws from the same range
     for down in downs:
         down.weight.data = ((2 * drawn - 1) / 10**0.5).float()
