@@ -73,8 +73,6 @@ def reports_or_skip(cases: dict[Any, Case]) -> dict[Any, Report]:
 
 
 # --- in the process that compiles -----------------------------------------------------------------
-
-
 def compile_case(case: Case) -> Report:
     try:
         import triton

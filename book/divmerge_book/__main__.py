@@ -65,13 +65,11 @@ def command_line() -> argparse.ArgumentParser:
     every.add_argument("--size", default="default")
     every.add_argument("--root", type=Path, default=ROOT)
     every.add_argument("--workers", type=int, help="notebooks side by side; default: as fit")
-    first = commands.add_parser(
-        "example", help="make a small project of three experts, to start from"
-    )
+    text = "make a small project of three experts, to start from"
+    first = commands.add_parser("example", help=text)
     first.add_argument("folder", type=Path, help="a new folder")
-    seen = commands.add_parser(
-        "check", help="say what is wrong with a description; read no weights"
-    )
+    text = "say what is wrong with a description; read no weights"
+    seen = commands.add_parser("check", help=text)
     own = commands.add_parser("merge", help="merge the models that a file describes")
     how = {"action": "append", "default": [], "help": "may be repeated; default: divmerge/layer"}
     pairs = {"action": "append", "default": [], "metavar": "NAME=VALUE"}

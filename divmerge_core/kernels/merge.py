@@ -26,8 +26,6 @@ uncompiled = torch.compiler.disable if torch.version.cuda or torch.version.hip e
 
 
 # --- PyTorch --------------------------------------------------------------------------------------
-
-
 def merge_rows(base, deltas, coeffs, out, rows) -> None:
     """The definition: in each group, the base plus a row of coefficients times a matrix."""
     for start, stop, group in rows:
@@ -78,8 +76,6 @@ def inner_torch(grad, deltas, segments) -> Tensor:
 
 
 # --- Triton ---------------------------------------------------------------------------------------
-
-
 @jit
 def read(pointer, offsets, inside, MASKED: tl.constexpr):
     """Numbers as float32. A mask forbids 128-bit loads, so full blocks are read without one."""
@@ -221,8 +217,6 @@ def inner_triton(grad, deltas, segments) -> Tensor:
 
 
 # --- what others call -----------------------------------------------------------------------------
-
-
 def write(base, deltas, coeffs, segments, out, backend) -> Tensor:
     """The forward formula into `out`, on a backend already resolved."""
     base, coeffs = base.detach(), coeffs.detach().to(wide(base.dtype)).contiguous()

@@ -19,8 +19,6 @@ Places = Sequence[tuple[slice, tuple[int, ...]]]  # where matrices lie in the fl
 
 
 # --- sums that grow by one expert -----------------------------------------------------------------
-
-
 @METHODS.register("running_average", source="Tang et al. 2025, as a baseline", cite="tang2025")
 def running_average(problem: MergeProblem) -> Float[Tensor, " N"]:
     r"""Keep the mean of the experts that have come so far.
@@ -132,8 +130,6 @@ def sequential_ties(
 
 
 # --- opcm -----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Merging:
     """A model that experts join one by one: all that OPCM remembers of those it has seen."""

@@ -45,8 +45,6 @@ def at_least_one(method: str, **counts: int) -> None:
 
 
 # --- one path through base and experts per task ---------------------------------------------------
-
-
 @METHODS.register(
     "layer_evolution",
     source="Gesmundo and Dean 2022",
@@ -142,8 +140,6 @@ def layer_evolution(
 
 
 # --- coefficients by covariance matrix adaptation -------------------------------------------------
-
-
 def covariance_adaptation(start: Float[Tensor, " n"], sigma: float, seed: int) -> Any:
     """pycma's CMAEvolutionStrategy: its own constants, silent, with random numbers from the seed.
 

@@ -13,9 +13,8 @@ from divmerge_core.methods import METHODS
 from divmerge_core.methods.arithmetic import moved
 from divmerge_core.methods.checks import check_choice, check_keep, require_finite, require_positive
 
+
 # --- two-sided trimming ---------------------------------------------------------------------------
-
-
 def middle(values: Float[Tensor, "R K"], keep: float, remove: float) -> Float[Tensor, "R K"]:
     """Of every row the `keep` share of entries that follows the largest `remove`, else zero."""
     width = values.shape[1]
@@ -90,8 +89,6 @@ def breadcrumbs(
 
 
 # --- consensus ------------------------------------------------------------------------------------
-
-
 def tall_masks(deltas: Float[Tensor, "T N"], threshold: float) -> Bool[Tensor, "T N"]:
     """Which entries of the summed task vector each task can use.
 
@@ -151,8 +148,6 @@ def consensus(
 
 
 # --- a mask per task ------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Masked:
     """One vector for all tasks; every task adds its masked and scaled part of it to the base."""

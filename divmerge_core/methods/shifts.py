@@ -45,8 +45,6 @@ def descend(
 
 
 # --- DOGE -----------------------------------------------------------------------------------------
-
-
 def cutoffs(
     deltas: Float[Tensor, "T N"], places: Sequence[slice], keep: float
 ) -> Float[Tensor, " T"]:
@@ -176,8 +174,6 @@ def doge(
 
 
 # --- WUDI -----------------------------------------------------------------------------------------
-
-
 def wudi_gradient(deltas: Float[Tensor, "T M K"]) -> Callable[[Tensor], Tensor]:
     """The gradient of sum_t |(sum_u D_u + shift - D_t) D_t^T|^2 / |D_t|^2 at a shift [M, K].
 

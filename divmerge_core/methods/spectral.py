@@ -32,8 +32,6 @@ def merge_matrices(
 
 
 # --- TSV-M ----------------------------------------------------------------------------------------
-
-
 @METHODS.register(
     "tsv_m",
     source="Gargiulo et al. 2025",
@@ -102,8 +100,6 @@ def orthogonalised(deltas: Float[Tensor, "T M K"]) -> Float[Tensor, "M K"]:
 
 
 # --- isotropic merging ----------------------------------------------------------------------------
-
-
 @METHODS.register(
     "iso_c",
     source="Marczak et al. 2025",
@@ -214,8 +210,6 @@ def common_and_own(deltas: Float[Tensor, "T M K"], common: float) -> Float[Tenso
 
 
 # --- KnOTS ----------------------------------------------------------------------------------------
-
-
 @METHODS.register(
     "knots",
     source="Stoica et al. 2025",

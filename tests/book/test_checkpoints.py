@@ -135,8 +135,6 @@ def card_of(folder: Path) -> str:
 
 
 # --- what is written is what was merged -----------------------------------------------------------
-
-
 def test_what_is_loaded_is_what_was_merged(zoo, merged, plain):
     loaded, facts = transformers.AutoModel.from_pretrained(plain, output_loading_info=True)
     assert not facts["missing_keys"] and not facts["unexpected_keys"]
@@ -254,8 +252,6 @@ def test_old_spellings_of_the_base_become_todays(real, put):
 
 
 # --- shards ---------------------------------------------------------------------------------------
-
-
 def test_shards_hold_no_more_than_was_said_and_the_index_has_every_tensor(put, merged):
     folder, most = put(max_shard_bytes=4000), 4000
     index = json.loads((folder / "model.safetensors.index.json").read_text())
@@ -294,8 +290,6 @@ def test_memory_is_bounded_by_a_few_tensors_and_not_by_shards_or_models(put, tmp
 
 
 # --- all or nothing -------------------------------------------------------------------------------
-
-
 def exit_of(function, *arguments) -> int:
     """The exit code of a child process that calls this.
 
@@ -441,8 +435,6 @@ def test_numbers_that_are_not_finite_leave_nothing(put, merged, tmp_path, value,
 
 
 # --- refusals -------------------------------------------------------------------------------------
-
-
 def test_a_folder_in_use_is_refused(zoo, put, tmp_path):
     folder = put()
     kept = sha256(folder / "model.safetensors")
@@ -582,8 +574,6 @@ def test_a_record_that_contradicts_itself_is_refused(record, change, message):
 
 
 # --- what the card says ---------------------------------------------------------------------------
-
-
 def test_coefficients_come_back_from_json_to_the_last_bit(record, plain):
     found = json.loads((plain / "coefficients.json").read_text())
     assert torch.equal(torch.tensor(found["values"]), record.coeffs)
@@ -677,8 +667,6 @@ def test_a_card_without_heads_loads_the_bare_model(plain, monkeypatch):
 
 
 # --- the recipe for mergekit ----------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def spelled(zoo, record, tmp_path_factory):
     """The same merge, of a base whose names on disk are those of its experts: bert.encoder..."""

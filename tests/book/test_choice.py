@@ -115,8 +115,6 @@ def test_a_gradient_that_vanishes_is_drawn_at_the_floor():
 
 
 # --- robustness -----------------------------------------------------------------------------------
-
-
 def test_noise_has_the_norm_of_what_it_replaces_tensor_by_tensor(experiment):
     before = experiment.problem.vectors.deltas.clone()
     changed = CORRUPTIONS["noise"](experiment, 1, 0).experiment.problem.vectors
@@ -183,8 +181,6 @@ def test_temperature_one_is_the_plain_fit(experiment):
 
 
 # --- trajectories ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_gradient_norms_are_those_of_autograd(grouping):
     problem = linear_problem()

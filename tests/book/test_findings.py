@@ -34,8 +34,6 @@ def test_words_are_listed_and_numbers_span():
 
 
 # --- the number of tasks --------------------------------------------------------------------------
-
-
 def by_count(values: dict, column: str, name: str) -> pd.DataFrame:
     """A row per key of `values` and T = 2, 3, ..."""
     return pd.DataFrame(
@@ -130,8 +128,6 @@ def test_who_harms_and_who_loses_may_be_one_task_or_two(own, said):
 
 
 # --- beyond one vector ----------------------------------------------------------------------------
-
-
 def arrivals(gap: float) -> pd.DataFrame:
     rows = [{"method": name, "order": -1, "ratio": 0.8, "bwt": None} for name in BATCH.values()]
     rows += [
@@ -238,8 +234,6 @@ def test_the_best_by_bytes_and_the_slowest_are_found(anp, slower, small, blind, 
 
 
 # --- divergence and success -----------------------------------------------------------------------
-
-
 def test_experts_on_other_tasks_are_held_against_the_majority():
     cross = pd.DataFrame({"task": list("aabb"), "model": list("abab"), "accuracy": [0.9] * 4})
     majority = pd.Series({"a": 0.95, "b": 0.5})
@@ -270,8 +264,6 @@ def test_a_narrower_range_lowers_a_correlation_only_where_it_does():
 
 
 # --- interference ---------------------------------------------------------------------------------
-
-
 def ways_to_cost(sms: float, other: float, shuffled: float = 0.0) -> pd.DataFrame:
     cost = {"sms": sms, "trec": other, "bbc": other}
     others = {"shuffled": shuffled, "averaged": 0.2, "halved": 0.1}
@@ -379,8 +371,6 @@ def test_coefficients_follow_what_is_significant(p, said):
 
 
 # --- what the summaries print of the stored tables, recomputed from the files with plain loops ----
-
-
 def stored(path: str, table: str) -> list[dict]:
     columns = json.loads((RESULTS / path).read_text("utf-8"))["tables"][table]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -428,8 +418,6 @@ def test_what_the_page_says_of_the_papers_tables_holds():
 
 
 # --- the chapters that explain the method ---------------------------------------------------------
-
-
 def test_the_summaries_of_the_first_chapters_say_what_a_run_gave():
     ratio = pd.DataFrame({"a": [90.0, 100.0], "b": [100.0, 80.0]}, index=[0.5, 1.0])
     text = first.task_vectors(

@@ -164,8 +164,6 @@ def test_the_chapters_findings_are_a_bullet_each():
 
 
 # --- task by task ---------------------------------------------------------------------------------
-
-
 def tasks_of(rows: list[tuple]) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["method", "task", "predicted", "gold"])
     return task_table(Report(table.assign(suite="toy", subset="s", seed=0)), "s")

@@ -213,8 +213,6 @@ def test_figures_draw_what_they_are_given(axes):
 
 
 # --- whole commands -------------------------------------------------------------------------------
-
-
 def test_both_commands_can_read_the_models_and_configurations_that_are_made(tmp_path):
     count = disk_merges.make_models(tmp_path, "tiny")
     for method in disk_merges.METHODS:

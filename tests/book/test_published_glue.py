@@ -62,8 +62,6 @@ def bench(suite):
 
 
 # --- merging is merging ---------------------------------------------------------------------------
-
-
 def test_an_expert_in_a_padded_batch_answers_as_it_does_alone_without_padding(bench, made):
     """So the last real token is pooled, though GPT-2 has no padding token of its own."""
     padded = 0
@@ -128,8 +126,6 @@ def test_the_names_that_the_hub_gives_to_classes_are_understood():
 
 
 # --- every method that applies --------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", METHODS_OF_TWO)
 def test_every_method_that_applies_merges_gpt2(bench, name):
     quick = {"epochs": 1, "steps": 1, "progress": False, "score": lambda merged: 0.5}
@@ -155,8 +151,6 @@ def test_options_are_chosen_on_rows_that_are_not_scored(suite):
 
 
 # --- what does not fit is refused, before weights are read ---------------------------------------
-
-
 def test_where_nobody_names_a_padding_token_the_description_does(made, suite, tmp_path):
     bare = shutil.copytree(made, tmp_path / "bare")
     for task in NAMES:

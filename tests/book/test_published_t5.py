@@ -70,8 +70,6 @@ def model_of(folder: str) -> torch.nn.Module:
 
 
 # --- the forward pass -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("number", range(len(NAMES)))
 def test_an_expert_at_coefficient_1_answers_as_transformers_does_one_row_at_a_time(
     bench, made, number
@@ -116,8 +114,6 @@ def test_tied_embeddings_are_merged_once_and_read_three_times(bench, made, base)
 
 
 # --- writing --------------------------------------------------------------------------------------
-
-
 def test_greedy_answers_are_those_of_generate(made):
     expert = load_language(made[1]["imdb"].expert)
     prompts = [expert.tokenizer(text)["input_ids"] for text in ("the film", "a good long song of")]
@@ -173,8 +169,6 @@ def test_a_prompt_that_is_too_long_keeps_its_question_and_its_eos(made, cached):
 
 
 # --- merging --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["average", "regmean", "divmerge"])
 def test_methods_merge_writers_and_what_they_write_is_scored_by_rouge(bench, name):
     quick = {"epochs": 1, "progress": False}
@@ -201,8 +195,6 @@ def test_a_batch_of_writers_falls_apart_into_rows_with_all_their_positions(bench
 
 
 # --- data -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_default_columns_read_the_hubs_rows(name, cached, tmp_path):
     folder = tmp_path / name
@@ -250,8 +242,6 @@ def test_without_hub_and_folder_it_is_said(monkeypatch):
 
 
 # --- what does not belong together ----------------------------------------------------------------
-
-
 def swap_words(folder: Path) -> None:
     words = toys.t5_words()
     words[5], words[6] = words[6], words[5]

@@ -58,8 +58,6 @@ def test_changing_a_frame_leaves_the_file_alone():
 
 
 # --- the paper ------------------------------------------------------------------------------------
-
-
 def test_accuracies_are_shares_of_the_test_rows_that_they_imply():
     """Table 5: a printed percentage is a whole number of right answers out of 500, 277 or 400."""
     rows = pd.Series({**dict.fromkeys(GLUE, 500), "RTE": 277, "MRPC": 400})
@@ -100,8 +98,6 @@ def test_the_margins_of_pairs_stand_in_two_tables():
 
 
 # --- FusionBench ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", SWEEPS)
 def test_shares_are_whole_numbers_of_the_validation_rows(name):
     """So the counts of GLUE's validation splits are those that were scored."""

@@ -40,8 +40,6 @@ def here(monkeypatch):
 
 
 # --- the file ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -114,8 +112,6 @@ def test_a_key_follows_code_and_parameters_but_not_prose_or_how_they_are_written
 
 
 # --- the runs ------------------------------------------------------------------------------------
-
-
 def test_every_run_is_there_once_and_a_larger_grid_runs_only_what_is_new(folder, here, capsys):
     path = write_grid(folder, grid={"divergence": ["js", "kl"]})
     assert __main__.main([str(path)]) == 0
@@ -211,8 +207,6 @@ def test_without_ray_the_extra_is_named(folder, capsys, monkeypatch):
 
 
 # --- what is collected ---------------------------------------------------------------------------
-
-
 def parts(*reports, **varied):
     """Finished runs with one fit each, whose parameter has these values."""
     (name, values), found = *varied.items(), []

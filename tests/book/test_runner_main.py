@@ -181,8 +181,6 @@ def test_merge_passes_its_options_on(monkeypatch, capsys):
 
 
 # --- processes that run side by side -------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_processes_share_the_cores_and_end_with_the_block():
     with executors.processes(2) as submit:
@@ -213,8 +211,6 @@ def test_runs_at_once_have_gpus_of_their_own(monkeypatch):
 
 
 # --- the book -------------------------------------------------------------------------------------
-
-
 def write_book(root: Path, **chapters: str) -> Path:
     """A repository whose chapters have one cell each."""
     (root / "book" / "results").mkdir(parents=True)

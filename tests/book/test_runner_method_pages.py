@@ -24,8 +24,6 @@ every_method = pytest.mark.parametrize("name", METHODS)
 
 
 # --- what every method says of itself -------------------------------------------------------------
-
-
 @every_method
 def test_the_docstring_has_its_parts(name):
     """One sentence; a formula that MathJax draws without another host; why, where not, and who."""
@@ -71,8 +69,6 @@ def test_the_call_and_the_options_on_the_page_are_the_methods(name):
 
 
 # --- the pages ------------------------------------------------------------------------------------
-
-
 def test_every_method_has_one_page_and_one_row(tmp_path):
     method_pages.write(tmp_path)
     written = {path.name for path in tmp_path.iterdir()}

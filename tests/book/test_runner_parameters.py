@@ -95,8 +95,6 @@ def test_a_line_without_a_type_is_refused():
 
 
 # --- with papermill itself ------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_plain_papermill_stops_before_the_work(tmp_path):
     """So no model is replaced because `-p overwrite false` is text to papermill."""

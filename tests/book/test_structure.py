@@ -75,8 +75,6 @@ def names(path: Path) -> str:
 
 
 # --- the address ---------------------------------------------------------------------------------
-
-
 def test_every_mention_of_the_address_is_the_same():
     assert CONFIG["repository"]["url"] == REPOSITORY
     assert CONFIG["launch_buttons"]["colab_url"] == "https://colab.research.google.com"
@@ -114,8 +112,6 @@ def test_the_citation_and_the_workflow_speak_of_this_repository():
 
 
 # --- the environment -----------------------------------------------------------------------------
-
-
 def locked() -> dict[str, str]:
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     pins = [line.split("==") for line in lines if line and not line.startswith("#")]
@@ -182,8 +178,6 @@ def test_make_knows_the_sizes_and_ci_runs_the_commands():
 
 
 # --- the package ---------------------------------------------------------------------------------
-
-
 def room_of(module: str) -> str:
     """The room that a module of full name `divmerge_core.kernels.merge` lies in."""
     return ".".join(module.split(".")[:2])
@@ -362,8 +356,6 @@ def test_definitions_are_derivations_and_are_compared_with_the_package(path):
 
 
 # --- the pages -----------------------------------------------------------------------------------
-
-
 def test_mathjax_is_the_vendored_one_and_licences_are_the_declared_ones():
     static = ROOT / "book" / "_extra" / "mathjax"
     assert CONFIG["sphinx"]["config"]["mathjax_path"] == "../mathjax/tex-svg.js"
@@ -394,8 +386,6 @@ def test_the_readmes_tree_is_short_and_shows_rooms_that_exist():
 
 
 # --- the data page -------------------------------------------------------------------------------
-
-
 def test_the_data_page_lists_every_asset_and_every_task():
     from divmerge_book.data.downloads import ASSETS
     from divmerge_book.data.tasks import TASKS

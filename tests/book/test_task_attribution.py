@@ -92,8 +92,6 @@ def test_a_bootstrap_keeps_a_subset_whole_and_every_t_as_large():
 
 
 # --- covariates -----------------------------------------------------------------------------------
-
-
 def geometry_of(vectors: np.ndarray) -> pd.DataFrame:
     """A table of `scaling.geometry` without sign conflicts."""
     inner, lengths = vectors @ vectors.T, np.linalg.norm(vectors, axis=1)
@@ -153,8 +151,6 @@ def test_pairs_and_floor_are_means_over_the_subset(numbered):
 
 
 # --- single tasks ---------------------------------------------------------------------------------
-
-
 def test_effects_of_tasks_by_hand():
     """Task b costs everyone it joins 0.2, the others nothing."""
     table = losses_by(lambda task, others: 0.2 * ("b" in others), "abc")

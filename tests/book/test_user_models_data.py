@@ -21,8 +21,6 @@ def rows_of(path: Path, labels=ANSWERS, split: str = "test", **fields) -> datase
 
 
 # --- what is read ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".parquet", ""])
 def test_every_format_gives_the_same_rows_by_the_descriptions_columns(tmp_path, ending):
     given = [
@@ -105,8 +103,6 @@ def test_numbered_labels_of_a_datasets_folder_go_by_their_names(tmp_path):
 
 
 # --- what is refused ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "name, text, words",
     [
@@ -172,8 +168,6 @@ def test_a_folder_of_splits_or_of_something_else_is_refused(tmp_path):
 
 
 # --- splits that share inputs ---------------------------------------------------------------------
-
-
 def split_of(*texts: str, **more: list[str]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"text": list(texts), **more})
 

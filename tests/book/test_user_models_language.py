@@ -58,8 +58,6 @@ def made(home, tmp_path_factory):
 
 
 # --- what is merged -------------------------------------------------------------------------------
-
-
 def test_an_experts_vector_answers_as_transformers_does(made):
     plan, bench = made
     for number, source in enumerate(plan.experts):
@@ -270,8 +268,6 @@ def test_an_expert_from_the_hub_is_taken_at_its_revision(home, tmp_path, monkeyp
 
 
 # --- chats ----------------------------------------------------------------------------------------
-
-
 def chatting(folder: Path, *templates: str) -> Path:
     """A project of chats whose experts have these templates, and whose tokenizers begin texts."""
     project = make_language_project(folder, row=as_chat)
@@ -319,8 +315,6 @@ def test_chats_that_a_template_refuses_and_chats_without_one(tmp_path):
 
 
 # --- what is refused before weights are read ------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "fields, words",
     [

@@ -55,8 +55,6 @@ def family(project, tmp_path_factory):
 
 
 # --- merging is merging ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_an_expert_at_coefficient_1_is_its_own_pipeline(family, kind):
     project = family(kind)
@@ -120,8 +118,6 @@ def test_precision_is_of_the_forward_pass_and_of_the_digest(plan, bench):
 
 
 # --- folders that are damaged, or not whole -------------------------------------------------------
-
-
 def stored(folder: Path, change) -> None:
     """Put what `change` makes of a model's tensors in their place."""
     tensors = change(load_file(folder / "model.safetensors"))
@@ -355,8 +351,6 @@ def test_what_lies_beside_the_weights_does_not_count_as_weights(project, tmp_pat
 
 
 # --- LoRA adapters --------------------------------------------------------------------------------
-
-
 def pooler_and_head(outputs: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     sizes = {"bert.pooler.dense.weight": (32, 32), "bert.pooler.dense.bias": (32,)}
@@ -478,8 +472,6 @@ def test_an_adapter_that_names_another_base_is_noted(project, tmp_path):
 
 
 # --- this package's own experts -------------------------------------------------------------------
-
-
 @pytest.fixture
 def own(tiny_folder, shared_cache, experts, tmp_path) -> Path:
     """The toy experts that this package trained, described from their folders."""

@@ -39,8 +39,6 @@ def text_file(folder: Path, text: str, name: str = "models.yaml") -> Path:
 
 
 # --- the description ------------------------------------------------------------------------------
-
-
 def test_yaml_and_json_say_the_same(project):
     whole = yaml.safe_load(project.read_text())
     text = "\ufeff" + json.dumps(whole, indent="\t")  # an editor's byte order mark
@@ -127,8 +125,6 @@ def test_a_description_is_found_from_the_notebooks_folder_and_from_the_shells(
 
 
 # --- what is checked before weights are read ------------------------------------------------------
-
-
 def test_a_plan_has_kinds_labels_and_counts(plan):
     table = plan.table()
     assert list(table.index) == list(MARKERS) and set(table.expert) == {"transformers"}

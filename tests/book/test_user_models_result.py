@@ -53,8 +53,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:task .* the task vector is:UserW
 
 
 # --- results --------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def found(bench, tmp_path_factory):
     """Three merges of the two experts; only to be read."""

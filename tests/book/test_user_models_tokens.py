@@ -46,8 +46,6 @@ def resized(project: Path, name: str, own, *, rows: int = ROWS, uses: str = "") 
 
 
 # --- one table of tokens --------------------------------------------------------------------------
-
-
 def test_equal_tokenizers_own_nothing():
     found = agreed(tokenizer(), ROWS, [reading("a", tokenizer()), reading("b", tokenizer())])
     assert (found.rows, found.owners, found.notes, found.stops) == (ROWS, {}, (), (0,))
@@ -139,8 +137,6 @@ def test_rows_stay_with_their_owners_in_every_merge():
 
 
 # --- from folder to folder ------------------------------------------------------------------------
-
-
 def test_an_added_token_and_longer_tables_reach_the_merged_folder(tmp_path, cache):
     project = make_language_project(tmp_path)
     own = resized(project, "mood", added("<mood>"), rows=330, uses="<mood>")

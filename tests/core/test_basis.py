@@ -123,8 +123,6 @@ def test_components_merge_and_give_gradients_as_their_dense_form(spec):
 
 
 # --- embedding tables -----------------------------------------------------------------------------
-
-
 class Reader(nn.Module):
     """A sum of rows of a table through a matrix; `tied` multiplies by the table once more."""
 
@@ -224,8 +222,6 @@ def test_embedding_tables_keep_their_task_vectors(storage):
 
 
 # --- fits -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("spec", BASES)
 @pytest.mark.parametrize("method", [divmerge, adamerging])
 def test_every_basis_is_fitted(method, spec):

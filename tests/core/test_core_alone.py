@@ -15,8 +15,7 @@ ALLOWED = {
     *("platformdirs", "triton", "cma", "divmerge_core"),  # cma and triton: on demand
 }
 # Lines of Python: a change that needs more has to say why here.
-# Book and tests grew by 76 and 95: hand-edited files, links to nothing, outputs that hold inputs.
-LIMITS = {"divmerge_core": 10_000, "book/divmerge_book": 25_729, "tests": 25_460}
+LIMITS = {"divmerge_core": 9_969, "book/divmerge_book": 25_611, "tests": 25_120}
 
 
 def test_the_core_works_where_the_books_packages_cannot_be_imported():

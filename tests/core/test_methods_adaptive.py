@@ -157,8 +157,6 @@ def test_it_is_adamerging_of_the_elected_task_vectors():
 
 
 # --- distillation
-
-
 @pytest.mark.parametrize(
     ("divergence", "init"), [("js", None), ("reverse_kl", 0.0), ("logit_mse", 0.5)]
 )

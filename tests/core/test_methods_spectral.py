@@ -163,8 +163,6 @@ def test_common_and_own_directions_fill_the_matrix():
 
 
 # --- KnOTS
-
-
 def test_the_input_side_is_the_output_side_of_the_transposed():
     deltas = [normal(4, 6, seed=n) for n in range(2)]
     over = change(knots, *(delta.T for delta in deltas), shared="output")

@@ -167,9 +167,8 @@ def majority_rows(rows: pd.DataFrame) -> pd.DataFrame:
 
 def percent_intervals(table: pd.DataFrame) -> list[str]:
     """`50.0 [40.0, 60.0]`: a share and its interval in every row, in %."""
-    return [
-        "{:.1f} [{:.1f},\N{NO-BREAK SPACE}{:.1f}]".format(*row) for row in 100 * table.to_numpy()
-    ]
+    form = "{:.1f} [{:.1f},\N{NO-BREAK SPACE}{:.1f}]"
+    return [form.format(*row) for row in 100 * table.to_numpy()]
 
 
 def score_table(report: Report, subset: str) -> pd.DataFrame:

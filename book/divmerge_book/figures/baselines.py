@@ -146,9 +146,8 @@ def pareto_front(ax: Axes, table: pd.DataFrame) -> None:
     ax.set_xscale("log")
     ax.set_xlim(left=table.seconds.min() / 4)  # room for names
     ax.margins(y=0.08)
-    names = [
-        (row.seconds, row.score, title(name)) for name, row in pd.concat([best, hollow]).iterrows()
-    ]
+    rows = pd.concat([best, hollow]).iterrows()
+    names = [(row.seconds, row.score, title(name)) for name, row in rows]
     plot.annotate(ax, names, up=5, left=True)
     plot.finish(ax, percent="y")
 

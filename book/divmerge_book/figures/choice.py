@@ -110,9 +110,8 @@ def corruption_costs(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Ax
     for some, size, alpha in ((table, 3, 0.6), (mean, 7, 1)):
         some = some.assign(**{column: 100 * some[column]})
         shown = looks if size == 7 else {spec: (None, look) for spec, (_, look) in looks.items()}
-        plot.forest(
-            ax, some, rows, shown, step=0.8 / len(looks), markersize=size, alpha=alpha, **how
-        )
+        how |= {"markersize": size, "alpha": alpha}
+        plot.forest(ax, some, rows, shown, step=0.8 / len(looks), **how)
     for y in range(1, len(rows)):
         ax.axhline(y - 0.5, color="0.85", linewidth=0.8)
     ax.grid(axis="y", visible=False)

@@ -87,15 +87,13 @@ def alignment(ax: Axes, table: pd.DataFrame) -> Axes:
 
     table: of `alignment_table`, means over tasks and layers.
     """
-    by_chance = {"linestyle": "--", "markerfacecolor": "white"}
     for name, chance, words, look in (
         ("merged", "chance", "with the sum of all", mark(0, "o")),
         ("partner", "chance_partner", "with one other task", mark(1, "s")),
     ):
         plot.line(ax, table.residual, table[name], label=words, **look)
-        plot.line(
-            ax, table.residual, table[chance], label=f"{words}, by chance", **by_chance, **look
-        )
+        look |= {"linestyle": "--", "markerfacecolor": "white"}
+        plot.line(ax, table.residual, table[chance], label=f"{words}, by chance", **look)
     words = "cut-off: share of the norm that may be left out", "alignment ratio, SAR"
     return plot.finish(ax, *words, ylim=(0, 1.02), legend=8)
 

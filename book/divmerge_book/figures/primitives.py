@@ -17,8 +17,6 @@ BESIDE = {"fontsize": 8, "loc": "upper left", "bbox_to_anchor": (1.01, 1)}  # ri
 
 
 # --- axes -----------------------------------------------------------------------------------------
-
-
 def ticks(ax: Axes, values: Iterable, labels: Iterable[str] | None = None, **how) -> None:
     """Ticks of the x axis at these values and at no others."""
     values = list(values)
@@ -112,8 +110,6 @@ def annotate(
 
 
 # --- rows of marks and bars -----------------------------------------------------------------------
-
-
 def intervals(ax: Axes, y, value, low=None, high=None, *, label: str | None = None, **look) -> None:
     """Points at heights y with horizontal intervals. look: of marks; `width`, `bar`: of bars."""
     width, bar = look.pop("width", 1.4), look.pop("bar", look["color"])
@@ -190,8 +186,6 @@ def diverging_bars(ax: Axes, table: pd.DataFrame, sides: Mapping[str, tuple], ne
 
 
 # --- lines, points and maps -----------------------------------------------------------------------
-
-
 def line(ax: Axes, x, y, low=None, high=None, *, band: bool = False, **look) -> None:
     """One line, with a band or with bars from low to high."""
     if low is not None and band:

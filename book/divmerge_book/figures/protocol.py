@@ -15,12 +15,8 @@ OPTIMISER_LABELS = {name: OPTIMIZERS.facts[name]["label"] for name in OPTIMIZERS
 OPTIMISER_LABELS |= {"gauss_newton": "Gauss-Newton"}
 SETTINGS = {"init": "start", "lr": "step size", "epochs": "epochs"}
 SHIFTS = {kind: INPUT_SHIFTS.facts[kind]["label"] for kind in INPUT_SHIFTS}
-FROM_DEFAULT = {
-    "value": "difference",
-    "ends": ("from_low", "from_high"),
-    "width": 2,
-    "markersize": 6,
-}
+FROM_DEFAULT = {"value": "difference", "ends": ("from_low", "from_high")}
+FROM_DEFAULT |= {"width": 2, "markersize": 6}
 
 
 def ablation(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Axes:

@@ -21,9 +21,8 @@ def by_task(ax: Axes, scores: pd.DataFrame, *, what: str = "accuracy") -> Axes:
     plot.forest(ax, table, rows, methods(merged), step=0.5 / max(1, len(merged) - 1), **how)
     bar = {"marker": "|", "markersize": 15, "markeredgewidth": 2}
     for method, shade in BARS.items():
-        plot.intervals(
-            ax, range(len(rows)), scores.loc[method], label=title(method), color=shade, **bar
-        )
+        bar |= {"label": title(method), "color": shade}
+        plot.intervals(ax, range(len(rows)), scores.loc[method], **bar)
     ax.set_title(f"{what} of every merge, task by task", fontsize=10)
     return plot.finish(ax, f"{what}, %", percent="x")
 

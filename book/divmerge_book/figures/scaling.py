@@ -63,8 +63,6 @@ def printed_curve(ax: Axes, table: pd.DataFrame, names: Mapping[str, str]) -> Ax
 
 
 # --- explanations ---------------------------------------------------------------------------------
-
-
 def scale_curve(ax: Axes, scores: pd.DataFrame, column: str = "anp") -> Axes:
     """A score against the coefficient that all task vectors share: a line per T, a ring at 1/T.
 

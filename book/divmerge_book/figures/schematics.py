@@ -39,9 +39,8 @@ def save(draw: Callable[[Axes], Axes], file: Path, *, height: Number) -> None:
 
 def words(ax: Axes, x: Number, y: Number, text: str, **how) -> None:
     """Text whose middle stands at a point."""
-    ax.text(
-        x, y, text, **{"ha": "center", "va": "center", "fontsize": 8, "linespacing": 1.4, **how}
-    )
+    look = {"ha": "center", "va": "center", "fontsize": 8, "linespacing": 1.4}
+    ax.text(x, y, text, **{**look, **how})
 
 
 def box(ax: Axes, place: tuple[Number, ...], text: str, hue) -> Bbox:
@@ -68,12 +67,8 @@ def method(ax: Axes) -> Axes:
     box(ax, (0, 0.8, 1.6, 1), "base\n" + r"$\theta_0$", GREY)
     box(ax, (2.1, 0.8, 1.8, 1), "task vectors\n" + r"$\tau_t = \theta_t - \theta_0$", BLUE)
     box(ax, (4.3, 0.8, 1.6, 1), "coefficients\n" + r"$\Lambda$, $[T, G]$", GREEN)
-    box(
-        ax,
-        (6.3, 0.8, 1.8, 1),
-        "merged model\n" + r"$\theta_0 + \Sigma_t\, \Lambda_t \tau_t$",
-        GREEN,
-    )
+    text = "merged model\n" + r"$\theta_0 + \Sigma_t\, \Lambda_t \tau_t$"
+    box(ax, (6.3, 0.8, 1.8, 1), text, GREEN)
     box(ax, (2.9, 2.8, 1.8, 1), "inputs of\nevery task,\nwithout labels", GREY)
     box(ax, (6.3, 2.8, 1.8, 1), "answers $p$ of\nthe experts,\ncached", BLUE)
     box(ax, (8.6, 1.8, 1.4, 1), "divergence\n$D(p, q)$,\nsummed", RED)
@@ -132,16 +127,9 @@ def arrows(ax: Axes) -> Axes:
         ax.plot(*point, "o", **{**marks, "color": hue})
     ax.plot(*merged, "D", **{**marks, "color": GREEN, "markersize": 9})
     words(ax, *(base - (0.2, 0)), "base\n" + r"$\theta_0$", ha="right", fontsize=9)
-    words(
-        ax, *(base + first + (0.2, 0)), "expert 1\n" + r"$\theta_0 + \tau_1$", ha="left", fontsize=9
-    )
-    words(
-        ax,
-        *(base + second + (0.2, 0.1)),
-        "expert 2, " + r"$\theta_0 + \tau_2$",
-        ha="left",
-        fontsize=9,
-    )
+    one, two = "expert 1\n" + r"$\theta_0 + \tau_1$", "expert 2, " + r"$\theta_0 + \tau_2$"
+    words(ax, *(base + first + (0.2, 0)), one, ha="left", fontsize=9)
+    words(ax, *(base + second + (0.2, 0.1)), two, ha="left", fontsize=9)
     text = "merged model\n" + r"$\theta_0 + \lambda_1 \tau_1 + \lambda_2 \tau_2$"
     words(ax, *(merged + (0.25, 0.05)), text, ha="left", fontsize=9, color=GREEN)
     words(ax, *(base + 0.35 * first - (0, 0.28)), r"$\lambda_1 \tau_1$", color=BLUE, fontsize=9)
@@ -152,11 +140,8 @@ def arrows(ax: Axes) -> Axes:
 def midpoint(ax: Axes) -> Axes:
     """Two answers over four classes, the mixture of both, and what JS measures between them."""
     canvas(ax, 10, 3.6)
-    panels = (
-        (P, "expert $p$", BLUE),
-        (M, "mixture $m = (p + q) / 2$", GREY),
-        (Q, "merged $q$", GREEN),
-    )
+    mixture = (M, "mixture $m = (p + q) / 2$", GREY)
+    panels = ((P, "expert $p$", BLUE), mixture, (Q, "merged $q$", GREEN))
     for left, (shares, name, hue) in zip((0.3, 3.85, 7.4), panels, strict=True):
         path(ax, (left, 0.8), (left + 2.3, 0.8), hue="0.4", head=False)
         for number, share in enumerate(shares):
@@ -167,9 +152,8 @@ def midpoint(ax: Axes) -> Axes:
     for start, end, middle, name in ((2.7, 3.8, 3.25, "p"), (7.3, 6.2, 6.75, "q")):
         path(ax, (start, 1.6), (end, 1.6))
         words(ax, middle, 1.95, rf"KL$({name} \| m)$")
-    words(
-        ax, 5, 3.3, r"JS$(p, q) = \frac{1}{2}$ KL$(p \| m) + \frac{1}{2}$ KL$(q \| m)$", fontsize=10
-    )
+    text = r"JS$(p, q) = \frac{1}{2}$ KL$(p \| m) + \frac{1}{2}$ KL$(q \| m)$"
+    words(ax, 5, 3.3, text, fontsize=10)
     words(ax, 5, 0.2, "classes, or the words of a vocabulary", color="0.3")
     return ax
 

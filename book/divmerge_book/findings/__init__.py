@@ -43,9 +43,8 @@ def each(
 def split(words: Sequence[str] | pd.Index, holds: Iterable[bool], none: str = "none") -> list[str]:
     """The words of which something holds, listed, and the others."""
     pairs = list(zip(words, holds, strict=True))
-    return [
-        listed([word for word, one in pairs if bool(one) == side], none) for side in (True, False)
-    ]
+    sides = ([word for word, one in pairs if bool(one) == side] for side in (True, False))
+    return [listed(side, none) for side in sides]
 
 
 def scores(table: pd.DataFrame) -> dict[str, str]:

@@ -21,10 +21,7 @@ def label_of(kind: str) -> str:
 
 def divergence_table() -> str:
     """Every registered divergence with its formula, bound, symmetry, metric and curvature."""
-    lines = [
-        "| name | $D(p, q)$ | bound | symmetric | a metric is | $c$ |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| name | $D(p, q)$ | bound | symmetric | a metric is | $c$ |", "|---" * 6 + "|"]
     for name in DIVERGENCES:
         fact, own = facts_of(name), facts_of(name)["parameter"]
         bound = "none" if fact["bound"] is None else f"{fact['bound']:.3g}"

@@ -95,9 +95,8 @@ def standing(report: Report, source: str) -> str:
             f"{verdict or 'does not differ significantly from'} the best other single model, "
             f"{title(other)} ({value[other]:.1f} %): {gap(drawn, {name: (best, other)})}"
         )
-    return (
-        f"On {suite} in {source}, T = {subset.count('+') + 1}: {'; '.join(lines)}. {lowest(table)}"
-    )
+    count = subset.count("+") + 1
+    return f"On {suite} in {source}, T = {count}: {'; '.join(lines)}. {lowest(table)}"
 
 
 def lowest(table: pd.DataFrame) -> str:
@@ -113,8 +112,6 @@ def lowest(table: pd.DataFrame) -> str:
 
 
 # --- all baselines: table is a `baselines.summary` ------------------------------------------------
-
-
 def verdict(report: Report, subset: str, table: pd.DataFrame) -> str:
     """A table of who beats the best DivMerge on a subset by either score, and at what price."""
     named = table[table.block != REFERENCE]

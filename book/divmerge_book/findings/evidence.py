@@ -90,18 +90,15 @@ def leading(mean: pd.DataFrame, source: str) -> str:
     parts = []
     for goal in (goal for goal in goals if goal in set(mean.goal)):
         pick = spearman(mean, goal=goal)
-        wide = pick[pick.criterion.isin(MEASURES)].pivot_table(
-            "value", ["sampler", "among"], "criterion"
-        )
+        pick = pick[pick.criterion.isin(MEASURES)]
+        wide = pick.pivot_table("value", ["sampler", "among"], "criterion")
         first = wide.idxmax(axis=1).value_counts()
         parts.append(
             f"with {goals[goal]}, {listed(f'{NAMES[n]} in {count}' for n, count in first.items())} "
             f"of {len(wide)} rows (JS above entropy in {(wide.js > wide.entropy).sum()})"
         )
-    return (
-        f"In {source} the label-free measure with the highest rank correlation is, "
-        f"{'; '.join(parts)}."
-    )
+    start = f"In {source} the label-free measure with the highest rank correlation is, "
+    return f"{start}{'; '.join(parts)}."
 
 
 def chosen(lost: pd.DataFrame, whole: pd.DataFrame, source: str) -> str:

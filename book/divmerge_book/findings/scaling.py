@@ -129,9 +129,8 @@ def beside(theirs: pd.DataFrame, columns: Mapping[str, str], methods: Sequence[s
     columns: the paper's names to ours; methods: those of this chapter's table.
     """
     change, layer = theirs.diff(), ["LL KL", "LL JS"]
-    rises = [
-        f"{name} from {n - 1} to {n}" for name in theirs for n in theirs.index[change[name] > 0]
-    ]
+    up = [(name, n) for name in theirs for n in theirs.index[change[name] > 0]]
+    rises = [f"{name} from {n - 1} to {n}" for name, n in up]
     absent = [name for name, method in columns.items() if method not in set(methods)]
     step = -change.loc[4]
     return (
@@ -189,9 +188,8 @@ def added_up(
     """
     last = {m: table[table["T"] == table["T"].max()] for m, table in forecasts.items()}
     loss = {m: (rows["sum"].mean(), rows.loss.mean()) for m, rows in last.items() if len(rows)}
-    times = pd.Series(
-        {m: total / lost for m, (total, lost) in loss.items() if lost > 0}, dtype=float
-    )
+    shares = {m: total / lost for m, (total, lost) in loss.items() if lost > 0}
+    times = pd.Series(shares, dtype=float)
     if times.empty:
         return f"{source[0].upper()}{source[1:]} merged no three tasks whose pairs it merged too."
     yes, no = split(times.index.map(title), abs(times - 1) <= NEAR)
@@ -219,9 +217,8 @@ def strongest(related: pd.DataFrame, source: str) -> str:
     if rho.empty:
         return f"{source[0].upper()}{source[1:]} has too few subsets of a size for a correlation."
     rows = rho.loc[rho.groupby("method", sort=False).rho.apply(lambda part: part.abs().idxmax())]
-    said = [
-        f"{title(r.method)}: *{COVARIATES[r.number]}* ({r.rho:+.2f})" for r in rows.itertuples()
-    ]
+    every = rows.itertuples()
+    said = [f"{title(r.method)}: *{COVARIATES[r.number]}* ({r.rho:+.2f})" for r in every]
     return f"The number with the largest correlation in {source}, by method: {'; '.join(said)}."
 
 

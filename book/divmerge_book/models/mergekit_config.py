@@ -152,9 +152,8 @@ def folder_of(model: Any, beside: Path) -> Path:
     if "+" in name:
         raise ValueError(f"{model}: adapters are not read here; merge them into their base first")
     try:
-        found = huggingface_hub.snapshot_download(
-            name, revision=revision or None, allow_patterns=FILES
-        )
+        given = {"revision": revision or None, "allow_patterns": FILES}
+        found = huggingface_hub.snapshot_download(name, **given)
     except Exception as error:  # the client raises many kinds: no network, no such name
         raise ValueError(
             f"{model!r} is no folder here or in {beside}, and the hub gave none ({error!r:.200})"
@@ -176,9 +175,8 @@ def inputs_of(config: Config, path: Path) -> list[Model]:
                 f"{path}: slices are read where there is one, of all layers: [0, {layers}]; layers "
                 "are not stacked here"
             )
-    return [
-        Model(model=s.model, parameters={**one.parameters, **s.parameters}) for s in one.sources
-    ]
+    given = one.parameters
+    return [Model(model=s.model, parameters={**given, **s.parameters}) for s in one.sources]
 
 
 def read_recipe(path: str | os.PathLike) -> tuple[Recipe, torch.dtype | None]:
@@ -238,7 +236,5 @@ def read_recipe(path: str | os.PathLike) -> tuple[Recipe, torch.dtype | None]:
 def named(folders: Sequence[Path]) -> tuple[str, ...]:
     """A name for every folder: its own, with a number where it is not the only one."""
     names = [folder.name for folder in folders]
-    return tuple(
-        name if names.count(name) == 1 else f"{name}-{number}"
-        for number, name in enumerate(names, 1)
-    )
+    every = enumerate(names, 1)
+    return tuple(name if names.count(name) == 1 else f"{name}-{n}" for n, name in every)

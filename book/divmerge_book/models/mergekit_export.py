@@ -189,9 +189,8 @@ def setting(values: Mapping[str, float], prefix: str) -> object:
         return next(alike, name)
 
     for filters in ({beginning(name): value for name, value in values.items()}, values):
-        listed = [
-            {"filter": n, "value": filters[n]} for n in sorted(filters, key=len, reverse=True)
-        ]
+        order = sorted(filters, key=len, reverse=True)
+        listed = [{"filter": name, "value": filters[name]} for name in order]
         listed.append({"value": 0.0})
         found = {
             name: next(one["value"] for one in listed if one.get("filter", "") in name)

@@ -43,8 +43,6 @@ def rule_of(record: MergeRecord) -> Rule:
 
 
 # --- sums -----------------------------------------------------------------------------------------
-
-
 def weighted(weights: Sequence[float], thin: Thin | None = None) -> Rule:
     """theta_0 + sum_t w_t tau_t, or what is left of the task vectors."""
 
@@ -71,8 +69,6 @@ def task_arithmetic(record: MergeRecord, *, scale: float = 0.3) -> Rule:
 
 
 # --- TIES -----------------------------------------------------------------------------------------
-
-
 def tally(
     deltas: Iterator[Float[Tensor, "T n"]], upper: Int[Tensor, " T"] | None
 ) -> Int[Tensor, "T K"]:
@@ -172,8 +168,6 @@ def ties(record: MergeRecord, *, thin: Thin | None = None, **options: object) ->
 
 
 # --- DARE -----------------------------------------------------------------------------------------
-
-
 def kept(count: int, drop: float, generator: torch.Generator) -> Bool[Tensor, " n"]:
     """torch.rand(count, generator=generator) >= drop, in half its time: from the same bits."""
     pairs = torch.empty(count // 2, dtype=torch.int64).random_(-(2**63), None, generator=generator)
@@ -253,8 +247,6 @@ def dare(
 
 
 # --- SLERP ----------------------------------------------------------------------------------------
-
-
 def spherical(share: Callable[[str], float]) -> Rule:
     """Each tensor on the arc from the first expert to the second, by its own share."""
 

@@ -43,8 +43,6 @@ Training = tuple[nn.Module, int, Callable[[list[int]], Tensor]]
 
 
 # --- rows ----------------------------------------------------------------------------------------
-
-
 def sentence(generator: random.Random, word: str | None = None) -> str:
     """Three to seven filler words, with a given one somewhere among them."""
     words = generator.choices(FILLERS, k=generator.randint(3, 7))
@@ -100,8 +98,6 @@ def save_data(folder: Path, task: str) -> None:
 
 
 # --- models --------------------------------------------------------------------------------------
-
-
 def word_tokenizer(
     words: Sequence[str], *, ends: bool = False, **special: str
 ) -> transformers.PreTrainedTokenizerFast:

@@ -74,10 +74,8 @@ def text_batches(
                 f"max_length={max_length} leaves no room for both"
             )
         pairs.append((ids[-(max_length - len(said)) :], said or (0,)))  # any token is the next
-    return [
-        collate(base, pairs[start : start + batch_size])[0]
-        for start in range(0, len(pairs), batch_size)
-    ]
+    starts = range(0, len(pairs), batch_size)
+    return [collate(base, pairs[start : start + batch_size])[0] for start in starts]
 
 
 def named(given: Sequence[str], what: str) -> dict[str, Path]:
@@ -95,9 +93,8 @@ def named(given: Sequence[str], what: str) -> dict[str, Path]:
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:
     """The command line, read and checked as far as names and files go."""
-    parser = argparse.ArgumentParser(
-        "divmerge_book.runner.distributed", description=__doc__.split("\n\n")[0]
-    )
+    lead = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser("divmerge_book.runner.distributed", description=lead)
     add = parser.add_argument
     add("--base", required=True, help="folder of the base model")
     add("--expert", action="append", default=[], metavar="NAME=FOLDER", help="one per task")

@@ -97,8 +97,6 @@ def error_message(error: BaseException) -> str:
 
 
 # --- this machine --------------------------------------------------------------------------------
-
-
 @contextmanager
 def processes(parallel: int = 1, cpus: float | None = None, gpus: float = 0.0) -> Iterator[Submit]:
     """Runs on this machine, `parallel` at once; when the block ends, so does all that still runs.
@@ -181,8 +179,6 @@ def environments(parallel: int, cpus: float | None, gpus: int | float) -> list[d
 
 
 # --- a cluster -----------------------------------------------------------------------------------
-
-
 @contextmanager
 def cluster(
     address: str | None = None, cpus: float | None = None, gpus: float = 0.0

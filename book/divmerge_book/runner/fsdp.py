@@ -29,8 +29,6 @@ PRECISIONS = {
 
 
 # --- sources of weights ---------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class WeightSource:
     """Weights of a model in memory or on disk: piece(name, start, stop) of a flattened tensor.
@@ -77,8 +75,6 @@ def require_shapes(source: WeightSource, shapes: Mapping[str, tuple[int, ...]]) 
 
 
 # --- a sharded model ------------------------------------------------------------------------------
-
-
 def blocks(module: nn.Module) -> list[nn.Module]:
     """The units that FSDP gathers: entries of the outermost ModuleLists."""
     found: list[nn.Module] = []
@@ -197,8 +193,6 @@ class Shards:
 
 
 # --- a sharded problem ----------------------------------------------------------------------------
-
-
 def own_rows(batch: Batch, rank: int, world: int) -> Batch:
     """A rank's rows of a batch, as many on every rank; losses of all ranks add up to the batch's.
 

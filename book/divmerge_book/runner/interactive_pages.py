@@ -102,9 +102,8 @@ def methods_page(results: Path) -> str:
     subset = largest(report.rows).subset.iloc[0]
     table = baselines.summary(report, subset)
     facts = {"count": (table.block != baselines.REFERENCE).sum(), "tasks": subset.count("+") + 1}
-    return METHODS_PAGE.format(
-        table=methods_table(table), caption=caption(report), file=METHODS, **facts
-    )
+    facts |= {"caption": caption(report), "file": METHODS}
+    return METHODS_PAGE.format(table=methods_table(table), **facts)
 
 
 def measures(row: pd.Series) -> list[float]:

@@ -10,12 +10,8 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-SCALARS = {
-    "int": int,
-    "float": Annotated[float, Field(allow_inf_nan=False)],
-    "str": str,
-    "bool": bool,
-}
+FINITE = Annotated[float, Field(allow_inf_nan=False)]
+SCALARS = {"int": int, "float": FINITE, "str": str, "bool": bool}
 KINDS = {**SCALARS, **{f"list[{name}]": list[kind] for name, kind in SCALARS.items()}}
 INJECTED = "# Parameters\n"  # how a cell begins that papermill puts after the notebook's own
 HOW = {  # what plain papermill asks for, where it would read another type out of the text
@@ -82,15 +78,12 @@ def parse(kind: str, text: str) -> object:
 def known(name: str, allowed: Collection[str], instead: str) -> None:
     """Raise ValueError where a notebook has no parameter of this name; instead: what it has."""
     if name not in allowed:
-        close = [
-            f"; did you mean {one!r}?" for one in difflib.get_close_matches(name, allowed, n=1)
-        ]
+        near = difflib.get_close_matches(name, allowed, n=1)
+        close = [f"; did you mean {one!r}?" for one in near]
         raise ValueError(f"unknown parameter {name!r}{''.join(close)}{instead}")
 
 
 # --- in the kernel --------------------------------------------------------------------------------
-
-
 def check_parameters(notebook: MutableMapping[str, object]) -> frozenset[str]:
     """Check a running notebook's parameters, in a cell after them; returns those that are set.
 

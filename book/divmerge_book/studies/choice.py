@@ -136,8 +136,6 @@ def summary(table: pd.DataFrame, *, draws: int = 2000) -> pd.DataFrame:
 
 
 # --- trajectories ---------------------------------------------------------------------------------
-
-
 def task_gradients(
     spec: FitSpec, coeffs: Float[Tensor, "T G"], grouping: str, targets: Targets
 ) -> Iterator[tuple[float, float]]:

@@ -123,8 +123,6 @@ def named(spec: str) -> str:
 
 
 # --- one fit --------------------------------------------------------------------------------------
-
-
 def with_used_words(problem: MergeProblem) -> MergeProblem:
     """The problem without the rows of the word embedding that none of its inputs names.
 

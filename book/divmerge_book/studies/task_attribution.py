@@ -35,9 +35,8 @@ COVARIATES = {
     "floor": "floor: accuracy of the majority class",
 }
 
+
 # --- do the losses of pairs add up? ---------------------------------------------------------------
-
-
 def pair_forecasts(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
     """What the pairs say that a task loses in larger subsets, beside what it does lose.
 
@@ -126,8 +125,6 @@ def skill(table: pd.DataFrame, *, draws: int = 500) -> pd.DataFrame:
 
 
 # --- covariates of a subset -----------------------------------------------------------------------
-
-
 def members(subsets: Iterable[str], tasks: Sequence[str]) -> Bool[np.ndarray, "S T"]:
     """Which tasks are in which subset."""
     return np.array([np.isin(tasks, tasks_of(subset)) for subset in subsets])
@@ -246,8 +243,6 @@ def mantel(
 
 
 # --- single tasks ---------------------------------------------------------------------------------
-
-
 def marginal(table: pd.DataFrame, column: str = "ratio") -> pd.DataFrame:
     """What adding a task does to those it joins: added, T (before), subset (before), change.
 

@@ -26,10 +26,8 @@ SILENT = {
     *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
 }
 # Values that leave the base as it is, of fields for which more than "empty" does.
-PLAIN = {
-    "bias": ("none",),
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
-}
+PLAIN = {"bias": ("none",)}
+PLAIN["init_lora_weights"] = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 LORA = re.compile(r"\.lora_(?:embedding_)?([AB])(\.default)?(\.weight)?$")
 
 

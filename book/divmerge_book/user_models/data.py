@@ -122,9 +122,8 @@ def read_table(path: Path, wanted: Sequence[str] | None) -> pd.DataFrame:
     present = list(map(str, table.columns))
     wanted = present if wanted is None else wanted
     if wrong := [name for name in wanted if present.count(name) != 1]:
-        what = (
-            f"column {wrong[0]} twice" if wrong[0] in present else f"no column {', '.join(wrong)}"
-        )
+        twice = wrong[0] in present
+        what = f"column {wrong[0]} twice" if twice else f"no column {', '.join(wrong)}"
         raise ValueError(
             f"{path} has {what}; it has {', '.join(present) or 'none: it is empty'}. Name columns "
             "in the description: columns: {text: ..., pair: ..., label: ...}"

@@ -92,9 +92,7 @@ def check_headers(
     wanted: dict[int, list[str]] = {}  # tied ones by all their names
     for name, tensor in model.named_parameters(remove_duplicate=False):
         wanted.setdefault(id(tensor), []).append(name.removeprefix(prefix))
-    shapes = {
-        name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in model.named_parameters()
-    }
+    shapes = {n.removeprefix(prefix): tuple(t.shape) for n, t in model.named_parameters()}
     lost = [names[0] for names in wanted.values() if not have.keys() & set(names)]
     if lost := sorted(name for name in lost if not lacks(name)):
         raise ValueError(
@@ -108,9 +106,8 @@ def check_headers(
             "of labels, vocabulary)? Save both again"
         )
     known = {name.removeprefix(prefix) for name in model.state_dict()}
-    return notes + others(
-        who, type(model).__name__, {n: s for n, s in have.items() if n not in known}
-    )
+    more = {name: shape for name, shape in have.items() if name not in known}
+    return notes + others(who, type(model).__name__, more)
 
 
 def tied(model: nn.Module) -> dict[str, str]:

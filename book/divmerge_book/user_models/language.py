@@ -168,9 +168,7 @@ def open_expert(task: TaskFiles, base: BaseFolder) -> tuple[LanguageSource, list
                 "needs experts fine-tuned from this very base"
             )
     long, found = tables(source.model), source.shapes
-    names = {
-        name for name in found.keys() | base.shapes if found.get(name) != base.shapes.get(name)
-    }
+    names = {n for n in found.keys() | base.shapes if found.get(n) != base.shapes.get(n)}
     wrong = sorted(n for n in names if n not in long or found[n][1:] != base.shapes.get(n, ())[1:])
     if wrong:
         shown = ", ".join(f"{n} ({found.get(n)}, base {base.shapes.get(n)})" for n in wrong[:3])
@@ -201,17 +199,14 @@ def read_rows(
     rows = {split: data for split, (data, _) in read.items()}
     if len(chats := {chat for _, chat in read.values()}) > 1:
         raise ValueError(f"{who}: some of its files hold prompts and others chat messages")
-    labels, words = (
-        task.labels or (),
-        [a for data in rows.values() for a in data.to_dict().get("answer", ())],
-    )
+    labels = task.labels or ()
+    words = [a for data in rows.values() for a in data.to_dict().get("answer", ())]
     texts = [text for data in rows.values() for text in data["text"]]
     reading = Reading(task.name, own, known, texts, any(chats), (*labels, *words))
     check_prompts(source, reading, base, description)
     prompt = Prompt(task.name, "{text}", tuple(labels))
-    return replace(
-        source, reading=reading, prompt=prompt, score=score_of(task), labels=labels
-    ), rows
+    own = {"reading": reading, "prompt": prompt, "score": score_of(task), "labels": labels}
+    return replace(source, **own), rows
 
 
 def score_of(task: TaskFiles) -> str:

@@ -146,9 +146,8 @@ def owned(
         for number, token in one.names.items():
             if token != ours.get(number) and claims.get(number, token) == token:
                 others.setdefault(number, {}).setdefault(token, []).append(place)
-    owners = {
-        n: tuple(*tokens.values()) for n, tokens in sorted(others.items()) if len(tokens) == 1
-    }
+    lone = {n: tokens for n, tokens in sorted(others.items()) if len(tokens) == 1}
+    owners = {n: tuple(*tokens.values()) for n, tokens in lone.items()}
     notes = []
     for place, one in enumerate(experts):
         mine = [one.names[number] for number, places in owners.items() if place in places]

@@ -13,12 +13,7 @@ from divmerge_book.planning.memory import Plan as MemoryPlan
 from divmerge_book.user_models import language
 from divmerge_book.user_models.data import load_rows, shared
 from divmerge_book.user_models.description import SPLITS, Description, TaskFiles, collect_errors
-from divmerge_book.user_models.folders import (
-    BaseFolder,
-    Source,
-    open_base,
-    open_expert,
-)
+from divmerge_book.user_models.folders import BaseFolder, Source, open_base, open_expert
 from divmerge_book.user_models.hub import fetched
 from divmerge_book.user_models.labels import unnamed
 from divmerge_book.user_models.language_tokens import Tokens

@@ -133,11 +133,8 @@ def scored(
     rows = {task: split.rows for task, split in every if split.rows}
     if not rows:
         return None, []
-    part, ends, notes = (
-        bench.select(list(rows)),
-        sorted({min(rows.values()), max(rows.values())}),
-        [],
-    )
+    part, notes = bench.select(list(rows)), []
+    ends = sorted({min(rows.values()), max(rows.values())})
     labels = {"suite": suite, "subset": "+".join(rows), "seed": seed}
     parts = [own_experts(part, part.test, **labels, method="expert")]
     for own in parts[0].itertuples():

@@ -63,9 +63,8 @@ def obstacle(plan: Plan, methods: Sequence[str], options: Mapping[str, object]) 
             return f"{source.task.expert} names {min(lost)} otherwise than transformers does"
     try:
         base = StoredModel.at(plan.base.folder)
-        found = {
-            base.core(name) for name, *_ in tensors_of(base, record_of(plan, methods[0], {}), None)
-        }
+        record = record_of(plan, methods[0], {})
+        found = {base.core(name) for name, *_ in tensors_of(base, record, None)}
         if plan.tokens is None and found != merged_names(plan):
             return "the base, or not every expert, has more than the encoder that all share"
     except ValueError as error:
