@@ -78,7 +78,7 @@ def cache_expert(
     1/e - log(1 - beta). The others have no such bound. With `top`: that many classes in float32;
     `TopKLogProbs` says what this misses.
 
-    The expert gets no gradient. Raises ValueError for a `top` not in 1..V, rows of no distribution.
+    The expert gets no gradient. Raises ValueError for `top` not in 1..V, rows without distribution.
     """
     log_p = log_softmax(expert.detach())
     if top is None:

@@ -50,7 +50,7 @@ def elected(deltas: Float[Tensor, "T N"], keep: float) -> Float[Tensor, "T N"]:
     """What TIES leaves of every task vector: large entries of the elected sign, the rest at 0.
 
     Each row keeps its largest `keep` share of entries, at least one, and equals of the smallest of
-    these; every column then takes the sign of its sum, and entries against it go (all at 0).
+    these; every column then takes the sign of its sum, and entries against it go (all if it is 0).
     """
     kept = torch.empty_like(deltas)
     for row, delta in zip(kept, deltas, strict=True):  # one magnitude copy at a time

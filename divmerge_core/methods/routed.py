@@ -66,7 +66,7 @@ def wemoe(
     input of the block's first such layer, and padding is left out of the mean. All else, embeddings
     too, is task arithmetic at `scale`, which is also where the weights $w$ start; they may be
     negative. The routers learn alone, by Adam, to lower the answers' entropy summed over tasks, one
-    batch of each task per step, with $w$ averaged over the batch; each input's own $w$ answers.
+    batch of each task per step, with $w$ averaged over the batch; an input's own $w$ answers it.
 
     scale: published as 0.3. router_layers: matrices of a router, published as 2 and 1; with 0 it is
     a constant vector, so that `steps=0` gives task arithmetic. Published: 1000 steps, lr 0.0001.
