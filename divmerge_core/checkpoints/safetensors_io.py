@@ -192,8 +192,10 @@ def read_config(folder: Path) -> dict[str, object]:
     """A folder's config.json. Raises ValueError where it is no JSON object."""
     path = folder / "config.json"
     try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError) as error:
+        if isinstance(found := json.loads(path.read_text("utf-8")), dict):
+            return found
+        raise ValueError(f"it holds {str(found):.40}")
+    except ValueError as error:
         raise ValueError(f"{path} is no JSON object ({error}); save the model again") from error
 
 

@@ -1,5 +1,6 @@
 """Sentences about who is ahead: each says one thing of one Report by hand, the other of another."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -132,6 +133,25 @@ def summary(**rows: tuple) -> pd.DataFrame:
     columns = ["block", "value", "kept", "published", "kept_published"]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
     return table.assign(counted=8, tried=6.0, below=0)
+
+
+def test_an_account_compares_with_the_best_rival_and_gives_every_accuracy(tmp_path):
+    """Facts that its caption needs are those of a comparison; no file is no account."""
+    facts = {"encoder": "small", "size": "smoke", "rows_per_task": {"test": 100}}
+    report = replace(
+        MIXED, provenance=MIXED.provenance | facts | {"device": "cpu", "precision": "float32"}
+    )
+    report.save(tmp_path / "one.json")
+    text = contests.account(contests.stored(tmp_path / "one.json"), "divmerge/task")
+    assert text.startswith("*small, smoke size, 2 seeds, 100 test rows a task")
+    assert "DivMerge, per task minus Average: -2.5 points of ANP" in text
+    assert "DivMerge, per task minus Average by task" in text
+    assert "| Average | 80.0 | 75.0 |" in text
+    assert "| Majority class | 50.0 | 90.0 |" in text
+    assert (
+        contests.account(contests.stored(tmp_path / "none.json"), "divmerge/task")
+        == "Not measured here."
+    )
 
 
 def test_data_access_matters_more_only_where_blocks_differ_more():

@@ -235,12 +235,14 @@ def begun(folder: Path, word: str) -> None:
         (partial(rewritten, id2label={"0": "a", "1": "a"}), "distinct and not empty; give labels"),
         (partial(rewritten, id2label={"0": "a", "1": ""}), "distinct and not empty; give labels"),
         (partial(rewritten, id2label=["a", "b"]), "it maps the outputs' numbers to names, such as"),
+        (partial(rewritten, id2label={"0": None, "1": "b"}), "'0': None.*it maps the"),
         (partial(rewritten, id2label={"a": 0}), "it maps the outputs' numbers to names, such as"),
         (
             partial(rewritten, label2id={"negative": 1, "positive": 0}),
             "label2id {'negative': 1, 'positive': 0}; correct the one",
         ),
         (partial(rewritten, architectures="Bert"), "config.json: architectures is no list"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "no JSON object .it holds"),
         (partial(begun, word="{ // mine"), "config.json is no JSON object .*line 1 column 3"),
         (partial(begun, word="\ufeff{"), "config.json is no JSON object .Unexpected UTF-8 BOM"),
     ],
@@ -339,6 +341,13 @@ def nested(folder: Path) -> None:
 def test_a_folder_with_two_sources_of_weights_or_none_is_refused(project, tmp_path, spoil, message):
     with pytest.raises(ValueError, match=message):
         check(read(spoiled(project, tmp_path, spoil)))
+
+
+def test_a_base_whose_config_is_a_link_to_nothing_is_named(project, tmp_path):
+    path = other_base(project, tmp_path, dict)
+    unlinked(tmp_path / "base", "config.json")
+    with pytest.raises(ValueError, match="base/config.json is a link to nothing"):
+        check(read(path))
 
 
 def test_what_lies_beside_the_weights_does_not_count_as_weights(project, tmp_path):

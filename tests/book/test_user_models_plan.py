@@ -97,6 +97,9 @@ def test_a_wrong_description_is_refused_with_its_line(tmp_path, text, words):
         ({"validation": "data/mood-test.csv"}, ["stand in validation and in test"]),
         ({"expert": "data"}, ["holds no expert", "adapter_config.json"]),
         ({"expert": "experts\\mood"}, ["does not exist", "write / between folders"]),
+        ({"expert": "$HOME/mood"}, ["does not exist", "variables of the shell are not replaced"]),
+        ({"expert": "file:///no/mood"}, ["does not exist", "it is an address: give a folder"]),
+        ({"name": "All"}, ["tables call the mean over tasks 'all'"]),
         ({"expert": "data/mood-merge.csv"}, ["it is a file: give its folder"]),
     ],
 )

@@ -7,6 +7,7 @@ Tables and sentences of a Report are here.
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -46,6 +47,12 @@ def score_intervals(report: Report, subset: str) -> pd.DataFrame:
     return intervals_of(report, subset, "anp").join([kept, below]).reset_index()
 
 
+def ranking(report: Report) -> pd.DataFrame:
+    """`score_intervals` of the largest subset, the highest ANP first."""
+    subset = largest(report.rows).subset.iloc[0]
+    return score_intervals(report, subset).sort_values("value", ascending=False)
+
+
 def forest(ax: Axes, table: pd.DataFrame, *, statistic: str = "ANP") -> Axes:
     """Every method's value with its interval, one row each, in the order given.
 
@@ -64,7 +71,8 @@ def forest(ax: Axes, table: pd.DataFrame, *, statistic: str = "ANP") -> Axes:
     if both:
         names = [f"{name} ({k})" if k else name for name, k in zip(names, rows.below, strict=True)]
     plot.label_rows(ax, names)
-    ax.margins(x=0.12)  # room for numbers
+    ax.margins(x=0.1)
+    ax.set_xlim(right=np.dot(ax.get_xlim(), (-0.1, 1.1)))  # room for numbers
     more = {"ylim": (len(rows) - 0.3, -0.8), "at": {1: "--", 0: ":"} if both else {1: "--"}}
     label = "ANP (filled), kept margin (hollow)," if both else f"{statistic},"
     return plot.finish(ax, f"{label}\n% of the experts", percent="x", **more)
@@ -225,8 +233,7 @@ def landing(results: Path) -> None:
             subset = largest(report.rows).subset.iloc[0]
             tasks, counted = subset.count("+") + 1, len(report.counted(name))
             heading = f"{name}, {report.provenance['encoder']}\n{tasks} tasks, {counted} counted"
-            ranked = score_intervals(report, subset).sort_values("value", ascending=False)
-            forest(ax, ranked).set_title(heading)
+            forest(ax, ranking(report)).set_title(heading)
         fig.savefig(results / "landing.svg", metadata={"Date": None})
         plt.close(fig)
     methods = set.union(*(set(report.rows.method) for report in reports.values()))

@@ -88,7 +88,7 @@ def annotate(
 
     def free(low: float, high: float, height: float) -> bool:
         apart = (
-            high < left or right < low or abs(height - y) > 0.8 * size for left, right, y in taken
+            high < start or end < low or abs(height - y) > 0.8 * size for start, end, y in taken
         )
         return extent[0] < low and high < extent[1] and all(apart)
 

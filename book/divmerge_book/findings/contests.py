@@ -1,12 +1,13 @@
 """Findings on the ranking of methods by ANP and by kept margin, from a Report."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pandas as pd
 
 from divmerge_book.evaluation.benchmark import PUBLISHED
-from divmerge_book.evaluation.report import Report, Sampled
-from divmerge_book.figures import largest, score_intervals, title
+from divmerge_book.evaluation.report import Report, Sampled, caption
+from divmerge_book.figures import largest, ranking, score_intervals, task_table, title
 from divmerge_book.figures.baselines import PUBLISHED_AS, REFERENCE, is_single_model, single_models
 from divmerge_book.figures.baselines import SCORES as COLUMNS
 from divmerge_book.findings import SCORES, bullets, listed, span, table_of
@@ -68,6 +69,30 @@ def by_task(report: Report, subset: str, ours: str, other: str) -> str:
         f"Experts are least above the majority class on {few}; the less, the fewer rows "
         "decide a kept margin."
     )
+
+
+def stored(file: Path) -> Report | None:
+    """The Report in a file; None where there is no such file, as where only the package is."""
+    return Report.load(file) if file.is_file() else None
+
+
+def account(report: Report | None, ours: str) -> str:
+    """Where a Report's numbers come from, its `standing`, and one method beside others.
+
+    The others are DivMerge per layer, TSV-M and the best single model that is no DivMerge, against
+    which both scores are compared, with the last task by task. Accuracies by task follow.
+    """
+    if report is None:
+        return "Not measured here."
+    subset = largest(report.rows).subset.iloc[0]
+    table = single_models(ranking(report).set_index("method").drop(["expert", "base"]))
+    rival = next(name for name in table.index if not name.startswith("divmerge"))
+    others = [m for m in dict.fromkeys(("divmerge/layer", "tsv_m", rival)) if m in table.index]
+    shares = (100 * task_table(report, subset)).map("{:.1f}".format).rename_axis("accuracy, %")
+    parts = [f"*{caption(report)}.*", standing(report, "the stored run")]
+    parts += [gaps(report, subset, [ours], others), by_task(report, subset, ours, rival)]
+    shares = shares.reset_index()
+    return "\n\n".join([*parts, table_of([*shares], shares.to_numpy())])
 
 
 def standing(report: Report, source: str) -> str:

@@ -152,6 +152,7 @@ def tokenizer_of(folder: Path) -> transformers.PreTrainedTokenizerBase | None:
 def open_base(name: str, beside: Path) -> BaseFolder:
     """A base by folder (relative ones start at `beside`), packaged name or hub name."""
     local = beside / Path(name).expanduser()
+    check_folder(local)
     folder = base_folder(str(local)) if local.is_dir() else fetched(name)
     config, tokenizer = config_of(folder), tokenizer_of(folder)
     if tokenizer is None:

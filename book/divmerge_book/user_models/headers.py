@@ -49,7 +49,8 @@ def check_folder(folder: Path) -> None:
     if not isinstance(config.get("architectures") or [], list):
         raise ValueError(f"{file}: architectures is no list; write it in [ ]")
     named = config.get("id2label") or {}
-    if not isinstance(named, dict) or not all(map(str.isdecimal, named)):
+    words = isinstance(named, dict) and not {*map(type, named.values())} & {type(None), list, dict}
+    if not words or not all(map(str.isdecimal, named)):
         raise ValueError(
             f"{file}: id2label is {named!r}; it maps the outputs' numbers to names, such as "
             '{"0": "no", "1": "yes"}'

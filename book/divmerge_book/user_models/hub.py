@@ -7,6 +7,8 @@ import huggingface_hub
 
 from divmerge_book.models.merged import base_folder
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@.+)?")  # organisation/name, maybe with a revision
+
 
 def fetched(name: str) -> Path:
     """The folder of a local, packaged or cached model; else its files are fetched from the hub.

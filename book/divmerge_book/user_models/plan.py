@@ -14,7 +14,7 @@ from divmerge_book.user_models import language
 from divmerge_book.user_models.data import load_rows, shared
 from divmerge_book.user_models.description import SPLITS, Description, TaskFiles, collect_errors
 from divmerge_book.user_models.folders import BaseFolder, Source, open_base, open_expert
-from divmerge_book.user_models.hub import fetched
+from divmerge_book.user_models.hub import HUB_NAME, fetched
 from divmerge_book.user_models.labels import unnamed
 from divmerge_book.user_models.language_tokens import Tokens
 from divmerge_book.user_models.method_needs import check_methods
@@ -81,22 +81,28 @@ def public_name(path: Path) -> str:
     return path.name
 
 
+HINTS = {  # on a path that does not exist, by what it contains
+    "\\": "; write / between folders",
+    "$": "; variables of the shell are not replaced: write the folder out",
+    ":/": "; it is an address: give a folder, or a model of the hub as organisation/name",
+}
+
+
 def found(task: TaskFiles, folder: Path) -> TaskFiles:
     """The task with its expert on this disk: `organisation/name@revision` is fetched from the hub.
 
     Raises ValueError for the first path that is not there.
     """
     inside = task.expert.is_relative_to(folder) and not task.expert.exists()
-    parts = task.expert.relative_to(folder).parts if inside else ()
-    if len(parts) == 2 and not (folder / parts[0]).exists():
-        task = task.model_copy(update={"expert": fetched("/".join(parts))})
+    name = task.expert.relative_to(folder).as_posix() if inside else ""
+    if HUB_NAME.fullmatch(name) and not (folder / name).parent.exists():
+        task = task.model_copy(update={"expert": fetched(name)})
     for field, path in {"expert": task.expert, **task.files()}.items():
         if not path.exists():
+            hint = next((words for mark, words in HINTS.items() if mark in str(path)), "")
             raise ValueError(
                 f"task {task.name!r}: {field} names {path}, which does not exist; relative paths "
-                "start at the description's own folder"
-                + "; write / between folders"
-                * ("\\" in str(path))
+                f"start at the description's own folder{hint}"
             )
     return task
 
