@@ -52,7 +52,7 @@ def stored(file: Path) -> dict[str, Stored]:
     Raises ValueError where it is none, or not a whole one.
     """
     try:
-        with safe_open(file, "pt") as content, open(file, "rb") as start:
+        with open(file, "rb") as start, safe_open(file, "pt") as content:
             after = 8 + (size := int.from_bytes(start.read(8), "little"))
             header = json.loads(start.read(size))
             found = {name: header[name] for name in content.keys()}

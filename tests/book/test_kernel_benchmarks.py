@@ -15,6 +15,7 @@ from divmerge_book.kernel_benchmarks.implementations import (
     DIVERGENCE_IMPLEMENTATIONS,
     IMPLEMENTATIONS,
     Case,
+    measurable,
     missing,
     stack_of_layers,
 )
@@ -24,8 +25,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from divmerge_core.divergences import js
+from divmerge_core.kernels.delta_storage import Factors, LowRankDeltas
 from divmerge_core.kernels.merge import grouped_inner, grouped_merge
-from divmerge_core.merging.task_vectors import dense
+from divmerge_core.kernels.table_rows import TableRows
+from divmerge_core.merging.task_vectors import Layout, TaskVectors, dense
 from divmerge_core.registry import Registry
 
 CPU = torch.device("cpu")
@@ -61,6 +64,49 @@ def test_implementations_compute_the_same_merge_and_gradient(name):
     if backward is not None:
         inner = grouped_inner(one.grad, vectors.deltas, one.segments)
         assert_close(backward(), inner, rtol=1e-4, atol=1e-3)
+
+
+def test_what_can_run_is_told_from_what_cannot_and_why():
+    able, lost = measurable(DIVERGENCE_IMPLEMENTATIONS, "cpu", ["ours", "compiled"])
+    assert (able, lost) == (["ours"], {"compiled": "its kernels need a GPU"})
+    assert "dictionary" in measurable(IMPLEMENTATIONS, "cpu")[0]
+
+
+def test_a_basis_is_timed_beside_task_vectors_with_experts_repeated(toy_problem):
+    """T vectors of N numbers, against factors; the third expert is the first again."""
+    rows = merge_bandwidth.benchmark_basis(toy_problem, [2, 3], "tsv", repeats=2)
+    assert len(rows) == 2 * 2 * 2 * 2  # stores, parts, T and rounds
+    size = toy_problem.vectors.layout.size
+    held = rows.groupby(["tasks", "contestant"]).held.first()
+    assert [held[count, "task vectors"] for count in (2, 3)] == [2 * size, 3 * size]
+    assert held[3, "tsv"] < held[3, "task vectors"]
+    three = merge_bandwidth.repeated(toy_problem, 3)
+    assert_close(three.vectors.deltas[2], toy_problem.vectors.deltas[0])
+    given = three.logits(three.vectors.base, 2, three.batches[2][0])
+    assert_close(given, toy_problem.logits(toy_problem.vectors.base, 0, toy_problem.batches[0][0]))
+
+
+def test_the_summary_of_a_basis_by_hand():
+    columns = ["contestant", "part", "round", "seconds", "peak", "held"]
+    rows = [("tsv", "forward", n, 0.001 * n, 800.0, 400) for n in (1, 2, 3)]
+    rows += [("task vectors", "forward", n, 0.004 * n, 0.0, 800) for n in (3, 2, 1)]
+    table = pd.DataFrame(rows, columns=columns).assign(tasks=8, parameters=100)
+    found = merge_bandwidth.basis_summary(table).loc[8, "merge"]
+    assert found.to_dict() == pytest.approx(
+        {"ratio": 0.25, "task vectors, ms": 8, "task vectors, peak / N": 0}
+        | {"task vectors, held / N": 8, "basis, ms": 2, "basis, peak / N": 2, "basis, held / N": 4}
+    )
+
+
+def test_numbers_are_held_in_factors_and_in_the_rows_of_tables():
+    factors = Factors(torch.zeros(4, 3), torch.zeros(3, 5), (1, 2))
+    table = TableRows(torch.zeros(9, 2), torch.tensor([1, 3]), torch.zeros(2),
+                      (torch.tensor([0]), torch.tensor([0, 1])),
+                      (torch.zeros(1, 2), torch.zeros(2, 2)), (1, 1))  # fmt: skip
+    own = LowRankDeltas((2, 38), {0: factors, 20: table})
+    layout = Layout(("w", "table"), ((4, 5), (9, 2)))
+    vectors = TaskVectors(layout, ("a", "b"), torch.zeros(38), own)
+    assert merge_bandwidth.numbers_held(vectors) == 4 * 3 + 3 * 5 + 2 + 1 * 2 + 2 * 2
 
 
 def test_random_cases_have_the_size_and_dtype_asked_for():

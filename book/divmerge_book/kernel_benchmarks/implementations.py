@@ -49,10 +49,16 @@ class Case:
 
         deltas = torch.stack([normal(layout.size).to(dtype) for _ in range(num_tasks)])
         tasks = tuple(f"task{n}" for n in range(num_tasks))
-        segments = Segments.of(layout.bounds, groups_of(layout, "layer")[1])
-        coeffs = normal(num_tasks, segments.num_groups)
-        vectors = TaskVectors(layout, tasks, normal(layout.size), deltas)
-        return cls(vectors, coeffs, segments, normal(layout.size))
+        return cls.of(TaskVectors(layout, tasks, normal(layout.size), deltas))
+
+    @classmethod
+    def of(cls, vectors: TaskVectors) -> "Case":
+        """These task vectors, with coefficients and a gradient drawn at random."""
+        generator = torch.Generator(vectors.base.device).manual_seed(1)
+        like = {"generator": generator, "device": vectors.base.device}
+        segments = Segments.of(vectors.layout.bounds, groups_of(vectors.layout, "layer")[1])
+        coeffs = torch.randn(len(vectors.tasks), segments.num_groups, **like)
+        return cls(vectors, coeffs, segments, torch.randn(vectors.layout.size, **like))
 
 
 def stack_of_layers(num_parameters: int, num_layers: int = 6) -> Layout:
@@ -212,6 +218,15 @@ def versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def measurable(
+    registry: Registry, device: str, names: Sequence[str] = ()
+) -> tuple[list[str], dict[str, str]]:
+    """Which of these implementations (of all, where none is named) can run; why others cannot."""
+    found = {name: missing(registry, name, device) for name in names or registry}
+    able = [name for name, reason in found.items() if not reason]
+    return able, {name: reason for name, reason in found.items() if reason}
 
 
 def missing(registry: Registry, name: str, device: str = "cpu") -> str | None:

@@ -7,6 +7,8 @@ implementation in the column `contestant`.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -22,6 +24,13 @@ from divmerge_book.kernel_benchmarks.implementations import (
     Case,
     Part,
 )
+from divmerge_core.kernels.table_rows import TableRows
+from divmerge_core.merging.merged_model import as_read
+from divmerge_core.merging.problem import MergeProblem
+from divmerge_core.merging.task_vectors import TaskVectors
+from divmerge_core.methods.basis import basis
+
+PARTS = ("forward", "backward")
 
 
 class Traffic(TorchDispatchMode):
@@ -76,9 +85,73 @@ def benchmark_merge(case: Case, names: Sequence[str], *, repeats: int = 5) -> pd
     target = torch.empty_like(base)
     calls = {("copy", "forward"): lambda: target.copy_(base)}
     for name in names:
-        parts = zip(("forward", "backward"), IMPLEMENTATIONS[name](case), strict=True)
+        parts = zip(PARTS, IMPLEMENTATIONS[name](case), strict=True)
         calls |= {(name, part): call for part, call in parts if call}
     return side_by_side(calls, base.device, repeats).assign(tasks=num_tasks, parameters=size)
+
+
+def numbers_held(vectors: TaskVectors) -> int:
+    """Numbers that task vectors, or a basis's components, take beside the base."""
+    if isinstance(vectors.deltas, Tensor):
+        return vectors.deltas.numel()
+    parts = vectors.deltas.factors.values()
+    rests = [part.values if isinstance(part, TableRows) else (part.right,) for part in parts]
+    held = [*(part.left for part in parts), *chain.from_iterable(rests)]
+    return sum(tensor.numel() for tensor in held)
+
+
+def repeated(problem: MergeProblem, count: int) -> MergeProblem:
+    """The problem with `count` experts: its own, again and again where it has fewer."""
+    vectors, total = problem.vectors, len(problem.batches)
+    numbers = [number % total for number in range(count)]
+    tasks = tuple(f"{vectors.tasks[n]} {place}" for place, n in enumerate(numbers))
+    return replace(
+        problem,
+        vectors=replace(vectors, tasks=tasks, deltas=vectors.deltas[numbers]),
+        batches=[problem.batches[n] for n in numbers],
+        forward=lambda leaves, pairs: problem.forward(leaves, [(t % total, b) for t, b in pairs]),
+    )
+
+
+def benchmark_basis(
+    problem: MergeProblem, counts: Sequence[int], spec: str = "tsv:2", *, repeats: int = 5
+) -> pd.DataFrame:
+    """Merge and gradient of task vectors, and of a basis's components as a fit holds them, by T.
+
+    Experts are repeated where there are fewer than T. Rows as of `side_by_side`, and tasks,
+    parameters and `held`, the numbers beside the base.
+    """
+    found = []
+    for count in counts:
+        some = repeated(problem, count)
+        stores = {"task vectors": some.vectors, spec: as_read(some, basis(some, spec)[0])}
+        calls = {}
+        for name, vectors in stores.items():
+            parts = IMPLEMENTATIONS["ours"](Case.of(vectors))
+            calls |= {(name, part): c for part, c in zip(PARTS, parts, strict=True)}
+        rows = side_by_side(calls, problem.vectors.base.device, repeats)
+        held = rows.contestant.map({name: numbers_held(own) for name, own in stores.items()})
+        found.append(rows.assign(tasks=count, parameters=problem.vectors.layout.size, held=held))
+    return pd.concat(found, ignore_index=True)
+
+
+def basis_summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of `benchmark_basis`, by T and part: milliseconds and peak of both, their ratio, and held.
+
+    Medians over rounds; the ratio is the basis's time over the task vectors' of the same round.
+    Peak memory of a call, on top of base and components, and held are in units of N numbers.
+    """
+    lines = {}
+    for (tasks, part), here in rows.groupby(["tasks", "part"], sort=False):
+        same = here.contestant == "task vectors"
+        dense, thin = (here[own].set_index("round") for own in (same, ~same))
+        row = {"ratio": (thin.seconds / dense.seconds).median()}
+        for name, own in (("task vectors", dense), ("basis", thin)):
+            row[f"{name}, ms"] = 1e3 * own.seconds.median()
+            row[f"{name}, peak / N"] = own.peak.iloc[0] / 4 / own.parameters.iloc[0]
+            row[f"{name}, held / N"] = own.held.iloc[0] / own.parameters.iloc[0]
+        lines[tasks, {"forward": "merge", "backward": "gradient"}[part]] = row
+    return pd.DataFrame(lines).T.rename_axis(["T", "part"])
 
 
 def benchmark_divergence(
