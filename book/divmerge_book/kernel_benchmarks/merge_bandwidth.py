@@ -79,14 +79,22 @@ def side_by_side(
     return pd.DataFrame(rows, columns=columns)
 
 
-def benchmark_merge(case: Case, names: Sequence[str], *, repeats: int = 5) -> pd.DataFrame:
-    """Forward and backward of every implementation and of a copy, which moves 2 N, with T, N."""
+def parts_of(name: str, case: Case) -> list[tuple[str, Part]]:
+    """The implementation's calls, forward and backward, where it has them."""
+    return [(k, c) for k, c in zip(PARTS, IMPLEMENTATIONS[name](case), strict=True) if c]
+
+
+def benchmark_merge(
+    case: Case, names: Sequence[str], *, repeats: int = 5, more: Mapping = {}
+) -> pd.DataFrame:
+    """Forward and backward of every implementation and of a copy, which moves 2 N, with T, N.
+
+    more: calls of others, as `side_by_side` takes them.
+    """
     base, (num_tasks, size) = case.vectors.base, case.vectors.deltas.shape
     target = torch.empty_like(base)
     calls = {("copy", "forward"): lambda: target.copy_(base)}
-    for name in names:
-        parts = zip(PARTS, IMPLEMENTATIONS[name](case), strict=True)
-        calls |= {(name, part): call for part, call in parts if call}
+    calls |= {(name, part): call for name in names for part, call in parts_of(name, case)} | more
     return side_by_side(calls, base.device, repeats).assign(tasks=num_tasks, parameters=size)
 
 
@@ -116,42 +124,17 @@ def repeated(problem: MergeProblem, count: int) -> MergeProblem:
 def benchmark_basis(
     problem: MergeProblem, counts: Sequence[int], spec: str = "tsv:2", *, repeats: int = 5
 ) -> pd.DataFrame:
-    """Merge and gradient of task vectors, and of a basis's components as a fit holds them, by T.
+    """`benchmark_merge` of a basis's components, as a fit holds them, beside task vectors, by T.
 
-    Experts are repeated where there are fewer than T. Rows as of `side_by_side`, and tasks,
-    parameters and `held`, the numbers beside the base.
+    `ours` are the task vectors. Experts are repeated where there are fewer than T.
     """
     found = []
     for count in counts:
         some = repeated(problem, count)
-        stores = {"task vectors": some.vectors, spec: as_read(some, basis(some, spec)[0])}
-        calls = {}
-        for name, vectors in stores.items():
-            parts = IMPLEMENTATIONS["ours"](Case.of(vectors))
-            calls |= {(name, part): c for part, c in zip(PARTS, parts, strict=True)}
-        rows = side_by_side(calls, problem.vectors.base.device, repeats)
-        held = rows.contestant.map({name: numbers_held(own) for name, own in stores.items()})
-        found.append(rows.assign(tasks=count, parameters=problem.vectors.layout.size, held=held))
+        thin = as_read(some, basis(some, spec)[0])
+        more = {(spec, part): call for part, call in parts_of("ours", Case.of(thin))}
+        found.append(benchmark_merge(Case.of(some.vectors), ["ours"], repeats=repeats, more=more))
     return pd.concat(found, ignore_index=True)
-
-
-def basis_summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of `benchmark_basis`, by T and part: milliseconds and peak of both, their ratio, and held.
-
-    Medians over rounds; the ratio is the basis's time over the task vectors' of the same round.
-    Peak memory of a call, on top of base and components, and held are in units of N numbers.
-    """
-    lines = {}
-    for (tasks, part), here in rows.groupby(["tasks", "part"], sort=False):
-        same = here.contestant == "task vectors"
-        dense, thin = (here[own].set_index("round") for own in (same, ~same))
-        row = {"ratio": (thin.seconds / dense.seconds).median()}
-        for name, own in (("task vectors", dense), ("basis", thin)):
-            row[f"{name}, ms"] = 1e3 * own.seconds.median()
-            row[f"{name}, peak / N"] = own.peak.iloc[0] / 4 / own.parameters.iloc[0]
-            row[f"{name}, held / N"] = own.held.iloc[0] / own.parameters.iloc[0]
-        lines[tasks, {"forward": "merge", "backward": "gradient"}[part]] = row
-    return pd.DataFrame(lines).T.rename_axis(["T", "part"])
 
 
 def benchmark_divergence(
@@ -171,7 +154,8 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     the copy bandwidth of the same run, divided by the time; `ratio`, the time over `ours` of the
     same round; numbers moved and peak memory in units of N numbers of 4 bytes.
     """
-    result, order = [], ["copy", *IMPLEMENTATIONS]
+    result, order = [], dict.fromkeys(["copy", *IMPLEMENTATIONS, *rows.contestant])
+    order = list(order)
     for (tasks, size), here in rows.groupby(["tasks", "parameters"], sort=False):
         wide = here.pivot_table(index="round", columns=["contestant", "part"], values="seconds")
         costs = here.groupby(["contestant", "part"])[["bytes", "peak"]].first() / 4 / size
