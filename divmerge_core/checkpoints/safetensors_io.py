@@ -20,6 +20,7 @@ from torch import Tensor
 LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING = re.compile(r"embed|wte|shared")
+BUFFERS = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(masked_)?bias)$")
 OTHERS = re.compile(r"incomplete|\.(bin|pt|pth|h5|msgpack|onnx|gguf|ckpt|safetensors)$")
 WRAPPERS = ("_orig_mod.module.", "module._orig_mod.", "_orig_mod.", "module.")
 
@@ -162,12 +163,12 @@ class StoredModel:
 
     @property
     def encoder(self) -> set[str]:
-        """The encoder's tensors without its pooler, as the bare encoder has them.
+        """The encoder's tensors that no model may lack, as the bare encoder has them.
 
         Where no name has the prefix it is a bare encoder's file, and all are its.
         """
         own = [name for name in self.tensors if name.startswith(self.prefix)] or self.tensors
-        return {self.core(name) for name in own if not pools(name)}
+        return {self.core(name) for name in own if not spare(name)}
 
 
 def wrapper(names: Iterable[str]) -> str:
@@ -178,6 +179,11 @@ def wrapper(names: Iterable[str]) -> str:
 def pools(name: str) -> bool:
     """Whether a tensor is a pooler's, which a base may lack."""
     return "pooler" in name.split(".")
+
+
+def spare(name: str) -> bool:
+    """Whether a model may lack a tensor: a pooler's, or a buffer of older versions."""
+    return pools(name) or BUFFERS.search(name) is not None
 
 
 def today(name: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from divmerge_core.checkpoints.model_card import MergeRecord, group_numbers
-from divmerge_core.checkpoints.safetensors_io import Stored, StoredModel
+from divmerge_core.checkpoints.safetensors_io import BUFFERS, Stored, StoredModel
 from divmerge_core.checkpoints.shards import KINDS, Planned
 from divmerge_core.merging.require import require_mapping
 
@@ -136,8 +136,10 @@ def to_merge(
     """Names on disk of the tensors to be merged. Raises ValueError for those that cannot be."""
     cores, held = base.cores, [expert.cores for expert in experts]
     if names is None:
-        floating = (c for c, n in cores.items() if base.tensors[n].dtype.is_floating_point)
-        names = [core for core in floating if any(core in theirs for theirs in held)]
+        learned = (c for c, n in cores.items() if base.tensors[n].dtype.is_floating_point)
+        learned = (core for core in learned if not BUFFERS.search(core))
+        need = base.encoder.union(*held)
+        names = [core for core in learned if core in need]
     names = [base.core(name) for name in names]
     for task, expert, theirs in zip(record.tasks, experts, held, strict=True):
         if lost := sorted(expert.encoder - set(cores)):

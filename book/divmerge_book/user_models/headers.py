@@ -11,16 +11,15 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from divmerge_core.checkpoints.safetensors_io import (
     StoredModel,
-    pools,
     read_config,
+    spare,
     stored,
     weight_files,
     wrapper,
 )
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Buffers of older versions, and what an encoder keeps of its pre-training.
-LEFT_OUT = re.compile(r"inv_freq$|(attn|attention)\.(masked_)?bias$|position_ids$|^(lm_head|cls)\.")
+LEFT_OUT = ("lm_head.", "cls.")  # what an encoder keeps of its pre-training
 
 
 def positions(model: nn.Module) -> int | None:
@@ -125,7 +124,7 @@ def packs(name: str, dtype: torch.dtype) -> bool:
 
 def others(who: str, kind: str, more: Mapping[str, tuple[int, ...]]) -> list[str]:
     """A note on tensors that are left out. Raises ValueError where an answer may depend on them."""
-    strange = sorted(name for name in more if not (pools(name) or LEFT_OUT.search(name)))
+    strange = sorted(name for name in more if not (spare(name) or name.startswith(LEFT_OUT)))
     if strange and kind.endswith("ForSequenceClassification"):
         raise ValueError(
             f"{who} holds {strange[:3]}, which transformers' {kind} has not: its head is another "
