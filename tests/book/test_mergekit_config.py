@@ -1,6 +1,7 @@
 """mergekit's own YAML: read as mergekit reads it, merged, or refused by name."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -35,16 +36,20 @@ def zoo(tmp_path_factory):
 
 @pytest.fixture
 def put(zoo, tmp_path):
-    """Writes a configuration of this method, with base and both experts unless it says more."""
+    """Writes a configuration of this method, with base and both experts unless it says more.
+
+    A field that is called as a model gives another folder for it.
+    """
 
     def written(method: str, weights=({}, {}), base="base", **fields):
+        other = {name: fields.pop(name) for name in ("a", "b") if name in fields}
         models = [
-            {"model": str(zoo / name), **({"parameters": w} if w else {})}
+            {"model": str(other.get(name, zoo / name)), **({"parameters": w} if w else {})}
             for name, w in zip(("a", "b"), weights, strict=True)
         ]
         whole = {"merge_method": method, "models": models, **fields}
         if base:
-            whole["base_model"] = str(zoo / base)
+            whole["base_model"] = str(other.get(base, zoo / base))
         path = tmp_path / "config.yml"
         path.write_text(yaml.safe_dump({n: v for n, v in whole.items() if v is not None}))
         return path
@@ -58,6 +63,14 @@ def states(zoo):
 
 def result(path, tmp_path):
     return load_file(merge_config(path, tmp_path / "out") / "model.safetensors")
+
+
+def altered(zoo, tmp_path, name, tensors=()):
+    """A copy of a model with other tensors."""
+    shutil.copytree(zoo / name, folder := tmp_path / f"other_{name}")
+    tensors = load_file(folder / "model.safetensors") | dict(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def test_ties_trims_each_tensor_weighs_then_elects_and_divides_by_weights(zoo, put, tmp_path):
@@ -130,6 +143,8 @@ def test_dare_that_drops_nothing_is_task_arithmetic_and_draws_alike_each_time(zo
 
 def test_a_list_is_read_between_its_entries_over_depth():
     assert [at([0, 1, 0.5], "x", depth) for depth in (0.0, 0.25, 0.5, 1.0)] == [0, 0.5, 1, 0.5]
+    assert at(["1e-1", 0.5], "x", 0.0) == 0.1 and at([], "x", 0.0) is None  # YAML reads a text
+    assert [at([True, False], "x", depth) for depth in (0.0, 0.5, 1.0)] == [True, True, False]
     assert at([{"filter": "mlp", "value": 2}], "attn", 0.0) is None
 
 
@@ -150,6 +165,78 @@ def test_the_command_writes_dtype_tokenizer_file_and_card(zoo, put, tmp_path, ca
 
 
 BOTH = ({"weight": 1}, {"weight": 1})
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer"])
+def test_a_slice_has_parameters_between_its_sources_and_the_files(zoo, put, tmp_path, key):
+    folders = [altered(zoo, tmp_path, name) for name in ("a", "b")]
+    for folder in folders:
+        (folder / "config.json").write_text(json.dumps({"vocab_size": 30, key: 2}))
+    sources = [{"model": str(folder), "layer_range": [0, 2]} for folder in folders]
+    sources[0]["parameters"] = {"weight": [{"filter": "mlp", "value": 0.5}]}
+    slices = [{"sources": sources, "parameters": {"weight": 0.2, "normalize": False}}]
+    fields = {"slices": slices, "parameters": {"weight": 0.9, "normalize": True}}
+    found = result(put("linear", base=None, models=None, **fields), tmp_path)
+    _, a, b = states(zoo)
+    for name, own in zip(SHAPES, (0.2, 0.5, 0.2, 0.2), strict=True):
+        assert_close(found[name], own * a[name] + 0.2 * b[name])
+
+
+def test_a_zero_tensor_is_at_a_right_angle_to_every_other(zoo, put, tmp_path):
+    zero = altered(zoo, tmp_path, "a", {"model.norm.weight": torch.zeros(8)})
+    path = put("slerp", base="a", parameters={"t": 0.5}, a=zero)
+    end = states(zoo)[2]["model.norm.weight"]
+    assert_close(result(path, tmp_path)["model.norm.weight"], end * 0.5**0.5)
+
+
+@pytest.mark.parametrize("narrow", ["base", "a"])
+def test_numbers_are_as_wide_as_the_widest_model_unless_the_file_says(zoo, put, tmp_path, narrow):
+    tensors = load_file(zoo / narrow / "model.safetensors")
+    other = altered(zoo, tmp_path, narrow, {n: tensor.bfloat16() for n, tensor in tensors.items()})
+    found = result(put("ties", BOTH, **{narrow: other}), tmp_path)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+
+
+def test_a_revision_beside_a_path_is_asked_of_the_hub(zoo, put, monkeypatch):
+    asked = []
+
+    def download(name, revision, **_):
+        asked.append((name, revision))
+        return str(zoo / "base")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for model in ({"model": {"path": "x/y", "revision": "v1"}}, "x/y@v1"):
+        read_recipe(put("ties", BOTH, base=None, base_model=model))
+    assert asked == [("x/y", "v1")] * 2
+
+
+@pytest.mark.parametrize("name", ["base", "a"])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("lm_head.weight", "lacks lm_head.weight, which .* holds; all are merged"),
+        ("model.layers.2.mlp.up_proj.weight", "layers.2.mlp.up_proj.weight"),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", ""),
+    ],
+)
+def test_all_but_buffers_must_be_in_every_model(zoo, put, tmp_path, name, more, message):
+    path = put("ties", BOTH, **{name: altered(zoo, tmp_path, name, {more: torch.ones(9)})})
+    if message:
+        with pytest.raises(ValueError, match=message):
+            read_recipe(path)
+    else:
+        assert (more in result(path, tmp_path)) == (name == "base")
+
+
+def test_tokens_are_not_matched_and_no_model_stands_twice(zoo, put, tmp_path):
+    other = altered(zoo, tmp_path, "a")
+    path = put("ties", BOTH, tokenizer_source="base", a=other)
+    read_recipe(path)
+    (other / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"x": 0}}}))
+    with pytest.raises(ValueError, match="number their tokens otherwise"):
+        read_recipe(path)
+    with pytest.raises(ValueError, match="b stands twice"):
+        read_recipe(put("ties", BOTH, a=zoo / "b"))
 
 
 @pytest.mark.parametrize(
@@ -176,6 +263,18 @@ BOTH = ({"weight": 1}, {"weight": 1})
         ("ties", BOTH, {"parameters": {"lambda": float("inf")}}, "lambda must be a finite number"),
         ("linear", ({"weight": ["a", 1]}, {"weight": 1}), {"base": None}, "weight must be a fin"),
         ("dare_ties", ({"weight": 1, "density": -0.1}, {"weight": 1}), {}, "got -0.1 for model.em"),
+        ("ties", BOTH, {"parameters": {"normalize": 0.5}}, "normalize must be true or false, got"),
+        ("ties", ({"weight": [{"filter": "m", "valu": 1}]}, {}), {}, "filters and values"),
+        ("ties", ({"weight": [{"fliter": "m", "value": 1}]}, {}), {}, "filters and values"),
+        ("ties", ({"weight": [{"filter": "x", "value": 1}, 1]}, {}), {}, "filters and values"),
+        ("ties", ({"weight": []}, {"weight": 1}), {}, "needs a weight for model.embed_tokens"),
+        ("ties", ({"weight": 1, "lambda": 1}, {}), {}, "one model ties takes .*; got lambda"),
+        ("slerp", ({"t": 0.5}, {}), {"base": "a"}, "for one model slerp takes none; got t"),
+        ("task_arithmetic", BOTH, {"parameters": {"density": 1}}, "weight; got density"),
+        ("linear", ({"weight": 1}, {"weight": -1}), {"base": None}, "weights sum to 0 for model"),
+        ("ties", BOTH, {"models": [{"model": "a", "layer_range": [0, 1]}]}, "field 'layer_range'"),
+        ("ties", BOTH, {"models": None, "slices": []}, "give models, or one slice"),
+        ("ties", BOTH, {"base": None, "base_model": "~no/a"}, "~ and no user here is called so"),
     ],
 )
 def test_what_is_not_read_is_refused_by_name_by_both_commands(

@@ -5,45 +5,47 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import product
+from functools import cached_property, reduce
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 
-from divmerge_book.data.schema import Fields, Text, read_file
+from divmerge_book.data.schema import Fields, read_file
+from divmerge_book.models.mergekit_folders import folder_of, named, plain, require_one_kind
 from divmerge_core.checkpoints import MergeRecord
 from divmerge_core.checkpoints.safetensors_io import StoredModel, read_config
 from divmerge_core.checkpoints.save import float_dtype
 from divmerge_core.checkpoints.tensor_sources import tensors_of
 
-FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 LAYER = re.compile(r"\.(\d+)\.")
-SUM = {"weight", "normalize", "lambda", "int8_mask", "density", "rescale"}
-SHARES = {"density", "t", "normalize", "rescale", "int8_mask"}  # in [0, 1]; false is 0
-# method -> parameters that it takes, and mergekit's defaults of normalize and rescale.
-KNOWN: dict[str, tuple[set[str], bool, bool]] = {
-    "linear": ({"weight", "normalize"}, True, False),
-    "slerp": ({"t"}, False, False),
-    "task_arithmetic": (SUM, False, False),
-    "ties": (SUM, True, False),
-    "dare_linear": (SUM, False, True),
-    "dare_ties": (SUM, False, True),
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # in configs
+FLAGS, SHARES = {"normalize", "rescale", "int8_mask"}, {"density", "t"}  # shares are in [0, 1]
+PARTS = {"weight", "density"}
+SUM = {"normalize", "lambda", "int8_mask"}  # int8_mask saves memory and changes no number
+# method -> parameters of a model, those of all, and mergekit's defaults of normalize and rescale.
+KNOWN: dict[str, tuple[set[str], set[str], bool, bool]] = {
+    "linear": ({"weight"}, {"normalize"}, True, False),
+    "slerp": (set(), {"t"}, False, False),
+    "task_arithmetic": ({"weight"}, SUM, False, False),
+    "ties": (PARTS, SUM | {"rescale"}, True, False),
+    "dare_linear": (PARTS, SUM | {"rescale"}, False, True),
+    "dare_ties": (PARTS, SUM | {"rescale"}, False, True),
 }
 
 
 class Model(Fields):
-    """One input; layer_range stands in slices only."""
-
     model: Any
     parameters: dict[str, Any] = {}
-    layer_range: list[int] | None = None
+
+
+class Source(Model):
+    layer_range: list[int]
 
 
 class Slice(Fields):
-    sources: list[Model]
+    sources: list[Source]
     parameters: dict[str, Any] = {}
 
 
@@ -64,12 +66,14 @@ class Config(Fields):
 class Recipe:
     """A configuration whose folders fit: record names base and experts, settings their parameters.
 
-    settings: one mapping per expert, then those of all. names: the tensors that are merged.
+    settings: of every expert. common: of all, the first that has a value decides. names: the
+    tensors that are merged.
     """
 
     method: str
     record: MergeRecord
     settings: Sequence[Mapping[str, Any]]
+    common: Sequence[Mapping[str, Any]]
     names: Sequence[str]
 
     @cached_property
@@ -84,19 +88,22 @@ class Recipe:
         """
         layer = LAYER.search(name)
         depth = int(layer[1]) / self.last if layer and self.last else float(bool(layer))
-        for scope in dict.fromkeys((model, -1)):
-            given = self.settings[scope].get(parameter)
+        for scope in [*self.settings[model : model + 1], *self.common]:
+            given = scope.get(parameter)
             try:
                 if (found := at(given, name, depth)) is None:
                     continue
-                right = math.isfinite(float(found))
+                right = found in (0, 1) if parameter in FLAGS else math.isfinite(float(found))
                 right &= parameter not in SHARES or 0 <= float(found) <= 1
             except (TypeError, ValueError):
                 right = False
             if not right:
                 allowed = "in [0, 1]" if parameter in SHARES else "a finite number"
+                allowed = "true or false" if parameter in FLAGS else allowed
+                listed = "; a list has such entries, or filters and values"
                 raise ValueError(
                     f"{self.method}: {parameter} must be {allowed}, got {given} for {name}"
+                    + listed * isinstance(given, list | Mapping)
                 )
             return found
         if default is None:
@@ -107,99 +114,72 @@ class Recipe:
 
 
 def at(setting: Any, name: str, depth: float) -> Any:
-    """A setting at a tensor: a value, a list over depth 0 to 1, or the first filter that fits."""
+    """A setting at a tensor: a value, a list over depth 0 to 1, or the first filter that fits.
+
+    None where there is none. Raises ValueError or TypeError for what is no setting.
+    """
     if isinstance(setting, Mapping):
         setting = [setting]
     if not isinstance(setting, list):
         return setting
+    if not setting:
+        return None
     if any(isinstance(one, Mapping) for one in setting):
         for one in setting:
+            if not {"value"} <= set(one) <= {"filter", "value"}:
+                raise ValueError("a filter has a value, and no other field")
             if one.get("filter") in (None, "*") or str(one["filter"]) in name:
-                return at(one.get("value"), name, depth)
+                return at(one["value"], name, depth)
         return None
     place = depth * (len(setting) - 1)
     low = int(place)
-    high = min(low + 1, len(setting) - 1)
-    return setting[low] + (place - low) * (setting[high] - setting[low])
+    if isinstance(setting[low], bool):  # flags have nothing between them
+        return setting[low]
+    start, end = (float(setting[n]) for n in (low, min(low + 1, len(setting) - 1)))
+    return start + (place - low) * (end - start)
 
 
-def plain(data: Any) -> Any:
-    """What YAML reads in a tree of texts."""
-    if isinstance(data, Mapping):
-        return {name: plain(value) for name, value in data.items()}
-    if isinstance(data, list):
-        return [plain(one) for one in data]
-    return data.value if isinstance(data, Text) else data
-
-
-def folder_of(model: Any, beside: Path) -> Path:
-    """A model's folder: from here, from the file's folder, or from the hub (NAME@REVISION).
-
-    Raises ValueError for adapters, and for what is neither there nor on the hub.
-    """
-    model = plain(model)
-    if isinstance(model, Mapping):
-        if model.get("lora"):
-            raise ValueError(
-                f"{model}: adapters are not read here; merge them into their base first"
-            )
-        model = model.get("model", model)
-        model = model.get("path") if isinstance(model, Mapping) else model
-    for place in (Path(str(model)).expanduser(), beside / str(model)):
-        if place.is_dir():
-            return place.resolve()
-    name, _, revision = str(model).partition("@")
-    if "+" in name:
-        raise ValueError(f"{model}: adapters are not read here; merge them into their base first")
-    try:
-        given = {"revision": revision or None, "allow_patterns": FILES}
-        found = huggingface_hub.snapshot_download(name, **given)
-    except Exception as error:  # the client raises many kinds: no network, no such name
-        raise ValueError(
-            f"{model!r} is no folder here or in {beside}, and the hub gave none ({error!r:.200})"
-        ) from error
-    return Path(found)
-
-
-def inputs_of(config: Config, path: Path) -> list[Model]:
-    """The models; those of slices where there is one slice of all layers."""
-    if (config.models is None) == (config.slices is None):
+def inputs_of(config: Config, path: Path) -> tuple[Sequence[Model], dict[str, Any]]:
+    """The models, or those of slices where there is one slice of all layers, and its parameters."""
+    if config.models is not None and config.slices is None:
+        return config.models, {}
+    if config.models is not None or not config.slices:
         raise ValueError(f"{path}: give models, or one slice; `modules` are not read here")
-    if config.models is not None:
-        return config.models
     one = config.slices[0]
     for source in one.sources:
-        layers = read_config(folder_of(source.model, path.parent)).get("num_hidden_layers")
+        found = read_config(folder_of(source.model, path.parent))
+        layers = next((found[name] for name in LAYERS if name in found), "their number")
         if len(config.slices) > 1 or source.layer_range != [0, layers]:
             raise ValueError(
                 f"{path}: slices are read where there is one, of all layers: [0, {layers}]; layers "
                 "are not stacked here"
             )
-    given = one.parameters
-    return [Model(model=s.model, parameters={**given, **s.parameters}) for s in one.sources]
+    return one.sources, plain(one.parameters)
 
 
 def read_recipe(path: str | os.PathLike) -> tuple[Recipe, torch.dtype | None]:
     """The merge that a file of mergekit's describes, and its dtype on disk (None: the base's).
 
-    Of the weights only headers are read. Raises ValueError, naming it, for what is not read here,
+    Where the file names none and an expert's is wider than the base's it is the widest of all. Of
+    the weights only headers are read. Raises ValueError, naming it, for what is not read here,
     for folders that do not fit together, and for parameters that are missing.
     """
     path = Path(path).expanduser()
     config = read_file(path, Config, "mergekit configuration")
-    method, (taken, *_) = config.merge_method, KNOWN.get(config.merge_method, (set(),))
-    if not taken:
+    method = config.merge_method
+    if method not in KNOWN:
         raise ValueError(f"{path}: merge_method {method!r} is not one of {', '.join(KNOWN)}")
     if config.tokenizer_source not in (None, "base"):
         raise ValueError(f"{path}: tokenizer_source {config.tokenizer_source!r}: only base is read")
-    models = inputs_of(config, path)
-    common = plain(config.parameters)
-    for given in (common, *(model.parameters for model in models)):
-        if strange := sorted(set(given) - taken):
-            raise ValueError(
-                f"{path}: {method} takes {', '.join(sorted(taken))}; got {', '.join(strange)}"
-            )
+    (models, of_slice), (own, shared, *_) = inputs_of(config, path), KNOWN[method]
+    common = [of_slice, plain(config.parameters)]
+    for given in common:
+        require_known(given, own | shared, f"{path}: {method} takes")
+    for model in models:
+        require_known(model.parameters, own, f"{path}: for one model {method} takes")
     folders = [folder_of(model.model, path.parent) for model in models]
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+        raise ValueError(f"{path}: {twice[0]} stands twice; give it once, with one weight")
     settings = [plain(model.parameters) for model in models]
     base = folder_of(config.base_model, path.parent) if config.base_model else None
     if (base is None) != (method == "linear"):
@@ -209,7 +189,6 @@ def read_recipe(path: str | os.PathLike) -> tuple[Recipe, torch.dtype | None]:
         folders = [base, *(folder for folder in folders if folder != base)]
         if len(folders) != 2:
             raise ValueError(f"{path}: slerp takes base_model and one other model, got {folders}")
-        common |= {"t": [s["t"] for s in settings if "t" in s][0]} if "t" not in common else {}
         settings = [{}, {}]
     elif method != "linear":
         settings = [s for s, folder in zip(settings, folders, strict=True) if folder != base]
@@ -222,19 +201,31 @@ def read_recipe(path: str | os.PathLike) -> tuple[Recipe, torch.dtype | None]:
         tasks=names,
         base=base or folders[0],
         experts=dict(zip(names, folders, strict=True)),
-        options={**common, **{f"of {n}": s for n, s in zip(names, settings, strict=True) if s}},
+        options={**common[1], **of_slice}
+        | {f"of {n}": s for n, s in zip(names, settings, strict=True) if s},
+        opened={name: StoredModel.at(folder) for name, folder in zip(names, folders, strict=True)},
     )
-    tensors = [name for name, *_ in tensors_of(StoredModel.at(record.base), record, None)]
-    recipe = Recipe(method, record, [*settings, common], tensors)
+    stored = [StoredModel.at(record.base), *record.opened.values()]
+    tensors = tensors_of(stored[0], record, None)
+    require_one_kind(stored, tokens=config.tokenizer_source is not None)
+    recipe = Recipe(method, record, settings, common, [name for name, *_ in tensors])
     needed = "t" if method == "slerp" else "weight"
-    for name in tensors:  # all that is missing or out of range is refused now
-        for model, parameter in product(range(len(names)), sorted(taken)):
+    for name in recipe.names:  # all that is missing or out of range is refused now
+        for model, parameter in product(range(len(names)), sorted(own | shared)):
             recipe.value(parameter, name, model, None if parameter == needed else 1.0)
-    return recipe, float_dtype(config.out_dtype or config.dtype)
+        if method == "linear" and recipe.value("normalize", name, default=True):
+            if abs(sum(float(recipe.value("weight", name, n)) for n in range(len(names)))) < 1e-8:
+                raise ValueError(f"linear: the weights sum to 0 for {name}; give others")
+    dtype = float_dtype(config.out_dtype or config.dtype)
+    pairs = [(base.dtype, expert.dtype) for _, base, experts in tensors for expert in experts]
+    if dtype is None and any(torch.promote_types(*pair) != pair[0] for pair in pairs):
+        dtype = float_dtype(reduce(torch.promote_types, chain.from_iterable(pairs)))
+    return recipe, dtype
 
 
-def named(folders: Sequence[Path]) -> tuple[str, ...]:
-    """A name for every folder: its own, with a number where it is not the only one."""
-    names = [folder.name for folder in folders]
-    every = enumerate(names, 1)
-    return tuple(name if names.count(name) == 1 else f"{name}-{n}" for n, name in every)
+def require_known(given: Mapping[str, Any], allowed: set[str], takes: str) -> None:
+    """Raise ValueError for parameters that have no effect."""
+    if strange := sorted(set(given) - allowed):
+        raise ValueError(
+            f"{takes} {', '.join(sorted(allowed)) or 'none'}; got {', '.join(strange)}"
+        )

@@ -1,7 +1,8 @@
 """The merges that mergekit's files describe, from disk to disk.
 
-Sums are in float32 whatever `dtype` says, and rounded once to `out_dtype`, or else `dtype`. TIES
-keeps all entries that equal the smallest of those kept; DARE draws other entries than mergekit.
+Sums and signs are those of float32 whatever `dtype` says, rounded once to `out_dtype`, or else
+`dtype`. TIES keeps all entries that equal the smallest of those kept; DARE draws other entries than
+mergekit. Buffers are the base's, and embeddings keep rows that no token has.
 """
 
 import hashlib
@@ -66,7 +67,7 @@ def summary(path: str | os.PathLike) -> str:
 def rule_of(recipe: Recipe) -> Rule:
     """How the recipe's method merges a tensor."""
     if recipe.method == "slerp":
-        return spherical(lambda name: float(recipe.value("t", name)))
+        return spherical(lambda name: float(recipe.value("t", name)), of_zero=0.0)
     return elected(recipe) if recipe.method in ("ties", "dare_ties") else linear(recipe)
 
 
@@ -76,7 +77,7 @@ def weights_of(recipe: Recipe, name: str) -> Tensor:
 
 
 def flag(recipe: Recipe, parameter: str, name: str) -> bool:
-    defaults = dict(zip(("normalize", "rescale"), KNOWN[recipe.method][1:], strict=True))
+    defaults = dict(zip(("normalize", "rescale"), KNOWN[recipe.method][2:], strict=True))
     return bool(recipe.value(parameter, name, default=defaults[parameter]))
 
 

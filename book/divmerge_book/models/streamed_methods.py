@@ -247,8 +247,11 @@ def dare(
 
 
 # --- SLERP ----------------------------------------------------------------------------------------
-def spherical(share: Callable[[str], float]) -> Rule:
-    """Each tensor on the arc from the first expert to the second, by its own share."""
+def spherical(share: Callable[[str], float], of_zero: float = 1.0) -> Rule:
+    """Each tensor on the arc from the first expert to the second, by its own share.
+
+    of_zero: the cosine of the angle where one of them is zero.
+    """
 
     def rule(name: str, origin: Tensor, experts: Sequence[Tensor]) -> Block:
         gram = torch.zeros(2, 2, dtype=torch.float64)
@@ -256,7 +259,7 @@ def spherical(share: Callable[[str], float]) -> Rule:
             ends = deltas.add_(base)
             gram += ends @ ends.T
         lengths = gram.diagonal().sqrt()
-        cosine = float(gram[0, 1] / lengths.prod()) if lengths.all() else 1.0
+        cosine = float(gram[0, 1] / lengths.prod()) if lengths.all() else of_zero
         ways = torch.tensor(arc(min(1.0, max(-1.0, cosine)), share(name)))
         both = float(ways.sum())
         return lambda place, base, deltas: base.addmv_(deltas.T, ways.to(deltas), beta=both)

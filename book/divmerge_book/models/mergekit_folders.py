@@ -1,0 +1,93 @@
+"""The folders that a file of mergekit's names: found, named, and of one kind."""
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+from divmerge_book.data.schema import Text, at_home
+from divmerge_core.checkpoints.safetensors_io import StoredModel, spare
+
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+def plain(data: Any) -> Any:
+    """What YAML reads in a tree of texts."""
+    if isinstance(data, Mapping):
+        return {name: plain(value) for name, value in data.items()}
+    if isinstance(data, list):
+        return [plain(one) for one in data]
+    return data.value if isinstance(data, Text) else data
+
+
+def folder_of(model: Any, beside: Path) -> Path:
+    """A model's folder: from here, from the file's folder, or from the hub (NAME@REVISION).
+
+    Raises ValueError for adapters, and for what is neither there nor on the hub.
+    """
+    model, revision = plain(model), None
+    if isinstance(model, Mapping):
+        if model.get("lora"):
+            raise ValueError(
+                f"{model}: adapters are not read here; merge them into their base first"
+            )
+        model = model.get("model", model)
+        if isinstance(model, Mapping):
+            model, revision = model.get("path"), model.get("revision")
+    for place in (at_home(Path(str(model))), beside / str(model)):
+        if place.is_dir():
+            return place.resolve()
+    name, _, after = str(model).partition("@")
+    if "+" in name:
+        raise ValueError(f"{model}: adapters are not read here; merge them into their base first")
+    try:
+        given = {"revision": after or revision, "allow_patterns": FILES}
+        found = huggingface_hub.snapshot_download(name, **given)
+    except Exception as error:  # the client raises many kinds: no network, no such name
+        raise ValueError(
+            f"{model!r} is no folder here or in {beside}, and the hub gave none ({error!r:.200})"
+        ) from error
+    return Path(found)
+
+
+def named(folders: Sequence[Path]) -> tuple[str, ...]:
+    """A name for every folder: its own, with a number where it is not the only one."""
+    names = [folder.name for folder in folders]
+    every = enumerate(names, 1)
+    return tuple(name if names.count(name) == 1 else f"{name}-{n}" for n, name in every)
+
+
+def require_one_kind(models: Sequence[StoredModel], *, tokens: bool) -> None:
+    """Raise ValueError where a model has a head that another lacks or, asked for, other tokens."""
+    for one, other in permutations(models, 2):
+        heads = {name for name in other.cores if not spare(name)} - other.encoder
+        if lost := sorted(heads - set(one.cores)):
+            raise ValueError(
+                f"{one.folder} lacks {', '.join(lost[:3])}, which {other.folder} holds; all are "
+                "merged: give models of one architecture, with embeddings tied in all or in none"
+            )
+        if tokens and not tokens_agree(one.folder, other.folder):
+            raise ValueError(
+                f"{one.folder} and {other.folder} number their tokens otherwise, and tokens are "
+                "not matched here; without tokenizer_source rows are merged by their number"
+            )
+
+
+def tokens_agree(one: Path, other: Path) -> bool:
+    """Whether two tokenizers number alike, by the first file that both folders have."""
+    for name in ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model"):
+        if all((folder / name).is_file() for folder in (one, other)):
+            return tokens_of(one / name) == tokens_of(other / name)
+    return True
+
+
+def tokens_of(file: Path) -> object:
+    """What a tokenizer's file says of tokens and their numbers."""
+    if file.name != "tokenizer.json":
+        return file.read_bytes()
+    facts = json.loads(file.read_text("utf-8"))
+    added = [(token["id"], token["content"]) for token in facts.get("added_tokens", ())]
+    return facts.get("model", {}).get("vocab"), added
