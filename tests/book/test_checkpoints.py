@@ -721,3 +721,13 @@ def test_a_merge_without_a_recipe_says_why(spelled, record, put, change, reason)
         change = {"coeffs": change["coeffs"] * spelled.coeffs}
     folder = put("out", record if "base" in change else replace(spelled, **change))
     assert not (folder / "mergekit_config.yml").exists() and reason in card_of(folder)
+
+
+def test_an_expert_whose_head_is_not_tied_as_the_bases_has_no_recipe(spelled, put, tmp_path):
+    experts = {**spelled.experts, TASKS[0]: tmp_path / "own"}
+    shutil.copytree(spelled.experts[TASKS[0]], tmp_path / "own")
+    tensors = tensors_in(tmp_path / "own")
+    tensors["cls.predictions.decoder.weight"] = torch.rand(CONFIG["vocab_size"], 2)
+    save_file(tensors, tmp_path / "own" / "model.safetensors", metadata={"format": "pt"})
+    text = card_of(put("out", replace(spelled, experts=experts)))
+    assert "own has cls.predictions.decoder.weight, the base has not" in text

@@ -70,7 +70,7 @@ def configuration(record: MergeRecord, source: MergedTensors, dtype: torch.dtype
     prefix = f"{model.base_model_prefix}."
     ties = (model._tied_weights_keys or {}) if config.tie_word_embeddings else {}
     on_disk = [name for name in model.state_dict() if name not in ties]
-    if found := next(mismatches(on_disk, prefix, merged, [base, *experts]), None):
+    if found := next(mismatches(on_disk, [*ties], prefix, merged, [base, *experts]), None):
         raise NoRecipe(found.format(kind=kind))
     names = [name.removeprefix(prefix) for name in on_disk]
     columns = dict(zip(merged, group_numbers(record, merged), strict=True))
@@ -148,11 +148,16 @@ def architecture(models: Sequence[StoredModel]) -> tuple[transformers.Pretrained
 
 
 def mismatches(
-    names: Sequence[str], prefix: str, merged: Sequence[str], models: Sequence[StoredModel]
+    names: Sequence[str],
+    ties: Sequence[str],
+    prefix: str,
+    merged: Sequence[str],
+    models: Sequence[StoredModel],
 ) -> Iterator[str]:
     """Why mergekit would miss a tensor of the encoder, or a merged one.
 
-    names: the tensors of the class that it reads all folders as; models: base and experts.
+    names: the tensors of the class that it reads all folders as, ties: and those that are tied to
+    one of them; models: base and experts.
     """
     start = "mergekit reads all folders as {kind}, "
     inside = [name for name in names if name.startswith(prefix) or name in merged]
@@ -166,7 +171,7 @@ def mismatches(
         for name in inside:
             if name not in stored.tensors:
                 yield start + f"and {folder} lacks {name}"
-        for name in names:
+        for name in (*names, *ties):
             if name in stored.tensors and name not in models[0].tensors:
                 yield start + f"and {folder} has {name}, the base has not"
     for name in sorted(set(merged) - {name.removeprefix(prefix) for name in names}):
