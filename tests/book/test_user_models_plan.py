@@ -74,6 +74,8 @@ def test_labels_are_words_as_they_are_written_and_null_is_absent(tmp_path):
         ("base: b\x07\n", ["is no YAML"]),
         ("base: b\n[1, 2]: c\n", ["line 2", "a list or mapping is no name of a field"]),
         ("base: b\ntasks: &a [*a, *a]\n", ["stands inside of what it names"]),
+        ("base: b\n---\nbase: c\n", ["line 2", "another document; give each a file of its own"]),
+        ("base: b\nrest: &a {x: 1}\nmore:\n  <<: *a\n", ["line 4", "behind << are not read"]),
         ("base: ~nobody-here/b\ntasks: []\n", ["line 1: base: ~nobody-here/b begins with ~"]),
         ("", ["empty", "base, tasks, max_length"]),
     ],

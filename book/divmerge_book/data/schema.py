@@ -118,6 +118,7 @@ def nodes(path: Path, what: str) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         hint = "; indent with spaces" * ("\\t" in str(error.problem))
+        hint += "; give each a file of its own" * ("another document" in str(error.problem))
         raise ValueError(f"{path}, line {line}: {error.problem}{hint}") from error
     except yaml.YAMLError as error:  # a character that cannot be printed
         raise ValueError(f"{path} is no YAML: {error}") from error
@@ -128,12 +129,13 @@ def plain(path: Path, node: yaml.Node) -> Any:
     if isinstance(node, yaml.MappingNode):
         names = [str(key.value) for key, _ in node.value]
         for number, (key, _) in enumerate(node.value):
+            at_line = f"{path}, line {key.start_mark.line + 1}:"
             if not isinstance(key, yaml.ScalarNode):
-                line = key.start_mark.line + 1
-                raise ValueError(f"{path}, line {line}: a list or mapping is no name of a field")
+                raise ValueError(f"{at_line} a list or mapping is no name of a field")
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise ValueError(f"{at_line} fields behind << are not read; write them out")
             if names[number] in names[:number]:
-                line = key.start_mark.line + 1
-                raise ValueError(f"{path}, line {line}: field {key.value!r} stands twice")
+                raise ValueError(f"{at_line} field {key.value!r} stands twice")
         entries = zip(names, (value for _, value in node.value), strict=True)
         return {n: plain(path, v) for n, v in entries if v.tag != "tag:yaml.org,2002:null"}
     if isinstance(node, yaml.SequenceNode):
