@@ -194,9 +194,9 @@ def today(name: str) -> str:
     return name
 
 
-def read_config(folder: Path) -> dict[str, object]:
-    """A folder's config.json. Raises ValueError where it is no JSON object."""
-    path = folder / "config.json"
+def read_config(folder: Path, name: str = "config.json") -> dict[str, object]:
+    """A folder's config.json, or another file. Raises ValueError where it is no JSON object."""
+    path = folder / name
     try:
         if isinstance(found := json.loads(path.read_text("utf-8")), dict):
             return found

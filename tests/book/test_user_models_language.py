@@ -308,9 +308,28 @@ def test_a_chat_template_for_each_expert_is_written_by_name(tmp_path, cache):
     assert own.apply_chat_template(chat, tokenize=False).endswith("<assistant>")
 
 
+def test_an_empty_answer_of_a_chat_is_no_turn(tmp_path):
+    project, row = chatting(tmp_path, TEMPLATE, TEMPLATE), {"prompt": "good", "answer": ""}
+    write_lines(tmp_path / "data" / "mood-merge.jsonl", [as_chat(row)])
+    assert check(read(project)).rows["merge"][0]["text"][:] == ["<user>good<assistant>"]
+
+
+def test_no_template_of_the_base_stays_beside_the_experts_own(tmp_path):
+    project, own = make_language_project(tmp_path, **dict.fromkeys(ROWS)), tokenizer()
+    own.chat_template = TEMPLATE
+    own.save_pretrained(tmp_path / "base")
+    for name in PROMPTS:  # in the file where older versions of transformers put it
+        path = tmp_path / "experts" / name / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": "mine"}))
+    assert __main__.main(["merge", str(project), str(tmp_path / "m"), "--method", "average"]) == 0
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "m").chat_template == "mine"
+
+
 def test_chats_that_a_template_refuses_and_chats_without_one(tmp_path):
     words = "{{ raise_exception('no system role') }}"
     refused(chatting(tmp_path / "a", words, TEMPLATE), "chat template refuses", "no system role")
+    refused(chatting(tmp_path / "c", "{{ 1 / 0 }}", TEMPLATE), "chat template refuses", "by zero")
+    refused(chatting(tmp_path / "d", " ", TEMPLATE), "chat template writes no text of [{'role'")
     refused(make_language_project(tmp_path / "b", row=as_chat), "neither", "has a chat template")
 
 
@@ -325,6 +344,15 @@ def test_chats_that_a_template_refuses_and_chats_without_one(tmp_path):
         ({"labels": ["positive", "bad"]}, ["'negative'", "is none of positive, bad"]),
         ({"score": "likelihood"}, ["score 'likelihood' is for tasks with labels"]),
         ({"score": "bleu"}, ["'likelihood', 'exact' or 'rouge1'", "got 'bleu'"]),
+        ({"columns": {"prompt": "prompt", "messages": "chat"}}, ["come from one column", "'chat'"]),
+        (
+            {"labels": ["positive", "negative", "negative film"]},
+            ["'negative film' begins with the tokens of 'negative'", "never wins by score"],
+        ),
+        (
+            {"labels": ["positive", "negative", "Negative!"], "score": "exact"},
+            ["the label 'Negative!' is, but for case and marks, 'negative'"],
+        ),
         ({"validation": "data/mood-test.jsonl"}, ["stand in validation and in test"]),
         ({"expert": "data"}, ["holds no expert"]),
         ({"expert": "experts/none"}, ["expert names", "does not exist"]),
@@ -333,6 +361,26 @@ def test_chats_that_a_template_refuses_and_chats_without_one(tmp_path):
 )
 def test_a_wrong_field_is_refused(home, fields, words):
     refused(changed(home, 0, **fields), *words)
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"answer": ["yes", "no"]}, ["line 2: the answer ['yes', 'no'] in column", "is no text"]),
+        ({"answer": "y\ud83d"}, ["line 2: the answer in column", "half of a character"]),
+        ({"messages": [{"role": "user", "content": "good"}]}, ["'prompt' and 'messages'"]),
+    ],
+)
+def test_a_wrong_row_is_refused(home, tmp_path, row, words):
+    rows = [{"prompt": "one film", "answer": "yes"}, {"prompt": "two", "answer": "no"} | row]
+    refused(changed(home, 0, test=str(write_lines(tmp_path / "rows.jsonl", rows))), *words)
+
+
+def test_answers_that_max_new_cuts_are_said(home, tmp_path):
+    rows = [{"prompt": f"film {n}", "answer": "yes" * n} for n in (1, 9)]
+    path = changed(home, 0, validation=None, test=str(write_lines(tmp_path / "r.jsonl", rows)))
+    (note,) = check(read(path)).notes
+    assert "task 'mood': 1 of 2 answers have more tokens than max_new, 4 (up to" in note
 
 
 @pytest.mark.parametrize(

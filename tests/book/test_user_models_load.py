@@ -244,6 +244,10 @@ def begun(folder: Path, word: str) -> None:
         (partial(rewritten, architectures="Bert"), "config.json: architectures is no list"),
         (lambda folder: (folder / "config.json").write_text("[]"), "no JSON object .it holds"),
         (partial(begun, word="{ // mine"), "config.json is no JSON object .*line 1 column 3"),
+        (
+            lambda folder: (folder / "generation_config.json").write_text("{"),
+            "generation_config.json is no JSON object",
+        ),
         (partial(begun, word="\ufeff{"), "config.json is no JSON object .Unexpected UTF-8 BOM"),
     ],
 )

@@ -1,11 +1,12 @@
 """Tokens that experts added or renamed: merged, kept, written, or refused by name."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from divmerge_book.models.language.completions import greedy
+from divmerge_book.models.language.completions import greedy, written
 from divmerge_book.user_models import check, load, read
 from divmerge_book.user_models.language_tokens import Reading, agreed
 from divmerge_book.user_models.weights import keep_rows
@@ -109,14 +110,32 @@ def test_a_tokenizer_that_begins_texts_otherwise_is_refused():
     experts = [reading("a", begins), reading("b", tokenizer())]
     with pytest.raises(ValueError, match="task 'a': its expert's tokenizer cuts up 'good film'"):
         agreed(tokenizer(), ROWS, experts)
+    silent = [Reading(one.task, one.tokenizer, ROWS, ()) for one in experts]
+    with pytest.raises(ValueError, match="task 'a': its expert's tokenizer cuts up 'Which of"):
+        agreed(tokenizer(), ROWS, silent)  # without rows too
+    found = agreed(tokenizer(), ROWS, [silent[0], reading("b", begins)]).tokenizer
+    assert found("good")["input_ids"][0] == 0, "what both experts do is kept, the base's is not"
 
 
 def test_answers_that_end_differently_are_said_and_both_end_them():
     other = added("<end>")
     other.eos_token = "<end>"
-    found = agreed(tokenizer(), ROWS, [reading("a", tokenizer()), reading("b", other)])
-    assert found.stops == (0, 310)
-    assert any("a with '<eos>', b with '<end>'" in note for note in found.notes)
+    found = agreed(tokenizer(), ROWS, [reading("a", tokenizer(), ends=(71,)), reading("b", other)])
+    assert found.stops == (0, 71, 310)
+    assert any("a with '<eos>' or 'g', b with '<end>'" in note for note in found.notes)
+
+
+def test_templates_of_several_names_are_kept_with_those_of_others():
+    own = tokenizer()
+    own.chat_template = {"default": "one", "tools": "two"}
+    experts = [reading("a", own), reading("b", own)]
+    assert agreed(tokenizer(), ROWS, experts).tokenizer.chat_template == own.chat_template
+    other = tokenizer()
+    other.chat_template = "three"
+    found = agreed(tokenizer(), ROWS, [experts[0], reading("b", other)])
+    named = {"a": "one", "b": "three"}
+    assert found.templates == named and "chat templates differ" in found.notes[0]
+    assert found.tokenizer.chat_template == own.chat_template | named
 
 
 def test_rows_stay_with_their_owners_in_every_merge():
@@ -169,13 +188,19 @@ def test_answers_end_where_each_expert_ends_them(tmp_path, cache):
     other = tokenizer()
     other.eos_token = other.convert_ids_to_tokens(71)
     resized(project, "same", other)
+    settings = tmp_path / "experts" / "mood" / "generation_config.json"
+    settings.write_text('{"eos_token_id": [72, 0, 10000]}')  # an instruct model's
     plan, bench, found, folder = averaged(project, tmp_path / "merged")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    assert model.generation_config.eos_token_id == [0, 71] == model.config.eos_token_id
-    for exam, stop in zip(bench.test, (0, 71), strict=True):
-        assert exam.base.stop == stop
-        said = greedy(exam.base, exam.base.state, exam.prompts[0][:2], max_new=3)
-        assert all(stop not in answer[:-1] for answer in said)
+    assert model.generation_config.eos_token_id == [0, 72, 71] == model.config.eos_token_id
+    for exam, stops in zip(bench.test, ((0, 72), (71, 0)), strict=True):
+        assert exam.base.stops == stops
+        asked = exam.prompts[0][:2]
+        said = greedy(exam.base, exam.base.state, asked, max_new=3)
+        assert all({*stops}.isdisjoint(answer[:-1]) for answer in said)
+        ended = replace(exam.base, ends=(said[0][0],))
+        assert greedy(ended, ended.state, asked, max_new=3)[0] == said[0][:1]
+        assert written(ended, said[0][:1]) == ""
 
 
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused(tmp_path):

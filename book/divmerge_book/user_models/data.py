@@ -146,13 +146,19 @@ def require(values: pd.Series, fits: Iterable[object], what: str, cure: str) -> 
         raise ValueError(f"{values.index.name} {wrong.index[0]}{more}: {what}; {cure}")
 
 
+def require_whole(values: pd.Series, words: Iterable[str], what: str) -> None:
+    """Raise ValueError for the first text with half of a character, as cut JSON has; `require`."""
+    whole = (text.encode("utf-8", "ignore").decode() == text for text in words)
+    what = f"{what} with half of a character (a surrogate)"
+    require(values, whole, what, "correct or remove the row")
+
+
 def texts(values: pd.Series, tokenizer: Tokenizer) -> list[str]:
     """A column of texts of one token or more."""
     column, cure = f"column {values.name!r}", "correct or remove the row"
     words = (isinstance(text, str) and text.strip() for text in values)
     require(values, words, f"{column} holds VALUE, not a text", cure)
-    whole = (text.encode("utf-8", "ignore").decode() == text for text in values)
-    require(values, whole, f"{column} holds VALUE with half of a character (a surrogate)", cure)
+    require_whole(values, values, f"{column} holds VALUE")
     ids = tokenizer(list(values), add_special_tokens=False)["input_ids"]
     require(values, ids, f"the tokenizer makes no token of VALUE in {column}", cure)
     return list(values)

@@ -18,6 +18,7 @@ from divmerge_core.checkpoints.safetensors_io import (
     wrapper,
 )
 
+GENERATION = "generation_config.json"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LEFT_OUT = ("lm_head.", "cls.")  # what an encoder keeps of its pre-training
 
@@ -37,7 +38,7 @@ def wrapper_in(folder: Path) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError for links to nothing, and for a config.json that is edited amiss."""
+    """Raise ValueError for links to nothing, and for settings that are edited amiss."""
     read = (path for path in folder.glob("*") if path.suffix in (".json", ".txt", ".model"))
     if lost := [path for path in read if not path.exists()]:
         raise ValueError(
@@ -45,6 +46,8 @@ def check_folder(folder: Path) -> None:
         )
     file = folder / "config.json"
     config = read_config(folder) if file.is_file() else {}
+    if (folder / GENERATION).is_file():
+        read_config(folder, GENERATION)
     if not isinstance(config.get("architectures") or [], list):
         raise ValueError(f"{file}: architectures is no list; write it in [ ]")
     named = config.get("id2label") or {}

@@ -19,6 +19,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 
 import datasets
@@ -27,7 +28,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from divmerge_book.models.language.models import MODELS
-from divmerge_book.models.language.prompts import Prompt
+from divmerge_book.models.language.prompts import Prompt, normal
 from divmerge_book.user_models import adapters, folders
 from divmerge_book.user_models.data import shared
 from divmerge_book.user_models.description import SPLITS, Description, TaskFiles, collect_errors
@@ -35,7 +36,7 @@ from divmerge_book.user_models.folders import BaseFolder, Source, bare_model, co
 from divmerge_book.user_models.headers import check_config, check_headers
 from divmerge_book.user_models.hub import fetched
 from divmerge_book.user_models.language_rows import load_prompts
-from divmerge_book.user_models.language_tokens import Reading, Tokens, agreed
+from divmerge_book.user_models.language_tokens import Reading, Tokens, agreed, ends_in
 from divmerge_core.checkpoints.safetensors_io import StoredModel
 
 OTHERS = {"vocab_size", "max_position_embeddings"}  # may differ: rows of tables are looked at
@@ -202,11 +203,13 @@ def read_rows(
     labels = task.labels or ()
     words = [a for data in rows.values() for a in data.to_dict().get("answer", ())]
     texts = [text for data in rows.values() for text in data["text"]]
-    reading = Reading(task.name, own, known, texts, any(chats), (*labels, *words))
+    ends = ends_in(task.expert if source.kind == "transformers" else base.folder, own)
+    reading = Reading(task.name, own, known, texts, any(chats), (*labels, *words), ends)
     check_prompts(source, reading, base, description)
     prompt = Prompt(task.name, "{text}", tuple(labels))
     own = {"reading": reading, "prompt": prompt, "score": score_of(task), "labels": labels}
-    return replace(source, **own), rows
+    source = replace(source, **own)
+    return replace(source, notes=tuple(answer_notes(source, description.max_new))), rows
 
 
 def score_of(task: TaskFiles) -> str:
@@ -218,6 +221,26 @@ def score_of(task: TaskFiles) -> str:
             f"{'without' if task.labels else 'with'} labels; exact is for both"
         )
     return score
+
+
+def answer_notes(source: LanguageSource, most: int) -> list[str]:
+    """A note on answers that max_new cuts. Raises ValueError for a label that could never win."""
+    who, own, score = f"task {source.task.name!r}", source.reading, source.score
+    ended = own.chat or all(text[-1].isspace() for text in own.prompts)
+    words = [word if ended else f" {word}" for word in own.said]
+    ids = own.tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
+    for (one, short), (other, long) in permutations(zip(source.labels, ids, strict=False), 2):
+        how, same = "is, but for case and marks,", normal(one) == normal(other)
+        if score == "likelihood":  # which counts no end
+            how, same = "begins with the tokens of", short == long[: len(short)]
+        if same:
+            raise ValueError(
+                f"{who}: the label {other!r} {how} {one!r}, so that it never wins by score "
+                f"{score!r}; take the other score, or other labels"
+            )
+    cut = [len(one) for one in ids if len(one) > most and score != "likelihood"]
+    text = f"{who}: {len(cut)} of {len(ids)} answers have more tokens than max_new, {most}"
+    return [f"{text} (up to {max(cut)}), where written ones end"] if cut else []
 
 
 def check_prompts(
@@ -259,6 +282,7 @@ def checked(
     notes += [note for _, own in opened for note in own]
     read = collect_errors(partial(read_rows, source, base, description) for source, _ in opened)
     sources = tuple(source for source, _ in read)
+    notes += [note for source in sources for note in source.notes]
     rows = {source.task.name: own for source, own in read}
     notes += sum(collect_errors(partial(shared, *item) for item in rows.items()), [])
     tokens = agreed(base.tokenizer, table_rows(model), [source.reading for source in sources])

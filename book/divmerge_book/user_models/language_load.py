@@ -48,7 +48,8 @@ def reader(base: Language, source: LanguageSource) -> Language:
     if source.reading.chat:
         words = copy.deepcopy(words)
         words.backend_tokenizer.post_processor = None
-    return replace(base, tokenizer=words, vocabulary=vocabulary_digest(words))
+    ends = source.reading.ends
+    return replace(base, tokenizer=words, vocabulary=vocabulary_digest(words), ends=ends)
 
 
 def expert_state(source: LanguageSource, base: Language) -> dict[str, Tensor]:

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 import datasets
 import numpy as np
 import pandas as pd
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from divmerge_book.data.tasks import quiet
-from divmerge_book.user_models.data import read_table, require, texts
+from divmerge_book.user_models.data import read_table, require, require_whole, texts
 from divmerge_book.user_models.description import TaskFiles
 
 CURE = "Name columns in the description: columns: {prompt: ..., answer: ...} or {messages: ...}"
@@ -43,11 +42,14 @@ def rendered(
     for place, chat in zip(column.index, chats, strict=True):
         try:
             found.append(tokenizer.apply_chat_template(chat, **options))
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except Exception as error:  # templates are programs, which may raise any kind
             raise ValueError(
                 f"{column.index.name} {place}: the expert's chat template refuses the messages: "
                 f"{error}"
             ) from error
+    what = f"the expert's chat template writes no text of VALUE in column {column.name!r}"
+    require(column, map(str.strip, found), what, "mend the template, or correct the row")
+    require_whole(column, found, f"column {column.name!r} holds VALUE")
     return found
 
 
@@ -59,7 +61,12 @@ def prompts(
     Of chat messages the last one is the answer where it is the assistant's.
     """
     names, present = task.columns, list(map(str, table.columns))
-    chat = names.messages
+    chat, named = names.messages, names.model_fields_set & {"prompt", "messages"}
+    if len(named) == 2 or (not named and {"prompt", "messages"} <= {*present}):
+        raise ValueError(
+            f"task {task.name!r}: prompts come from one column, and there are {names.prompt!r} and "
+            f"{chat or 'messages'!r}. {CURE}"
+        )
     if chat is None and names.prompt not in present and "messages" in present:
         chat = "messages"
     wanted = names.prompt if chat is None else chat
@@ -76,9 +83,9 @@ def prompts(
     form = "a list of messages, each with a role and a text as its content"
     require(column, chats, f"column {chat!r} holds VALUE", f"give {form}")
     said = [chat[-1]["content"] if chat[-1]["role"] == "assistant" else None for chat in chats]
-    asked = [chat[:-1] if text else chat for chat, text in zip(chats, said, strict=True)]
+    asked = [c if text is None else c[:-1] for c, text in zip(chats, said, strict=True)]
     require(column, asked, f"column {chat!r} holds VALUE", "give a message before the answer")
-    if answer is None and any(said):
+    if answer is None and said != [None] * len(said):
         answer = pd.Series(said, table.index, name=chat, dtype=object)
     return rendered(column, asked, tokenizer), answer, True
 
@@ -101,8 +108,12 @@ def load_prompts(
                 f"{path} has no column {task.columns.answer!r} and no assistant's last message; "
                 f"{split} rows are scored by their answers. {CURE}"
             )
-        words = [str(text).strip() if text is not None else "" for text in said]
+        what, many = f"the answer VALUE in column {said.name!r}", list | dict | np.ndarray | bytes
+        plain = (not isinstance(text, many) for text in said)
+        require(said, plain, f"{what} is no text", "give one text a row")
+        words = ["" if text is None else str(text).strip() for text in said]
         require(said, words, f"the answer in column {said.name!r} is empty", "fill in the row")
+        require_whole(said, words, f"the answer in column {said.name!r} is VALUE")
         columns["answer"] = words
         if task.labels is not None:
             known = [word in task.labels for word in words]

@@ -79,6 +79,8 @@ def merged_model(
 def save_tokenizer(new: Path, plan: Plan) -> None:
     """The tokenizer's files as a base or an expert has them, where it is theirs; else new ones."""
     written, folders = plan.tokens.tokenizer, [source.task.expert for source in plan.experts]
+    for file in (file for pattern in TOKENS for file in new.glob(pattern)):
+        file.unlink()  # of the base, as it was copied
     for folder in () if isinstance(written.chat_template, dict) else (plan.base.folder, *folders):
         own = tokenizer_of(folder)
         if own and all(facts(own) == facts(written) for facts in (vocabulary_digest, settings_of)):

@@ -8,11 +8,16 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
+from divmerge_book.user_models.headers import GENERATION
+from divmerge_core.checkpoints.safetensors_io import read_config
+
 COMPARED = 50  # texts of every task that the written tokenizer must cut up as the expert's does
+SAMPLE = ["Which of these 12 words, if any, ends here?\n"]  # stands for texts where there are none
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,8 @@ class Reading:
     """How one expert reads and ends texts.
 
     rows: of its token tables. prompts: its prompts as texts, chat: whether a chat template wrote
-    them, special tokens included. said: answers that are scored.
+    them, special tokens included. said: answers that are scored. ends: tokens beside EOS that end
+    its answers.
     """
 
     task: str
@@ -29,6 +35,12 @@ class Reading:
     prompts: Sequence[str]
     chat: bool = False
     said: Sequence[str] = ()
+    ends: tuple[int, ...] = ()
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """All tokens that end its answers, EOS first."""
+        return (self.tokenizer.eos_token_id, *self.ends)
 
     def cut(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
         """Prompts as token numbers, by any tokenizer."""
@@ -48,11 +60,21 @@ class Reading:
 
     def used(self, base: Mapping[int, str]) -> set[int]:
         """Numbers of the tokens in its texts; without texts, of all that the base has not."""
-        known = {self.tokenizer.eos_token_id} - {None}
+        known = {*self.stops} - {None}
         if not self.prompts:
             return known | {n for n, token in self.names.items() if base.get(n) != token}
         answers = self.tokenizer(list(self.said) or [""], add_special_tokens=False)["input_ids"]
         return known.union(*self.asked, *answers)
+
+
+def ends_in(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens beside EOS that end answers, by a folder's settings of generation or of its model."""
+    names = (name for name in (GENERATION, "config.json") if (folder / name).is_file())
+    read = (read_config(folder, name) for name in names)
+    said = next((one for own in read if (one := own.get("eos_token_id")) is not None), [])
+    known = {*tokenizer.get_vocab().values()} - {tokenizer.eos_token_id}
+    every = said if isinstance(said, list) else [said]
+    return tuple(dict.fromkeys(number for number in every if number in known))
 
 
 @dataclass(frozen=True)
@@ -89,20 +111,21 @@ def agreed(base: PreTrainedTokenizerBase, rows: int, experts: Sequence[Reading])
     mine = {number: experts[places[0]].names[number] for number, places in owners.items()}
     written = holding(base, experts, claims | mine)
     for one in experts:
-        few = one.prompts[:COMPARED]
-        for text, own, other in zip(few, one.asked, one.cut(written, few), strict=False):
-            if own != other:
+        few = list(one.prompts[:COMPARED]) or SAMPLE
+        for text in few:
+            if one.cut(one.tokenizer, [text]) != one.cut(written, [text]):
                 raise ValueError(
                     f"task {one.task!r}: its expert's tokenizer cuts up {text[:60]!r} in another "
                     "way than the one that holds all tokens, so the merged model would not read it "
                     "as the expert does; save the expert with the base's tokenizer and its own "
                     "added tokens"
                 )
-    stops = tuple(dict.fromkeys(one.tokenizer.eos_token_id for one in experts))
+    stops = tuple(dict.fromkeys(stop for one in experts for stop in one.stops))
     if len(stops) > 1:
-        ends = [f"{one.task} with {one.tokenizer.eos_token!r}" for one in experts]
-        notes.append(f"answers end differently: {', '.join(ends)}; the merged model stops at any")
-    templates = {one.task: one.tokenizer.chat_template for one in experts}
+        words = [(e.task, " or ".join(repr(e.names[stop]) for stop in e.stops)) for e in experts]
+        ends = ", ".join(map(" with ".join, words))
+        notes.append(f"answers end at several tokens: {ends}; the merged model stops at any")
+    templates = {one.task: main_template(one.tokenizer) for one in experts}
     templates = {task: text for task, text in templates.items() if text}
     if len(set(templates.values())) > 1:
         notes.append(
@@ -168,14 +191,18 @@ def owned(
 def holding(
     base: PreTrainedTokenizerBase, experts: Sequence[Reading], wanted: Mapping[int, str]
 ) -> PreTrainedTokenizerBase:
-    """A copy of the tokenizer that knows most of the wanted tokens, with the others added."""
+    """A copy of the tokenizer that knows most tokens and reads as most experts, with the others."""
 
     def lacking(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
         own = tokenizer.get_vocab()
         return {n: token for n, token in sorted(wanted.items()) if own.get(token) != n}
 
+    def misread(tokenizer: PreTrainedTokenizerBase) -> int:
+        every = ((one, list(one.prompts[:1]) or SAMPLE) for one in experts)
+        return sum(one.cut(tokenizer, few) != one.cut(one.tokenizer, few) for one, few in every)
+
     every = [base, *(one.tokenizer for one in experts)]
-    found = copy.deepcopy(min(every, key=lambda tokenizer: len(lacking(tokenizer))))
+    found = copy.deepcopy(min(every, key=lambda own: (len(lacking(own)), misread(own))))
     for number, token in lacking(found).items():
         special = any(token in one.tokenizer.all_special_tokens for one in experts)
         found.add_tokens([AddedToken(token, special=special, normalized=False)])
@@ -192,8 +219,15 @@ def finished(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer with the experts' end of an answer, and their chat templates."""
     written.eos_token = experts[0].tokenizer.eos_token
-    if len(set(templates.values())) > 1:
-        written.chat_template = {"default": next(iter(templates.values())), **templates}
-    elif templates:
-        written.chat_template = next(iter(templates.values()))
+    every = [one.tokenizer.chat_template for one in experts]
+    named = {name: text for own in every if isinstance(own, dict) for name, text in own.items()}
+    named |= templates if len(set(templates.values())) > 1 else {}
+    first = next(iter(templates.values()), None)
+    written.chat_template = {**named, **({"default": first} if first else {})} if named else first
     return written
+
+
+def main_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template that a tokenizer uses where none of several is asked for by name."""
+    found = tokenizer.chat_template
+    return found.get("default") if isinstance(found, dict) else found

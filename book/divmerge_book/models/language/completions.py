@@ -65,23 +65,26 @@ def greedy(
     precision: str = "float32",
 ) -> list[tuple[int, ...]]:
     """Greedy answers, each with its EOS; one that has not ended at `max_new` tokens has none."""
-    two, half, stop = encodes(base.model), resolve(precision, base.device) == "bfloat16", base.stop
+    two, half = encodes(base.model), resolve(precision, base.device) == "bfloat16"
     if half and not two:
         parameters = Parts.of(base.model).lowered(parameters)
     ids, mask = padded(base, prompts, "right" if two else "left")
     options = {"max_new_tokens": max_new, "do_sample": False, "use_cache": True}
     options |= {"decoder_start_token_id": start_of(base)} if two else {}
-    config = GenerationConfig(eos_token_id=stop, pad_token_id=stop, **options)
+    options |= {"eos_token_id": list(base.stops), "pad_token_id": base.stop}
+    config = GenerationConfig(**options)
     call = {"input_ids": ids, "attention_mask": mask, "half": half, "generation_config": config}
     weights = {f"model.{name}": tensor for name, tensor in parameters.items()}
     found = functional_call(Generation(base.model), weights, kwargs=call)
     rows = found[:, 1 if two else ids.shape[1] :].tolist()
-    return [tuple(row[: row.index(stop) + 1] if stop in row else row) for row in rows]
+    last = (next((n for n, t in enumerate(row) if t in base.stops), len(row)) for row in rows)
+    return [tuple(row[: end + 1]) for row, end in zip(rows, last, strict=True)]
 
 
 def written(base: Language, answer: Sequence[int]) -> str:
     """An answer as text, without the token that ends it."""
-    return base.tokenizer.decode(list(answer), skip_special_tokens=True)
+    kept = [token for token in answer if token not in base.ends]
+    return base.tokenizer.decode(kept, skip_special_tokens=True)
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def completions(
     bfloat16. Finished parts are read from the cache.
     """
     asked, code = ask(base, prompt, rows, max_length), code_digest(completions)
-    what = [*key, base.digest, asked.prompts, max_new, batch_size, precision, top]
+    what = [*key, base.digest, base.stops, asked.prompts, max_new, batch_size, precision, top]
     name = key_of(code, versions(), base.device.type, what)
     folder = cache_dir() / "completions" / f"{prompt.task}-{name}"
     forward = language_forward(base.model, precision=precision)
@@ -168,7 +171,7 @@ def counted(base: Language, shortened: int, answers: Sequence[Sequence[int]]) ->
     return {
         "prompts": len(answers),
         "shortened": shortened,
-        "unfinished": sum(answer[-1] != base.stop for answer in answers),
+        "unfinished": sum(answer[-1] not in base.stops for answer in answers),
         "empty": sum(not written(base, answer).strip() for answer in answers),
         "positions": sum(map(len, answers)),
     }

@@ -26,7 +26,7 @@ class Language:
     """A causal language model (in evaluation mode), its tokenizer, and digests of what it is.
 
     vocabulary: a digest of the tokenizer: two models with the same one read and write the same
-    numbers. digest: of configuration, tokenizer and weights.
+    numbers. digest: of configuration, tokenizer and weights. ends: tokens that end answers too.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Language:
     tokenizer: transformers.PreTrainedTokenizerBase
     vocabulary: str
     digest: str
+    ends: tuple[int, ...] = ()
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -48,6 +49,11 @@ class Language:
     def stop(self) -> int:
         """The number of the token that ends an answer (EOS)."""
         return self.tokenizer.eos_token_id
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The numbers of all tokens that end an answer: EOS, and what else does."""
+        return (self.stop, *self.ends)
 
     @property
     def pad(self) -> int:
