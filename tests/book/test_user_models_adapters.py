@@ -104,6 +104,7 @@ def test_resized_tables_of_a_tied_base_are_one(tied, cache):
     [
         ({"task_type": "SEQ_CLS"}, ["task_type SEQ_CLS", "CAUSAL_LM"]),
         ({"use_dora": True}, ["use_dora=True is more than plain LoRA"]),
+        ({"modules_to_save": ["score", "lm_head"]}, ["names 'lm_head', and it holds nothing of"]),
         ({"trainable_token_indices": [3]}, ["trainable_token_indices=[3]"]),
         ({"shapes": {"model.layers.7.x": (32, 32)}}, ["layers.7", "another model"]),
         ({"shapes": {QUERY: (32, 16)}}, ["[32, 32]", "another model"]),

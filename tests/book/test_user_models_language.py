@@ -92,16 +92,18 @@ def test_the_folder_is_the_merge_that_transformers_loads(made, tmp_path, cache, 
     assert (folder / "mergekit_config.yml").is_file()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "phi", "gpt_neox", "mixtral", "t5"])
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "phi", "gpt_neox", "mixtral", "t5", "bart"])
 def test_every_family_makes_the_way_there_and_back(tmp_path, cache, kind):
     """Loaded by transformers, the mean of two experts has the mean of their tensors."""
     more = {"d_kv": 16, "d_ff": 48} if kind == "t5" else {}
+    more |= {"encoder_layers": 1, "decoder_layers": 1} if kind == "bart" else {}
     base = save_family(tmp_path / "base", kind, **more)
     splits = dict.fromkeys(["validation", "test", *(["merge"] if kind == "gpt2" else [])])
     project = make_language_project(tmp_path, base=base, **splits)
     assert __main__.main(["merge", str(project), str(tmp_path / "m"), "--method", "average"]) == 0
     folders = [tmp_path / "m", *(tmp_path / "experts" / name for name in PROMPTS)]
-    build = getattr(transformers, f"AutoModelFor{'Seq2Seq' if kind == 't5' else 'Causal'}LM")
+    two = kind in ("t5", "bart")
+    build = getattr(transformers, f"AutoModelFor{'Seq2Seq' if two else 'Causal'}LM")
     found, *own = (dict(build.from_pretrained(place).named_parameters()) for place in folders)
     for name, tensor in found.items():
         assert_close(tensor, (own[0][name] + own[1][name]) / 2, rtol=0, atol=1e-6)
@@ -412,6 +414,10 @@ def test_one_expert_twice_and_a_task_without_rows_are_said(home):
 def test_other_families_and_untied_heads_are_refused(home, tmp_path):
     other = expert_of(save_model(tmp_path / "a", "qwen2"), tmp_path / "qwen", seed=1)
     refused(changed(home, 0, expert=str(other)), "model_type = 'qwen2'", "this very base")
+    base = save_family(tmp_path / "gemma2", "gemma2")
+    project = make_language_project(tmp_path / "b", base=base, **dict.fromkeys(ROWS))
+    configured(tmp_path / "b" / "experts" / "mood", attn_logit_softcapping=30.0)
+    refused(project, "attn_logit_softcapping = 30.0, the base", "has 50.0", "this very base")
     other = save_model(tmp_path / "untied", tied=False)
     refused(changed(home, 0, expert=str(other)), "lm_head.weight", "tied in all or in none")
 

@@ -1,5 +1,6 @@
 """What is computed, in numbers: a model without its weights, a fit, a fine-tuning."""
 
+import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -52,7 +53,8 @@ class Model:
         try:
             with torch.device("meta"):
                 causal = head and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-                made = (AutoModelForCausalLM if causal else AutoModel).from_config(config)
+                kind, own = AutoModelForCausalLM if causal else AutoModel, copy.deepcopy(config)
+                made = kind.from_config(own)  # BART's decoder alone writes into its configuration
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"transformers makes no model of {type(config)}: {error}") from error
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from divmerge_book.user_models.headers import FLOATS, tied
+from divmerge_book.user_models.headers import FLOATS, refuse_lost, tied
 from divmerge_core.checkpoints.safetensors_io import Stored, StoredModel, instead, stored
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -218,6 +218,7 @@ def adapter_of(folder: Path, model: nn.Module) -> Adapter:
     names = {key: plain_name(key) for key in found if not LORA.search(key)}
     saved = {key: first.get(name, name) for key, name in names.items()}
     refuse_apart(path, config, first, set(names.values()))
+    refuse_lost(path, config.get("modules_to_save") or (), model, set(saved.values()))
     for key, name in saved.items():
         if shapes.get(name) != found[key]:
             raise ValueError(

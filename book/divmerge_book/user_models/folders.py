@@ -24,19 +24,17 @@ from divmerge_book.models.language.models import quiet_transformers
 from divmerge_book.models.merged import base_folder
 from divmerge_book.user_models import adapters, headers
 from divmerge_book.user_models.description import TaskFiles
-from divmerge_book.user_models.headers import check_config, check_folder, check_headers, positions
+from divmerge_book.user_models.headers import (
+    DECIDING,
+    check_config,
+    check_folder,
+    check_headers,
+    positions,
+)
 from divmerge_book.user_models.hub import fetched
 from divmerge_book.user_models.labels import names_in, num_labels, resolve_labels
 from divmerge_core.checkpoints.safetensors_io import INDEX, SINGLE, StoredModel, pools
 
-# What decides a model's computation, by transformers' common names; unknown ones are not compared.
-DECIDING = (
-    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
-    *("num_key_value_heads", "intermediate_size", "max_position_embeddings", "type_vocab_size"),
-    *("hidden_act", "activation", "activation_function", "layer_norm_eps", "layer_norm_epsilon"),
-    *("rms_norm_eps", "head_dim", "rope_theta", "rope_parameters", "sliding_window"),
-    *("position_embedding_type", "relative_attention", "pos_att_type", "is_decoder"),
-)
 MARKER = 977  # a number of labels that no tensor has as its size by chance
 REFUSALS = (
     *(OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, ImportError),

@@ -1,7 +1,7 @@
 """What the headers of a folder's weights say, held to its configuration; no weight is read."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +18,17 @@ from divmerge_core.checkpoints.safetensors_io import (
     wrapper,
 )
 
+# What decides a model's computation, by transformers' common names; unknown ones are not compared.
+DECIDING = (
+    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
+    *("num_key_value_heads", "intermediate_size", "max_position_embeddings", "type_vocab_size"),
+    *("hidden_act", "activation", "activation_function", "layer_norm_eps", "layer_norm_epsilon"),
+    *("rms_norm_eps", "head_dim", "rope_theta", "rope_parameters", "sliding_window"),
+    *("position_embedding_type", "relative_attention", "pos_att_type", "is_decoder"),
+    *("hidden_activation", "feed_forward_proj", "layer_types", "num_experts_per_tok"),
+    *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logit_scale"),
+    *("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
+)
 GENERATION = "generation_config.json"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LEFT_OUT = ("lm_head.", "cls.")  # what an encoder keeps of its pre-training
@@ -118,6 +129,19 @@ def tied(model: nn.Module) -> dict[str, str]:
     first = {parameter: name for name, parameter in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     return {name: first[parameter] for name, parameter in every if first[parameter] != name}
+
+
+def refuse_lost(path: Path, modules: Iterable[str], model: nn.Module, saved: set[str]) -> None:
+    """Raise ValueError for a module that an adapter trained whole and did not save."""
+    every, first = model.named_parameters(remove_duplicate=False), tied(model)
+    every = [(f".{name}", first.get(name, name)) for name, _ in every]
+    for module in modules:
+        own = {name for said, name in every if f".{module}." in said}
+        if own and not own & saved:
+            raise ValueError(
+                f"{path}: its modules_to_save names {module!r}, and it holds nothing of that; "
+                "save the adapter again, or take the module out of adapter_config.json"
+            )
 
 
 def packs(name: str, dtype: torch.dtype) -> bool:

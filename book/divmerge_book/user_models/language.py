@@ -33,7 +33,7 @@ from divmerge_book.user_models import adapters, folders
 from divmerge_book.user_models.data import shared
 from divmerge_book.user_models.description import SPLITS, Description, TaskFiles, collect_errors
 from divmerge_book.user_models.folders import BaseFolder, Source, bare_model, config_of, shapes_of
-from divmerge_book.user_models.headers import check_config, check_headers
+from divmerge_book.user_models.headers import DECIDING, check_config, check_headers
 from divmerge_book.user_models.hub import fetched
 from divmerge_book.user_models.language_rows import load_prompts
 from divmerge_book.user_models.language_tokens import Reading, Tokens, agreed, ends_in
@@ -161,7 +161,7 @@ def open_expert(task: TaskFiles, base: BaseFolder) -> tuple[LanguageSource, list
     elif kind == "adapter":
         parts = (task.expert, source.adapter, source.model)
         notes = adapters.check_base(*parts, base.shapes, base.names)
-    for field in folders.DECIDING:
+    for field in DECIDING:
         own, wanted = (getattr(one, field, None) for one in (source.model.config, base.config))
         if field not in OTHERS and own != wanted:
             raise ValueError(
