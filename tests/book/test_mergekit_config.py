@@ -2,17 +2,18 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from divmerge_book import __main__
-from divmerge_book.models.mergekit_config import at, read_recipe
+from divmerge_book.models.mergekit_config import Recipe, at, read_recipe
 from divmerge_book.models.mergekit_merge import merge_config
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from divmerge_core.checkpoints import save
+from divmerge_core.checkpoints import MergeRecord, save
 from divmerge_core.checkpoints.safetensors_io import Stored
 
 SHAPES = {"model.embed_tokens.weight": (30, 8), "model.layers.0.mlp.up_proj.weight": (12, 8)}
@@ -228,6 +229,34 @@ def test_all_but_buffers_must_be_in_every_model(zoo, put, tmp_path, name, more, 
         assert (more in result(path, tmp_path)) == (name == "base")
 
 
+def test_encoder_and_decoder_have_each_a_depth():
+    names = [f"{part}.{n}.weight" for part, n in (("encoder.block", 3), ("decoder.block", 1))]
+    record, names = MergeRecord("linear", ("a",), Path()), [*names, "encoder.block.1.weight"]
+    recipe = Recipe("linear", record, [{}], [{"weight": [0, 1]}], names)
+    assert [recipe.value("weight", name) for name in recipe.names] == [1, 1, 1 / 3]
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties"])
+def test_what_is_no_number_is_not_left_out(zoo, put, tmp_path, method):
+    path = put(
+        method,
+        BOTH,
+        a=altered(zoo, tmp_path, "a", {"model.norm.weight": torch.full((8,), torch.nan)}),
+    )
+    with pytest.raises(ValueError, match="numbers of model.norm.weight hold NaN"):
+        merge_config(path, tmp_path / "out")
+
+
+def test_a_folder_that_is_no_whole_model_is_refused(zoo, put, tmp_path):
+    kept = torch.ones(8, dtype=torch.int8)
+    folder = altered(zoo, tmp_path, "a", {"model.norm.weight": kept})
+    with pytest.raises(ValueError, match="norm.weight is stored as torch.int8, so it is quantised"):
+        read_recipe(put("ties", BOTH, a=folder))
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="other_a holds no config.json; give a whole model"):
+        read_recipe(put("ties", BOTH, a=folder))
+
+
 def test_tokens_are_not_matched_and_no_model_stands_twice(zoo, put, tmp_path):
     other = altered(zoo, tmp_path, "a")
     path = put("ties", BOTH, tokenizer_source="base", a=other)
@@ -267,6 +296,7 @@ def test_tokens_are_not_matched_and_no_model_stands_twice(zoo, put, tmp_path):
         ("ties", ({"weight": [{"filter": "m", "valu": 1}]}, {}), {}, "filters and values"),
         ("ties", ({"weight": [{"fliter": "m", "value": 1}]}, {}), {}, "filters and values"),
         ("ties", ({"weight": [{"filter": "x", "value": 1}, 1]}, {}), {}, "filters and values"),
+        ("ties", ({"weight": [{"filter": 1, "value": 1}]}, {}), {}, "filters and values"),
         ("ties", ({"weight": []}, {"weight": 1}), {}, "needs a weight for model.embed_tokens"),
         ("ties", ({"weight": 1, "lambda": 1}, {}), {}, "one model ties takes .*; got lambda"),
         ("slerp", ({"t": 0.5}, {}), {"base": "a"}, "for one model slerp takes none; got t"),

@@ -1,6 +1,7 @@
 """Merges from disk to disk give what the methods give in memory."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -48,6 +49,19 @@ def zoo(tmp_path_factory):
 def record_of(folder, method, tasks, **options) -> MergeRecord:
     experts = {task: folder / task for task in tasks}
     return MergeRecord(method, tasks, folder / "base", experts, options)
+
+
+@pytest.mark.parametrize("trim", ["tensor", "global"])
+def test_ties_does_not_leave_out_what_is_no_number(zoo, tmp_path, trim):
+    for name in ("base", *TASKS):
+        shutil.copytree(zoo / name, tmp_path / name)
+    file = tmp_path / "mood" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    record = record_of(tmp_path, "ties", TASKS, trim=trim)
+    with pytest.raises(ValueError, match="model.norm.weight hold NaN"):
+        write(tmp_path / "out", record, rule=rule_of(record), **QUIET)
 
 
 def in_memory(record) -> dict[str, torch.Tensor]:

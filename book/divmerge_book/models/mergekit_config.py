@@ -77,9 +77,11 @@ class Recipe:
     names: Sequence[str]
 
     @cached_property
-    def last(self) -> int:
-        """The number of the last layer."""
-        return max((int(found[1]) for n in self.names if (found := LAYER.search(n))), default=0)
+    def last(self) -> dict[str, int]:
+        """What stands before layers' numbers in names -> the number of the last one."""
+        found = filter(None, map(LAYER.search, self.names))
+        pairs = sorted((one.string[: one.start()], int(one[1])) for one in found)
+        return dict(pairs)  # the largest of a name comes last
 
     def value(self, parameter: str, name: str, model: int = -1, default: Any = None) -> Any:
         """A parameter of a model (-1: of all) at one tensor.
@@ -87,7 +89,8 @@ class Recipe:
         Raises ValueError where it has neither a value nor a default, or one out of range.
         """
         layer = LAYER.search(name)
-        depth = int(layer[1]) / self.last if layer and self.last else float(bool(layer))
+        last = self.last[name[: layer.start()]] if layer else 0
+        depth = int(layer[1]) / last if last else float(bool(layer))
         for scope in [*self.settings[model : model + 1], *self.common]:
             given = scope.get(parameter)
             try:
@@ -126,9 +129,10 @@ def at(setting: Any, name: str, depth: float) -> Any:
         return None
     if any(isinstance(one, Mapping) for one in setting):
         for one in setting:
-            if not {"value"} <= set(one) <= {"filter", "value"}:
-                raise ValueError("a filter has a value, and no other field")
-            if one.get("filter") in (None, "*") or str(one["filter"]) in name:
+            right = isinstance(one, Mapping) and {"value"} <= set(one) <= {"filter", "value"}
+            if not right or not isinstance(one.get("filter", "*"), str):
+                raise ValueError("a filter is a text and has a value, and no other field")
+            if one.get("filter", "*") == "*" or one["filter"] in name:
                 return at(one["value"], name, depth)
         return None
     place = depth * (len(setting) - 1)

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import torch
 
 from divmerge_book.data.schema import Text, at_home
 from divmerge_core.checkpoints.safetensors_io import StoredModel, spare
+from divmerge_core.checkpoints.save import FLOATS
 
+WIDE = (torch.float64, *FLOATS.values())
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -26,8 +29,19 @@ def plain(data: Any) -> Any:
 def folder_of(model: Any, beside: Path) -> Path:
     """A model's folder: from here, from the file's folder, or from the hub (NAME@REVISION).
 
-    Raises ValueError for adapters, and for what is neither there nor on the hub.
+    Raises ValueError for adapters, and for what is no whole model or neither there nor on the hub.
     """
+    found = place_of(model, beside)
+    if not (found / "config.json").is_file():
+        raise ValueError(
+            f"{found} holds no config.json; give a whole model in the hub's layout, and an adapter "
+            "merged into its base"
+        )
+    return found
+
+
+def place_of(model: Any, beside: Path) -> Path:
+    """The folder that `folder_of` looks at."""
     model, revision = plain(model), None
     if isinstance(model, Mapping):
         if model.get("lora"):
@@ -61,7 +75,14 @@ def named(folders: Sequence[Path]) -> tuple[str, ...]:
 
 
 def require_one_kind(models: Sequence[StoredModel], *, tokens: bool) -> None:
-    """Raise ValueError where a model has a head that another lacks or, asked for, other tokens."""
+    """Raise ValueError for quantised weights, and where models differ in heads or tokens."""
+    for model in models:
+        for name, tensor in model.tensors.items():
+            if name.endswith(("weight", "bias")) and not spare(name) and tensor.dtype not in WIDE:
+                raise ValueError(
+                    f"{model.folder}: {name} is stored as {tensor.dtype}, so it is quantised; give "
+                    "the weights that it was made from, in float32, float16 or bfloat16"
+                )
     for one, other in permutations(models, 2):
         heads = {name for name in other.cores if not spare(name)} - other.encoder
         if lost := sorted(heads - set(one.cores)):

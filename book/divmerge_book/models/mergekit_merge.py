@@ -148,7 +148,7 @@ def elected(recipe: Recipe) -> Rule:
         def block(place: slice, base: Tensor, deltas: Tensor) -> Tensor:
             left = change(place, deltas).mul_(weight[:, None])
             sign = torch.where(left.sum(0) < 0, -1, 1)  # plus where they cancel
-            agree = left * sign > 0
+            agree = ~(left * sign <= 0)  # NaN agrees, and is refused when it is written
             total = left.masked_fill_(~agree, 0).sum(0)
             if divides:
                 total /= divisor(weight @ agree.to(weight))

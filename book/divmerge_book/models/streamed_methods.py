@@ -156,7 +156,7 @@ def ties(record: MergeRecord, *, thin: Thin | None = None, **options: object) ->
         def block(place: slice, base: Tensor, deltas: Tensor) -> Tensor:
             left = change(place, deltas)
             left.masked_fill_(left.abs() < least, 0)
-            agree = left * (votes.to(left) @ left).sign() > 0
+            agree = ~(left * (votes.to(left) @ left).sign() <= 0)  # NaN is refused, not left out
             total = weight.to(left) @ left.masked_fill_(~agree, 0)
             if options.combine == "mean":
                 total /= (votes.to(left) @ agree.to(left)).clamp(min=torch.finfo(left.dtype).tiny)
