@@ -107,6 +107,8 @@ def test_weights_by_filter_and_by_depth_are_those_of_every_tensor(zoo, put, tmp_
 def test_linear_needs_no_base_and_divides_by_the_weights(zoo, put, tmp_path, normalize):
     path = put("linear", ({"weight": 1}, {"weight": 3}), None, parameters={"normalize": normalize})
     found, (_, a, b) = result(path, tmp_path), states(zoo)
+    shown = json.loads((tmp_path / "out" / "coefficients.json").read_text())["values"]
+    assert shown == ([[0.25], [0.75]] if normalize else None)  # of task vectors of the first model
     by = 4 if normalize else 1
     assert_close(found, {name: (a[name] + 3 * b[name]) / by for name in a})
 

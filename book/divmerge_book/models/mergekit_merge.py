@@ -43,9 +43,10 @@ def merge_config(
     validate_target(output, recipe.record, overwrite)
     record = recipe.record
     if recipe.method in ("linear", "task_arithmetic"):
-        rows = {tuple(coefficients(recipe, name).tolist()) for name in recipe.names}
-        if len(rows) == 1:  # alike in all tensors: the card shows them
-            record = replace(record, coeffs=torch.tensor(rows.pop())[:, None])
+        row, *others = {tuple(coefficients(recipe, name).tolist()) for name in recipe.names}
+        task_vectors = recipe.method != "linear" or abs(sum(row) - 1) < 1e-6  # else of no base
+        if not others and task_vectors:  # alike in all tensors: the card shows them
+            record = replace(record, coeffs=torch.tensor(row)[:, None])
     text = Path(path).expanduser().read_text("utf-8")
     return write(
         output,
