@@ -19,7 +19,9 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-CONFIG = re.compile(r"^[\"']?merge_method\b", re.MULTILINE)  # a field of mergekit's files alone
+CONFIG = re.compile(
+    r"(^|[{,])\s*[\"']?merge_method[\"']?\s*:", re.MULTILINE
+)  # a field of mergekit's files alone
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -44,7 +46,7 @@ def run(notebook: str | Path, output: str | Path, /, **parameters: object) -> Pa
 def is_config(path: str) -> bool:
     """Whether a file is a configuration of mergekit's and no description of ours."""
     file = Path(path).expanduser()
-    return file.is_file() and CONFIG.search(file.read_text("utf-8", "replace")) is not None
+    return file.is_file() and CONFIG.search(file.read_text("utf-8-sig", "replace")) is not None
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ import torch
 import yaml
 from divmerge_book import __main__
 from divmerge_book.models.mergekit_config import Recipe, at, read_recipe
+from divmerge_book.models.mergekit_folders import named
 from divmerge_book.models.mergekit_merge import merge_config
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -146,13 +147,18 @@ def test_dare_that_drops_nothing_is_task_arithmetic_and_draws_alike_each_time(zo
 
 def test_a_list_is_read_between_its_entries_over_depth():
     assert [at([0, 1, 0.5], "x", depth) for depth in (0.0, 0.25, 0.5, 1.0)] == [0, 0.5, 1, 0.5]
+    assert at([0.2, 0.9], "x", 3 / 7) * 4096 < 2048  # as mergekit rounds: one entry fewer
     assert at(["1e-1", 0.5], "x", 0.0) == 0.1 and at([], "x", 0.0) is None  # YAML reads a text
     assert [at([True, False], "x", depth) for depth in (0.0, 0.5, 1.0)] == [True, True, False]
     assert at([{"filter": "mlp", "value": 2}], "attn", 0.0) is None
 
 
-def test_the_command_writes_dtype_tokenizer_file_and_card(zoo, put, tmp_path, capsys):
+@pytest.mark.parametrize("form", ["yml", "json"])
+def test_the_command_writes_dtype_tokenizer_file_and_card(zoo, put, tmp_path, capsys, form):
     path = put("linear", [{"weight": 1}] * 2, None, dtype="float32", out_dtype="bfloat16")
+    if form == "json":
+        facts = json.dumps(yaml.safe_load(path.read_text()), indent=1)
+        (path := tmp_path / "config.json").write_text(facts)
     assert __main__.main(["check", str(path)]) == 0
     assert "linear of 2 models, 4 tensors, from disk to disk" in capsys.readouterr().out
     assert __main__.main(["merge", str(path), str(tmp_path / "out")]) == 0
@@ -250,8 +256,8 @@ def test_what_is_no_number_is_not_left_out(zoo, put, tmp_path, method):
 
 
 def test_a_folder_that_is_no_whole_model_is_refused(zoo, put, tmp_path):
-    kept = torch.ones(8, dtype=torch.int8)
-    folder = altered(zoo, tmp_path, "a", {"model.norm.weight": kept})
+    packed = torch.ones(4, dtype=torch.int8)
+    folder = altered(zoo, tmp_path, "a", {"model.norm.weight": packed})
     with pytest.raises(ValueError, match="norm.weight is stored as torch.int8, so it is quantised"):
         read_recipe(put("ties", BOTH, a=folder))
     (folder / "config.json").unlink()
@@ -268,6 +274,10 @@ def test_tokens_are_not_matched_and_no_model_stands_twice(zoo, put, tmp_path):
         read_recipe(path)
     with pytest.raises(ValueError, match="b stands twice"):
         read_recipe(put("ties", BOTH, a=zoo / "b"))
+
+
+def test_folders_of_one_name_are_numbered():
+    assert named([Path("x/a"), Path("y/a"), Path("a-1")]) == ("a-1", "a-2", "a-1-3")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 
 from divmerge_book.data.schema import Fields, read_file
-from divmerge_book.models.mergekit_folders import folder_of, named, plain, require_one_kind
+from divmerge_book.models.mergekit_folders import (
+    folder_of,
+    named,
+    plain,
+    require_one_kind,
+    require_whole,
+)
 from divmerge_core.checkpoints import MergeRecord
 from divmerge_core.checkpoints.safetensors_io import StoredModel, read_config
 from divmerge_core.checkpoints.save import float_dtype
@@ -140,7 +146,7 @@ def at(setting: Any, name: str, depth: float) -> Any:
     if isinstance(setting[low], bool):  # flags have nothing between them
         return setting[low]
     start, end = (float(setting[n]) for n in (low, min(low + 1, len(setting) - 1)))
-    return start + (place - low) * (end - start)
+    return (1 - (place - low)) * start + (place - low) * end
 
 
 def inputs_of(config: Config, path: Path) -> tuple[Sequence[Model], dict[str, Any]]:
@@ -187,7 +193,7 @@ def read_recipe(path: str | os.PathLike) -> tuple[Recipe, torch.dtype | None]:
     settings = [plain(model.parameters) for model in models]
     base = folder_of(config.base_model, path.parent) if config.base_model else None
     if (base is None) != (method == "linear"):
-        need = "has no base_model" if base else "needs a base_model"
+        need = "has no base_model; leave it out" if base else "needs a base_model"
         raise ValueError(f"{path}: {method} {need}")
     if method == "slerp":
         folders = [base, *(folder for folder in folders if folder != base)]
@@ -209,9 +215,10 @@ def read_recipe(path: str | os.PathLike) -> tuple[Recipe, torch.dtype | None]:
         | {f"of {n}": s for n, s in zip(names, settings, strict=True) if s},
         opened={name: StoredModel.at(folder) for name, folder in zip(names, folders, strict=True)},
     )
-    stored = [StoredModel.at(record.base), *record.opened.values()]
-    tensors = tensors_of(stored[0], record, None)
-    require_one_kind(stored, tokens=config.tokenizer_source is not None)
+    first, others = StoredModel.at(record.base), list(record.opened.values())
+    require_whole([first, *others])
+    tensors = tensors_of(first, record, None)
+    require_one_kind(first, others, tokens=config.tokenizer_source is not None)
     recipe = Recipe(method, record, settings, common, [name for name, *_ in tensors])
     needed = "t" if method == "slerp" else "weight"
     for name in recipe.names:  # all that is missing or out of range is refused now

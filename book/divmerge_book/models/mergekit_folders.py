@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +67,14 @@ def place_of(model: Any, beside: Path) -> Path:
 
 
 def named(folders: Sequence[Path]) -> tuple[str, ...]:
-    """A name for every folder: its own, with a number where it is not the only one."""
+    """A name for every folder: its own, or with a number where two have the same."""
     names = [folder.name for folder in folders]
-    every = enumerate(names, 1)
-    return tuple(name if names.count(name) == 1 else f"{name}-{n}" for n, name in every)
+    alone = len(set(names)) == len(names)
+    return tuple(name if alone else f"{name}-{n}" for n, name in enumerate(names, 1))
 
 
-def require_one_kind(models: Sequence[StoredModel], *, tokens: bool) -> None:
-    """Raise ValueError for quantised weights, and where models differ in heads or tokens."""
+def require_whole(models: Sequence[StoredModel]) -> None:
+    """Raise ValueError for quantised weights."""
     for model in models:
         for name, tensor in model.tensors.items():
             if name.endswith(("weight", "bias")) and not spare(name) and tensor.dtype not in WIDE:
@@ -83,16 +82,21 @@ def require_one_kind(models: Sequence[StoredModel], *, tokens: bool) -> None:
                     f"{model.folder}: {name} is stored as {tensor.dtype}, so it is quantised; give "
                     "the weights that it was made from, in float32, float16 or bfloat16"
                 )
-    for one, other in permutations(models, 2):
+
+
+def require_one_kind(base: StoredModel, others: Sequence[StoredModel], *, tokens: bool) -> None:
+    """Raise ValueError where models differ in their heads or, asked for, in their tokens."""
+    for one, other in [pair for m in others for pair in ((base, m), (m, base))]:
         heads = {name for name in other.cores if not spare(name)} - other.encoder
         if lost := sorted(heads - set(one.cores)):
             raise ValueError(
                 f"{one.folder} lacks {', '.join(lost[:3])}, which {other.folder} holds; all are "
                 "merged: give models of one architecture, with embeddings tied in all or in none"
             )
-        if tokens and not tokens_agree(one.folder, other.folder):
+    for other in others if tokens else ():
+        if not tokens_agree(base.folder, other.folder):
             raise ValueError(
-                f"{one.folder} and {other.folder} number their tokens otherwise, and tokens are "
+                f"{base.folder} and {other.folder} number their tokens otherwise, and tokens are "
                 "not matched here; without tokenizer_source rows are merged by their number"
             )
 
