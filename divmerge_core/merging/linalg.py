@@ -9,6 +9,19 @@ from torch import Tensor
 from divmerge_core.merging.task_vectors import Layout
 
 
+def svd(matrix: Float[Tensor, "M K"]) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin SVD (left [M, r], values [r], right [r, K]), values largest first.
+
+    LAPACK's float32 routine does not converge on some finite matrices, mostly of low rank; these
+    are decomposed in float64. Raises LinAlgError where that fails too, as for NaN.
+    """
+    try:
+        return torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        parts = torch.linalg.svd(matrix.double(), full_matrices=False)
+        return tuple(part.to(matrix.dtype) for part in parts)
+
+
 def polar(matrix: Float[Tensor, "M K"]) -> Float[Tensor, "M K"]:
     """The nearest matrix with orthonormal rows or columns: U V^T of the thin SVD U S V^T.
 
@@ -16,7 +29,7 @@ def polar(matrix: Float[Tensor, "M K"]) -> Float[Tensor, "M K"]:
     """
     if not matrix.any():
         return torch.zeros_like(matrix)
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    left, _, right = svd(matrix)
     return left @ right
 
 
@@ -24,7 +37,7 @@ def truncated(
     matrix: Float[Tensor, "M K"], rank: int
 ) -> tuple[Float[Tensor, "M r"], Float[Tensor, " r"], Float[Tensor, "r K"]]:
     """The leading `rank` singular triples (left, values, right) of a matrix, largest first."""
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    left, values, right = svd(matrix)
     return left[:, :rank], values[:rank], right[:rank]
 
 
@@ -76,6 +89,6 @@ def isometry(matrix: Float[Tensor, "M K"]) -> Float[Tensor, "M K"]:
     It equals `polar` at full rank. Below, `polar` also fills in directions that the matrix says
     nothing about, and they are whatever the SVD's routine happens to return.
     """
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    left, values, right = svd(matrix)
     rank = rank_of(values, tuple(matrix.shape))
     return left[:, :rank] @ right[:rank]

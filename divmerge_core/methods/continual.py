@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.merging.layer_inputs import linear_layers
-from divmerge_core.merging.linalg import elected, matrices, rank_of
+from divmerge_core.merging.linalg import elected, matrices, rank_of, svd
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.checks import check_keep, require_finite
@@ -149,7 +149,7 @@ def projected(
     are the first, as long as their singular values add up to at most `share` of all. The result is
     orthogonal to `before`. Directions of singular value zero are arbitrary and take out nothing.
     """
-    left, values, right = torch.linalg.svd(before, full_matrices=False)
+    left, values, right = svd(before)
     rank = rank_of(values, tuple(before.shape))
     if rank == 0:
         return delta

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from divmerge_core.kernels.delta_storage import dense
-from divmerge_core.merging.linalg import isometry, matrices, polar, rank_of, truncated
+from divmerge_core.merging.linalg import isometry, matrices, polar, rank_of, svd, truncated
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.merging.task_vectors import Layout, TaskVectors
 from divmerge_core.methods import METHODS
@@ -139,7 +139,7 @@ def iso_c(problem: MergeProblem, *, scale: float = 1.0) -> Float[Tensor, " N"]:
 
 def flattened(matrix: Float[Tensor, "M K"]) -> Float[Tensor, "M K"]:
     """The matrix of the same singular vectors and nuclear norm whose singular values are equal."""
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    left, values, right = svd(matrix)
     return values.mean() * (left @ right)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import linear_problem, near, normal, problem_of
 
-from divmerge_core.merging.linalg import isometry, polar, rank_of
+from divmerge_core.merging.linalg import isometry, polar, rank_of, svd
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.merging.task_vectors import TaskVectors
 from divmerge_core.methods.arithmetic import average, ties
@@ -48,6 +48,27 @@ def test_tensors_that_are_no_matrices_take_the_mean_or_ties_and_matrices_do_not(
 
 
 # --- pieces of linear algebra
+def test_a_matrix_that_float32_does_not_decompose_is_decomposed_in_float64(monkeypatch):
+    """As LAPACK fails on some residuals of Iso-CTS, which have low rank; NaN is refused as ever."""
+    plain = torch.linalg.svd
+
+    def fails_in_float32(matrix, **how):
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return plain(matrix, **how)
+
+    matrix = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    wanted = svd(matrix)
+    monkeypatch.setattr(torch.linalg, "svd", fails_in_float32)
+    found = svd(matrix)
+    assert [part.dtype for part in found] == [torch.float32] * 3
+    left, values, right = found
+    torch.testing.assert_close(left * values @ right, matrix)
+    torch.testing.assert_close(values, wanted[1])
+    with pytest.raises(torch.linalg.LinAlgError):
+        svd(torch.full((2, 2), torch.nan))
+
+
 def test_the_isometry_is_the_polar_factor_and_spans_no_more_than_the_matrix():
     for shape in ((5, 3), (3, 5), (4, 4)):
         near(isometry(normal(*shape)), polar(normal(*shape)))
