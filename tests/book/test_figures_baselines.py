@@ -85,7 +85,6 @@ def test_anp_and_kept_margin_stand_side_by_side(report):
     ax = figures.forest(Figure().subplots(), table.reset_index())
     assert ax.get_yticklabels()[0].get_text() == "Base model (2)"
     assert "kept margin" in ax.get_xlabel()
-    figures.forest(ax, report.intervals()).figure.draw_without_rendering()
 
 
 def test_the_place_says_both_scores_and_who_is_below_the_majority(report):

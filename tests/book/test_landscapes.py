@@ -156,7 +156,7 @@ def test_the_barrier_of_a_pair_is_that_of_its_mean_error():
 def test_a_plane_draws_every_point_it_was_given(ax):
     points = pd.DataFrame({"pair": PAIR, "l1": [0.0, 0.0, 0.5, 0.5], "l2": [0.0, 0.2] * 2})
     table = points.assign(anp=points.l1 + 2 * points.l2)
-    drawn = draw_plane.plane(ax, table, "anp", colorbar=False)
+    drawn = draw_plane.plane(ax, table, "anp")
     found = drawn.collections[0].get_array()
     assert_close(np.asarray(found).ravel().tolist(), [0.0, 50.0, 40.0, 90.0])
     assert "task0" in drawn.get_xlabel() and "task1" in drawn.get_ylabel()

@@ -53,29 +53,25 @@ def ranking(report: Report) -> pd.DataFrame:
     return score_intervals(report, subset).sort_values("value", ascending=False)
 
 
-def forest(ax: Axes, table: pd.DataFrame, *, statistic: str = "ANP") -> Axes:
-    """Every method's value with its interval, one row each, in the order given.
+def forest(ax: Axes, table: pd.DataFrame) -> Axes:
+    """Every method's scores with their intervals, one row each, in the order given.
 
-    table: rows of `Report.intervals` of one suite and subset, or of `score_intervals`, whose kept
-    margins are hollow squares below the ANP and whose labels give on how many tasks a method is
-    below the majority. The line at 100 % is the experts. Values below FLOOR are drawn at it.
+    table: rows of `score_intervals`. Kept margins are hollow squares below the ANP, and labels give
+    on how many tasks a method is below the majority. The line at 100 % is the experts. Values below
+    FLOOR are drawn at it.
     """
     rows = table[table.method != "expert"].reset_index(drop=True)
-    names, both = [title(method) for method in rows.method], "kept" in rows
     for y, row in rows.iterrows():
         look = {"color": colour(row.method)}
         numbered_interval(ax, y, (row.value, row.low, row.high), 7, marker="o", **look)
-        if both:
-            look |= {"marker": "s", "markerfacecolor": "white"}
-            numbered_interval(ax, y + 0.42, (row.kept, row.kept_low, row.kept_high), 5, **look)
-    if both:
-        names = [f"{name} ({k})" if k else name for name, k in zip(names, rows.below, strict=True)]
-    plot.label_rows(ax, names)
+        look |= {"marker": "s", "markerfacecolor": "white"}
+        numbered_interval(ax, y + 0.42, (row.kept, row.kept_low, row.kept_high), 5, **look)
+    names = zip(rows.method.map(title), rows.below, strict=True)
+    plot.label_rows(ax, [f"{name} ({count})" if count else name for name, count in names])
     ax.margins(x=0.1)
     ax.set_xlim(right=np.dot(ax.get_xlim(), (-0.1, 1.1)))  # room for numbers
-    more = {"ylim": (len(rows) - 0.3, -0.8), "at": {1: "--", 0: ":"} if both else {1: "--"}}
-    label = "ANP (filled), kept margin (hollow)," if both else f"{statistic},"
-    return plot.finish(ax, f"{label}\n% of the experts", percent="x", **more)
+    more = {"ylim": (len(rows) - 0.3, -0.8), "at": {1: "--", 0: ":"}, "percent": "x"}
+    return plot.finish(ax, "ANP (filled), kept margin (hollow),\n% of the experts", **more)
 
 
 def numbered_interval(ax: Axes, y: float | int, found: tuple, size: int, **look) -> None:

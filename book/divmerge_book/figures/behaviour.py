@@ -29,7 +29,7 @@ def churn(ax: Axes, table: pd.DataFrame) -> Axes:
     wide = 100 * table.pivot(index="model", columns="what", values=["value", "low", "high"])
     wide.columns = [f"{what}_{end}".removesuffix("_value") for end, what in wide.columns]
     wide = wide.loc[models_of(table)].rename(index=title)
-    plot.diverging_bars(ax, wide, SIDES, "net")
+    plot.diverging_bars(ax, wide, SIDES)
     place = {"xytext": (0, 12), "textcoords": "offset points", "ha": "center", "fontsize": 9}
     for y, net in enumerate(wide.net):
         ax.annotate(f"{net:+.1f}", (net, y), **place)

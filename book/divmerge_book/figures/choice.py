@@ -118,16 +118,15 @@ def corruption_costs(ax: Axes, table: pd.DataFrame, *, score: str = "anp") -> Ax
     return plot.finish(ax, f"the others lose, points of {WORDS[score]}", at={0: "-"})
 
 
-def task_curves(ax: Axes, table: pd.DataFrame, column: str, *, markersize: float | int = 4) -> Axes:
+def task_curves(ax: Axes, table: pd.DataFrame, column: str) -> Axes:
     """Each task's share of the gradient, loss or coefficient over steps: means over seeds.
 
     table: of `trajectories`, one objective and kind. column: share, loss or coefficient.
-    markersize: in points.
     """
     places = zip(dict.fromkeys(table.task), (0, 1, 2, 3, 4, 5, 8), "os^DvPX", strict=False)
     looks = {task: (task, mark(n, marker, linewidth=1.2)) for task, n, marker in places}
     scaled = table.assign(**{column: table[column] * (100 if column == "share" else 1)})
-    plot.lines(ax, scaled, "step", column, looks, by="task", markersize=markersize)
+    plot.lines(ax, scaled, "step", column, looks, by="task", markersize=4)
     equal = {100 / table.task.nunique(): ":"} if column == "share" else {}
     return plot.finish(ax, "step", at_y=equal)
 

@@ -21,7 +21,7 @@ MARKS = ("average", "task_arithmetic", "adamerging/task", "divmerge/task")
 UNITS = {"accuracy": "accuracy lost, points", "js": "JS from expert $i$, nats"}
 
 
-def plane(ax: Axes, table: pd.DataFrame, column: str, *, colorbar: bool = True) -> Axes:
+def plane(ax: Axes, table: pd.DataFrame, column: str) -> Axes:
     """One measure over the two coefficients of a pair: a coloured square per point measured.
 
     table: of `grid`, for one pair; column: anp, kept_margin, js, disagreement or apart. Stars are
@@ -33,10 +33,9 @@ def plane(ax: Axes, table: pd.DataFrame, column: str, *, colorbar: bool = True) 
     top = wide.max(axis=None) if high is None else factor * high
     how = {"shading": "nearest", "cmap": shades, "rasterized": True}
     image = ax.pcolormesh(wide.columns, wide.index, wide, vmin=factor * low, vmax=top, **how)
-    if colorbar:
-        bar = ax.figure.colorbar(image, ax=ax, location="top", extend=extend)
-        bar.set_label(f"{words}, {unit}", fontsize=9)
-        bar.ax.tick_params(labelsize=8)
+    bar = ax.figure.colorbar(image, ax=ax, location="top", extend=extend)
+    bar.set_label(f"{words}, {unit}", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
     look = {"color": "white", "markeredgecolor": "black", "linestyle": "none"}
     ax.plot([1, 0], [0, 1], marker="*", markersize=13, **look)
     ax.plot(0, 0, marker="X", markersize=8, **look)

@@ -166,20 +166,18 @@ def dumbbells(ax: Axes, rows: Mapping[str, tuple], *, size: Number = 8) -> None:
     label_rows(ax, rows, grid=True)
 
 
-def diverging_bars(ax: Axes, table: pd.DataFrame, sides: Mapping[str, tuple], net: str) -> None:
-    """A row per index entry: bars to the left and to the right of 0, and their sum as a diamond.
+def diverging_bars(ax: Axes, table: pd.DataFrame, sides: Mapping[str, tuple]) -> None:
+    """A row per index entry: bars to the left and to the right of 0, and `net` as a diamond.
 
     sides: column -> (sign, colour). Columns `<side>_low` and `<side>_high` become whiskers.
     """
     y = np.arange(len(table))
     for column, (sign, shade) in sides.items():
-        ends = None
-        if f"{column}_low" in table:
-            down = table[column] - table[f"{column}_low"]
-            ends = [down, table[f"{column}_high"] - table[column]][::sign]
+        down = table[column] - table[f"{column}_low"]
+        ends = [down, table[f"{column}_high"] - table[column]][::sign]
         bars = {"height": 0.62, "color": shade, "alpha": 0.75, "label": column}
         ax.barh(y, sign * table[column], xerr=ends, **bars)
-    ax.plot(table[net], y, "kD", markersize=6, label=net)
+    ax.plot(table.net, y, "kD", markersize=6, label="net")
     reference(ax, 0)
     label_rows(ax, table.index)
     ax.xaxis.set_major_formatter(lambda value, place: f"{abs(value):g}")

@@ -25,19 +25,15 @@ def draw(ax: Axes, checks: Sequence) -> Axes:
 
 def beside_paper(checks: Sequence) -> Figure | None:
     """A panel per setting, of `findings.replication.Check`s in points; None without any."""
-    shown = [one for one in checks if one.unit == "points"]
-    settings = list(dict.fromkeys(one.setting for one in shown))
-    if not shown:
+    panels: dict[str, list] = {}
+    for one in (one for one in checks if one.unit == "points"):
+        panels.setdefault(one.setting, []).append(one)
+    if not panels:
         return None
-    rows = [[one for one in shown if one.setting == setting] for setting in settings]
-    fig, axes = plt.subplots(
-        *(len(rows), 1),
-        figsize=(7.5, 0.24 * len(shown) + 1.4),
-        squeeze=False,
-        sharex=True,
-        height_ratios=list(map(len, rows)),
-    )
-    for ax, setting, some in zip(axes[:, 0], settings, rows, strict=True):
+    heights = list(map(len, panels.values()))
+    shape = {"figsize": (7.5, 0.24 * sum(heights) + 1.4), "height_ratios": heights}
+    fig, axes = plt.subplots(len(panels), 1, squeeze=False, sharex=True, **shape)
+    for ax, (setting, some) in zip(axes[:, 0], panels.items(), strict=True):
         draw(ax, some).set_title(setting.replace("`", ""), fontsize=9)
     axes[-1, 0].set_xlabel("difference, points of ANP", fontsize=9)
     beside = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}

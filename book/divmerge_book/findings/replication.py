@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from divmerge_book.evaluation.report import Report, caption
-from divmerge_book.evaluation.statistics import Estimate, mean_interval, pearson
+from divmerge_book.evaluation.statistics import mean_interval, pearson
 from divmerge_book.figures import largest, title
 from divmerge_book.findings import bullets, count, listed
 from divmerge_book.findings.in_short import PLACES, Stored
@@ -62,11 +62,6 @@ def setting(report: Report, num_tasks: int) -> str:
     return f"`{facts['suite']}`, `{facts['encoder']}`, T = {num_tasks}, {count(seeds, 'seed')}"
 
 
-def in_points(found: Estimate) -> list[float]:
-    """An estimate and its interval in points."""
-    return [100 * float(number) for number in (found.value, *found.interval())]
-
-
 def orders(report: Report) -> Iterator[Check]:
     """The paper's orderings of methods by ANP with all tasks merged."""
     suite, subset = largest(report.rows)[["suite", "subset"]].iloc[0]
@@ -76,9 +71,9 @@ def orders(report: Report) -> Iterator[Check]:
         for other in others:
             pair = [paper.METHODS_HERE[name] for name in (better, other)]
             if set(pair) <= set(drawn.methods):
-                claim = " is above ".join(map(title, pair))
-                theirs = printed[better] - printed[other]
-                yield Check(claim, place, theirs, *in_points(drawn.estimate(*pair)))
+                claim, found = " is above ".join(map(title, pair)), drawn.estimate(*pair)
+                ours = (100 * float(number) for number in (found.value, *found.interval()))
+                yield Check(claim, place, printed[better] - printed[other], *ours)
 
 
 def lead(report: Report) -> Iterator[Check]:

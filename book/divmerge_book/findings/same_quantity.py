@@ -3,7 +3,7 @@
 Chapters measured it in settings of their own; values are comparable where the settings are equal.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pandas as pd
 
@@ -14,49 +14,45 @@ from divmerge_book.studies import scores
 from divmerge_book.studies.predictions import report_of
 
 TABLE = "baselines/embedded_bert_tiny.json"
-# File and table of predictions -> the rows of DivMerge per {g} and of the experts; what the rows
+# File and table of predictions -> the rows of DivMerge per layer and of the experts; what the rows
 # fix, where the file's facts do not say it.
 PREDICTIONS: Mapping[tuple[str, str], tuple[str, Mapping]] = {
     ("choice/ablation.json", "scores"): (
-        "search == 'searched' and count == 8 and method in ('js/{g}', 'expert')",
+        "search == 'searched' and count == 8 and method in ('js/layer', 'expert')",
         {},
     ),
     ("protocol/settings.json", "start"): (
-        "grouping == '{g}' and method in ('default', 'expert')",
+        "grouping == 'layer' and method in ('default', 'expert')",
         {"epochs": 4, "candidates": 1},  # the published values
     ),
     ("bases/ablation.json", "answers"): (
-        "tasks == 8 and grouping == '{g}' and method in ('js=raw', 'expert')",
+        "tasks == 8 and grouping == 'layer' and method in ('js=raw', 'expert')",
         {},
     ),
 }
 
 
-def values(stored: Stored, grouping: str = "layer") -> pd.DataFrame:
+def values(stored: Stored) -> pd.DataFrame:
     """A row per stored file: file, anp, low, high, and the items of STANDARD.
 
     anp in percent with its 95 % interval; an item is missing where the file does not say it.
     """
-    return pd.DataFrame(every(stored, grouping))
-
-
-def every(stored: Stored, grouping: str) -> Iterator[dict]:
-    report, spec = stored.report(TABLE), f"divmerge/{grouping}"
+    report, spec = stored.report(TABLE), "divmerge/layer"
     whole = max(report.rows.subset.unique(), key=len)
     options = next(f for f in report.fits if (f["subset"], f["method"]) == (whole, spec))["options"]
     found = report.sampled("embedded", whole).estimate(spec)
-    yield row(TABLE, found, report.provenance | {"epochs": options["epochs"]})
+    rows = [row(TABLE, found, report.provenance | {"epochs": options["epochs"]})]
     for (file, name), (wanted, fixed) in PREDICTIONS.items():
         run = stored.tables(file)
-        packed = run[name].query(wanted.format(g=grouping))
+        packed = run[name].query(wanted)
         label = packed.method[packed.method != "expert"].iloc[0]
         found = report_of(packed).sampled("suite", "all").estimate(label)
-        yield row(file, found, {**run.facts, **fixed}) | fixed
+        rows.append(row(file, found, {**run.facts, **fixed}) | fixed)
     run = stored.tables("scaling/sample.json")
     table = scores.by_subset(scores.ratios(run["answers"], run["answers"]))
     seeds = table[(table["T"] == 8) & (table.method == spec)].anp
     place = {"file": "scaling/sample.json", "anp": 100 * seeds.mean(), "low": None, "high": None}
-    yield place | setting(run.facts)
+    return pd.DataFrame([*rows, place | setting(run.facts)])
 
 
 def row(file: str, found, facts: Mapping) -> dict[str, object]:

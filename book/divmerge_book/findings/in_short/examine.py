@@ -1,7 +1,5 @@
 """In short: the chapters that examine methods, divergences and interference."""
 
-import pandas as pd
-
 from divmerge_book.figures import baselines as draw
 from divmerge_book.figures import largest, title
 from divmerge_book.findings import beyond as find
@@ -24,6 +22,8 @@ def baselines(stored: Stored) -> list[str]:
         for name, rows in table.groupby("block", observed=True)
     ]
     cheap = table[table.value >= table.value[first]].seconds
+    more = every.drop(table.index)
+    few = more[more.stored < 1.5].value
     return [
         f"With the same experts and the same search for every method, T = {subset.count('+') + 1}, "
         f"the best of {len(table)} methods that return one model are {listed(best)}.",
@@ -32,17 +32,9 @@ def baselines(stored: Stored) -> list[str]:
         f"The best by ANP for the data that a method reads: {listed(access)}.",
         f"{title(first)} takes {table.seconds[first]:.1f} s; the fastest method with at least its "
         f"ANP, {title(cheap.idxmin())}, takes {cheap.min():.1f} s.",
-        small_predictor(every.drop(table.index)),
+        f"{len(more)} more methods answer with more than one model. Of those that store less than "
+        f"1.5 models, {title(few.idxmax())} has the highest ANP ({100 * few.max():.1f} %).",
     ]
-
-
-def small_predictor(table: pd.DataFrame, limit: float = 1.5) -> str:
-    """The best of a summary's predictors that store less than `limit` models."""
-    few = table[table.stored < limit].value
-    return (
-        f"{len(table)} more methods answer with more than one model. Of those that store less than "
-        f"{limit} models, {title(few.idxmax())} has the highest ANP ({100 * few.max():.1f} %)."
-    )
 
 
 def beyond(stored: Stored) -> list[str]:
