@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from divmerge_book.evaluation.profiling import peak_bytes, seconds, settle
 from divmerge_book.kernel_benchmarks.implementations import Built, layer_wise_model, usual
+from divmerge_book.studies.objective_fits import coefficients_of
 from divmerge_core.divergences import js
 from divmerge_core.kernels.merge import grouped_merge
-from divmerge_core.merging.coefficients import Coefficients
 from divmerge_core.merging.fit import Step, fit_coefficients
 from divmerge_core.merging.merged_model import expert_logits, gather_in_buffer, schedule, step_loss
 from divmerge_core.merging.problem import MergeProblem
@@ -22,13 +22,6 @@ from divmerge_core.merging.task_vectors import TaskVectors
 from divmerge_core.registry import Registry
 
 STEPS = Registry("step")  # name -> function(problem, number of steps) -> seconds of each
-
-
-def coefficients_of(problem: MergeProblem) -> Coefficients:
-    """Coefficients 1/T, one per task and tensor, on the problem's device."""
-    vectors = problem.vectors
-    found = Coefficients(vectors.layout, len(vectors.tasks), grouping="layer")
-    return found.to(vectors.base.device)
 
 
 def steps_of(problem: MergeProblem) -> list:
@@ -45,7 +38,7 @@ def fitted(problem: MergeProblem, gradients: str) -> list[float]:
         ticks.append(time.perf_counter())
 
     how = {"epochs": 1, "gradients": gradients, "callback": callback, "progress": False}
-    fit_coefficients(problem, coefficients_of(problem), js, **how)
+    fit_coefficients(problem, coefficients_of(problem.vectors, "layer"), js, **how)
     return np.diff(ticks).tolist()
 
 
@@ -56,7 +49,7 @@ def through_graph(
 
     apart: one forward and backward pass per task, as in FusionBench's loop, instead of one for all.
     """
-    leaf, merge = build(problem.vectors, coefficients_of(problem)().detach())
+    leaf, merge = build(problem.vectors, coefficients_of(problem.vectors, "layer")().detach())
     experts, adam = expert_logits(problem), torch.optim.Adam([leaf], lr=1e-2)
 
     def step(chosen: Sequence[int]) -> None:
@@ -106,7 +99,7 @@ def benchmark_step(problem: MergeProblem, names: Sequence[str], *, rounds: int =
 
 def step_parts(problem: MergeProblem) -> pd.DataFrame:
     """Seconds of the parts of a step, a row per step."""
-    vectors, coefficients = problem.vectors, coefficients_of(problem)
+    vectors, coefficients = problem.vectors, coefficients_of(problem.vectors, "layer")
     segments, experts = coefficients.segments, expert_logits(problem)
     merged, raw = torch.empty_like(vectors.base), coefficients().detach()
     leaves = vectors.layout.unflatten(merged)

@@ -66,13 +66,10 @@ def write(
         written(new)
         return save_whole(new, whole, tokenizer) if tokenizer is not None and whole else ""
 
+    why = "its tables of tokens are not the base's, and mergekit merges no rows apart"
     options["complete"] = complete
-    options["recipe"] = no_recipe if options.get("shell") else mergekit_recipe
+    options["recipe"] = (lambda *_: ("", why)) if options.get("shell") else mergekit_recipe
     return checkpoints.write(folder, record, heads=heads, **options)
-
-
-def no_recipe(*_: object) -> tuple[str, str]:
-    return "", "its tables of tokens are not the base's, and mergekit merges no rows apart"
 
 
 def save_whole(

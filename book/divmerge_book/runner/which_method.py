@@ -7,15 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from divmerge_book.evaluation.report import Report, caption
-from divmerge_book.figures import score_intervals, title
-from divmerge_book.figures.baselines import (
-    BLOCKS,
-    REFERENCE,
-    block,
-    is_single_model,
-    single_models,
-    summary,
-)
+from divmerge_book.figures import baselines, score_intervals, title
 from divmerge_book.runner import method_pages
 from divmerge_book.runner.method_pages import NOTEBOOK, slug, table
 from divmerge_core.methods import parse
@@ -41,8 +33,8 @@ def summaries(results: Path) -> tuple[Report, dict[int, pd.DataFrame]]:
     """The stored Report of all methods and, by number of tasks, its `baselines.summary`."""
     report = Report.load(results / TABLE)
     subsets = {one.count("+") + 1: one for one in report.rows.subset.unique()}
-    found = {count: summary(report, subset) for count, subset in subsets.items()}
-    return report, {n: one[one.block != REFERENCE] for n, one in found.items()}
+    found = {count: baselines.summary(report, subset) for count, subset in subsets.items()}
+    return report, {n: one[one.block != baselines.REFERENCE] for n, one in found.items()}
 
 
 def best(rows: pd.DataFrame, count: int) -> list[tuple[str, str, str]]:
@@ -54,7 +46,7 @@ def best(rows: pd.DataFrame, count: int) -> list[tuple[str, str, str]]:
     found = []
     for data, number in DATA.items():
         for stored, most in STORED.items():
-            some = rows[rows.block.isin(BLOCKS[1 : 1 + number])]
+            some = rows[rows.block.isin(baselines.BLOCKS[1 : 1 + number])]
             some = some[some.stored <= max(1.0, most or count / 2) + 1e-3]
             found.append((data, stored, some.value.idxmax()))
     return found
@@ -77,7 +69,7 @@ def row_of(data: str, stored: str, spec: str, row: pd.Series) -> tuple[str, ...]
 
 def command(spec: str) -> str:
     """One command that runs a method: on one's own models where it gives one model."""
-    if is_single_model(spec):
+    if baselines.is_single_model(spec):
         return f".venv/bin/divmerge merge my_models.yaml merged/ --method {spec}"
     return f".venv/bin/python -m divmerge_book run \\\n  {NOTEBOOK} out.ipynb -p methods {spec}"
 
@@ -101,8 +93,8 @@ def tables(results: Path) -> str:
         parts += [f"## The best by ANP at T = {count}\n", text]
     (subset,) = glue.rows.subset.unique()
     rows = score_intervals(glue, subset).set_index("method").drop(["expert", "base"])
-    rows = single_models(rows)
-    rows = rows.assign(block=rows.index.map(block), stored=1.0, seconds=0.0, peak_bytes=0)
+    rows = baselines.single_models(rows)
+    rows = rows.assign(block=rows.index.map(baselines.block), stored=1.0, seconds=0.0, peak_bytes=0)
     specs, text = decision(rows, subset.count("+") + 1, HEADS[:5], "18 18 24 20 20")
     named |= dict.fromkeys(specs)
     parts += [f"## The best on GLUE\n\n*{caption(glue)}; costs were not measured.*\n", text]

@@ -20,19 +20,8 @@ from tqdm import tqdm
 from divmerge_book.evaluation.experiment import SIZES, Experiment, prepare
 from divmerge_book.evaluation.hyperparameter_search import validation_scores
 from divmerge_book.evaluation.statistics import spearman
-from divmerge_book.studies.objective_fits import (
-    START,
-    FitConfig,
-    FitSpec,
-    Targets,
-    coefficients_of,
-    fit,
-    fit_and_predict,
-    fit_result,
-    merge,
-    objectives,
-    with_used_words,
-)
+from divmerge_book.studies import objective_fits as fitting
+from divmerge_book.studies.objective_fits import START, FitConfig, FitSpec, Targets, objectives
 from divmerge_book.studies.predictions import compared, with_experts
 from divmerge_book.studies.robustness import corrupted_fit
 from divmerge_book.studies.study import Experiments, study
@@ -70,7 +59,7 @@ def chosen_rate(
     """The step size with the highest validation ANP, mean over experiments; of equals the first."""
 
     def score(rate: float) -> float:
-        fits = [fit_result(one, objective, grouping, rate, config) for one in experiments]
+        fits = [fitting.fit_result(one, objective, grouping, rate, config) for one in experiments]
         return sum(found["validation"] for found in fits) / len(fits)
 
     return max(config.rates, key=score)
@@ -111,7 +100,7 @@ def ablation(
         for (grouping, spec), rate in rate_of.items():
             own = {"grouping": grouping, "objective": spec, "rate": rate}
             jobs.append({**label, **own, "method": f"{spec}/{grouping}"})
-    rows = study(fit_and_predict, experiments, jobs, config=config)
+    rows = study(fitting.fit_and_predict, experiments, jobs, config=config)
     key = ["search", "count", "grouping", "objective", "seed"]
     fits = rows[rows.objective != START].drop_duplicates(key, ignore_index=True)
     fits = fits[[*key, "rate", "validation", "diverged"]]
@@ -141,8 +130,8 @@ def task_gradients(
 ) -> Iterator[tuple[float, float]]:
     """Per task: its loss on all its inputs, and the norm of that loss's gradient in Lambda."""
     vectors = spec.problem.vectors
-    segments = coefficients_of(vectors, grouping).segments
-    flat = merge(vectors, coeffs, grouping).requires_grad_()
+    segments = fitting.coefficients_of(vectors, grouping).segments
+    flat = fitting.merge(vectors, coeffs, grouping).requires_grad_()
     parameters = vectors.layout.unflatten(flat)
     for task, batches in enumerate(spec.problem.batches):
         logits = spec.problem.forward(parameters, [(task, batch) for batch in batches])
@@ -165,7 +154,7 @@ def trajectory(
     """The rows of one fit, every few steps; a fit that diverges ends early."""
     _, spec, strained = corrupted_fit(experiment, kind, objective, seed)
     vectors, rows = spec.problem.vectors, []
-    smaller = replace(spec, problem=with_used_words(spec.problem))
+    smaller = replace(spec, problem=fitting.with_used_words(spec.problem))
     targets = spec.targets or expert_logits(spec.problem)
     last = config.epochs * max(map(len, spec.problem.batches))
 
@@ -173,14 +162,14 @@ def trajectory(
         if step.number % every and step.number != last:
             return
         found = list(task_gradients(smaller, step.coeffs, grouping, targets))
-        anp, margin = validation_scores(experiment, merge(vectors, step.coeffs, grouping))
+        anp, margin = validation_scores(experiment, fitting.merge(vectors, step.coeffs, grouping))
         total = sum(norm for _, norm in found)
         for task, (loss, norm) in enumerate(found):
             row = {"step": step.number, "task": vectors.tasks[task], "loss": loss, "pull": norm}
             row |= {"share": norm / total if total else np.nan, "anp": anp, "kept_margin": margin}
             rows.append({**row, "coefficient": step.coeffs[task].mean().item()})
 
-    _, diverged = fit(spec, grouping, config.rate, config, record)
+    _, diverged = fitting.fit(spec, grouping, config.rate, config, record)
     return [{"strained": strained, "diverged": diverged, **row} for row in rows]
 
 

@@ -2,10 +2,9 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -13,7 +12,6 @@ from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.studies.evaluator import accuracies, expert_accuracies
 from divmerge_book.studies.study import study
 from divmerge_core.kernels.delta_storage import dense
-from divmerge_core.merging.linalg import elected
 from divmerge_core.methods import METHODS
 from divmerge_core.methods.continual import join, linear_places, untouched
 
@@ -22,16 +20,6 @@ BATCH = {  # continual method -> the method that sees all experts at once
     "running_average": "average",
     "sequential_task_arithmetic": "task_arithmetic",
     "sequential_ties": "ties",
-}
-Offset = Float[Tensor, " N"]  # of a merged model from the base
-STEPS: Mapping[str, Callable[[Offset, Offset, int], Offset]] = {
-    "running_average": lambda offset, delta, count: offset + (delta - offset) / count,
-    "sequential_task_arithmetic": lambda offset, delta, count: offset + 0.3 * delta,
-    "sequential_ties": lambda offset, delta, count: (
-        0.5 * delta
-        if count == 1
-        else offset + 0.5 * elected(torch.stack([offset, delta]), 0.2).sum(0)
-    ),
 }
 SHARE = 0.5  # of OPCM: the published one
 
@@ -49,19 +37,18 @@ def merged_models(
 ) -> Iterator[Float[Tensor, " N"]]:
     """The merged model after every arrival: METHODS[method] of the first experts of the order.
 
-    Incremental, with published scales: a scale cannot be tuned for tasks that have not arrived.
+    With published scales: a scale cannot be tuned for tasks that have not arrived. OPCM, which
+    takes longest, goes on from the merge before.
     """
     problem = experiment.problem
     places, merging = linear_places(problem), untouched(problem)
-    offset = torch.zeros_like(problem.vectors.base)
     for count, task in enumerate(order, start=1):
+        if method != "opcm":
+            yield METHODS[method](problem.select(order[:count]))
+            continue
         (delta,) = dense(problem.vectors.select([task]).deltas)
-        if method == "opcm":
-            merging = join(merging, delta, places, SHARE, True)
-            offset = merging.offset
-        else:
-            offset = STEPS[method](offset, delta, count)
-        yield problem.vectors.base + offset
+        merging = join(merging, delta, places, SHARE, True)
+        yield problem.vectors.base + merging.offset
 
 
 def arrivals(

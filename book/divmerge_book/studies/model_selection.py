@@ -10,6 +10,7 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
+from scipy import special
 
 from divmerge_book.evaluation.statistics import CORRELATIONS, mean_interval, middle
 from divmerge_book.studies.margins import scored
@@ -131,11 +132,8 @@ def best_of_n_probability(count: int, drawn: int) -> np.ndarray:
     """
     if not 1 <= drawn <= count:
         raise ValueError(f"of {count} models 1 to {count} can be drawn, got {drawn}")
-    alive, found = 1.0, np.zeros(count)  # alive: no better model has been drawn
-    for rank in range(count - drawn + 1):
-        found[rank] = alive * drawn / (count - rank)
-        alive -= found[rank]
-    return found
+    worse = count - 1 - np.arange(count)  # the others are drawn out of these
+    return special.comb(worse, drawn - 1) / special.comb(count, drawn)
 
 
 def choices(whole: pd.DataFrame, counts: Sequence[int] | None = None) -> pd.DataFrame:

@@ -14,24 +14,10 @@ import torch
 from torch import Tensor
 
 from divmerge_book.data.tasks import TASKS
+from divmerge_book.evaluation import statistics
 from divmerge_book.evaluation.experiment import Experiment, Size
 from divmerge_book.evaluation.hyperparameter_search import Merges, candidates, search
-from divmerge_book.evaluation.statistics import (
-    chance_error,
-    crossed,
-    expected_calibration_error,
-    reliability,
-    row_means,
-)
-from divmerge_book.interference.behaviour import (
-    all_logits,
-    cka,
-    common_share,
-    confidence,
-    hidden_states,
-    margin,
-    shift,
-)
+from divmerge_book.interference import behaviour
 from divmerge_book.models.encoders import make_batches
 from divmerge_book.studies.corrupted_experts import auc
 from divmerge_book.studies.evaluator import subsample
@@ -40,7 +26,7 @@ from divmerge_core.methods import METHODS, options_of, parse
 
 MERGES = ("average", "task_arithmetic", "divmerge/task", "divmerge/layer")
 MODELS = ("expert", "base", *MERGES)
-SIMILARITIES = {"cka": cka, "shift": shift, "common": common_share}
+SIMILARITIES = {"cka": behaviour.cka, "shift": behaviour.shift, "common": behaviour.common_share}
 
 
 def row_numbers(experiment: Experiment, task: int) -> list[int]:
@@ -77,15 +63,15 @@ def predictions_of(
     for number, task in enumerate(vectors.tasks):
         split, expert = experiment.test[number], vectors.expert(task)
         own = expert if model == "expert" else flat
-        logits = all_logits(problem, own, number, split.batches)
+        logits = behaviour.all_logits(problem, own, number, split.batches)
         row = {"task": task, "right": (logits.argmax(-1) == split.gold).int().tolist()}
-        row["sure"] = (1000 * confidence(logits)).round().int().tolist()
+        row["sure"] = (1000 * behaviour.confidence(logits)).round().int().tolist()
         if model == "expert":
-            row["margin"] = (1000 * margin(logits)).round().int().tolist()
+            row["margin"] = (1000 * behaviour.margin(logits)).round().int().tolist()
             row["row"] = row_numbers(experiment, number)
         else:
             few = subsample(split, rows)
-            states = [hidden_states(problem, some, few) for some in (expert, own)]
+            states = [behaviour.hidden_states(problem, some, few) for some in (expert, own)]
             for name, measure in SIMILARITIES.items():
                 row[name] = [round(measure(x, y), 5) for x, y in zip(*states, strict=True)]
         table.append(row)
@@ -153,11 +139,11 @@ def churn_intervals(table: pd.DataFrame, *, draws: int = 1000, seed: int = 0) ->
         wide = part.pivot(index=["place", "row"], columns=["model", "seed"], values=names)
         if wide.isna().any(axis=None):
             raise ValueError("seeds have different test rows; give a table of the same rows")
-        drawn = row_means(wide[order].to_numpy(float), draws, generator)
+        drawn = statistics.row_means(wide[order].to_numpy(float), draws, generator)
         means.append(drawn.reshape(-1, len(names) * len(models), len(seeds)))
         total += len(wide)
     found = np.moveaxis(np.mean(means, axis=0), -1, 0)  # [S, 1 + draws, models x what]
-    every = crossed(found[:, 0], found[:, 1:], total - len(means))
+    every = statistics.crossed(found[:, 0], found[:, 1:], total - len(means))
     label = pd.MultiIndex.from_product([models, names], names=["model", "what"])
     ends = dict(zip(("low", "high"), every.interval(), strict=True))
     return pd.DataFrame({"value": every.value, **ends}, label).reset_index()
@@ -224,8 +210,8 @@ def calibration_table(table: pd.DataFrame, *, bins: int = 10, draws: int = 200) 
         row = {"accuracy": means.right, "confidence": means.confidence}
         row["gap"] = means.confidence - means.right
         row["uneven"] = (by_task.confidence - by_task.right).abs().mean()
-        row["ece"] = expected_calibration_error(sure, right, bins=bins)
-        return pd.Series({**row, "chance": chance_error(sure, bins=bins, draws=draws)})
+        row["ece"] = statistics.expected_calibration_error(sure, right, bins=bins)
+        return pd.Series({**row, "chance": statistics.chance_error(sure, bins=bins, draws=draws)})
 
     return per_row(table).groupby(["seed", "model"], sort=False).apply(of).reset_index()
 
@@ -234,7 +220,7 @@ def reliability_table(table: pd.DataFrame, *, bins: int = 10) -> pd.DataFrame:
     """Reliability diagrams, without empty bins: model, bin, count, confidence, accuracy."""
     names, parts = ("count", "confidence", "accuracy"), {}
     for model, rows in per_row(table).groupby("model", sort=False):
-        found = reliability(*calibration_inputs(rows), bins=bins)
+        found = statistics.reliability(*calibration_inputs(rows), bins=bins)
         parts[model] = pd.DataFrame({name: getattr(found, name).numpy() for name in names})
     found = pd.concat(parts, names=["model", "bin"]).reset_index()
     return found[found["count"] > 0].reset_index(drop=True)

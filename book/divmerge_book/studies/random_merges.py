@@ -16,11 +16,9 @@ from torch import Tensor
 from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.metrics import predict
 from divmerge_book.interference.behaviour import all_logits, expert_logits
+from divmerge_book.studies.objective_fits import merge
 from divmerge_book.studies.study import Experiments, study
 from divmerge_core.divergences import DIVERGENCES, entropy
-from divmerge_core.kernels.merge import grouped_merge
-from divmerge_core.kernels.segments import Segments
-from divmerge_core.merging.coefficients import groups_of
 from divmerge_core.registry import Registry
 
 PIECE = 20  # models in a cached result
@@ -72,11 +70,9 @@ def random_merge(
 ) -> Float[Tensor, " N"]:
     """The merged model with this number; see `random_coefficients`."""
     vectors = experiment.problem.vectors
-    layout, count = vectors.layout, len(vectors.tasks)
-    coeffs = random_coefficients(sampler, count, len(layout.names), number, seed, centre)
-    grouping = "task" if coeffs.shape[1] == 1 else "layer"
-    segments = Segments.of(layout.bounds, groups_of(layout, grouping)[1])
-    return grouped_merge(vectors.base, vectors.deltas, coeffs.to(vectors.base), segments)
+    sizes = len(vectors.tasks), len(vectors.layout.names)
+    coeffs = random_coefficients(sampler, *sizes, number, seed, centre)
+    return merge(vectors, coeffs, "task" if coeffs.shape[1] == 1 else "layer")
 
 
 def measured(

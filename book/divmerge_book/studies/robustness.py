@@ -16,14 +16,8 @@ from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.metrics import evaluate
 from divmerge_book.models.encoders import classifier_forward
 from divmerge_book.models.finetuning import Recipe, fine_tune
-from divmerge_book.studies.objective_fits import (
-    FitConfig,
-    FitSpec,
-    fit,
-    fit_and_predict,
-    fit_spec,
-    merge,
-)
+from divmerge_book.studies import objective_fits as fitting
+from divmerge_book.studies.objective_fits import FitConfig, FitSpec
 from divmerge_book.studies.predictions import report_of, with_experts
 from divmerge_book.studies.study import Experiments, study
 from divmerge_core.kernels.delta_storage import dense
@@ -110,7 +104,7 @@ def corrupted_fit(
     """
     number = seed % len(experiment.experts)
     corrupted = CORRUPTIONS[kind](experiment, number, seed)
-    spec = fit_spec(corrupted.experiment, objective)
+    spec = fitting.fit_spec(corrupted.experiment, objective)
     if corrupted.retarget is not None:
         targets: list = list(expert_logits(spec.problem))
         targets[number] = [corrupted.retarget(logits) for logits in targets[number]]
@@ -131,8 +125,8 @@ def fit_with_corrupted(
     """Test predictions on the other tasks, of a fit with one corrupted expert."""
     corrupted, spec, task = corrupted_fit(experiment, kind, objective, seed)
     vectors = corrupted.problem.vectors
-    coeffs, diverged = fit(spec, grouping, config.rate, config)
-    rows = evaluate(corrupted.problem, merge(vectors, coeffs, grouping), corrupted.test)
+    coeffs, diverged = fitting.fit(spec, grouping, config.rate, config)
+    rows = evaluate(corrupted.problem, fitting.merge(vectors, coeffs, grouping), corrupted.test)
     merged = task in vectors.tasks
     own = coeffs[vectors.tasks.index(task)].mean().item() if merged else None
     return rows[rows.task != task].assign(strained=task, coefficient=own, diverged=diverged)
@@ -205,7 +199,7 @@ def temperatures(
         for value in values
     ]
     fixed = {"count": count, "grouping": grouping, "rate": config.rate, "config": config}
-    rows = study(fit_and_predict, experiments, jobs, **fixed)
+    rows = study(fitting.fit_and_predict, experiments, jobs, **fixed)
     key = ["objective", "temperature", "seed"]
     fits = rows[[*key, "diverged"]].drop_duplicates(key, ignore_index=True)
     return {"rows": with_experts(rows, experiments), "fits": fits}

@@ -164,17 +164,6 @@ def texts(values: pd.Series, tokenizer: Tokenizer) -> list[str]:
     return list(values)
 
 
-def class_numbers(
-    values: pd.Series, labels: Sequence[str], file: Path, names: Sequence[str] | None
-) -> tuple[list[int], list[str]]:
-    """`labels.numbers_of`. Raises ValueError, with its row, for a label that is none of them."""
-    found, notes = numbers_of(values, labels, file, names)
-    what = f"label VALUE in column {values.name!r} is none of {', '.join(labels)}"
-    cure = "correct the row, or the labels in the description"
-    require(values, (number >= 0 for number in found), what, cure)
-    return found, notes
-
-
 def load_rows(
     task: TaskFiles, split: str, labels: Sequence[str], tokenizer: Tokenizer
 ) -> tuple[datasets.Dataset, list[str]]:
@@ -191,7 +180,11 @@ def load_rows(
     table = read_table(file, list(names.values()))
     columns = {field: texts(table[names[field]], tokenizer) for field in names if field != "label"}
     if (name := names.get("label")) is not None:
-        columns["label"], notes = class_numbers(table[name], labels, file, table.attrs.get(name))
+        given, named = table[name], table.attrs.get(name)
+        columns["label"], notes = numbers_of(given, labels, file, named)
+        what = f"label VALUE in column {name!r} is none of {', '.join(labels)}"
+        cure = "correct the row, or the labels in the description"
+        require(given, (number >= 0 for number in columns["label"]), what, cure)
     with quiet():
         return datasets.Dataset.from_dict(columns), notes
 

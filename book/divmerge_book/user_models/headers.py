@@ -97,7 +97,9 @@ def check_headers(
     if any(map(get_checkpoint_conversion_mapping, (model.config.model_type, type(model).__name__))):
         return notes  # transformers renames or joins such tensors while it loads them
     prefix = f"{model.base_model_prefix}."
-    if packed := sorted(n for n, t in disk.tensors.items() if packs(n, t.dtype)):
+    # Weights of another dtype need scales from elsewhere.
+    weights = {n: t for n, t in disk.tensors.items() if n.endswith((".weight", ".bias"))}
+    if packed := sorted(n for n, t in weights.items() if t.dtype not in FLOATS):
         raise ValueError(
             f"{who}: {packed[0]} is stored as {disk.tensors[packed[0]].dtype}, so the weights "
             "are quantised; give those that they were made from, in float32 or bfloat16"
@@ -142,11 +144,6 @@ def refuse_lost(path: Path, modules: Iterable[str], model: nn.Module, saved: set
                 f"{path}: its modules_to_save names {module!r}, and it holds nothing of that; "
                 "save the adapter again, or take the module out of adapter_config.json"
             )
-
-
-def packs(name: str, dtype: torch.dtype) -> bool:
-    """Whether numbers of this dtype need scales from elsewhere to be weights."""
-    return name.endswith((".weight", ".bias")) and dtype not in FLOATS
 
 
 def others(who: str, kind: str, more: Mapping[str, tuple[int, ...]]) -> list[str]:

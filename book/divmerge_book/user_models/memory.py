@@ -122,7 +122,9 @@ def memory_plans(
         advised(Plan(f"{what}: {title}", name, of(), free), ways(plan, fit), of)
         for what, of in (("Merging", merging), ("Reading and writing", reading))
     )
-    more = (other_ways(plan),)
+    streams = all(source.kind in streamable(plan) for source in plan.experts)
+    disk = "without rows, methods that need none are merged from disk to disk; " * streams
+    more = (f"{disk}fewer tasks, or fewer methods in one command, take less",)
     found = tuple(
         one if one.fits else replace(one, advice=one.advice + more)
         for one in ((first, second) if second.total > first.total else (first,))
@@ -144,10 +146,3 @@ def ways(plan: Checked, fit: Fit) -> dict[str, dict]:
         found["half as many merge rows"] = {"inputs": -(-fit.inputs // 2)}
         found["half of max_new"] = {"answers": -(-fit.positions // 2)}
     return found
-
-
-def other_ways(plan: Checked) -> str:
-    """What else takes less memory, in words."""
-    streams = all(source.kind in streamable(plan) for source in plan.experts)
-    disk = "without rows, methods that need none are merged from disk to disk; " * streams
-    return f"{disk}fewer tasks, or fewer methods in one command, take less"

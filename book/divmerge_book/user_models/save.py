@@ -1,6 +1,5 @@
 """One of the merges on disk, with its coefficients, the tasks' heads and what is known of it."""
 
-import inspect
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from divmerge_book.evaluation.benchmark import check_request
 from divmerge_book.evaluation.experiment import Experiment
+from divmerge_book.evaluation.hyperparameter_search import defaults
 from divmerge_book.models.finetuning import data_digest
 from divmerge_book.models.merged import write
 from divmerge_book.user_models.checking import check
@@ -29,7 +29,7 @@ from divmerge_core.checkpoints.safetensors_io import StoredModel
 from divmerge_core.kernels.delta_storage import part
 from divmerge_core.merging.coefficients import groups_of
 from divmerge_core.merging.task_vectors import Layout, TaskVectors
-from divmerge_core.methods import METHODS, parse
+from divmerge_core.methods import parse
 
 
 @torch.no_grad()
@@ -58,9 +58,7 @@ def coefficients_of(
     start = torch.zeros(count, size) if near is None else near
     start = start.double().T[..., None]  # [G, T, 1]
     coeffs = start + torch.linalg.pinv(gram, hermitian=True) @ (along - gram @ start)
-    rest = (moved + (coeffs * (gram @ coeffs - 2 * along)).sum()).clamp(
-        min=0
-    )  # ||change - made||^2
+    rest = moved + (coeffs * (gram @ coeffs - 2 * along)).sum()  # ||change - made||^2
     limit = 1e-3 * moved.sqrt() + 1e-6 * vectors.base.double().norm().cpu()
     return coeffs[..., 0].T.float() if rest <= limit**2 else None
 
@@ -75,8 +73,7 @@ def in_file(folder: Path, layout: Layout) -> Float[Tensor, " N"]:
 def grouping_of(spec: str) -> str:
     """The grouping that a method was asked for, or its own; `task` where it has none."""
     name, fixed = parse(spec)
-    option = inspect.signature(METHODS[name]).parameters.get("grouping")
-    return fixed.get("grouping", option.default if option else "task")
+    return fixed.get("grouping", defaults(name).get("grouping", "task"))
 
 
 def heads_of(plan: Plan, bench: Experiment) -> dict[str, Head]:
