@@ -3,14 +3,14 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 import transformers
 from divmerge_book.models.encoders import pooled
 from divmerge_book.runner.distributed import causal_forward, without_weights
-from divmerge_book.runner.fsdp import Shards, WeightSource, from_state, sharded_problem
+from divmerge_book.runner.fsdp import Shards, WeightSource, sharded_problem
 from divmerge_book.runner.process_group import ProcessGroup, process_group
 from torch import Tensor, nn
 
@@ -76,6 +76,15 @@ def batches_of(name: str, rows: int, generator: torch.Generator) -> list[list[Ba
             every.append(Batch(inputs, weight, answer))
         found.append(every)
     return found
+
+
+def from_state(name: str, state: Mapping[str, Tensor]) -> WeightSource:
+    """Weights of a state dict in memory."""
+
+    def piece(key: str, start: int, stop: int) -> Tensor:
+        return state[key].detach().reshape(-1)[start:stop]
+
+    return WeightSource(name, {key: tuple(tensor.shape) for key, tensor in state.items()}, piece)
 
 
 def counted(source: WeightSource, read: list[int]) -> WeightSource:

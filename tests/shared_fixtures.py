@@ -12,7 +12,7 @@ from divmerge_book.data.tasks import SUITES, TASKS, Suite
 from divmerge_book.evaluation.experiment import SIZES, Size, make_problem, prepare, prepare_language
 from divmerge_book.models.encoders import load_base
 from divmerge_book.models.finetuning import fine_tune
-from divmerge_book.models.language import load_language
+from divmerge_book.models.language.models import load_language
 from helpers import MARKERS, TINY_RECIPE, linear_problem, shared_by, toy_task
 from local_files import make_base
 

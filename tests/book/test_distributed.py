@@ -20,10 +20,10 @@ from divmerge_book.runner.distributed import (
     text_batches,
     without_weights,
 )
-from divmerge_book.runner.fsdp import from_folder, from_state, own_rows, own_stretch, require_shapes
+from divmerge_book.runner.fsdp import from_folder, own_rows, own_stretch, require_shapes
 from divmerge_book.runner.process_group import process_device, process_group, validate_world
 from helpers import WORDS
-from scale_worker import CASES, batches_of, made
+from scale_worker import CASES, batches_of, from_state, made
 from torch.testing import assert_close
 
 from divmerge_core.divergences import js

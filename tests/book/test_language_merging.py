@@ -10,9 +10,9 @@ from divmerge_book.data.tasks import TASKS
 from divmerge_book.evaluation.experiment import prepare_language
 from divmerge_book.evaluation.language_benchmark import compare_language
 from divmerge_book.evaluation.report import Report
-from divmerge_book.models.language import PROMPTS
 from divmerge_book.models.language import completions as module
 from divmerge_book.models.language.completions import completions, counted, greedy, written
+from divmerge_book.models.language.prompts import PROMPTS
 from divmerge_book.models.language.reading import collate
 from language_toys import SIZE
 

@@ -4,9 +4,13 @@ import json
 import shutil
 
 import pytest
-from divmerge_book.models.language import load_language
 from divmerge_book.models.language.forward import Parts
-from divmerge_book.models.language.models import MODELS, check_tensors, vocabulary_digest
+from divmerge_book.models.language.models import (
+    MODELS,
+    check_tensors,
+    load_language,
+    vocabulary_digest,
+)
 from divmerge_book.models.language.training import trained
 from language_toys import save_model, tokenizer
 

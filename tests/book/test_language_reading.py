@@ -3,8 +3,7 @@
 import pytest
 import torch
 from divmerge_book.data.tasks import SUITES, TASKS
-from divmerge_book.models.language import PROMPTS
-from divmerge_book.models.language.prompts import add, table
+from divmerge_book.models.language.prompts import PROMPTS, add, table
 from divmerge_book.models.language.reading import answer_tokens, ask, choices, collate
 
 WORDED = [name for suite in SUITES.values() if suite.head == "vocabulary" for name in suite.tasks]

@@ -14,7 +14,7 @@ from divmerge_book.evaluation.language_scoring import (
 )
 from divmerge_book.evaluation.metrics import grades
 from divmerge_book.evaluation.report import Report
-from divmerge_book.models.language import PROMPTS
+from divmerge_book.models.language.prompts import PROMPTS
 
 from divmerge_core.merging.problem import MergeProblem
 from divmerge_core.merging.task_vectors import TaskVectors

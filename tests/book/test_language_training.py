@@ -7,10 +7,10 @@ import torch
 from divmerge_book.data.tasks import TASKS
 from divmerge_book.models import finetuning
 from divmerge_book.models.finetuning import rate
-from divmerge_book.models.language import language_expert, load_language
 from divmerge_book.models.language import training as module
-from divmerge_book.models.language.finetuning import load_language_expert
+from divmerge_book.models.language.finetuning import language_expert, load_language_expert
 from divmerge_book.models.language.forward import Parts
+from divmerge_book.models.language.models import load_language
 from divmerge_book.models.language.reading import collate
 from divmerge_book.models.language.training import fine_tuned, losses
 from language_toys import RECIPE, save_model

@@ -150,6 +150,8 @@ def plain(path: Path, node: yaml.Node) -> Any:
 
 def typed(data: Any) -> Any:
     """The data with the values that YAML reads in its scalars."""
+    if isinstance(data, Mapping):
+        return {name: typed(value) for name, value in data.items()}
     if isinstance(data, list):
         return [typed(one) for one in data]
     return data.value if isinstance(data, Text) else data

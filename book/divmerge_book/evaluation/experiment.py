@@ -171,11 +171,8 @@ def prepare(
     settings = {"max_length": length, "precision": resolve(size.precision, place)}
     problem = make_problem(base, experts, merge_rows=size.merge_rows, **settings)
     splits = [
-        [
-            labelled_split(name, split, getattr(size, f"{split}_rows"), base, length)
-            for name in names
-        ]
-        for split in ("validation", "test")
+        [labelled_split(name, split, rows, base, length) for name in names]
+        for split, rows in (("validation", size.validation_rows), ("test", size.test_rows))
     ]
     counts = (size.merge_rows, size.validation_rows, size.test_rows)
     digest = digest_of(prepare, names, base, experts, counts, place.type, settings)

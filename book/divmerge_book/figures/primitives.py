@@ -104,9 +104,8 @@ def annotate(
         taken.append((*sides[side], height + shift))
         place = {"xytext": (-7 if side else 7, shift), "textcoords": "offset points"}
         place["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.2, "alpha": 0.7}
-        ax.annotate(
-            text, (x, y), ha="right" if side else "left", va="center", fontsize=size, **place
-        )
+        place |= {"ha": "right" if side else "left", "va": "center"}
+        ax.annotate(text, (x, y), fontsize=size, **place)
 
 
 # --- rows of marks and bars -----------------------------------------------------------------------

@@ -16,11 +16,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 import yaml
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from divmerge_book.evaluation import stored_tables
 
@@ -52,30 +52,16 @@ print(json.dumps([os.waitstatus_to_exitcode(status), took, processor, usage.ru_m
 """
 
 
-def names_of(layers: int, hidden: int, inner: int, vocabulary: int, heads: int, keys: int) -> dict:
-    """Tensors of a Llama whose embeddings are tied: name -> shape."""
-    found = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
-    narrow = hidden // heads * keys
-    parts = {
-        **dict.fromkeys(("self_attn.q_proj", "self_attn.o_proj"), (hidden, hidden)),
-        **dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (narrow, hidden)),
-        **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (inner, hidden)),
-        "mlp.down_proj": (hidden, inner),
-        **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (hidden,)),
-    }
-    for layer in range(layers):
-        found |= {f"model.layers.{layer}.{part}.weight": shape for part, shape in parts.items()}
-    return found
-
-
 def make_models(folder: Path, shape: str) -> int:
     """Random base and experts in bfloat16, where they are not there yet; how many parameters."""
     layers, hidden, inner, vocabulary, heads, keys = SHAPES[shape]
-    tensors = names_of(*SHAPES[shape])
     sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
     sizes |= {"num_attention_heads": heads, "num_key_value_heads": keys, "vocab_size": vocabulary}
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
     config |= {"tie_word_embeddings": True, **sizes}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**config))
+    tensors = {tensor: values.shape for tensor, values in model.named_parameters()}
     for seed, name in enumerate(("base", *EXPERTS)):
         place, state = folder / name, {}
         if (place / "config.json").is_file():
@@ -89,7 +75,7 @@ def make_models(folder: Path, shape: str) -> int:
             state[tensor] = numbers.bfloat16()
         save_file(state, place / "model.safetensors", metadata={"format": "pt"})
         (place / "config.json").write_text(json.dumps(config))
-    return sum(int(np.prod(size)) for size in tensors.values())
+    return model.num_parameters()
 
 
 def configuration(method: str, folder: Path) -> str:

@@ -166,10 +166,9 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
             numbers = 2 if name == "copy" else tasks + (2 if part == "forward" else 1)
             row = {"tasks": tasks, "parameters": size, "contestant": name, "part": part}
             row |= {"low": 1e3 * low, "milliseconds": 1e3 * middle, "high": 1e3 * high}
-            row |= {"floor": numbers * size * a_number / middle}
-            row |= {
-                "ratio": (took / wide["ours", part]).median() if ("ours", part) in wide else None
-            }
+            row |= {"floor": numbers * size * a_number / middle, "ratio": None}
+            if ("ours", part) in wide:
+                row["ratio"] = (took / wide["ours", part]).median()
             result.append(row | {"moved": costs.bytes[name, part], "peak": costs.peak[name, part]})
     return pd.DataFrame(result)
 

@@ -12,14 +12,8 @@ from typing import Any
 
 import torch
 
-from divmerge_book.data.schema import Fields, read_file
-from divmerge_book.models.mergekit_folders import (
-    folder_of,
-    named,
-    plain,
-    require_one_kind,
-    require_whole,
-)
+from divmerge_book.data.schema import Fields, read_file, typed
+from divmerge_book.models.mergekit_folders import folder_of, named, require_one_kind, require_whole
 from divmerge_core.checkpoints import MergeRecord
 from divmerge_core.checkpoints.safetensors_io import StoredModel, read_config
 from divmerge_core.checkpoints.save import float_dtype
@@ -164,7 +158,7 @@ def inputs_of(config: Config, path: Path) -> tuple[Sequence[Model], dict[str, An
                 f"{path}: slices are read where there is one, of all layers: [0, {layers}]; layers "
                 "are not stacked here"
             )
-    return one.sources, plain(one.parameters)
+    return one.sources, typed(one.parameters)
 
 
 def read_recipe(path: str | os.PathLike) -> tuple[Recipe, torch.dtype | None]:
@@ -182,7 +176,7 @@ def read_recipe(path: str | os.PathLike) -> tuple[Recipe, torch.dtype | None]:
     if config.tokenizer_source not in (None, "base"):
         raise ValueError(f"{path}: tokenizer_source {config.tokenizer_source!r}: only base is read")
     (models, of_slice), (own, shared, *_) = inputs_of(config, path), KNOWN[method]
-    common = [of_slice, plain(config.parameters)]
+    common = [of_slice, typed(config.parameters)]
     for given in common:
         require_known(given, own | shared, f"{path}: {method} takes")
     for model in models:
@@ -190,7 +184,7 @@ def read_recipe(path: str | os.PathLike) -> tuple[Recipe, torch.dtype | None]:
     folders = [folder_of(model.model, path.parent) for model in models]
     if twice := [folder for folder in folders if folders.count(folder) > 1]:
         raise ValueError(f"{path}: {twice[0]} stands twice; give it once, with one weight")
-    settings = [plain(model.parameters) for model in models]
+    settings = [typed(model.parameters) for model in models]
     base = folder_of(config.base_model, path.parent) if config.base_model else None
     if (base is None) != (method == "linear"):
         need = "has no base_model; leave it out" if base else "needs a base_model"

@@ -8,21 +8,12 @@ from typing import Any
 import huggingface_hub
 import torch
 
-from divmerge_book.data.schema import Text, at_home
+from divmerge_book.data.schema import at_home, typed
 from divmerge_core.checkpoints.safetensors_io import StoredModel, spare
 from divmerge_core.checkpoints.save import FLOATS
 
 WIDE = (torch.float64, *FLOATS.values())
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-
-
-def plain(data: Any) -> Any:
-    """What YAML reads in a tree of texts."""
-    if isinstance(data, Mapping):
-        return {name: plain(value) for name, value in data.items()}
-    if isinstance(data, list):
-        return [plain(one) for one in data]
-    return data.value if isinstance(data, Text) else data
 
 
 def folder_of(model: Any, beside: Path) -> Path:
@@ -41,7 +32,7 @@ def folder_of(model: Any, beside: Path) -> Path:
 
 def place_of(model: Any, beside: Path) -> Path:
     """The folder that `folder_of` looks at."""
-    model, revision = plain(model), None
+    model, revision = typed(model), None
     if isinstance(model, Mapping):
         if model.get("lora"):
             raise ValueError(

@@ -90,10 +90,7 @@ def prepare_t5(
         bar.set_postfix_str(name)
         task, prompt = task_of(name, sources[name]), Prompt(name, sources[name].template)
         parts = {split: task.load(split) for split in SPLITS}  # rows in random order
-        parts = {
-            split: part.select(range(min(limits.get(split, len(part)), len(part))))
-            for split, part in parts.items()
-        }
+        parts = {s: part.select(range(len(part))[: limits.get(s)]) for s, part in parts.items()}
         few = {split: part.to_list() for split, part in parts.items()}
         asked = [prompt.ask(row) for row in few["merge"]]
         expert = read_expert(language, name, sources[name], asked)

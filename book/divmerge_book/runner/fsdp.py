@@ -42,15 +42,6 @@ class WeightSource:
     prefix: str = ""
 
 
-def from_state(name: str, state: Mapping[str, Tensor]) -> WeightSource:
-    """Weights of a state dict in memory."""
-
-    def piece(key: str, start: int, stop: int) -> Tensor:
-        return state[key].detach().reshape(-1)[start:stop]
-
-    return WeightSource(name, {key: tuple(tensor.shape) for key, tensor in state.items()}, piece)
-
-
 def from_folder(folder: str | Path, prefix: str | None = None) -> WeightSource:
     """Weights of a model on disk in the hub's layout, read on demand; prefix: as in StoredModel."""
     stored = StoredModel.at(Path(folder), prefix)
@@ -187,9 +178,8 @@ class Shards:
 
     def total(self, loss: float) -> float:
         """The loss of all ranks."""
-        return self.group.total(
-            torch.tensor(loss, device=self.group.device, dtype=torch.float64)
-        ).item()
+        own = torch.tensor(loss, device=self.group.device, dtype=torch.float64)
+        return self.group.total(own).item()
 
 
 # --- a sharded problem ----------------------------------------------------------------------------

@@ -45,12 +45,9 @@ def run(path: str | os.PathLike, *, only_list: bool = False) -> int:
     with lock(file.output), terminated():
         failures = {}
         if missing:
-            shares = {"cpus": file.cpus, "gpus": file.gpus}
-            ray = file.executor == "ray"
-            executor = (
-                cluster(file.address, **shares) if ray else processes(file.parallel, **shares)
-            )
-            with executor as submit:
+            start = {"ray": (cluster, file.address), "local": (processes, file.parallel)}
+            executor, own = start[file.executor]
+            with executor(own, cpus=file.cpus, gpus=file.gpus) as submit:
                 failures = run_all(grid, submit, missing)
         return report(grid, failures)
 

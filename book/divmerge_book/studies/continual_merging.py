@@ -58,12 +58,10 @@ def arrivals(
 
     Order -1 stands for all experts at once.
     """
-    counts = range(1, len(tasks) + 1) if order >= 0 else [len(tasks)]
-    models = (
-        merged_models(experiment, method, tasks)
-        if order >= 0
-        else [METHODS[method](experiment.problem)]
-    )
+    if order >= 0:
+        counts, models = range(1, len(tasks) + 1), merged_models(experiment, method, tasks)
+    else:
+        counts, models = [len(tasks)], [METHODS[method](experiment.problem)]
     return [
         {"arrived": count, "task": task, "accuracy": accuracy}
         for count, model in zip(counts, models, strict=True)

@@ -91,12 +91,9 @@ def contaminate(
     def forward(parameters, pairs) -> list[Tensor]:
         return problem.forward(parameters, [(heads[member], batch) for member, batch in pairs])
 
-    pool = MergeProblem(
-        TaskVectors(vectors.layout, tasks, vectors.base, rows),
-        [*problem.batches, *([] for _ in claims)],
-        forward,
-        problem.module,
-    )
+    every = TaskVectors(vectors.layout, tasks, vectors.base, rows)
+    batches = [*problem.batches, *([] for _ in claims)]
+    pool = MergeProblem(every, batches, forward, problem.module)
     return Pool(experiment, pool, torch.arange(len(heads)) >= honest)
 
 

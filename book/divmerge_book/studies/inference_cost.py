@@ -72,9 +72,8 @@ def cost_of(
     """One method's row of `inference_cost`."""
     merged, problem = merged_of(experiment, method, options), experiment.problem
     base, pairs = problem.vectors.base, timing_batches(experiment, rows)
-    times = milliseconds(
-        {"own": (problem, merged, pairs), "plain": (problem, base, pairs)}, repeats
-    )
+    models = {"own": (problem, merged, pairs), "plain": (problem, base, pairs)}
+    times = milliseconds(models, repeats)
     return [
         {
             "finds": ROUTING.get(method.partition("/")[0], "one"),

@@ -30,11 +30,8 @@ def scored(table: pd.DataFrame, majority: pd.Series | None = None) -> pd.DataFra
     experts = table.drop_duplicates(names).groupby("task").expert.mean()
     floor = (table.majority if majority is None else table.task.map(majority)).astype(float)
     lead = table.task.map(experts).astype(float) - floor
-    scores = {
-        "kept_margin": (table.accuracy - floor) / lead,
-        "below": 1.0 * (table.accuracy < floor),
-    }
-    counted = {name: values.where(lead >= MARGIN) for name, values in scores.items()}
+    kept, below = (table.accuracy - floor) / lead, 1.0 * (table.accuracy < floor)
+    counted = {"kept_margin": kept.where(lead >= MARGIN), "below": below.where(lead >= MARGIN)}
     return table.assign(ratio=table.accuracy / table.expert, **counted)
 
 

@@ -115,9 +115,8 @@ def over_models(
             names = {"index": "criterion", "columns": "task"}
             table = pd.DataFrame(found[..., 0], CRITERIA, [*tasks, *scores]).rename_axis(**names)
             labels = dict(zip(SET, key, strict=True))
-            each.append(
-                table.stack().rename("value").reset_index().assign(**labels, among=among, how=how)
-            )
+            long = table.stack().rename("value").reset_index()
+            each.append(long.assign(**labels, among=among, how=how))
             for goal, place in places.items():
                 parts[labels["sampler"], among, how, goal].append(found[:, place])
     labels = ["sampler", "among", "how", "goal"]

@@ -165,16 +165,11 @@ def flips_by_margin(table: pd.DataFrame, *, parts: int = 5) -> pd.DataFrame:
     each = rows.groupby(["model", "seed", "task"], sort=False)
     rows["part"] = each.margin.transform(part_numbers).astype(int)
     means = rows.groupby(["model", "part", "seed", "task"])[["margin", "lost"]].mean()
-    ranked = {
-        key: auc(some.margin, some.lost)
-        for key, some in rows.groupby(["model", "seed"], sort=False)
-    }
-    mean = pd.Series(ranked).groupby(level=0).mean()
-    found = means.groupby(["model", "part"]).mean().reset_index("part")
-    found = found.assign(auc=mean).loc[
-        [name for name in dict.fromkeys(table.model) if name in mean]
-    ]
-    return found.rename_axis("model").reset_index()
+    groups = rows.groupby(["model", "seed"])[["margin", "lost"]]
+    mean = groups.apply(lambda some: auc(some.margin, some.lost)).groupby("model").mean()
+    found = means.groupby(["model", "part"]).mean().reset_index("part").assign(auc=mean)
+    order = [name for name in dict.fromkeys(table.model) if name in mean]
+    return found.loc[order].rename_axis("model").reset_index()
 
 
 def flip_examples(table: pd.DataFrame, model: str, task: str) -> pd.DataFrame:

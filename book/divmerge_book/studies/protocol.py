@@ -107,10 +107,8 @@ def layers(experiments: Experiments, groupings: Sequence[str], *, inputs: int) -
     """What a layer may be: the method is `grouping=coefficients`. Label: tasks."""
     layout = next(iter(experiments.values())).problem.vectors.layout
     count = {g: num_tasks(experiments) * len(groups_of(layout, g)[0]) for g in groupings}
-    jobs = [
-        {"method": f"{g}={count[g]}", "options": {"grouping": g, "inputs": inputs}}
-        for g in groupings
-    ]
+    options = {g: {"grouping": g, "inputs": inputs} for g in groupings}
+    jobs = [{"method": f"{g}={count[g]}", "options": own} for g, own in options.items()]
     return predicted(experiments, jobs)
 
 
@@ -194,12 +192,10 @@ def both_sides(
     """Proposition 3 on one experiment: a row per kind of shift and model."""
     problem, rows = experiment.problem, []
     kinds = {DEFAULT: 0.0, **dict.fromkeys(INPUT_SHIFTS, 1.0)}
-    parts = {
-        kind: replace(
-            problem, batches=input_batches(experiment, others[seed], kind, share, inputs, seed)
-        )
-        for kind, share in kinds.items()
-    }
+    parts = {}
+    for kind, share in kinds.items():
+        batches = input_batches(experiment, others[seed], kind, share, inputs, seed)
+        parts[kind] = replace(problem, batches=batches)
     own, options = parts.pop(DEFAULT), {"grouping": "layer", "steps": steps}
     models = {"average": METHODS["average"](own), "DivMerge": divmerge(own, seed, options)}
     right = {model: divergence_sum(own, flat) for model, flat in models.items()}

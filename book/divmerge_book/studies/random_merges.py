@@ -111,13 +111,11 @@ def measure_models(
 ) -> list[dict]:
     """The rows of models number `first` to `last` of a sampler."""
     experts = expert_logits(experiment.problem, experiment.problem.batches)
-    return [
-        {"model": number, **row}
-        for number in range(first, last + 1)
-        for row in measured(
-            experiment, random_merge(experiment, sampler, number, seed, centre), experts
-        )
-    ]
+    rows = []
+    for number in range(first, last + 1):
+        flat = random_merge(experiment, sampler, number, seed, centre)
+        rows += [{"model": number, **row} for row in measured(experiment, flat, experts)]
+    return rows
 
 
 def sampled_models(
@@ -153,13 +151,12 @@ def models_of_seed(experiment: Experiment, counts: SimpleNamespace, seed: int) -
 
     Models `near` a good one vary the one drawn per task with the highest validation accuracy.
     """
-    tasks, parts = experiment.problem.vectors.tasks, []
+    tasks, parts, best = experiment.problem.vectors.tasks, [], None
     for sampler in ("task", "layer", "near"):
-        best = parts[0].groupby("model").validation.mean().idxmax() if sampler == "near" else None
+        if sampler == "near":
+            best = int(parts[0].groupby("model").validation.mean().idxmax())
         if count := getattr(counts, sampler):
-            found = sampled_models(
-                experiment, sampler, count, seed=seed, centre=None if best is None else int(best)
-            )
+            found = sampled_models(experiment, sampler, count, seed=seed, centre=best)
             parts.append(found.assign(experts="all"))
     for pair in neighbours(tasks) if counts.pair and len(tasks) > 2 else []:
         found = sampled_models(experiment.select(pair), "pair", counts.pair, seed=seed)

@@ -122,10 +122,8 @@ def searched(
     vectors = experiment.problem.vectors
     score = ValidationScore(experiment, 1 if search == "expert" else calls)
     if search == "expert":
-        test, nbytes = (
-            expert_accuracies(experiment).values(),
-            len(vectors.tasks) * vectors.base.nbytes,
-        )
+        test = expert_accuracies(experiment).values()
+        nbytes = len(vectors.tasks) * vectors.base.nbytes
         for task, name in enumerate(vectors.tasks):
             score(vectors.expert(name), task)
     else:

@@ -39,13 +39,9 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     # `followed` seeds and `every` so many steps; stressed, kinds, temperatures: of the robustness
     # studies. counts: numbers of tasks. inputs, validation, test: rows per task. rates: of Adam.
     "choice": {
-        "all": {
-            "epochs": STANDARD["epochs"],
-            "rates": (3e-2, 1e-1),
-            "followed": 1,
-            "every": 4,
-            "counts": (2,),
-        },
+        "all": dict(
+            epochs=STANDARD["epochs"], rates=(3e-2, 1e-1), followed=1, every=4, counts=(2,)
+        ),
         "smoke": {
             **{"specs": ("js", "kl", "entropy", "labels"), "groupings": ("task",)},
             **{"inputs": 8, "validation": 30, "test": 60, "epochs": 2, "rates": (3e-2,)},

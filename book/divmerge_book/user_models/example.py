@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 from divmerge_book.data.tasks import TASKS, Task
 from divmerge_book.evaluation.sizes import QUICK
 from divmerge_book.models.encoders import Base, load_base, make_batches
-from divmerge_book.models.finetuning import Recipe, fine_tune
+from divmerge_book.models.finetuning import Recipe, fine_tune, training_rows
 from divmerge_book.models.language.models import quiet_transformers
 from divmerge_book.models.merged import base_folder, labelled
 from divmerge_book.user_models.data import write_rows
@@ -61,8 +61,7 @@ def train(
     lr: float,
 ) -> None:
     """AdamW on some weights, cross-entropy on labelled rows, step size falling to 0."""
-    rows = task.load("train").shuffle(seed=0)
-    rows = rows.select(range(min(amount.train, len(rows))))
+    rows = training_rows(task, amount.train, 0)
     batches, order = make_batches(rows, base, batch_size=32)
     labels = torch.tensor(rows["label"])[order].split(32)
     adam = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)

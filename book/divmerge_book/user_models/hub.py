@@ -6,6 +6,7 @@ from pathlib import Path
 import huggingface_hub
 
 from divmerge_book.models.merged import base_folder
+from divmerge_book.models.mergekit_folders import FILES
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@.+)?")  # organisation/name, maybe with a revision
 
@@ -24,11 +25,7 @@ def fetched(name: str) -> Path:
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository):
             raise
         try:
-            wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-            return Path(
-                huggingface_hub.snapshot_download(
-                    repository, revision=revision or None, allow_patterns=wanted
-                )
-            )
+            given = {"revision": revision or None, "allow_patterns": FILES}
+            return Path(huggingface_hub.snapshot_download(repository, **given))
         except Exception as cause:  # the client raises many kinds: no network, no such name
             raise ValueError(f"{error}; the hub could not be reached ({cause!r:.200})") from cause

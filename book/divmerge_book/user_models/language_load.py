@@ -127,28 +127,20 @@ def load_language(plan: Plan, *, device: str, precision: str) -> Experiment:
             yield layout.flatten(state, f"expert {source.task.expert}").sub_(flat)
 
     vectors = stored_vectors(plan, layout, flat, rows(), long)
-    experts = [
-        Expert(
-            source.task.name,
-            {},
-            {},
-            {
-                **{"task": source.task.name, "answers": list(source.labels), "kind": source.kind},
-                **{"precision": precision, "files": hashes(source.task.expert), "counts": count},
-            },
-        )
+    manifests = [
+        {
+            **{"task": source.task.name, "answers": list(source.labels), "kind": source.kind},
+            **{"precision": precision, "files": hashes(source.task.expert), "counts": count},
+        }
         for source, count in zip(plan.experts, counts, strict=True)
     ]
+    experts = [Expert(manifest["task"], {}, {}, manifest) for manifest in manifests]
     splits = [
-        [
-            exam(own, source, data, **how)
-            for own, source, data in zip(readers, plan.experts, plan.rows[split], strict=True)
-        ]
+        [exam(*given, **how) for given in zip(readers, plan.experts, plan.rows[split], strict=True)]
         for split in ("validation", "test")
     ]
     seen = [rows and data_digest(rows) for parts in plan.rows.values() for rows in parts]
     scores = [plan.description.storage, *(source.score for source in plan.experts)]
-    manifests = [expert.manifest for expert in experts]
     digest = key_of(code_digest(load_language), base.digest, manifests, seen, scores, most)
     forward = language_forward(base.model, precision=precision)
     problem = MergeProblem(vectors, batches, forward, base.model)

@@ -27,10 +27,8 @@ def check_methods(
                 f"{spec} returns no single merged model, so none can be written; choose one that "
                 "does, such as divmerge/layer"
             )
-        needed = {
-            "merge": "unlabelled inputs" in METHODS.facts[name]["needs"],
-            "validation": "score" in options_of(name),
-        }
+        reads = "unlabelled inputs" in METHODS.facts[name]["needs"]
+        needed = {"merge": reads, "validation": "score" in options_of(name)}
         for split in (split for split, needs in needed.items() if needs and lacking[split]):
             uses = "reads unlabelled inputs" if split == "merge" else "searches with a score"
             raise ValueError(

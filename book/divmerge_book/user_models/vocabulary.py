@@ -49,15 +49,10 @@ def agreed_words(
     Raises ValueError, by name, where a number means different tokens in texts of two tasks, where
     special tokens differ, and where no tokenizer reads all texts as their experts do.
     """
-    readings = [
-        Reading(
-            source.task.name,
-            tokenizer_of(source.task.expert) or base.tokenizer,
-            source.shapes[base.table][0],
-            own,
-        )
-        for source, own in zip(experts, texts, strict=True)
-    ]
+    readings = []
+    for source, own in zip(experts, texts, strict=True):
+        tokenizer = tokenizer_of(source.task.expert) or base.tokenizer
+        readings.append(Reading(source.task.name, tokenizer, source.shapes[base.table][0], own))
     ours = {number: token for token, number in base.tokenizer.get_vocab().items()}
     claims = claimed(base.tokenizer, ours, readings)
     owners, notes = owned(ours, claims, readings)
