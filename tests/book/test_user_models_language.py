@@ -12,6 +12,7 @@ import yaml
 from divmerge_book import __main__
 from divmerge_book.evaluation.metrics import evaluate
 from divmerge_book.models.language.completions import greedy
+from divmerge_book.models.language.models import Language
 from divmerge_book.user_models import check, load, merge_and_score, read, write_merged
 from divmerge_book.user_models.language_load import reader
 from divmerge_book.user_models.streaming import write_from_disk
@@ -107,6 +108,15 @@ def test_every_family_makes_the_way_there_and_back(tmp_path, cache, kind):
     found, *own = (dict(build.from_pretrained(place).named_parameters()) for place in folders)
     for name, tensor in found.items():
         assert_close(tensor, (own[0][name] + own[1][name]) / 2, rtol=0, atol=1e-6)
+
+
+def test_numbers_that_are_no_parameters_are_told_where_they_differ(tmp_path, cache):
+    base = save_family(tmp_path / "base", "bart", encoder_layers=1, decoder_layers=1)
+    plan = check(read(make_language_project(tmp_path, base=base)))
+    own = load_file(file := tmp_path / "experts" / "mood" / "model.safetensors")
+    save_file({n: t + ("logits_bias" in n) for n, t in own.items()}, file, {"format": "pt"})
+    with pytest.warns(UserWarning, match="'mood': its final_logits_bias is no parameter and diff"):
+        load(plan)
 
 
 def test_the_wrapper_of_a_saved_base_is_not_written_again(home, tmp_path, cache):
@@ -310,6 +320,16 @@ def test_a_chat_template_for_each_expert_is_written_by_name(tmp_path, cache):
     assert own.apply_chat_template(chat, tokenize=False).endswith("<assistant>")
 
 
+def test_chats_are_read_by_a_tokenizer_in_python_too(tmp_path):
+    project, own = chatting(tmp_path, TEMPLATE, TEMPLATE), transformers.ByT5Tokenizer(extra_ids=0)
+    own.chat_template = TEMPLATE
+    for name in ("base", "experts/mood", "experts/same"):
+        own.save_pretrained(tmp_path / name)
+    plan = check(read(with_fields(project, max_length=100)))
+    found = reader(Language("", torch.nn.Module(), own, "", ""), plan.experts[0]).tokenizer
+    assert found("good")["input_ids"] == own("good", add_special_tokens=False)["input_ids"]
+
+
 def test_an_empty_answer_of_a_chat_is_no_turn(tmp_path):
     project, row = chatting(tmp_path, TEMPLATE, TEMPLATE), {"prompt": "good", "answer": ""}
     write_lines(tmp_path / "data" / "mood-merge.jsonl", [as_chat(row)])
@@ -414,6 +434,9 @@ def test_one_expert_twice_and_a_task_without_rows_are_said(home):
 def test_other_families_and_untied_heads_are_refused(home, tmp_path):
     other = expert_of(save_model(tmp_path / "a", "qwen2"), tmp_path / "qwen", seed=1)
     refused(changed(home, 0, expert=str(other)), "model_type = 'qwen2'", "this very base")
+    make_adapter(tmp_path / "lora", {"model.layers.0.self_attn.q_proj": (32, 32)})
+    refused(with_fields(home, base=str(tmp_path / "lora")), "holds an adapter; give the model")
+    refused(with_fields(home, kind="classifier", max_new=None), "write kind: language")
     base = save_family(tmp_path / "gemma2", "gemma2")
     project = make_language_project(tmp_path / "b", base=base, **dict.fromkeys(ROWS))
     configured(tmp_path / "b" / "experts" / "mood", attn_logit_softcapping=30.0)

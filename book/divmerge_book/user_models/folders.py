@@ -24,13 +24,7 @@ from divmerge_book.models.language.models import quiet_transformers
 from divmerge_book.models.merged import base_folder
 from divmerge_book.user_models import adapters, headers
 from divmerge_book.user_models.description import TaskFiles
-from divmerge_book.user_models.headers import (
-    DECIDING,
-    check_config,
-    check_folder,
-    check_headers,
-    positions,
-)
+from divmerge_book.user_models.headers import check_config, check_folder, check_headers, positions
 from divmerge_book.user_models.hub import fetched
 from divmerge_book.user_models.labels import names_in, num_labels, resolve_labels
 from divmerge_core.checkpoints.safetensors_io import INDEX, SINGLE, StoredModel, pools
@@ -114,6 +108,10 @@ def refusing(what: str) -> Iterator[None]:
 def config_of(folder: Path) -> transformers.PretrainedConfig:
     """The configuration in a folder."""
     check_folder(folder)
+    if (folder / adapters.CONFIG).is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter; give the model that it was trained on as base"
+        )
     with refusing(f"{folder}: its configuration is not one that transformers knows"):
         return AutoConfig.from_pretrained(folder, **OFFLINE)
 
@@ -172,7 +170,7 @@ def open_checkpoint(task: TaskFiles, base: BaseFolder) -> Source:
     if heads or config.problem_type in ("regression", "multi_label_classification"):
         raise ValueError(
             f"{who} is {', '.join(heads) or config.problem_type}; only single-label sequence "
-            "classification can be merged here"
+            "classification can be merged here (language models: write kind: language)"
         )
     where = f"{task.expert / 'config.json'}: id2label"
     own = names_in(config.id2label, where, config.label2id)
@@ -282,7 +280,7 @@ def open_expert(task: TaskFiles, base: BaseFolder) -> Source:
 def check_architecture(source: Source, base: BaseFolder) -> None:
     """Raise ValueError where the expert's encoder is not of the base's architecture."""
     who, config = f"expert {source.task.expert}", getattr(source.model, "config", None)
-    for field in DECIDING:
+    for field in headers.DECIDING:
         own, wanted = (getattr(one, field, None) for one in (config, base.config))
         if None not in (own, wanted) and own != wanted and field != "vocab_size":
             raise ValueError(

@@ -1,6 +1,7 @@
 """From a checked plan of language models to an experiment, one expert in memory at a time."""
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -47,7 +48,10 @@ def reader(base: Language, source: LanguageSource) -> Language:
     words = source.reading.tokenizer
     if source.reading.chat:
         words = copy.deepcopy(words)
-        words.backend_tokenizer.post_processor = None
+        if (core := getattr(words, "backend_tokenizer", None)) is not None:
+            core.post_processor = None
+        else:  # one in Python, such as ByT5's
+            words.build_inputs_with_special_tokens = lambda ids, *other: ids
     ends = source.reading.ends
     return replace(base, tokenizer=words, vocabulary=vocabulary_digest(words), ends=ends)
 
@@ -61,6 +65,11 @@ def expert_state(source: LanguageSource, base: Language) -> dict[str, Tensor]:
     model, missing = read_model(kind_of(source.model.config), source.task.expert)
     if missing:
         raise ValueError(f"expert {source.task.expert} lacks {sorted(missing)[:3]}; save it again")
+    own, kept = dict(model.named_buffers()), dict(base.model.named_buffers())
+    for name in own.keys() & kept.keys():
+        if own[name].shape == kept[name].shape and not own[name].equal(kept[name].cpu()):
+            text = f"its {name} is no parameter and differs: the merge keeps the base's"
+            warnings.warn(f"task {source.task.name!r}: {text}", stacklevel=3)
     return {name: tensor.detach().to(base.device) for name, tensor in model.named_parameters()}
 
 
