@@ -45,8 +45,9 @@ def put(zoo, tmp_path):
 
     def written(method: str, weights=({}, {}), base="base", **fields):
         other = {name: fields.pop(name) for name in ("a", "b") if name in fields}
+        other = {n: str(m) if isinstance(m, Path) else m for n, m in other.items()}
         models = [
-            {"model": str(other.get(name, zoo / name)), **({"parameters": w} if w else {})}
+            {"model": other.get(name, str(zoo / name)), **({"parameters": w} if w else {})}
             for name, w in zip(("a", "b"), weights, strict=True)
         ]
         whole = {"merge_method": method, "models": models, **fields}
@@ -315,6 +316,9 @@ def test_folders_of_one_name_are_numbered():
         ("task_arithmetic", BOTH, {"parameters": {"density": 1}}, "weight; got density"),
         ("linear", ({"weight": 1}, {"weight": -1}), {"base": None}, "weights sum to 0 for model"),
         ("ties", BOTH, {"models": [{"model": "a", "layer_range": [0, 1]}]}, "field 'layer_range'"),
+        ("ties", BOTH, {"a": {"model": {"path": "a", "revison": "x"}}}, "has a path and at most a"),
+        ("ties", BOTH, {"a": {"model": {"pat": "a"}}}, "has a path and at most a revision"),
+        ("ties", BOTH, {"dtype": "int8", "out_dtype": "float32"}, "dtype must be one of"),
         ("ties", BOTH, {"models": None, "slices": []}, "give models, or one slice"),
         ("ties", BOTH, {"base": None, "base_model": "~no/a"}, "~ and no user here is called so"),
     ],

@@ -221,7 +221,8 @@ def read_recipe(path: str | os.PathLike) -> tuple[Recipe, torch.dtype | None]:
         if method == "linear" and recipe.value("normalize", name, default=True):
             if abs(sum(float(recipe.value("weight", name, n)) for n in range(len(names)))) < 1e-8:
                 raise ValueError(f"linear: the weights sum to 0 for {name}; give others")
-    dtype = float_dtype(config.out_dtype or config.dtype)
+    inner, outer = float_dtype(config.dtype), float_dtype(config.out_dtype)
+    dtype = outer or inner
     pairs = [(base.dtype, expert.dtype) for _, base, experts in tensors for expert in experts]
     if dtype is None and any(torch.promote_types(*pair) != pair[0] for pair in pairs):
         dtype = float_dtype(reduce(torch.promote_types, chain.from_iterable(pairs)))

@@ -13,6 +13,7 @@ from divmerge_core.checkpoints.safetensors_io import StoredModel, spare
 from divmerge_core.checkpoints.save import FLOATS
 
 WIDE = (torch.float64, *FLOATS.values())
+MODEL = {"model", "path", "revision", "lora", "override_architecture"}  # the last changes nothing
 FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -34,13 +35,15 @@ def place_of(model: Any, beside: Path) -> Path:
     """The folder that `folder_of` looks at."""
     model, revision = typed(model), None
     if isinstance(model, Mapping):
-        if model.get("lora"):
+        inner = model.get("model")
+        facts = {**model, **inner} if isinstance(inner, Mapping) else {"path": inner, **model}
+        if facts.get("lora"):
             raise ValueError(
                 f"{model}: adapters are not read here; merge them into their base first"
             )
-        model = model.get("model", model)
-        if isinstance(model, Mapping):
-            model, revision = model.get("path"), model.get("revision")
+        if not facts.get("path") or set(facts) - MODEL:
+            raise ValueError(f"{model}: a model has a path and at most a revision")
+        model, revision = facts["path"], facts.get("revision")
     for place in (at_home(Path(str(model))), beside / str(model)):
         if place.is_dir():
             return place.resolve()
