@@ -403,6 +403,9 @@ def test_answers_that_max_new_cuts_are_said(home, tmp_path):
     path = changed(home, 0, validation=None, test=str(write_lines(tmp_path / "r.jsonl", rows)))
     (note,) = check(read(path)).notes
     assert "task 'mood': 1 of 2 answers have more tokens than max_new, 4 (up to" in note
+    write_lines(tmp_path / "r.jsonl", [{"prompt": "good", "answer": word} for word in ("ж", "no")])
+    (note,) = check(read(path)).notes
+    assert "1 of 2 answers, such as 'ж', have no word in a-z or 0-9" in note
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import permutations
 from pathlib import Path
 
 import datasets
@@ -28,14 +27,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from divmerge_book.models.language.models import MODELS
-from divmerge_book.models.language.prompts import Prompt, normal
+from divmerge_book.models.language.prompts import Prompt
 from divmerge_book.user_models import adapters, folders
 from divmerge_book.user_models.data import shared
 from divmerge_book.user_models.description import SPLITS, Description, TaskFiles, collect_errors
 from divmerge_book.user_models.folders import BaseFolder, Source, bare_model, config_of, shapes_of
 from divmerge_book.user_models.headers import DECIDING, check_config, check_headers
 from divmerge_book.user_models.hub import fetched
-from divmerge_book.user_models.language_rows import load_prompts
+from divmerge_book.user_models.language_rows import answer_notes, load_prompts
 from divmerge_book.user_models.language_tokens import Reading, Tokens, agreed, ends_in
 from divmerge_core.checkpoints.safetensors_io import StoredModel
 
@@ -208,8 +207,8 @@ def read_rows(
     check_prompts(source, reading, base, description)
     prompt = Prompt(task.name, "{text}", tuple(labels))
     own = {"reading": reading, "prompt": prompt, "score": score_of(task), "labels": labels}
-    source = replace(source, **own)
-    return replace(source, notes=tuple(answer_notes(source, description.max_new))), rows
+    notes = answer_notes(reading, own["score"], labels, description.max_new)
+    return replace(source, notes=tuple(notes), **own), rows
 
 
 def score_of(task: TaskFiles) -> str:
@@ -221,26 +220,6 @@ def score_of(task: TaskFiles) -> str:
             f"{'without' if task.labels else 'with'} labels; exact is for both"
         )
     return score
-
-
-def answer_notes(source: LanguageSource, most: int) -> list[str]:
-    """A note on answers that max_new cuts. Raises ValueError for a label that could never win."""
-    who, own, score = f"task {source.task.name!r}", source.reading, source.score
-    ended = own.chat or all(text[-1].isspace() for text in own.prompts)
-    words = [word if ended else f" {word}" for word in own.said]
-    ids = own.tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
-    for (one, short), (other, long) in permutations(zip(source.labels, ids, strict=False), 2):
-        how, same = "is, but for case and marks,", normal(one) == normal(other)
-        if score == "likelihood":  # which counts no end
-            how, same = "begins with the tokens of", short == long[: len(short)]
-        if same:
-            raise ValueError(
-                f"{who}: the label {other!r} {how} {one!r}, so that it never wins by score "
-                f"{score!r}; take the other score, or other labels"
-            )
-    cut = [len(one) for one in ids if len(one) > most and score != "likelihood"]
-    text = f"{who}: {len(cut)} of {len(ids)} answers have more tokens than max_new, {most}"
-    return [f"{text} (up to {max(cut)}), where written ones end"] if cut else []
 
 
 def check_prompts(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 
 import datasets
 import numpy as np
@@ -9,8 +10,11 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from divmerge_book.data.tasks import quiet
+from divmerge_book.evaluation.language_scoring import rouge1
+from divmerge_book.models.language.prompts import normal
 from divmerge_book.user_models.data import read_table, require, require_whole, texts
 from divmerge_book.user_models.description import TaskFiles
+from divmerge_book.user_models.language_tokens import Reading
 
 CURE = "Name columns in the description: columns: {prompt: ..., answer: ...} or {messages: ...}"
 
@@ -122,3 +126,27 @@ def load_prompts(
             columns = {"text": asked, "label": [task.labels.index(word) for word in words]}
     with quiet():
         return datasets.Dataset.from_dict(columns), chat
+
+
+def answer_notes(own: Reading, score: str, labels: Sequence[str], most: int) -> list[str]:
+    """Notes on answers that never score. Raises ValueError for a label that could never win."""
+    who, ended = f"task {own.task!r}", own.chat or all(text[-1].isspace() for text in own.prompts)
+    words = [word if ended else f" {word}" for word in own.said]
+    ids = own.tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
+    for (one, short), (other, long) in permutations(zip(labels, ids, strict=False), 2):
+        how, same = "is, but for case and marks,", normal(one) == normal(other)
+        if score == "likelihood":  # which counts no end
+            how, same = "begins with the tokens of", short == long[: len(short)]
+        if same:
+            raise ValueError(
+                f"{who}: the label {other!r} {how} {one!r}, so that it never wins by score "
+                f"{score!r}; take the other score, or other labels"
+            )
+    cut = [len(one) for one in ids if len(one) > most and score != "likelihood"]
+    text = f"{who}: {len(cut)} of {len(ids)} answers have more tokens than max_new, {most}"
+    found = [f"{text} (up to {max(cut)}), where written ones end"] if cut else []
+    alone = rouge1(own.said, own.said) if score == "rouge1" else []
+    if blind := [one for one, grade in zip(own.said, alone, strict=False) if not grade]:
+        text = f"{who}: {len(blind)} of {len(ids)} answers, such as {blind[0][:20]!r}, have no word"
+        found.append(f"{text} in a-z or 0-9, which are all that rouge1 reads: take score: exact")
+    return found
