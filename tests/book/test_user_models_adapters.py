@@ -107,6 +107,7 @@ def test_resized_tables_of_a_tied_base_are_one(tied, cache):
         ({"modules_to_save": ["score", "lm_head"]}, ["names 'lm_head', and it holds nothing of"]),
         ({"trainable_token_indices": [3]}, ["trainable_token_indices=[3]"]),
         ({"shapes": {"model.layers.7.x": (32, 32)}}, ["layers.7", "another model"]),
+        ({"shapes": {"model.layers.0.mlp.experts.0.w1": (8, 32)}}, ["or on experts that are one"]),
         ({"shapes": {QUERY: (32, 16)}}, ["[32, 32]", "another model"]),
         ({"shapes": {HEAD: (316, 32)}}, ["factors for lm_head.weight, which is tied"]),
     ],

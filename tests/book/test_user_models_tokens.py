@@ -207,3 +207,11 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused(tmp_path):
     project = make_language_project(tmp_path)
     added(*(f"<{n}>" for n in range(9))).save_pretrained(tmp_path / "experts" / "mood")
     refused(project, "knows 319 tokens, its expert has rows for 316")
+
+
+@pytest.mark.parametrize("folder, words", [("base", "base /"), ("experts/mood", "task 'mood'")])
+def test_a_tokenizer_without_eos_is_refused(tmp_path, folder, words):
+    project, own = make_language_project(tmp_path), tokenizer()
+    own.eos_token = None
+    own.save_pretrained(tmp_path / folder)
+    refused(project, words, "its tokenizer has no EOS token")

@@ -28,6 +28,7 @@ SILENT = {
 # Values that leave the base as it is, of fields for which more than "empty" does.
 PLAIN = {"bias": ("none",)}
 PLAIN["init_lora_weights"] = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+MIXED = ", or on experts that are one tensor here: merge it by PEFT and give the whole model"
 LORA = re.compile(r"\.lora_(?:embedding_)?([AB])(\.default)?(\.weight)?$")
 
 
@@ -241,7 +242,7 @@ def adapter_of(folder: Path, model: nn.Module) -> Adapter:
             raise ValueError(
                 f"{path}: factors {list(one)} and {list(other)} for {name}.weight, which has shape "
                 f"{list(shapes.get(f'{name}.weight', ()))} in this base; the adapter was trained "
-                "on another model"
+                f"on another model{MIXED * ('.experts.' in name)}"
             )
         scale = scale_of(config, name, one[1], path.parent / CONFIG)
         factors[f"{name}.weight"] = Factors(left, right, scale, transposed)

@@ -117,6 +117,10 @@ def open_base(description: Description) -> tuple[BaseFolder, nn.Module, list[str
     notes = check_files(f"base {folder}", folder, model)
     if tokenizer is None:
         raise ValueError(f"base {folder} has no tokenizer; save the base's own beside its weights")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"base {folder}: its tokenizer has no EOS token; save it with its eos_token"
+        )
     return BaseFolder(name, folder, config, tokenizer, shapes_of(model)), model, notes
 
 
