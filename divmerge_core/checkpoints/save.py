@@ -31,7 +31,8 @@ SHARD_BYTES = 10**9
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BESIDE = (  # what a base's folder has besides its weights and its config
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
-    *("*.model", "*.jinja", "generation_config.json", "preprocessor_config.json", "*.py"),
+    *("*.model", "*.spm", "*.codes", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja"),
+    *("chat_template.json", "generation_config.json", "*processor_config.json", "*.py"),
     *("LICENSE*", "NOTICE*"),
 )
 
@@ -183,7 +184,9 @@ def copy_beside(base: Path, folder: Path, dtype: torch.dtype | None, *, headless
     for pattern in BESIDE:
         for file in base.glob(pattern):
             if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+                place = folder / file.relative_to(base)
+                place.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, place)
     config = json.loads((base / "config.json").read_text("utf-8"))
     for name in ("architectures", "num_labels", "id2label", "label2id") if headless else ():
         config.pop(name, None)

@@ -277,6 +277,17 @@ def test_tokens_are_not_matched_and_no_model_stands_twice(zoo, put, tmp_path):
         read_recipe(put("ties", BOTH, a=zoo / "b"))
 
 
+def test_all_that_tokenizers_read_goes_along(zoo, put, tmp_path):
+    base = altered(zoo, tmp_path, "base")
+    (base / "additional_chat_templates").mkdir()
+    names = ["source.spm", "bpe.codes", "qwen.tiktoken", "processor_config.json", "LICENSE.txt"]
+    for name in (*names, "chat_template.json", "additional_chat_templates/tool.jinja"):
+        (base / name).write_text(name)
+    out = merge_config(put("ties", BOTH, base=base), tmp_path / "out")
+    assert (out / "additional_chat_templates" / "tool.jinja").is_file()
+    assert all((out / name).read_text() == name for name in (*names, "chat_template.json"))
+
+
 def test_folders_of_one_name_are_numbered():
     assert named([Path("x/a"), Path("y/a"), Path("a-1")]) == ("a-1", "a-2", "a-1-3")
 

@@ -10,11 +10,11 @@ import torch
 
 from divmerge_book.data.schema import at_home, typed
 from divmerge_core.checkpoints.safetensors_io import StoredModel, spare
-from divmerge_core.checkpoints.save import FLOATS
+from divmerge_core.checkpoints.save import BESIDE, FLOATS
 
 WIDE = (torch.float64, *FLOATS.values())
 MODEL = {"model", "path", "revision", "lora", "override_architecture"}  # the last changes nothing
-FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+FILES = ["*.json", "*.safetensors", "*.txt", *BESIDE]
 
 
 def folder_of(model: Any, beside: Path) -> Path:
