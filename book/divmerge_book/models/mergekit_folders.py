@@ -62,9 +62,16 @@ def place_of(model: Any, beside: Path) -> Path:
 
 def named(folders: Sequence[Path]) -> tuple[str, ...]:
     """A name for every folder: its own, or with a number where two have the same."""
-    names = [folder.name for folder in folders]
+    names = [hub_name(folder).rpartition("/")[2] for folder in folders]
     alone = len(set(names)) == len(names)
     return tuple(name if alone else f"{name}-{n}" for n, name in enumerate(names, 1))
+
+
+def hub_name(folder: Path) -> str:
+    """A folder's name; in the hub's cache, where that is a revision, the model's on the hub."""
+    if folder.parent.name != "snapshots":
+        return folder.name
+    return folder.parents[1].name.removeprefix("models--").replace("--", "/")
 
 
 def require_whole(models: Sequence[StoredModel]) -> None:
