@@ -207,16 +207,19 @@ def test_numbers_are_as_wide_as_the_widest_model_unless_the_file_says(zoo, put, 
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
 
 
-def test_a_revision_beside_a_path_is_asked_of_the_hub(zoo, put, monkeypatch):
+def test_a_revision_beside_a_path_is_asked_of_the_hub(zoo, put, tmp_path, monkeypatch):
     asked = []
 
     def download(name, revision, **_):
         asked.append((name, revision))
-        return str(zoo / "base")
+        return str(cached)
 
+    cached = tmp_path / "models--x--y" / "snapshots" / "0a1b"
+    shutil.copytree(zoo / "base", cached)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     for model in ({"model": {"path": "x/y", "revision": "v1"}}, "x/y@v1"):
-        read_recipe(put("ties", BOTH, base=None, base_model=model))
+        recipe, _ = read_recipe(put("ties", BOTH, base=None, base_model=model))
+        assert recipe.record.base_name == "x/y"
     assert asked == [("x/y", "v1")] * 2
 
 
@@ -288,7 +291,9 @@ def test_all_that_tokenizers_read_goes_along(zoo, put, tmp_path):
     assert all((out / name).read_text() == name for name in (*names, "chat_template.json"))
 
 
-def test_folders_of_one_name_are_numbered():
+def test_folders_of_one_name_are_numbered_and_those_of_the_cache_called_as_on_the_hub():
+    cached = [Path(f"hub/models--x--{name}/snapshots/0a1b") for name in "ab"]
+    assert named(cached) == ("a", "b")
     assert named([Path("x/a"), Path("y/a"), Path("a-1")]) == ("a-1", "a-2", "a-1-3")
 
 

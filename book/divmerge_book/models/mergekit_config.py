@@ -13,7 +13,13 @@ from typing import Any
 import torch
 
 from divmerge_book.data.schema import Fields, read_file, typed
-from divmerge_book.models.mergekit_folders import folder_of, named, require_one_kind, require_whole
+from divmerge_book.models.mergekit_folders import (
+    folder_of,
+    hub_name,
+    named,
+    require_one_kind,
+    require_whole,
+)
 from divmerge_core.checkpoints import MergeRecord
 from divmerge_core.checkpoints.safetensors_io import StoredModel, read_config
 from divmerge_core.checkpoints.save import float_dtype
@@ -204,6 +210,7 @@ def read_recipe(path: str | os.PathLike) -> tuple[Recipe, torch.dtype | None]:
         method=method,
         tasks=names,
         base=base or folders[0],
+        base_name=hub_name(base or folders[0]),
         experts=dict(zip(names, folders, strict=True)),
         options={**common[1], **of_slice}
         | {f"of {n}": s for n, s in zip(names, settings, strict=True) if s},
