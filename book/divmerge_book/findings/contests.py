@@ -57,8 +57,8 @@ def by_task(report: Report, subset: str, ours: str, other: str) -> str:
     means, said = gains.mean().sort_values(), []
     for task, mean in means.items():
         own = gains.get_group(task)
-        ends = f" ({own.min():+.0f} to {own.max():+.0f})" if len(own) > 1 else ""
-        said.append(f"`{task}` {mean:+.0f}{ends}")
+        ends = f" ({round(own.min()):+d} to {round(own.max()):+d})" if len(own) > 1 else ""
+        said.append(f"`{task}` {round(mean):+d}{ends}")
     behind = listed([f"`{task}`" for task in means.index[means < 0]], "no task")
     experts = found[found.method == "expert"].groupby("task")[["value", "floor"]].mean()
     least = (100 * (experts.value - experts.floor)).nsmallest(2)
