@@ -338,7 +338,7 @@ def test_an_empty_answer_of_a_chat_is_no_turn(tmp_path):
 
 def test_no_template_of_the_base_stays_beside_the_experts_own(tmp_path):
     project, own = make_language_project(tmp_path, **dict.fromkeys(ROWS)), tokenizer()
-    own.chat_template = TEMPLATE
+    own.chat_template = {"default": TEMPLATE, "tools": TEMPLATE}
     own.save_pretrained(tmp_path / "base")
     for name in PROMPTS:  # in the file where older versions of transformers put it
         path = tmp_path / "experts" / name / "tokenizer_config.json"

@@ -34,9 +34,10 @@ from divmerge_core.checkpoints.save import (
 from divmerge_core.checkpoints.tensor_sources import finite, in_memory
 from divmerge_core.storage import dump_json, fresh_folder, sha256
 
-TOKENS = (  # files of a tokenizer; templates of several names are in a folder and written anew
+TOKENS = (  # files of a tokenizer; templates of several names are written anew
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
-    *("*.model", "chat_template.jinja"),
+    *("*.model", "*.spm", "*.codes", "*.tiktoken", "chat_template.jinja"),
+    "additional_chat_templates/*.jinja",
 )
 
 
