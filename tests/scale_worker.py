@@ -14,11 +14,9 @@ from divmerge_book.runner.fsdp import Shards, WeightSource, sharded_problem
 from divmerge_book.runner.process_group import ProcessGroup, process_group
 from torch import Tensor, nn
 
+from divmerge_core import Coefficients, TaskVectors, fit_coefficients
 from divmerge_core.divergences import js
-from divmerge_core.merging.coefficients import Coefficients
-from divmerge_core.merging.fit import fit_coefficients
 from divmerge_core.merging.problem import Batch, Forward, MergeProblem
-from divmerge_core.merging.task_vectors import TaskVectors
 
 TASKS = ("one", "two", "three")
 # Odd sizes: no axis of these but the heads' is a multiple of two.

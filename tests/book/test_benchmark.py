@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 import torch
 from divmerge_book.evaluation import benchmark, experiment, hyperparameter_search
-from divmerge_book.evaluation.benchmark import ALL_METHODS, compare, every_method
 from divmerge_book.evaluation.experiment import SIZES
 from divmerge_book.evaluation.hyperparameter_search import Merges, candidates, search
 from divmerge_book.figures.baselines import benchmark_table, summary
@@ -39,7 +38,7 @@ def toy_size(monkeypatch, **changes) -> None:
 
 
 def run(*methods: str, **options):
-    return compare("toy", size="toy", methods=list(methods), **options)
+    return benchmark.compare("toy", size="toy", methods=list(methods), **options)
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +47,11 @@ def few_rows(fresh, monkeypatch):
 
 
 def test_every_method_predicts_the_same_rows_and_a_second_comparison_runs_nothing(monkeypatch):
-    report = compare("toy", size="toy", points=2, device="auto")
-    assert set(report.rows.method) == {"expert", "base", *ALL_METHODS}
+    report = benchmark.compare("toy", size="toy", points=2, device="auto")
+    assert set(report.rows.method) == {"expert", "base", *benchmark.ALL_METHODS}
     assert set(report.rows.subset) == {"mood+place"}
     for _, rows in report.rows.groupby("task"):
-        assert rows.gold.map(tuple).nunique() == 1 and len(rows) == 2 + len(ALL_METHODS)
+        assert rows.gold.map(tuple).nunique() == 1 and len(rows) == 2 + len(benchmark.ALL_METHODS)
     table = report.intervals(draws=50).set_index("method")
     assert table.value["expert"] == 1 and table.value.notna().all()
 
@@ -75,7 +74,7 @@ def test_every_method_predicts_the_same_rows_and_a_second_comparison_runs_nothin
 
     monkeypatch.setattr(hyperparameter_search, "run_method", forbid)
     monkeypatch.setattr(finetuning, "train", forbid)
-    second = compare("toy", size="toy", points=2)
+    second = benchmark.compare("toy", size="toy", points=2)
     pd.testing.assert_frame_equal(report.rows, second.rows)
     assert report.fits == second.fits
 
@@ -258,7 +257,7 @@ def test_a_new_method_is_compared_and_tabled_by_itself(monkeypatch):
     facts["search"] = ({"share": 0.5}, {"share": 0.4})
     monkeypatch.setitem(METHODS, "halfway", halfway)
     monkeypatch.setitem(METHODS.facts, "halfway", facts)
-    assert "halfway" in every_method()
+    assert "halfway" in benchmark.every_method()
     report = run("average", "halfway", budget=6, published=True)
     table = benchmark_table(summary(report, "mood+place"))
     assert table.loc[("no data", "halfway"), "tried"] == "2"
@@ -267,11 +266,11 @@ def test_a_new_method_is_compared_and_tabled_by_itself(monkeypatch):
 def test_a_method_whose_requirements_a_suite_does_not_meet_is_refused_or_left_out():
     assert benchmark.takes("slerp", 2) and not benchmark.takes("slerp", 3)
     with pytest.raises(ValueError, match=r"slerp merges exactly 2 experts, here are \[8\]"):
-        compare("embedded", methods=["average", "slerp"])
+        benchmark.compare("embedded", methods=["average", "slerp"])
     assert set(run("slerp").rows.method) == {"expert", "base", "slerp"}
     with pytest.raises(ValueError, match="logits_fusion needs a second, larger base"):
-        compare("embedded", methods=["logits_fusion"])
-    assert {parse(spec)[0] for spec in ALL_METHODS} <= set(METHODS)
+        benchmark.compare("embedded", methods=["logits_fusion"])
+    assert {parse(spec)[0] for spec in benchmark.ALL_METHODS} <= set(METHODS)
 
 
 def test_costs_stand_beside_the_predictions(monkeypatch):

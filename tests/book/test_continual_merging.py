@@ -5,13 +5,8 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
-from divmerge_book.studies.continual_merging import (
-    BATCH,
-    backward_transfer,
-    continual_merging,
-    merged_models,
-    orders,
-)
+from divmerge_book.studies import continual_merging as module
+from divmerge_book.studies.continual_merging import BATCH, backward_transfer, merged_models, orders
 from helpers import experiment_of, linear_problem
 from torch.testing import assert_close
 
@@ -39,13 +34,13 @@ def test_identical_experts_are_never_forgotten(tiny, cache):
     problem = linear_problem()
     same = problem.vectors.map(lambda deltas: deltas[:1].repeat(3, 1))
     experiment = experiment_of(replace(problem, vectors=same), tiny)
-    found = backward_transfer(continual_merging(experiment, count=3)).set_index("method")
+    found = backward_transfer(module.continual_merging(experiment, count=3)).set_index("method")
     average = found.loc["running_average"]
     assert (average.bwt == 0).all() and (average[["acc", "ratio"]] == 1).all(axis=None)
 
 
 def test_the_table_follows_every_order_and_sums_forget_it_in_the_end(linear):
-    table = continual_merging(linear, count=3)
+    table = module.continual_merging(linear, count=3)
     some = table[(table.method == "opcm") & (table.order == 1)]
     assert list(some.groupby("arrived").task.nunique()) == [1, 2, 3, 4]
     assert tuple(some[some.arrived == 4].task) == orders(linear.problem.vectors.tasks, 3)[1]

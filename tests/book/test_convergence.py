@@ -1,6 +1,5 @@
 """Optimizers of Lambda: what is counted, and where each meets the target."""
 
-import matplotlib.pyplot as plt
 import pytest
 from divmerge_book.evaluation.stored_tables import ResultTable, load, save
 from divmerge_book.figures import protocol as draw
@@ -35,7 +34,7 @@ def test_passes_and_inputs_are_counted(found):
     assert (courses.groupby("optimizer").seconds.diff().dropna() >= 0).all()
 
 
-def test_the_target_is_adams_last_loss(found, tmp_path):
+def test_the_target_is_adams_last_loss(ax, found, tmp_path):
     measured = with_scores(ResultTable(found, {"seeds": [0]}, "this run"))
     courses, ends = measured["courses"], measured["ends"]
     adam = ends.set_index("optimizer").loc["adam"]
@@ -45,5 +44,5 @@ def test_the_target_is_adams_last_loss(found, tmp_path):
     assert met.passes.notna().all() and ends[ends.reached > ends.target].passes.isna().all()
     save(tmp_path / "ends.json", {"ends": ends}, seeds=[0])  # missing numbers survive it
     assert load(tmp_path / "ends.json")[0]["ends"].passes.isna().sum() == ends.passes.isna().sum()
-    ax = draw.convergence(plt.figure().gca(), courses, adam.target)
+    draw.convergence(ax, courses, adam.target)
     assert len(ax.get_lines()) == len(OPTIMIZERS) + 1

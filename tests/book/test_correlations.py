@@ -6,14 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from divmerge_book.evaluation.statistics import CORRELATIONS
-from divmerge_book.studies.correlations import (
-    by_task,
-    others,
-    over_tasks,
-    own_point_alone,
-    relabelled_p,
-    within_p,
-)
+from divmerge_book.studies import correlations
+from divmerge_book.studies.correlations import by_task, others, over_tasks, relabelled_p, within_p
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -24,7 +18,7 @@ CLOSENESS, ACCURACY = noise(5, 5), noise(5, 5, seed=1)
 
 
 def test_the_point_alone_is_worked_out_over_all_orders_of_the_others():
-    found, rest = own_point_alone(CLOSENESS, ACCURACY, "pearson"), [0, 1, 3, 4]
+    found, rest = correlations.own_point_alone(CLOSENESS, ACCURACY, "pearson"), [0, 1, 3, 4]
     x, own = CLOSENESS[2, [2, *rest]], ACCURACY[2]
     expected = [np.corrcoef(x, [own[2], *own[list(order)]])[0, 1] for order in permutations(rest)]
     np.testing.assert_allclose(sorted(found[2]), sorted(expected))

@@ -5,19 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from divmerge_book.studies.corrupted_experts import (
-    CORRUPTIONS,
-    NOISE,
-    auc,
-    contaminate,
-    corrupted_pools,
-    cosine,
-    leave_one_out,
-    norm,
-    policy,
-    shuffled,
-    subset_score,
-)
+from divmerge_book.studies import corrupted_experts as corruption
+from divmerge_book.studies.corrupted_experts import CORRUPTIONS, NOISE, auc, contaminate, cosine
 from divmerge_book.studies.evaluator import accuracies
 from helpers import linear_experiment, linear_problem
 from torch.testing import assert_close
@@ -75,7 +64,7 @@ def test_a_corrupted_expert_uses_the_head_that_it_claims(linear, strangers):
 
 def test_a_pool_is_scored_on_honest_tasks_and_every_subset_once(linear, strangers):
     pool = contaminate(linear, "noise", 0.5, strangers=strangers)
-    score, chosen = subset_score(pool), tuple((~pool.bad).tolist())
+    score, chosen = corruption.subset_score(pool), tuple((~pool.bad).tolist())
     average = METHODS["average"](linear.problem)
     assert_close(pool.average(chosen), average)
     expected = sum(accuracies(linear, average)) / 4  # experts get all right; rows are the same
@@ -101,7 +90,7 @@ def test_cosines_and_norms_against_the_others():
         others = deltas[[n for n in range(5) if n != number]].mean(0)
         assert_close(found, torch.cosine_similarity(deltas[number], others, dim=0))
     norms = torch.tensor([1.0, 1.0, 1.0, 3.0, 0.25], dtype=torch.float64)
-    assert_close(norm(norms.diag()), -torch.tensor([1.0, 1, 1, 3, 4]).double().log())
+    assert_close(corruption.norm(norms.diag()), -torch.tensor([1.0, 1, 1, 3, 4]).double().log())
 
 
 def test_leaving_one_out_scores_once_all_and_once_each():
@@ -111,7 +100,7 @@ def test_leaving_one_out_scores_once_all_and_once_each():
         calls.append(chosen)
         return float(worth[list(chosen)].sum())
 
-    assert_close(leave_one_out(score, 5), worth.double())
+    assert_close(corruption.leave_one_out(score, 5), worth.double())
     assert len(calls) == 6
 
 
@@ -122,16 +111,16 @@ def test_the_policy_learns_which_experts_are_honest(linear, strangers):
     def score(chosen: tuple[bool, ...]) -> float:
         return sum((1 if g else -1) for g, c in zip(good, chosen, strict=True) if c) / 8
 
-    trust, chosen, rewards = policy(pool, score, steps=150, seed=0)
+    trust, chosen, rewards = corruption.policy(pool, score, steps=150, seed=0)
     assert chosen == good and auc(trust, pool.bad) == 1 and len(rewards) == 150
-    control = shuffled(rewards, 0)
+    control = corruption.shuffled(rewards, 0)
     found = [control([True]) for _ in rewards]
     assert sorted(found) == sorted(rewards) and found != rewards
 
 
 def test_pools_compare_every_detection(linear):
     other = linear_experiment(linear.base, 4, digest="other", seed=1)
-    table = corrupted_pools({0: (linear, other)}, shares=(0.0, 0.4), steps=5)
+    table = corruption.corrupted_pools({0: (linear, other)}, shares=(0.0, 0.4), steps=5)
     assert set(table.kind) == {"none", *CORRUPTIONS}
     methods = {"all", "oracle", "cosine", "norm", "leave_one_out", "policy", "shuffled"}
     assert all(set(some.method) == methods for _, some in table.groupby("kind"))

@@ -2,9 +2,8 @@
 
 import pandas as pd
 import pytest
-from divmerge_book import figures
+from divmerge_book import Report, figures
 from divmerge_book.evaluation.benchmark import every_method
-from divmerge_book.evaluation.report import Report
 from divmerge_book.figures import baselines as draw
 from matplotlib.figure import Figure
 

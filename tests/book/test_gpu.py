@@ -6,10 +6,8 @@ import time
 from dataclasses import replace
 
 import pytest
+from divmerge_book import SIZES, Recipe, Report
 from divmerge_book.evaluation import stored_tables
-from divmerge_book.evaluation.report import Report
-from divmerge_book.evaluation.sizes import SIZES
-from divmerge_book.models.finetuning import Recipe
 from divmerge_book.runner import gpu
 
 from divmerge_core.registry import Registry

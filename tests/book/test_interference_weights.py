@@ -2,18 +2,8 @@
 
 import pytest
 import torch
-from divmerge_book.interference.weights import (
-    by_group,
-    columns,
-    cosine,
-    decay_only,
-    grouped,
-    magnitude_overlap,
-    mean_with_others,
-    norms_by_group,
-    sign_conflict,
-    trained,
-)
+from divmerge_book.interference import weights
+from divmerge_book.interference.weights import by_group, cosine, magnitude_overlap, sign_conflict
 from helpers import linear_problem, normal
 from torch.testing import assert_close
 
@@ -91,14 +81,14 @@ def word_vectors(*rows: list[list[float]]) -> TaskVectors:
 def test_rows_that_only_shrank_or_stood_still_are_untouched():
     decay = [[-0.2, -0.2], [0.5, 0.1], [0.0, 0.0]]  # decayed; learned; unchanged
     grown = [[0.2, 0.2], [-0.1, 0.1], [0.0, -0.3]]  # grown, not decay_only; decayed; decayed
-    mark = decay_only(word_vectors(decay, grown))
+    mark = weights.decay_only(word_vectors(decay, grown))
     rows = mark.unflatten(1, (2, 3, 2))
     assert rows[0, 0].all(dim=1).tolist() == [True, False, True]
     assert rows[1, 0].all(dim=1).tolist() == [False, True, True]
     assert torch.equal(rows.all(dim=3), rows.any(dim=3)), "a row is marked as a whole"
     assert not mark[:, 6:].any(), "a linear layer has no words"
     small = word_vectors([[-0.002, -0.002], [0.5, 0.1], [0.0, 0.0]])
-    assert_close(trained(small).norms(), small.norms(), rtol=1e-4, atol=0)
+    assert_close(weights.trained(small).norms(), small.norms(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("lr", [1e-4, 5e-4])
@@ -115,11 +105,11 @@ def test_weight_decay_in_float32_is_found_and_leaves_nothing_to_conflict(lr):
         theta[20 * task : 20 * task + 20] += change
         experts.append((theta - base).flatten())
     vectors = TaskVectors(layout, ("a", "b"), base.flatten(), torch.stack(experts))
-    mark = decay_only(vectors).unflatten(1, (200, 64)).all(dim=2)
+    mark = weights.decay_only(vectors).unflatten(1, (200, 64)).all(dim=2)
     assert mark.sum(dim=1).tolist() == [180, 180]
     assert not mark[0, :20].any() and not mark[1, 20:40].any()
     assert sign_conflict(vectors.deltas)[0, 1] < 0.2, "decay agrees with itself"
-    assert sign_conflict(trained(vectors).deltas)[0, 1] == 0, "no word was learned by both"
+    assert sign_conflict(weights.trained(vectors).deltas)[0, 1] == 0, "no word was learned by both"
 
 
 def test_places_are_depth_and_kind_in_the_order_of_the_layout():
@@ -134,7 +124,7 @@ def test_places_are_depth_and_kind_in_the_order_of_the_layout():
         "model.layers.3.mlp.up_proj.weight": "model.layers.3 MLP",
         "pooler.weight": "pooler other",
     }
-    names, numbers = grouped(Layout(tuple(named), ((1,),) * len(named)), "place")
+    names, numbers = weights.grouped(Layout(tuple(named), ((1,),) * len(named)), "place")
     assert [names[number] for number in numbers] == list(named.values())
     assert names == tuple(dict.fromkeys(named.values()))
 
@@ -142,15 +132,15 @@ def test_places_are_depth_and_kind_in_the_order_of_the_layout():
 @pytest.mark.parametrize("grouping", [*GROUPINGS, "place"])
 def test_squared_norms_and_inner_products_of_the_groups_add_up_to_the_whole(grouping):
     vectors = linear_problem().vectors
-    angles, norms = by_group(cosine, vectors, grouping), norms_by_group(vectors, grouping)
-    assert norms.shape == (3, len(columns(vectors.layout, grouping)))
+    angles, norms = by_group(cosine, vectors, grouping), weights.norms_by_group(vectors, grouping)
+    assert norms.shape == (3, len(weights.columns(vectors.layout, grouping)))
     inner = (angles * norms.T[:, :, None] * norms.T[:, None, :]).sum(dim=0)
     assert_close(inner, vectors.deltas @ vectors.deltas.T)
 
 
 def test_an_unknown_grouping_is_refused_with_the_choices():
     with pytest.raises(UnknownName, match="blok.*choose one of.*block"):
-        norms_by_group(linear_problem().vectors, "blok")
+        weights.norms_by_group(linear_problem().vectors, "blok")
 
 
 def test_norms_of_millions_of_parameters_are_exact_to_six_digits():
@@ -158,13 +148,13 @@ def test_norms_of_millions_of_parameters_are_exact_to_six_digits():
     deltas = 1e-3 * torch.randn(1, size, generator=torch.Generator().manual_seed(0))
     vectors = TaskVectors(Layout(("w",), ((size,),)), ("a",), torch.zeros(size), deltas)
     exact = deltas.double().norm().float()
-    assert_close(norms_by_group(vectors, "task")[0, 0], exact, rtol=1e-6, atol=0)
+    assert_close(weights.norms_by_group(vectors, "task")[0, 0], exact, rtol=1e-6, atol=0)
 
 
 @pairwise
 def test_a_measure_by_group_is_the_measure_of_what_stands_in_the_group(function):
     vectors = linear_problem().vectors
-    found, groups = by_group(function, vectors, "block"), columns(vectors.layout, "block")
+    found, groups = by_group(function, vectors, "block"), weights.columns(vectors.layout, "block")
     assert [name for name, _ in groups] == list(groups_of(vectors.layout, "block")[0])
     for values, (_, slices) in zip(found, groups, strict=True):
         parts = torch.cat([vectors.deltas[:, place] for place in slices], dim=1)
@@ -174,6 +164,6 @@ def test_a_measure_by_group_is_the_measure_of_what_stands_in_the_group(function)
 
 def test_the_mean_with_others_leaves_the_task_itself_out():
     pairs = torch.tensor([[9.0, 1.0, 2.0], [1.0, 9.0, 3.0], [2.0, 3.0, 9.0]])
-    assert_close(mean_with_others(pairs), torch.tensor([1.5, 2.0, 2.5]))
+    assert_close(weights.mean_with_others(pairs), torch.tensor([1.5, 2.0, 2.5]))
     with pytest.raises(ValueError, match="two tasks or more"):
-        mean_with_others(pairs[:1, :1])
+        weights.mean_with_others(pairs[:1, :1])

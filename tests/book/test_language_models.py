@@ -4,13 +4,9 @@ import json
 import shutil
 
 import pytest
+from divmerge_book.models.language import models
 from divmerge_book.models.language.forward import Parts
-from divmerge_book.models.language.models import (
-    MODELS,
-    check_tensors,
-    load_language,
-    vocabulary_digest,
-)
+from divmerge_book.models.language.models import MODELS, load_language, vocabulary_digest
 from divmerge_book.models.language.training import trained
 from language_toys import save_model, tokenizer
 
@@ -81,4 +77,4 @@ def test_the_upper_blocks_are_what_they_say(llama, qwen):
 
 def test_other_tensors_than_the_bases_are_refused(llama, qwen):
     with pytest.raises(ValueError, match=r"expert differs from .* in \['lm_head.weight'"):
-        check_tensors(llama, qwen.state, "expert")
+        models.check_tensors(llama, qwen.state, "expert")

@@ -12,7 +12,6 @@ from divmerge_book.models.language.finetuning import language_expert, load_langu
 from divmerge_book.models.language.forward import Parts
 from divmerge_book.models.language.models import load_language
 from divmerge_book.models.language.reading import collate
-from divmerge_book.models.language.training import fine_tuned, losses
 from language_toys import RECIPE, save_model
 
 PAIRS = [((5, 6, 7 + n), (8, 9, 0)) if n % 2 else ((4, n), (n, 0)) for n in range(1, 13)]
@@ -33,15 +32,15 @@ def killed(path, llama, monkeypatch, pairs=PAIRS, recipe=RECIPE, seed=0) -> None
     with monkeypatch.context() as patch:
         patch.setattr(module, "save", save_and_die)
         with pytest.raises(KeyboardInterrupt):
-            fine_tuned(llama, pairs, recipe, seed=seed, checkpoint=path, progress=False)
+            module.fine_tuned(llama, pairs, recipe, seed=seed, checkpoint=path, progress=False)
 
 
 def test_a_killed_training_resumes_to_the_same_weights(llama, tmp_path, monkeypatch):
     path, steps = tmp_path / "training.pt", []
-    whole = fine_tuned(llama, PAIRS, RECIPE, progress=False)
+    whole = module.fine_tuned(llama, PAIRS, RECIPE, progress=False)
     killed(path, llama, monkeypatch)
     monkeypatch.setattr(finetuning, "rate", lambda *given: steps.append(given[0]) or rate(*given))
-    resumed = fine_tuned(llama, PAIRS, RECIPE, checkpoint=path, progress=False)
+    resumed = module.fine_tuned(llama, PAIRS, RECIPE, checkpoint=path, progress=False)
     assert steps == [2]  # of three: the first two are not taken again
     assert not path.exists() and equal(resumed, whole)
 
@@ -57,7 +56,7 @@ def test_a_checkpoint_of_another_training_is_refused(llama, tmp_path, monkeypatc
         "seed": {"seed": 1},
     }.get(changed, {})
     with pytest.raises(ValueError, match="another training; delete it"):
-        fine_tuned(base, **other, checkpoint=path, progress=False)
+        module.fine_tuned(base, **other, checkpoint=path, progress=False)
 
 
 def test_the_loss_is_on_answers_alone(llama):
@@ -70,28 +69,28 @@ def test_the_loss_is_on_answers_alone(llama):
     labels[:, 1:] = torch.where(batch.answer, ids[:, 1:], -100)
     with torch.no_grad():
         slow = llama.model(**whole.inputs, labels=labels).loss
-        (fast,) = losses(llama, llama.model, Parts.of(llama.model), pairs, RECIPE)
+        (fast,) = module.losses(llama, llama.model, Parts.of(llama.model), pairs, RECIPE)
     torch.testing.assert_close(fast, slow)
 
 
 def test_parts_of_a_batch_add_up_to_it(llama):
     parts = Parts.of(llama.model)
     with torch.no_grad():
-        (whole,) = losses(llama, llama.model, parts, PAIRS[:7], RECIPE)
-        few = list(losses(llama, llama.model, parts, PAIRS[:7], replace(RECIPE, micro=3)))
+        (whole,) = module.losses(llama, llama.model, parts, PAIRS[:7], RECIPE)
+        few = list(module.losses(llama, llama.model, parts, PAIRS[:7], replace(RECIPE, micro=3)))
     assert len(few) == 3
     torch.testing.assert_close(sum(few), whole)
 
 
 def test_recomputed_activations_train_the_same(llama):
-    plain = fine_tuned(llama, PAIRS, RECIPE, progress=False)
-    again = fine_tuned(llama, PAIRS, replace(RECIPE, checkpointing=True), progress=False)
+    plain = module.fine_tuned(llama, PAIRS, RECIPE, progress=False)
+    again = module.fine_tuned(llama, PAIRS, replace(RECIPE, checkpointing=True), progress=False)
     torch.testing.assert_close(plain, again)
 
 
 def test_training_lowers_the_loss_and_leaves_the_base_alone(llama):
     before = {name: tensor.clone() for name, tensor in llama.state.items()}
-    tuned = fine_tuned(llama, PAIRS, replace(RECIPE, epochs=4), progress=False)
+    tuned = module.fine_tuned(llama, PAIRS, replace(RECIPE, epochs=4), progress=False)
     assert equal(before, llama.state)
     parts, found = Parts.of(llama.model), []
     for state in (before, tuned):
@@ -110,13 +109,13 @@ def test_the_upper_blocks_alone_are_trained_and_kept(llama, glue_rows):
 
 def test_lora_moves_the_matrices_of_the_blocks_by_its_rank(llama, tmp_path, monkeypatch):
     recipe, path = replace(RECIPE, trains="lora:2"), tmp_path / "training.pt"
-    tuned = fine_tuned(llama, PAIRS, recipe, progress=False)
+    tuned = module.fine_tuned(llama, PAIRS, recipe, progress=False)
     assert len(tuned) == 2 * 7 and all(name.endswith("proj.weight") for name in tuned)
     for name, matrix in tuned.items():
         numbers = torch.linalg.svdvals(matrix - llama.state[name])
         assert numbers[1] > 1e-6 and (numbers[2:] < 1e-6).all(), name
     killed(path, llama, monkeypatch, recipe=recipe)
-    assert equal(fine_tuned(llama, PAIRS, recipe, checkpoint=path, progress=False), tuned)
+    assert equal(module.fine_tuned(llama, PAIRS, recipe, checkpoint=path, progress=False), tuned)
     with pytest.raises(ValueError, match="or lora:RANK, got 'lora:0'"):
         replace(RECIPE, trains="lora:0").on(llama)
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from divmerge_book.data.tasks import TASKS
-from divmerge_book.evaluation.report import Report
+from divmerge_book import TASKS, Report
 from divmerge_book.studies.margins import majorities, of_lists, scored
 
 MAJORITY = pd.Series({"a": 0.5, "b": 0.8, "c": 0.9})

@@ -6,31 +6,20 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from divmerge_book.studies import mergeability
 from divmerge_book.studies.mantel import VIEWS
-from divmerge_book.studies.mergeability import (
-    AFTER,
-    INPUTS,
-    MERGES,
-    OUTCOMES,
-    PREDICTORS,
-    correlations,
-    pair_statistics,
-    pairs,
-    stacked,
-)
 from divmerge_book.studies.sizes import settings
 
-from divmerge_core.divergences import DIVERGENCES
-from divmerge_core.methods import METHODS
+from divmerge_core import DIVERGENCES, METHODS
 
 EFFORT = {"merges": ("average", "sum", "divmerge"), "inputs": 5, "epochs": 1}
-EVERY = (*PREDICTORS, *AFTER, *INPUTS)
+EVERY = (*mergeability.PREDICTORS, *mergeability.AFTER, *mergeability.INPUTS)
 
 
 def test_every_task_of_every_pair_has_a_row_per_merge_with_the_costs_asked_by_hand(linear):
-    table = pairs({0: linear}, **EFFORT)
+    table = mergeability.pairs({0: linear}, **EFFORT)
     assert len(table) == 4 * 3 * len(EFFORT["merges"])
-    assert not table.isna().any().any() and {*OUTCOMES, *EVERY} <= set(table.columns)
+    assert not table.isna().any().any() and {*mergeability.OUTCOMES, *EVERY} <= set(table.columns)
     assert (table.expert == 1).all() and (table["drop"] == 1 - table.accuracy).all()
     assert table.js.between(0, np.log(2)).all()
     problem = linear.problem.select(["task2", "task1"])
@@ -48,30 +37,30 @@ def test_every_task_of_every_pair_has_a_row_per_merge_with_the_costs_asked_by_ha
 
 
 def test_numbers_about_weights_stand_at_the_right_pair(linear):
-    vectors, table = linear.problem.vectors, pairs({0: linear}, **EFFORT)
+    vectors, table = linear.problem.vectors, mergeability.pairs({0: linear}, **EFFORT)
     row = table[(table.task == "task3") & (table.partner == "task0")].iloc[0]
     norms = vectors.norms()
     assert row.norm_own == pytest.approx(norms[3].item())
     assert row.norm_partner == pytest.approx(norms[0].item())
     assert row.norm_ratio == pytest.approx((norms[0] / norms[3]).log().item())
     assert row.length_sum == pytest.approx((vectors.deltas[0] + vectors.deltas[3]).norm().item())
-    found = stacked(table, ["norm_partner", "cosine"])
+    found = mergeability.stacked(table, ["norm_partner", "cosine"])
     assert found.shape == (3, 2, 1, 4, 4) and np.isnan(found[..., 0, 0]).all()
     assert found[0, 0, 0, 3, 0] == row.norm_partner and found[0, 1, 0, 0, 3] == row.cosine
 
 
 def test_numbers_do_not_depend_on_the_order_of_the_tasks(problem):
-    found = pair_statistics(problem.vectors)
-    moved = pair_statistics(problem.vectors.select(["task2", "task0", "task1"]))
-    assert list(found) == list(PREDICTORS)
+    found = mergeability.pair_statistics(problem.vectors)
+    moved = mergeability.pair_statistics(problem.vectors.select(["task2", "task0", "task1"]))
+    assert list(found) == list(mergeability.PREDICTORS)
     for pair in permutations(problem.vectors.tasks, 2):
         assert moved.loc[pair].tolist() == pytest.approx(found.loc[pair].tolist())
 
 
 def test_the_table_of_correlations_holds_every_view_number_and_damage_once(linear):
-    table = pairs({0: linear, 1: replace(linear, digest="another seed")}, **EFFORT)
-    found = correlations(table, draws=30)
-    assert len(found) == len(VIEWS) * 3 * len(EVERY) * len(OUTCOMES)
+    table = mergeability.pairs({0: linear, 1: replace(linear, digest="another seed")}, **EFFORT)
+    found = mergeability.correlations(table, draws=30)
+    assert len(found) == len(VIEWS) * 3 * len(EVERY) * len(mergeability.OUTCOMES)
     assert not found.duplicated(["view", "method", "number", "damage"]).any()
     js = found[(found.number == "answers") & (found.damage == "js") & (found["view"] == "task")]
     assert np.allclose(js.rho, 1), "test rows and inputs are the same here"
@@ -80,9 +69,9 @@ def test_the_table_of_correlations_holds_every_view_number_and_damage_once(linea
 
 def test_two_experts_leave_nothing_to_rank(linear):
     with pytest.raises(ValueError, match="three tasks or more"):
-        pairs({0: linear.select(["task0", "task1"])}, **EFFORT)
+        mergeability.pairs({0: linear.select(["task0", "task1"])}, **EFFORT)
 
 
 def test_every_size_names_registered_merges():
     for size in ("smoke", "default", "full"):
-        assert set(settings("mergeability", size).merges) <= set(MERGES)
+        assert set(settings("mergeability", size).merges) <= set(mergeability.MERGES)

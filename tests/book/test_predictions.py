@@ -6,17 +6,8 @@ import pandas as pd
 import pytest
 from divmerge_book.evaluation.report import Report
 from divmerge_book.evaluation.stored_tables import ResultTable, load, save
-from divmerge_book.studies.predictions import (
-    NO_MARGIN,
-    compared,
-    of_score,
-    packed,
-    report_of,
-    scored,
-    significant,
-    split,
-    text,
-)
+from divmerge_book.studies import predictions
+from divmerge_book.studies.predictions import NO_MARGIN, compared, of_score, packed, scored, text
 from divmerge_book.studies.protocol import COLUMNS, DEFAULT
 
 
@@ -61,8 +52,8 @@ def test_scores_of_stored_predictions_are_those_of_the_reports(tmp_path):
     report = Report(pd.DataFrame(rows).assign(suite="suite", subset="all"))
     save(tmp_path / "one.json", {"changed": packed(rows)}, seeds=[0, 1])
     stored = load(tmp_path / "one.json")[0]["changed"]
-    pd.testing.assert_frame_equal(report_of(stored).metrics(), report.metrics())
-    table = split(compared(stored, draws=200), COLUMNS["changed"]).set_index("setting")
+    pd.testing.assert_frame_equal(predictions.report_of(stored).metrics(), report.metrics())
+    table = predictions.split(compared(stored, draws=200), COLUMNS["changed"]).set_index("setting")
     assert table.value.to_dict() == {DEFAULT: "", "lr": "0.1"} and set(table.grouping) == {"task"}
     for score, column in (("anp", "difference"), ("kept_margin", "kept_difference")):
         found = report.difference("suite", "all", "lr=0.1", DEFAULT, statistic=score, draws=200)
@@ -93,4 +84,4 @@ def test_a_run_stored_without_predictions_is_drawn_and_marked():
 
 def test_significant_is_an_interval_without_zero():
     table = pd.DataFrame({"from_low": [-1.0, 0.1, -2.0], "from_high": [1.0, 0.2, -0.5]})
-    assert significant(table).index.tolist() == [1, 2]
+    assert predictions.significant(table).index.tolist() == [1, 2]

@@ -9,7 +9,6 @@ from divmerge_book.data import downloads
 from divmerge_book.figures.published import by_task, scale_curve
 from divmerge_book.published import glue, suites, t5
 from divmerge_book.published.leaderboard_summary import measured, published, sweep
-from divmerge_book.published.suites import TASKS, toy_suite
 from divmerge_book.published.suites import published as paths_of
 from divmerge_book.user_models import merge_and_score
 from matplotlib.figure import Figure
@@ -18,12 +17,12 @@ matplotlib.use("agg")
 FEW = {"merge": 8, "validation": 10, "test": 20}
 
 
-@pytest.mark.parametrize("suite", TASKS)
+@pytest.mark.parametrize("suite", suites.TASKS)
 def test_a_suite_runs_from_its_name_to_a_table(suite, cache, tmp_path, monkeypatch):
-    two = {name: tasks[:2] for name, tasks in TASKS.items()}
+    two = {name: tasks[:2] for name, tasks in suites.TASKS.items()}
     monkeypatch.setitem(suites.TOYS, "test", (two, 2))
     monkeypatch.delenv("DIVMERGE_GLUE_DIR", raising=False)
-    paths = toy_suite(suite, tmp_path / "made", size="test")
+    paths = suites.toy_suite(suite, tmp_path / "made", size="test")
     bench = suites.prepare_published(paths, tmp_path / "suite", rows=FEW, progress=False)
     assert bench.problem.vectors.tasks == tuple(paths.experts)
     found = merge_and_score(bench, ["average"], budget=1, suite=suite, progress=False)
@@ -37,7 +36,7 @@ def test_a_suite_runs_from_its_name_to_a_table(suite, cache, tmp_path, monkeypat
 def test_published_identifiers_are_the_defaults_and_others_may_replace_them():
     own = paths_of(glue.SUITE)
     assert own.base == "openai-community/gpt2" and own.experts["rte"] == "tanganke/gpt2_rte"
-    assert list(own.experts) == list(TASKS[glue.SUITE]) and not own.data
+    assert list(own.experts) == list(suites.TASKS[glue.SUITE]) and not own.data
     named = {"base": "b", "experts": ["e1", "e2"], "data": ["d1", "d2"]}
     other = paths_of(t5.SUITE, ["imdb", "squad"], **named)
     assert (other.base, other.sources["squad"].expert) == ("b", "e2")
@@ -49,8 +48,8 @@ def test_published_identifiers_are_the_defaults_and_others_may_replace_them():
     ("call", "message"),
     [
         (lambda: paths_of("clip"), "'clip'; choose one of: gpt2_glue, t5_generation"),
-        (lambda: toy_suite("clip", Path("made")), "unknown published suite"),
-        (lambda: toy_suite(t5.SUITE, Path("made"), size="huge"), "one of: smoke, default"),
+        (lambda: suites.toy_suite("clip", Path("made")), "unknown published suite"),
+        (lambda: suites.toy_suite(t5.SUITE, Path("made"), size="huge"), "one of: smoke, default"),
         (lambda: paths_of(t5.SUITE, ["imdb", "squad"], experts=["one"]), "experts must be 2 for"),
         (lambda: paths_of(glue.SUITE, ["cola", "rte"], data=["a", "b"]), "data must be 1 for"),
         (lambda: paths_of(glue.SUITE, ["imdb", "squad"]), "two or more distinct tasks of cola"),

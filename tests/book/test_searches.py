@@ -5,12 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from divmerge_book.studies import searches as module
-from divmerge_book.studies.searches import SEARCHES, ValidationScore, compare_searches
 
 from divmerge_core.methods.paths import Path, Pool
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", module.SEARCHES)
 @pytest.mark.parametrize("calls", [5, 17, 33])
 def test_every_search_spends_its_calls_from_the_expert_to_the_best(
     linear, name, calls, monkeypatch
@@ -23,8 +22,8 @@ def test_every_search_spends_its_calls_from_the_expert_to_the_best(
         return [50 - float((flat - target).norm())]
 
     monkeypatch.setattr(module, "accuracies", proximity)
-    score = ValidationScore(linear, calls)
-    paths = SEARCHES[name](linear, score, 0)
+    score = module.ValidationScore(linear, calls)
+    paths = module.SEARCHES[name](linear, score, 0)
     assert len(score.given) == 4 * calls and len(paths.flats) == 4
     rows, best = np.reshape(score.given, (4, calls)), score.best()
     assert best == sorted(best)
@@ -37,10 +36,10 @@ def test_every_search_spends_its_calls_from_the_expert_to_the_best(
 
 def test_every_search_is_compared_with_the_experts(linear):
     small = replace(linear, digest="fewer rows")
-    table = compare_searches({(0, 15): linear, (0, 8): small}, calls=5)
+    table = module.compare_searches({(0, 15): linear, (0, 8): small}, calls=5)
     last = table[table.test.notna()]
-    assert len(last) == len(last.groupby(["rows", "search"])) == 2 * (len(SEARCHES) + 1)
-    assert set(table.search) == {*SEARCHES, "expert"} and set(table["rows"]) == {15, 8}
+    assert len(last) == len(last.groupby(["rows", "search"])) == 2 * (len(module.SEARCHES) + 1)
+    assert set(table.search) == {*module.SEARCHES, "expert"} and set(table["rows"]) == {15, 8}
     expert = last[last.search == "expert"].iloc[0]
     assert expert.validation == expert.test == 1 and expert.gap == 0 and expert.call == 1
     assert expert.bytes == 4 * linear.problem.vectors.base.nbytes
@@ -49,4 +48,4 @@ def test_every_search_is_compared_with_the_experts(linear):
 
 def test_calls_that_make_no_generations_are_refused(linear):
     with pytest.raises(ValueError, match="1 plus a multiple of 4"):
-        compare_searches({(0, 15): linear}, calls=12)
+        module.compare_searches({(0, 15): linear}, calls=12)

@@ -2,17 +2,8 @@
 
 import pytest
 import torch
-from divmerge_book.interference.spectra import (
-    alignment,
-    alignment_between,
-    chance_alignment,
-    dominant,
-    effective_rank,
-    inner_matrices,
-    mean_alignment,
-    singular_values,
-    stable_rank,
-)
+from divmerge_book.interference import spectra
+from divmerge_book.interference.spectra import alignment, dominant, effective_rank, singular_values
 from helpers import linear_problem, normal
 from torch import float64, tensor
 from torch.testing import assert_close
@@ -30,11 +21,11 @@ def test_singular_values_are_those_of_the_svd(shape):
 
 def test_ranks_by_hand():
     values = tensor([2.0, 1.0, 1.0], dtype=float64)
-    assert stable_rank(values) == pytest.approx(6 / 4)
+    assert spectra.stable_rank(values) == pytest.approx(6 / 4)
     assert effective_rank(values) == pytest.approx(2**1.5)  # shares of entropy 1.5 log 2
 
 
-@pytest.mark.parametrize("rank", [stable_rank, effective_rank])
+@pytest.mark.parametrize("rank", [spectra.stable_rank, effective_rank])
 def test_ranks_count_equal_values_whatever_their_length_and_nothing_in_a_zero_matrix(rank):
     assert rank(torch.full((5,), 0.3, dtype=float64)) == pytest.approx(5)
     assert rank(tensor([0.3, 0.0, 0.0], dtype=float64)) == pytest.approx(1)
@@ -88,28 +79,28 @@ def test_by_chance_the_squared_alignment_is_the_share_of_directions():
     merged = normal(40, 40)
     others = [normal(40, 40, seed=n) for n in range(1, 41)]
     squares = tensor(alignment(merged, others, residual=0.5)).square()
-    expected = chance_alignment(merged, residual=0.5) ** 2
+    expected = spectra.chance_alignment(merged, residual=0.5) ** 2
     assert expected == dominant(singular_values(merged).square(), 0.5) / 40
     assert squares.mean().item() == pytest.approx(expected, abs=0.01)
 
 
 def test_embeddings_are_no_linear_layer():
-    found = inner_matrices(linear_problem().vectors)
+    found = spectra.inner_matrices(linear_problem().vectors)
     assert list(found) == ["encoder.layer.0.dense.weight", "encoder.layer.1.dense.weight"]
 
 
 def test_every_task_lies_in_the_space_of_its_own_change():
     vectors = linear_problem(num_tasks=2).vectors
-    own = mean_alignment(vectors, vectors.deltas[1], residual=0.0)
+    own = spectra.mean_alignment(vectors, vectors.deltas[1], residual=0.0)
     assert own[1] == pytest.approx(1)
-    between = alignment_between(vectors, residual=0.0)
+    between = spectra.alignment_between(vectors, residual=0.0)
     assert between[:, 1].tolist() == pytest.approx(own)
     assert between.diagonal().tolist() == pytest.approx([1, 1])
 
 
 def test_tasks_that_use_other_outputs_do_not_lie_in_each_others_space():
     vectors = linear_problem(num_tasks=2).vectors
-    for matrices in inner_matrices(vectors).values():  # views of the task vectors
+    for matrices in spectra.inner_matrices(vectors).values():  # views of the task vectors
         half = matrices.shape[1] // 2
         matrices[0, :half], matrices[1, half:] = 0, 0
-    assert_close(alignment_between(vectors, residual=0.0), torch.eye(2).double())
+    assert_close(spectra.alignment_between(vectors, residual=0.0), torch.eye(2).double())

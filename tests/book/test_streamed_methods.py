@@ -9,12 +9,10 @@ from divmerge_book.models.streamed_methods import RULES, cutoffs, kept, rule_of,
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from divmerge_core import METHODS, MergeProblem, TaskVectors
 from divmerge_core.checkpoints import MergeRecord, write
 from divmerge_core.checkpoints.safetensors_io import StoredModel
 from divmerge_core.checkpoints.tensor_sources import blocks
-from divmerge_core.merging.problem import MergeProblem
-from divmerge_core.merging.task_vectors import TaskVectors
-from divmerge_core.methods import METHODS
 
 TASKS = ("mood", "place", "time")
 QUIET = {"progress": False}
