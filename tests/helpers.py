@@ -6,13 +6,13 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from divmerge_book import Experiment, Task
 from divmerge_book.data.splits import Row, Splits
-from divmerge_book.data.tasks import Task
-from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.metrics import LabelledSplit
 from divmerge_book.models.finetuning import Expert, Recipe
 from hypothesis import strategies as st
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.testing import assert_close
 
+from divmerge_core import Batch, Layout, MergeProblem, TaskVectors
 from divmerge_core.divergences import js
 from divmerge_core.kernels import threads
-from divmerge_core.merging.problem import Batch, MergeProblem
-from divmerge_core.merging.task_vectors import Layout, TaskVectors
 from divmerge_core.methods import METHODS, options_of, parse
 
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "book" / "results"
 INF, NAN = float("inf"), float("nan")
 QUIET = {"progress": False}
 
@@ -40,9 +41,16 @@ def near(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
     assert_close(found, expected, rtol=0, atol=tolerance)
 
 
-def refuse(*args, **options):
-    """A system call on a read-only disk."""
-    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+def raising(error: BaseException):
+    """A function that raises this error, whatever it is given."""
+
+    def call(*args, **options):
+        raise error
+
+    return call
+
+
+refuse = raising(OSError(errno.EROFS, os.strerror(errno.EROFS)))  # as on a read-only disk
 
 
 def places(ax: Axes, marker: str) -> list[list[float]]:
@@ -53,7 +61,7 @@ def places(ax: Axes, marker: str) -> list[list[float]]:
 
 def forbid(*args, **options):
     """In the place of a function that must not be called."""
-    pytest.fail("finished work is repeated")
+    pytest.fail("what must not be called is called")
 
 
 @contextmanager

@@ -118,6 +118,14 @@ def make_expert(folder: Path, base: Path, labels: Sequence[str], *, seed: int = 
     return model.eval()
 
 
+def pooler_and_head(outputs: int) -> dict[str, torch.Tensor]:
+    """What a BERT classifier's adapter saves whole."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = {"bert.pooler.dense.weight": (32, 32), "bert.pooler.dense.bias": (32,)}
+    sizes |= {"classifier.weight": (outputs, 32), "classifier.bias": (outputs,)}
+    return {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+
+
 def make_adapter(folder: Path, shapes: dict, *, saved: dict | None = None, rank: int = 3, **config):
     """A PEFT folder by hand: factors for matrices (name -> [M, K]), and tensors saved whole."""
     generator, tensors, factors = torch.Generator().manual_seed(7), {}, {}

@@ -7,11 +7,10 @@ import early_imports  # noqa: F401
 import language_toys
 import pytest
 import torch
+from divmerge_book import fine_tune, load_base
 from divmerge_book.data import downloads
 from divmerge_book.data.tasks import SUITES, TASKS, Suite
 from divmerge_book.evaluation.experiment import SIZES, Size, make_problem, prepare, prepare_language
-from divmerge_book.models.encoders import load_base
-from divmerge_book.models.finetuning import fine_tune
 from divmerge_book.models.language.models import load_language
 from helpers import MARKERS, TINY_RECIPE, linear_problem, shared_by, toy_task
 from local_files import make_base
@@ -27,6 +26,16 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DIVMERGE_CACHE", str(tmp_path / "cache"))
     downloads.verify.cache_clear()
     yield tmp_path / "cache"
+    downloads.verify.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def module_cache(tmp_path_factory):
+    """An empty cache folder of a file's own, for what its tests share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIVMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        downloads.verify.cache_clear()
+        yield
     downloads.verify.cache_clear()
 
 

@@ -1,21 +1,18 @@
 """Bad input: refused before expensive work; the message names value, choices and cure."""
 
-import errno
 import os
 import shutil
 from dataclasses import replace
+from errno import ENOSPC, EROFS
 
 import pytest
 import torch
-from divmerge_book.data.tasks import TASKS
+from divmerge_book import TASKS, fine_tune, load_base, make_problem, prepare
 from divmerge_book.evaluation import cache, experiment, hyperparameter_search
 from divmerge_book.evaluation.benchmark import compare, every_method, takes
-from divmerge_book.evaluation.experiment import make_problem, prepare
 from divmerge_book.models import finetuning as training
-from divmerge_book.models.encoders import load_base
-from divmerge_book.models.finetuning import fine_tune
 from divmerge_book.models.method_options import check_options
-from helpers import TINY_RECIPE, forbid, linear_problem, refuse, task_of, toy_splits, toy_task
+from helpers import TINY_RECIPE, forbid, linear_problem, raising, task_of, toy_splits, toy_task
 
 from divmerge_core import METHODS, storage
 from divmerge_core.merging.problem import Diverged
@@ -132,25 +129,21 @@ def test_a_step_onto_undefined_logits_is_a_divergence():
         METHODS["divmerge"](problem, lr=1e30, progress=False)
 
 
-def full(path, data):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 @pytest.mark.parametrize(
-    ("place", "name", "failure", "message"),
+    ("place", "name", "error", "message"),
     [
-        (storage, "FileLock", refuse, "Read-only file system; set DIVMERGE_CACHE to a writable"),
-        (cache, "dump_json", full, "No space left on device; set DIVMERGE_CACHE .* few GB free"),
+        (storage, "FileLock", EROFS, "Read-only file system; set DIVMERGE_CACHE to a writable"),
+        (cache, "dump_json", ENOSPC, "No space left on device; set DIVMERGE_CACHE .* few GB free"),
     ],
 )
 def test_a_cache_that_became_read_only_or_full_is_a_clear_error_and_leaves_no_result(
-    toys, tmp_path, monkeypatch, place, name, failure, message
+    toys, tmp_path, monkeypatch, place, name, error, message
 ):
     own, without = tmp_path / "cache", shutil.ignore_patterns("results")
     shutil.copytree(storage.cache_dir(), own, ignore=without)
     monkeypatch.setenv("DIVMERGE_CACHE", str(own))
-    monkeypatch.setattr(place, name, failure)
-    if failure is refuse:
+    monkeypatch.setattr(place, name, raising(OSError(error, os.strerror(error))))
+    if place is storage:
         monkeypatch.setattr(hyperparameter_search, "run_method", forbid)
     with pytest.raises(ValueError, match=message):
         compare("toy", size="toy", methods=["average"])

@@ -7,37 +7,23 @@ import pytest
 import torch
 from divmerge_book.evaluation.experiment import prepare
 from divmerge_book.evaluation.metrics import LabelledSplit
-from divmerge_book.interference.behaviour import (
-    DISTANCES,
-    all_logits,
-    barrier,
-    cka,
-    common_share,
-    confidence,
-    disagreement,
-    disentanglement_error,
-    hidden_states,
-    hsic,
-    js_from_expert,
-    margin,
-    shift,
-)
+from divmerge_book.interference import behaviour
+from divmerge_book.interference.behaviour import DISTANCES, all_logits, barrier, cka, hsic, shift
 from helpers import linear_problem, normal
 from torch.testing import assert_close
 
-from divmerge_core.merging.problem import Batch, MergeProblem
-from divmerge_core.merging.task_vectors import TaskVectors
+from divmerge_core import Batch, MergeProblem, TaskVectors
 
 
 def error_of(problem: MergeProblem, coefficients: list[float], distance: str = "js") -> float:
     """The disentanglement error on the merge inputs; labels do not count."""
     splits = [LabelledSplit(batches, torch.zeros(0).long()) for batches in problem.batches]
-    return disentanglement_error(problem, splits, coefficients, distance=distance)
+    return behaviour.disentanglement_error(problem, splits, coefficients, distance=distance)
 
 
 def test_disagreement_is_one_where_the_likeliest_answers_differ():
     p, q = torch.tensor([[2.0, 0, 0], [0, 2, 0]]), torch.tensor([[1.0, 0, 0], [0, 0, 2]])
-    assert disagreement(p, q).tolist() == [0, 1]
+    assert behaviour.disagreement(p, q).tolist() == [0, 1]
 
 
 def test_the_js_from_an_expert_is_that_of_its_answers(problem):
@@ -45,9 +31,9 @@ def test_the_js_from_an_expert_is_that_of_its_answers(problem):
         batches, expert = problem.batches[task], problem.vectors.expert(name)
         base = problem.vectors.base
         logits = [all_logits(problem, some, task, batches) for some in (expert, base)]
-        found = js_from_expert(problem, base, task, batches)
+        found = behaviour.js_from_expert(problem, base, task, batches)
         assert found == pytest.approx(DISTANCES["js"](*logits).mean().item())
-        assert abs(js_from_expert(problem, expert, task, batches)) < 1e-12
+        assert abs(behaviour.js_from_expert(problem, expert, task, batches)) < 1e-12
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -118,8 +104,8 @@ def test_a_barrier_asks_for_two_ends_and_a_known_reference():
 
 def test_margin_and_confidence_by_hand():
     logits = torch.tensor([[0.5, 0.3, 0.2], [1 / 3, 1 / 3, 1 / 3]]).log()
-    assert_close(margin(logits), torch.tensor([0.2, 0.0]))
-    assert_close(confidence(logits), torch.tensor([0.5, 1 / 3]))
+    assert_close(behaviour.margin(logits), torch.tensor([0.2, 0.0]))
+    assert_close(behaviour.confidence(logits), torch.tensor([0.5, 1 / 3]))
 
 
 def test_cka_is_one_for_a_representation_turned_scaled_and_moved():
@@ -153,15 +139,16 @@ def test_constants_and_too_few_rows_say_nothing():
 def test_a_common_move_is_all_common_and_unseen_by_cka_and_one_that_cancels_is_not():
     x = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])  # distance 1 from their mean
     moved = x + torch.tensor([3.0, 4.0])
-    assert_close([shift(x, moved), common_share(x, moved), cka(x, moved)], [5.0, 1.0, 1.0])
+    found = [shift(x, moved), behaviour.common_share(x, moved), cka(x, moved)]
+    assert_close(found, [5.0, 1.0, 1.0])
     assert_close(shift(x, 2 * x), 1.0)
-    assert common_share(x, 2 * x) == shift(x, x) == common_share(x, x) == 0
+    assert behaviour.common_share(x, 2 * x) == shift(x, x) == behaviour.common_share(x, x) == 0
 
 
 def test_the_last_hidden_state_is_what_the_head_reads(toys):
     bench = prepare("toy", size="toy")
     problem, flat = bench.problem, bench.problem.vectors.merge([0.6, 0.3])
-    states = hidden_states(problem, flat, bench.test[1])
+    states = behaviour.hidden_states(problem, flat, bench.test[1])
     head = bench.experts[1].head
     assert states.shape[:2] == (3, len(bench.test[1].gold))  # embeddings and two layers
     logits = states[-1] @ head["weight"].T + head["bias"]
@@ -172,4 +159,4 @@ def test_hidden_states_need_an_encoder():
     problem = linear_problem(num_tasks=2)
     split = LabelledSplit(problem.batches[0], torch.zeros(15).long())
     with pytest.raises(ValueError, match="transformers encoder"):
-        hidden_states(problem, problem.vectors.base, split)
+        behaviour.hidden_states(problem, problem.vectors.base, split)

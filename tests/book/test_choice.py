@@ -2,33 +2,16 @@
 
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from divmerge_book.data.tasks import TASKS
 from divmerge_book.figures import choice as draw
-from divmerge_book.studies.choice import (
-    ablation,
-    balance,
-    disagreement,
-    summary,
-    task_gradients,
-    totals,
-    trajectories,
-)
+from divmerge_book.studies import choice, robustness
 from divmerge_book.studies.evaluator import accuracies
 from divmerge_book.studies.objective_fits import FitConfig, FitSpec, fit_result, merge
 from divmerge_book.studies.predictions import compared, packed, split
-from divmerge_book.studies.robustness import (
-    CORRUPTIONS,
-    corrupted_fit,
-    corruption_costs,
-    corruption_study,
-    permuted,
-    temperatures,
-)
 from helpers import linear_problem, mean_divergence, naive_merge
 from torch.testing import assert_close
 
@@ -41,8 +24,8 @@ SHORT = FitConfig(epochs=1, rates=(1e-2, 0.3), rate=0.1)
 
 def test_every_objective_chooses_a_step_size_and_is_compared_with_js(experiment):
     options = {"specs": ["js", "kl"], "groupings": ["task"], "counts": [2]}
-    found = ablation({0: experiment}, **options, config=SHORT)
-    table, fits = summary(found["scores"], draws=200), found["fits"]
+    found = choice.ablation({0: experiment}, **options, config=SHORT)
+    table, fits = choice.summary(found["scores"], draws=200), found["fits"]
     own = table[table.objective == "js"].set_index("search")
     assert (own.difference == 0).all() and own.p.isna().all()
     for row in table[table.objective == "kl"].itertuples():
@@ -62,14 +45,14 @@ def test_every_objective_chooses_a_step_size_and_is_compared_with_js(experiment)
 
 def test_without_js_there_is_no_reference():
     with pytest.raises(ValueError, match="differences are from 'js'; add it"):
-        ablation({}, specs=["kl"], groupings=["task"], counts=[2])
+        choice.ablation({}, specs=["kl"], groupings=["task"], counts=[2])
 
 
 def summed(answers: dict[str, object], draws: int = 2000) -> pd.DataFrame:
     """The summary of these answers to one task, by objective; the expert's are the gold ones."""
     label = {"search": "s", "count": 1, "seed": 0, "task": "a", "gold": answers["expert"]}
     rows = [{**label, "method": method, "predicted": said} for method, said in answers.items()]
-    return summary(packed(rows), draws=draws).set_index("objective")
+    return choice.summary(packed(rows), draws=draws).set_index("objective")
 
 
 def test_a_summary_by_hand():
@@ -92,32 +75,30 @@ def test_the_same_answers_differ_by_nothing_and_p_agrees_with_the_interval():
     assert table.holm["far"] == pytest.approx(2 * table.p["far"])  # of two comparisons
 
 
-def test_in_the_forest_only_what_survives_correction_is_filled():
+def test_in_the_forest_only_what_survives_correction_is_filled(ax):
     rows = [
         {"objective": "kl", "count": 2, "holm": 0.01, "difference": 0.02},
         {"objective": "entropy", "count": 2, "holm": 0.4, "difference": -0.1},
     ]
     table = pd.DataFrame(rows).assign(from_low=-0.2, from_high=0.1)
-    ax = draw.forest(plt.figure().gca(), table, order=["kl", "entropy"])
+    draw.forest(ax, table, order=["kl", "entropy"])
     marks = [line for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata()) == 1]
     assert [line.get_xdata()[0] for line in marks] == [2.0, -10.0]
     assert [line.get_markerfacecolor() == "white" for line in marks] == [False, True]
     assert [text.get_text() for text in ax.get_yticklabels()] == ["KL", "entropy (AdaMerging)"]
     assert "points" in ax.get_xlabel()
-    plt.close("all")
 
 
-def test_a_gradient_that_vanishes_is_drawn_at_the_floor():
+def test_a_gradient_that_vanishes_is_drawn_at_the_floor(ax):
     odds = pd.DataFrame({"objective": ["js"] * 2, "odds": [0.0, 1.0], "pull": [1.0, 0.0]})
-    ax = draw.objective_values(plt.figure().gca(), odds, ["js"], "pull")
+    draw.objective_values(ax, odds, ["js"], "pull")
     assert ax.lines[-1].get_ydata()[-1] == draw.FLOOR
-    plt.close("all")
 
 
 # --- robustness -----------------------------------------------------------------------------------
 def test_noise_has_the_norm_of_what_it_replaces_tensor_by_tensor(experiment):
     before = experiment.problem.vectors.deltas.clone()
-    changed = CORRUPTIONS["noise"](experiment, 1, 0).experiment.problem.vectors
+    changed = robustness.CORRUPTIONS["noise"](experiment, 1, 0).experiment.problem.vectors
     assert torch.equal(experiment.problem.vectors.deltas, before)
     assert torch.equal(changed.deltas[0], before[0])
     for start, stop in changed.layout.bounds:
@@ -127,12 +108,12 @@ def test_noise_has_the_norm_of_what_it_replaces_tensor_by_tensor(experiment):
 
 def test_permuted_labels_are_the_same_labels_on_other_rows_and_teach_little(experiment):
     splits = TASKS["place"].read()
-    shuffled = permuted(splits, 0)
+    shuffled = robustness.permuted(splits, 0)
     texts, answers = zip(*((row[0], row[-1]) for row in splits["train"]), strict=True)
     same, others = zip(*((row[0], row[-1]) for row in shuffled["train"]), strict=True)
     assert same == texts and others != answers and sorted(others) == sorted(answers)
     assert all(shuffled[key] == splits[key] for key in splits if key != "train")
-    changed = CORRUPTIONS["permuted"](experiment, 1, 0).experiment
+    changed = robustness.CORRUPTIONS["permuted"](experiment, 1, 0).experiment
     deltas, before = changed.problem.vectors.deltas, experiment.problem.vectors.deltas
     assert torch.equal(deltas[0], before[0])
     own = changed.problem.vectors.expert("place")
@@ -147,7 +128,7 @@ def test_permuted_labels_are_the_same_labels_on_other_rows_and_teach_little(expe
 def test_answers_are_changed_for_one_expert_alone(experiment):
     own = expert_logits(experiment.problem)
     wrong, sure, none = (
-        corrupted_fit(experiment, kind, "js", seed=1)[1].targets
+        robustness.corrupted_fit(experiment, kind, "js", seed=1)[1].targets
         for kind in ("wrong", "overconfident", "none")
     )
     for given in (wrong, sure):
@@ -159,7 +140,8 @@ def test_answers_are_changed_for_one_expert_alone(experiment):
 
 def test_costs_are_what_the_others_lose_against_leaving_the_expert_out(experiment):
     options = {"kinds": ["none", "wrong"], "groupings": ["task"], "config": SHORT}
-    found = corruption_costs(corruption_study({0: experiment}, specs=["js", "kl"], **options))
+    study = robustness.corruption_study({0: experiment}, specs=["js", "kl"], **options)
+    found = robustness.corruption_costs(study)
     assert list(found.kind) == ["none", "none", "wrong", "wrong"]
     assert set(found.task) == {"mood"}
     # left out of two, the other expert stays alone: it is itself, and its ratio is 1
@@ -171,10 +153,11 @@ def test_costs_are_what_the_others_lose_against_leaving_the_expert_out(experimen
 
 def test_temperature_one_is_the_plain_fit(experiment):
     options = {"grouping": "task", "config": SHORT}
-    hot = temperatures({0: experiment}, specs=["js"], values=[1.0, 4.0], **options)
+    hot = robustness.temperatures({0: experiment}, specs=["js"], values=[1.0, 4.0], **options)
     found = split(compared(hot["rows"], draws=50), ("objective", "temperature"))
     options = {"groupings": ["task"], "counts": [2], "config": SHORT}
-    plain = summary(ablation({0: experiment}, specs=["js"], **options)["scores"], draws=50)
+    scores = choice.ablation({0: experiment}, specs=["js"], **options)["scores"]
+    plain = choice.summary(scores, draws=50)
     same = plain[(plain.search == "same") & (plain.objective == "js")].anp.item()
     assert found.anp[0] == pytest.approx(same)
     assert list(found.temperature) == list(hot["fits"].temperature) == [1.0, 4.0]
@@ -188,7 +171,7 @@ def test_gradient_norms_are_those_of_autograd(grouping):
     coeffs = torch.rand(3, len(names), generator=torch.manual_seed(0), dtype=torch.float64)
     targets = expert_logits(problem)
     for task, (loss, norm) in enumerate(
-        task_gradients(FitSpec(problem, kl), coeffs, grouping, targets)
+        choice.task_gradients(FitSpec(problem, kl), coeffs, grouping, targets)
     ):
         free = coeffs.clone().requires_grad_()
         pairs = [(task, batch) for batch in problem.batches[task]]
@@ -202,13 +185,13 @@ def test_gradient_norms_are_those_of_autograd(grouping):
 
 def test_a_trajectory_begins_at_the_start_and_records_the_end(experiment):
     options = {"grouping": "task", "config": SHORT, "every": 3}
-    own = trajectories({0: experiment}, specs=["js"], **options)
+    own = choice.trajectories({0: experiment}, specs=["js"], **options)
     assert sorted(own.step.unique()) == [0, 3, 4]  # 16 inputs in batches of 4: four steps
     first = own[own.step == 0]
     assert first.coefficient.tolist() == [0.5, 0.5] and set(own.strained) == {"mood"}
     assert not own.diverged.any()
     options["config"] = replace(SHORT, rate=1e6)
-    assert trajectories({0: experiment}, specs=["logit_mse"], **options).diverged.all()
+    assert choice.trajectories({0: experiment}, specs=["logit_mse"], **options).diverged.all()
     assert own.groupby("step").share.sum().tolist() == pytest.approx([1, 1, 1])
     start = merge(experiment.problem.vectors, torch.full((2, 1), 0.5), "task")
     assert first.loss.mean() == pytest.approx(mean_divergence(experiment.problem, start), rel=1e-4)
@@ -226,25 +209,24 @@ def made_up(losses, anps, shares=((0.5, 0.5),) * 3) -> pd.DataFrame:
 
 
 def test_loss_and_anp_agree_or_not_by_hand():
-    agree = disagreement(made_up([3.0, 2.0, 1.0], [0.7, 0.8, 0.9])).iloc[0]
+    agree = choice.disagreement(made_up([3.0, 2.0, 1.0], [0.7, 0.8, 0.9])).iloc[0]
     assert agree[["correlation", "against", "lost"]].tolist() == pytest.approx([1.0, 0.0, 0.0])
-    fight = disagreement(made_up([3.0, 2.0, 1.0], [0.9, 0.8, 0.85]))
+    fight = choice.disagreement(made_up([3.0, 2.0, 1.0], [0.9, 0.8, 0.85]))
     assert fight.against[0] == 0.5 and fight.correlation[0] == pytest.approx(-0.5)
     assert fight.lost[0] == pytest.approx(0.05) and fight.kept_lost[0] == pytest.approx(0.1)
-    assert totals(made_up([3.0, 2.0, 1.0], [0.7, 0.8, 0.9])).loss.tolist() == [3.0, 2.0, 1.0]
+    assert choice.totals(made_up([3.0, 2.0, 1.0], [0.7, 0.8, 0.9])).loss.tolist() == [3.0, 2.0, 1.0]
 
 
 UNEVEN = made_up([3.0, 2.0], [0.7, 0.8], ((0.5, 0.5), (1.0, 0.0)))
 
 
 def test_balance_by_hand():
-    found = balance(UNEVEN).iloc[0]
+    found = choice.balance(UNEVEN).iloc[0]
     assert found["effective_tasks"] == pytest.approx((2 + 1) / 2) and found["tasks"] == 2
     assert found["largest"] == pytest.approx(0.75) and found["strained"] == pytest.approx(0.75)
 
 
-def test_shares_are_drawn_in_per_cent_beside_the_equal_one():
-    ax = draw.task_curves(plt.figure().gca(), UNEVEN, "share")
+def test_shares_are_drawn_in_per_cent_beside_the_equal_one(ax):
+    draw.task_curves(ax, UNEVEN, "share")
     assert [line.get_ydata()[-1] for line in ax.lines[:2]] == [100, 0]
     assert list(ax.lines[2].get_ydata()) == [50, 50]
-    plt.close("all")

@@ -15,31 +15,24 @@ import language_toys
 import local_files
 import pytest
 import torch
+from divmerge_book import TASKS, load_base
 from divmerge_book.data import code_digest as digests
 from divmerge_book.data import glue
 from divmerge_book.data.code_digest import ROOT, code_digest, key_of, module
-from divmerge_book.data.tasks import TASKS
 from divmerge_book.evaluation import cache, hyperparameter_search
 from divmerge_book.evaluation import experiment as preparing
 from divmerge_book.evaluation.cache import cache_path, cached
 from divmerge_book.evaluation.experiment import SIZES, Size, prepare, prepare_language
 from divmerge_book.evaluation.hyperparameter_search import Merges
 from divmerge_book.evaluation.sizes import LanguageSize
-from divmerge_book.models.encoders import load_base
 from divmerge_book.models.finetuning import Recipe, described, folder_of
 from divmerge_book.models.language import completions as completing
-from divmerge_book.models.language.completions import completions
 from divmerge_book.models.language.prompts import PROMPTS
 from divmerge_book.published import sources
-from divmerge_book.studies import (
-    corrupted_experts,
-    landscapes,
-    mergeability,
-    prediction_churn,
-    robustness,
-)
+from divmerge_book.studies import corrupted_experts, landscapes, mergeability, robustness
+from divmerge_book.studies.prediction_churn import predictions_of
 from divmerge_book.user_models import check, load, read
-from helpers import TINY_RECIPE, merge, toy, toy_splits, toy_task
+from helpers import TINY_RECIPE, merge, raising, toy, toy_splits, toy_task
 
 from divmerge_core import methods
 from divmerge_core.methods import METHODS, parse
@@ -92,7 +85,7 @@ REACHED = [  # a result, a module, and an edit there that may change the result
     (METHODS["divmerge"], "core.merging.coefficients", "(torch.sigmoid)", "(torch.tanh)"),
     (methods.parse, "core.merging.coefficients", "def block(", "def blocks("),  # a lazy import
     (prepare_language, "book.models.language.prompts", "wanted or spam?", "wanted or not?"),
-    (completions, "book.models.language.reading", "def truncate(", "def cut("),
+    (completing.completions, "book.models.language.reading", "def truncate(", "def cut("),
     (OUTCOME, "core.methods.arithmetic", "* (votes @ trimmed)", "+ (votes @ trimmed)"),
 ]
 UNREACHED = [  # and an edit that cannot: of figures, words, other entries, and the cache
@@ -163,7 +156,7 @@ def test_what_a_function_was_closed_over_counts():
     def closed(over):
         return lambda: over()
 
-    over = (corrupted_experts.detection, prediction_churn.predictions_of, Recipe)
+    over = (corrupted_experts.detection, predictions_of, Recipe)
     assert len({code_digest(closed(one)) for one in over}) == 3
     assert code_digest(partial(max, over[0])) == code_digest(over[0])
 
@@ -377,7 +370,7 @@ def test_all_that_decides_completions_is_in_their_key(llama, qwen, glue_rows, mo
     def key(base=llama, task="sst2", rows=texts, **changes) -> str:
         settings = {"key": ["one"], "max_length": 60, "max_new": 4, "progress": False, **changes}
         with pytest.raises(Reached) as caught:
-            completions(base, base.state, PROMPTS[task], rows, **settings)
+            completing.completions(base, base.state, PROMPTS[task], rows, **settings)
         return caught.value.args[0].parent.name
 
     found = [key(), key(key=["other"]), key(base=qwen), key(task="cola"), key(rows=texts[:2])]
@@ -463,10 +456,7 @@ def test_a_hub_data_sets_revision_is_asked_or_the_one_last_read(monkeypatch, tmp
     monkeypatch.setattr(glue.huggingface_hub, "dataset_info", lambda name: SimpleNamespace(sha="a"))
     revision = glue.hub_revision.__wrapped__
     assert revision("stanfordnlp/imdb") == "a"
-
-    def unreachable(name):
-        raise ConnectionError("offline")
-
+    unreachable = raising(ConnectionError("offline"))
     monkeypatch.setattr(glue.huggingface_hub, "dataset_info", unreachable)
     assert revision("stanfordnlp/imdb") is None
     kept = tmp_path / "datasets--stanfordnlp--imdb" / "refs" / "main"

@@ -13,26 +13,17 @@ import tokenizers
 import torch
 import transformers
 from divmerge_book.models.language.models import load_language
-from divmerge_book.runner.distributed import (
-    arguments,
-    causal_forward,
-    checked,
-    text_batches,
-    without_weights,
-)
+from divmerge_book.runner import distributed
+from divmerge_book.runner.distributed import arguments, causal_forward, checked, text_batches
 from divmerge_book.runner.fsdp import from_folder, own_rows, own_stretch, require_shapes
 from divmerge_book.runner.process_group import process_device, process_group, validate_world
-from helpers import WORDS
+from helpers import ROOT, WORDS
 from scale_worker import CASES, batches_of, from_state, made
 from torch.testing import assert_close
 
+from divmerge_core import Batch, Coefficients, MergeProblem, TaskVectors, fit_coefficients
 from divmerge_core.divergences import js
-from divmerge_core.merging.coefficients import Coefficients
-from divmerge_core.merging.fit import fit_coefficients
-from divmerge_core.merging.problem import Batch, MergeProblem
-from divmerge_core.merging.task_vectors import TaskVectors
 
-ROOT = Path(__file__).resolve().parents[2]
 QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
 
 
@@ -213,7 +204,7 @@ def test_losses_of_ranks_add_up_to_the_batchs(name, rows, world):
 
 @pytest.mark.parametrize("name", ["tied", "llama", "bert"])
 def test_a_model_without_weights_keeps_its_names_ties_and_buffers(name):
-    empty = without_weights(made, name)
+    empty = distributed.without_weights(made, name)
     full = made(name)
     assert all(p.is_meta for p in empty.parameters())
     assert not any(b.is_meta for b in empty.buffers())

@@ -8,33 +8,16 @@ import datasets
 import pytest
 import torch
 import transformers
-from divmerge_book.models.encoders import (
-    ENCODERS,
-    check_device,
-    classifier_forward,
-    load_base,
-    make_batches,
-    pooled,
-    resolve,
-)
+from divmerge_book.models import encoders
 from helpers import WORDS, sentences
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-
-from divmerge_core.merging.problem import Batch
 
 
 @pytest.fixture
 def rows() -> datasets.Dataset:
     chosen = sentences("mood", 20)
     return datasets.Dataset.from_dict({"text": [text for text, *_ in chosen]})
-
-
-def unpadded(batch: Batch, row: int) -> Batch:
-    """One row of a batch without its padding."""
-    length = int(batch.inputs["attention_mask"][row].sum())
-    inputs = {key: tensor[row : row + 1, :length] for key, tensor in batch.inputs.items()}
-    return Batch(inputs, torch.ones(1))
 
 
 def test_an_encoder_is_loaded_from_a_folder_as_the_hub_keeps_it(tiny, tiny_folder):
@@ -58,7 +41,7 @@ def test_a_changed_weight_or_word_changes_the_digest(tiny, tiny_folder, tmp_path
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["film"], vocabulary["song"] = vocabulary["song"], vocabulary["film"]
     (word / "tokenizer.json").write_text(json.dumps(tokenizer))
-    digests = {load_base(str(changed)).digest for changed in (weight, word, tiny_folder)}
+    digests = {encoders.load_base(str(changed)).digest for changed in (weight, word, tiny_folder)}
     assert len(digests) == 3 and tiny.digest in digests
 
 
@@ -85,11 +68,13 @@ KINDS = "distilbert roberta electra albert deberta-v2 mpnet modernbert xlm eurob
 
 @pytest.mark.parametrize("kind", KINDS.split())
 def test_every_kind_of_encoder_is_loaded_and_padding_changes_nothing(kind, tmp_path, rows):
-    base = load_base(saved(tmp_path, kind))
-    (batch, *_), _ = make_batches(rows, base, batch_size=len(rows))
-    together = pooled(base.encoder, base.state, batch.inputs)
+    base = encoders.load_base(saved(tmp_path, kind))
+    (batch, *_), _ = encoders.make_batches(rows, base, batch_size=len(rows))
+    together = encoders.pooled(base.encoder, base.state, batch.inputs)
     for number in range(0, len(rows), 4):
-        alone = pooled(base.encoder, base.state, unpadded(batch, number).inputs)[0]
+        length = int(batch.inputs["attention_mask"][number].sum())
+        inputs = {key: own[number : number + 1, :length] for key, own in batch.inputs.items()}
+        alone = encoders.pooled(base.encoder, base.state, inputs)[0]
         assert_close(together[number], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -103,7 +88,7 @@ def test_every_kind_of_encoder_is_loaded_and_padding_changes_nothing(kind, tmp_p
 )
 def test_a_model_that_encodes_no_texts_is_refused_by_name(kind, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        load_base(saved(tmp_path, kind))
+        encoders.load_base(saved(tmp_path, kind))
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tiny_folder, tmp_path):
@@ -111,31 +96,31 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "part")
     change_weights(folder, lambda weights: weights.pop(name))
     with pytest.raises(ValueError, match=rf"lacks weights for \['{name}'"):
-        load_base(str(folder))
+        encoders.load_base(str(folder))
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "tpu:0"])
 def test_a_missing_device_is_refused_with_those_there(device):
     with pytest.raises(ValueError, match=f"no device '{device}' here; this machine has cpu"):
-        check_device(device)
+        encoders.check_device(device)
 
 
 def test_auto_is_what_the_hardware_has(monkeypatch):
-    assert check_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert encoders.check_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert check_device("auto") == torch.device("cpu")
-    assert resolve("auto", torch.device("cpu")) in ("float32", "bfloat16")
-    assert resolve("float32", torch.device("cpu")) == "float32"
+    assert encoders.check_device("auto") == torch.device("cpu")
+    assert encoders.resolve("auto", torch.device("cpu")) in ("float32", "bfloat16")
+    assert encoders.resolve("float32", torch.device("cpu")) == "float32"
     emulated = lambda including_emulation=True: including_emulation  # noqa: E731
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", emulated)
-    assert resolve("auto", torch.device("cuda")) == "float32"
+    assert encoders.resolve("auto", torch.device("cuda")) == "float32"
     with pytest.raises(ValueError, match="must be auto, float32 or bfloat16, got 'float16'"):
-        resolve("float16", torch.device("cpu"))
-    assert list(ENCODERS) == ["minilm", "bert_tiny"]
+        encoders.resolve("float16", torch.device("cpu"))
+    assert list(encoders.ENCODERS) == ["minilm", "bert_tiny"]
 
 
 def test_batches_hold_every_row_once_shortest_first(tiny, rows):
-    batches, order = make_batches(rows, tiny, batch_size=6)
+    batches, order = encoders.make_batches(rows, tiny, batch_size=6)
     assert sorted(order.tolist()) == list(range(20))
     assert [batch.weight.shape[0] for batch in batches] == [6, 6, 6, 2]
     decode = partial(tiny.tokenizer.batch_decode, skip_special_tokens=True)
@@ -146,16 +131,16 @@ def test_batches_hold_every_row_once_shortest_first(tiny, rows):
 
 
 def test_weights_of_a_batch_are_a_mean_and_long_texts_are_cut(tiny, rows):
-    for batch in make_batches(rows, tiny, batch_size=6)[0]:
+    for batch in encoders.make_batches(rows, tiny, batch_size=6)[0]:
         assert batch.weight.sum().item() == pytest.approx(1)
         assert batch.weight.unique().numel() == 1
-    (batch,), _ = make_batches(rows, tiny, batch_size=20, max_length=5)
+    (batch,), _ = encoders.make_batches(rows, tiny, batch_size=20, max_length=5)
     assert batch.inputs["input_ids"].shape == (20, 5)
 
 
 def test_pairs_differ_by_their_token_types(tiny):
     rows = datasets.Dataset.from_dict({"text": ["the film"], "pair": ["a song"]})
-    batch = make_batches(rows, tiny, batch_size=1)[0][0]
+    batch = encoders.make_batches(rows, tiny, batch_size=1)[0][0]
     words = tiny.tokenizer.convert_ids_to_tokens(batch.inputs["input_ids"][0].tolist())
     assert words == ["[CLS]", "the", "film", "[SEP]", "a", "song", "[SEP]"]
     assert batch.inputs["token_type_ids"][0].tolist() == [0, 0, 0, 0, 1, 1, 1]
@@ -183,7 +168,7 @@ def test_the_forward_pass_is_pure(tiny, experts, toy_problem):
 
 
 def test_half_precision_changes_answers_little_and_gives_float32(tiny, experts, toy_problem):
-    forward = classifier_forward(tiny, [e.head for e in experts], precision="bfloat16")
+    forward = encoders.classifier_forward(tiny, [e.head for e in experts], precision="bfloat16")
     parameters = toy_problem.vectors.layout.unflatten(toy_problem.vectors.expert("mood"))
     pairs = [(0, toy_problem.batches[0][0])]
     coarse, fine = forward(parameters, pairs)[0], toy_problem.forward(parameters, pairs)[0]

@@ -99,12 +99,7 @@ def test_the_tables_that_figures_name_are_made_by_functions_that_exist(name):
 
 def test_names_cover_neither_each_other_nor_another_point(ax):
     """Three points close by, one at the right end; names as long as a third of the figure."""
-    points = [
-        (0.0, 0.0, "the first of all"),
-        (0.1, 0.001, "b"),
-        (0.15, 0.06, "c"),
-        (1, 0.05, "end"),
-    ]
+    points = [(0, 0, "the first of all"), (0.1, 0.001, "b"), (0.15, 0.06, "c"), (1, 0.05, "end")]
     for x, y, _ in points:
         ax.plot(x, y, "o")
     ax.margins(y=2)

@@ -2,7 +2,6 @@
 
 import json
 from itertools import product
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,8 +13,8 @@ from divmerge_book.findings import scaling as count
 from divmerge_book.published import paper, paper_reanalysis
 from divmerge_book.studies import landscapes, model_selection
 from divmerge_book.studies.continual_merging import BATCH
+from helpers import RESULTS
 
-RESULTS = Path(__file__).resolve().parents[2] / "book" / "results"
 RUN = "this run"
 
 

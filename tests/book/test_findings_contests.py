@@ -1,13 +1,13 @@
 """Sentences about who is ahead: each says one thing of one Report by hand, the other of another."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import pytest
 from divmerge_book.evaluation.report import Report
 from divmerge_book.figures import baselines, task_table
 from divmerge_book.findings import contests
+from helpers import RESULTS
 
 RUN, BOTH = "this run", "even+uneven"
 GOLD = {"even": [0, 1] * 50, "uneven": ([1] + [0] * 9) * 10}  # majority classes: 50 and 90 rows
@@ -207,8 +207,7 @@ def test_a_graded_task_has_its_grade_and_a_majority_of_nothing():
 
 
 def test_stored_reports_have_findings():
-    results = Path(__file__).resolve().parents[2] / "book" / "results"
-    report = Report.load(results / "glue_encoder.json")
+    report = Report.load(RESULTS / "glue_encoder.json")
     assert "T = 5: by ANP, DivMerge" in contests.standing(report, "the stored run")
     table = task_table(report, report.rows.subset.iloc[0])
     assert {"cola, matthews", "mrpc, f1"} < set(table)

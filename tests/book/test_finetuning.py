@@ -8,8 +8,7 @@ import pytest
 import torch
 from divmerge_book.models import finetuning as module
 from divmerge_book.models.encoders import load_base, make_batches, pooled
-from divmerge_book.models.finetuning import data_digest, fine_tune, load_expert, rate
-from helpers import COUNTS, MARKERS, TINY_RECIPE, toy_splits, toy_task
+from helpers import COUNTS, MARKERS, TINY_RECIPE, raising, toy_splits, toy_task
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -32,7 +31,7 @@ def trained(monkeypatch) -> list[str]:
 
 
 def tune(base, name="mood", recipe=FAST, **options):
-    return fine_tune(base, toy_task(name), recipe, progress=False, **options)
+    return module.fine_tune(base, toy_task(name), recipe, progress=False, **options)
 
 
 def same(one, other) -> None:
@@ -67,7 +66,7 @@ def test_training_leaves_the_base_as_it_was(tiny_folder, cache):
 
 
 def test_the_step_size_rises_and_falls_to_zero():
-    found = [rate(step, 10, 0.2) for step in range(11)]
+    found = [module.rate(step, 10, 0.2) for step in range(11)]
     assert found == pytest.approx([0.5, 1, *(n / 8 for n in range(8, -1, -1))])
 
 
@@ -89,9 +88,9 @@ def test_an_expert_is_trained_once_and_reproducible(tiny, tmp_path, monkeypatch,
 
 def test_rows_have_a_digest_of_their_content_and_order(cache):
     rows = toy_task("mood").load("train")
-    assert data_digest(rows) == data_digest(rows.select(range(len(rows))))
-    assert data_digest(rows) != data_digest(rows.select(range(len(rows) - 1)))
-    assert data_digest(rows) != data_digest(rows.select(reversed(range(len(rows)))))
+    assert module.data_digest(rows) == module.data_digest(rows.select(range(len(rows))))
+    assert module.data_digest(rows) != module.data_digest(rows.select(range(len(rows) - 1)))
+    assert module.data_digest(rows) != module.data_digest(rows.select(reversed(range(len(rows)))))
 
 
 @pytest.fixture
@@ -108,7 +107,7 @@ def test_an_expert_is_safetensors_and_a_readable_manifest_and_moves(saved, tmp_p
     tensors = load_file(saved / "model.safetensors")
     assert {name.split(".")[0] for name in tensors} == {"encoder", "head"}
     shutil.move(saved, tmp_path / "elsewhere")
-    assert load_expert(tmp_path / "elsewhere").task == "mood"
+    assert module.load_expert(tmp_path / "elsewhere").task == "mood"
 
 
 def test_damaged_or_missing_weights_are_refused(saved, tiny):
@@ -121,25 +120,21 @@ def test_damaged_or_missing_weights_are_refused(saved, tiny):
         tune(tiny)
     file.unlink()
     with pytest.raises(ValueError, match=message):
-        load_expert(saved)
+        module.load_expert(saved)
 
 
 def test_a_folder_without_a_manifest_is_no_expert_and_is_trained_again(saved, tiny, trained):
     (saved / "manifest.json").unlink()
     with pytest.raises(ValueError, match="holds no expert: manifest.json is missing"):
-        load_expert(saved)
+        module.load_expert(saved)
     tune(tiny)
-    assert trained == ["mood"] and load_expert(saved).task == "mood"
-
-
-def interrupted(*args):
-    raise KeyboardInterrupt
+    assert trained == ["mood"] and module.load_expert(saved).task == "mood"
 
 
 @pytest.mark.parametrize(("place", "name"), [(torch.optim.AdamW, "step"), (module, "save_file")])
 def test_an_interrupted_training_or_save_leaves_nothing(tiny, cache, monkeypatch, place, name):
     with monkeypatch.context() as patch:
-        patch.setattr(place, name, interrupted)
+        patch.setattr(place, name, raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             tune(tiny)
     assert not list(cache.glob("experts/*")) and not tiny.encoder.training

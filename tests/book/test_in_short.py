@@ -8,9 +8,9 @@ from pathlib import Path
 import nbformat
 import pytest
 from divmerge_book.findings import in_short
+from helpers import RESULTS
 from test_structure import CHAPTERS, names
 
-RESULTS = Path(__file__).resolve().parents[2] / "book" / "results"
 MODULES = [
     importlib.import_module(f"{in_short.__name__}.{module.name}")
     for module in pkgutil.iter_modules(in_short.__path__)

@@ -8,15 +8,6 @@ import pytest
 import transformers
 from divmerge_book.evaluation.experiment import prepare
 from divmerge_book.studies import inference_cost as module
-from divmerge_book.studies.inference_cost import (
-    ROUTING,
-    SERVED,
-    check_pair,
-    gap_closed,
-    inference_cost,
-    milliseconds,
-    proxy_tuning,
-)
 from helpers import linear_problem
 
 QUICK = {
@@ -40,9 +31,9 @@ def test_every_method_has_its_cost_and_needs_what_its_routing_says(experiment, m
         return models.setdefault(spec, make(experiment, spec, options))
 
     monkeypatch.setattr(module, "merged_of", kept)
-    table = inference_cost(experiment, options=QUICK, repeats=1, rows=2)
+    table = module.inference_cost(experiment, options=QUICK, repeats=1, rows=2)
     rows, problem = table.set_index("method"), experiment.problem
-    assert list(table.method) == list(SERVED)
+    assert list(table.method) == list(module.SERVED)
     assert rows.models["average"] == rows.models["divmerge/layer"] == 1
     assert rows.models["expert"] == 2 and rows.anp["expert"] == 1
     assert (rows.bytes >= problem.vectors.base.nbytes).all()
@@ -57,18 +48,19 @@ def test_every_method_has_its_cost_and_needs_what_its_routing_says(experiment, m
         model = replace(merged, problem=alike) if hasattr(merged, "problem") else merged
         first, second = (alike.logits_of(model, task, batch) for task in (0, 1))
         same = first.shape == second.shape and bool((first == second).all())
-        assert same == (ROUTING.get(spec.partition("/")[0], "one") != "task"), spec
+        assert same == (module.ROUTING.get(spec.partition("/")[0], "one") != "task"), spec
 
 
 def test_a_plain_model_is_as_slow_as_a_plain_model():
     problem = linear_problem()
     pairs = [(task, batches[0]) for task, batches in enumerate(problem.batches)]
-    times = milliseconds(dict.fromkeys("ab", (problem, problem.vectors.base, pairs)), repeats=9)
+    calls = dict.fromkeys("ab", (problem, problem.vectors.base, pairs))
+    times = module.milliseconds(calls, repeats=9)
     assert len(times["a"]) == 9 and 0.2 < np.median(times["a"] / times["b"]) < 5
 
 
 def test_one_small_expert_steering_its_own_base_is_that_expert(experiment):
-    table = proxy_tuning(experiment, experiment, repeats=1, rows=2)
+    table = module.proxy_tuning(experiment, experiment, repeats=1, rows=2)
     rows = table.pivot(index="model", columns="task", values="accuracy")
     for name in ("large expert", "proxy, own", "fused, own"):
         assert list(rows.loc[name]) == pytest.approx(list(rows.loc["small expert"])), name
@@ -85,13 +77,13 @@ def test_experiments_with_other_tokens_rows_or_tasks_are_refused(experiment):
     }
     for message, one in wrong.items():
         with pytest.raises(ValueError, match=message):
-            check_pair(one, experiment)
+            module.check_pair(one, experiment)
 
 
 def test_the_share_of_the_gap_by_hand():
     rows = [("a", "large base", 0.4), ("a", "fused", 0.6), ("a", "large expert", 0.9)]
     rows += [("b", "large base", 0.6), ("b", "fused", 0.6), ("b", "large expert", 0.7)]
     table = pd.DataFrame(rows, columns=["task", "model", "accuracy"]).assign(milliseconds=1.0)
-    found = gap_closed(table).closed
+    found = module.gap_closed(table).closed
     assert found["large base"] == 0 and found["large expert"] == 1
     assert found["fused"] == pytest.approx((0.6 - 0.5) / (0.8 - 0.5))

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -10,9 +9,9 @@ from chromium import PROGRAM, chromium
 from divmerge_book.figures import baselines, landscapes, title
 from divmerge_book.figures.styles import style
 from divmerge_book.runner import interactive_pages
+from helpers import RESULTS
 from matplotlib.colors import to_hex
 
-RESULTS = Path(__file__).resolve().parents[2] / "book" / "results"
 SCRIPT = RESULTS.parent / "_static" / "interactive.js"
 PLACES = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
 without_one = pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium")

@@ -9,14 +9,9 @@ import torch
 from divmerge_book.evaluation.experiment import SIZES
 from divmerge_book.figures import landscapes as draw_plane
 from divmerge_book.interference.behaviour import barrier, disentanglement_error
+from divmerge_book.studies import evaluator as scoring
 from divmerge_book.studies import landscapes
-from divmerge_book.studies.evaluator import (
-    Evaluator,
-    accuracies,
-    fewer_rows,
-    scores_by_task,
-    subsample,
-)
+from divmerge_book.studies.evaluator import Evaluator, accuracies, fewer_rows, subsample
 from divmerge_book.studies.study import study
 from torch.testing import assert_close
 
@@ -66,7 +61,7 @@ def test_an_expert_scores_as_itself_and_one_that_gets_nothing_right_is_named(lin
     assert found["accuracy"] == 1 and abs(found["js"]) < 1e-12
     wrong = [replace(split, gold=split.gold + 9) for split in linear.test]
     with pytest.raises(ValueError, match="the expert of 'task0' gets no test row right"):
-        scores_by_task(replace(linear, test=wrong, digest="wrong"), [1.0] * 4)
+        scoring.scores_by_task(replace(linear, test=wrong, digest="wrong"), [1.0] * 4)
 
 
 def test_methods_end_where_their_coefficients_say(linear):
@@ -92,8 +87,7 @@ def costs(experiment) -> pd.DataFrame:
 
 
 def segment(experiment, points: int) -> pd.DataFrame:
-    jobs = [{"pair": PAIR}]
-    return study(landscapes.segment, {0: experiment}, jobs, points=points, rows=99)
+    return study(landscapes.segment, {0: experiment}, JOBS, points=points, rows=99)
 
 
 def test_shuffling_keeps_every_tensor_its_entries(problem):

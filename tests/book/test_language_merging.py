@@ -4,28 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from divmerge_book import prepare
+from divmerge_book import TASKS, Report, compare_language, prepare, prepare_language
 from divmerge_book.data.splits import SPLITS
-from divmerge_book.data.tasks import TASKS
-from divmerge_book.evaluation.experiment import prepare_language
-from divmerge_book.evaluation.language_benchmark import compare_language
-from divmerge_book.evaluation.report import Report
 from divmerge_book.models.language import completions as module
 from divmerge_book.models.language.completions import completions, counted, greedy, written
 from divmerge_book.models.language.prompts import PROMPTS
 from divmerge_book.models.language.reading import collate
 from language_toys import SIZE
 
-from divmerge_core import METHODS
-from divmerge_core.divergences import DIVERGENCES
+from divmerge_core import DIVERGENCES, METHODS
 from divmerge_core.kernels.expert_cache import TopKLogProbs, cache_expert
 from divmerge_core.merging.merged_model import expert_logits, objective_against
 
 PROMPT_TOKENS = [(5, 6, 7, 8, 9), (4,), (9, 8)]
-
-
-def quiet_merge(bench, name: str, **options) -> torch.Tensor:
-    return METHODS[name](bench.problem, progress=False, **options)
 
 
 def slow_answer(base, prompt, max_new: int) -> tuple[int, ...]:
@@ -141,7 +132,7 @@ def test_top_answers_are_merged_towards_as_well(llama_folder, glue_rows):
     size = replace(SIZE, base=str(llama_folder), top=16)
     bench = prepare_language("glue", ["sst2", "cola"], size=size, progress=False)
     seen = []
-    quiet_merge(bench, "divmerge", epochs=1, callback=seen.append)
+    METHODS["divmerge"](bench.problem, epochs=1, callback=seen.append, progress=False)
     assert all(step.loss >= 0 for step in seen[:-1])
 
 

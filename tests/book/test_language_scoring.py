@@ -1,23 +1,20 @@
 """Scores of language models: likelihood, exact words, and ROUGE-1, in one Report."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from divmerge_book.data.tasks import TASKS
+from divmerge_book import TASKS, Report
+from divmerge_book.evaluation import language_scoring
 from divmerge_book.evaluation.hyperparameter_search import shares
-from divmerge_book.evaluation.language_scoring import (
-    likelihood_split,
-    prompt_batches,
-    rouge1,
-    written_split,
-)
+from divmerge_book.evaluation.language_scoring import likelihood_split, rouge1, written_split
 from divmerge_book.evaluation.metrics import grades
-from divmerge_book.evaluation.report import Report
 from divmerge_book.models.language.prompts import PROMPTS
+from helpers import raising
 
-from divmerge_core.merging.problem import MergeProblem
-from divmerge_core.merging.task_vectors import TaskVectors
+from divmerge_core import MergeProblem, TaskVectors
 
 
 def test_words_in_common_by_hand():
@@ -41,7 +38,7 @@ def one_model(base) -> tuple[MergeProblem, torch.Tensor]:
 def test_every_prompt_keeps_its_right_answer(llama):
     """Prompts of like length go together, so that rows change places."""
     rows = [{"text": "film " * n, "label": n % 2} for n in (5, 1, 4, 2, 3)]
-    groups, right = prompt_batches(llama, PROMPTS["sst2"], rows, 200, 2)
+    groups, right = language_scoring.prompt_batches(llama, PROMPTS["sst2"], rows, 200, 2)
     by_words = sorted(zip((len(one) for group in groups for one in group), right, strict=True))
     assert [label for _, label in by_words] == [1, 0, 1, 0, 1]
 
@@ -65,19 +62,11 @@ def test_what_is_written_counts_where_it_is_exactly_a_word(llama, glue_rows, mon
     assert found == [1, 0, 2, 2, 2, 2, 2, 0]  # 2: none of the two
 
 
-class Anyone:
-    """Answers for a task by itself, from no one vector."""
-
-    nbytes = 0
-
-    def logits(self, task, batch):
-        raise AssertionError("not asked")
-
-
 def test_a_predictor_writes_nothing(llama, glue_rows):
     problem, _ = one_model(llama)
+    predictor = SimpleNamespace(nbytes=0, logits=raising(AssertionError("not asked")))
     with pytest.raises(ValueError, match="score a predictor by the likelihood"):
-        exam_of(llama, written_split, max_new=4).predictions(problem, Anyone(), 0)
+        exam_of(llama, written_split, max_new=4).predictions(problem, predictor, 0)
 
 
 def mixed(seeds: int = 2) -> Report:

@@ -6,24 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from divmerge_book.evaluation.metrics import (
-    LabelledSplit,
-    accuracy,
-    confusion,
-    evaluate,
-    f1,
-    macro_f1,
-    matthews,
-    own_scores,
-    predict,
-    scores,
-)
+from divmerge_book.evaluation import metrics
+from divmerge_book.evaluation.metrics import accuracy, confusion, f1, macro_f1, matthews, scores
 
 
-def exams_of(problem, seed: int = 0) -> list[LabelledSplit]:
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda rows: torch.randint(4, (rows,), generator=generator)  # noqa: E731
-    return [LabelledSplit(own, draw(sum(len(b.weight) for b in own))) for own in problem.batches]
+def exams_of(problem) -> list[metrics.LabelledSplit]:
+    generator = torch.Generator().manual_seed(0)
+    counts = [sum(len(batch.weight) for batch in own) for own in problem.batches]
+    gold = [torch.randint(4, (count,), generator=generator) for count in counts]
+    return list(map(metrics.LabelledSplit, problem.batches, gold))
 
 
 BINARY = np.array([[5, 1], [2, 4]])  # [gold, predicted]
@@ -100,7 +91,7 @@ def test_only_two_gold_answers_have_an_f1():
     [("cola", "matthews"), ("mrpc", "f1"), ("qqp", "f1"), ("rte", "accuracy"), ("x", "accuracy")],
 )
 def test_every_glue_task_has_its_own_metric(task, metric):
-    own = own_scores(scores(table(task, [0, 1, 1, 1], [0, 1, 0, 1])))
+    own = metrics.own_scores(scores(table(task, [0, 1, 1, 1], [0, 1, 0, 1])))
     assert own.metric.tolist() == [metric]
     by_hand = {"matthews": 1 / math.sqrt(3), "f1": 4 / 5, "accuracy": 3 / 4}
     assert own.value.item() == pytest.approx(by_hand[metric])
@@ -117,12 +108,12 @@ def test_answers_are_the_largest_logits_in_order(problem):
     exams, flat = exams_of(problem), problem.vectors.base
     for task, exam in enumerate(exams):
         logits = torch.cat([problem.logits(flat, task, batch) for batch in exam.batches])
-        assert torch.equal(predict(problem, flat, task, exam), logits.argmax(-1))
+        assert torch.equal(metrics.predict(problem, flat, task, exam), logits.argmax(-1))
 
 
 def test_one_row_per_task_holds_answers_gold_and_labels(problem):
     exams = exams_of(problem)
-    rows = evaluate(problem, problem.vectors.base, exams, method="base", seed=3)
+    rows = metrics.evaluate(problem, problem.vectors.base, exams, method="base", seed=3)
     assert rows.task.tolist() == list(problem.vectors.tasks)
     assert rows.method.tolist() == ["base"] * 3 and rows.seed.tolist() == [3] * 3
     for row, exam in zip(rows.itertuples(), exams, strict=True):
@@ -135,4 +126,4 @@ def test_a_merged_model_that_is_no_number_is_refused(problem, value):
     flat = problem.vectors.base.clone()
     flat[3] = value
     with pytest.raises(ValueError, match="merged parameters hold NaN or inf; nothing can be sc"):
-        evaluate(problem, flat, exams_of(problem))
+        metrics.evaluate(problem, flat, exams_of(problem))

@@ -16,11 +16,9 @@ COUNTS = SimpleNamespace(task=12, layer=0, near=0, pair=0)
 
 
 @pytest.fixture(scope="module")
-def found(tiny, tmp_path_factory) -> dict[str, pd.DataFrame]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DIVMERGE_CACHE", str(tmp_path_factory.mktemp("models")))
-        one = linear_experiment(tiny, 3, rows=8)
-        return random_merges({0: one, 1: one}, COUNTS)
+def found(tiny, module_cache) -> dict[str, pd.DataFrame]:
+    one = linear_experiment(tiny, 3, rows=8)
+    return random_merges({0: one, 1: one}, COUNTS)
 
 
 def test_a_whole_model_is_its_tasks_summed_and_its_anp_averaged(found):

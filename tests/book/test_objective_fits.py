@@ -7,18 +7,7 @@ import torch
 from divmerge_book.data.tasks import TASKS
 from divmerge_book.evaluation.hyperparameter_search import validation_anp
 from divmerge_book.studies import objective_fits
-from divmerge_book.studies.objective_fits import (
-    BASELINE_OBJECTIVES,
-    FitConfig,
-    FitSpec,
-    fit,
-    fit_result,
-    fit_spec,
-    gold_answers,
-    merge,
-    objectives,
-    with_used_words,
-)
+from divmerge_book.studies.objective_fits import FitConfig, FitSpec, fit, fit_result, fit_spec
 from helpers import MARKERS, linear_problem
 from torch.testing import assert_close
 
@@ -28,13 +17,14 @@ SHORT = FitConfig(epochs=1, rates=(1e-2, 0.3), rate=0.1)
 
 
 def test_every_divergence_and_three_baselines_are_compared():
-    assert objectives() == [*DIVERGENCES, "hidden_cosine", "entropy", "labels"]
-    assert "cheats" in BASELINE_OBJECTIVES.facts["labels"]["label"]
+    assert objective_fits.objectives() == [*DIVERGENCES, "hidden_cosine", "entropy", "labels"]
+    assert "cheats" in objective_fits.BASELINE_OBJECTIVES.facts["labels"]["label"]
 
 
 def test_the_oracle_minimises_the_cross_entropy_with_every_gold_answer(experiment):
     problem, spec = experiment.problem, fit_spec(experiment, "labels")
-    for number, (task, answers) in enumerate(zip(MARKERS, gold_answers(experiment), strict=True)):
+    every = objective_fits.gold_answers(experiment)
+    for number, (task, answers) in enumerate(zip(MARKERS, every, strict=True)):
         for batch, gold in zip(problem.batches[number], answers, strict=True):
             texts = experiment.base.tokenizer.batch_decode(batch.inputs["input_ids"])
             for text, answer in zip(texts, gold.tolist(), strict=True):
@@ -68,7 +58,7 @@ def test_what_compares_no_two_answers_has_no_temperature(experiment):
 
 
 def test_words_that_no_input_uses_are_left_out_and_do_not_change_a_fit(experiment, monkeypatch):
-    problem, smaller = experiment.problem, with_used_words(experiment.problem)
+    problem, smaller = experiment.problem, objective_fits.with_used_words(experiment.problem)
     ids = torch.cat([b.inputs["input_ids"].flatten() for some in problem.batches for b in some])
     place = problem.vectors.layout.names.index(objective_fits.WORDS)
     assert smaller.vectors.layout.shapes[place][0] == len({0, *ids.tolist()})
@@ -76,7 +66,7 @@ def test_words_that_no_input_uses_are_left_out_and_do_not_change_a_fit(experimen
     for task in range(len(MARKERS)):
         assert_close(*(one.logits(one.vectors.base, task, one.batches[task][0]) for one in both))
     linear = linear_problem()
-    assert with_used_words(linear) is linear
+    assert objective_fits.with_used_words(linear) is linear
     fast = fit(fit_spec(experiment, "js"), "layer", 0.1, SHORT)
     monkeypatch.setattr(objective_fits, "with_used_words", lambda problem: problem)
     assert_close(fit(fit_spec(experiment, "js"), "layer", 0.1, SHORT)[0], fast[0])
@@ -102,6 +92,7 @@ def test_a_fit_that_diverges_is_scored_where_it_started(experiment):
 
 def test_coefficients_are_validated_as_merged(experiment):
     found = fit_result(experiment, "js", "layer", 0.1, SHORT)
-    flat = merge(experiment.problem.vectors, torch.tensor(found["coefficients"]), "layer")
+    coefficients = torch.tensor(found["coefficients"])
+    flat = objective_fits.merge(experiment.problem.vectors, coefficients, "layer")
     assert found["validation"] == validation_anp(experiment, flat)
     assert not found["diverged"]

@@ -3,23 +3,11 @@
 import numpy as np
 import pandas as pd
 import pytest
-from divmerge_book.data.tasks import TASKS
-from divmerge_book.evaluation.experiment import SIZES, prepare
+from divmerge_book import SIZES, TASKS, prepare
 from divmerge_book.figures import behaviour as draw
+from divmerge_book.studies import prediction_churn as churn
 from divmerge_book.studies.evaluator import accuracies
-from divmerge_book.studies.prediction_churn import (
-    MODELS,
-    calibration_table,
-    churn_by_task,
-    churn_intervals,
-    flip_examples,
-    flips_by_margin,
-    layer_similarity,
-    predictions,
-    reliability_table,
-    row_numbers,
-    texts,
-)
+from divmerge_book.studies.prediction_churn import MODELS, churn_intervals, layer_similarity, texts
 from torch.testing import assert_close
 
 
@@ -37,7 +25,7 @@ ANSWERS = pd.DataFrame(row for seed in (0, 1) for task in "ab" for row in made_u
 
 
 def test_flips_by_hand_lie_inside_their_intervals():
-    for row in churn_by_task(ANSWERS).itertuples():
+    for row in churn.churn_by_task(ANSWERS).itertuples():
         assert_close((row.lost, row.gained), (0.2, 0.1))
         assert_close((row.net, row.gross), (row.gained - row.lost, row.gained + row.lost))
     found = churn_intervals(ANSWERS, draws=200).set_index("what")
@@ -51,21 +39,22 @@ def test_flips_by_hand_lie_inside_their_intervals():
 
 
 def test_the_least_sure_rows_are_the_lost_ones_and_examples_are_surest_first():
-    found = flips_by_margin(ANSWERS, parts=3).set_index("part")
+    found = churn.flips_by_margin(ANSWERS, parts=3).set_index("part")
     assert_close(list(found.lost), [2 / 3, 0.0, 0.0])
     assert_close(found.margin[1], 0.2)
     assert set(found.auc) == {1.0}
-    found = flip_examples(ANSWERS, "average", "a")
+    found = churn.flip_examples(ANSWERS, "average", "a")
     assert found["row"].tolist() == [9, 1, 0]
     assert found.kind.tolist() == ["gained", "lost", "lost"]
     assert_close(list(found.margin), [0.95, 0.2, 0.1])
 
 
 def test_confidence_stands_beside_accuracy_and_a_diagram_counts_every_row_once():
-    row = calibration_table(ANSWERS, draws=20).set_index(["seed", "model"]).loc[(0, "average")]
+    table = churn.calibration_table(ANSWERS, draws=20)
+    row = table.set_index(["seed", "model"]).loc[(0, "average")]
     assert_close((row.accuracy, row.confidence), (0.8, 0.9))
     assert_close((row.gap, row.uneven, row.ece), (0.1, 0.1, 0.1))
-    found = reliability_table(ANSWERS)
+    found = churn.reliability_table(ANSWERS)
     assert found.groupby("model")["count"].sum().to_dict() == {"average": 40, "expert": 40}
     assert_close(found[found.model == "average"].accuracy.item(), 0.8)
 
@@ -78,7 +67,7 @@ def test_layers_have_a_row_each():
 
 def test_predictions_are_those_that_evaluate_gives_and_no_text_is_stored(fresh):
     experiment = prepare("toy", size="toy")
-    table = predictions({0: experiment}, SIZES["toy"], rows=20)
+    table = churn.predictions({0: experiment}, SIZES["toy"], rows=20)
     assert list(dict.fromkeys(table.model)) == list(MODELS)
     found = [np.mean(right) for right in table[table.model == "base"]["right"]]
     assert_close(found, accuracies(experiment, experiment.problem.vectors.base))
@@ -88,7 +77,7 @@ def test_predictions_are_those_that_evaluate_gives_and_no_text_is_stored(fresh):
     assert (layer_similarity(table).cka.abs() <= 1 + 1e-6).all()
     columns = {"task", "right", "sure", "margin", "row", "seed", "model"}
     assert set(table.columns) == columns | {"cka", "shift", "common"}
-    task, order = experiment.problem.vectors.tasks[0], row_numbers(experiment, 0)
+    task, order = experiment.problem.vectors.tasks[0], churn.row_numbers(experiment, 0)
     data = TASKS[task].load("test")
     assert [data["label"][row] for row in order] == experiment.test[0].gold.tolist()
     assert texts(task, order[:2]) == [data["text"][row] for row in order[:2]]
@@ -96,7 +85,7 @@ def test_predictions_are_those_that_evaluate_gives_and_no_text_is_stored(fresh):
 
 @pytest.mark.parametrize("bins", [4, 10])
 def test_a_reliability_diagrams_bars_stand_in_the_middle_of_their_bins(ax, bins):
-    table = reliability_table(ANSWERS, bins=bins)
+    table = churn.reliability_table(ANSWERS, bins=bins)
     draw.reliability(ax, table, "average", bins=bins)
     own = table[table.model == "average"]
     middles = [bar.get_x() + bar.get_width() / 2 for bar in ax.patches]
@@ -107,11 +96,11 @@ def test_a_reliability_diagrams_bars_stand_in_the_middle_of_their_bins(ax, bins)
 
 def test_a_diagram_of_more_bins_than_said_is_refused(ax):
     with pytest.raises(ValueError, match="has a bin 1[0-9], counted from 0, but bins is 10: give"):
-        draw.reliability(ax, reliability_table(ANSWERS, bins=20), "average")
+        draw.reliability(ax, churn.reliability_table(ANSWERS, bins=20), "average")
 
 
 def test_figures_of_churn_layers_and_margins_have_their_lengths_and_units(ax):
     draw.churn(ax, churn_intervals(ANSWERS, draws=50))
     assert_close(sorted(bar.get_width() for bar in ax.patches), [-20.0, 10.0])
     assert "CKA" in draw.similarity_by_layer(ax, layer_similarity(ANSWERS), "cka").get_ylabel()
-    assert "%" in draw.loss_by_margin(ax, flips_by_margin(ANSWERS)).get_ylabel()
+    assert "%" in draw.loss_by_margin(ax, churn.flips_by_margin(ANSWERS)).get_ylabel()

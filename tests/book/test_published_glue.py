@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from divmerge_book.data import downloads
 from divmerge_book.data.tasks import TASKS
 from divmerge_book.published import glue
 from divmerge_book.published.toy_models import make_toys
 from divmerge_book.user_models import check, load, read
+from helpers import raising
 from local_files import configured, with_fields
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -40,14 +40,11 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def suite(made, tmp_path_factory):
-    """The description of the suite; tasks' splits are in a cache of the module's own."""
+def suite(made, module_cache, tmp_path_factory):
+    """The description of the suite."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DIVMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("DIVMERGE_GLUE_DIR", str(made / "data"))
-        downloads.verify.cache_clear()
         yield described(made, tmp_path_factory.mktemp("suite") / "described")
-    downloads.verify.cache_clear()
 
 
 def described(made: Path, folder: Path) -> Path:
@@ -170,9 +167,7 @@ def test_a_task_without_an_expert_is_refused(tmp_path):
 
 
 def test_where_the_hub_cannot_be_reached_the_error_says_so(made, monkeypatch, tmp_path):
-    def offline(*args, **options):
-        raise OSError("no route to host")
-
+    offline = raising(OSError("no route to host"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(ValueError, match="the hub could not be reached"):
         glue.describe(tmp_path / "suite", NAMES, base=str(made / "base"))

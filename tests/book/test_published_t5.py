@@ -1,6 +1,5 @@
 """Encoder-decoder experts that write: tiny T5s and data sets in the hub's own layout."""
 
-import json
 import re
 import shutil
 from dataclasses import replace
@@ -11,7 +10,6 @@ import datasets
 import pytest
 import torch
 import transformers
-from divmerge_book.data import downloads
 from divmerge_book.data.splits import SPLITS
 from divmerge_book.evaluation.metrics import evaluate
 from divmerge_book.models.language.completions import greedy, written
@@ -21,6 +19,7 @@ from divmerge_book.models.language.seq2seq import encodes
 from divmerge_book.published import sources, t5
 from divmerge_book.published import toy_models as toys
 from divmerge_book.published.sources import SOURCES, PublishedTask, rows_of
+from helpers import raising
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -46,16 +45,7 @@ def made(tmp_path_factory) -> tuple[str, dict[str, PublishedTask]]:
 
 
 @pytest.fixture(scope="module")
-def cached(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DIVMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        downloads.verify.cache_clear()
-        yield
-    downloads.verify.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def bench(made, cached):
+def bench(made, module_cache):
     base, own = made
     return t5.prepare_t5(NAMES, base=base, sources=own, **FEW)
 
@@ -159,7 +149,7 @@ def test_what_was_cut_or_empty_is_counted(bench):
         assert found.counts["positions"] == sum(map(len, found.answers))
 
 
-def test_a_prompt_that_is_too_long_keeps_its_question_and_its_eos(made, cached):
+def test_a_prompt_that_is_too_long_keeps_its_question_and_its_eos(made, module_cache):
     bench = t5.prepare_t5(NAMES, base=made[0], sources=made[1], **{**FEW, "max_length": 10})
     known = bench.completions[1]
     assert known.counts["shortened"] > 0
@@ -196,7 +186,7 @@ def test_a_batch_of_writers_falls_apart_into_rows_with_all_their_positions(bench
 
 # --- data -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", SOURCES)
-def test_the_default_columns_read_the_hubs_rows(name, cached, tmp_path):
+def test_the_default_columns_read_the_hubs_rows(name, module_cache, tmp_path):
     folder = tmp_path / name
     toys.save_data(folder, name)
     source = replace(SOURCES[name], data=str(folder))
@@ -232,10 +222,7 @@ def test_an_unknown_column_is_told_which_there_are():
 
 
 def test_without_hub_and_folder_it_is_said(monkeypatch):
-    def unreachable(*args, **options):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", raising(ConnectionError("no route to host")))
     monkeypatch.setattr(sources, "hub_revision", lambda name: None)
     with pytest.raises(ValueError, match="cannot read the data of 'squad'.*Give a folder"):
         sources.tables("squad", SOURCES["squad"])
@@ -279,9 +266,7 @@ def test_a_model_without_a_start_token_is_refused(made, tmp_path):
     folder = tmp_path / "startless"
     shutil.copytree(made[0], folder)
     path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["decoder_start_token_id"] = None
-    path.write_text(json.dumps(config))
+    path.write_text(path.read_text().replace('start_token_id": 0', 'start_token_id": null'))
     (folder / "generation_config.json").unlink(missing_ok=True)
     with pytest.raises(ValueError, match="names no decoder_start_token_id"):
         collate(load_language(str(folder)), [((5, 1), (1,))])

@@ -2,7 +2,6 @@
 
 import tomllib
 from fnmatch import fnmatch
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,10 +11,10 @@ from divmerge_book.findings import published as find
 from divmerge_book.published import leaderboard_summary as board
 from divmerge_book.published import paper
 from divmerge_book.published.leaderboard_summary import published, scored_rows, summary
+from helpers import ROOT
 
 from divmerge_core.methods import METHODS, parse
 
-ROOT = Path(__file__).resolve().parents[2]
 GLUE = ["CoLA", "SST-2", "QQP", "QNLI", "MNLI", "RTE", "MRPC"]
 PARTS = [(work, name) for work in paper.WORKS for name in paper.printed(work)["parts"]]
 SWEEPS = [part for part, _ in board.SCALED.values()]

@@ -13,6 +13,7 @@ from divmerge_book.evaluation import provenance
 from divmerge_book.evaluation import report as module
 from divmerge_book.evaluation.metrics import own_scores, scores
 from divmerge_book.evaluation.report import COLUMNS, MARGIN, STATISTICS, Report, caption
+from helpers import raising
 
 SUITE, SUBSET = "toy", "a+b"
 
@@ -248,11 +249,8 @@ def test_an_interrupted_save_leaves_the_old_file_and_no_other(report, tmp_path, 
     path = tmp_path / "report.json"
     report.save(path)
     before = path.read_bytes()
-
-    def fail(old, new):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module.os, "replace", fail)
+    full = raising(OSError(28, "No space left on device"))
+    monkeypatch.setattr(module.os, "replace", full)
     with pytest.raises(ValueError, match="No space left"):
         Report.of(report.rows, FITS).save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -9,21 +9,11 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from divmerge_book import __main__
+import small_grids
+from divmerge_book import Report, __main__
 from divmerge_book.evaluation import stored_tables
-from divmerge_book.evaluation.report import Report
 from divmerge_book.runner import collect, executors, grid, grid_file
-from small_grids import (
-    BODY,
-    command,
-    finished,
-    in_this_process,
-    run_cells,
-    started,
-    wait_for_the_end,
-    write_grid,
-    write_notebook,
-)
+from small_grids import BODY, command, finished, run_cells, started, write_grid, write_notebook
 
 
 @pytest.fixture
@@ -35,7 +25,7 @@ def folder(tmp_path):
 @pytest.fixture
 def here(monkeypatch):
     """Runs take place in this process, without a kernel."""
-    monkeypatch.setattr(grid, "processes", in_this_process)
+    monkeypatch.setattr(grid, "processes", small_grids.in_this_process)
     monkeypatch.setattr(executors, "execute", run_cells)
 
 
@@ -180,7 +170,8 @@ def test_an_interrupted_grid_ends_its_kernels_keeps_what_is_finished_and_resumes
         assert process.wait(60) == (-9 if how == signal.SIGKILL else 130)
     finally:
         process.kill()
-    wait_for_the_end(map(int, (folder / "log.pid").read_text().split()))  # kernels and workers
+    numbers = (folder / "log.pid").read_text().split()  # of kernels and workers
+    small_grids.wait_for_the_end(map(int, numbers))
     assert {line.split()[1] for line in (folder / "log").read_text().splitlines()} == {"1"}  # cpus
     assert len(list((folder / "out" / "cells").iterdir())) == 1 and finished(folder) == ["js0"]
     monkeypatch.setattr(grid, "processes", lambda *_, **__: pytest.fail("it ran again"))

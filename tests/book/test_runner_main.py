@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from divmerge_book import __main__
 from divmerge_book.runner import book, execute, executors
-from helpers import forbid
+from helpers import forbid, raising
 from papermill.exceptions import PapermillExecutionError
 from small_grids import in_this_process, run_cells, wait_for_the_end, write_cells
 
@@ -25,14 +25,10 @@ epochs: int = 4  # passes over the inputs
 quiet: bool = False  # hide the bars"""
 
 
-def notebook(path: Path, *cells: str, parameters: str = PARAMETERS) -> Path:
-    """A notebook with these code cells after its parameters cell."""
-    return write_cells(path, parameters, *cells)
-
-
 @pytest.fixture
 def page(tmp_path):
-    return notebook(tmp_path / "page.ipynb", "print(size, tasks, seeds, lr, epochs, quiet)")
+    cell = "print(size, tasks, seeds, lr, epochs, quiet)"
+    return write_cells(tmp_path / "page.ipynb", PARAMETERS, cell)
 
 
 @pytest.fixture
@@ -126,13 +122,14 @@ def test_list_shows_the_parameters_and_runs_nothing(page, no_kernel, capsys):
 @pytest.mark.parametrize("line", ["lr = 0.1", "lr: complex = 1j", "lr: float = 'a'", "import os"])
 def test_a_malformed_parameters_cell_is_refused(tmp_path, line):
     with pytest.raises(ValueError, match="lr|import os"):
-        execute.parameters(notebook(tmp_path / "page.ipynb", parameters=line))
+        execute.parameters(write_cells(tmp_path / "page.ipynb", line))
 
 
 @pytest.mark.slow
 def test_a_run_uses_this_python_its_folder_and_its_parameters(tmp_path):
-    page = notebook(
+    page = write_cells(
         tmp_path / "page.ipynb",
+        PARAMETERS,
         "import os, sys\nprint(sys.executable, os.environ['OMP_WAIT_POLICY'], os.getcwd())",
         "print(tasks, lr, type(lr).__name__)",
     )
@@ -154,11 +151,8 @@ def test_a_run_uses_this_python_its_folder_and_its_parameters(tmp_path):
 
 
 def test_a_failing_cell_is_shown_and_leaves_no_output(page, monkeypatch, capsys):
-    def fail(*_, **__):
-        raise PapermillExecutionError(
-            2, 2, "assert epochs == 1", "AssertionError", "many", ["AssertionError: many"]
-        )
-
+    facts = "assert epochs == 1", "AssertionError", "many", ["AssertionError: many"]
+    fail = raising(PapermillExecutionError(2, 2, *facts))
     monkeypatch.setattr(execute.papermill, "execute_notebook", fail)
     output = page.with_name("out.ipynb")
     output.write_text("the last good run")
@@ -216,7 +210,7 @@ def write_book(root: Path, **chapters: str) -> Path:
     (root / "book" / "results").mkdir(parents=True)
     toc = "format: jb-book\nroot: index\nparts:\n- chapters:\n"
     for name, cell in chapters.items():
-        notebook(root / "notebooks" / f"{name}.ipynb", cell)
+        write_cells(root / "notebooks" / f"{name}.ipynb", PARAMETERS, cell)
         toc += f"  - file: notebooks/{name}\n"
     (root / "book" / "_toc.yml").write_text(toc)
     return root

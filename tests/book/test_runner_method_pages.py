@@ -3,7 +3,6 @@
 import inspect
 import re
 import shutil
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -11,11 +10,11 @@ import yaml
 from divmerge_book.evaluation.benchmark import every_method as every_spec
 from divmerge_book.figures import TITLES
 from divmerge_book.runner import book, execute, method_pages
+from helpers import ROOT
 from test_structure import FETCHED
 
 from divmerge_core.methods import METHODS, options_of
 
-ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 BIBLIOGRAPHY = (BOOK / "references.bib").read_text("utf-8")
 REFERENCES = set(re.findall(r"^@\w+\{([^,\s]+),", BIBLIOGRAPHY, re.M))

@@ -4,7 +4,8 @@ import pytest
 from click.testing import CliRunner
 from divmerge_book.runner.parameters import check_parameters
 from papermill.cli import papermill
-from test_runner_main import PARAMETERS, notebook
+from small_grids import write_cells
+from test_runner_main import PARAMETERS
 from test_structure import CHECK
 
 
@@ -98,7 +99,8 @@ def test_a_line_without_a_type_is_refused():
 @pytest.mark.slow
 def test_plain_papermill_stops_before_the_work(tmp_path):
     """So no model is replaced because `-p overwrite false` is text to papermill."""
-    page = notebook(tmp_path / "page.ipynb", CHECK, "open('trace', 'w').close()")
+    cells = CHECK, "open('trace', 'w').close()"
+    page = write_cells(tmp_path / "page.ipynb", PARAMETERS, *cells)
     command = [str(page), str(tmp_path / "out.ipynb"), "--cwd", str(tmp_path)]
     done = CliRunner().invoke(papermill, [*command, "-p", "lr", "1", "-p", "quiet", "false"])
     said = "quiet must be bool, got 'false'; papermill reads -p quiet True and"

@@ -3,7 +3,6 @@
 import json
 from collections import defaultdict
 from itertools import combinations
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -12,8 +11,8 @@ from divmerge_book.evaluation.report import Report, caption
 from divmerge_book.evaluation.sizes import SIZES, STANDARD, departures
 from divmerge_book.findings import same_quantity
 from divmerge_book.findings.in_short import Stored
+from helpers import RESULTS
 
-RESULTS = Path(__file__).resolve().parents[2] / "book" / "results"
 POINTS = 2.0  # of ANP: how far two fits in one setting may be apart on experts trained twice
 ROWS = 2  # test rows that an expert trained twice, in bfloat16, may answer otherwise
 

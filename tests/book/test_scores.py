@@ -1,6 +1,5 @@
 """ANP by the number of merged tasks, and what subsets, seeds and test rows add to its spread."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,17 +7,9 @@ import torch
 from divmerge_book.evaluation.report import Report
 from divmerge_book.evaluation.stored_tables import load, save
 from divmerge_book.figures import scaling as draw
+from divmerge_book.studies import scores
 from divmerge_book.studies.scaling import EXPERT, MAJORITY, packed
-from divmerge_book.studies.scores import (
-    by_subset,
-    differences,
-    floor,
-    over_seeds,
-    over_subsets,
-    ratios,
-    row_errors,
-    spreads,
-)
+from divmerge_book.studies.scores import by_subset, floor, over_seeds, over_subsets, ratios, spreads
 
 
 def toy_scores(values: dict[tuple, float]) -> pd.DataFrame:
@@ -32,12 +23,10 @@ def rows() -> pd.DataFrame:
     """A Report's rows: three tasks of two answers, two seeds, experts and two methods."""
     gold = {task: np.random.default_rng(ord(task)).integers(2, size=40) for task in "abc"}
     gold["c"][:] = 0  # its expert cannot beat the majority class
-    found = []
+    found, chances = [], {EXPERT: 0.9, "average": 0.6, "ties": 0.7}
     for seed in (0, 3):
         for subset in ("a+b", "a+c", "a+b+c"):
-            for n, (method, chance) in enumerate(
-                {EXPERT: 0.9, "average": 0.6, "ties": 0.7}.items()
-            ):
+            for n, (method, chance) in enumerate(chances.items()):
                 for task in subset.split("+"):
                     draws = np.random.default_rng([seed, ord(task), n, n and len(subset)])
                     said = np.where(draws.random(40) < chance, gold[task], 1 - gold[task])
@@ -99,7 +88,7 @@ def test_the_error_of_test_rows_is_the_binomial_one():
             subset = "a+b" if method == "average" else task
             rows.append((0, method, subset, task, right, 0.1))
     table = pd.DataFrame(rows, columns=["seed", "method", "subset", "task", "right", "js"])
-    found = row_errors(table, draws=2000).error.item()
+    found = scores.row_errors(table, draws=2000).error.item()
     assert found == pytest.approx((0.8 * 0.2 / count / 2) ** 0.5, rel=0.08)
 
 
@@ -117,7 +106,7 @@ def test_a_method_always_better_by_as_much_has_an_interval_of_no_width():
     values = {"a+b": 0.5, "a+c": 0.9, "b+c": 0.7}
     gaps = {"ties": 0.1, "average": 0}
     found = toy_scores({(0, m, s): v + gap for m, gap in gaps.items() for s, v in values.items()})
-    row = differences(found, "ties", ["average"]).iloc[0]
+    row = scores.differences(found, "ties", ["average"]).iloc[0]
     np.testing.assert_allclose([row.value, row.low, row.high, row.won], [0.1, 0.1, 0.1, 1])
 
 
@@ -136,12 +125,10 @@ def test_spreads_by_hand(answers, table):
     assert np.isnan(found["subsets", "ties", 3]) and found["test rows", "ties", 3] > 0
 
 
-def test_figures_against_t_have_a_line_for_every_method(answers, table):
-    ax = plt.figure().gca()
+def test_figures_against_t_have_a_line_for_every_method(ax, answers, table):
     assert len(draw.score_curve(ax, over_subsets(table)).get_legend_handles_labels()[1]) == 2
     assert ax.get_xlabel() == "tasks merged, $T$"
     draw.seed_curve(ax, over_seeds(table), ["average"])
     draw.variance_sources(ax, spreads(answers))
     assert {"subsets", "seeds", "test rows"} <= set(ax.get_legend_handles_labels()[1])
     ax.figure.canvas.draw()
-    plt.close(ax.figure)

@@ -7,29 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from divmerge_book.evaluation import statistics as estimates
 from divmerge_book.evaluation.coverage import EFFECTS, STATISTICS, accuracies, simulated, truth
-from divmerge_book.evaluation.statistics import (
-    CORRELATIONS,
-    Estimate,
-    chance_error,
-    crossed,
-    exact_p,
-    expected_calibration_error,
-    fisher_interval,
-    holm,
-    largest_of,
-    mean_interval,
-    middle,
-    orderings,
-    pearson,
-    ranks,
-    reached,
-    reliability,
-    row_means,
-    share_half_width,
-    spearman,
-    standard,
-)
+from divmerge_book.evaluation.statistics import CORRELATIONS, Estimate, crossed, fisher_interval
 from scipy import stats
 from torch.testing import assert_close
 
@@ -44,18 +24,19 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 
 def test_draws_of_rows_have_the_variance_of_a_mean_and_the_same_rows_for_all_columns():
     values = np.repeat(noise(5, 1), 3, axis=1)
-    means = row_means(values, 20000, generator())
+    means = estimates.row_means(values, 20000, generator())
     assert means[0] == pytest.approx(values.mean(0))
     assert (means[:, :1] == means).all()
     assert means[1:, 0].var() == pytest.approx(values[:, 0].var(ddof=1) / 5, rel=0.04)
-    assert row_means(np.ones((1, 2)), 5, generator()).tolist() == [[1, 1]] * 6
+    assert estimates.row_means(np.ones((1, 2)), 5, generator()).tolist() == [[1, 1]] * 6
 
 
 def scored(num_seeds: int, seed_spread: float, draws: int = 4000) -> Estimate:
     """The mean of 200 rows that each seed answers with noise of its own."""
     rng = generator(num_seeds)
     rows, each = rng.standard_normal((200, 1)), rng.standard_normal((200, num_seeds))
-    means = row_means(rows + each + seed_spread * rng.standard_normal(num_seeds), draws, rng)
+    seeds = seed_spread * rng.standard_normal(num_seeds)
+    means = estimates.row_means(rows + each + seeds, draws, rng)
     return crossed(means[0], means[1:].T, 199)
 
 
@@ -70,7 +51,7 @@ def test_the_variance_of_rows_is_found_beside_that_of_seeds():
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_equal_seeds_say_no_more_than_one(count):
-    means = row_means(noise(50, 1), 500, generator())
+    means = estimates.row_means(noise(50, 1), 500, generator())
     first, rest = means[0], means[1:].T
     alone, same = (crossed(np.repeat(first, k), np.repeat(rest, k, 0), 49) for k in (1, count))
     assert same.half() == pytest.approx(alone.half(), rel=1e-9)
@@ -88,7 +69,7 @@ def test_noise_of_single_seeds_is_no_variance_of_rows(count):
 def test_seeds_alone_give_students_interval_and_rows_alone_too():
     values = noise(4)
     found = crossed(values, np.repeat(values[:, None], 9, axis=1), 100)
-    assert found.interval() == pytest.approx(mean_interval(values))
+    assert found.interval() == pytest.approx(estimates.mean_interval(values))
     rows = Estimate(np.float64(1), np.float64(0), np.float64(4), 1, 25)
     assert rows.half() == pytest.approx(2 * stats.t.ppf(0.975, 25))
     constant = crossed(np.ones((3, 2)), np.ones((3, 10, 2)), 9)
@@ -143,15 +124,15 @@ def test_the_truth_of_the_simulation_is_that_of_a_large_sample():
 def test_the_interval_of_a_mean_is_scipys():
     values = noise(7)
     test = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert mean_interval(values) == pytest.approx((test.low, test.high))
-    assert all(map(math.isnan, mean_interval(values[:1])))
-    assert all(map(math.isnan, mean_interval(np.array([1.0, np.nan]))))
+    assert estimates.mean_interval(values) == pytest.approx((test.low, test.high))
+    assert all(map(math.isnan, estimates.mean_interval(values[:1])))
+    assert all(map(math.isnan, estimates.mean_interval(np.array([1.0, np.nan]))))
 
 
 def test_the_middle_of_draws_leaves_out_what_is_undefined():
     drawn = np.stack([np.arange(101.0), np.full(101, np.nan)], axis=1)
     drawn[0, 0] = np.nan
-    low, high = middle(drawn)
+    low, high = estimates.middle(drawn)
     assert (low[0], high[0]) == pytest.approx(tuple(np.percentile(np.arange(1, 101), [2.5, 97.5])))
     assert np.isnan([low[1], high[1]]).all()
 
@@ -167,28 +148,30 @@ def test_correlations_are_scipys_along_the_last_axis(how):
 
 def test_a_monotone_relation_has_rank_correlation_one():
     x = np.arange(6.0)
-    assert spearman(x, np.exp(x)) == pytest.approx(1) and pearson(x, np.exp(x)) < 0.9
+    assert estimates.spearman(x, np.exp(x)) == pytest.approx(1)
+    assert estimates.pearson(x, np.exp(x)) < 0.9
 
 
 @pytest.mark.parametrize("how", CORRELATIONS)
 def test_what_does_not_vary_has_no_correlation_and_no_p(how):
     x, flat = np.arange(1.0, 6), np.full(5, 0.1)
     assert np.isnan([CORRELATIONS[how](x, flat), CORRELATIONS[how](flat, x)]).all()
-    assert np.isnan([exact_p(x, flat, how), exact_p(flat, x, how)]).all()
+    assert np.isnan([estimates.exact_p(x, flat, how), estimates.exact_p(flat, x, how)]).all()
     assert np.isnan(CORRELATIONS[how](x[:0], x[:0])) and np.isnan(CORRELATIONS[how](x[:1], x[:1]))
-    assert np.isnan(standard(np.full((1, 4), 2.0))).all()
+    assert np.isnan(estimates.standard(np.full((1, 4), 2.0))).all()
     assert np.isnan(fisher_interval(float("nan"), 9, how)).all()
 
 
 def test_equal_values_share_their_mean_place_and_rounding_is_no_difference():
-    assert ranks(np.array([3.0, 1.0, 3.0, 7.0])).tolist() == [2.5, 1, 2.5, 4]
-    assert ranks(np.array([0.1 + 0.2, 0.3, 0.1])).tolist() == [2.5, 2.5, 1]
+    assert estimates.ranks(np.array([3.0, 1.0, 3.0, 7.0])).tolist() == [2.5, 1, 2.5, 4]
+    assert estimates.ranks(np.array([0.1 + 0.2, 0.3, 0.1])).tolist() == [2.5, 2.5, 1]
 
 
 def test_fishers_interval_is_scipys_and_wider_for_ranks():
     x, y = noise(12), noise(12, seed=1)
     found = stats.pearsonr(x, y).confidence_interval(0.95)
-    assert fisher_interval(float(pearson(x, y)), 12, "pearson") == pytest.approx(tuple(found))
+    r = float(estimates.pearson(x, y))
+    assert fisher_interval(r, 12, "pearson") == pytest.approx(tuple(found))
     low, high = fisher_interval(0.0, 103, "pearson")
     assert low == -high and high == pytest.approx(math.tanh(1.959964 / 10))
     assert fisher_interval(0.5, 10, "spearman")[0] < fisher_interval(0.5, 10, "pearson")[0] < 0.5
@@ -201,21 +184,22 @@ def test_the_exact_p_value_counts_the_orders(how):
     x, y = noise(5), noise(5, seed=1)
     found = CORRELATIONS[how](x, y)
     every = [CORRELATIONS[how](x, np.array(order)) >= found - 1e-12 for order in permutations(y)]
-    assert exact_p(x, y, how) == pytest.approx(sum(every) / math.factorial(5))
-    assert exact_p(x, 2 * x, how) == pytest.approx(1 / math.factorial(5))
+    assert estimates.exact_p(x, y, how) == pytest.approx(sum(every) / math.factorial(5))
+    assert estimates.exact_p(x, 2 * x, how) == pytest.approx(1 / math.factorial(5))
 
 
 def test_all_orders_are_taken_where_they_are_few_and_the_first_is_as_it_is():
-    assert {tuple(order) for order in orderings(4, 24, generator())} == {*permutations(range(4))}
-    some = orderings(4, 23, generator())
+    every = estimates.orderings(4, 24, generator())
+    assert {tuple(order) for order in every} == {*permutations(range(4))}
+    some = estimates.orderings(4, 23, generator())
     assert len(some) == 23 and some[0].tolist() == [0, 1, 2, 3]
 
 
 def test_the_p_of_nothing_is_nothing():
     null = np.stack([[0.1, np.nan], [0.5, np.nan], [0.3, np.nan]])
-    assert reached(np.array([0.3, np.nan]), null)[0] == pytest.approx(2 / 3)
-    assert np.isnan(reached(np.array([0.3, np.nan]), null)[1])
-    p, p_max, _ = largest_of(np.array([0.3, np.nan]), null)
+    assert estimates.reached(np.array([0.3, np.nan]), null)[0] == pytest.approx(2 / 3)
+    assert np.isnan(estimates.reached(np.array([0.3, np.nan]), null)[1])
+    p, p_max, _ = estimates.largest_of(np.array([0.3, np.nan]), null)
     assert np.isnan([p[1], p_max[1]]).all() and p[0] == p_max[0]
 
 
@@ -224,9 +208,9 @@ def test_the_largest_of_many_is_found_by_chance_as_often_as_promised():
     alone, corrected, cases = 0, 0, 400
     for case in range(cases):
         x, y = noise(10, 12, seed=case), noise(12, seed=case + 10**6)
-        orders = np.stack(orderings(12, 200, generator(case)))
-        null = pearson(x, y[orders][:, None])
-        p, p_max, threshold = largest_of(null[0], null)
+        orders = np.stack(estimates.orderings(12, 200, generator(case)))
+        null = estimates.pearson(x, y[orders][:, None])
+        p, p_max, threshold = estimates.largest_of(null[0], null)
         alone, corrected = alone + (p.min() <= 0.1), corrected + (p_max.min() <= 0.1)
         assert (p_max >= p).all() and (np.abs(null[0]).max() > threshold) <= (p_max.min() <= 0.05)
     assert alone / cases > 0.4
@@ -235,23 +219,24 @@ def test_the_largest_of_many_is_found_by_chance_as_often_as_promised():
 
 def test_holm_by_hand():
     given = np.array([0.01, np.nan, 0.04, 0.03])
-    np.testing.assert_allclose(holm(given), [0.03, np.nan, 0.06, 0.06])
-    assert holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0]
+    np.testing.assert_allclose(estimates.holm(given), [0.03, np.nan, 0.06, 0.06])
+    assert estimates.holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0]
 
 
 def test_the_calibration_error_by_hand():
     sure = torch.tensor([0.95, 0.95, 0.65, 0.65], dtype=torch.float64)
     right = torch.tensor([1, 0, 1, 1]).bool()
-    assert_close(expected_calibration_error(sure, right), (0.45 + 0.35) / 2)
-    assert_close(expected_calibration_error(sure, right, bins=1), 0.05)  # 0.8 against 0.75
+    assert_close(estimates.expected_calibration_error(sure, right), (0.45 + 0.35) / 2)
+    whole = estimates.expected_calibration_error(sure, right, bins=1)
+    assert_close(whole, 0.05)  # 0.8 against 0.75
     sure = torch.tensor([0.75] * 4 + [0.5] * 2, dtype=torch.float64)  # perfectly calibrated
-    assert expected_calibration_error(sure, torch.tensor([1, 1, 1, 0, 1, 0]).bool()) == 0
+    assert estimates.expected_calibration_error(sure, torch.tensor([1, 1, 1, 0, 1, 0]).bool()) == 0
 
 
 def test_bins_hold_their_upper_edge_and_empty_ones_have_no_mean():
-    found = reliability(torch.tensor([0.5, 0.51, 1.0, 0.0]), torch.ones(4).bool(), bins=2)
+    found = estimates.reliability(torch.tensor([0.5, 0.51, 1.0, 0.0]), torch.ones(4).bool(), bins=2)
     assert found.count.tolist() == [2, 2]
-    empty = reliability(torch.tensor([0.9]), torch.ones(1).bool(), bins=2)
+    empty = estimates.reliability(torch.tensor([0.9]), torch.ones(1).bool(), bins=2)
     assert empty.count.tolist() == [0, 1] and math.isnan(empty.accuracy[0])
     assert_close(empty.error, 0.1, rtol=1e-6, atol=0)
 
@@ -259,12 +244,12 @@ def test_bins_hold_their_upper_edge_and_empty_ones_have_no_mean():
 def test_the_error_of_one_calibrated_answer_by_chance_is_known():
     # with 0.75: off by 0.25 three times in four, by 0.75 once
     sure = torch.tensor([0.75], dtype=torch.float64)
-    assert abs(chance_error(sure, draws=4000) - 0.375) < 4 * 0.217 / math.sqrt(4000)
+    assert abs(estimates.chance_error(sure, draws=4000) - 0.375) < 4 * 0.217 / math.sqrt(4000)
 
 
 def test_the_error_by_chance_falls_with_more_rows():
     sure = torch.rand(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    few, many = chance_error(sure[:40], draws=50), chance_error(sure, draws=50)
+    few, many = estimates.chance_error(sure[:40], draws=50), estimates.chance_error(sure, draws=50)
     assert few > 3 * many
 
 
@@ -272,11 +257,11 @@ def test_calibration_asks_for_rows_bins_and_probabilities():
     right = torch.ones(1).bool()
     for wrong, bins in ((torch.zeros(0), 10), (torch.tensor([1.5]), 10), (torch.tensor([0.5]), 0)):
         with pytest.raises(ValueError, match="one row or more"):
-            reliability(wrong, right[: len(wrong)], bins=bins)
+            estimates.reliability(wrong, right[: len(wrong)], bins=bins)
     with pytest.raises(ValueError, match="draws"):
-        chance_error(torch.tensor([0.5]), draws=0)
+        estimates.chance_error(torch.tensor([0.5]), draws=0)
 
 
 def test_the_half_width_of_a_share_is_the_normal_approximation():
-    found = share_half_width(np.array([0.5, 0.9]), np.array([100, 400]))
+    found = estimates.share_half_width(np.array([0.5, 0.9]), np.array([100, 400]))
     assert found == pytest.approx([0.0979982, 0.0293995], rel=1e-5)

@@ -6,23 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from divmerge_book.figures import scaling as draw
-from divmerge_book.studies.task_attribution import (
-    drawn_subsets,
-    forecasts,
-    mantel,
-    marginal,
-    members,
-    pair_forecasts,
-    places,
-    r_squared,
-    rank_correlation,
-    related,
-    shapley_values,
-    skill,
-    squares_of,
-    weight_numbers,
-    with_numbers,
-)
+from divmerge_book.studies import task_attribution as attribution
+from divmerge_book.studies.task_attribution import forecasts, marginal, r_squared, shapley_values
 
 TASKS = list("abcdef")
 
@@ -52,10 +37,11 @@ def test_losses_are_foretold_by_the_rule_that_made_them():
     np.testing.assert_allclose(found["sum"], found.loss, atol=1e-12)
     np.testing.assert_allclose(other.worst, other.loss, atol=1e-12)
     assert (other["sum"] >= other.loss - 1e-12).all()
-    whole = skill(found, draws=20).set_index(["T", "forecast"])
+    whole = attribution.skill(found, draws=20).set_index(["T", "forecast"])
     assert whole.r2[0, "sum"] == pytest.approx(1) and whole.r2[0, "line"] == pytest.approx(1)
     assert whole.r2[0, "mean"] < 0.9
-    by_ratio, by_margin = pair_forecasts(WORST), pair_forecasts(WORST, "kept_margin")
+    by_ratio = attribution.pair_forecasts(WORST)
+    by_margin = attribution.pair_forecasts(WORST, "kept_margin")
     for column in ("loss", "sum", "worst", "mean"):
         assert by_margin[column].tolist() == pytest.approx(3 * by_ratio[column])
 
@@ -85,7 +71,7 @@ def test_r_squared_is_one_for_the_truth_nought_for_the_mean_and_below_for_worse(
 
 
 def test_a_bootstrap_keeps_a_subset_whole_and_every_t_as_large():
-    for chosen in drawn_subsets(ADDED, 5):
+    for chosen in attribution.drawn_subsets(ADDED, 5):
         some = ADDED.iloc[chosen]
         assert (some.groupby("subset").size() % some.groupby("subset")["T"].first() == 0).all()
         assert some["T"].value_counts().to_dict() == ADDED["T"].value_counts().to_dict()
@@ -102,15 +88,17 @@ def geometry_of(vectors: np.ndarray) -> pd.DataFrame:
 
 
 def test_numbers_of_task_vectors_by_hand():
-    tasks, squares = squares_of(geometry_of(np.array([[1.0, 0], [0, 2], [1, 0], [-1, 0]])))
-    found = pd.DataFrame(weight_numbers(members(["a+b", "a+c", "a+d"], tasks), squares))
+    vectors = np.array([[1.0, 0], [0, 2], [1, 0], [-1, 0]])
+    tasks, squares = attribution.squares_of(geometry_of(vectors))
+    pairs = attribution.members(["a+b", "a+c", "a+d"], tasks)
+    found = pd.DataFrame(attribution.weight_numbers(pairs, squares))
     assert found.growth.tolist() == pytest.approx([1, 2**0.5, 0])
     assert found.cosine.tolist() == [0, 1, -1] and found.lengths.tolist() == [2, 1, 1]
 
 
 def test_ranks_run_from_minus_one_to_one_and_equals_share():
-    assert places(np.array([3.0, 1.0, 2.0])).tolist() == [1, -1, 0]
-    assert places(np.array([1.0, 1.0, 2.0])).tolist() == [-0.5, -0.5, 1]
+    assert attribution.places(np.array([3.0, 1.0, 2.0])).tolist() == [1, -1, 0]
+    assert attribution.places(np.array([1.0, 1.0, 2.0])).tolist() == [-0.5, -0.5, 1]
 
 
 def test_what_t_says_is_left_out_of_a_rank_correlation():
@@ -118,8 +106,8 @@ def test_what_t_says_is_left_out_of_a_rank_correlation():
     number = np.tile([1.0, 2, 3, 4], 2) + 10 * (sizes == 2)  # higher, on the whole, at T = 2 ...
     anp = np.tile([0.4, 0.3, 0.2, 0.1], 2) + 0.5 * (sizes == 2)  # ... where the ANP is higher too
     assert np.corrcoef(number, anp)[0, 1] > 0
-    assert rank_correlation(sizes, number, anp) == pytest.approx(-1)
-    assert np.isnan(rank_correlation(sizes[:2], number[:2], anp[:2]))
+    assert attribution.rank_correlation(sizes, number, anp) == pytest.approx(-1)
+    assert np.isnan(attribution.rank_correlation(sizes[:2], number[:2], anp[:2]))
 
 
 @pytest.fixture
@@ -127,18 +115,19 @@ def numbered() -> tuple[pd.DataFrame, pd.DataFrame]:
     """Subsets whose ANP is minus the mean cosine of their task vectors, and the geometry."""
     shape = geometry_of(np.random.default_rng(0).standard_normal((6, 4)))
     names = ["+".join(s) for n in range(2, 7) for s in combinations(TASKS, n)]
-    cosine = weight_numbers(members(names, TASKS), squares_of(shape)[1])["cosine"]
+    _, squares = attribution.squares_of(shape)
+    cosine = attribution.weight_numbers(attribution.members(names, TASKS), squares)["cosine"]
     table = pd.DataFrame({"subset": names, "anp": -cosine, "js": cosine})
     table["T"] = table.subset.str.count(r"\+") + 1
     floor = dict(zip(TASKS, np.linspace(0.3, 0.9, 6), strict=True))
-    return with_numbers(table, shape, floor), shape
+    return attribution.with_numbers(table, shape, floor), shape
 
 
 def test_a_number_that_decides_the_anp_is_found_and_trades_of_names_lose_it(numbered):
     table, shape = numbered
-    found = related(table, draws=20).set_index("number")
+    found = attribution.related(table, draws=20).set_index("number")
     assert found.rho["cosine"] == pytest.approx(-1) and found.rho["js"] == pytest.approx(-1)
-    p = mantel(table, shape, draws=39)
+    p = attribution.mantel(table, shape, draws=39)
     assert p["cosine"] < 0.05 and all(0 < value <= 1 for n, value in p.items() if n != "conflict")
     assert np.isnan(found.rho["conflict"]) and np.isnan(p["conflict"])  # it never varies
 
@@ -171,7 +160,7 @@ def test_figures_of_explanations_say_what_their_axes_are(ax, numbered):
     table = losses_by(lambda task, others: 0.1 * len(others) + 0.01 * ord(task) % 0.05)
     found = forecasts(table)
     assert "pairs add up" in draw.forecast_scatter(ax, found, "sum").get_xlabel()
-    draw.correlations(ax, related(numbered[0], draws=5).assign(method="ties"))
+    draw.correlations(ax, attribution.related(numbered[0], draws=5).assign(method="ties"))
     assert "rank correlation" in ax.get_xlabel()
     draw.task_effects(ax, shapley_values(table))
     assert [label.get_text() for label in ax.get_yticklabels()] == list(shapley_values(table).task)

@@ -7,7 +7,7 @@ import pytest
 from divmerge_book.data.downloads import ASSETS
 from divmerge_book.data.splits import SPLITS, normal
 from divmerge_book.data.tasks import SUITES, TASKS, swap_half
-from helpers import task_of, toy_splits, toy_task
+from helpers import raising, task_of, toy_splits, toy_task
 
 
 def test_every_task_is_in_a_suite_and_declares_its_question_and_source():
@@ -148,11 +148,8 @@ def test_another_glue_folder_is_other_data(glue, tmp_path, monkeypatch):
 
 
 def test_without_hub_and_folder_the_error_says_how_to_get_either(cache, monkeypatch):
-    def unreachable(*args, **options):
-        raise ConnectionError("Couldn't reach the Hub")
-
     monkeypatch.delenv("DIVMERGE_GLUE_DIR", raising=False)
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", raising(ConnectionError("Couldn't reach")))
     message = (
         r"(?s)cannot read GLUE task 'rte' from the hub's nyu-mll/glue: Couldn't reach.*"
         r"Set DIVMERGE_GLUE_DIR to a folder with rte/train-\*\.parquet.*huggingface\.co"

@@ -1,18 +1,15 @@
 """What is not measured has a command that the chapters take, and is gone once it is stored."""
 
 import shlex
-from pathlib import Path
 
 import pytest
-from divmerge_book.data.tasks import SUITES, TASKS
+from divmerge_book import SUITES, TASKS, Report
 from divmerge_book.evaluation.benchmark import check_request
-from divmerge_book.evaluation.report import Report
 from divmerge_book.findings import unmeasured
 from divmerge_book.runner.execute import checked
+from helpers import ROOT
 
 from divmerge_core.storage import write_json
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("one", unmeasured.MEASUREMENTS, ids=lambda one: one.file)

@@ -5,6 +5,7 @@ import re
 from functools import partial
 from pathlib import Path
 
+import local_files
 import pytest
 import torch
 import transformers
@@ -13,27 +14,13 @@ from divmerge_book.models.finetuning import load_expert
 from divmerge_book.user_models import check, load, read
 from divmerge_book.user_models.streaming import heads_on_disk
 from helpers import MARKERS, WORDS
-from local_files import (
-    LABELS,
-    changed,
-    describe,
-    lone,
-    make_adapter,
-    make_base,
-    make_expert,
-    make_project,
-    refused,
-    toy_rows,
-    with_fields,
-    write_rows,
-)
+from local_files import LABELS, changed, describe, make_expert, make_project, refused, toy_rows
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from divmerge_core import METHODS
 from divmerge_core.checkpoints.safetensors_io import StoredModel
 
-FAMILIES = ("bert", "roberta", "deberta", "distilbert", "gpt2", "qwen2", "bart", "t5")
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
 
@@ -55,7 +42,7 @@ def family(project, tmp_path_factory):
 
 
 # --- merging is merging ---------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", local_files.KINDS)
 def test_an_expert_at_coefficient_1_is_its_own_pipeline(family, kind):
     project = family(kind)
     bench = load(check(read(project)))
@@ -131,14 +118,14 @@ def spoiled(project: Path, folder: Path, spoil) -> Path:
         make_expert(target, project.parent / "base", LABELS["mood"])
         spoil(target)
 
-    return lone(project, folder, "spoiled", build)
+    return local_files.lone(project, folder, "spoiled", build)
 
 
 def other_base(project: Path, folder: Path, change) -> Path:
     """The project with the base's stored tensors changed; experts have all theirs."""
-    base = make_base(folder / "base")
+    base = local_files.make_base(folder / "base")
     stored(base, change)
-    return with_fields(project, base=str(base))
+    return local_files.with_fields(project, base=str(base))
 
 
 def without(start: str):
@@ -209,53 +196,6 @@ def begun(folder: Path, word: str) -> None:
     """config.json that begins otherwise."""
     file = folder / "config.json"
     file.write_text(file.read_text().replace("{", word, 1))
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (partial(stored, change=without("classifier.weight")), "lacks 1 .*classifier.weight"),
-        (partial(stored, change=without(QUERY)), "lacks 2 tensors of its model"),
-        (
-            partial(stored, change=lambda own: own | {"classifier.out.weight": torch.ones(2, 32)}),
-            "classifier.out.weight.*its head is another one",
-        ),
-        (
-            partial(rewritten, id2label={"0": "a", "1": "b", "2": "c"}),
-            r"weights disagree: classifier.bias is \[2\], not \[3\]",
-        ),
-        (partial(rewritten, quantization_config={"quant_method": "bitsandbytes"}), "is quantised"),
-        (partial(rewritten, auto_map={"AutoModel": "own.Model"}), "code of its own .AutoModel"),
-        (
-            partial(rewritten, architectures=["MyBertForSequenceClassification"]),
-            "is a MyBertFor.* is BertForSequenceClassification; only its own classes",
-        ),
-        (partial(rewritten, id2label={"1": "a", "2": "b"}), r"numbers the outputs \[1, 2\]; they"),
-        (partial(rewritten, id2label={"0": "a", "2": "b"}), r"numbers the outputs \[0, 2\]; they"),
-        (partial(rewritten, id2label={"0": "a", "1": "a"}), "distinct and not empty; give labels"),
-        (partial(rewritten, id2label={"0": "a", "1": ""}), "distinct and not empty; give labels"),
-        (partial(rewritten, id2label=["a", "b"]), "it maps the outputs' numbers to names, such as"),
-        (partial(rewritten, id2label={"0": None, "1": "b"}), "'0': None.*it maps the"),
-        (partial(rewritten, id2label={"a": 0}), "it maps the outputs' numbers to names, such as"),
-        (
-            partial(rewritten, label2id={"negative": 1, "positive": 0}),
-            "label2id {'negative': 1, 'positive': 0}; correct the one",
-        ),
-        (partial(rewritten, architectures="Bert"), "config.json: architectures is no list"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "no JSON object .it holds"),
-        (partial(begun, word="{ // mine"), "config.json is no JSON object .*line 1 column 3"),
-        (
-            lambda folder: (folder / "generation_config.json").write_text("{"),
-            "generation_config.json is no JSON object",
-        ),
-        (partial(begun, word="\ufeff{"), "config.json is no JSON object .Unexpected UTF-8 BOM"),
-    ],
-)
-def test_an_expert_that_is_not_what_its_folder_says_is_refused_at_check(
-    project, tmp_path, spoil, message
-):
-    with pytest.raises(ValueError, match=message):
-        check(read(spoiled(project, tmp_path, spoil)))
 
 
 @pytest.mark.parametrize("names", [{"0": 0, "1": 1}, {"0": "label_0", "1": "LABEL_1"}, None])
@@ -339,10 +279,47 @@ def nested(folder: Path) -> None:
         (partial(shardless, name="*.index.json"), "00001-of-.*: the download did not end; fetch"),
         (partial(stored, change=in_bytes), "is stored as torch.int8, so the weights are quantised"),
         (nested, "holds no expert: .*did you mean .*checkpoint-9"),
+        (partial(stored, change=without("classifier.weight")), "lacks 1 .*classifier.weight"),
+        (partial(stored, change=without(QUERY)), "lacks 2 tensors of its model"),
+        (
+            partial(stored, change=lambda own: own | {"classifier.out.weight": torch.ones(2, 32)}),
+            "classifier.out.weight.*its head is another one",
+        ),
+        (
+            partial(rewritten, id2label={"0": "a", "1": "b", "2": "c"}),
+            r"weights disagree: classifier.bias is \[2\], not \[3\]",
+        ),
+        (partial(rewritten, quantization_config={"quant_method": "bitsandbytes"}), "is quantised"),
+        (partial(rewritten, auto_map={"AutoModel": "own.Model"}), "code of its own .AutoModel"),
+        (
+            partial(rewritten, architectures=["MyBertForSequenceClassification"]),
+            "is a MyBertFor.* is BertForSequenceClassification; only its own classes",
+        ),
+        (partial(rewritten, id2label={"1": "a", "2": "b"}), r"numbers the outputs \[1, 2\]; they"),
+        (partial(rewritten, id2label={"0": "a", "2": "b"}), r"numbers the outputs \[0, 2\]; they"),
+        (partial(rewritten, id2label={"0": "a", "1": "a"}), "distinct and not empty; give labels"),
+        (partial(rewritten, id2label={"0": "a", "1": ""}), "distinct and not empty; give labels"),
+        (partial(rewritten, id2label=["a", "b"]), "it maps the outputs' numbers to names, such as"),
+        (partial(rewritten, id2label={"0": None, "1": "b"}), "'0': None.*it maps the"),
+        (partial(rewritten, id2label={"a": 0}), "it maps the outputs' numbers to names, such as"),
+        (
+            partial(rewritten, label2id={"negative": 1, "positive": 0}),
+            "label2id {'negative': 1, 'positive': 0}; correct the one",
+        ),
+        (partial(rewritten, architectures="Bert"), "config.json: architectures is no list"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "no JSON object .it holds"),
+        (partial(begun, word="{ // mine"), "config.json is no JSON object .*line 1 column 3"),
+        (
+            lambda folder: (folder / "generation_config.json").write_text("{"),
+            "generation_config.json is no JSON object",
+        ),
+        (partial(begun, word="\ufeff{"), "config.json is no JSON object .Unexpected UTF-8 BOM"),
         (partial(rewritten, hidden_size="32"), "'hidden_size' expected int, got str"),
     ],
 )
-def test_a_folder_with_two_sources_of_weights_or_none_is_refused(project, tmp_path, spoil, message):
+def test_an_expert_with_two_sources_of_weights_or_none_or_not_what_its_folder_says_is_refused(
+    project, tmp_path, spoil, message
+):
     with pytest.raises(ValueError, match=message):
         check(read(spoiled(project, tmp_path, spoil)))
 
@@ -364,17 +341,12 @@ def test_what_lies_beside_the_weights_does_not_count_as_weights(project, tmp_pat
 
 
 # --- LoRA adapters --------------------------------------------------------------------------------
-def pooler_and_head(outputs: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    sizes = {"bert.pooler.dense.weight": (32, 32), "bert.pooler.dense.bias": (32,)}
-    sizes |= {"classifier.weight": (outputs, 32), "classifier.bias": (outputs,)}
-    return {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
-
-
 def with_adapter(project: Path, folder: Path, shapes=None, saved=None, **settings):
     """The project with an adapter as the first expert; its description and factors."""
-    saved = pooler_and_head(2) if saved is None else saved
-    factors = make_adapter(folder / "lora", shapes or {QUERY: (32, 32)}, saved=saved, **settings)
+    saved = local_files.pooler_and_head(2) if saved is None else saved
+    factors = local_files.make_adapter(
+        folder / "lora", shapes or {QUERY: (32, 32)}, saved=saved, **settings
+    )
     return changed(project, 0, expert=str(folder / "lora"), labels=LABELS["mood"]), factors
 
 
@@ -398,7 +370,7 @@ def test_an_adapter_is_w_plus_scale_b_a(project, tmp_path, settings, scale):
     name = f"{QUERY.removeprefix('bert.')}.weight"
     assert_close(deltas[name], scale * left @ right, rtol=1e-5, atol=1e-6)
     assert [key for key, part in deltas.items() if part.abs().sum() > 0] == [name]
-    for key, tensor in pooler_and_head(2).items():
+    for key, tensor in local_files.pooler_and_head(2).items():
         assert torch.equal(bench.experts[0].head[key], tensor)
 
 
@@ -436,7 +408,7 @@ def test_an_adapter_of_gpt2_is_transposed(family, tmp_path):
         ({"rank_pattern": {"*": 3}}, ["rank_pattern maps no modules to numbers"]),
         ({"shapes": {QUERY: (32, 16)}}, ["[32, 32]", "another model"]),
         ({"shapes": {"bert.encoder.layer.9.x": (32, 32)}}, ["layer.9", "another model"]),
-        ({"saved": pooler_and_head(3)}, ["3 outputs", "the shape of its saved head"]),
+        ({"saved": local_files.pooler_and_head(3)}, ["3 outputs", "the shape of its saved head"]),
     ],
 )
 def test_what_is_more_than_plain_lora_is_refused_by_name(project, tmp_path, settings, words):
@@ -469,7 +441,11 @@ def test_links_umlauts_spaces_and_every_float_are_read(project, tmp_path):
 
 
 def test_a_random_pooler_that_was_not_saved_is_refused(project, tmp_path):
-    head = {name: t for name, t in pooler_and_head(2).items() if name.startswith("classifier")}
+    head = {
+        name: t
+        for name, t in local_files.pooler_and_head(2).items()
+        if name.startswith("classifier")
+    }
     path, _ = with_adapter(project, tmp_path, saved=head)
     refused(path, "both lack", "bert.pooler", "modules_to_save")
 
@@ -494,7 +470,7 @@ def own(tiny_folder, shared_cache, experts, tmp_path) -> Path:
         (folder,) = (path for path in kept if load_expert(path).manifest == expert.manifest)
         entry = {"name": expert.task, "expert": str(folder)}
         for split, rows in toy_rows(expert.task).items():
-            path = write_rows(tmp_path / f"{expert.task}-{split}.csv", rows)
+            path = local_files.write_rows(tmp_path / f"{expert.task}-{split}.csv", rows)
             entry[split] = str(path)
         entries.append(entry)
     return describe(tmp_path / "own.yaml", entries, base=str(tiny_folder))

@@ -7,9 +7,9 @@ import torch
 from divmerge_book import __main__
 from divmerge_book.planning.memory import CONTEXT
 from divmerge_book.user_models import check, load, memory, merge_and_score, read, write_merged
-from helpers import WORDS
+from helpers import WORDS, raising
 from language_files import make_language_project
-from local_files import LABELS, changed, make_adapter, refused, with_fields
+from local_files import LABELS, changed, make_adapter, pooler_and_head, refused, with_fields
 from torch.testing import assert_close
 
 from divmerge_core.kernels.delta_storage import Int8Deltas, LowRankDeltas, dense, part
@@ -39,21 +39,12 @@ def test_task_vectors_are_kept_as_the_description_says(project, bench, tmp_path,
     assert torch.equal(part(found.deltas, begin, stop), dense(found.deltas)[:, begin:stop])
 
 
-@pytest.fixture
-def lora(project, tmp_path):
-    """The project with two adapters for experts."""
-    path = project
+def test_adapters_are_kept_as_factors(project, tmp_path):
+    lora = project
     for n, name in enumerate(LABELS):
-        saved = {"classifier.weight": torch.randn(len(LABELS[name]), 32)}
-        saved |= {"classifier.bias": torch.randn(len(LABELS[name]))}
-        saved["bert.pooler.dense.weight"] = torch.eye(32)
-        saved["bert.pooler.dense.bias"] = torch.ones(32)
+        saved = pooler_and_head(len(LABELS[name]))
         make_adapter(tmp_path / name, MATRICES, saved=saved, rank=2 + n, r=2 + n)
-        path = changed(path, n, expert=str(tmp_path / name), labels=LABELS[name])
-    return path
-
-
-def test_adapters_are_kept_as_factors(lora):
+        lora = changed(lora, n, expert=str(tmp_path / name), labels=LABELS[name])
     wanted = load(check(read(lora))).problem.vectors
     plan = check(read(with_fields(lora, storage="low_rank")), ["divmerge/task"])
     found = load(plan).problem.vectors
@@ -66,9 +57,7 @@ def test_adapters_are_kept_as_factors(lora):
 
 def test_a_storage_that_experts_do_not_have_is_refused(project, tmp_path):
     table = "bert.embeddings.word_embeddings.weight"
-    saved = {table: torch.ones(len(WORDS), 32), "classifier.weight": torch.ones(2, 32)}
-    saved |= {"classifier.bias": torch.ones(2), "bert.pooler.dense.bias": torch.ones(32)}
-    saved |= {"bert.pooler.dense.weight": torch.eye(32)}
+    saved = {table: torch.ones(len(WORDS), 32), **pooler_and_head(2)}
     make_adapter(tmp_path / "lora", MATRICES, saved=saved)
     path = changed(project, 0, expert=str(tmp_path / "lora"), labels=LABELS["mood"])
     path = with_fields(path, storage="low_rank")
@@ -97,9 +86,7 @@ def test_the_plan_has_what_a_fit_holds(project, plan, bench):
 
 
 def test_a_model_of_a_strange_shape_is_planned_but_for_its_activations(project, monkeypatch):
-    def strange(*given, **options):
-        raise AttributeError("no num_attention_heads")
-
+    strange = raising(AttributeError("no num_attention_heads"))
     monkeypatch.setattr(memory.Model, "of", strange)
     told = check(read(project), ["divmerge/layer"]).memory
     assert {line.what for line in told[0].lines} >= {"base", "task vectors", "merged model"}

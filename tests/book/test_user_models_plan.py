@@ -6,27 +6,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import local_files
 import pytest
 import torch
 import yaml
 from divmerge_book.user_models import check, load, locate, read, target
-from helpers import MARKERS, WORDS
-from local_files import (
-    LABELS,
-    ROWS,
-    changed,
-    config,
-    configured,
-    lone,
-    make_base,
-    make_expert,
-    make_project,
-    refused,
-    tokenizer,
-    toy_rows,
-    with_fields,
-    write_rows,
-)
+from helpers import MARKERS, WORDS, raising
+from local_files import LABELS, ROWS, changed, lone, make_expert, refused, tokenizer, with_fields
 from safetensors.torch import load_file, save_file
 
 TASK = "{name: a, expert: e, merge: m}"
@@ -186,7 +172,7 @@ def test_all_missing_paths_are_reported_at_once(project):
 )
 def test_another_architecture_is_refused(project, tmp_path, changes, words):
     def build(folder: Path) -> None:
-        config("bert", **changes).save_pretrained(folder)
+        local_files.config("bert", **changes).save_pretrained(folder)
         save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
 
     path = lone(project, tmp_path, "other", build)
@@ -195,7 +181,7 @@ def test_another_architecture_is_refused(project, tmp_path, changes, words):
 
 def test_another_family_is_refused(project, tmp_path):
     def build(folder: Path) -> None:
-        make_expert(folder, make_base(tmp_path / "roberta", "roberta"), LABELS["mood"])
+        make_expert(folder, local_files.make_base(tmp_path / "roberta", "roberta"), LABELS["mood"])
 
     refused(lone(project, tmp_path, "other", build), "model_type = 'roberta'", "this very base")
 
@@ -241,7 +227,7 @@ def test_inputs_longer_than_the_models_positions_are_refused(project):
 
 
 def test_positions_of_roberta_begin_after_its_padding_tokens(tmp_path):
-    project = make_project(tmp_path, "roberta")  # 34 of them, and padding is token 0
+    project = local_files.make_project(tmp_path, "roberta")  # 34 of them, and padding is token 0
     assert check(read(with_fields(project, max_length=33))).base.positions == 33
     refused(with_fields(project, max_length=34), "max_length is 34", "to 33 tokens")
 
@@ -252,20 +238,20 @@ def test_inputs_that_are_cut_are_counted(project):
 
 
 def test_a_padding_token_that_only_experts_name_is_used_and_noted(tmp_path):
-    project = make_project(tmp_path, "gpt2")
+    project = local_files.make_project(tmp_path, "gpt2")
 
     for folder in ("base", "experts/mood", "experts/place"):
-        configured(tmp_path / folder, pad_token_id=None)
+        local_files.configured(tmp_path / folder, pad_token_id=None)
     plan = check(read(project))
     assert "names no pad_token_id" in plan.notes[0]
     assert [source.model.config.pad_token_id for source in plan.experts] == [0, 0]
-    configured(tmp_path / "experts/mood", pad_token_id=1)
+    local_files.configured(tmp_path / "experts/mood", pad_token_id=1)
     refused(project, "pad with ['[PAD]', '[UNK]']", "one padding token")
 
 
 def test_seen_inputs_and_missing_classes_are_noted(project):
-    rows = [row for row in toy_rows("mood")["merge"] if row["label"] == "positive"]
-    write_rows(project.parent / "data" / "seen.csv", rows)
+    rows = [row for row in local_files.toy_rows("mood")["merge"] if row["label"] == "positive"]
+    local_files.write_rows(project.parent / "data" / "seen.csv", rows)
     notes = check(read(changed(project, 0, test="data/seen.csv"))).notes
     assert "merge inputs too" in notes[0] and "no test row has the label negative" in notes[1]
 
@@ -298,8 +284,6 @@ def test_an_output_that_would_harm_or_cannot_be_written_is_refused_at_once(proje
 
 
 def test_a_base_that_is_nowhere_is_refused(project, monkeypatch):
-    def offline(*arguments, **options):
-        raise OSError("no network here")
-
+    offline = raising(OSError("no network here"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     refused(with_fields(project, base="no/such"), "'no/such'", "no network here")

@@ -7,46 +7,25 @@ import shlex
 import shutil
 from dataclasses import replace
 
+import local_files
 import pandas as pd
 import pytest
 import torch
 import transformers
-from divmerge_book import __main__
+from divmerge_book import Report, __main__, user_models
 from divmerge_book.evaluation.hyperparameter_search import own_experts
-from divmerge_book.evaluation.report import Report
 from divmerge_book.models.merged import load_with_head
-from divmerge_book.user_models import (
-    check,
-    closeness,
-    example,
-    load,
-    merge_and_score,
-    read,
-    result,
-    task_scores,
-    write_merged,
-)
+from divmerge_book.user_models import check, load, merge_and_score, read, task_scores, write_merged
 from divmerge_book.user_models import save as save_module
 from divmerge_book.user_models.labels import order_note
 from divmerge_book.user_models.result import rescored
-from divmerge_book.user_models.save import coefficients_of, grouping_of, in_file
-from helpers import MARKERS
-from local_files import (
-    LABELS,
-    ROWS,
-    averaged,
-    changed,
-    make_expert,
-    make_project,
-    toy_rows,
-    with_fields,
-)
+from helpers import MARKERS, raising
+from local_files import LABELS, ROWS, averaged, changed, make_expert, make_project, toy_rows
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from divmerge_core import METHODS
+from divmerge_core import METHODS, MergeProblem
 from divmerge_core.divergences import js
-from divmerge_core.merging.problem import MergeProblem
 
 # Toy experts move further than fine-tuning does.
 pytestmark = pytest.mark.filterwarnings("ignore:task .* the task vector is:UserWarning")
@@ -54,12 +33,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:task .* the task vector is:UserW
 
 # --- results --------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def found(bench, tmp_path_factory):
+def found(bench, module_cache):
     """Three merges of the two experts; only to be read."""
     specs = ["average", "ties", "divmerge/layer"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DIVMERGE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return merge_and_score(bench, specs, budget=1, epochs=1, inputs=8, progress=False)
+    return merge_and_score(bench, specs, budget=1, epochs=1, inputs=8, progress=False)
 
 
 def test_every_method_is_scored_beside_experts_and_base(found):
@@ -91,7 +68,7 @@ def test_closeness_by_kl_is_from_the_expert_to_the_merge(bench, monkeypatch):
             return torch.tensor(side).log().expand(len(batch.weight), -1)
 
         monkeypatch.setattr(MergeProblem, name, given)
-    found = closeness(bench, {"half": bench.problem.vectors.base}, divergence="kl")
+    found = user_models.closeness(bench, {"half": bench.problem.vectors.base}, divergence="kl")
     wanted = 0.9 * math.log(1.8) + 0.1 * math.log(0.2)  # .368; the other way it is .511
     assert list(found.divergence) == pytest.approx([wanted, wanted])
 
@@ -144,7 +121,9 @@ def test_the_example_says_what_comes_next_and_replaces_nothing(tmp_path, capsys,
     (tmp_path / "file").touch()
     assert __main__.main(["example", str(tmp_path)]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
-    monkeypatch.setattr(example, "make_example", lambda folder: folder / "my_models.yaml")
+    monkeypatch.setattr(
+        user_models.example, "make_example", lambda folder: folder / "my_models.yaml"
+    )
     assert __main__.main(["example", "a b"]) == 0
     check_it, merge_it = capsys.readouterr().out.splitlines()[1:]
     assert shlex.split(check_it) == ["divmerge", "check", "a b/my_models.yaml"]
@@ -159,14 +138,14 @@ def test_a_method_without_a_single_model_is_refused(bench):
 def test_coefficients_are_found_again_from_the_merge(bench, found):
     vectors, made = bench.problem.vectors, found.made
     near = torch.tensor(made["divmerge/layer"].fit["coefficients"])
-    again = coefficients_of(vectors, made["divmerge/layer"].merged, "layer", near)
+    again = save_module.coefficients_of(vectors, made["divmerge/layer"].merged, "layer", near)
     assert_close(again, near, rtol=0, atol=1e-4)
-    average = coefficients_of(vectors, made["average"].merged, "task")
+    average = save_module.coefficients_of(vectors, made["average"].merged, "task")
     assert_close(average, torch.full((2, 1), 0.5), rtol=0, atol=1e-5)
-    assert coefficients_of(vectors, made["ties"].merged, "task") is None
+    assert save_module.coefficients_of(vectors, made["ties"].merged, "task") is None
     near, still = torch.tensor([[0.25], [0.75]]), vectors.map(torch.zeros_like)  # all are open
-    assert_close(coefficients_of(still, vectors.base, "task", near), near)
-    assert_close(coefficients_of(still, vectors.base, "task"), torch.zeros(2, 1))
+    assert_close(save_module.coefficients_of(still, vectors.base, "task", near), near)
+    assert_close(save_module.coefficients_of(still, vectors.base, "task"), torch.zeros(2, 1))
 
 
 def test_an_expert_that_another_order_of_labels_would_lift_is_remarked():
@@ -183,7 +162,7 @@ def test_labels_in_another_order_are_warned_of(plan, bench, found, cache, tmp_pa
         found = own_experts(*arguments, **labels)
         return found.assign(predicted=[said] * 2, gold=[said[::-1], said])
 
-    monkeypatch.setattr(result, "own_experts", swapped)
+    monkeypatch.setattr(user_models.result, "own_experts", swapped)
     said = "'mood': the expert is right on 0.00 of the rows"
     with pytest.warns(UserWarning, match=said):
         told = merge_and_score(bench, ["average"], progress=False)
@@ -193,7 +172,7 @@ def test_labels_in_another_order_are_warned_of(plan, bench, found, cache, tmp_pa
 
 def test_the_grouping_is_the_one_asked_for_or_the_methods_own():
     specs = ("divmerge/layer", "divmerge", "ties")
-    assert list(map(grouping_of, specs)) == ["layer", "task", "task"]
+    assert list(map(save_module.grouping_of, specs)) == ["layer", "task", "task"]
 
 
 @pytest.mark.parametrize("kind", ["distilbert", "t5"])
@@ -311,7 +290,7 @@ def test_the_cards_scores_are_those_of_the_file(project, tmp_path, cache, monkey
     shutil.copytree(project.parent / "base", base)
     save = transformers.AutoModel.from_pretrained(base, dtype=torch.bfloat16).save_pretrained
     save(base)
-    plan = check(read(with_fields(project, base=str(base))))
+    plan = check(read(local_files.with_fields(project, base=str(base))))
     bench = load(plan)
     found = merge_and_score(bench, ["average"], budget=1, progress=False)
     exact, layout = found.made["average"].merged, bench.problem.vectors.layout
@@ -320,7 +299,7 @@ def test_the_cards_scores_are_those_of_the_file(project, tmp_path, cache, monkey
     rounded = layout.flatten({name: parts[name].to(kinds[name]) for name in layout.names})
     assert not torch.equal(exact, rounded)
     folder = write_merged(plan, bench, found, "average", tmp_path / "merged")
-    assert torch.equal(in_file(folder, layout), rounded)
+    assert torch.equal(save_module.in_file(folder, layout), rounded)
     wanted = task_scores(rescored(found.report, bench, "average", rounded), "average")
     asked = []
     again = lambda *given: asked.append(given[-1]) or found.report  # noqa: E731
@@ -338,10 +317,7 @@ def test_a_refusal_is_one_message_and_exit_code_2(tmp_path, capsys):
 
 
 def test_an_interrupted_merge_has_exit_code_130(project, tmp_path, monkeypatch, capsys):
-    def interrupt(*given, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(save_module, "load", interrupt)
+    monkeypatch.setattr(save_module, "load", raising(KeyboardInterrupt()))
     command = ["merge", str(project), str(tmp_path / "merged"), "--method", "average"]
     assert __main__.main(command) == 130 and not (tmp_path / "merged").exists()
     assert "interrupted" in capsys.readouterr().err

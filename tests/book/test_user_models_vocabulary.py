@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import local_files
 import pytest
 import torch
 import transformers
@@ -25,14 +26,13 @@ def grown(folder: Path, words: list[str], rows: int, pad: str | None = None) -> 
     more = torch.full((rows - SIZE, tensors[name].shape[1]), 0.5)
     tensors[name] = torch.cat([tensors[name], more])
     save_file(tensors, file, metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": rows}
+    local_files.configured(folder, vocab_size=rows)
     own = transformers.AutoTokenizer.from_pretrained(folder)
     own.add_tokens(words)
     if pad:
         own.add_special_tokens({"pad_token": pad})
-        config["pad_token_id"] = own.pad_token_id
+        local_files.configured(folder, pad_token_id=own.pad_token_id)
     own.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def merged(project: Path, folder: Path):
@@ -103,9 +103,7 @@ def test_an_adapter_with_a_resized_table_brings_its_rows(tmp_path, cache, part):
     words.add_tokens(["<own>"])
     base = load_file(tmp_path / "base" / "model.safetensors")[f"{table}embeddings.weight"]
     own = torch.cat([base + 1, torch.full((1, 32), 0.5)])
-    saved = {f"bert.{table}embeddings.{part}weight": own, "classifier.bias": torch.zeros(2)}
-    saved |= {"classifier.weight": torch.ones(2, 32), "bert.pooler.dense.bias": torch.zeros(32)}
-    saved |= {"bert.pooler.dense.weight": torch.eye(32)}
+    saved = {f"bert.{table}embeddings.{part}weight": own, **local_files.pooler_and_head(2)}
     query = {"bert.encoder.layer.0.attention.self.query": (32, 32)}
     make_adapter(tmp_path / "lora", query, saved=saved)
     words.save_pretrained(tmp_path / "lora")

@@ -1,14 +1,11 @@
 """The page "Which method should I use" names the best stored method for every choice."""
 
-from pathlib import Path
-
 import pandas as pd
 from divmerge_book.figures.baselines import INPUTS, LABELS, NO_DATA
 from divmerge_book.runner import which_method
+from helpers import RESULTS
 
 from divmerge_core.methods import METHODS, parse
-
-RESULTS = Path(__file__).resolve().parents[2] / "book" / "results"
 
 
 def test_the_best_looks_at_no_more_data_and_stores_no_more_than_there_is():
