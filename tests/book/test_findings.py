@@ -436,3 +436,11 @@ def test_the_summaries_of_the_first_chapters_say_what_a_run_gave():
     stored = pd.DataFrame({"JS to float32": [0, 0.01], "JS to the experts": [0.2, 0.2]}, dtypes)
     text = first.kernel(aims, stored, RUN)
     holds(text, "1 of 2 aims", "merge: 0.90 (0.8)", "int8 0.01 nats", "is 0.2 nats")
+
+
+def test_components_are_compared_with_task_vectors_over_merge_and_gradient():
+    """(3 + 6) / (1 + 2) at T = 2, and (2 + 2) / (4 + 4) at T = 8."""
+    rows = [(2, "ours", 1.0), (2, "ours", 2.0), (2, "tsv:2", 3.0), (2, "tsv:2", 6.0)]
+    rows += [(8, "ours", 4.0), (8, "ours", 4.0), (8, "tsv:2", 2.0), (8, "tsv:2", 2.0)]
+    table = pd.DataFrame(rows, columns=["tasks", "contestant", "milliseconds"])
+    holds(first.components(table, RUN), "takes, at T = 2: 3.0, at T = 8: 0.5 times as long")

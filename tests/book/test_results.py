@@ -107,7 +107,8 @@ def test_every_cost_is_a_number(table):
 # --- what merging costs ---------------------------------------------------------------------------
 
 DISK = RESULTS / "kernel" / "from_disk.json"
-COSTS = sorted(set((RESULTS / "kernel").glob("*.json")) - {DISK})
+BASES = RESULTS / "kernel" / "bases.json"
+COSTS = sorted(set((RESULTS / "kernel").glob("*.json")) - {DISK, BASES})
 
 
 @pytest.fixture(scope="module", params=COSTS, ids=lambda path: path.stem)
@@ -124,6 +125,16 @@ def test_published_costs_were_measured_with_every_peer_in_one_run(costs):
     for fact in ("model", "dtype", "device", "machine", "threads", "torch", "date", "peers"):
         assert facts[fact], fact
     assert facts["date"] in merge_bandwidth.caption(facts)
+
+
+def test_a_basis_was_measured_beside_task_vectors_which_move_the_floor():
+    tables, facts = measured.load(BASES)
+    table = merge_bandwidth.summary(tables["rows"])
+    assert sorted(set(table.tasks)) == facts["counts"] == [2, 8, 20] and facts["repeats"] >= 10
+    plain = table[table.contestant == "ours"]
+    floor = plain.tasks + plain.part.map({"forward": 2, "backward": 1})
+    assert list(plain.moved) == pytest.approx(list(floor), rel=0.01)
+    assert set(table.contestant) == {"copy", "ours", "tsv:2"} and table.milliseconds.min() > 0
 
 
 def test_published_costs_count_the_bytes_that_the_formulas_say(costs):

@@ -136,3 +136,16 @@ def kernel(aims: pd.DataFrame, storages: pd.DataFrame, source: str) -> str:
             f"{storages['JS to the experts']['float32']:.2g} nats from the experts.",
         ]
     )
+
+
+def components(table: pd.DataFrame, source: str) -> str:
+    """How long a merge with its gradient takes from a basis's components, beside task vectors.
+
+    table: `merge_bandwidth.summary` of `benchmark_basis`.
+    """
+    both = table.pivot_table("milliseconds", "tasks", "contestant", aggfunc="sum")
+    times = (both["tsv:2"] / both["ours"]).rename(index="at T = {}:".format)
+    return (
+        f"In {source} a merge with its gradient takes, {each(times, '{:.1f}', str, ', ')} times as "
+        "long from components as from task vectors."
+    )
