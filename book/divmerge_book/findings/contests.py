@@ -59,7 +59,7 @@ def by_task(report: Report, subset: str, ours: str, other: str) -> str:
         own = gains.get_group(task)
         ends = f" ({round(own.min()):+d} to {round(own.max()):+d})" if len(own) > 1 else ""
         said.append(f"`{task}` {round(mean):+d}{ends}")
-    behind = listed([f"`{task}`" for task in means.index[means < 0]], "no task")
+    behind = listed([f"`{task}`" for task in means.index[means.round() < 0]], "no task")
     experts = found[found.method == "expert"].groupby("task")[["value", "floor"]].mean()
     least = (100 * (experts.value - experts.floor)).nsmallest(2)
     few = listed([f"`{task}` ({gap:.1f} points)" for task, gap in least.items()])
