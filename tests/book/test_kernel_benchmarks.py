@@ -2,6 +2,7 @@
 
 import math
 import sys
+from functools import partial
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -74,13 +75,16 @@ def test_what_can_run_is_told_from_what_cannot_and_why():
 
 def test_a_basis_is_timed_beside_task_vectors_with_experts_repeated(toy_problem):
     """T vectors of N numbers, against factors; the third expert is the first again."""
-    table = merge_bandwidth.summary(merge_bandwidth.benchmark_basis(toy_problem, [2, 3], "tsv"))
+    measured = partial(merge_bandwidth.benchmark_basis, toy_problem, spec="tsv", repeats=1)
+    table = merge_bandwidth.summary(measured([2, 3]))
     assert list(table.tasks) == [2] * 5 + [3] * 5 and (table.milliseconds > 0).all()
     assert list(table.contestant[:5]) == ["copy", "ours", "ours", "tsv", "tsv"]
     three = merge_bandwidth.repeated(toy_problem, 3)
     assert_close(three.vectors.deltas[2], toy_problem.vectors.deltas[0])
     given = three.logits(three.vectors.base, 2, three.batches[2][0])
     assert_close(given, toy_problem.logits(toy_problem.vectors.base, 0, toy_problem.batches[0][0]))
+    half = merge_bandwidth.summary(measured([2], storage="bfloat16"))
+    assert list(half.moved != table.moved[:5]) == [False, True, True, False, False], "float32 parts"
 
 
 def test_numbers_are_held_in_factors_and_in_the_rows_of_tables():

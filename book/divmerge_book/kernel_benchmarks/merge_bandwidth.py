@@ -122,15 +122,22 @@ def repeated(problem: MergeProblem, count: int) -> MergeProblem:
 
 
 def benchmark_basis(
-    problem: MergeProblem, counts: Sequence[int], spec: str = "tsv:2", *, repeats: int = 5
+    problem: MergeProblem,
+    counts: Sequence[int],
+    spec: str = "tsv:2",
+    *,
+    storage: str = "float32",
+    repeats: int = 5,
 ) -> pd.DataFrame:
     """`benchmark_merge` of a basis's components, as a fit holds them, beside task vectors, by T.
 
-    `ours` are the task vectors. Experts are repeated where there are fewer than T.
+    `ours` are the task vectors, kept as `storage`, of which the components are made in float32.
+    Experts are repeated where there are fewer than T.
     """
     found = []
     for count in counts:
         some = repeated(problem, count)
+        some = replace(some, vectors=some.vectors.stored_as(storage))
         thin = as_read(some, basis(some, spec)[0])
         more = {(spec, part): call for part, call in parts_of("ours", Case.of(thin))}
         found.append(benchmark_merge(Case.of(some.vectors), ["ours"], repeats=repeats, more=more))
