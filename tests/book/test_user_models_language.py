@@ -406,6 +406,10 @@ def test_answers_that_max_new_cuts_are_said(home, tmp_path):
     write_lines(tmp_path / "r.jsonl", [{"prompt": "good", "answer": word} for word in ("ж", "no")])
     (note,) = check(read(path)).notes
     assert "1 of 2 answers, such as 'ж', have no word in a-z or 0-9" in note
+    rows = [{"prompt": f"good{end}", "answer": "no"} for end in (" ", "", "\n")]
+    write_lines(tmp_path / "r.jsonl", rows)
+    (note,) = check(read(path)).notes
+    assert "task 'mood': 2 of 8 prompts end with a space or a new line, the others" in note
 
 
 @pytest.mark.parametrize(
@@ -428,10 +432,14 @@ def test_a_config_that_does_not_fit_is_refused(home, tmp_path, changes, words):
     refused(path, *words)
 
 
-def test_one_expert_twice_and_a_task_without_rows_are_said(home):
+def test_one_expert_twice_and_a_task_without_rows_are_said(home, tmp_path):
     path = changed(changed(home, 0, expert="experts/same"), 0, merge=None, test=None)
     notes = check(read(path)).notes
     assert "have the same folder" in notes[0] and "neither merge nor test rows" in notes[1]
+    for name, other in (("experts/same", "task 'mood'"), ("base", "the base")):
+        shutil.copytree(home.parent / name, tmp_path / name)
+        (note,) = check(read(changed(path, 1, expert=str(tmp_path / name)))).notes[:1]
+        assert f"task 'same' and {other} have equal weights, {tmp_path / name}, " in note
 
 
 def test_other_families_and_untied_heads_are_refused(home, tmp_path):

@@ -237,6 +237,12 @@ def test_inputs_that_are_cut_are_counted(project):
     assert re.search("'mood': cut at max_length 4 tokens are 12 of 12 merge inputs .up to", note)
 
 
+def test_more_inputs_than_a_task_has_rows_are_said(project):
+    plans = [check(read(project), ["divmerge"], options={"inputs": count}) for count in (12, 13)]
+    said = "task {!r}: the option inputs is 13, and there are 12 merge rows"
+    assert [plan.notes for plan in plans] == [(), tuple(map(said.format, MARKERS))]
+
+
 def test_a_padding_token_that_only_experts_name_is_used_and_noted(tmp_path):
     project = local_files.make_project(tmp_path, "gpt2")
 

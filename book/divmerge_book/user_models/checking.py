@@ -9,6 +9,15 @@ from divmerge_book.user_models.plan import Plan, inspected
 from divmerge_book.user_models.streaming import obstacle
 
 
+def few_inputs(plan: Plan, wanted: int) -> list[str]:
+    """Notes on tasks with fewer merge rows than the option `inputs` asks for."""
+    counts = plan.table()["merge"]
+    return [
+        f"task {task!r}: the option inputs is {wanted}, and there are {count} merge rows"
+        for task, count in counts[counts < wanted].items()
+    ]
+
+
 def check(
     description: Description,
     methods: Sequence[str] = (),
@@ -28,6 +37,8 @@ def check(
     check_storage(plan)
     if not methods:
         return plan
+    wanted = (options or {}).get("inputs") or 0
+    plan = replace(plan, notes=(*plan.notes, *few_inputs(plan, wanted)))
     if (why := obstacle(plan, methods, options or {})) is None:
         return replace(plan, place="merged from disk to disk, a few tensors in memory at a time")
     plans = memory_plans(plan, methods, device=device, precision=precision)

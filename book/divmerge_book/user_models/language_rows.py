@@ -129,8 +129,12 @@ def load_prompts(
 
 
 def answer_notes(own: Reading, score: str, labels: Sequence[str], most: int) -> list[str]:
-    """Notes on answers that never score. Raises ValueError for a label that could never win."""
-    who, ended = f"task {own.task!r}", own.chat or all(text[-1].isspace() for text in own.prompts)
+    """Notes on answers that never score, and on prompts that end in two ways.
+
+    Raises ValueError for a label that could never win.
+    """
+    spaced = [text for text in own.prompts if text[-1].isspace()]
+    who, ended = f"task {own.task!r}", own.chat or len(spaced) == len(own.prompts)
     words = [word if ended else f" {word}" for word in own.said]
     ids = own.tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
     for (one, short), (other, long) in permutations(zip(labels, ids, strict=False), 2):
@@ -145,6 +149,9 @@ def answer_notes(own: Reading, score: str, labels: Sequence[str], most: int) -> 
     cut = [len(one) for one in ids if len(one) > most and score != "likelihood"]
     text = f"{who}: {len(cut)} of {len(ids)} answers have more tokens than max_new, {most}"
     found = [f"{text} (up to {max(cut)}), where written ones end"] if cut else []
+    if spaced and not ended:
+        text = f"{who}: {len(spaced)} of {len(own.prompts)} prompts end with a space or a new line"
+        found.append(f"{text}, the others do not, and an answer begins with other tokens after it")
     alone = rouge1(own.said, own.said) if score == "rouge1" else []
     if blind := [one for one, grade in zip(own.said, alone, strict=False) if not grade]:
         text = f"{who}: {len(blind)} of {len(ids)} answers, such as {blind[0][:20]!r}, have no word"

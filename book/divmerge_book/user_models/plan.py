@@ -1,5 +1,6 @@
 """All that can be checked before weights are loaded: folders, tokenizers, rows and labels."""
 
+import filecmp
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from divmerge_book.user_models.labels import unnamed
 from divmerge_book.user_models.language_tokens import Tokens
 from divmerge_book.user_models.method_needs import check_methods
 from divmerge_book.user_models.vocabulary import Vocabulary, agreed_words, set_padding
+from divmerge_core.checkpoints.save import input_files
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,15 @@ def found(task: TaskFiles, folder: Path) -> TaskFiles:
     return task
 
 
+def copies(one: Path, other: Path) -> bool:
+    """Whether two folders hold equal files of weights, which are read up to where they differ."""
+    if not (one.is_dir() and other.is_dir()):
+        return False
+    first, second = input_files(one), input_files(other)
+    equal = (filecmp.cmp(*pair, shallow=False) for pair in zip(first, second, strict=False))
+    return len(first) == len(second) and all(equal)
+
+
 def remarks(description: Description) -> list[str]:
     """Notes on tasks that share one expert, or have the base for one, and on tasks without rows."""
     base = (description.path.parent / Path(description.base).expanduser()).resolve()
@@ -115,6 +126,8 @@ def remarks(description: Description) -> list[str]:
         own = task.expert.resolve()
         if own in places:
             found.append(f"task {task.name!r} and {places[own]} have the same folder, {own}")
+        elif twin := next((place for place in places if copies(own, place)), None):
+            found.append(f"task {task.name!r} and {places[twin]} have equal weights, {own}, {twin}")
         places.setdefault(own, f"task {task.name!r}")
     return found + [
         f"task {task.name!r} has neither merge nor test rows: how near the merge is to its expert "
