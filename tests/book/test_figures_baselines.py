@@ -90,7 +90,7 @@ def test_the_place_says_both_scores_and_who_is_below_the_majority(report):
     said = figures.rank_summary(report)
     assert "By ANP: DivMerge, per task is number 2 of 5 (70.0 %)." in said
     assert "By kept margin: DivMerge, per task is number 2 of 5 (40.0 %)." in said
-    assert "counted tasks or more: 0 of 5 methods" in said
+    assert "0 of 5 methods are below the majority" in said
 
 
 def test_every_method_has_a_block():

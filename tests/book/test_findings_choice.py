@@ -59,7 +59,7 @@ def test_the_fewest_inputs_with_nine_tenths_of_the_gain_are_named():
     table = table.assign(grouping="task", low=0.0, high=1.0, difference=0.0)
     table = table.assign(from_low=0.0, from_high=0.0, p=1.0, holm=1.0)
     text = protocol.needed(table, ["anp"], RUN)
-    assert "+20.0 points of ANP per task (5 give nine tenths)" in text
+    assert "+20.0 points of ANP with coefficients per task (5 give nine tenths of it)" in text
 
 
 def test_an_entry_of_a_list_may_have_a_list_of_its_own():

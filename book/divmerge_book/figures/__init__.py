@@ -133,15 +133,15 @@ def rank_summary(report: Report) -> str:
         )
     tasks, counted = subset.split("+"), report.counted(suite)
     lines.append(
-        f"Below the majority class on one of {len(counted)} counted tasks or more: "
-        f"{(ranked.below > 0).sum()} of {len(ranked)} methods (see the figure)."
+        f"{(ranked.below > 0).sum()} of {len(ranked)} methods are below the majority class on at "
+        f"least one of {len(counted)} counted tasks (see the figure)."
     )
     if left_out := [task for task in tasks if task not in counted]:
         lines.append(
             f"Not counted, as their experts do not beat the majority class by "
             f"{100 * MARGIN:.0f} points: {', '.join(left_out)}."
         )
-    return "\n- ".join([f"On {suite}, T = {len(tasks)}:\n", *lines])
+    return "\n- ".join([f"On {suite}, {len(tasks)} tasks merged:\n", *lines])
 
 
 def task_table(report: Report, subset: str) -> pd.DataFrame:
@@ -197,11 +197,12 @@ LANDING = """```{{figure}} results/landing.svg
 :name: fig-landing
 :alt: ANP and kept margin of {merges} merges and the base model with 95 % intervals, \
 one panel for each of {suites} suites
-Filled: average normalised performance (ANP), merged over expert accuracy. Hollow: kept \
-margin, how far the merge is above the majority class over how far the expert is. Both \
-are means over the counted tasks and over seeds of experts, bars 95 % intervals over \
-seeds and test rows; the dashed line is the experts, the dotted one the majority class. \
-In brackets: on how many counted tasks a method is below the majority class.
+Filled: average normalised performance (ANP), merged over expert accuracy. Hollow: kept margin, \
+how far the merge is above the majority class over how far the expert is. Both are means over the \
+counted tasks and over seeds of experts, bars 95 % intervals over seeds and test rows; the dashed \
+line is the experts, the dotted one the majority class. What is below {floor:.0f} % is drawn at \
+the left edge. Green: DivMerge; blue: AdaMerging. In brackets: on how many counted tasks a method \
+is below the majority class.
 ```
 """
 
@@ -232,8 +233,8 @@ def landing(results: Path) -> None:
             forest(ax, ranking(report)).set_title(heading)
         fig.savefig(results / "landing.svg", metadata={"Date": None})
         plt.close(fig)
-    methods = set.union(*(set(report.rows.method) for report in reports.values()))
-    lines = [LANDING.format(merges=len(methods - {"expert", "base"}), suites=len(reports))]
+    merges = len(set.union(*(set(r.rows.method) for r in reports.values())) - {"expert", "base"})
+    lines = [LANDING.format(merges=merges, suites=len(reports), floor=100 * FLOOR)]
     for name, report in reports.items():
         file = files[name].relative_to(results).as_posix()
         link = f"stored in [`book/results/{file}`]({STORED}/{file})"

@@ -133,12 +133,12 @@ def strongest_predictors(found: pd.DataFrame) -> pd.DataFrame:
 def predictors(found: pd.DataFrame, source: str) -> str:
     """By question: whether a weight number predicts damage; found: `mergeability.correlations`."""
     lines = [
-        f"*{row['question']}*: {row['after correction']} of {row['correlations']} correlations are "
+        f"For *{row['question']}*, {row['after correction']} of {row['correlations']} are "
         f"significant after correction; the strongest is that of {row['strongest']} with the "
-        f"{row['damage']} ({row['method']}), {row['rho']:+.2f}, where {row['needed']:.2f} is needed"
+        f"{row['damage']} ({row['method']}), {row['rho']:+.2f}; {row['needed']:.2f} is needed."
         for row in strongest_predictors(found).to_dict("records")
     ]
-    return f"Weight numbers and damage in {source}. {'; '.join(lines)}."
+    return f"Correlations of weight numbers with damage in {source}. {' '.join(lines)}"
 
 
 def reference(found: pd.DataFrame, source: str) -> str:

@@ -117,8 +117,8 @@ def searched(both: pd.DataFrame, kinds: Sequence[str], lost: int) -> str:
     for score in kinds:
         gain = both[score].searched - both[score].same
         lines.append(
-            f"Choosing a step size per objective changes the test {WORDS[score]} by "
-            f"{gain.mean():+.2f} points on average, from {gain.min():+.1f} "
+            f"A step size chosen for each objective, in place of one for all, changes the test "
+            f"{WORDS[score]} by {gain.mean():+.2f} points on average, from {gain.min():+.1f} "
             f"({named(gain.idxmin()[0])}) to {gain.max():+.1f} ({named(gain.idxmax()[0])})."
         )
     return f"{' '.join(lines)} Fits that diverged: {lost}."

@@ -126,13 +126,12 @@ def standing(report: Report, source: str) -> str:
 
 def lowest(table: pd.DataFrame) -> str:
     """How many methods are below the majority class on a counted task, and which on most."""
-    rows = table[table.below > 0].nlargest(len(table), "below")
-    if rows.empty:
+    if not (most := table.below.max()):
         return "No method is below the majority class on a counted task."
-    most = [f"{title(row.Index)} ({row.below} of {row.counted})" for row in rows[:3].itertuples()]
+    worst = listed(map(title, table.index[table.below == most]))
     return (
-        f"Below the majority class on one counted task or more: {len(rows)} of {len(table)} "
-        f"methods; on most tasks: {listed(most)}."
+        f"{(table.below > 0).sum()} of {len(table)} methods are below the majority class on at "
+        f"least one counted task, {worst} on {most} of {table.counted.max()}."
     )
 
 

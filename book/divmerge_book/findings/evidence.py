@@ -51,7 +51,7 @@ def ranked(mean: pd.DataFrame, source: str) -> str:
         last = f"{lead.lead:+.2f} [{lead.lead_low:+.2f}, {lead.lead_high:+.2f}]"
         values = [f"{value:.2f}" for value in one.value]
         lines.append([f"{SAMPLERS.facts[kind]['label']}: {among}", *values, last])
-    heads = ["coefficients drawn for", *one.index.map(NAMES), "reverse KL minus JS"]
+    heads = ["coefficients drawn for", *one.index.map(NAMES), f"{NAMES['reverse_kl']} minus JS"]
     table = table_of(heads, lines)
     return f"Rank correlations with a task's accuracy in {source}:\n\n{table}"
 

@@ -19,14 +19,13 @@ def counted(pairs: pd.DataFrame, idle: pd.DataFrame, source: str) -> str:
     """
     mean = pairs.groupby("counted")[["conflict", "cosine"]].mean()
     whole, some = mean.loc["all"], mean.loc["touched"]
-    cosine = some.cosine - whole.cosine
     share = 100 * idle.groupby("task")[["parameters", "length"]].mean()
     near = "near" if abs(some.conflict - 0.5) <= CHANCE else "not near"
     return (
         f"In {source}, {span(share.parameters, 0)} % of a task vector's entries only shrank; they "
         f"make up at most {share.length.max():.3f} % of its squared length. The mean sign conflict "
         f"is {whole.conflict:.2f} over all parameters and {some.conflict:.2f} without idle rows, "
-        f"{near} the 0.5 of random signs. The mean cosine changes by {cosine:+.3f}."
+        f"{near} the 0.5 of random signs; the cosine {whole.cosine:+.3f} and {some.cosine:+.3f}."
     )
 
 

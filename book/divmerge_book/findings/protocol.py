@@ -76,11 +76,11 @@ def readings(kinds_of: pd.DataFrame, read: pd.DataFrame, kinds: Sequence[str], s
     for score in kinds:
         own, costs = of_score(rows, score), -100 * of_score(total, score).difference
         best = own.score.idxmax()
-        said = listed(f"{cost:.1f} points per {g}" for g, cost in costs.items())
+        said = listed(f"{cost:.1f} points (coefficients per {g})" for g, cost in costs.items())
         lines.append(
             f"In {source} one coefficient per {best} has the highest {WORDS[score]}, "
-            f"{100 * own.score[best]:.1f} %. Reading the data set size in total costs {said} "
-            "(negative: it gains)."
+            f"{100 * own.score[best]:.1f} %. The data set size in total, not for each task, costs "
+            f"{said}; a negative cost is a gain."
         )
     return " ".join(lines)
 
@@ -93,9 +93,9 @@ def needed(table: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
             rows = rows.sort_values("inputs").set_index("inputs")
             gains = 100 * (rows.score - rows.score[0])
             enough = gains.index[gains >= 0.9 * gains[most]].min()
-            text = f"{gains[most]:+.1f} points of {WORDS[score]} per {grouping}"
-            said.append(f"{text} ({enough} give nine tenths)" if gains[most] > 0 else text)
-    return f"In {source}, a fit on {most} inputs a task changes the average by {listed(said)}."
+            text = f"{gains[most]:+.1f} points of {WORDS[score]} with coefficients per {grouping}"
+            said.append(f"{text} ({enough} give nine tenths of it)" if gains[most] > 0 else text)
+    return f"In {source}, a fit from the average on {most} inputs a task brings {listed(said)}."
 
 
 def shifted(wrong: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
@@ -109,7 +109,8 @@ def shifted(wrong: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
                 f"*{INPUT_SHIFTS.facts[worst]['label']}* per {grouping} ({lost[worst]:+.1f} points "
                 f"of {WORDS[score]}; no fit at all {lost['none']:+.1f})"
             )
-    return f"With all inputs replaced, the lowest scores in {source} are with {listed(lines)}."
+    text = f"With all inputs replaced, the lowest scores in {source}, less those of right inputs,"
+    return f"{text} are with {listed(lines)}."
 
 
 def bound(sides: pd.DataFrame, source: str) -> str:
@@ -124,12 +125,12 @@ def bound(sides: pd.DataFrame, source: str) -> str:
 
 
 def optimisers(ends: pd.DataFrame, source: str) -> str:
-    """How often every optimiser meets Adam's loss, and in how many passes."""
+    """How often every optimiser reaches Adam's loss, and in how many passes."""
     lines = []
     for name in ends.optimizer.unique()[1:]:
         rows = ends[ends.optimizer == name]
         met, label = rows[rows.passes.notna()], draw.OPTIMISER_LABELS[name]
-        line = f"{label} meets Adam's loss in {len(met)} of {len(rows)} cases"
+        line = f"{label} reaches Adam's loss in {len(met)} of {len(rows)} cases"
         lines.append(f"{line}, after at most {met.passes.max():.0f} passes" if len(met) else line)
     return f"In {source} {'; '.join(lines)}."
 

@@ -133,10 +133,11 @@ def beside(theirs: pd.DataFrame, columns: Mapping[str, str], methods: Sequence[s
     rises = [f"{name} from {n - 1} to {n}" for name, n in up]
     absent = [name for name, method in columns.items() if method not in set(methods)]
     step = -change.loc[4]
+    also = f" Only the paper measured {listed(absent)}." if absent else ""
     return (
         f"From $T = 3$ to $4$ the printed values fall by {span(step.drop(layer))} points, those "
         f"of DivMerge per layer by {step[layer].min():.1f} and {step[layer].max():.1f}. They rise "
-        f"in: {'; '.join(rises)}. Drawn on the right and not on the left: {listed(absent)}."
+        f"in (TL: a coefficient per task, LL: per layer): {'; '.join(rises)}.{also}"
     )
 
 
@@ -169,10 +170,10 @@ def dilution(grid: pd.DataFrame, source: str, column: str = "anp") -> str:
     low, high = min(level.index), max(level.index)
     drop, saved = mean[low] - mean[high], level[high] - mean[high]
     text = (
-        f"On the subsets merged with several coefficients in {source}, the average loses "
-        f"{drop:.1f} points of {SCORES[column]} from $T = {low}$ to ${high}$. The best of them at "
-        f"$T = {high}$, the average's own among them, saves {saved:.1f} points; at "
-        f"$T = {low}$ it gains {level[low] - mean[low]:.1f}."
+        f"On the subsets merged with several coefficients in {source}, the average ($1/T$) loses "
+        f"{drop:.1f} points of {SCORES[column]} from $T = {low}$ to ${high}$. The best coefficient "
+        f"has {saved:.1f} points more than $1/T$ at $T = {high}$, and "
+        f"{level[low] - mean[low]:.1f} more at $T = {low}$."
     )
     if drop <= 0:
         return f"{text} There is no drop to explain."

@@ -41,14 +41,15 @@ def task_vectors(stored: Stored) -> list[str]:
     kept = [100 * intervals_of(report, one, "anp").value["task_arithmetic"] for one in subsets]
     ends = [one.count("+") + 1 for one in subsets]
     return [
-        f"The cosines of task vectors are {span(pairs.cosine, 2, sign=True)} over all pairs of "
-        f"{len(weights.facts['tasks'])} tasks and {pairs.seed.nunique()} seeds; 0 is orthogonal.",
-        f"Weight decay alone moved {100 * weights['idle'].parameters.mean():.0f} % of the "
-        "parameters of an expert: rows of the embedding table that its texts never use.",
+        f"The cosines of {weights.facts['encoder']}'s task vectors are "
+        f"{span(pairs.cosine, 2, sign=True)} over all pairs of {len(weights.facts['tasks'])} tasks "
+        f"and {pairs.seed.nunique()} seeds; 0 is orthogonal.",
+        f"Weight decay alone moved {100 * weights['idle'].parameters.mean():.0f} % of these "
+        "experts' parameters: rows of the embedding table that their texts never use.",
         f"In the other tensors, two tasks pull {100 * trained.conflict.mean():.0f} % of the "
         "parameters in opposite directions; chance gives half.",
-        "With one coefficient for all tasks, the best of a few, task arithmetic keeps "
-        f"{kept[0]:.1f} % ANP at T = {ends[0]} and {kept[-1]:.1f} % at T = {ends[-1]}.",
+        f"Task arithmetic of {report.provenance['encoder']}, with the best of a few coefficients, "
+        f"keeps {kept[0]:.1f} % ANP at T = {ends[0]} and {kept[-1]:.1f} % at T = {ends[-1]}.",
     ]
 
 
@@ -61,8 +62,8 @@ def divergences(stored: Stored) -> list[str]:
     rho = table.groupby(["seed", "draws", "experts", "task"])[[*names, "accuracy"]]
     rho = rho.corr("spearman").groupby(level=4).mean()
     return [
-        f"Over {len(table):,} answers of random merges to one task, JS is at most {most.js:.2f} "
-        f"nats; its bound is log 2 = {math.log(2):.2f}.",
+        f"Over {len(table):,} pairs of a random merge and a task, the mean JS of its answers is at "
+        f"most {most.js:.2f} nats; the bound is log 2 = {math.log(2):.2f}.",
         f"KL and reverse KL, without a bound, reach {most.kl:.1f} and {most.reverse_kl:.1f} nats.",
         f"The rank correlation of JS over merges is {rho.js.kl:.2f} with KL and "
         f"{rho.js.reverse_kl:.2f} with reverse KL (means over tasks and sets of merges).",
@@ -80,9 +81,9 @@ def objective(stored: Stored) -> list[str]:
     own = run["cross"].query("task == model")
     return [
         "DivMerge minimises the sum over tasks of the JS between each expert's answers and the "
-        f"merged model's; on its own task an expert has {abs(own.js).max():.3f} nats.",
-        f"The objective sees no label and ranks merges: over {len(rho)} sets of random merges, its "
-        f"rank correlation with the mean accuracy is {rho.js.median():+.2f} in the median "
+        f"merged model's; an expert on its own task has {abs(own.js).max():.3f} nats.",
+        f"The objective sees no label, but it ranks merges: over {len(rho)} sets of random merges, "
+        f"its rank correlation with the mean accuracy has the median {rho.js.median():+.2f} "
         f"({span(rho.js, 2, sign=True)}).",
         f"Entropy, AdaMerging's objective, has {rho.entropy.median():+.2f} on the same merges.",
         "What is proved holds for the tasks' own inputs and for the value of the objective, not "

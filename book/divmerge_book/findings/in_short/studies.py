@@ -33,9 +33,8 @@ def choice(stored: Stored) -> list[str]:
     own = found[found.objective != "js"]
     mean = 100 * own.groupby("objective").difference.mean()
     better = own[(own.holm < LEVEL) & (own.difference > 0)]
-    harm = stored.tables("choice/strains.json")
-    harm = predictions.scored(harm, {}, robustness.corruption_costs)["rows"]
-    cost = 100 * harm[harm.kind == "wrong"].groupby("objective").cost.mean()
+    harm = predictions.scored(stored.tables("choice/strains.json"), {}, robustness.corruption_costs)
+    cost = 100 * harm["rows"].groupby(["kind", "objective"]).cost.mean()
     way = stored.tables("choice/courses.json")["rows"]
     even = divergences.balance(way[way.kind == "none"]).query("objective == 'js'")
     gap = divergences.disagreement(way[way.kind == "none"]).groupby("objective").correlation.mean()
@@ -45,10 +44,11 @@ def choice(stored: Stored) -> list[str]:
         "favour of the other objective.",
         f"Mean differences from JS range from {mean.min():+.1f} points ({named(mean.idxmin())}) to "
         f"{mean.max():+.1f} ({named(mean.idxmax())}).",
-        f"An expert with surely wrong answers costs the other tasks {cost['js']:+.1f} points of "
-        f"ANP under JS and {cost['kl']:+.1f} under KL, against a merge without it.",
-        f"The objective does not balance tasks: of {even.tasks.iloc[0]:.0f} tasks the effective "
-        f"number that determines a step is {even.effective_tasks.mean():.2f} under JS.",
+        "Against a merge without it, an expert with surely wrong answers costs the other tasks "
+        f"{cost['wrong', 'js']:+.1f} points of ANP under JS and {cost['wrong', 'kl']:+.1f} under "
+        f"KL; an unchanged expert {cost['none', 'js']:+.1f} and {cost['none', 'kl']:+.1f}.",
+        f"JS does not balance the tasks: gradient norms of {even.tasks.iloc[0]:.0f} tasks are as "
+        f"uneven as if {even.effective_tasks.mean():.2f} had equal ones and the others none.",
         f"During a fit by JS, the rank correlation of falling loss and validation ANP is "
         f"{gap['js']:.2f}.",
     ]
@@ -62,7 +62,7 @@ def scaling(stored: Stored) -> list[str]:
     wide = 100 * means.pivot(index="method", columns="T", values="value")
     low, high = min(wide), max(wide)
     best = [
-        f"at T = {n} {title(wide[n].idxmax())} with {wide[n].max():.1f} % (the average has "
+        f"at T = {n} {title(wide[n].idxmax())} with {wide[n].max():.1f} % (Average: "
         f"{wide[n]['average']:.1f} %)"
         for n in (low, high)
     ]
@@ -82,8 +82,8 @@ def scaling(stored: Stored) -> list[str]:
         f"{noise['subsets']:.1f} points, over seeds {noise['seeds']:.1f}, over test rows "
         f"{noise['test rows']:.1f}.",
         dilution(grid, "the stored run"),
-        f"Adding `{harm.idxmin()}` to an average changes the other tasks most, by "
-        f"{harm.min():+.1f} points of their ratio on average.",
+        f"Adding `{harm.idxmin()}` to an average harms the other tasks most: their ratios change "
+        f"by {harm.min():+.1f} points on average.",
     ]
 
 
@@ -114,7 +114,8 @@ def protocol(stored: Stored) -> list[str]:
     """Which settings of a fit matter, and how many inputs and passes it needs."""
     settings = predictions.scored(stored.tables("protocol/settings.json"), COLUMNS)
     inputs = predictions.scored(stored.tables("protocol/inputs.json"), COLUMNS)
-    ends = stored.tables("protocol/optimisers.json")["ends"]
+    run = stored.tables("protocol/optimisers.json")
+    ends, last = run["ends"], run["ends"].query("optimizer == 'lbfgs'").iloc[-1]
     one, source, rows = ["anp"], "the stored run", settings["changed"].query("setting != 'default'")
     order = rows.sort_values("difference")
     low, high = (
@@ -127,7 +128,8 @@ def protocol(stored: Stored) -> list[str]:
         settled.readings(settings["kinds"], settings["read"], one, source),
         settled.needed(inputs["needed"], one, source),
         settled.shifted(inputs["wrong"], one, source),
-        settled.optimisers(ends, source),
+        f"{settled.optimisers(ends, source)} With {last.tasks} tasks, {run.facts['pool']} inputs "
+        f"each, per {last.grouping}, the ANP of L-BFGS minus Adam's is {settled.gap(last)} points.",
     ]
 
 
@@ -147,7 +149,8 @@ def interference(stored: Stored) -> list[str]:
         f"Weight decay alone changed {span(shares, 0)} % of a task vector's entries. Over all "
         f"entries the mean sign conflict is {mean['all']:.2f}; without those it is "
         f"{mean['touched']:.2f}, and random signs give 0.5.",
-        f"Within a tensor, two tasks share {listed(overlap)} of entries on average.",
+        f"Within a tensor, two tasks share {listed(overlap)} of entries on average; chance gives "
+        f"{listed(f'{100 * cut:.0f} %' for cut in shared.index)}.",
         f"Of {(~inputs).sum()} correlations between a number of the weights and the damage of a "
         f"merge, {(some & ~inputs).sum()} are significant after correction; of {inputs.sum()} with "
         f"the JS on a few unlabelled inputs, {(some & inputs).sum()} are.",
