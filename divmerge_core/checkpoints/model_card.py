@@ -24,7 +24,8 @@ SCORES = ("task", "metric", "value", "low", "high")
 ABSENT = "not measured"
 MEANING = {  # of metrics whose names do not say it
     "majority": "`majority`: accuracy of always predicting the majority class of the test rows.",
-    "ratio": "`ratio`: accuracy over the expert's.",
+    "rouge1": "`rouge1`: F1 of the words in common with the right answer, mean over rows.",
+    "ratio": "`ratio`: accuracy, or the score of texts, over the expert's.",
     "kept_margin": "`kept_margin`: accuracy above the majority over the expert's above it.",
     "anp": "`anp`: mean ratio of the tasks whose expert beats the majority by two points or more.",
 }
@@ -135,7 +136,7 @@ def card(
         "## Data\n\n" + "\n".join([data_table(record), *(f"\n- {n}" for n in record.notes)]),
         "## Scores\n\n" + scores_table(record),
         "## Loading\n\nIn this folder:\n\n" + loading(base, heads) + f"\n\n{ready}" * bool(ready),
-        "## mergekit\n\n" + mergekit_note(reason),
+        "## mergekit\n\n" + mergekit_note(reason, heads),
         "## SHA-256\n\n" + table(("written file", "SHA-256"), hashes.items()),
         table(("input file", "SHA-256"), inputs.items()),
     )
@@ -173,9 +174,11 @@ def made(record: MergeRecord) -> str:
     name = record.method.partition("/")[0]
     source = f" ({METHODS.facts[name]['source']})" if name in METHODS else ""
     options = json.dumps(dict(record.options)) if record.options else "those of the method"
+    what = f"experts of {record.base_name or record.base.name}"
+    if record.base in map(Path, record.experts.values()):
+        what = "models"  # one of which stands for the base
     return (
-        f"{len(record.tasks)} experts of {record.base_name or record.base.name}, merged into one "
-        "model.\n\n"
+        f"{len(record.tasks)} {what}, merged into one model.\n\n"
         f"- method: {record.method}{source}\n"
         f"- options: {options}\n"
         f"- made: {date.today()}, with {versions()}"
@@ -282,9 +285,10 @@ def loading(base: StoredModel, heads: Mapping[str, Head]) -> str:
     return "\n\n".join([*codes, f"The same with this project's package: {call}.", labels])
 
 
-def mergekit_note(reason: str) -> str:
+def mergekit_note(reason: str, heads: Mapping[str, Head]) -> str:
     """How to merge again with mergekit, or why that cannot be."""
     if reason:
         return f"There is no mergekit configuration for this merge: {reason}."
     command = "mergekit-yaml mergekit_config.yml OUTPUT --no-write-model-card"
-    return f"`{command}` merges the same folders (mergekit 0.1.5), without heads."
+    left = ", without the heads of tasks" if heads else ""
+    return f"`{command}` merges the same folders (mergekit 0.1.5){left}."

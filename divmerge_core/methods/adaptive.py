@@ -97,15 +97,15 @@ def adamerging(
     entropy $H$ of the predictions is minimised instead. The experts' predictions are not used.
 
     There is one coefficient per task and tensor (matrices, biases, norms and embeddings alike), or
-    fewer by `grouping`; `basis` as in `divmerge`. The entropy is taken per example and then
-    averaged; dropout is off. Each step of Adam sees one batch of every task.
+    fewer by `grouping`. The entropy is taken per example and then averaged; dropout is off. Each
+    step of Adam sees one batch of every task.
 
-    lr: published as 0.001. init: published as 0.3; None for 1/T. link: the paper has none; `clamp`
-    cuts coefficients to [0, 1] as the authors' code does, `sigmoid` and `softmax` bound them
-    smoothly. inputs: per task, None for DivMerge's 200, or 400 by layer. optimizer: published as
-    `adam`; `lbfgs` as in `divmerge`. epochs: passes over the inputs, also DivMerge's, so that both
-    methods see the same data as often. `mean_logit` and `dropout` reproduce public code, see below.
-    callback: called with every step.
+    `basis` as in `divmerge`. lr: published as 0.001. init: published as 0.3; None for 1/T. link:
+    the paper has none; `clamp` cuts coefficients to [0, 1] as the authors' code does, `sigmoid` and
+    `softmax` bound them smoothly. inputs: per task, None for DivMerge's 200, or 400 by layer.
+    optimizer: published as `adam`; `lbfgs` as in `divmerge`. epochs: passes over the inputs, also
+    DivMerge's, so that both methods see the same data as often. `mean_logit` and `dropout`
+    reproduce public code, see below. callback: called with every step.
 
     Pitfalls: Predicting a single class also minimises entropy, most easily with few tasks or
     classes. A coefficient moves by about `lr` a step, so a short fit at the published one stays

@@ -122,11 +122,11 @@ def ties(
 
     The formula holds entry by entry; $\hat\tau_t$ is the task vector with its largest `keep` share
     of entries and zero elsewhere. All tensors alike. A sum of exactly zero elects no sign and
-    changes nothing. `keep` in (0, 1], in the paper 0.2. `scale` is $\lambda$, in the paper 1 before
-    a search. `trim`: `global` ranks entries over the whole model (the paper), `tensor` within each
-    tensor. `coeffs`: a positive weight per task, None for 1. `weights`: `before` lets weighted
-    entries vote, and divides by the sum of the weights that agree; `after` lets all vote alike, and
-    divides by their number. `combine`: `mean`, or `sum` without the division.
+    changes nothing. `keep` is the share that stays, in the paper 0.2. `scale` is $\lambda$, in the
+    paper 1 before a search. `trim`: `global` ranks entries over the whole model (the paper),
+    `tensor` within each tensor. `coeffs`: a positive weight per task, None for 1. `weights`:
+    `before` lets weighted entries vote, and divides by the sum of the weights that agree; `after`
+    lets all vote alike, and divides by their number. `combine`: `mean`, or `sum` without division.
 
     Pitfalls: The disjoint mean is longer than the average, as tasks without an entry do not count,
     so its scales are not those of task arithmetic. With two tasks, the larger entry always wins.
@@ -215,10 +215,10 @@ def dare(
     the rest has the task vector as its expectation, and tasks rarely meet in an entry.
 
     Every entry of every tensor goes with probability `drop`, p in the formula, independently for
-    every task. `drop` in [0, 1): the paper takes 0.9, and up to 0.99 in large models. `then`:
-    `task_arithmetic`, or `ties` with its `keep`, on what is left; `scale` is theirs. `rescale`:
-    `expected` divides by 1 - p; `l1` makes every tensor as long as before in the L1 norm; `none`
-    leaves it. `seed` decides what is dropped.
+    every task. `drop` is the share that goes: in the paper 0.9, and up to 0.99 in large models.
+    `then`: `task_arithmetic`, or `ties`, on what is left. `keep` is the share that `ties` leaves.
+    `scale` is the factor of either. `rescale`: `expected` divides by 1 - p; `l1` makes every tensor
+    as long as before in the L1 norm; `none` leaves it. `seed` decides what is dropped.
 
     Pitfalls: One draw is noisy, since the variance of an entry is p / (1 - p) times its square:
     nine times at 0.9. The paper finds that large models and small task vectors bear more.

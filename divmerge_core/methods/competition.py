@@ -69,7 +69,7 @@ def pcb(
     quantiles on both sides, and scaled to n in [0, 1] over the whole model; the sign in the sum is
     that of the two entries' product. The best `ratio` share r of each task's scores, scaled to [0,
     1], are weights; the others weigh 0. Task vectors enter the mean clipped. All tensors alike.
-    `ratio` in (0, 1], `clip` in [0, 0.5) and `scale`: the authors' defaults are 0.1, 0.01 and 1.2.
+    `ratio`: the authors' is 0.1. `clip`: the authors' is 0.01. `scale` is a factor, theirs is 1.2.
     `inter`: `pairwise` is the sum above, the authors' vision script; `total` is tanh of the product
     with the summed task vectors, raw: their language scripts, whose `clip` is 0.01 or 1e-4.
 

@@ -108,7 +108,7 @@ def sequential_ties(
     largest `keep` share of entries over the whole model, every coordinate takes the sign of their
     sum, and entries of that sign are added up (none where they cancel).
 
-    keep: in (0, 1], published as 0.2. scale: $\lambda$, published as 0.5.
+    keep: the share of entries that stays, published as 0.2. scale: $\lambda$, published as 0.5.
 
     Pitfalls: Entries that stay among the largest grow by a factor of 1 + `scale` or more with every
     expert, so early experts weigh most, and order matters much.

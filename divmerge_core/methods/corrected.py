@@ -164,9 +164,9 @@ def surgery(
     $z_t$; `up` starts at 0, so that the first step starts at the merge. No merged weight changes.
 
     merge: a method that gives one vector, such as `adamerging/layer`, with its default options.
-    rank: published as 16. `steps`, `batch_size` and `lr`: published as 1000, 16 and 0.001 (the
-    authors' 500 iterations take two batches each). inputs: per task, None for DivMerge's 200, where
-    the paper takes the test set.
+    rank: of $U_t V_t$, published as 16. `steps`, `batch_size` and `lr`: published as 1000, 16 and
+    0.001 (the authors' 500 iterations take two batches each). inputs: per task, None for DivMerge's
+    200, where the paper takes the test set.
 
     Pitfalls: Answering needs the task, so compare it with methods that need it too. A low-rank
     correction cannot recover information that the merged encoder has lost. A language model has no

@@ -116,8 +116,8 @@ def divmerge(
     task, None for the paper's 200, or 400 by layer. optimizer: `adam`, the paper's; `annealed_adam`
     with `lr` 0.1 gets near its loss in a tenth of the steps; `lbfgs` sees all inputs in every step
     and needs the fewest passes for a low loss: give it 32 inputs and 10 to 20 epochs, and more
-    inputs by layer, where it overfits few. `epochs` and `lr`: passes over the inputs, and Adam's
-    step size. checkpoint: a file from which a killed fit resumes. callback: called with every step.
+    inputs by layer, where it overfits few. epochs: passes over the inputs. lr: the first step
+    size. checkpoint: a file from which a killed fit resumes. callback: called with every step.
 
     Pitfalls: It copies the experts, mistakes included, and needs inputs of the test distribution.
     Tasks are weighted equally, whatever their number of classes: one with large divergences

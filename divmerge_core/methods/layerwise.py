@@ -203,8 +203,8 @@ def prodistill(
     the coefficient `init`. One batch of every task per step of Adam; the square is summed over
     features and averaged over tokens without padding. A language model must run without its cache.
 
-    `init` and `lr`: published as 0.3 and 0.01. inputs: per task, published as 64 for text; None for
-    DivMerge's 200. epochs: published as 50 for text.
+    init: of every coefficient, published as 0.3. lr: step size, published as 0.01. inputs: per
+    task, published as 64 for text; None for DivMerge's 200. epochs: passes, published as 50.
 
     Pitfalls: T N coefficients are more than the parameters of the model itself, so few inputs are
     soon overfitted. Errors of early blocks propagate, and no step uses the predictions.

@@ -152,8 +152,8 @@ def twin(
     $\theta^*$ (padding left out) and was trained to tell from it which task an input is of; that
     number is the only label.
 
-    scale: $\lambda$, published as 0.29. keep: in (0, 1]. `steps` and `lr`: of Adam on the
-    cross-entropy of all inputs at once.
+    scale: $\lambda$, published as 0.29. keep: the share of the rank. `steps` and `lr`: of
+    Adam on the cross-entropy of all inputs at once.
 
     Pitfalls: Inputs of like tasks look alike, and a router in doubt gives their average. Each input
     has a model and a forward pass of its own, and T N numbers lie in memory beside the task

@@ -55,8 +55,8 @@ def tsv_m(problem: MergeProblem, *, scale: float = 1.0) -> Float[Tensor, " N"]:
     For the change $D_t$ of a matrix [M, K] with r = min(M, K), each task keeps its floor(r / T)
     leading singular triples; s holds all tasks' singular values, and polar(U) is the nearest matrix
     with orthonormal columns. Every tensor with two axes counts, embeddings too; all others, and
-    matrices with r below T that have no room for every task, take the mean. `scale` applies to all
-    of them: 1 in the paper, whose code searches 0 to 3.
+    matrices with r below T that have no room for every task, take the mean. `scale` is a factor
+    of all: 1 in the paper, whose code searches 0 to 3.
 
     Pitfalls: The rank per task falls with 1/T. Directions that several tasks share are turned
     apart, and what the tasks have in common loses its strength.
@@ -121,7 +121,7 @@ def iso_c(problem: MergeProblem, *, scale: float = 1.0) -> Float[Tensor, " N"]:
     equal singular values every direction of the sum has the same weight.
 
     Every tensor with two axes counts, embeddings too; all others take the mean, not the sum.
-    `scale` applies to both: the authors search 0.1 to 3.0 on validation rows, FusionBench has 1.5.
+    `scale` is a factor of both: the authors search 0.1 to 3.0 on validation rows; FusionBench: 1.5.
 
     Pitfalls: Where the sum has low rank (LoRA experts) its null directions get the same weight as
     any other, in directions that are rounding noise: expect less there. One expert alone keeps its
@@ -169,8 +169,8 @@ def iso_cts(
     For a matrix with r = min(M, K), about the share `common` of the r directions, the columns of
     $U_c$ and $V_c$, are leading ones of the tasks' sum. The rest is split evenly: each task gives
     leading directions of its matrix without the part along $U_c$. All r are made orthogonal and
-    weighted by the mean of their singular values. Other tensors take the mean; `scale` applies to
-    all. `common` in [0, 1], in the paper 0.8; at 1, with one task, or where the rest is under half
+    weighted by the mean of their singular values. Other tensors take the mean. `scale` is a
+    factor of all. `common`: in the paper 0.8; at 1, with one task, or where the rest is under half
     a direction per task, this is Iso-C.
 
     Pitfalls: It inherits Iso-C's noise at low rank. With many tasks or small matrices the rest
@@ -235,7 +235,7 @@ def knots(
 
     The pieces $\operatorname{diag}(s) V_t^\top = U^\top D_t$ are merged over all tensors at once,
     and U maps the outcome back. Every tensor with two axes counts, embeddings too; all others join
-    TIES as they are. `keep` and `scale` as in `ties`, here the authors' for ViT-B: 0.2 and 0.6.
+    TIES as they are. `keep` as in `ties`. `scale` as in `ties`, here the authors' 0.6 for ViT-B.
     `shared`: the side of the matrices that has the common basis, `output` (theirs) or `input`.
 
     Pitfalls: Made for LoRA experts. At full rank the SVD, in float64, is slow on embeddings.

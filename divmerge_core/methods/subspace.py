@@ -63,8 +63,8 @@ def esm(
     biases and other tensors take the mean delta; both without `scale`. `scaling`: `all` polarises
     tasks, input dimensions and layers ($\beta$), each by (norm / mean norm) to the `power`, 2 in
     the paper, as in the authors' vision code; `layer` polarises layers alone, as in their RoBERTa
-    code. `scale` is $\lambda$: in the former 2 alpha, with alpha searched in [0, 2] on validation
-    labels, in the latter searched in [0, 5]. `inputs`: per task, in drawn batches; 32 published.
+    code. `scale` is $\lambda$: at `all` 2 alpha, with alpha searched in [0, 2] on validation
+    labels, at `layer` searched in [0, 5]. `inputs`: per task, in drawn batches; 32 published.
 
     Pitfalls: The result has equal singular values, so one expert alone does not come back. Few
     layers of a kind make power 2 fragile: try 0 or 1. With fewer tokens than M/T, directions that

@@ -128,6 +128,8 @@ def test_a_model_that_stands_for_the_base_is_read_and_hashed_once(
     card = (merge_config(put(method, **given), tmp_path / "out") / "README.md").read_text()
     assert len(set(hashed)) == len(hashed) == files and len(read) == files * len(SHAPES)
     assert all(f"| {name}/model.safetensors |" in card for name in ("base", "b"))
+    what = "2 experts of base" if method == "task_arithmetic" else "2 models"
+    assert f"{what}, merged into one model." in card and "without the heads" not in card
 
 
 def test_slerp_goes_from_the_base_model_to_the_other(zoo, put, tmp_path):

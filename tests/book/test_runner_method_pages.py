@@ -65,6 +65,8 @@ def test_the_call_and_the_options_on_the_page_are_the_methods(name):
     rows = method_pages.option_rows(name)
     assert [row[0] for row in rows] == [f"`{one}`" for one in options_of(name)]
     assert all(row[-1] for row in rows), "an option without a meaning"
+    vague = [row for row in rows if re.match(r"in \(|applies|theirs|published", row[-1])]
+    assert not vague, "a range or a published value is no meaning"
 
 
 # --- the pages ------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def test_an_experts_vector_answers_as_transformers_does(made):
         assert near.abs().max() < 0.05  # kept in bfloat16
 
 
-@pytest.mark.parametrize("method", ["average", "divmerge/task"])
+@pytest.mark.parametrize("method", ["average", "divmerge/block", "divmerge/layer"])
 def test_the_folder_is_the_merge_that_transformers_loads(made, tmp_path, cache, method):
     plan, bench = made
     found = merge_and_score(bench, [method], budget=1, progress=False)
@@ -89,7 +89,7 @@ def test_the_folder_is_the_merge_that_transformers_loads(made, tmp_path, cache, 
     kept = plan.base.folder / "tokenizer.json"
     assert (folder / kept.name).read_bytes() == kept.read_bytes()
     card = (folder / "README.md").read_text()
-    assert "LlamaForCausalLM.from_pretrained" in card and "rouge1" in card
+    assert "LlamaForCausalLM.from_pretrained" in card and "`rouge1`: F1" in card
     assert (folder / "mergekit_config.yml").is_file()
 
 

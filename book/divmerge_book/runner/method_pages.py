@@ -94,7 +94,11 @@ def command(name: str) -> str:
     if METHODS.facts[name].get("optional") == "large":
         return "It is made for a second, larger base, which the suites of this book do not have.\n"
     line = f".venv/bin/python -m divmerge_book run \\\n  {NOTEBOOK} out.ipynb"
-    return f"On the suites of this book:\n\n```bash\n{line} -p methods {name}\n```\n"
+    suites = f"On the suites of this book:\n\n```bash\n{line} -p methods {name}\n```\n"
+    if METHODS.facts[name].get("returns") == "predictor":
+        return suites
+    own = f".venv/bin/divmerge merge my_models.yaml merged/ --method {name}"
+    return f"On your own models:\n\n```bash\n{own}\n```\n\n{suites}"
 
 
 def meaning(name: str, option: str) -> str:
@@ -104,6 +108,8 @@ def meaning(name: str, option: str) -> str:
     """
     extended = re.sub(r"(\++|_pp|_plus_plus)$", "", name)
     found = said(name, option) or said(extended, option) or COMMON.get(option)
+    if found and found.startswith("published"):
+        found = f"{COMMON[option].partition(';')[0].rstrip('.')}, {found}"
     named = (one for own in (name, extended) for one in body(own) if f"`{option}`" in one)
     return found or next(named, "").rstrip(";")
 

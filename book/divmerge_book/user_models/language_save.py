@@ -119,8 +119,10 @@ def recipe(plan: Plan, record: MergeRecord, merged: dict, dtype: torch.dtype) ->
     """A mergekit configuration of the same merge, or why there is none."""
     if plan.tokens.owners:
         return "", "experts have tokens of their own, whose rows are not merged"
+    base = StoredModel.at(record.base)
+    record = replace(record, groups=tuple(map(base.core, record.groups)))
     try:
-        return mergekit_recipe(record, in_memory(StoredModel.at(record.base), merged), dtype)
+        return mergekit_recipe(record, in_memory(base, merged), dtype)
     except ValueError as error:
         why = str(error).replace(str(record.base), record.base.name)
         return "", f"tensors on disk are not those that are merged ({why})"
