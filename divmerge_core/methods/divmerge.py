@@ -210,7 +210,7 @@ def divmerge_plus(problem: MergeProblem, **options: object) -> Float[Tensor, " N
 
     Peers: This method is the book's own, not the DivMerge paper's. aTLAS (Zhang et al. 2024, arXiv
     2407.02880) learns a coefficient per task and tensor of raw task vectors with labels or other
-    losses. AdaRank (Lee et al. 2025, arXiv 2503.22178) learns binary masks of single singular
+    losses. AdaRank (Lee et al. 2026, arXiv 2503.22178) learns binary masks of single singular
     directions by minimising entropy. Neither orthogonalises directions over tasks first.
 
     Raises ValueError and Diverged as `divmerge` does.

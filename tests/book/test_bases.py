@@ -55,7 +55,7 @@ def test_sentences_have_the_sign_of_a_gain():
     table = pd.DataFrame(rows)
     said = find.parts(table, "the stored run")
     assert "over the objective alone (DivMerge): +10.0 points of ANP (+5.0 to +20.0)" in said
-    assert "T = 8: +10.0 points of ANP" in find.over_tasks(table, "the stored run")
+    assert "T = 8: +10.0 points of ANP (+5.0 to +20.0), +0.0" in find.over_tasks(table, "this run")
     other = find.best(table.replace("tsv:3", "tsv:5"), "this run")  # a basis of a reader's own
     assert other.startswith("Of 2 bases fitted by JS in this run, by ANP TSV directions, 5 bands")
 
@@ -76,6 +76,6 @@ def test_the_summary_has_gains_by_number_of_tasks_and_what_is_held():
     table = pd.DataFrame(rows).assign(from_low=-0.2, from_high=-0.05)
     held = pd.DataFrame({"task vectors": [8.0], "TSV directions": [2.5]}, index=[8])
     gains, parts, memory = find.summary(table, held, "the stored run")
-    assert gains.endswith("by +10.0 points at T = 8 [+5.0, +20.0].")
+    assert gains.endswith(", T = 8: +10.0 points of ANP (+5.0 to +20.0).")
     assert parts == "At T = 8 DivMerge+ has 90.0 % ANP; raw task vectors fitted by JS 80.0 %."
     assert memory.endswith("T = 8: task vectors 8.00 N, TSV directions 2.50 N.")

@@ -40,8 +40,10 @@ def test_a_box_has_three_to_five_sentences_and_names_its_files(function, monkeyp
     lines = in_short.box(function).data.splitlines()
     sentences = [line for line in lines if line.startswith("- ")]
     assert 3 <= len(sentences) <= 5 and not re.search(r"\bnan\b|NaN|None", "".join(sentences))
-    files = re.findall(r"`([\w/.]+)` \((?:\d{4}-\d\d-\d\d|as printed)\)", lines[-2])
-    assert files and all(Path(name).is_file() for name in files)
+    files = re.findall(r"`([\w/.]+)` \(((?:[^()]*, )?\d{4}-\d\d-\d\d|as printed)\)", lines[-2])
+    assert files and all(Path(name).is_file() for name, _ in files)
+    of_encoders = [said for name, said in files if "_" in Path(name).stem]
+    assert all(re.match(r"\w+, \d seeds?, ", said) for said in of_encoders)
 
 
 def test_a_box_says_where_nothing_is_stored(tmp_path, monkeypatch):

@@ -138,7 +138,7 @@ class Report:
         return pd.DataFrame(rows, columns=[*keys, "below", "counted", "tasks"])
 
     def intervals(self, *, level: float = 0.95, **options: object) -> pd.DataFrame:
-        """Bootstrap intervals: suite, subset, method, value, low, high (and num_seeds).
+        """Intervals: suite, subset, method, value, low, high (and num_seeds).
 
         options: statistic, draws and seed of `sampled`. Test rows are drawn once for all seeds,
         which answer the same ones, and for all methods, so that `difference` is paired; see
@@ -226,13 +226,14 @@ def from_text(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def caption(report: Report) -> str:
-    """One line of provenance for a figure or table."""
+    """One line of provenance for a figure or table; rows are those that each task was scored on."""
     facts, seeds = report.provenance, report.rows.seed.nunique()
+    ends = report.rows.predicted.map(len).agg(["min", "max"]).unique()
     given = {fit["options"]["inputs"] for fit in report.fits if "inputs" in fit["options"]}
     own = facts | ({"inputs": given.pop()} if len(given) == 1 else {})
     return (
         f"{facts['encoder']}, {facts['size']} size, {seeds} seed{'s' * (seeds > 1)}, "
-        f"{facts['rows_per_task']['test']} test rows a task, {facts['device']}, "
+        f"{' to '.join(map(str, ends))} test rows a task, {facts['device']}, "
         f"{facts['precision']}, torch {facts['torch']}, transformers {facts['transformers']}, "
         f"measured {facts['date']}{departures(own)}"
     )

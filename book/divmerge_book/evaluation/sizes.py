@@ -76,8 +76,8 @@ def setting(facts: Mapping) -> dict[str, int | None]:
 
 
 def departures(facts: Mapping) -> str:
-    """How a stored run of the embedded suite departs from STANDARD, in words; else nothing."""
-    own = setting(facts) if facts.get("suite") == "embedded" else {}
+    """How a stored run of an encoder's suite departs from STANDARD, in words; else nothing."""
+    own = setting(facts) if facts.get("suite") in ("embedded", "glue_encoder") else {}
     other = {n: value for n, value in own.items() if value not in (None, STANDARD[n])}
     words = [f"{name} {value} (standard {STANDARD[name]})" for name, value in other.items()]
     return f"; not the standard setting: {', '.join(words)}" if words else ""

@@ -1,5 +1,7 @@
 """What bases and objectives are worth, in sentences made of `studies.bases`' scored table."""
 
+from collections.abc import Iterable
+
 import pandas as pd
 
 from divmerge_book.figures.bases import name_of
@@ -53,16 +55,21 @@ def best(table: pd.DataFrame, source: str) -> str:
     return f"Of {len(fitted)} bases fitted by JS in {source}, {'; '.join(said)}."
 
 
-def over_tasks(table: pd.DataFrame, source: str) -> str:
-    """What the basis gains at every number of tasks. table: against `js=tsv:3`."""
+def gains(table: pd.DataFrame, scores: Iterable[str] = SCORES) -> list[str]:
+    """What the basis gains over raw task vectors at every T, with intervals. table: see `parts`."""
     rows, lines = table[(table.objective == "js") & (table.basis == "raw")], []
-    for row in rows.sort_values("tasks").itertuples():
-        ends = f"{-100 * row.kept_from_high:+.1f} to {-100 * row.kept_from_low:+.1f}"
-        lines.append(
-            f"T = {row.tasks}: {-100 * row.difference:+.1f} points of ANP, "
-            f"{-100 * row.kept_difference:+.1f} points of kept margin ({ends})"
-        )
-    return f"Gains of the basis over raw task vectors in {source}:\n\n{bullets(lines)}"
+    for row in rows.sort_values("tasks").to_dict("records"):
+        said = []
+        for score in scores:
+            gap, low, high = (round(-100 * row[name], 1) + 0 for name in COLUMNS[score][3:6])
+            said.append(f"{gap:+.1f} points of {SCORES[score]} ({high:+.1f} to {low:+.1f})")
+        lines.append(f"T = {row['tasks']}: {', '.join(said)}")
+    return lines
+
+
+def over_tasks(table: pd.DataFrame, source: str) -> str:
+    """The `gains`, a bullet each."""
+    return f"Gains of the basis over raw task vectors in {source}:\n\n{bullets(gains(table))}"
 
 
 def summary(table: pd.DataFrame, held: pd.DataFrame, source: str) -> list[str]:
@@ -71,12 +78,6 @@ def summary(table: pd.DataFrame, held: pd.DataFrame, source: str) -> list[str]:
     table: against `js=tsv:3`. held: of components in models by T, a column per store.
     """
     layer = table[table.grouping == "layer"]
-    raw = layer[(layer.objective == "js") & (layer.basis == "raw")].sort_values("tasks")
-    gains = [
-        f"{-100 * row.difference:+.1f} points at T = {row.tasks} "
-        f"[{-100 * row.from_high:+.1f}, {-100 * row.from_low:+.1f}]"
-        for row in raw.itertuples()
-    ]
     most = layer[layer.tasks == layer.tasks.max()].set_index(["objective", "basis"]).anp * 100
     parts = {"start without a fit": ("none", OURS), "fit by entropy": ("entropy", OURS)}
     parts |= {"raw task vectors fitted by JS": ("js", "raw")}
@@ -84,8 +85,8 @@ def summary(table: pd.DataFrame, held: pd.DataFrame, source: str) -> list[str]:
     last = held.iloc[-1]
     memory = ", ".join(f"{words} {number:.2f} N" for words, number in last.items())
     return [
-        f"Coefficients of cleaned directions in place of task vectors change the ANP, in {source}, "
-        f"by {listed(gains)}.",
+        f"Coefficients of cleaned directions in place of task vectors gain, in {source}, "
+        f"{'; '.join(gains(layer, ['anp']))}.",
         f"At T = {layer.tasks.max()} DivMerge+ has {most['js', OURS]:.1f} % ANP; {listed(others)}.",
         f"Numbers held beside the base at T = {held.index[-1]}: {memory}.",
     ]

@@ -163,7 +163,7 @@ def verdict(report: Report, subset: str, table: pd.DataFrame) -> str:
         return f"{' '.join(head)}\n\nNo other method has a higher ANP or kept margin."
     heads = ("method", *(f"{words}, points" for words in SCORES.values()))
     rows = table_of([*heads, "merge, s", "data used", "models stored"], lines)
-    return f"{' '.join(head)} Its merge takes {first:.1f} s.\n\n{rows}"
+    return f"{' '.join(head)} {title(best['anp'])} takes {first:.1f} s.\n\n{rows}"
 
 
 def by_access(table: pd.DataFrame, source: str) -> str:

@@ -68,7 +68,7 @@ Stars: the experts; cross: the base.
 <div class="plane"><script type="application/json">{data}</script></div>
 ```
 
-*Stored run: {caption}. File: `book/results/{file}`.*
+*{caption} File: `book/results/{file}`.*
 """
 
 

@@ -174,7 +174,7 @@ def rescored(
 def task_scores(
     report: Report | None, method: str, *, draws: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
-    """A method's scores on every labelled task, with 95 % bootstrap intervals over rows.
+    """A method's scores on every labelled task, with 95 % intervals over rows.
 
     Columns task, metric, value, low, high. By task: accuracy, or the mean grade of free text;
     majority, the accuracy of a constant prediction (no interval; not of free text); ratio and

@@ -4,7 +4,7 @@ Every chapter has a function from `Stored` to sentences in one of these modules;
 with the files that they were made of.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from IPython.display import Markdown
 
 from divmerge_book.evaluation import stored_tables
 from divmerge_book.evaluation.report import Report
-from divmerge_book.findings import bullets, listed
+from divmerge_book.findings import bullets, count, listed
 
 PLACES = (Path("../book/results"), Path("book/results"))  # from a chapter's folder, or from above
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The folder of stored results; `dates` has the date of every file that was read."""
+    """The folder of stored results; `dates` has what every file that was read says of itself."""
 
     folder: Path
     dates: dict[str, str] = field(default_factory=dict)
@@ -27,14 +27,19 @@ class Stored:
     def report(self, name: str) -> Report:
         """The Report in `name`, such as `baselines/embedded_bert_tiny.json`."""
         report = Report.load(self.folder / name)
-        self.dates[f"book/results/{name}"] = report.provenance["date"]
+        self.note(name, report.provenance)
         return report
 
     def tables(self, name: str) -> stored_tables.ResultTable:
         """The tables in `name`, such as `protocol/inputs.json`, with their facts."""
         found = stored_tables.ResultTable(*stored_tables.load(self.folder / name), "the stored run")
-        self.dates[f"book/results/{name}"] = found.facts["date"]
+        self.note(name, found.facts)
         return found
+
+    def note(self, name: str, facts: Mapping) -> None:
+        """Keep a file's encoder, number of seeds and date, as far as it has them."""
+        known = facts.get("encoder"), "seeds" in facts and count(len(facts["seeds"]), "seed")
+        self.dates[f"book/results/{name}"] = ", ".join(filter(None, [*known, facts["date"]]))
 
     def printed(self, work: str) -> None:
         """Name the file of numbers that others print; work: of `published.paper`."""

@@ -41,8 +41,8 @@ def glue_on_a_gpu(stored: Stored) -> list[str]:
         f"room on {listed(plan.index[plan.fits.astype(bool)])}. Experts and fit take at least "
         f"{span(plan['experts and fit, s'] / 60)} minutes, by the data sheets' peak rates.",
         f"A small encoder ({report.provenance['encoder']}) stands in on the same tasks. {first}.",
-        "The paper prints ANP averaged over numbers of tasks: "
-        f"{each(means, '{:.1f} %', str, ', ')}.",
+        "The paper prints ANP averaged over numbers of tasks (LL: a coefficient per layer, TL: per "
+        f"task): {each(means, '{:.1f} %', str, ', ')}.",
     ]
 
 
@@ -53,7 +53,7 @@ def published(stored: Stored) -> list[str]:
     found, half = tables.summary(table), tables.margins(table, rows)
     first, second = order = found["mean"].nlargest(2).index
     ends = [f"{title(m)} ({100 * found.worst[m]:.0f} %, {found.worst_task[m]})" for m in order]
-    below = [f"{title(m)} on {found.below_base[m]}" for m in order if found.below_base[m]]
+    below = [f"{title(m)} on {found.below_base[m]}" for m in found.index if found.below_base[m]]
     return [
         f"FusionBench prints {len(found)} merges of {table.shape[1]} GPT-2 experts; the highest "
         f"means are {100 * found['mean'][first]:.1f} % ({title(first)}) and "
