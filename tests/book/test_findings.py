@@ -237,8 +237,8 @@ def test_experts_on_other_tasks_are_held_against_the_majority():
     cross = pd.DataFrame({"task": list("aabb"), "model": list("abab"), "accuracy": [0.9] * 4})
     majority = pd.Series({"a": 0.95, "b": 0.5})
     text = evidence.crossed(cross, majority, RUN)
-    holds(text, "50 % of the accuracies", "all of them on: `a`.")
-    holds(evidence.crossed(cross, majority - 0.5, RUN), "all of them on: no task.")
+    holds(text, "50 % of the accuracies", "They all are on `a`.")
+    holds(evidence.crossed(cross, majority - 0.5, RUN), "They all are on no task.")
 
 
 def correlations(js: float, entropy: float, best: float = 0.0) -> pd.DataFrame:

@@ -73,9 +73,9 @@ def test_a_run_stored_without_predictions_is_drawn_and_marked():
     facts = {"seeds": [0], "tasks": ["a"]}
     facts |= dict.fromkeys(("encoder", "suite", "size", "rows", "device"), "x")
     facts |= dict.fromkeys(("machine", "torch", "date"), "x")
-    stored = ResultTable({"changed": table}, facts, "the stored run", "; asked for was y")
+    stored = ResultTable({"changed": table}, facts, "the stored run", "; y")
     old = scored(stored, COLUMNS)
-    assert old["changed"] is table and old.caption.endswith(f"; asked for was y{NO_MARGIN}.")
+    assert old["changed"] is table and old.caption.endswith(f"; y{NO_MARGIN}.")
     new = packed([answers(DEFAULT, 6), answers("lr=0.1", 4), answers("expert", 10)])
     run = scored(ResultTable({"changed": new, "other": table}, facts, "this run"), COLUMNS)
     assert "predictions" not in run.caption and run["other"] is table

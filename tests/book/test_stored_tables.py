@@ -76,9 +76,9 @@ def test_what_the_size_says_may_differ_and_is_told(tmp_path):
     less = {**FACTS, "size": "default", "tasks": ["a"], "seeds": [0], "rows": 10}
     found = stored_or_measure(path, {"rows": table([2.0])}, asked={"suite", "encoder"}, **less)
     assert found.source == "the stored run"
-    assert found.caption.endswith("; asked for was size default, rows 10, seeds 0, tasks a.")
+    assert found.caption.endswith(" here give size default, rows 10, seeds 0, tasks a.")
     same = stored_or_measure(path, {"rows": table([2.0])}, **{**FACTS, "size": "default"})
-    assert same.caption.endswith("; asked for was size default.")
+    assert same.caption.endswith("; the parameters here give size default.")
     plain = stored_or_measure(path, {}, **FACTS).caption
     assert "asked" not in plain and plain.endswith(f", in `{tmp_path.name}/study.json`.")
 
@@ -131,7 +131,7 @@ def test_a_stored_report_is_drawn_by_the_same_rule(tmp_path):
         assert found.rows is other.rows or found.rows.equals(other.rows)
         assert said.endswith(f"; the stored run has other {name}."), name
     _, said = stored_or_report(path, report("expert", "average"), asked={"lr"}, lr=0.1)
-    assert said.endswith("; asked for was methods average.")
+    assert said.endswith("; the parameters here give methods average.")
 
 
 def test_the_caption_says_what_was_measured_where_and_when(tmp_path):

@@ -167,7 +167,7 @@ def agreement(
         return False, f"; the stored run has other {', '.join(wrong)}"
     rest = [name for name in both - PLACE - {"recipe"} if made[name] != stored[name]]
     words = [f"{n} {in_words(made[n])}" for n in sorted(rest, key=lambda n: (n != "size", n))]
-    return True, f"; asked for was {', '.join(words)}" if words else ""
+    return True, f"; the parameters here give {', '.join(words)}" if words else ""
 
 
 def in_words(value: object) -> str:
@@ -175,7 +175,7 @@ def in_words(value: object) -> str:
     if isinstance(value, dict):
         return " ".join(f"{name} {one}" for name, one in value.items())
     if isinstance(value, list):
-        return " ".join(map(str, value)) or "none" if len(value) <= 4 else f"{len(value)} of them"
+        return " ".join(map(str, value)) or "none" if len(value) <= 4 else f"({len(value)} values)"
     return str(value)
 
 

@@ -104,8 +104,8 @@ def differences(per: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
             gap = f"{100 * some.difference.mean():+.1f} points"
             lines.append(f"{'above' if up else 'below'}: {named(spec)}, {gap} ({where})")
         first = (
-            f"Of {len(tests)} differences from JS in {WORDS[score]}, in {source}, {len(sure)} are "
-            "significant after correction."
+            f"Of {len(tests)} differences from JS in {WORDS[score]}, in {source}, {len(sure)} "
+            f"{'is' if len(sure) == 1 else 'are'} significant after correction."
         )
         parts.append(f"{first}\n\n{bullets(lines)}".strip())
     return "\n\n".join(parts)

@@ -26,7 +26,7 @@ def crossed(cross: pd.DataFrame, majority: pd.Series, source: str) -> str:
     always = [f"`{task}`" for task in by_task.index[by_task == 1]]
     return (
         f"In {source}, {100 * below.mean():.0f} % of the accuracies of experts on other tasks are "
-        f"below the majority class of the test rows; all of them on: {listed(always, 'no task')}."
+        f"below the majority class of the test rows. They all are on {listed(always, 'no task')}."
     )
 
 
