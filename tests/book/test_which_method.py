@@ -17,27 +17,34 @@ def test_the_best_looks_at_no_more_data_and_stores_no_more_than_there_is():
         },
         index=["plain", "inputs", "masks", "additions", "labels"],
     )
-    found = which_method.best(rows, 4)
-    assert [spec for *_, spec in found] == [
-        *("plain", "plain", "masks"),
-        *("inputs", "additions", "masks"),
-        *("labels", "labels", "masks"),
-    ]
-    (*_, last) = which_method.best(rows, 2)
-    assert last[-1] == "labels", "half of two experts is one model"
+    found = which_method.best(rows, rows, 4)
+    weights, inputs, labels = which_method.DATA
+    plain, more, half = which_method.STORED
+    assert {spec: (data, stored) for spec, (data, stored, _) in found.items()} == {
+        **{"plain": (weights, plain), "masks": (weights, half)},
+        **{"inputs": (inputs, plain), "additions": (inputs, more), "labels": (labels, plain)},
+    }
+    assert "masks" not in which_method.best(rows, rows, 2), "half of two experts is one model"
+
+
+def test_without_labelled_rows_the_published_options_decide():
+    tuned = pd.DataFrame({"value": [0.9, 0.8], "stored": 1.0, "block": NO_DATA}, ["a", "b"])
+    found = which_method.best(tuned, tuned.assign(value=[0.5, 0.7]), 4)
+    said = {spec: (data, row.value) for spec, (data, _, row) in found.items()}
+    assert said == {"b": ("nothing but weights", 0.7), "a": ("labelled validation rows", 0.9)}
 
 
 def test_the_page_and_the_lines_on_methods_are_made_of_the_stored_table():
     text = which_method.tables(RESULTS)
     _, found = which_method.summaries(RESULTS)
-    for count, rows in found.items():
+    for count, two in found.items():
         part = text.partition(f"at T = {count}\n")[2].partition("\n## ")[0]
-        for *_, spec in which_method.best(rows, count):
+        for spec in which_method.best(*two, count):
             assert part.count(which_method.link(spec)) == 1
             assert which_method.command(spec) in text
     glue = text.partition("## The best on GLUE\n")[2].partition("\n## ")[0]
     assert which_method.link("divmerge+") in glue and which_method.command("divmerge+") in text
-    largest = found[max(found)]
+    largest, _ = found[max(found)]
     lines = which_method.standings(RESULTS)
     assert set(lines) == {parse(spec)[0] for spec in largest.index} <= set(METHODS)
     first = largest.value.idxmax()

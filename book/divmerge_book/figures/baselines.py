@@ -46,15 +46,16 @@ def single_models(table: pd.DataFrame) -> pd.DataFrame:
     return table[[is_single_model(name) for name in table.index]]
 
 
-def summary(report: Report, subset: str) -> pd.DataFrame:
+def summary(report: Report, subset: str, *, published: bool = False) -> pd.DataFrame:
     """A row per method on a subset: scores, and costs averaged over seeds.
 
-    value, low, high: the ANP with the options that the search found, and its 95 % interval; kept,
-    kept_low, kept_high: the kept margin; published, kept_published: both with the published
-    options; below: counted tasks below the majority class, out of `counted`; worst: the smallest
-    ratio; tried: how many candidates were scored; seconds of one merge; peak_bytes on top of the
-    problem; stored: size of what is stored over the size of one model; inputs: unlabelled ones
-    read; calls of the score; answer_ms per test row. Sorted by block, and by ANP within it.
+    value, low, high: the ANP with the options that the search found (published: with the published
+    ones), and its 95 % interval; kept, kept_low, kept_high: the kept margin; published,
+    kept_published: both with the published options; below: counted tasks below the majority class,
+    out of `counted`; worst: the smallest ratio; tried: how many candidates were scored; seconds of
+    one merge; peak_bytes on top of the problem; stored: size of what is stored over the size of one
+    model; inputs: unlabelled ones read; calls of the score; answer_ms per test row. Sorted by
+    block, and by ANP within it.
     """
     rows = report.rows[report.rows.subset == subset]
     part = Report(rows, report.fits, report.provenance)
@@ -64,12 +65,14 @@ def summary(report: Report, subset: str) -> pd.DataFrame:
     costs = pd.DataFrame([{"method": fit["method"], **fit["cost"]} for fit in fits])
     table = table.join(costs.groupby("method").mean())
     table["stored"] = table.stored_bytes / table.model_bytes
-    for column, published in PUBLISHED_AS.items():
+    for column, name in PUBLISHED_AS.items():
         found = table[column].reindex(table.index + PUBLISHED)
-        table[published] = found.set_axis(table.index).fillna(table[column])
+        table[name] = found.set_axis(table.index).fillna(table[column])
     tried = {fit["method"]: len(fit["search"]) for fit in fits if "search" in fit}
+    plain = table.index[~table.index.str.endswith(PUBLISHED)]
+    other = plain + PUBLISHED * published
+    table = table.loc[other.where(other.isin(table.index), plain)].set_axis(plain)
     table["tried"] = table.index.map(tried)
-    table = table[~table.index.str.endswith(PUBLISHED)]
     table["block"] = pd.Categorical(table.index.map(block), BLOCKS, ordered=True)
     return table.sort_values(["block", "value"], ascending=[True, False])
 

@@ -29,26 +29,37 @@ HEADS = ("data at hand", "may be stored", "method", "ANP, %", "kept margin, %", 
 
 
 @cache
-def summaries(results: Path) -> tuple[Report, dict[int, pd.DataFrame]]:
-    """The stored Report of all methods and, by number of tasks, its `baselines.summary`."""
+def summaries(results: Path) -> tuple[Report, dict[int, list[pd.DataFrame]]]:
+    """The stored Report of all methods and, by number of tasks, two of its `baselines.summary`.
+
+    The first has the options that the search found on validation rows, the second the published.
+    """
     report = Report.load(results / TABLE)
     subsets = {one.count("+") + 1: one for one in report.rows.subset.unique()}
-    found = {count: baselines.summary(report, subset) for count, subset in subsets.items()}
-    return report, {n: one[one.block != baselines.REFERENCE] for n, one in found.items()}
+    found = {
+        count: [baselines.summary(report, subset, published=own) for own in (False, True)]
+        for count, subset in subsets.items()
+    }
+    return report, {n: [e[e.block != baselines.REFERENCE] for e in two] for n, two in found.items()}
 
 
-def best(rows: pd.DataFrame, count: int) -> list[tuple[str, str, str]]:
+def best(
+    rows: pd.DataFrame, published: pd.DataFrame, count: int
+) -> dict[str, tuple[str, str, pd.Series]]:
     """The method of the highest ANP for every choice of data and storage, T = count.
 
-    It looks at no more than the data, and stores no more than may be stored. Returns tuples of
-    data, storage and method.
+    It looks at no more than the data, and stores no more than may be stored. Without labelled rows
+    its options are the published ones. Returns method -> the first data and storage that it is best
+    for, and its row.
     """
-    found = []
+    found = {}
     for data, number in DATA.items():
+        every = rows if number == len(DATA) else published
         for stored, most in STORED.items():
-            some = rows[rows.block.isin(baselines.BLOCKS[1 : 1 + number])]
+            some = every[every.block.isin(baselines.BLOCKS[1 : 1 + number])]
             some = some[some.stored <= max(1.0, most or count / 2) + 1e-3]
-            found.append((data, stored, some.value.idxmax()))
+            spec = some.value.idxmax()
+            found.setdefault(spec, (data, stored, some.loc[spec]))
     return found
 
 
@@ -75,11 +86,11 @@ def command(spec: str) -> str:
 
 
 def decision(
-    rows: pd.DataFrame, count: int, heads: Sequence[str], widths: str
+    two: Sequence[pd.DataFrame], count: int, heads: Sequence[str], widths: str
 ) -> tuple[list[str], str]:
     """The methods that `best` names, each once, and their table with these columns."""
-    chosen = {spec: (data, stored) for data, stored, spec in reversed(best(rows, count))}
-    lines = [row_of(*chosen[m], m, rows.loc[m])[: len(heads)] for m in reversed(chosen)]
+    chosen = best(*two, count)
+    lines = [row_of(*what, spec, row)[: len(heads)] for spec, (*what, row) in chosen.items()]
     return list(chosen), table([heads, *lines], heads="header-rows", widths=widths)
 
 
@@ -87,15 +98,15 @@ def tables(results: Path) -> str:
     """The decision tables, one for each stored number of tasks, and a command for each method."""
     (report, found), glue = summaries(results), Report.load(results / GLUE)
     parts, named = [f"*{caption(report)}, {report.provenance['machine']}.*\n"], {}
-    for count, rows in found.items():
-        specs, text = decision(rows, count, HEADS, "17 17 18 19 19 5 5")
+    for count, two in found.items():
+        specs, text = decision(two, count, HEADS, "17 17 18 19 19 5 5")
         named |= dict.fromkeys(specs)
         parts += [f"## The best by ANP at T = {count}\n", text]
     (subset,) = glue.rows.subset.unique()
     rows = score_intervals(glue, subset).set_index("method").drop(["expert", "base"])
     rows = baselines.single_models(rows)
     rows = rows.assign(block=rows.index.map(baselines.block), stored=1.0, seconds=0.0, peak_bytes=0)
-    specs, text = decision(rows, subset.count("+") + 1, HEADS[:5], "18 18 24 20 20")
+    specs, text = decision([rows] * 2, subset.count("+") + 1, HEADS[:5], "18 18 24 20 20")
     named |= dict.fromkeys(specs)
     parts += [f"## The best on GLUE\n\n*{caption(glue)}; costs were not measured.*\n", text]
     parts += ["\n## Commands\n\n```bash", *map(command, named), "```\n"]
@@ -105,7 +116,7 @@ def tables(results: Path) -> str:
 def standings(results: Path) -> Mapping[str, Sequence[str]]:
     """By method: a line on each of its groupings, with its ranks and cost at the largest T."""
     report, found = summaries(results)
-    count, rows = max(found.items())
+    count, (rows, _) = max(found.items())
     ranks = {column: rows[column].rank(ascending=False).astype(int) for column in ("value", "kept")}
     lines: dict[str, list[str]] = {}
     for spec, row in rows.iterrows():
