@@ -119,9 +119,9 @@ def indexed(path: Path) -> list[str]:
 class StoredModel:
     """A model on disk in the hub's layout, of which only the headers have been read.
 
-    tensors: by name, without those that are tied to another one. config: config.json; None for an
-    expert of this project, whose encoder and head lie in one file without it. prefix: what its
-    names have in front of those of the bare encoder, as AutoModel has them (`bert.`), or nothing.
+    tensors: by name, without those that are tied to another one. config: config.json, which says so
+    of tied ones; None for an expert of this project, whose encoder and head lie in one file without
+    it. prefix: what its names have in front of the bare encoder's in AutoModel (`bert.`), or none.
     early: whether some names on disk are spelled otherwise (see `today` and `wrapper`).
     """
 
@@ -147,7 +147,8 @@ class StoredModel:
             tensors = {name: t for name, t in tensors.items() if not name.startswith("head.")}
             return cls(folder, tensors, None, "encoder.")
         config = read_config(folder)
-        aliases = tied(config, tensors)
+        if aliases := tied(config, tensors):
+            config["tie_word_embeddings"] = True  # by default some architectures have a head apart
         kept = {name: tensor for name, tensor in tensors.items() if name not in aliases}
         early = tensors.keys() != found.keys()
         return cls(folder, kept, config, prefix_of(kept) if prefix is None else prefix, early)

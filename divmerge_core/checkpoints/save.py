@@ -94,7 +94,7 @@ def write(
         bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not progress)
         with bar:
             hashes = write_shards(new, plan, max_bytes=max_shard_bytes, wrote=bar.update)
-        copy_beside(shell or record.base, new, kind, headless=len(plan) < every)
+        copy_beside(base, new, kind, bare=len(plan) < every)
         hashes |= save_heads(new, heads)
         (new / "coefficients.json").write_text(coefficients_json(record), encoding="utf-8")
         if text:
@@ -179,21 +179,21 @@ def require_space(folder: Path, nbytes: int) -> None:
         )
 
 
-def copy_beside(base: Path, folder: Path, dtype: torch.dtype | None, *, headless: bool) -> None:
+def copy_beside(base: StoredModel, new: Path, dtype: torch.dtype | None, *, bare: bool) -> None:
     """Copy config (of this dtype; of no head, where it was left out), tokenizer and licence."""
     for pattern in BESIDE:
-        for file in base.glob(pattern):
+        for file in base.folder.glob(pattern):
             if file.is_file():
-                place = folder / file.relative_to(base)
+                place = new / file.relative_to(base.folder)
                 place.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, place)
-    config = json.loads((base / "config.json").read_text("utf-8"))
-    for name in ("architectures", "num_labels", "id2label", "label2id") if headless else ():
+    config = dict(base.config)
+    for name in ("architectures", "num_labels", "id2label", "label2id") if bare else ():
         config.pop(name, None)
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def save_heads(folder: Path, heads: Mapping[str, Head]) -> dict[str, str]:

@@ -135,6 +135,13 @@ def to_merge(
 ) -> list[str]:
     """Names on disk of the tensors to be merged. Raises ValueError for those that cannot be."""
     cores, held = base.cores, [expert.cores for expert in experts]
+    for task, expert in zip(record.tasks if names is None else (), experts, strict=False):
+        own = (expert.config or {}).get("tie_word_embeddings")
+        if own is False and base.config.get("tie_word_embeddings"):
+            raise ValueError(
+                f"expert {task!r} has an output head of its own, but the base's is its embeddings; "
+                "save a base with tie_word_embeddings: false and both tensors"
+            )
     if names is None:
         learned = (c for c, n in cores.items() if base.tensors[n].dtype.is_floating_point)
         learned = (core for core in learned if not BUFFERS.search(core))

@@ -23,6 +23,7 @@ from divmerge_book.models.encoders import load_base
 from divmerge_book.models.merged import base_folder, load_with_head, write
 from divmerge_book.models.mergekit_export import setting
 from helpers import normal
+from language_toys import save_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from tqdm import tqdm
@@ -241,6 +242,24 @@ def test_tied_weights_are_written_once_and_stay_tied(put, tmp_path):
     again, ids = transformers.GPT2LMHeadModel.from_pretrained(folder), torch.arange(6)[None]
     with torch.no_grad():
         assert_close(again(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_that_equals_the_embeddings_is_loaded_so_by_any_architecture(put, tmp_path):
+    """By Llama's own default it has a head apart, which would then be a random one."""
+    save_model(tmp_path / "base")
+    save_model(tmp_path / "apart", seed=1, tied=False)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    tensors = tensors_in(tmp_path / "base")
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save({**tensors, **head}, tmp_path / "base")
+    record = partial(MergeRecord, "arithmetic", ("a",), tmp_path / "base", coeffs=torch.ones(1, 1))
+    folder = put("out", record({"a": tmp_path / "base"}))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert_close(loaded.lm_head.weight.detach(), head["lm_head.weight"])
+    with pytest.raises(ValueError, match="'a' has an output head of its own, but the base's"):
+        put("two", record({"a": tmp_path / "apart"}))
 
 
 def test_old_spellings_of_the_base_become_todays(real, put):
