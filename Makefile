@@ -31,7 +31,7 @@ test: $(STAMP)  ## run the tests, in WORKERS=2 processes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-peers: _build/peers/.complete  ## compare with other packages, installed in an environment of their own
-	_build/peers/bin/python -m pytest tests/core/test_peers*.py tests/book/test_kernel_benchmarks.py
+	_build/peers/bin/python -m pytest tests/*/test_peers*.py tests/book/test_kernel_benchmarks.py
 
 test-scale: _build/scale/.complete  ## several processes and a local Ray cluster, in an environment of their own
 	_build/scale/bin/python -m pytest -m scale
