@@ -13,7 +13,7 @@ from divmerge_core.checkpoints.safetensors_io import BUFFERS, Stored, StoredMode
 from divmerge_core.checkpoints.shards import KINDS, Planned
 from divmerge_core.merging.require import require_mapping
 
-BLOCK = 1 << 17  # numbers merged at a time: fewer leave calls the larger share, more the cache
+BLOCK = 1 << 16  # numbers merged at a time: fewer leave calls the larger share, more the cache
 # One block of a tensor: (place in it, the base's numbers [n], deltas [T, n]) -> merged numbers [n].
 Block = Callable[[slice, Tensor, Tensor], Tensor]
 # How a tensor is merged: (name on disk, the base's numbers, every expert's) -> its blocks.
