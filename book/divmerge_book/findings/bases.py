@@ -1,6 +1,6 @@
 """What bases and objectives are worth, in sentences made of `studies.bases`' scored table."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
@@ -19,6 +19,12 @@ AGAINST = (  # objective, basis, what it lacks
 )
 
 
+def gain(row: Mapping, score: str, note: str = "") -> str:
+    """`+4.9 points of ANP (+3.9 to +5.9)`: what JS on OURS gains over the merge of a row."""
+    gap, low, high = (round(-100 * row[name], 1) + 0 for name in COLUMNS[score][3:6])
+    return f"{gap:+.1f} points of {SCORES[score]} ({high:+.1f} to {low:+.1f}{note})"
+
+
 def parts(table: pd.DataFrame, source: str) -> str:
     """The paired differences of JS on `tsv:3` from merges that lack one part of it.
 
@@ -29,13 +35,11 @@ def parts(table: pd.DataFrame, source: str) -> str:
     for objective, basis, lacks in AGAINST:
         if (objective, basis) not in found.index:
             continue
-        row, said = found.loc[(objective, basis)], []
-        for score, words in SCORES.items():
-            _, _, _, gap, low, high, _, corrected = COLUMNS[score]
-            sure = "" if row[corrected] < 0.05 else "; not significant after correction"
-            ends = f"{-100 * row[high]:+.1f} to {-100 * row[low]:+.1f}"
-            said.append(f"{round(-100 * row[gap], 1) + 0:+.1f} points of {words} ({ends}{sure})")
-        lines.append(f"over {lacks}: {' and '.join(said)}")
+        row = found.loc[(objective, basis)]
+        late = "; not significant after correction"
+        notes = {score: late * (not row[names[-1]] < 0.05) for score, names in COLUMNS.items()}
+        said = " and ".join(gain(row, score, note) for score, note in notes.items())
+        lines.append(f"over {lacks}: {said}")
     return (
         f"In {source}, T = {ours.tasks}, DivMerge+ reaches {100 * ours.anp:.1f} % ANP and "
         f"{100 * ours.kept_margin:.1f} % kept margin. It gains, with 95 % intervals of the paired "
@@ -59,11 +63,7 @@ def gains(table: pd.DataFrame, scores: Iterable[str] = SCORES) -> list[str]:
     """What the basis gains over raw task vectors at every T, with intervals. table: see `parts`."""
     rows, lines = table[(table.objective == "js") & (table.basis == "raw")], []
     for row in rows.sort_values("tasks").to_dict("records"):
-        said = []
-        for score in scores:
-            gap, low, high = (round(-100 * row[name], 1) + 0 for name in COLUMNS[score][3:6])
-            said.append(f"{gap:+.1f} points of {SCORES[score]} ({high:+.1f} to {low:+.1f})")
-        lines.append(f"T = {row['tasks']}: {', '.join(said)}")
+        lines.append(f"T = {row['tasks']}: {', '.join(gain(row, score) for score in scores)}")
     return lines
 
 
