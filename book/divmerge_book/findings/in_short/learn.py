@@ -23,8 +23,8 @@ def quickstart(stored: Stored) -> list[str]:
     return [
         f"Two experts, for {listed(f'`{task}`' for task in tasks)}, are merged into one encoder: "
         f"one model is stored instead of {len(tasks)} (means over {seeds} seeds of experts).",
-        "The experts are 100 % in both scores; what three merges keep "
-        f"{kept(report, subset, MERGES)}.",
+        "ANP is merged over expert accuracy, kept margin the same for what lies above the majority "
+        f"class. Three merges keep, {kept(report, subset, MERGES)}.",
         f"The base model, with the experts' heads, has {found['anp']['base']:.1f} % by ANP and "
         f"{found['kept_margin']['base']:.1f} % by kept margin.",
         f"No merge is free: {title(best)} keeps most and loses {lost:.1f} % of the experts' lead "
