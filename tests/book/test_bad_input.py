@@ -48,7 +48,7 @@ UNKNOWN = [
     ({"epochs": "many"}, "divmerge/task: epochs is 'many'; Input should be a valid integer"),
     ({"link": "softmax", "init": 0.3}, "softmax 1/T = 0.5"),
     ({"seeds": [-1]}, r"seeds are 0 or more and less than 2\*\*63, got \[-1\]"),
-    ({"steps": 3}, r"no such options \['steps'\]; these methods take \['basis', .*'lr'"),
+    ({"steps": 3}, r"no such options \['steps'\]; these methods take \['basis', .*'lr'.*\]$"),
     ({"grouping": "layer"}, r"no such options \['grouping'\].* as in 'divmerge/block'"),
     ({"seed": 3}, r"no such options \['seed'\]"),
     ({"device": "cuda:99"}, "no device 'cuda:99' here; this machine has cpu"),

@@ -435,7 +435,7 @@ def test_the_summaries_of_the_first_chapters_say_what_a_run_gave():
     dtypes = pd.Index(["float32", "int8"])
     stored = pd.DataFrame({"JS to float32": [0, 0.01], "JS to the experts": [0.2, 0.2]}, dtypes)
     text = first.kernel(aims, stored, RUN)
-    holds(text, "1 of 2 aims", "merge: 0.90 (0.8)", "int8 0.01 nats", "is 0.2 nats")
+    holds(text, "1 of 2 aims", "merge: 0.90 (0.8)", "nats of JS: int8 0.01;", "is 0.2 nats")
 
 
 def test_components_are_compared_with_task_vectors_over_merge_and_gradient():

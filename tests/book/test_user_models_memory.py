@@ -78,6 +78,8 @@ def test_the_plan_has_what_a_fit_holds(project, plan, bench):
     assert terms["task vectors"] == vectors.deltas.nbytes
     assert terms["gradients"] == 4 * max(map(torch.Tensor.numel, bench.base.encoder.parameters()))
     assert terms["context"] == CONTEXT and {"logits", "activations"} <= terms.keys()
+    (both,) = check(read(project), ["divmerge/layer", "regmean"]).memory
+    assert "not counted: what regmean holds" in str(both) and "not counted" not in str(fit)
     assert not plan.memory, "without methods nothing is planned"
     (free,) = check(read(with_fields(project, storage="bfloat16")), ["ties"]).memory
     held = {line.what: line.nbytes for line in free.lines}

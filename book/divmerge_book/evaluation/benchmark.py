@@ -54,8 +54,8 @@ def check_request(
     known = {key for spec in methods for key in options_of(parse(spec)[0])} - SET_HERE
     if wrong := set(overrides) - known:
         raise ValueError(
-            f"no such options {sorted(wrong)}; these methods take {sorted(known)}; write a "
-            "grouping as in 'divmerge/block'"
+            f"no such options {sorted(wrong)}; these methods take {sorted(known)}"
+            + "; write a grouping as in 'divmerge/block'" * ("grouping" in wrong)
         )
     inputs = overrides.get("inputs", 1)
     if not 1 <= inputs <= ROWS["merge"]:

@@ -131,8 +131,8 @@ def kernel(aims: pd.DataFrame, storages: pd.DataFrame, source: str) -> str:
         [
             f"In {source}, {(known.reached >= known.aim).sum()} of {len(known)} aims are reached. "
             f"Each with its aim in brackets: {'; '.join(said)}.",
-            f"Rounding the task vectors changes the merged model's answers by "
-            f"{each(rounded, '{:.2g}', str, ', ')} nats of JS in this run; the merge itself is "
+            "How far each storage of task vectors moves the merged model's answers in this run, "
+            f"in nats of JS: {each(rounded, '{:.2g}', str, ', ')}; the merge itself is "
             f"{storages['JS to the experts']['float32']:.2g} nats from the experts.",
         ]
     )

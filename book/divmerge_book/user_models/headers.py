@@ -154,5 +154,5 @@ def others(who: str, kind: str, more: Mapping[str, tuple[int, ...]]) -> list[str
             f"{who} holds {strange[:3]}, which transformers' {kind} has not: its head is another "
             "one, and would answer otherwise; only transformers' own classifiers can be merged"
         )
-    shown = ", ".join(sorted(more)[:3])
+    shown = ", ".join(sorted(more)[:3]) + ", ..." * (len(more) > 3)
     return [f"{who}: {len(more)} tensors left out that its model has not: {shown}"] if more else []

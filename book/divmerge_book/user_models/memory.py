@@ -19,6 +19,7 @@ from divmerge_core.methods import METHODS, parse
 TOGETHER = 4  # rows of a task in one step of a fit
 LIGHTER = ("bfloat16", "int8")
 FROM_STORE = ("average", "task_arithmetic")  # read any storage as it is; others widen task vectors
+COUNTED = (*FROM_STORE, "divmerge", "adamerging")  # whose plan has all that they hold
 
 
 def room(device: torch.device) -> tuple[int, int]:
@@ -106,8 +107,11 @@ def memory_plans(
     )
     times = 3 if plan.tokens else 2  # a model, its bytes on their way, and for language its vector
     read = Line("what is read or written", times * n, f"{times} x N x 4 bytes")
-    dense = any(parse(spec)[0] not in FROM_STORE for spec in methods) and not fits
-    copies = (Line("working copies", 2 * n * fit.tasks, f"2 x {fit.tasks} x N x 4 bytes"),) * dense
+    others = [spec for spec in methods if parse(spec)[0] not in COUNTED]
+    line = Line("working copies", 2 * n * fit.tasks, f"2 x {fit.tasks} x N x 4 bytes (assumed)")
+    if fits:
+        line = Line("working copies", 0, f"not counted: what {', '.join(others)} holds besides")
+    copies = (line,) * bool(others)
 
     def merging(**fields: object) -> tuple[Line, ...]:
         every = lines(model, replace(fit, **fields))

@@ -51,7 +51,7 @@ def streamable(plan: Plan) -> set[str]:
 def obstacle(plan: Plan, methods: Sequence[str], options: Mapping[str, object]) -> str | None:
     """Why models are read into memory to be merged; None where they stay on disk."""
     if any(rows for own in plan.rows.values() for rows in own):
-        return "there are rows to look at or to score"
+        return "the description has rows to look at or to score"
     if others := [method for method in methods if method not in RULES]:
         return f"{', '.join(others)} cannot be merged from disk; {', '.join(RULES)} can"
     kinds = {source.kind for source in plan.experts}
