@@ -206,6 +206,6 @@ def test_a_graded_task_has_its_grade_and_a_majority_of_nothing():
 
 def test_stored_reports_have_findings():
     report = Report.load(RESULTS / "glue_encoder.json")
-    assert "T = 5: by ANP, DivMerge" in contests.standing(report, "the stored run")
+    assert "T = 5 (2 counted): by ANP, DivMerge" in contests.standing(report, "the stored run")
     table = task_table(report, report.rows.subset.iloc[0])
     assert {"cola, matthews", "mrpc, f1"} < set(table)

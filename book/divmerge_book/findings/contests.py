@@ -120,8 +120,9 @@ def standing(report: Report, source: str) -> str:
             f"{verdict or 'does not differ significantly from'} the best other single model, "
             f"{title(other)} ({value[other]:.1f} %): {gap(drawn, {name: (best, other)})}"
         )
-    count = subset.count("+") + 1
-    return f"On {suite} in {source}, T = {count}: {'; '.join(lines)}. {lowest(table)}"
+    count, some = subset.count("+") + 1, len(report.counted(suite))
+    few = f" ({some} counted)" if some < count else ""
+    return f"On {suite} in {source}, T = {count}{few}: {'; '.join(lines)}. {lowest(table)}"
 
 
 def lowest(table: pd.DataFrame) -> str:
