@@ -112,7 +112,7 @@ def chosen(lost: pd.DataFrame, whole: pd.DataFrame, source: str) -> str:
         ranked = task.set_index("criterion")[column].sort_values(ascending=False)
         lines.append(
             f"Test {words} of the one chosen by: {each(ranked, '{:.1f} %', NAMES)}; of a random "
-            f"one {100 * seeds[column].mean().mean():.1f} %, of the best by test "
+            f"one {100 * seeds[column].mean().mean():.1f} %, the highest of all "
             f"{100 * seeds[column].max().mean():.1f} %"
         )
     return (
