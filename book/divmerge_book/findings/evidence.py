@@ -79,8 +79,8 @@ def by_task(of: pd.DataFrame, rows: int, source: str) -> str:
     won = [f"{NAMES[n]} on {(by.js > by[n]).sum()}" for n in MEASURES if n != "js"]
     worst = by.js.idxmin()
     return (
-        f"In {source} JS has a higher correlation than {listed(won)} of {len(by)} tasks; its "
-        f"lowest is {by.js.min():.2f}, on `{worst}`, where {rows} labels have {by.validation[worst]:.2f}."
+        f"In {source} JS correlates more than {listed(won)} of {len(by)} tasks. Its lowest value "
+        f"is {by.js.min():.2f}, on `{worst}`, where {rows} labels have {by.validation[worst]:.2f}."
     )
 
 
