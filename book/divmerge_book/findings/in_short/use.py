@@ -2,7 +2,7 @@
 
 from divmerge_book.figures import baselines as draw
 from divmerge_book.figures import largest, title
-from divmerge_book.findings import listed
+from divmerge_book.findings import count, listed
 from divmerge_book.findings.contests import standing
 from divmerge_book.findings.in_short import Stored
 from divmerge_book.kernel_benchmarks import merge_bandwidth
@@ -46,7 +46,8 @@ def language_model(stored: Stored) -> list[str]:
         "divergence is taken over its whole vocabulary, at the tokens of the experts' own answers.",
         f"{first}.",
         rest,
-        f"This is {report.rows.seed.nunique()} seed of experts, so intervals are over test rows.",
+        f"This is {report.rows.seed.nunique()} seed of experts, so intervals are over test rows; "
+        f"of each method {count(report.provenance['budget'], 'set')} of options was tried.",
     ]
 
 
