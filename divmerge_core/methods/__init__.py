@@ -82,9 +82,9 @@ def parse(spec: str) -> tuple[str, dict[str, str]]:
     """
     from divmerge_core.merging.coefficients import GROUPINGS
 
-    name, _, grouping = spec.partition("/")
+    name, slash, grouping = spec.partition("/")
     taken = options_of(name)
-    if not grouping:
+    if not slash:
         return name, {}
     if "grouping" not in taken:
         raise ValueError(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from divmerge_book.evaluation import provenance
 from divmerge_book.evaluation import report as module
-from divmerge_book.evaluation.metrics import own_scores, scores
+from divmerge_book.evaluation.metrics import combine, own_scores, scores
 from divmerge_book.evaluation.report import COLUMNS, MARGIN, STATISTICS, Report, caption
 from helpers import raising
 
@@ -70,6 +70,14 @@ def test_scores_by_hand(report):
     overall = {"anp", "worst", "kept_margin", "below_majority"}
     assert set(report.metrics().metric) == names | overall
     assert set(report.metrics().query("task == 'all'").metric) == overall
+
+
+@pytest.mark.filterwarnings("error")
+def test_beside_an_expert_that_gets_none_right_there_is_no_ratio(report):
+    none = Report(rows({**MISTAKES, "expert": {"a": (20, 20), "b": (0, 0)}}), [], report.provenance)
+    found = none.against_experts().query("task == 'a'")
+    assert found.ratio.isna().all() and not found.counted.any()
+    assert np.isnan(combine(np.zeros((1, 1, 1, 2)), np.zeros((1, 1)), 0, "anp")).all()
 
 
 def test_the_kept_margin_is_the_share_of_the_experts_margin_over_the_majority(report):

@@ -292,4 +292,5 @@ def test_an_output_that_would_harm_or_cannot_be_written_is_refused_at_once(proje
 def test_a_base_that_is_nowhere_is_refused(project, monkeypatch):
     offline = raising(OSError("no network here"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    refused(with_fields(project, base="no/such"), "'no/such'", "no network here")
+    words = "'no/such' is neither a folder beside the description nor a packaged model"
+    refused(with_fields(project, base="no/such"), words, "no network here")

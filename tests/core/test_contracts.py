@@ -336,6 +336,7 @@ def test_options_that_do_not_fit_together_or_the_problem_are_refused(name, optio
         ("divmrge", "unknown method 'divmrge'; choose one of: .*did you mean 'divmerge'"),
         ("divmrge/task", "unknown method 'divmrge'"),
         ("divmerge/blok", "unknown grouping 'blok'; choose one of: task, block, layer"),
+        ("divmerge/", "unknown grouping ''; choose one of"),
         ("ties/block", "method 'ties' has no grouping, so 'ties/block' means nothing; say 'ties'"),
     ],
 )

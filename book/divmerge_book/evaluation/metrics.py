@@ -157,5 +157,6 @@ def combine(
         margin = mean[..., [expert]]
         kept = mean / margin
         return (kept + (above - kept * above[..., [expert]]) / margin).mean(0)
-    ratio = right / right[..., [expert]]
+    with np.errstate(divide="ignore", invalid="ignore"):  # draws where an expert gets none right
+        ratio = right / right[..., [expert]]
     return ratio.mean(0) if statistic == "anp" else ratio.min(0)

@@ -90,14 +90,15 @@ class Report:
         """A row per row of the Report: accuracy or grade beside the expert's and the majority's.
 
         Columns: suite, subset, method, seed, task, metric, value, floor (the majority's), ratio
-        (value over the same seed's expert's), kept_margin ((value - floor) over how far the expert
-        is above the floor in the mean over seeds, since that of one seed may not be; NaN where that
-        mean is not), counted.
+        (value over the same seed's expert's, NaN where that is 0), kept_margin ((value - floor)
+        over how far the expert is above the floor in the mean over seeds, since that of one seed
+        may not be; NaN where that mean is not), counted.
         """
         found, key = main_scores(scores(self.rows)), ["suite", "subset", "task"]
         expert = found[found.method == "expert"].set_index([*key, "seed"]).value
         own = expert.loc[pd.MultiIndex.from_frame(found[[*key, "seed"]])].to_numpy()
-        found = found.join(self.majority(), on=["suite", "task"]).assign(ratio=found.value / own)
+        found = found.join(self.majority(), on=["suite", "task"])
+        found = found.assign(ratio=found.value / np.where(own > 0, own, np.nan))
         mean = found[key].join(expert.groupby(key).mean(), on=key).value
         kept = (found.value - found.floor) / (mean - found.floor).where(lambda above: above > 0)
         counts = {(suite, t) for suite in found.suite.unique() for t in self.counted(suite)}

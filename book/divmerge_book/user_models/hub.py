@@ -21,11 +21,15 @@ def fetched(name: str) -> Path:
         if revision:
             raise ValueError(f"there is no folder {name!r}")
         return base_folder(name)
-    except ValueError as error:
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository):
+    except ValueError:
+        named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository)
+        if not named or Path(name).expanduser().is_dir():
             raise
         try:
             given = {"revision": revision or None, "allow_patterns": FILES}
             return Path(huggingface_hub.snapshot_download(repository, **given))
         except Exception as cause:  # the client raises many kinds: no network, no such name
-            raise ValueError(f"{error}; the hub could not be reached ({cause!r:.200})") from cause
+            raise ValueError(
+                f"{name!r} is neither a folder beside the description nor a packaged model, and "
+                f"the hub gave none ({cause!r:.200})"
+            ) from cause
