@@ -70,8 +70,9 @@ def test_a_report_of_ones_own_is_checked_and_named_and_stored_results_are_read_o
 ):
     monkeypatch.setattr(replication, "caption", lambda one: "a run")
     report().save(path := tmp_path / "mine.json")
-    found, origin = replication.drawn(str(path))
-    assert len(found) == len(list(replication.orders(report()))) and f"`{path}`" in origin
+    monkeypatch.setenv("PWD", str(tmp_path))  # where the command was typed
+    found, origin = replication.drawn(path.name)
+    assert len(found) == len(list(replication.orders(report()))) and f"`{path.name}`" in origin
     monkeypatch.setattr(replication, "PLACES", (tmp_path,))
     monkeypatch.setattr(Stored, "report", lambda self, name: self.dates.update({name: "d"}))
     for name in ("orders", "objectives", "predicts", "lead"):

@@ -213,8 +213,10 @@ class Report:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Report":
-        """A saved Report, exactly as it was."""
+        """A saved Report, exactly as it was. Raises ValueError for another JSON file."""
         data = json.loads(Path(path).read_text("utf-8"))
+        if not isinstance(data, dict) or not {"rows", "fits", "provenance"} <= data.keys():
+            raise ValueError(f"{path} is no Report, which has rows, fits and provenance")
         return cls(pd.DataFrame(data["rows"])[list(COLUMNS)], data["fits"], data["provenance"])
 
 

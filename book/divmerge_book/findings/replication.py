@@ -16,6 +16,7 @@ from divmerge_book.findings import bullets, count, listed
 from divmerge_book.findings.in_short import PLACES, Stored
 from divmerge_book.published import paper
 from divmerge_book.studies import choice, correlations
+from divmerge_book.user_models import locate
 
 VERDICTS = REPLICATED, OPPOSITE, OPEN = "replicated", "not replicated", "cannot be told"
 REPORTS = ("bases/glue_minilm.json", "baselines/embedded_bert_tiny.json")  # the paper's tasks first
@@ -159,7 +160,7 @@ def drawn(report: str = "") -> tuple[list[Check], str]:
     There are none where no results are stored, as on Colab.
     """
     if report:
-        own = Report.load(report)
+        own = Report.load(locate(report))
         return list(orders(own)), f"Drawn from `{report}`: {caption(own)}."
     folder = next(filter(Path.is_dir, PLACES), None)
     if folder is None:

@@ -117,7 +117,7 @@ class Description(Fields):
 
 
 def locate(path: str | os.PathLike) -> Path:
-    """The description file: from here, from where the command was typed, or from one folder up.
+    """A reader's file: from here, from where the command was typed, or from one folder up.
 
     A notebook runs in its own folder, so a relative path may mean any of these. Raises ValueError
     that lists the places looked at.
@@ -127,9 +127,7 @@ def locate(path: str | os.PathLike) -> Path:
     for candidate in looked:
         if candidate.is_file():
             return candidate
-    raise ValueError(
-        f"there is no description {str(path)!r}; looked at {', '.join(map(str, looked))}"
-    )
+    raise ValueError(f"there is no file {str(path)!r}; looked at {', '.join(map(str, looked))}")
 
 
 def read(path: str | os.PathLike) -> Description:
