@@ -12,17 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from divmerge_core.checkpoints import tensor_sources
 from divmerge_core.checkpoints.heads import MEAN, Head, save_head, validate_head
 from divmerge_core.checkpoints.model_card import MergeRecord, card, coefficients_json, group_numbers
 from divmerge_core.checkpoints.safetensors_io import INDEX, SINGLE, StoredModel, weight_files
 from divmerge_core.checkpoints.shards import write_shards
-from divmerge_core.checkpoints.tensor_sources import (
-    MergedTensors,
-    Rule,
-    in_memory,
-    planned,
-    streamed,
-)
+from divmerge_core.checkpoints.tensor_sources import MergedTensors, Rule, in_memory, streamed
 from divmerge_core.storage import fresh_folder, sha256
 
 # (record, merged tensors, dtype) -> text of mergekit_config.yml and "", or "" and why there is none
@@ -79,7 +74,7 @@ def write(
     kind = float_dtype(dtype)
     validate_target(folder, record, overwrite)
     base, source = sources_of(record, merged, names, rule, shell)
-    plan, heads = planned(source, kind), heads or {}
+    plan, heads = tensor_sources.planned(source, kind), heads or {}
     if strange := sorted(set(heads) - set(record.tasks)):
         raise ValueError(f"heads for {', '.join(strange)}, which are none of the record's tasks")
     for task, head in heads.items():

@@ -9,14 +9,7 @@ from torch import Tensor
 from divmerge_core.kernels.delta_storage import dense
 from divmerge_core.merging.layer_inputs import linear_layers
 from divmerge_core.merging.problem import MergeProblem
-from divmerge_core.methods import METHODS
-from divmerge_core.methods.essential import (
-    RoutedModel,
-    check_essential,
-    essential_matrices,
-    residual_detours,
-    subsampled,
-)
+from divmerge_core.methods import METHODS, essential
 from divmerge_core.methods.spectral import orthogonalised
 
 SCALINGS = tuple(
@@ -79,11 +72,11 @@ def esm(
 
     Source: Li et al. 2026 (arXiv 2602.20208) and its code.
     """
-    check_essential("esm", problem, scale, scaling, power, inputs)
+    essential.check_essential("esm", problem, scale, scaling, power, inputs)
     layout = problem.vectors.layout
     deltas = [layout.unflatten(row) for row in dense(problem.vectors.deltas)]
-    few = subsampled(problem, inputs, seed)
-    merged = essential_matrices(few, deltas, scaling, power, progress)
+    few = essential.subsampled(problem, inputs, seed)
+    merged = essential.essential_matrices(few, deltas, scaling, power, progress)
     flat = problem.vectors.base.clone()
     for name, leaf in layout.unflatten(flat).items():
         every = torch.stack([delta[name] for delta in deltas])
@@ -115,7 +108,7 @@ def esm_pp(
     inputs: int = 32,
     seed: int = 0,
     progress: bool = True,
-) -> RoutedModel:
+) -> essential.RoutedModel:
     r"""ESM plus, layer by layer, a low-rank residual of the expert with the most similar inputs.
 
     $$
@@ -144,7 +137,7 @@ def esm_pp(
 
     Source: Li et al. 2026 (arXiv 2602.20208 and 2606.19164) and their code.
     """
-    check_essential("esm_pp", problem, scale, scaling, power, inputs)
+    essential.check_essential("esm_pp", problem, scale, scaling, power, inputs)
     names = [name for name in linear_layers(problem) if re.search(layers, name)]
     if rank < 1:
         raise ValueError(f"rank must be 1 or more, got {rank}; the paper uses 32")
@@ -153,5 +146,5 @@ def esm_pp(
         raise ValueError(f"layers={layers!r} matches none of {known}; '' takes all")
     same = {"scaling": scaling, "power": power, "inputs": inputs, "seed": seed}
     flat = esm(problem, scale=scale, progress=progress, **same)
-    few = subsampled(problem, inputs, seed)
-    return RoutedModel(problem, flat, residual_detours(few, flat, names, rank))
+    few = essential.subsampled(problem, inputs, seed)
+    return essential.RoutedModel(problem, flat, essential.residual_detours(few, flat, names, rank))

@@ -13,13 +13,7 @@ from typing import Any
 import torch
 
 from divmerge_book.data.schema import Fields, read_file, typed
-from divmerge_book.models.mergekit_folders import (
-    folder_of,
-    hub_name,
-    named,
-    require_one_kind,
-    require_whole,
-)
+from divmerge_book.models import mergekit_folders
 from divmerge_core.checkpoints import MergeRecord
 from divmerge_core.checkpoints.safetensors_io import StoredModel, read_config
 from divmerge_core.checkpoints.save import float_dtype
@@ -157,7 +151,7 @@ def inputs_of(config: Config, path: Path) -> tuple[Sequence[Model], dict[str, An
         raise ValueError(f"{path}: give models, or one slice; `modules` are not read here")
     one = config.slices[0]
     for source in one.sources:
-        found = read_config(folder_of(source.model, path.parent))
+        found = read_config(mergekit_folders.folder_of(source.model, path.parent))
         layers = next((found[name] for name in LAYERS if name in found), "their number")
         if len(config.slices) > 1 or source.layer_range != [0, layers]:
             raise ValueError(
@@ -187,11 +181,11 @@ def read_recipe(path: str | os.PathLike) -> tuple[Recipe, torch.dtype | None]:
         require_known(given, own | shared, f"{path}: {method} takes")
     for model in models:
         require_known(model.parameters, own, f"{path}: for one model {method} takes")
-    folders = [folder_of(model.model, path.parent) for model in models]
+    folders = [mergekit_folders.folder_of(model.model, path.parent) for model in models]
     if twice := [folder for folder in folders if folders.count(folder) > 1]:
         raise ValueError(f"{path}: {twice[0]} stands twice; give it once, with one weight")
     settings = [typed(model.parameters) for model in models]
-    base = folder_of(config.base_model, path.parent) if config.base_model else None
+    base = mergekit_folders.folder_of(config.base_model, path.parent) if config.base_model else None
     if (base is None) != (method == "linear"):
         need = "has no base_model; leave it out" if base else "needs a base_model"
         raise ValueError(f"{path}: {method} {need}")
@@ -205,21 +199,21 @@ def read_recipe(path: str | os.PathLike) -> tuple[Recipe, torch.dtype | None]:
         folders = [folder for folder in folders if folder != base]
     if len(folders) < 1 + (method in ("linear", "slerp")):
         raise ValueError(f"{path}: {method} needs more models")
-    names = named(folders)
+    names = mergekit_folders.named(folders)
     record = MergeRecord(
         method=method,
         tasks=names,
         base=base or folders[0],
-        base_name=hub_name(base or folders[0]),
+        base_name=mergekit_folders.hub_name(base or folders[0]),
         experts=dict(zip(names, folders, strict=True)),
         options={**common[1], **of_slice}
         | {f"of {n}": s for n, s in zip(names, settings, strict=True) if s},
         opened={name: StoredModel.at(folder) for name, folder in zip(names, folders, strict=True)},
     )
     first, others = StoredModel.at(record.base), list(record.opened.values())
-    require_whole([first, *others])
+    mergekit_folders.require_whole([first, *others])
     tensors = tensors_of(first, record, None)
-    require_one_kind(first, others, tokens=config.tokenizer_source is not None)
+    mergekit_folders.require_one_kind(first, others, tokens=config.tokenizer_source is not None)
     recipe = Recipe(method, record, settings, common, [name for name, *_ in tensors])
     needed = "t" if method == "slerp" else "weight"
     for name in recipe.names:  # all that is missing or out of range is refused now
