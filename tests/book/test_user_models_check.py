@@ -9,7 +9,16 @@ import pytest
 from divmerge_book import __main__
 from divmerge_book.user_models import memory, save
 from helpers import forbid
-from local_files import LABELS, changed, configured, make_adapter, toy_rows, with_fields, write_rows
+from local_files import (
+    LABELS,
+    ROWS,
+    changed,
+    configured,
+    make_adapter,
+    toy_rows,
+    with_fields,
+    write_rows,
+)
 
 
 def copied(project: Path, folder: Path, spoil: Callable[[Path], None], *, base: bool = False):
@@ -74,6 +83,11 @@ BROKEN = {  # name -> (what is spoiled, words of the message[, options of both c
     "storage": (lambda p, _: with_fields(p, storage="low_rank"), "is a whole model; take int8"),
     "adapter": (with_dora, "use_dora=True is more than plain LoRA"),
     "device": (same, "no device 'tpu' here", "--device tpu"),
+    "idle device": (
+        lambda p, _: changed(changed(p, 0, **dict.fromkeys(ROWS)), 1, **dict.fromkeys(ROWS)),
+        "no device 'tpu' here",
+        "--method average --device tpu",
+    ),
     "precision": (same, "precision must be auto, float32 or bfloat16", "--precision int4"),
     "memory": (same, "the merge needs"),
 }

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from divmerge_book.models.encoders import check_device, resolve
 from divmerge_book.user_models.description import Description
 from divmerge_book.user_models.memory import check_storage, memory_plans
 from divmerge_book.user_models.plan import Plan, inspected
@@ -37,6 +38,7 @@ def check(
     check_storage(plan)
     if not methods:
         return plan
+    resolve(precision, check_device(device))  # they are checked where no memory is planned, too
     wanted = (options or {}).get("inputs") or 0
     plan = replace(plan, notes=(*plan.notes, *few_inputs(plan, wanted)))
     if (why := obstacle(plan, methods, options or {})) is None:

@@ -117,7 +117,7 @@ def merge_described(
     plan = check(described, list(folders), **how, options=options)
     print(plan.summary())
     if not plan.memory:
-        given = {"overwrite": overwrite, "options": options or {}}
+        given = {"overwrite": overwrite, "options": {"seed": seed, **(options or {})}}
         return [write_from_disk(plan, *item, **given) for item in folders.items()]
     bench = load(plan, **how)
     found = merge_and_score(bench, list(folders), budget=budget, seed=seed, **(options or {}))
