@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -95,7 +96,7 @@ def locked(target: Path, *, wait: bool = True) -> Iterator[None]:
         except Timeout:
             if not wait:
                 raise
-            tqdm.write(f"waiting for another run, which is making {target}")
+            tqdm.write(f"waiting for another run, which is making {target}", file=sys.stderr)
             lock.acquire(timeout=-1)
     try:
         clear(target)

@@ -211,7 +211,7 @@ def test_who_waits_is_told_for_what(tmp_path, monkeypatch, capsys):
     with fresh_folder(tmp_path / "made") as new:
         waiting = threading.Thread(target=once, args=(tmp_path / "made", refuse), daemon=True)
         waiting.start()
-        while "waiting for another run" not in capsys.readouterr().out:
+        while "waiting for another run" not in capsys.readouterr().err:
             time.sleep(0.01)
         assert new.is_dir()  # what another is writing is left alone
     waiting.join()
