@@ -16,6 +16,7 @@ from small_grids import in_this_process, run_cells, wait_for_the_end, write_cell
 
 from divmerge_core import storage
 
+TESTS = Path(__file__).parents[1]
 PARAMETERS = """\
 size: str = "smoke"  # smoke, default or full
 tasks: list[str] = ["trec", "sms"]  # names; "#" is allowed in a string
@@ -85,6 +86,7 @@ def test_a_wrong_name_or_type_is_refused_before_a_kernel_starts(
         ("tasks", '["trec", "bbc"]', ["trec", "bbc"]),
         ("tasks", "['trec']", ["trec"]),
         ("tasks", "", []),
+        ("tasks", "core/none,book/conftest.py", ["core/none", f"{TESTS}/book/conftest.py"]),
         ("seeds", "0,1,2", [0, 1, 2]),
         ("seeds", "(3, 4)", [3, 4]),
         ("lr", "1", 1.0),
@@ -96,6 +98,7 @@ def test_a_wrong_name_or_type_is_refused_before_a_kernel_starts(
 )
 def test_values_are_read_as_json_python_or_bare_words(page, monkeypatch, name, typed, value):
     given = {}
+    monkeypatch.chdir(TESTS)
     monkeypatch.setattr(__main__, "run", lambda notebook, output, /, **values: given.update(values))
     assert __main__.main(["run", str(page), "out.ipynb", "-p", name, typed]) == 0
     assert given == {name: value} and type(given[name]) is type(value)
@@ -130,7 +133,8 @@ def test_a_run_uses_this_python_its_folder_and_its_parameters(tmp_path):
     page = write_cells(
         tmp_path / "page.ipynb",
         PARAMETERS,
-        "import os, sys\nprint(sys.executable, os.environ['OMP_WAIT_POLICY'], os.getcwd())",
+        "import os, sys\nprint(sys.executable, os.environ['OMP_WAIT_POLICY'], os.getcwd())\n"
+        "print(os.environ['DIVMERGE_GLUE_DIR'])",
         "print(tasks, lr, type(lr).__name__)",
     )
     kernels = tmp_path / "jupyter" / "kernels" / "python3"  # a user's kernel of the same name
@@ -141,12 +145,14 @@ def test_a_run_uses_this_python_its_folder_and_its_parameters(tmp_path):
     command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "divmerge_book", "run"]
     command += [page, output, "-p", "tasks", "a,b", "-p", "lr", "1"]
     environment = {**os.environ, "JUPYTER_DATA_DIR": str(tmp_path / "jupyter")}
+    environment["DIVMERGE_GLUE_DIR"] = "rows"  # of the shell's folder
     environment.pop("OMP_WAIT_POLICY", None)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     cells = nbformat.read(output, as_version=4).cells
     text = "".join(out["text"] for cell in cells for out in cell.get("outputs", []))
-    assert text == f"{sys.executable} PASSIVE {tmp_path}\n['a', 'b'] 1.0 float\n"
+    rows = Path("rows").absolute()
+    assert text == f"{sys.executable} PASSIVE {tmp_path}\n{rows}\n['a', 'b'] 1.0 float\n"
     assert [path.name for path in output.parent.iterdir()] == ["out.ipynb"]
 
 

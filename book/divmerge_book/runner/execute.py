@@ -1,6 +1,7 @@
 """One notebook: its parameters, checked strictly before anything runs, and its execution."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from jupyter_client.manager import AsyncKernelManager
 
 from divmerge_book.runner.parameters import Parameter, check, declared, known, parse
 from divmerge_core.storage import fresh_file
+
+FOLDERS = ("DIVMERGE_CACHE", "DIVMERGE_GLUE_DIR")  # relative to where a command is typed
 
 
 def parameters(notebook: str | Path) -> dict[str, Parameter]:
@@ -38,12 +41,24 @@ def describe(notebook: str | Path) -> str:
 
 
 def checked(notebook: str | Path, given: Mapping[str, object], *, text: bool) -> dict[str, object]:
-    """The given parameters in the notebook's types, parsed first where they are `text`."""
+    """The given parameters in the notebook's types, parsed first where they are `text`.
+
+    A file or folder that is read is named from the root: the notebook runs in a folder of its own.
+    """
     allowed, found = parameters(notebook), {}
     for name, value in given.items():
         known(name, allowed, f"\n{describe(notebook)}")
-        found[name] = check(allowed[name], parse(allowed[name].kind, value) if text else value)
+        value = check(allowed[name], parse(allowed[name].kind, value) if text else value)
+        values = value if isinstance(value, list) else [value]
+        read = [absolute(one) if name != "output" else one for one in values]
+        found[name] = read if isinstance(value, list) else read[0]
     return found
+
+
+def absolute(value: object) -> object:
+    """A text with a slash that names a file or a folder, from the root; else the value itself."""
+    path = isinstance(value, str) and "/" in value and Path(value).expanduser()
+    return str(path.absolute()) if path and path.exists() else value
 
 
 class OwnKernel(AsyncKernelManager):
@@ -69,6 +84,8 @@ def execute(
     `clean`, for pages, leaves out what cells write to stderr, as progress bars are for the
     terminal, and folds the cell of the given parameters.
     """
+    for name in (name for name in FOLDERS if os.environ.get(name)):
+        os.environ[name] = str(Path(os.environ[name]).expanduser().absolute())
     with fresh_file(output) as new:
         executed = papermill.execute_notebook(
             page,
