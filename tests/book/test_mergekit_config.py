@@ -11,6 +11,7 @@ from divmerge_book import __main__
 from divmerge_book.models.mergekit_config import Recipe, at, read_recipe
 from divmerge_book.models.mergekit_folders import named
 from divmerge_book.models.mergekit_merge import merge_config
+from local_files import make_base, make_expert
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -241,6 +242,14 @@ def test_all_but_buffers_must_be_in_every_model(zoo, put, tmp_path, name, more, 
             read_recipe(path)
     else:
         assert (more in result(path, tmp_path)) == (name == "base")
+
+
+def test_models_of_two_architectures_are_told_to_be_that(put, tmp_path):
+    make_expert(tmp_path / "b", make_base(tmp_path / "bert"), ["no", "yes"])
+    with pytest.raises(
+        ValueError, match="lacks classifier.bias.*: give models of one architecture"
+    ):
+        read_recipe(put("linear", BOTH, base=None, b=tmp_path / "b"))
 
 
 def test_encoder_and_decoder_have_each_a_depth():

@@ -212,8 +212,8 @@ def read_recipe(path: str | os.PathLike) -> tuple[Recipe, torch.dtype | None]:
     )
     first, others = StoredModel.at(record.base), list(record.opened.values())
     mergekit_folders.require_whole([first, *others])
-    tensors = tensors_of(first, record, None)
     mergekit_folders.require_one_kind(first, others, tokens=config.tokenizer_source is not None)
+    tensors = tensors_of(first, record, None)
     recipe = Recipe(method, record, settings, common, [name for name, *_ in tensors])
     needed = "t" if method == "slerp" else "weight"
     for name in recipe.names:  # all that is missing or out of range is refused now
