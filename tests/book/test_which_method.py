@@ -43,6 +43,7 @@ def test_the_page_and_the_lines_on_methods_are_made_of_the_stored_table():
             assert part.count(which_method.link(spec)) == 1
             assert which_method.command(spec) in text
     glue = text.partition("## The best on GLUE\n")[2].partition("\n## ")[0]
+    assert f"`{which_method.TABLE}`" in text and f"`{which_method.GLUE}`" in glue
     assert which_method.link("divmerge+") in glue and which_method.command("divmerge+") in text
     largest, _ = found[max(found)]
     lines = which_method.standings(RESULTS)

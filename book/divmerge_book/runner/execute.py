@@ -49,14 +49,14 @@ def checked(notebook: str | Path, given: Mapping[str, object], *, text: bool) ->
     for name, value in given.items():
         known(name, allowed, f"\n{describe(notebook)}")
         value = check(allowed[name], parse(allowed[name].kind, value) if text else value)
-        values = value if isinstance(value, list) else [value]
-        read = [absolute(one) if name != "output" else one for one in values]
-        found[name] = read if isinstance(value, list) else read[0]
+        found[name] = value if name == "output" else absolute(value)
     return found
 
 
 def absolute(value: object) -> object:
     """A text with a slash that names a file or a folder, from the root; else the value itself."""
+    if isinstance(value, list):
+        return [*map(absolute, value)]
     path = isinstance(value, str) and "/" in value and Path(value).expanduser()
     return str(path.absolute()) if path and path.exists() else value
 

@@ -97,7 +97,8 @@ def decision(
 def tables(results: Path) -> str:
     """The decision tables, one for each stored number of tasks, and a command for each method."""
     (report, found), glue = summaries(results), Report.load(results / GLUE)
-    parts, named = [f"*{caption(report)}, {report.provenance['machine']}.*\n"], {}
+    machine = f"{report.provenance['machine']}, in `{TABLE}`"
+    parts, named = [f"*{caption(report)}, {machine}.*\n"], {}
     for count, two in found.items():
         specs, text = decision(two, count, HEADS, "17 17 18 19 19 5 5")
         named |= dict.fromkeys(specs)
@@ -108,7 +109,7 @@ def tables(results: Path) -> str:
     rows = rows.assign(block=rows.index.map(baselines.block), stored=1.0, seconds=0.0, peak_bytes=0)
     specs, text = decision([rows] * 2, subset.count("+") + 1, HEADS[:5], "18 18 24 20 20")
     named |= dict.fromkeys(specs)
-    parts += [f"## The best on GLUE\n\n*{caption(glue)}; costs were not measured.*\n", text]
+    parts += [f"## The best on GLUE\n\n*{caption(glue)}, in `{GLUE}`; costs were not measured.*\n", text]
     parts += ["\n## Commands\n\n```bash", *map(command, named), "```\n"]
     return "\n".join(parts)
 
