@@ -109,7 +109,7 @@ def tables(results: Path) -> str:
     rows = rows.assign(block=rows.index.map(baselines.block), stored=1.0, seconds=0.0, peak_bytes=0)
     specs, text = decision([rows] * 2, subset.count("+") + 1, HEADS[:5], "18 18 24 20 20")
     named |= dict.fromkeys(specs)
-    parts += [f"## The best on GLUE\n\n*{caption(glue)}, in `{GLUE}`; costs were not measured.*\n", text]
+    parts += [f"## The best on GLUE\n\n*{caption(glue)}, in `{GLUE}`; without costs.*\n", text]
     parts += ["\n## Commands\n\n```bash", *map(command, named), "```\n"]
     return "\n".join(parts)
 
