@@ -10,7 +10,7 @@ import yaml
 from divmerge_book import __main__
 from divmerge_book.models.mergekit_config import Recipe, at, read_recipe
 from divmerge_book.models.mergekit_folders import named
-from divmerge_book.models.mergekit_merge import merge_config
+from divmerge_book.models.mergekit_merge import merge_config, summary
 from local_files import make_base, make_expert
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -244,11 +244,16 @@ def test_all_but_buffers_must_be_in_every_model(zoo, put, tmp_path, name, more, 
         assert (more in result(path, tmp_path)) == (name == "base")
 
 
+def test_two_equal_models_are_said(zoo, put, tmp_path):
+    shutil.copytree(zoo / "a", tmp_path / "twin")
+    said = summary(put("ties", BOTH, b=tmp_path / "twin")).splitlines()
+    assert said[1:] == [f"note: {zoo / 'a'} and {tmp_path / 'twin'} have equal weights"]
+    assert "note" not in summary(put("ties", BOTH))
+
+
 def test_models_of_two_architectures_are_told_to_be_that(put, tmp_path):
     make_expert(tmp_path / "b", make_base(tmp_path / "bert"), ["no", "yes"])
-    with pytest.raises(
-        ValueError, match="lacks classifier.bias.*: give models of one architecture"
-    ):
+    with pytest.raises(ValueError, match="lacks classifier.bias.* models of one architecture"):
         read_recipe(put("linear", BOTH, base=None, b=tmp_path / "b"))
 
 

@@ -1,5 +1,6 @@
 """The folders that a file of mergekit's names: found, named, and of one kind."""
 
+import filecmp
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from divmerge_book.data.schema import at_home, typed
 from divmerge_core.checkpoints.safetensors_io import StoredModel, spare
-from divmerge_core.checkpoints.save import BESIDE, FLOATS
+from divmerge_core.checkpoints.save import BESIDE, FLOATS, input_files
 
 WIDE = (torch.float64, *FLOATS.values())
 MODEL = {"model", "path", "revision", "lora", "override_architecture"}  # the last changes nothing
@@ -100,6 +101,15 @@ def require_one_kind(base: StoredModel, others: Sequence[StoredModel], *, tokens
                 f"{base.folder} and {other.folder} number their tokens otherwise, and tokens are "
                 "not matched here; without tokenizer_source rows are merged by their number"
             )
+
+
+def copies(one: Path, other: Path) -> bool:
+    """Whether two folders hold equal files of weights, which are read up to where they differ."""
+    if not (one.is_dir() and other.is_dir()):
+        return False
+    first, second = input_files(one), input_files(other)
+    equal = (filecmp.cmp(*pair, shallow=False) for pair in zip(first, second, strict=False))
+    return len(first) == len(second) and all(equal)
 
 
 def tokens_agree(one: Path, other: Path) -> bool:

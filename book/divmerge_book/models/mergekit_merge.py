@@ -10,12 +10,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from divmerge_book.models.mergekit_config import KNOWN, Recipe, read_recipe
+from divmerge_book.models.mergekit_folders import copies
 from divmerge_book.models.streamed_methods import (
     Change,
     as_long,
@@ -59,10 +61,16 @@ def merge_config(
 
 
 def summary(path: str | os.PathLike) -> str:
-    """What a file of mergekit's describes, in a line. Raises ValueError as `merge_config` does."""
+    """What a file of mergekit's describes, in a line, and a note on each two equal models.
+
+    Raises ValueError as `merge_config` does.
+    """
     recipe, _ = read_recipe(path)
     sizes = f"{len(recipe.record.tasks)} models, {len(recipe.names)} tensors"
-    return f"{recipe.method} of {sizes}, from disk to disk"
+    every = dict.fromkeys([recipe.record.base, *recipe.record.experts.values()])
+    twins = [pair for pair in combinations(every, 2) if copies(*pair)]
+    notes = [f"note: {one} and {other} have equal weights" for one, other in twins]
+    return "\n".join([f"{recipe.method} of {sizes}, from disk to disk", *notes])
 
 
 def rule_of(recipe: Recipe) -> Rule:

@@ -1,6 +1,5 @@
 """All that can be checked before weights are loaded: folders, tokenizers, rows and labels."""
 
-import filecmp
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 import datasets
 import pandas as pd
 
+from divmerge_book.models.mergekit_folders import copies
 from divmerge_book.planning.memory import Plan as MemoryPlan
 from divmerge_book.user_models import language
 from divmerge_book.user_models.data import load_rows, shared
@@ -20,7 +20,6 @@ from divmerge_book.user_models.labels import unnamed
 from divmerge_book.user_models.language_tokens import Tokens
 from divmerge_book.user_models.method_needs import check_methods
 from divmerge_book.user_models.vocabulary import Vocabulary, agreed_words, set_padding
-from divmerge_core.checkpoints.save import input_files
 
 
 @dataclass(frozen=True)
@@ -107,15 +106,6 @@ def found(task: TaskFiles, folder: Path) -> TaskFiles:
                 f"start at the description's own folder{hint}"
             )
     return task
-
-
-def copies(one: Path, other: Path) -> bool:
-    """Whether two folders hold equal files of weights, which are read up to where they differ."""
-    if not (one.is_dir() and other.is_dir()):
-        return False
-    first, second = input_files(one), input_files(other)
-    equal = (filecmp.cmp(*pair, shallow=False) for pair in zip(first, second, strict=False))
-    return len(first) == len(second) and all(equal)
 
 
 def remarks(description: Description) -> list[str]:
