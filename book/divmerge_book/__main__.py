@@ -73,18 +73,20 @@ def command_line() -> argparse.ArgumentParser:
     text = "say what is wrong with a description; read no weights"
     seen = commands.add_parser("check", help=text)
     own = commands.add_parser("merge", help="merge the models that a file describes")
-    how = {"action": "append", "default": [], "help": "may be repeated; default: divmerge/layer"}
+    text = "such as ties or divmerge/block; may be repeated; default: divmerge/layer"
+    how = {"action": "append", "default": [], "help": text}
     pairs = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
     for one in (seen, own):
         one.add_argument("description", help="see `python -m pydoc divmerge_book.user_models`")
         one.add_argument("--method", dest="methods", **how)
-        one.add_argument("--set", dest="options", help="an option of the methods", **pairs)
-        one.add_argument("--device", default="cpu")
+        one.add_argument("--set", dest="options", help="option of the methods, as lr=0.02", **pairs)
+        one.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
         one.add_argument("--precision", default="float32", help="float32, bfloat16 or auto")
     own.add_argument("output", help="folder of the merged model; a parent of several")
     own.epilog = "The description may also be mergekit's YAML, merged from disk to disk."
-    own.add_argument("--budget", type=int, help="options that each search tries; default: all")
-    own.add_argument("--seed", type=int, default=0)
+    text = "options that each search tries on validation rows; default: all"
+    own.add_argument("--budget", type=int, help=text)
+    own.add_argument("--seed", type=int, default=0, help="of all that is drawn; default: 0")
     own.add_argument("--overwrite", action="store_true", help="replace a model in the output")
     return parser
 
