@@ -106,6 +106,7 @@ def test_a_new_method_appears_by_itself(tmp_path, monkeypatch):
     method_pages.write(tmp_path)
     index = (tmp_path / "index.md").read_text("utf-8")
     row = "* - [halfway+](#method-halfway_plus)\n  - {cite:t}`nobody2000`\n  - nothing\n"
+    assert "\n  - this book, after {cite:t}`touayouch2026` and {cite:t}`gargiulo2025`\n" in index
     assert row + "  - weights\n  - vector\n  - no\n  - 3\n" in index
     assert index.index("## No data\n") < index.index(row) < index.index("## Unlabelled inputs")
     page = (tmp_path / "halfway_plus.md").read_text("utf-8")

@@ -60,6 +60,13 @@ def sources(name: str) -> list[str]:
     return [key.strip() for key in METHODS.facts[name]["cite"].split(",")]
 
 
+def credit(name: str) -> str:
+    """What a method is due to: its own paper, or this book after the papers that it cites."""
+    papers = [f"{{cite:t}}`{key}`" for key in sources(name)]
+    own = METHODS.facts[name]["source"] == "this book"
+    return f"this book, after {' and '.join(papers)}" if own else papers[0]
+
+
 def block(name: str) -> str:
     """The heading that a method stands under; raises ValueError for a need that has none."""
     needs = METHODS.facts[name]["needs"]
@@ -171,7 +178,7 @@ def page(name: str, measured: Mapping[str, Sequence[str]] = MappingProxyType({})
     returns = {"vector": "one vector of parameters", "predictor": "a predictor"}
     tried = "; ".join(f"`{assigned(one)}`" if one else "its defaults" for one in facts["search"])
     rows = [
-        ("source", f"{{cite:t}}`{sources(name)[0]}`{note}"),
+        ("source", f"{credit(name)}{note}"),
         ("needs", facts["needs"]),
         ("cost grows with", facts["cost"]),
         ("returns", returns[facts.get("returns", "vector")]),
@@ -205,7 +212,7 @@ def index() -> str:
         rows = [
             (
                 f"[{title(name)}](#method-{slug(name)})",
-                f"{{cite:t}}`{sources(name)[0]}`",
+                credit(name),
                 *(facts["needs"], facts["cost"], facts.get("returns", "vector")),
                 *("yes" if facts["symmetric"] else "no", str(facts.get("exactly", "any"))),
             )
