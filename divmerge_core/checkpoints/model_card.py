@@ -173,14 +173,15 @@ def made(record: MergeRecord) -> str:
     """Base, method, options, date and versions."""
     name = record.method.partition("/")[0]
     source = f" ({METHODS.facts[name]['source']})" if name in METHODS else ""
-    options = json.dumps(dict(record.options)) if record.options else "those of the method"
+    own = "the method's own"
+    options = f"{json.dumps(dict(record.options))}; all others are {own}" * bool(record.options)
     what = f"experts of {record.base_name or record.base.name}"
     if record.base in map(Path, record.experts.values()):
         what = "models"  # one of which stands for the base
     return (
         f"{len(record.tasks)} {what}, merged into one model.\n\n"
         f"- method: {record.method}{source}\n"
-        f"- options: {options}\n"
+        f"- options: {options or own}\n"
         f"- made: {date.today()}, with {versions()}"
     )
 

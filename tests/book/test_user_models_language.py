@@ -152,7 +152,8 @@ def test_without_rows_models_stay_on_disk_and_the_merge_is_the_same(
     if method == "dare":
         assert __main__.main([*command, str(tmp_path / "other"), "--seed", "3"]) == 0
         cards = [(tmp_path / name / "README.md").read_text() for name in ("disk", "other")]
-        assert '"seed": 0}' in cards[0] and '"seed": 3}' in cards[1]
+        own = "; all others are the method's own"
+        assert f'"seed": 0}}{own}' in cards[0] and f'"seed": 3}}{own}' in cards[1]
     monkeypatch.setattr("divmerge_book.user_models.checking.obstacle", lambda *given: "told so")
     assert __main__.main([*command, str(tmp_path / "memory")]) == 0
     assert "read into memory: told so" in capsys.readouterr().out
