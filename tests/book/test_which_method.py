@@ -50,6 +50,7 @@ def test_the_page_and_the_lines_on_methods_are_made_of_the_stored_table():
     assert set(lines) == {parse(spec)[0] for spec in largest.index} <= set(METHODS)
     first = largest.value.idxmax()
     assert any("(number 1 of" in line for line in lines[parse(first)[0]])
+    assert f"with published options {100 * largest.published['ties']:.1f} %" in lines["ties"][0]
     assert len(lines["divmerge"]) == sum(m.startswith("divmerge/") for m in largest.index)
 
 

@@ -122,8 +122,9 @@ def standings(results: Path) -> Mapping[str, Sequence[str]]:
     lines: dict[str, list[str]] = {}
     for spec, row in rows.iterrows():
         lines.setdefault(parse(spec)[0], []).append(
-            f"{title(spec)}: {100 * row.value:.1f} % ANP (number {ranks['value'][spec]} of "
-            f"{len(rows)}), {100 * row.kept:.1f} % kept margin (number {ranks['kept'][spec]}); "
+            f"{title(spec)}, tuned: {100 * row.value:.1f} % ANP (number {ranks['value'][spec]} of "
+            f"{len(rows)}; with published options {100 * row.published:.1f} %), "
+            f"{100 * row.kept:.1f} % kept margin (number {ranks['kept'][spec]}); "
             f"{row.seconds:.1f} s and {row.peak_bytes / 1e6:.0f} MB for a merge of T = {count}; "
             f"{row.stored:.2f} models stored; `book/results/{TABLE}`"
         )
