@@ -175,9 +175,8 @@ def made(record: MergeRecord) -> str:
     source = f" ({METHODS.facts[name]['source']})" if name in METHODS else ""
     own = "the method's own"
     options = f"{json.dumps(dict(record.options))}; all others are {own}" * bool(record.options)
-    what = f"experts of {record.base_name or record.base.name}"
-    if record.base in map(Path, record.experts.values()):
-        what = "models"  # one of which stands for the base
+    alone = record.base in map(Path, record.experts.values())  # one stands for the base
+    what = "models" if alone else f"experts of {record.base_name or record.base.name}"
     return (
         f"{len(record.tasks)} {what}, merged into one model.\n\n"
         f"- method: {record.method}{source}\n"
