@@ -313,7 +313,7 @@ def test_the_cards_scores_are_those_of_the_file(project, tmp_path, cache, monkey
 def test_a_refusal_is_one_message_and_exit_code_2(tmp_path, capsys):
     assert __main__.main(["check", str(tmp_path / "none.yaml")]) == 2
     out, err = capsys.readouterr()
-    assert not out and re.fullmatch(r"error: there is no description '.*none.yaml'; .*\n", err)
+    assert not out and re.fullmatch(r"error: there is no file '.*none.yaml'; .*\n", err)
 
 
 def test_an_interrupted_merge_has_exit_code_130(project, tmp_path, monkeypatch, capsys):
