@@ -13,6 +13,7 @@ from divmerge_book.evaluation.benchmark import compare, every_method, takes
 from divmerge_book.models import finetuning as training
 from divmerge_book.models.method_options import check_options
 from helpers import TINY_RECIPE, forbid, linear_problem, raising, task_of, toy_splits, toy_task
+from test_structure import CHECK, ROOT, code
 
 from divmerge_core import METHODS, storage
 from divmerge_core.merging.problem import Diverged
@@ -34,6 +35,10 @@ UNKNOWN = [
     ({"tasks": ["mood"]}, r"two or more distinct tasks of mood, place; got \['mood'\]"),
     ({"tasks": ["mood", "mood"]}, r"two or more distinct tasks of .*; got \['mood', 'mood'\]"),
     ({"subsets": [["mood"]]}, r"two or more distinct tasks of mood, place; got \['mood'\]"),
+    (
+        {"suite": "embedded", "tasks": ["trec", "movie"], "subsets": [["movie", "sms"]]},
+        r"a subset has tasks out of trec, movie; got \[\('movie', 'sms'\)\]",
+    ),
     ({"methods": ["divmrge/task"]}, "unknown method 'divmrge'; .*did you mean 'divmerge'"),
     ({"methods": ["divmerge/blok"]}, "unknown grouping 'blok'; choose one of: task, block"),
     ({"methods": ["ties/block"]}, "'ties' has no grouping, so 'ties/block' means .*; say 'ties'"),
@@ -61,6 +66,34 @@ def test_what_is_unknown_is_refused_with_the_choices(idle, options, message):
     arguments = {"suite": "toy", "size": "toy", "methods": ["divmerge/task"], **options}
     with pytest.raises(ValueError, match=message):
         compare(arguments.pop("suite"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("chapter", "given", "message"),
+    [
+        ("04_merge", {"methods": ["ties"], "lr": 1.0}, r"no such options \['lr'\]; these"),
+        ("06_baselines", {"size": "smoke", "counts": [2]}, r"from 2 to below 2, got \[2\]"),
+        ("08_divergence_choice", {"seeds": [-1]}, "seeds are 0 or more and less than .*, got -1"),
+        ("09_protocol", {"tasks": ["trec", "movie"]}, "merges three or more distinct tasks"),
+        ("10_how_many_tasks", {"methods": ["slerp"]}, "slerp merges exactly 2 experts, here are"),
+        ("10_how_many_tasks", {"methods": ["tie"]}, "unknown method 'tie'; .*mean 'ties'"),
+        ("11_does_divergence_predict", {"models": 2}, "give 5 models or more, got 2"),
+        ("12_interference", {"tasks": ["trec", "movie"]}, "merges three or more distinct tasks"),
+        ("17_better_directions", {"bases": ["tsv:0"]}, "take a whole number of bands"),
+    ],
+)
+def test_a_chapter_refuses_what_it_cannot_show_before_it_loads_a_model(
+    chapter, given, message, monkeypatch
+):
+    monkeypatch.setattr(experiment, "load_base", forbid)
+    first, _, check, *cells = code(ROOT / "notebooks" / f"{chapter}.ipynb")
+    assert check.source == CHECK
+    space = {"given": frozenset(given)}
+    exec(first.source, space)
+    space |= given
+    with pytest.raises(ValueError, match=message):
+        for cell in cells[1:]:  # not the box, which reads stored results
+            exec(cell.source, space)
 
 
 @pytest.mark.parametrize("spec", every_method())

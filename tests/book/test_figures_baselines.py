@@ -93,6 +93,18 @@ def test_the_place_says_both_scores_and_who_is_below_the_majority(report):
     assert "0 of 5 methods are below the majority" in said
 
 
+@pytest.mark.parametrize(
+    ("one", "said"), [("average", "By ANP: no DivMerge."), ("divmerge/task", "1 of 1 (70.0 %).\n")]
+)
+def test_one_method_has_a_place_and_a_landing_page(report, one, said, tmp_path):
+    """Whatever the file's name: it need not be the suite's."""
+    report.provenance.update(encoder="toy", size="toy", device="cpu", precision="float32")
+    kept = report.rows[report.rows.method.isin(["expert", "base", one])]
+    Report(kept.reset_index(drop=True), [], report.provenance).save(tmp_path / "mine.json")
+    figures.landing(tmp_path)
+    assert said in (tmp_path / "landing.md").read_text("utf-8")
+
+
 def test_every_method_has_a_block():
     assert {draw.block(spec) for spec in every_method()} == set(draw.BLOCKS[1:])
     names = {spec.partition("/")[0] for spec in every_method()}

@@ -81,7 +81,7 @@ def test_merges_below_the_majority_are_counted_and_named(ratio, said):
 
 
 @pytest.mark.parametrize(
-    ("methods", "end"), [(["ties"], " Only the paper measured TL JS."), (["x"], "TIES and TL JS.")]
+    ("methods", "end"), [(["ties"], " Not drawn beside the paper's: TL JS."), (["x"], "and TL JS.")]
 )
 def test_methods_of_the_paper_that_were_not_merged_are_named(methods, end):
     columns = {name: paper.METHODS_HERE[name] for name in ("TIES", "TL JS")}

@@ -229,7 +229,7 @@ def test_an_unknown_statistic_and_a_report_without_a_counted_task_are_refused(re
     with pytest.raises(ValueError, match="statistic must be anp, .*, accuracy, got 'median'"):
         report.intervals(statistic="median")
     none = Report.of(rows({"expert": {"a": (10,)}, "merge": {"a": (10,)}}))
-    message = r"must count in the ANP \(its expert beats .* 0.02\), got \[\]"
+    message = "no task of .* counts in the ANP, as no expert .* by 0.02; merge other tasks too"
     with pytest.raises(ValueError, match=message):
         none.intervals()
 

@@ -43,6 +43,7 @@ def test_an_int_given_for_a_float_becomes_one():
         ("seeds = '0'", "seeds must be list[int], got '0'"),
         ("seeds = [0, 1.5]", "seeds must be list[int], got [0, 1.5]"),
         ("tasks = None", "tasks must be list[str], got None"),
+        ("seeds = [0, 1, 0]", "parameter seeds has a value twice: [0, 1, 0]"),
         ("epochs = '4'", "epochs must be int, got '4'"),
         ("epochs = True", "epochs must be int, got True"),
         ("lr = float('nan')", "lr must be float, got nan"),

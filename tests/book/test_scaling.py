@@ -1,16 +1,19 @@
 """Accuracy against the number of tasks: subsets, and what every merge answers."""
 
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from divmerge_book.evaluation.experiment import SIZES, Size
+from divmerge_book.evaluation.stored_tables import ResultTable
 from divmerge_book.studies import scaling as module
 from divmerge_book.studies.sizes import settings
 from divmerge_book.studies.task_attribution import squares_of
 from helpers import linear_experiment, refuse
+from test_structure import CHAPTERS, code
 
 from divmerge_core.divergences import js
 from divmerge_core.methods import METHODS
@@ -48,6 +51,21 @@ def test_a_plan_has_a_sizes_budget_and_every_subset_with_single_tasks():
     _, some, every = module.plan(TASKS, settings("scaling", "full"))
     assert len(every) == len(set(every)) == 2 ** len(TASKS) - 1
     assert max(sum(len(s) == n for s in some) for n in range(2, 7)) == 3
+
+
+@pytest.mark.parametrize(("source", "asked"), [("the stored run", {"suite"}), ("this run", None)])
+def test_a_chapter_divides_fixed_merges_by_experts_of_their_own_run(source, asked):
+    """Other methods leave the fixed merges as they are, but not another run's experts."""
+    (cell,) = [c for c in code(CHAPTERS[10]) if '"fixed.json"' in c.source]
+    seen, table = [], pd.DataFrame({"fixed": [False]})
+
+    def drawn(path, measure, **facts):
+        seen.append(facts["asked"])
+        return ResultTable({"every": table, "curves": table}, {"seeds": [0]}, source)
+
+    space = {"given": {"suite", "methods"}, "facts": {}, "folder": Path()}
+    exec(cell.source, {**space, "run": drawn("", None, asked=0), "stored_or_measure": drawn})
+    assert seen == [0, asked]
 
 
 def test_packed_rows_come_back():

@@ -195,6 +195,8 @@ def compare(
     device = str(check_device(device))
     every = [*(task_names(suite, subset) for subset in subsets), names]
     wanted = list(dict.fromkeys(map(tuple, every)))  # a subset named twice is merged once
+    if strange := [subset for subset in wanted if not set(subset) <= set(names)]:
+        raise ValueError(f"a subset has tasks out of {', '.join(names)}; got {strange}")
     check_fit_for(methods, wanted, overrides)
     more = max(own.merge_rows, overrides.get("inputs", 0)) if own.merge_rows else None
     own = replace(own, candidates=budget or own.candidates, merge_rows=more)

@@ -70,17 +70,18 @@ class Experiment:
         return replace(self, problem=self.problem.select(tasks), digest=digest, **chosen)
 
 
-def task_names(suite: str, tasks: Sequence[str] | None) -> list[str]:
+def task_names(suite: str, tasks: Sequence[str] | None, *, least: int = 2) -> list[str]:
     """The given tasks, or all of the suite's.
 
-    Raises ValueError for tasks outside the suite, named twice, or fewer than two.
+    Raises ValueError for tasks outside the suite, named twice, or fewer than `least`.
     """
     allowed = SUITES[suite].tasks
     chosen = list(tasks or allowed)
     known = [TASKS[task].name in allowed for task in chosen]
-    if not all(known) or len(chosen) < 2 or len(set(chosen)) < len(chosen):
+    if not all(known) or len(chosen) < least or len(set(chosen)) < len(chosen):
+        few = {2: "two", 3: "three"}[least]
         raise ValueError(
-            f"suite {suite!r} merges two or more distinct tasks of {', '.join(allowed)}; "
+            f"suite {suite!r} merges {few} or more distinct tasks of {', '.join(allowed)}; "
             f"got {chosen}"
         )
     return chosen
@@ -151,7 +152,7 @@ def prepare(
 ) -> Experiment:
     """The experiment of a suite of classes: experts come from the cache or are trained.
 
-    Raises ValueError for an unknown suite, task, size, encoder or device before anything is
+    Raises ValueError for an unknown suite, task, size, encoder, device or seed before anything is
     trained.
     """
     if SUITES[suite].head != "classes":
@@ -160,6 +161,8 @@ def prepare(
         )
     size = SIZES[size] if isinstance(size, str) else size
     names = task_names(suite, tasks)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seeds are 0 or more and less than 2**63, got {seed}")
     recipes = {name: size.recipe_for(suite, name) for name in names}
     (length,) = {recipe.max_length for recipe in recipes.values()}
     place = check_device(device)

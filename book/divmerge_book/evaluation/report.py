@@ -176,10 +176,12 @@ class Report:
         rows = self.rows[(self.rows.suite == suite) & (self.rows.subset == subset)]
         counted = self.counted(suite)
         tasks = [task for task in rows.task.unique() if task in counted]
-        if statistic not in STATISTICS or not tasks:
+        if statistic not in STATISTICS:
+            raise ValueError(f"statistic must be {', '.join(STATISTICS)}, got {statistic!r}")
+        if not tasks:
             raise ValueError(
-                f"statistic must be {', '.join(STATISTICS)}, got {statistic!r}; and a task must "
-                f"count in the ANP (its expert beats the majority by {MARGIN}), got {tasks}"
+                f"no task of {subset} counts in the ANP, as no expert beats the majority class by "
+                f"{MARGIN}; merge other tasks too, or train experts on more rows (a larger size)"
             )
         generator = np.random.default_rng(seed)
         methods, seeds = list(rows.method.unique()), list(rows.seed.unique())

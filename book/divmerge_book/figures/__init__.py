@@ -118,18 +118,20 @@ def rank_summary(report: Report) -> str:
     for column, statistic in (("value", "anp"), ("kept", "kept_margin")):
         order = 100 * ranked[column].sort_values(ascending=False)
         own = order.index.str.startswith("divmerge")
-        ours, other = order[own], order[~own].index[0]
+        ours = order[own]
         places = [
             f"{title(method)} is number {1 + order.index.get_loc(method)} of {len(order)} "
             f"({value:.1f} %)"
             for method, value in ours.items()
         ]
-        pair = suite, subset, ours.index[0], other
+        lines.append(f"By {STATISTICS[statistic]}: {'; '.join(places) or 'no DivMerge'}.")
+        if not own.any() or own.all():
+            continue
+        pair = suite, subset, ours.index[0], (other := order.index[~own][0])
         gap, low, high = (100 * end for end in report.difference(*pair, statistic=statistic))
-        lines.append(
-            f"By {STATISTICS[statistic]}: {'; '.join(places)}. The best other method is "
-            f"{title(other)} ({order[other]:.1f} %); the best DivMerge differs from it by "
-            f"{gap:+.1f} points [{low:+.1f}, {high:+.1f}]."
+        lines[-1] += (
+            f" The best other method is {title(other)} ({order[other]:.1f} %); the best DivMerge "
+            f"differs from it by {gap:+.1f} points [{low:+.1f}, {high:+.1f}]."
         )
     tasks, counted = subset.split("+"), report.counted(suite)
     lines.append(
@@ -228,7 +230,7 @@ def landing(results: Path) -> None:
         fig, axes = plt.subplots(1, len(reports), **shape)
         for ax, (name, report) in zip(axes[0], reports.items(), strict=True):
             subset = largest(report.rows).subset.iloc[0]
-            tasks, counted = subset.count("+") + 1, len(report.counted(name))
+            tasks, counted = subset.count("+") + 1, len(report.counted(report.rows.suite[0]))
             heading = f"{name}, {report.provenance['encoder']}\n{tasks} tasks, {counted} counted"
             forest(ax, ranking(report)).set_title(heading)
         fig.savefig(results / "landing.svg", metadata={"Date": None})

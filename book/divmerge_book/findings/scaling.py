@@ -133,7 +133,7 @@ def beside(theirs: pd.DataFrame, columns: Mapping[str, str], methods: Sequence[s
     rises = [f"{name} from {n - 1} to {n}" for name, n in up]
     absent = [name for name, method in columns.items() if method not in set(methods)]
     step = -change.loc[4]
-    also = f" Only the paper measured {listed(absent)}." if absent else ""
+    also = f" Not drawn beside the paper's: {listed(absent)}." if absent else ""
     return (
         f"From $T = 3$ to $4$ the printed values fall by {span(step.drop(layer))} points, those "
         f"of DivMerge per layer by {step[layer].min():.1f} and {step[layer].max():.1f}. They rise "

@@ -54,13 +54,19 @@ def declared(source: str, where: str) -> dict[str, Parameter]:
 
 
 def check(parameter: Parameter, value: object) -> object:
-    """The value in the parameter's type; only an int given for a float is converted."""
+    """The value in the parameter's type; only an int given for a float is converted.
+
+    Raises ValueError for another type, and for a list that has a value twice.
+    """
     value = list(value) if isinstance(value, tuple) else value
     try:
-        return TypeAdapter(KINDS[parameter.kind]).validate_python(value, strict=True)
+        found = TypeAdapter(KINDS[parameter.kind]).validate_python(value, strict=True)
     except ValidationError:
         text = f"parameter {parameter.name} must be {parameter.kind}, got {value!r}"
         raise ValueError(text) from None
+    if isinstance(found, list) and len(set(found)) < len(found):
+        raise ValueError(f"parameter {parameter.name} has a value twice: {value!r}")
+    return found
 
 
 def parse(kind: str, text: str) -> object:
@@ -91,8 +97,8 @@ def check_parameters(notebook: MutableMapping[str, object]) -> frozenset[str]:
     ran last with such a line at its top; what papermill injected stands in a cell after it. An int
     for a float becomes a float. Not set are size, the switches `live` and `publish`, and what is
     empty: 0, "", [] and False leave a choice to the size. Raises ValueError for a value of another
-    type, a number that is not finite, an injected name that the notebook does not have, or a size
-    that does not exist.
+    type, a value twice in a list, a number that is not finite, an injected name that the notebook
+    does not have, or a size that does not exist.
     """
     cells = [(source, statements(source)) for source in notebook.get("In", ())]  # what has run
     own = [number for number, (_, body) in enumerate(cells) if declares(body)]
@@ -108,7 +114,7 @@ def check_parameters(notebook: MutableMapping[str, object]) -> frozenset[str]:
             notebook[name] = check(parameter, notebook[name])
         except ValueError as error:
             hint = HOW.get(parameter.kind.partition("[")[0], "").format(name=name)
-            raise ValueError(f"{error}{hint}") from None
+            raise ValueError(f"{error}{hint * (' must be ' in str(error))}") from None
     if "size" in allowed:
         from divmerge_book.evaluation.experiment import SIZES  # imports torch, which takes seconds
 

@@ -17,6 +17,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm import tqdm
 
+from divmerge_book.evaluation.benchmark import check_fit_for
 from divmerge_book.evaluation.experiment import SIZES, Experiment, Size
 from divmerge_book.evaluation.hyperparameter_search import Merges, candidates, search
 from divmerge_book.interference.behaviour import expert_logits
@@ -74,8 +75,11 @@ def plan(
     """The subsets that a size merges: by every method, over fixed scales, and at one fixed scale.
 
     The last are single tasks and all subsets, or only the first ones where the size asks for fewer.
+    Raises ValueError for a method that is unknown or does not merge every number of tasks.
     """
     main = subsets_of(tasks, chosen.subsets, whole=chosen.whole)
+    for subset in first_of_each(main, 1):
+        check_fit_for(chosen.methods, [subset], {})
     every = subsets_of(tasks, 1, whole=range(2, len(tasks) + 1)) if chosen.every else main
     return main, first_of_each(main, chosen.subsets), [(task,) for task in tasks] + every
 
