@@ -139,7 +139,7 @@ def to_merge(
         own = (expert.config or {}).get("tie_word_embeddings")
         if own is False and base.config.get("tie_word_embeddings"):
             raise ValueError(
-                f"expert {task!r} has its own output head, the base's is its embeddings; untie those"
+                f"expert {task!r} has its own head, the base's is its embeddings: untie them"
             )
     if names is None:
         learned = (c for c, n in cores.items() if base.tensors[n].dtype.is_floating_point)
