@@ -71,7 +71,7 @@ def test_what_is_unknown_is_refused_with_the_choices(idle, options, message):
 @pytest.mark.parametrize(
     ("chapter", "given", "message"),
     [
-        ("04_merge", {"methods": ["ties"], "lr": 1.0}, r"no such options \['lr'\]; these"),
+        ("04_merge", {"methods": ["ties"]}, "a model is loaded"),
         ("06_baselines", {"size": "smoke", "counts": [2]}, r"from 2 to below 2, got \[2\]"),
         ("08_divergence_choice", {"seeds": [-1]}, "seeds are 0 or more and less than .*, got -1"),
         ("09_protocol", {"tasks": ["trec", "movie"]}, "merges three or more distinct tasks"),
@@ -79,13 +79,16 @@ def test_what_is_unknown_is_refused_with_the_choices(idle, options, message):
         ("10_how_many_tasks", {"methods": ["tie"]}, "unknown method 'tie'; .*mean 'ties'"),
         ("11_does_divergence_predict", {"models": 2}, "give 5 models or more, got 2"),
         ("12_interference", {"tasks": ["trec", "movie"]}, "merges three or more distinct tasks"),
+        ("14_glue_on_a_gpu", {"size": "smoke", "methods": ["ties"]}, "a model is loaded"),
+        ("15_language_model", {"methods": ["tie"]}, "unknown method 'tie'; .*mean 'ties'"),
         ("17_better_directions", {"bases": ["tsv:0"]}, "take a whole number of bands"),
     ],
 )
 def test_a_chapter_refuses_what_it_cannot_show_before_it_loads_a_model(
     chapter, given, message, monkeypatch
 ):
-    monkeypatch.setattr(experiment, "load_base", forbid)
+    for name in ("load_base", "load_language"):
+        monkeypatch.setattr(experiment, name, raising(ValueError("a model is loaded")))
     first, _, check, *cells = code(ROOT / "notebooks" / f"{chapter}.ipynb")
     assert check.source == CHECK
     space = {"given": frozenset(given)}

@@ -94,7 +94,8 @@ def test_the_verdict_speaks_of_both_scores_and_the_price(report, said):
             1,
         ),
         ({"expert": (50, 90), "divmerge_task": (50, 90)}, "no task counts", 1),
-        ({"ties": (60, 90)}, "no DivMerge to compare", 1),
+        ({"ties": (60, 90)}, "there is no DivMerge, or no single", 1),
+        ({"divmerge_task": (60, 90)}, "or no single model of another method", 1),
     ],
 )
 def test_the_best_divmerge_is_ahead_or_behind_or_neither(right, said, times):
@@ -164,7 +165,9 @@ def test_data_access_matters_more_only_where_blocks_differ_more():
     anp, _, kept = contests.by_access(table, RUN).partition("By kept")
     assert "By ANP the best are Average (52.0 %; no data) and RegMean (92.0 %;" in anp
     assert "matters more than" in anp and "matters less than" in kept and "EMR" not in anp + kept
-    assert "look at the same data" in contests.by_access(summary(ties=ties, average=average), RUN)
+    alike, single = {"ties": ties, "average": average}, (baselines.INPUTS, 0.9, 0.2, 0.5, 0.1)
+    for few in (alike, {"ties": ties, "fisher": single}):
+        assert "data, or each at its own" in contests.by_access(summary(**few), RUN)
 
 
 def test_what_the_search_is_worth_is_set_beside_the_distance_of_neighbours():

@@ -77,6 +77,8 @@ def test_a_report_of_ones_own_is_checked_and_named_and_stored_results_are_read_o
     monkeypatch.setattr(Stored, "report", lambda self, name: self.dates.update({name: "d"}))
     for name in ("orders", "objectives", "predicts", "lead"):
         monkeypatch.setattr(replication, name, lambda one: [])
-    assert replication.in_short(stored := Stored(tmp_path))[0].startswith("Of 0 checks")
+    said = replication.in_short(stored := Stored(tmp_path))[0]
+    assert said.startswith("Of 0 checks of the paper's claims: 0")
+    assert replication.drawn(path.name)[1].endswith("no two methods that the paper puts in order.")
     monkeypatch.setattr(Stored, "report", None)
     assert replication.drawn() == ([], stored.origin())

@@ -251,9 +251,10 @@ def test_a_report_comes_back_from_its_file_exactly(report, tmp_path):
     data = json.loads(text)
     assert set(data) == {"provenance", "rows", "fits"}
     assert data["rows"][0] == dict(zip(COLUMNS, report.rows.iloc[0], strict=True))
-    (tmp_path / "two.json").write_text('{"tables": {}, "provenance": {}}')
-    with pytest.raises(ValueError, match="two.json is no Report, which has rows"):
-        Report.load(tmp_path / "two.json")
+    for other in ('{"tables": {}, "provenance": {}}', "task,accuracy\n"):
+        (tmp_path / "two.json").write_text(other)
+        with pytest.raises(ValueError, match="two.json is no Report, which has rows"):
+            Report.load(tmp_path / "two.json")
 
 
 def test_an_interrupted_save_leaves_the_old_file_and_no_other(report, tmp_path, monkeypatch):

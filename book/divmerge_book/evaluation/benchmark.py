@@ -40,6 +40,11 @@ def every_method() -> list[str]:
     ]
 
 
+def known_options(methods: Sequence[str]) -> set[str]:
+    """Names of the options that some of these methods take."""
+    return {key for spec in methods for key in options_of(parse(spec)[0])} - SET_HERE
+
+
 def check_request(
     methods: Sequence[str], seeds: Sequence[int], overrides: Mapping, budget: int | None = None
 ) -> None:
@@ -51,8 +56,7 @@ def check_request(
             raise ValueError(f"give every {name} once; {twice} came more than once in {given}")
     if wrong := [seed for seed in seeds if not 0 <= seed < 2**63]:
         raise ValueError(f"seeds are 0 or more and less than 2**63, got {wrong}")
-    known = {key for spec in methods for key in options_of(parse(spec)[0])} - SET_HERE
-    if wrong := set(overrides) - known:
+    if wrong := set(overrides) - (known := known_options(methods)):
         raise ValueError(
             f"no such options {sorted(wrong)}; these methods take {sorted(known)}"
             + "; write a grouping as in 'divmerge/block'" * ("grouping" in wrong)

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -215,8 +216,10 @@ class Report:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Report":
-        """A saved Report, exactly as it was. Raises ValueError for another JSON file."""
-        data = json.loads(Path(path).read_text("utf-8"))
+        """A saved Report, exactly as it was. Raises ValueError for another file."""
+        text, data = Path(path).read_text("utf-8"), None
+        with suppress(json.JSONDecodeError):
+            data = json.loads(text)
         if not isinstance(data, dict) or not {"rows", "fits", "provenance"} <= data.keys():
             raise ValueError(f"{path} is no Report, which has rows, fits and provenance")
         return cls(pd.DataFrame(data["rows"])[list(COLUMNS)], data["fits"], data["provenance"])

@@ -108,7 +108,7 @@ def standing(report: Report, source: str) -> str:
     table = single_models(table[~table.index.str.endswith(PUBLISHED)])
     ours = table.index.str.startswith("divmerge")
     if not ours.any() or ours.all():
-        return f"In {source} there is no DivMerge to compare with another method."
+        return f"In {source} there is no DivMerge, or no single model of another method."
     drawn, lines = sampled(report, subset), []
     for name, column in COLUMN_OF.items():
         value = 100 * table[column]
@@ -175,8 +175,8 @@ def by_access(table: pd.DataFrame, source: str) -> str:
     """
     rows = single_models(table[table.block != REFERENCE])
     groups = rows.assign(block=rows.block.astype(str)).groupby("block", sort=False)
-    if len(groups) < 2:
-        return f"In {source} all single models look at the same data."
+    if len(groups) < 2 or groups.size().max() < 2:
+        return f"In {source} all single models look at the same data, or each at its own."
     said = []
     for column, words in COLUMNS.items():
         best = [

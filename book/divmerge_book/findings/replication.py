@@ -111,7 +111,7 @@ def objectives(stored: Stored) -> Iterator[Check]:
     seeds, printed = found.tables["scores"].seed.nunique(), paper.table(6).iloc[-1]
     for level, grouping in (("TL", "task"), ("LL", "layer")):
         row = table.loc[("kl", grouping)]
-        place = f"`embedded`, `{found.facts['encoder']}`, T = {row['count']}, "
+        place = f"`{found.facts['suite']}`, `{found.facts['encoder']}`, T = {row['count']}, "
         yield Check(
             f"JS is above KL, coefficients per {grouping}",
             place + count(seeds, "seed"),
@@ -161,7 +161,9 @@ def drawn(report: str = "") -> tuple[list[Check], str]:
     """
     if report:
         own = Report.load(locate(report))
-        return list(orders(own)), f"Drawn from `{report}`: {caption(own)}."
+        found = list(orders(own))
+        none = "" if found else " It has no two methods that the paper puts in order."
+        return found, f"Drawn from `{report}`: {caption(own)}.{none}"
     folder = next(filter(Path.is_dir, PLACES), None)
     if folder is None:
         return [], "Results are not stored here; give `report` a file."
@@ -173,7 +175,7 @@ def counts(found: Sequence[Check]) -> str:
     """How many checks have which verdict."""
     of = Counter(one.verdict for one in found)
     said = listed([f"{of[word]} {word}" for word in VERDICTS])
-    return f"Of {len(found)} checks of the paper's claims, by stored results: {said}."
+    return f"Of {len(found)} checks of the paper's claims: {said}."
 
 
 def of_verdict(found: Iterable[Check], word: str) -> str:
