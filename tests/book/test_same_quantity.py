@@ -51,6 +51,11 @@ def stored():
     return Stored(RESULTS)
 
 
+def test_where_results_are_not_stored_the_table_says_so(tmp_path):
+    said = same_quantity.as_markdown(Stored(tmp_path))
+    assert said.startswith("`embedded_bert_tiny.json` is not stored here")
+
+
 def test_values_of_one_quantity_agree_or_their_settings_differ(stored):
     """DivMerge with all eight tasks on BERT-tiny, in five chapters."""
     table = same_quantity.values(stored)

@@ -4,6 +4,7 @@ Chapters measured it in settings of their own; values are comparable where the s
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pandas as pd
 
@@ -62,9 +63,13 @@ def row(file: str, found, facts: Mapping) -> dict[str, object]:
 
 
 def as_markdown(stored: Stored) -> str:
-    """The table, the standard setting, and what differs from it in bold."""
+    """The table, the standard setting, and what differs from it in bold, where it is stored."""
     lines = []
-    for one in values(stored).to_dict("records"):
+    try:
+        rows = values(stored).to_dict("records")
+    except FileNotFoundError as error:  # as in the folder of a grid's run
+        return f"`{Path(error.filename).name}` is not stored here, and the table needs it."
+    for one in rows:
         cells = []
         for name, usual in STANDARD.items():
             cells.append("not stored" if pd.isna(one[name]) else f"{one[name]:.0f}")
