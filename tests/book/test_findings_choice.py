@@ -46,6 +46,13 @@ def test_significant_differences_are_named_by_side():
     assert "above: KL, +2.0 points (per task, T = 2)" in text and "Hellinger" not in text
 
 
+def test_a_cost_is_said_only_where_another_task_counts():
+    harm = pd.DataFrame({"kind": ["none", "none"], "objective": ["js", "kl"]})
+    said = choice.corrupted(harm.assign(cost=[0.1, 0.2], kept_cost=float("nan")), RUN)
+    assert "as it is: +10.0 points under JS, +20.0 under KL; least under JS" in said
+    assert said.endswith("kept margin, as it is: no other task counts")
+
+
 def test_the_papers_tables_say_what_they_print():
     both = paper_reanalysis.which_correlation()
     assert "All 14 cells of the paper's Table 2 are Pearson's" in paper.which_correlation(both)

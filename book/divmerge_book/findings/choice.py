@@ -150,6 +150,9 @@ def corrupted(harm: pd.DataFrame, source: str) -> str:
         mean = 100 * harm.groupby(["kind", "objective"])[column].mean().unstack()
         for kind in (kind for kind in CORRUPTIONS if kind in mean.index):
             row = mean.loc[kind]
+            if row.isna().any():
+                lines.append(f"{WORDS[score]}, {label_of(kind)}: no other task counts")
+                continue
             low, high = row.idxmin(), row.idxmax()
             lines.append(
                 f"{WORDS[score]}, {label_of(kind)}: {row['js']:+.1f} points under JS, "
