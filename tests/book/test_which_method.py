@@ -1,5 +1,7 @@
 """The page "Which method should I use" names the best stored method for every choice."""
 
+import re
+
 import pandas as pd
 from divmerge_book.figures.baselines import INPUTS, LABELS, NO_DATA
 from divmerge_book.runner import which_method
@@ -44,7 +46,7 @@ def test_the_page_and_the_lines_on_methods_are_made_of_the_stored_table():
             assert which_method.command(spec) in text
     glue = text.partition("## The best on GLUE\n")[2].partition("\n## ")[0]
     assert f"`{which_method.TABLE}`" in text and f"`{which_method.GLUE}`" in glue
-    assert which_method.link("divmerge+") in glue and which_method.command("divmerge+") in text
+    assert re.search(r"by ANP, DivMerge\+ \(.* ProDistill \(.* points", glue)
     largest, _ = found[max(found)]
     lines = which_method.standings(RESULTS)
     assert set(lines) == {parse(spec)[0] for spec in largest.index} <= set(METHODS)

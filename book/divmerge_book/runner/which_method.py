@@ -8,6 +8,7 @@ import pandas as pd
 
 from divmerge_book.evaluation.report import Report, caption
 from divmerge_book.figures import baselines, score_intervals, title
+from divmerge_book.findings import contests
 from divmerge_book.runner import method_pages
 from divmerge_book.runner.method_pages import NOTEBOOK, slug, table
 from divmerge_core.methods import parse
@@ -110,6 +111,7 @@ def tables(results: Path) -> str:
     specs, text = decision([rows] * 2, subset.count("+") + 1, HEADS[:5], "18 18 24 20 20")
     named |= dict.fromkeys(specs)
     parts += [f"## The best on GLUE\n\n*{caption(glue)}, in `{GLUE}`; without costs.*\n", text]
+    parts.append(contests.standing(glue, "the stored run"))
     parts += ["\n## Commands\n\n```bash", *map(command, named), "```\n"]
     return "\n".join(parts)
 
