@@ -169,6 +169,6 @@ def test_a_task_without_an_expert_is_refused(tmp_path):
 def test_where_the_hub_cannot_be_reached_the_error_says_so(made, monkeypatch, tmp_path):
     offline = raising(OSError("no route to host"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(ValueError, match="the hub could not be reached"):
+    with pytest.raises(ValueError, match=r"the hub gave none \(OSError"):
         glue.describe(tmp_path / "suite", NAMES, base=str(made / "base"))
     assert not (tmp_path / "suite").exists()
