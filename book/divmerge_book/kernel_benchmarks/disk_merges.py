@@ -157,9 +157,9 @@ def as_markdown(folder: Path | None = None) -> str:
     said = (
         f"Medians of {times.min()} to {times.max()} whole commands each, in turn, with "
         f"{facts['dtype']} models and mergekit {facts['peers']['mergekit']}; {facts['machine']}, "
-        f"{facts['date']}. Other programs ran: {rows.load.min():.0f} to {rows.load.max():.0f} "
-        "processes wanted a core before a command, so seconds are long and uneven; processor "
-        "seconds depend on it less."
+        f"{facts['date']}. In the minute before a command {rows.load.min():.1f} to "
+        f"{rows.load.max():.1f} processes wanted a core, the command before it among them; "
+        "processor seconds depend less on other programs than seconds do."
     )
     return "\n".join([*first, *lines, "", f"*{said}*"])
 
