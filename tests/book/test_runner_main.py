@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -191,7 +193,8 @@ def test_processes_share_the_cores_and_end_with_the_block():
         number = submit(os.getpid).result(60)
         waiting = submit(eval, "__import__('time').sleep(600)")
     wait_for_the_end([number])
-    assert waiting.cancelled() or waiting.exception()
+    with suppress(CancelledError):  # or a worker that was ended had begun it
+        assert waiting.exception(60)
 
 
 def test_runs_at_once_have_gpus_of_their_own(monkeypatch):
