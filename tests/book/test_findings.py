@@ -89,14 +89,17 @@ def test_methods_of_the_paper_that_were_not_merged_are_named(methods, end):
 
 
 @pytest.mark.parametrize(
-    ("average", "best", "said"),
+    ("average", "scale", "said"),
     [
-        ([0.9, 0.7], [0.8, 0.75], ["loses 20.0 points", "has 5.0 points more", "25 % of the drop"]),
-        ([0.7, 0.9], [0.8, 0.8], ["no drop to explain"]),
+        ([0.9, 0.7], 0.5, ["loses 20.0 points", "has 10.0 points more", "50 % of the drop"]),
+        ([0.9, 0.7], 0.1, ["has 0.0 points more", "explains 0 % of the drop"]),
+        ([0.7, 0.9], 0.5, ["no drop to explain"]),
     ],
 )
-def test_dilution_explains_what_a_coefficient_saves(average, best, said):
-    holds(count.dilution(by_count({False: average, True: best}, "anp", "fixed"), RUN), *said)
+def test_dilution_explains_what_a_larger_coefficient_saves(average, scale, said):
+    grid = by_count({False: average, True: [0.8, 0.8]}, "anp", "fixed")
+    grid["scale"] = (1 / grid["T"]).mask(grid.fixed, scale)
+    holds(count.dilution(grid, RUN), *said)
 
 
 def test_pairs_add_up_where_their_sum_is_the_loss():

@@ -109,7 +109,7 @@ def test_the_standing_names_scores_and_who_is_below_the_majority():
     assert "No method is below the majority class" in text
     text = contests.standing(BEHIND, RUN)
     assert "1 of 2 methods are below the majority class on at least one" in text
-    assert "counted task, DivMerge, per task on 1 of 2." in text
+    assert "counted task; DivMerge, per task on most, 1 of 2." in text
 
 
 def test_differences_of_pairs_are_listed_by_both_scores():

@@ -176,8 +176,8 @@ def balanced(even: pd.DataFrame, source: str) -> str:
     return (
         f"Of {int(even.tasks.iloc[0])} tasks, in {source}, the effective number is {of['js']:.2f} "
         f"under JS and {of['kl']:.2f} under KL; it is highest under {named(of.idxmax())} "
-        f"({of.max():.2f}) and lowest under {named(of.idxmin())} ({of.min():.2f}). What the "
-        f"corrupted expert's share of the gradient gains:\n\n{bullets(lines)}"
+        f"({of.max():.2f}) and lowest under {named(of.idxmin())} ({of.min():.2f}). What "
+        f"corruption adds to an expert's share of the gradient, seed by seed:\n\n{bullets(lines)}"
     )
 
 

@@ -132,7 +132,7 @@ def lowest(table: pd.DataFrame) -> str:
     worst = listed(map(title, table.index[table.below == most]))
     return (
         f"{(table.below > 0).sum()} of {len(table)} methods are below the majority class on at "
-        f"least one counted task, {worst} on {most} of {table.counted.max()}."
+        f"least one counted task; {worst} on most, {most} of {table.counted.max()}."
     )
 
 

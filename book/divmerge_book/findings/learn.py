@@ -87,8 +87,8 @@ def divergences(
     return bullets(
         [
             f"A merged model at log-odds {odds[0]:g} against an expert that is {sure:.0%} sure: "
-            f"{each(far, '{:.2f} nats', named, ', ')}. Only JS has a bound for all answers, log 2 "
-            f"= {math.log(2):.2f}.",
+            f"{each(far, '{:.2f} nats', named, ', ')}. Of these, only JS has a bound for all "
+            f"answers, log 2 = {math.log(2):.2f}.",
             f"There the gradients are {each(pull, '{:.2f}', named, ', ')} nats per unit of logit. "
             f"JS pulls hardest at log-odds {peak['js']:.1f}, KL at {peak['kl']:.1f}.",
         ]

@@ -70,17 +70,17 @@ def start(table: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
 
 def readings(kinds_of: pd.DataFrame, read: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
     """The best level of coefficients, and what the smaller data set size costs."""
-    rows = kinds_of.set_index("grouping")
+    rows, lines = kinds_of.set_index("grouping"), []
     total = read.query("reading == 'in total'").set_index("grouping")
-    lines = []
     for score in kinds:
         own, costs = of_score(rows, score), -100 * of_score(total, score).difference
         best = own.score.idxmax()
+        more = "" if best == "task" else f", {gap(own.loc[best])} points from one per task"
         said = listed(f"{cost:.1f} points (coefficients per {g})" for g, cost in costs.items())
         lines.append(
             f"In {source} one coefficient per {best} has the highest {WORDS[score]}, "
-            f"{100 * own.score[best]:.1f} %. The data set size in total, not for each task, costs "
-            f"{said}; a negative cost is a gain."
+            f"{100 * own.score[best]:.1f} %{more}. The data set size in total, not for each task, "
+            f"costs {said}; a negative cost is a gain."
         )
     return " ".join(lines)
 
@@ -109,8 +109,8 @@ def shifted(wrong: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
                 f"*{INPUT_SHIFTS.facts[worst]['label']}* per {grouping} ({lost[worst]:+.1f} points "
                 f"of {WORDS[score]}; no fit at all {lost['none']:+.1f})"
             )
-    text = f"With all inputs replaced, the lowest scores in {source}, less those of right inputs,"
-    return f"{text} are with {listed(lines)}."
+    text = f"In {source}, with all inputs replaced, the lowest score, as a difference from right"
+    return f"{text} inputs, is that of {listed(lines)}."
 
 
 def bound(sides: pd.DataFrame, source: str) -> str:

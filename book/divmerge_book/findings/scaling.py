@@ -165,14 +165,14 @@ def dilution(grid: pd.DataFrame, source: str, column: str = "anp") -> str:
 
     grid: means of anp and kept_margin by T, scale and `fixed` (False in the average's rows).
     """
-    level = 100 * grid.groupby("T")[column].max()
+    level = 100 * grid[grid.scale * grid["T"] >= 1].groupby("T")[column].max()
     mean = 100 * grid[~grid.fixed].set_index("T")[column]
     low, high = min(level.index), max(level.index)
     drop, saved = mean[low] - mean[high], level[high] - mean[high]
     text = (
         f"On the subsets merged with several coefficients in {source}, the average ($1/T$) loses "
-        f"{drop:.1f} points of {SCORES[column]} from $T = {low}$ to ${high}$. The best coefficient "
-        f"has {saved:.1f} points more than $1/T$ at $T = {high}$, and "
+        f"{drop:.1f} points of {SCORES[column]} from $T = {low}$ to ${high}$. Of coefficients from "
+        f"$1/T$ up, the best has {saved:.1f} points more than $1/T$ at $T = {high}$, and "
         f"{level[low] - mean[low]:.1f} more at $T = {low}$."
     )
     if drop <= 0:

@@ -85,7 +85,7 @@ def objective(stored: Stored) -> list[str]:
         f"The objective sees no label, but it ranks merges: over {len(rho)} sets of random merges, "
         f"its rank correlation with the mean accuracy has the median {rho.js.median():+.2f} "
         f"({span(rho.js, 2, sign=True)}).",
-        f"Entropy, AdaMerging's objective, has {rho.entropy.median():+.2f} on the same merges.",
+        f"The entropy of its answers, which AdaMerging minimises, has {rho.entropy.median():+.2f}.",
         "What is proved holds for the tasks' own inputs and for the value of the objective, not "
         "for accuracy: that is measured.",
     ]
