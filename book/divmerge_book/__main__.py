@@ -19,9 +19,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-CONFIG = re.compile(
-    r"(^|[{,])\s*[\"']?merge_method[\"']?\s*:", re.MULTILINE
-)  # a field of mergekit's files alone
+CONFIG = re.compile(r"(?m)(^|[{,])\s*[\"']?merge_method[\"']?\s*:")  # mergekit's files alone
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -54,19 +52,19 @@ def command_line() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="run one notebook with checked parameters")
-    one.add_argument("notebook")
-    one.add_argument("output", nargs="?")
+    one.add_argument("notebook", help="a chapter, such as notebooks/04_merge.ipynb")
+    one.add_argument("output", nargs="?", help="where the executed notebook goes")
     one._negative_number_matcher = re.compile(r"-[\d.]")  # else -1e-3 and -1,-2 look like options
     pair = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
-    one.add_argument("-p", dest="given", help="a parameter; may be repeated", **pair)
+    one.add_argument("-p", dest="given", help="a parameter of it; may be repeated", **pair)
     one.add_argument("--list", action="store_true", help="show the parameters and stop")
     many = commands.add_parser("grid", help="run one notebook with many parameters")
     many.add_argument("file", help="see `python -m pydoc divmerge_book.runner.grid_file`")
     many.add_argument("--list", action="store_true", help="show the runs and stop")
     every = commands.add_parser("book", help="run all notebooks and build the HTML")
-    every.add_argument("--size", default="default")
-    every.add_argument("--root", type=Path, default=ROOT)
-    every.add_argument("--workers", type=int, help="notebooks side by side; default: as fit")
+    every.add_argument("--size", default="default", help="smoke, default or full")
+    every.add_argument("--root", type=Path, default=ROOT, help="the checkout of the book")
+    every.add_argument("--workers", type=int, help="notebooks at once; default by cores and memory")
     text = "make a small project of three experts, to start from"
     first = commands.add_parser("example", help=text)
     first.add_argument("folder", type=Path, help="a new folder")
@@ -81,8 +79,8 @@ def command_line() -> argparse.ArgumentParser:
         one.add_argument("--method", dest="methods", **how)
         one.add_argument("--set", dest="options", help="option of the methods, as lr=0.02", **pairs)
         one.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
-        one.add_argument("--precision", default="float32", help="float32, bfloat16 or auto")
-    own.add_argument("output", help="folder of the merged model; a parent of several")
+        one.add_argument("--precision", default="float32", help="float32 (default), bfloat16, auto")
+    own.add_argument("output", help="folder of the merged model; of several: OUTPUT/METHOD")
     own.epilog = "The description may also be mergekit's YAML, merged from disk to disk."
     text = "options that each search tries on validation rows; default: all"
     own.add_argument("--budget", type=int, help=text)

@@ -261,7 +261,7 @@ from transformers import AutoTokenizer, {kind}
 
 tokenizer = AutoTokenizer.from_pretrained(".")
 model = {kind}.from_pretrained(".", num_labels={count}, ignore_mismatched_sizes=True).eval()
-model.load_state_dict(load_file("heads/{task}.safetensors"), strict=False)  # what was MISSING
+model.load_state_dict(load_file("heads/{task}.safetensors"), strict=False)  # MISSING in the report
 logits = model(**tokenizer(["a text"], return_tensors="pt", padding=True)).logits
 ```"""
 

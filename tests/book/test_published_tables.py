@@ -171,5 +171,5 @@ def test_sentences_on_a_printed_table_have_its_numbers():
     assert "Below the unmerged base on RTE: " in said and f"({scored_rows()['QQP']} rows)" in said
     wide = 100 * fusionbench("task arithmetic")
     best = wide.mean(axis=1).idxmax()
-    printed = f"({wide.loc[best].mean():.1f} %) at scale {best:g}, with {wide.RTE[best]:.1f} % on"
+    printed = f"({wide.loc[best].mean():.2f} %) at scale {best:g}, with {wide.RTE[best]:.1f} % on"
     assert find.scales(board.sweep()).startswith(f"Task arithmetic has its best mean {printed} RTE")

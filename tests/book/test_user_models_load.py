@@ -215,7 +215,7 @@ def test_equal_tensors_of_blocks_are_not_tied_though_they_have_a_row_per_token(t
 def test_what_a_base_has_beside_its_encoder_is_left_out_and_said(project, tmp_path):
     more = {f"cls.{n}": torch.ones(9) for n in range(4)}
     (note,) = check(read(other_base(project, tmp_path, lambda t: t | more))).notes
-    assert "4 tensors left out that its model has not: cls.0, cls.1, cls.2, ..." in note
+    assert "4 tensors left out; its model lacks them: cls.0, cls.1, cls.2, ..." in note
 
 
 def twice(folder: Path) -> None:

@@ -234,7 +234,7 @@ def test_positions_of_roberta_begin_after_its_padding_tokens(tmp_path):
 
 def test_inputs_that_are_cut_are_counted(project):
     (note,) = check(read(with_fields(project, max_length=4))).notes[:1]
-    assert re.search("'mood': cut at max_length 4 tokens are 12 of 12 merge inputs .up to", note)
+    assert re.search("'mood': max_length 4 shortens 12 of 12 merge inputs .up to", note)
 
 
 def test_more_inputs_than_a_task_has_rows_are_said(project):

@@ -250,21 +250,20 @@ def test_scores_stand_beside_the_expert_and_the_majority_class():
 
 
 def test_the_command_merges_what_a_file_describes(project, tmp_path, cache, capsys):
-    command = ["merge", str(project), str(tmp_path / "merged"), "--budget", "1"]
+    command = ["merge", str(project), str(tmp_path / "merged"), "--budget", "2"]
     assert __main__.main([*command, "--method", "average", "--method", "task_arithmetic"]) == 0
     said = capsys.readouterr().out
     assert "accuracy" in said and "agreement" in said and "negative, positive" in said
     assert re.search(r"mood +majority +[\d.]+ +- +-\n", said), "no interval, and no NaN"
-    for name in ("average", "task_arithmetic"):
-        assert f"merged model in {tmp_path / 'merged' / name}" in said
-        assert load_with_head(tmp_path / "merged" / name, "mood").config.num_labels == 2
+    for name, searched in {"average": False, "task_arithmetic": True}.items():
+        assert f"merged model in {(folder := tmp_path / 'merged' / name)}" in said
+        assert load_with_head(folder, "mood").config.num_labels == 2
+        assert ("best of 2 sets" in (folder / "README.md").read_text()) == searched
     assert __main__.main(command + ["--method", "average"]) == 2, "the folder is not empty"
     assert __main__.main(["merge", str(project), str(tmp_path / "x"), "--method", "avrage"]) == 2
 
 
-def test_options_of_the_methods_are_set_and_wrong_ones_are_refused_first(
-    project, tmp_path, cache, capsys
-):
+def test_options_are_set_and_wrong_ones_are_refused_first(project, tmp_path, cache, capsys):
     command = ["merge", str(project), str(tmp_path / "merged"), "--method", "task_arithmetic"]
     assert __main__.main([*command, "--set", "scale=0.25"]) == 0
     told = json.loads((tmp_path / "merged" / "coefficients.json").read_text())

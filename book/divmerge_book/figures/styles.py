@@ -123,8 +123,8 @@ SELECTORS: Looks = {
 SEARCHERS = marks(evolution=(0, "o"), evolution_small=(9, "P"), random=(7, "s"), greedy=(1, "^"))
 ROUTING: Looks = {
     "one": ("one set for all", mark(2, "o")),
-    "input": ("read from the input", mark(1, "s")),
-    "task": ("the task's number", mark(0, "^")),
+    "input": ("computed from the input", mark(1, "s")),
+    "task": ("chosen by the task", mark(0, "^")),
 }
 GROUPINGS: Looks = {
     name: (f"per {name}", look)

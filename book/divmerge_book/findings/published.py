@@ -36,7 +36,7 @@ def scales(swept: pd.DataFrame, task: str = "RTE") -> str:
         mean, own = wide.mean(axis=1), wide[task]
         best, other = mean.idxmax(), own.idxmax()
         said.append(
-            f"{title(method)} has its best mean ({mean[best]:.1f} %) at scale {best:g}, with "
+            f"{title(method)} has its best mean ({mean[best]:.2f} %) at scale {best:g}, with "
             f"{own[best]:.1f} % on {task}; the best of {task} is {own[other]:.1f} % at scale "
             f"{other:g}, with a mean of {mean[other]:.1f} %"
         )

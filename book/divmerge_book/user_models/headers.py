@@ -151,8 +151,8 @@ def others(who: str, kind: str, more: Mapping[str, tuple[int, ...]]) -> list[str
     strange = sorted(name for name in more if not (spare(name) or name.startswith(LEFT_OUT)))
     if strange and kind.endswith("ForSequenceClassification"):
         raise ValueError(
-            f"{who} holds {strange[:3]}, which transformers' {kind} has not: its head is another "
-            "one, and would answer otherwise; only transformers' own classifiers can be merged"
+            f"{who} holds {strange[:3]}, which transformers' {kind} does not have: it has another "
+            "head and would answer differently; only transformers' own classifiers can be merged"
         )
     shown = ", ".join(sorted(more)[:3]) + ", ..." * (len(more) > 3)
-    return [f"{who}: {len(more)} tensors left out that its model has not: {shown}"] if more else []
+    return [f"{who}: {len(more)} tensors left out; its model lacks them: {shown}"] if more else []

@@ -161,8 +161,8 @@ def cut_note(
         columns = [list(data[name]) for name in ("text", "pair") if name in data.column_names]
         lengths = list(map(len, base.tokenizer(*columns, verbose=False)["input_ids"]))
         if longer := sum(length > limit for length in lengths):
-            found.append(f"{longer} of {len(data)} {split} inputs (up to {max(lengths)})")
-    text = f"task {task.name!r}: cut at max_length {limit} tokens are {', '.join(found)}"
+            found.append(f"{longer} of {len(data)} {split} inputs (up to {max(lengths)} tokens)")
+    text = f"task {task.name!r}: max_length {limit} shortens {', '.join(found)}"
     return [text] if found else []
 
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -37,7 +37,7 @@ class MergeResult:
 
     closeness: method, task, rows (the split of the inputs), divergence (mean, in nats, from the
     expert) and agreement (share of inputs with the expert's prediction): these need no labels.
-    notes: what was warned of.
+    notes: what was warned of. chosen: method -> a note where a search chose its options.
     """
 
     made: Mapping[str, Made]
@@ -45,6 +45,7 @@ class MergeResult:
     closeness: pd.DataFrame
     report: Report | None
     notes: Sequence[str] = ()
+    chosen: Mapping[str, str] = field(default_factory=dict)
 
 
 def rows_in(batch: Batch) -> int:
@@ -114,15 +115,18 @@ def merge_and_score(
     check_methods(specs, tasks, lacking, overrides)
     searching = not lacking["validation"]
     size = replace(SIZES["full"], candidates=budget if searching else 1, inputs=None)
-    made, options = {}, {}
+    made, options, chosen = {}, {}, {}
     for spec in (bar := tqdm(specs, "merging", disable=not progress, leave=False)):
         bar.set_postfix_str(spec)
         merges = Merges(bench, spec)
         tried = candidates(spec, size, seed, overrides, bench.problem)
         options[spec] = tried[search(merges, tried).best]
+        if len(tried) > 1:
+            chosen[spec] = f"options: the best of {len(tried)} sets on the validation rows"
         made[spec] = merges(options[spec])
     flats = {"base": bench.problem.vectors.base, **{s: one.merged for s, one in made.items()}}
-    return MergeResult(made, options, closeness(bench, flats), *scored(bench, flats, seed, suite))
+    known = *scored(bench, flats, seed, suite), chosen
+    return MergeResult(made, options, closeness(bench, flats), *known)
 
 
 def scored(
@@ -177,10 +181,9 @@ def task_scores(
     """A method's scores on every labelled task, with 95 % intervals over rows.
 
     Columns task, metric, value, low, high. By task: accuracy, or the mean grade of free text;
-    majority, the accuracy of a constant prediction (no interval; not of free text); ratio and
-    kept_margin (see `Report.against_experts`), with an interval where the task counts in the ANP,
-    and NaN for the margin of an expert that has none. Where tasks count, the last rows are of task
-    `all`: anp and kept_margin.
+    majority, that of a constant prediction (no interval; not of free text); ratio and kept_margin
+    (see `Report.against_experts`), with an interval where the task counts in the ANP, NaN for the
+    margin of an expert that has none. Where tasks count, the last rows are `all`: anp, kept_margin.
     """
     columns = ["task", "metric", "value", "low", "high"]
     if report is None:

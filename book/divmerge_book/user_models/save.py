@@ -207,7 +207,7 @@ def write_merged(
         data=data,
         scores=(scores := task_scores(found.report, spec).to_dict("records")),
         base_name=(shown := plan.portable)["base_name"],
-        notes=(*shown["notes"], *found.notes),
+        notes=(*shown["notes"], *found.notes, *filter(None, [found.chosen.get(spec)])),
     )
     if plan.tokens:
         again, parts = partial(rescored, found.report, bench, spec), (plan, bench, made.merged)

@@ -31,8 +31,7 @@ def own_models(stored: Stored) -> list[str]:
         "writes a folder that transformers loads.",
         f"What to expect of one model on the {subset.count('+') + 1} tasks of the stored "
         f"table: {'; '.join(said)}.",
-        "The page *Which method should I use* has more choices, and your own validation rows have "
-        "the last word.",
+        "The page *Which method should I use* has more choices; your own test rows decide.",
     ]
 
 
