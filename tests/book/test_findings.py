@@ -259,12 +259,6 @@ def test_the_leading_measure_is_the_one_with_the_highest_correlation():
     holds(evidence.leading(correlations(0.3, 0.5), RUN), "entropy in 2 of 2 rows")
 
 
-def test_a_narrower_range_lowers_a_correlation_only_where_it_does():
-    holds(evidence.narrowed(correlations(0.9, 0.5, -0.1), RUN), "not lower for none")
-    said = "is lower than among all models for none"
-    holds(evidence.narrowed(correlations(0.9, 0.5, 0.05), RUN), said)
-
-
 # --- interference ---------------------------------------------------------------------------------
 def ways_to_cost(sms: float, other: float, shuffled: float = 0.0) -> pd.DataFrame:
     cost = {"sms": sms, "trec": other, "bbc": other}

@@ -47,10 +47,10 @@ def test_significant_differences_are_named_by_side():
 
 
 def test_a_cost_is_said_only_where_another_task_counts():
-    harm = pd.DataFrame({"kind": ["none", "none"], "objective": ["js", "kl"]})
-    said = choice.corrupted(harm.assign(cost=[0.1, 0.2], kept_cost=float("nan")), RUN)
-    assert "as it is: +10.0 points under JS, +20.0 under KL; least under JS" in said
-    assert said.endswith("kept margin, as it is: no other task counts")
+    harm = pd.DataFrame({"kind": ["none"] * 3, "objective": ["js", "js", "kl"], "seed": [0, 1, 0]})
+    said = choice.corrupted(harm.assign(cost=[0.1, 0.3, 0.2], kept_cost=float("nan")), RUN)
+    assert "| ANP | as it is | +20.0 (+10.0 to +30.0) | +20.0 (+20.0) |" in said
+    assert said.endswith("| kept margin | as it is | no other task counts | no other task counts |")
 
 
 def test_the_papers_tables_say_what_they_print():
@@ -63,10 +63,11 @@ def test_the_papers_tables_say_what_they_print():
 
 def test_the_fewest_inputs_with_nine_tenths_of_the_gain_are_named():
     table = pd.DataFrame({"inputs": [0, 5, 50], "anp": [0.5, 0.69, 0.7]})
-    table = table.assign(grouping="task", low=0.0, high=1.0, difference=0.0)
-    table = table.assign(from_low=0.0, from_high=0.0, p=1.0, holm=1.0)
-    text = protocol.needed(table, ["anp"], RUN)
-    assert "+20.0 points of ANP with coefficients per task (5 give nine tenths of it)" in text
+    table = table.assign(grouping="task", low=0.0, high=1.0, difference=table.anp - 0.7)
+    table = table.assign(from_low=-0.3, from_high=[-0.1, 0.0, 0.0], p=1.0, holm=1.0)
+    sure = "+20.0 [+10.0, +30.0] points of ANP with coefficients per task"
+    assert f"{sure} (5 give nine tenths of it)" in protocol.needed(table, ["anp"], RUN)
+    assert "nine tenths" not in protocol.needed(table.assign(from_high=0.1), ["anp"], RUN)
 
 
 def test_an_entry_of_a_list_may_have_a_list_of_its_own():

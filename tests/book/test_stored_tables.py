@@ -77,6 +77,7 @@ def test_what_the_size_says_may_differ_and_is_told(tmp_path):
     found = stored_or_measure(path, {"rows": table([2.0])}, asked={"suite", "encoder"}, **less)
     assert found.source == "the stored run"
     assert found.caption.endswith(" here give size default, rows 10, seeds 0, tasks a.")
+    assert "unmerged" in stored_or_measure(path, {}, asked={"others"}, **FACTS, others=[]).caption
     same = stored_or_measure(path, {"rows": table([2.0])}, **{**FACTS, "size": "default"})
     assert same.caption.endswith("; the parameters here give size default.")
     plain = stored_or_measure(path, {}, **FACTS).caption

@@ -18,6 +18,10 @@ PLACE = {  # facts that say where a run was made, and not of what
     *("date", "machine", "python", "torch", "transformers", "datasets"),
     *("threads", "gigaflops", "absent", "peers"),
 }
+WORDS = {  # facts whose names say little, as captions call them
+    **{"others": "unmerged tasks", "rates": "step sizes", "pool": "inputs of a fit"},
+    **{"adam": "steps of Adam", "merge_rows": "inputs", "layer_rows": "rows for layers"},
+}
 
 
 def save(path: Path, tables: Tables, **facts: object) -> None:
@@ -164,9 +168,10 @@ def agreement(
     if rank.get(stored.get("size"), -1) < rank.get(made.get("size"), -1):
         wrong.insert(0, "size")
     if wrong:
-        return False, f"; the stored run has other {', '.join(wrong)}"
+        return False, f"; the stored run has other {', '.join(WORDS.get(n, n) for n in wrong)}"
     rest = [name for name in both - PLACE - {"recipe"} if made[name] != stored[name]]
-    words = [f"{n} {in_words(made[n])}" for n in sorted(rest, key=lambda n: (n != "size", n))]
+    rest.sort(key=lambda n: (n != "size", n))
+    words = [f"{WORDS.get(n, n).replace('_', ' ')} {in_words(made[n])}" for n in rest]
     return True, f"; the parameters here give {', '.join(words)}" if words else ""
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from divmerge_book.evaluation.statistics import format_correlation
-from divmerge_book.findings import bullets, listed
+from divmerge_book.findings import bullets, count, listed, span, table_of
 from divmerge_book.studies.objective_fits import named
 from divmerge_book.studies.predictions import WORDS, of_score
 from divmerge_book.studies.robustness import CORRUPTIONS
@@ -125,42 +125,35 @@ def searched(both: pd.DataFrame, kinds: Sequence[str], lost: int) -> str:
 
 
 def tempered(hot: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
-    """The best temperature of every objective, and how far objectives differ at the ends."""
+    """How far the temperature changes every objective's scores, beside their intervals."""
     lines = []
     for score in kinds:
-        means = of_score(hot, score).groupby(["objective", "temperature"]).score.mean().unstack()
-        mean, apart = 100 * means, np.ptp(100 * means.to_numpy(), 0)
-        best = [
-            f"{named(spec)} is best at {row.idxmax():g} (range {np.ptp(row):.1f} points)"
-            for spec, row in mean.iterrows()
-        ]
-        lines.append(
-            f"By {WORDS[score]}, {listed(best)}. The objectives differ by {apart[-1]:.1f} points "
-            f"at the highest temperature and by {apart[0]:.1f} at the lowest."
-        )
-    return f"In {source}: {' '.join(lines)}"
+        own = of_score(hot, score).groupby("objective")
+        far = [f"{named(n)} {v:.1f}" for n, v in (100 * own.score.agg(np.ptp)).items()]
+        half = 50 * (own.high.mean() - own.low.mean()).mean()
+        lines.append(f"{WORDS[score]}: {listed(far)} (half of a 95 % interval: {half:.1f})")
+    return f"From the best to the worst temperature, in points, in {source}. {'; '.join(lines)}."
 
 
 def corrupted(harm: pd.DataFrame, source: str) -> str:
     """What every kind of expert costs the other tasks. harm: of `corruption_costs`."""
-    lines = []
+    lines, objectives = [], sorted(harm.objective.unique(), key=named)
     for score, column in (("anp", "cost"), ("kept_margin", "kept_cost")):
-        if column not in harm:
-            continue
-        mean = 100 * harm.groupby(["kind", "objective"])[column].mean().unstack()
-        for kind in (kind for kind in CORRUPTIONS if kind in mean.index):
-            row = mean.loc[kind]
-            if row.isna().any():
-                lines.append(f"{WORDS[score]}, {label_of(kind)}: no other task counts")
-                continue
-            low, high = row.idxmin(), row.idxmax()
-            lines.append(
-                f"{WORDS[score]}, {label_of(kind)}: {row['js']:+.1f} points under JS, "
-                f"{row['kl']:+.1f} under KL; least under {named(low)} ({row[low]:+.1f}), most "
-                f"under {named(high)} ({row[high]:+.1f})"
-            )
-    text = f"What one expert costs the other tasks in {source}, against a merge without it, means:"
-    return f"{text}\n\n{bullets(lines)}"
+        if column in harm:
+            each = 100 * harm.groupby(["kind", "objective", "seed"])[column].mean()
+            for kind in (kind for kind in CORRUPTIONS if kind in each.index):
+                cells = [
+                    "no other task counts"
+                    if (own := each[kind, spec]).isna().any()
+                    else f"{own.mean():+.1f} ({span(own, sign=True)})"
+                    for spec in objectives
+                ]
+                lines.append([WORDS[score], label_of(kind), *cells])
+    return (
+        f"What one expert costs the other tasks in {source}, against a merge without it, in points "
+        "(in brackets the lowest to the highest seed, each with another expert changed):\n\n"
+        + table_of(["score", "expert", *map(named, objectives)], lines)
+    )
 
 
 def balanced(even: pd.DataFrame, source: str) -> str:
@@ -195,7 +188,8 @@ def followed(gap: pd.DataFrame, source: str) -> str:
         )
     return (
         f"In {source} loss and ANP agree most under {named(high)} ({text[high]}) and least under "
-        f"{named(low)} ({text[low]}); for JS it is {text['js']}. Loss and ANP fall together on "
+        f"{named(low)} ({text[low]}); for JS it is {text['js']} ({gap.records.max()} records of a "
+        f"fit, {count(gap.seed.nunique(), 'seed')}). Loss and ANP fall together on "
         f"{fights['js']:.0f} % of the stretches between records under JS, and on at most "
         f"{fights.max():.0f} % ({named(fights.idxmax())}).{lost}"
     )

@@ -3,8 +3,7 @@
 import pandas as pd
 
 from divmerge_book.figures.styles import CRITERIA, labels
-from divmerge_book.findings import bullets, each, listed, scores, split, table_of
-from divmerge_book.studies.model_selection import AMONG
+from divmerge_book.findings import bullets, each, listed, scores, table_of
 from divmerge_book.studies.random_merges import MEASURES, SAMPLERS
 
 NAMES = labels(CRITERIA)
@@ -30,16 +29,6 @@ def crossed(cross: pd.DataFrame, majority: pd.Series, source: str) -> str:
     )
 
 
-def own_point(found: pd.DataFrame, source: str) -> str:
-    """Mean rank correlations over experts, by measure: with own, own alone and without."""
-    lines = [
-        f"{name}: {row['with own']:.2f} with the own expert, {row['without']:.2f} without it; the "
-        f"own expert alone gives {row['own alone']:.2f}"
-        for name, row in found.iterrows()
-    ]
-    return f"Means over tasks and seeds of rank correlations in {source}:\n\n{bullets(lines)}"
-
-
 def ranked(mean: pd.DataFrame, source: str) -> str:
     """Every criterion's rank correlation with a task's accuracy; mean: of `over_models`."""
     lines = []
@@ -54,20 +43,6 @@ def ranked(mean: pd.DataFrame, source: str) -> str:
     heads = ["coefficients drawn for", *one.index.map(NAMES), f"{NAMES['reverse_kl']} minus JS"]
     table = table_of(heads, lines)
     return f"Rank correlations with a task's accuracy in {source}:\n\n{table}"
-
-
-def narrowed(mean: pd.DataFrame, source: str) -> str:
-    """Which criteria correlate less among the best models, drawn per task, than among all."""
-    wide = spearman(mean, goal="task", sampler="task")
-    wide = wide.pivot(index="criterion", columns="among", values="value")
-    shares = [name for name in AMONG if name in wide and name != "all"]
-    if not shares:
-        return f"In {source} there are too few models to look at the best of them alone."
-    lower, other = split(wide.index.map(NAMES), wide[shares[-1]] < wide["all"])
-    return (
-        f"In {source}, for coefficients drawn per task, the correlation among the {shares[-1]} is "
-        f"lower than among all models for {lower}, and not lower for {other}."
-    )
 
 
 def by_task(of: pd.DataFrame, rows: int, source: str) -> str:
@@ -122,5 +97,5 @@ def chosen(lost: pd.DataFrame, whole: pd.DataFrame, source: str) -> str:
 
 
 def summary(mean: pd.DataFrame, lost: pd.DataFrame, whole: pd.DataFrame, source: str) -> str:
-    """The findings over merged models; see `leading`, `narrowed` and `chosen`."""
-    return bullets((leading(mean, source), narrowed(mean, source), chosen(lost, whole, source)))
+    """The findings over merged models; see `leading` and `chosen`."""
+    return bullets((leading(mean, source), chosen(lost, whole, source)))

@@ -33,9 +33,10 @@ def in_words(table: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
-def gap(row) -> str:
-    """`+1.0 [+0.5, +1.5]`: a paired difference with its interval, in points."""
-    return f"{100 * row.difference:+.1f} [{100 * row.from_low:+.1f}, {100 * row.from_high:+.1f}]"
+def gap(row, sign: int = 1) -> str:
+    """`+1.0 [+0.5, +1.5]`: a paired difference, or minus it, with its interval, in points."""
+    low, high = sorted((100 * sign * row.from_low, 100 * sign * row.from_high))
+    return f"{100 * sign * row.difference:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def settings(changed: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
@@ -69,18 +70,20 @@ def start(table: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
 
 
 def readings(kinds_of: pd.DataFrame, read: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
-    """The best level of coefficients, and what the smaller data set size costs."""
-    rows, lines = kinds_of.set_index("grouping"), []
-    total = read.query("reading == 'in total'").set_index("grouping")
+    """The best level of coefficients, and what the smaller data set size changes."""
+    rows, total = kinds_of.set_index("grouping"), read.query("reading == 'in total'")
+    lines = []
     for score in kinds:
-        own, costs = of_score(rows, score), -100 * of_score(total, score).difference
-        best = own.score.idxmax()
-        more = "" if best == "task" else f", {gap(own.loc[best])} points from one per task"
-        said = listed(f"{cost:.1f} points (coefficients per {g})" for g, cost in costs.items())
+        own = of_score(rows, score)
+        best, first = own.score.idxmax(), own.index[0]
+        beside = "" if best == first else f", {gap(own.loc[best])} points from one per {first}"
+        said = [
+            f"{gap(r)} (coefficients per {r.grouping})" for r in of_score(total, score).itertuples()
+        ]
         lines.append(
             f"In {source} one coefficient per {best} has the highest {WORDS[score]}, "
-            f"{100 * own.score[best]:.1f} %{more}. The data set size in total, not for each task, "
-            f"costs {said}; a negative cost is a gain."
+            f"{100 * own.score[best]:.1f} %{beside}. The data set size in total, not for each "
+            f"task, changes the {WORDS[score]} by {listed(said)} points."
         )
     return " ".join(lines)
 
@@ -91,10 +94,11 @@ def needed(table: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
     for score in kinds:
         for grouping, rows in of_score(table, score).groupby("grouping"):
             rows = rows.sort_values("inputs").set_index("inputs")
-            gains = 100 * (rows.score - rows.score[0])
+            gains, none = 100 * (rows.score - rows.score[0]), rows.loc[0]
             enough = gains.index[gains >= 0.9 * gains[most]].min()
-            text = f"{gains[most]:+.1f} points of {WORDS[score]} with coefficients per {grouping}"
-            said.append(f"{text} ({enough} give nine tenths of it)" if gains[most] > 0 else text)
+            text = f"{gap(none, -1)} points of {WORDS[score]} with coefficients per {grouping}"
+            sure = none.from_high < 0  # the reference is the most inputs
+            said.append(f"{text} ({enough} give nine tenths of it)" if sure else text)
     return f"In {source}, a fit from the average on {most} inputs a task brings {listed(said)}."
 
 
@@ -103,11 +107,11 @@ def shifted(wrong: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
     lines = []
     for score in kinds:
         for grouping, own in of_score(wrong.query("share == 1"), score).groupby("grouping"):
-            lost = 100 * own.set_index("kind").difference
-            worst = lost.drop("none").idxmin()
+            own = own.set_index("kind")
+            worst = own.difference.drop("none").idxmin()
             lines.append(
-                f"*{INPUT_SHIFTS.facts[worst]['label']}* per {grouping} ({lost[worst]:+.1f} points "
-                f"of {WORDS[score]}; no fit at all {lost['none']:+.1f})"
+                f"*{INPUT_SHIFTS.facts[worst]['label']}* per {grouping} ({gap(own.loc[worst])} "
+                f"points of {WORDS[score]}; no fit at all {gap(own.loc['none'])})"
             )
     text = f"In {source}, with all inputs replaced, the lowest score, as a difference from right"
     return f"{text} inputs, is that of {listed(lines)}."

@@ -197,7 +197,7 @@ def added_up(
     return (
         f"Losses of {words} in {source}: at $T = {max(rows['T'].max() for rows in last.values())}$ "
         f"the mean sum over pairs divided by the mean loss is: {each(times)}. Within "
-        f"{100 * NEAR:.0f} %, losses of pairs add up for: {yes}. They do not for: {no}."
+        f"{100 * NEAR:.0f} %, mean losses of pairs add up for: {yes}. They do not for: {no}."
     )
 
 

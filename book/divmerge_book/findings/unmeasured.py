@@ -33,7 +33,7 @@ class Missing:
 
 MEASUREMENTS = (
     Missing(
-        "GLUE's seven tasks: every method, three seeds of experts",
+        "GLUE's seven tasks: the other methods, three seeds of experts",
         "baselines/glue_encoder_minilm.json",
         f"{GLUE} {RUN}/06_baselines.ipynb glue.ipynb -p size full {ON_GLUE} -p budget 3 "
         "-p seeds 0,1,2 -p publish true",
@@ -54,7 +54,7 @@ MEASUREMENTS = (
         "-p budget 3 -p seeds 0 -p publish true",
     ),
     Missing(
-        "The embedded suite with MiniLM: every method, three seeds",
+        "The embedded suite with MiniLM: the other methods, three seeds",
         "baselines/embedded_minilm.json",
         f"{RUN}/06_baselines.ipynb minilm.ipynb -p size full -p encoder minilm -p budget 6 "
         "-p seeds 0,1,2 -p publish true",

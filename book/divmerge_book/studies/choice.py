@@ -203,9 +203,9 @@ def totals(table: pd.DataFrame) -> pd.DataFrame:
 def disagreement(table: pd.DataFrame) -> pd.DataFrame:
     """Per fit without corruption: how far a falling loss means a rising ANP.
 
-    Columns: objective, seed; correlation, Spearman's of minus the loss and the ANP over steps;
-    against, the share of stretches between recorded steps over which both fell; lost and kept_lost,
-    the best ANP and kept margin of the fit minus the last.
+    Columns: objective, seed, records; correlation, Spearman's of minus the loss and the ANP over
+    those steps; against, the share of stretches between them over which both fell; lost and
+    kept_lost, the best ANP and kept margin of the fit minus the last.
     """
 
     def of(fit: pd.DataFrame) -> pd.Series:
@@ -213,10 +213,12 @@ def disagreement(table: pd.DataFrame) -> pd.DataFrame:
         fell = ((loss.diff() < 0) & (anp.diff() < 0)).iloc[1:]
         agree = float(spearman(-loss.to_numpy(), anp.to_numpy()))
         lost = {"lost": anp.max() - anp.iloc[-1], "kept_lost": kept.max() - kept.iloc[-1]}
-        return pd.Series({"correlation": agree, "against": fell.mean(), **lost})
+        return pd.Series(
+            {"correlation": agree, "against": fell.mean(), **lost, "records": len(fit)}
+        )
 
     fits = totals(table[table.kind == "none"]).groupby(["objective", "seed"], sort=False)
-    return fits.apply(of).reset_index()
+    return fits.apply(of).reset_index().astype({"records": int})
 
 
 def balance(table: pd.DataFrame) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from divmerge_book.figures import baselines as draw
 from divmerge_book.figures import largest, title
 from divmerge_book.findings import beyond as find
 from divmerge_book.findings import listed
+from divmerge_book.findings.contests import COLUMN_OF, gap, sampled
 from divmerge_book.findings.in_short import Stored
 from divmerge_book.studies.plans import with_margins
 
@@ -17,10 +18,8 @@ def baselines(stored: Stored) -> list[str]:
     best = [f"{title(table[c].idxmax())} by {w} ({100 * table[c].max():.1f} %)" for c, w in pairs]
     first = table.value[table.index.str.startswith("divmerge")].idxmax()
     ranks = [f"{int(table[c].rank(ascending=False)[first])} by {w}" for c, w in pairs]
-    access = [
-        f"{title(rows.value.idxmax())} ({100 * rows.value.max():.1f} %; {name})"
-        for name, rows in table.groupby("block", observed=True)
-    ]
+    ahead = {name: (table[c].idxmax(), first) for name, c in COLUMN_OF.items()}
+    said = [f"{title(p[0])} {gap(sampled(report, subset), {n: p})}" for n, p in ahead.items()]
     cheap = table[table.value >= table.value[first]].seconds
     more = every.drop(table.index)
     few = more[more.stored < 1.5].value
@@ -29,7 +28,7 @@ def baselines(stored: Stored) -> list[str]:
         f"the best of {len(table)} methods that return one model are {listed(best)}.",
         f"The best DivMerge by ANP, {title(first)} ({100 * table.value[first]:.1f} %), is number "
         f"{listed(ranks)}.",
-        f"The best by ANP for the data that a method reads: {listed(access)}.",
+        f"Minus {title(first)}, with 95 % intervals: {listed(said)}.",
         f"{title(first)} takes {table.seconds[first]:.1f} s; the fastest method with at least its "
         f"ANP, {title(cheap.idxmin())}, takes {cheap.min():.1f} s.",
         f"{len(more)} more methods answer with more than one model. Of those that store less than "

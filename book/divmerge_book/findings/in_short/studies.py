@@ -1,8 +1,11 @@
 """In short: the chapters that draw tables of studies."""
 
+import pandas as pd
+
+from divmerge_book.evaluation.statistics import mean_interval
 from divmerge_book.figures import title
 from divmerge_book.figures.protocol import SETTINGS
-from divmerge_book.findings import listed, paper, span
+from divmerge_book.findings import count, listed, paper, span
 from divmerge_book.findings import protocol as settled
 from divmerge_book.findings.in_short import Stored
 from divmerge_book.findings.scaling import dilution
@@ -24,6 +27,7 @@ from divmerge_book.studies.task_attribution import shapley_values
 
 OURS = "divmerge/layer"
 LEVEL = 0.05  # of corrected p-values
+COSTS = [(kind, objective) for kind in ("wrong", "none") for objective in ("js", "kl")]
 
 
 def choice(stored: Stored) -> list[str]:
@@ -34,10 +38,11 @@ def choice(stored: Stored) -> list[str]:
     mean = 100 * own.groupby("objective").difference.mean()
     better = own[(own.holm < LEVEL) & (own.difference > 0)]
     harm = predictions.scored(stored.tables("choice/strains.json"), {}, robustness.corruption_costs)
-    cost = 100 * harm["rows"].groupby(["kind", "objective"]).cost.mean()
+    cost = 100 * harm["rows"].groupby(["kind", "objective", "seed"]).cost.mean()
+    said = {k: f"{cost[k].mean():+.1f} ({span(cost[k], sign=True)})" for k in COSTS}
     way = stored.tables("choice/courses.json")["rows"]
     even = divergences.balance(way[way.kind == "none"]).query("objective == 'js'")
-    gap = divergences.disagreement(way[way.kind == "none"]).groupby("objective").correlation.mean()
+    fits = divergences.disagreement(way[way.kind == "none"]).query("objective == 'js'")
     return [
         f"Of {len(own)} differences in ANP between another objective and JS, "
         f"{(own.holm < LEVEL).sum()} are significant after correction, {len(better)} of them in "
@@ -45,27 +50,39 @@ def choice(stored: Stored) -> list[str]:
         f"Mean differences from JS range from {mean.min():+.1f} points ({named(mean.idxmin())}) to "
         f"{mean.max():+.1f} ({named(mean.idxmax())}).",
         "Against a merge without it, an expert with surely wrong answers costs the other tasks "
-        f"{cost['wrong', 'js']:+.1f} points of ANP under JS and {cost['wrong', 'kl']:+.1f} under "
-        f"KL; an unchanged expert {cost['none', 'js']:+.1f} and {cost['none', 'kl']:+.1f}.",
+        f"{said['wrong', 'js']} points of ANP under JS and {said['wrong', 'kl']} under KL; an "
+        f"unchanged one {said['none', 'js']} and {said['none', 'kl']}: means over "
+        f"{count(len(cost['none', 'js']), 'expert')} (lowest to highest).",
         f"JS does not balance the tasks: gradient norms of {even.tasks.iloc[0]:.0f} tasks are as "
         f"uneven as if {even.effective_tasks.mean():.2f} had equal ones and the others none.",
-        f"During a fit by JS, the rank correlation of falling loss and validation ANP is "
-        f"{gap['js']:.2f}.",
+        "During a fit by JS, falling loss and validation ANP correlate (ranks) by "
+        f"{fits.correlation.mean():.2f} ({fits.records.max()} records, {len(fits)} seeds).",
     ]
+
+
+def leader(per: pd.DataFrame, means: pd.Series) -> str:
+    """The first method at one T and its lead over the next; per: of `scores.by_subset`."""
+    first, second = means.nlargest(2).index
+    own = per[per["T"] == means.name]
+    several = own.subset.nunique() > 1
+    own = (scores.first_seed(own) if several else own).set_index(["subset", "seed", "method"]).anp
+    lead = 100 * (own.xs(first, level="method") - own.xs(second, level="method")).to_numpy()
+    return (
+        f"at T = {means.name} {title(first)} with {means.max():.1f} % (Average: "
+        f"{means['average']:.1f} %), {lead.mean():+.1f} points from {title(second)} (95 % over "
+        f"{count(len(lead), 'subset' if several else 'seed')}: "
+        f"{span(mean_interval(lead), sign=True)})"
+    )
 
 
 def scaling(stored: Stored) -> list[str]:
     """What is lost as more tasks are merged, by which methods, and what explains it."""
     run, fixed = (stored.tables(f"scaling/{name}.json") for name in ("sample", "fixed"))
     rows, label = run["answers"], {"seed": fixed.facts["seeds"][0], "method": "task_arithmetic"}
-    means = scores.over_subsets(scores.by_subset(scores.ratios(rows, rows)))
-    wide = 100 * means.pivot(index="method", columns="T", values="value")
+    per = scores.by_subset(scores.ratios(rows, rows))
+    wide = 100 * scores.over_subsets(per).pivot(index="method", columns="T", values="value")
     low, high = min(wide), max(wide)
-    best = [
-        f"at T = {n} {title(wide[n].idxmax())} with {wide[n].max():.1f} % (Average: "
-        f"{wide[n]['average']:.1f} %)"
-        for n in (low, high)
-    ]
+    best = [leader(per, wide[n]) for n in (low, high)]
     drop = wide[low] - wide[high]
     most, least = drop.idxmax(), drop.idxmin()
     grid = scores.by_scale(fixed["curves"].assign(**label), rows)
@@ -75,7 +92,7 @@ def scaling(stored: Stored) -> list[str]:
     spread = scores.spreads(rows).dropna().query("T == @low").groupby("source").sd
     noise = {name: 100 * (values**2).mean() ** 0.5 for name, values in spread}
     return [
-        f"Of {len(wide)} methods the one with the highest ANP is {listed(best)}.",
+        f"Of {len(wide)} methods the one of highest ANP, at the first seed, is {listed(best)}.",
         f"From T = {low} to {high} the ANP changes by {-drop[most]:+.1f} points ({title(most)}) to "
         f"{-drop[least]:+.1f} ({title(least)}, which starts from {wide[low][least]:.1f} %).",
         f"At T = {low}, the standard deviation of a method's ANP over subsets of tasks is "
@@ -95,6 +112,8 @@ def evidence(stored: Stored) -> list[str]:
     whole = model_selection.model_scores(merges, cross, seen)
     lost = model_selection.selection_regret(whole)
     lost, some = lost[lost.sampler == "task"], whole[whole.sampler == "task"]
+    each = model_selection.choices(some).pivot(index="seed", columns="criterion", values="anp")
+    gap = 100 * (each.js - each.validation).to_numpy()
     by = lost.set_index("criterion").anp
     table, means = paper_reanalysis.without_the_point()
     mean = means.set_index(["divergence", "how"]).loc[("JS", "pearson")]
@@ -106,7 +125,8 @@ def evidence(stored: Stored) -> list[str]:
         f"Of {lost.models.iloc[0]} random merges a seed with a coefficient per task, that of least "
         f"JS on unlabelled inputs has {by['js']:.1f} % test ANP (mean over seeds), of least "
         f"entropy {by['entropy']:.1f} %, of the best score on {run.facts['validation_rows']} "
-        f"labels a task {by['validation']:.1f} %; that of all is {100 * some.anp.mean():.1f} %.",
+        f"labels a task {by['validation']:.1f} %; that of all is {100 * some.anp.mean():.1f} %. JS "
+        f"minus labels: {gap.mean():+.1f} (95 %: {span(mean_interval(gap), sign=True)}) points.",
     ]
 
 
@@ -154,8 +174,8 @@ def interference(stored: Stored) -> list[str]:
         f"Of {(~inputs).sum()} correlations between a number of the weights and the damage of a "
         f"merge, {(some & ~inputs).sum()} are significant after correction; of {inputs.sum()} with "
         f"the JS on a few unlabelled inputs, {(some & inputs).sum()} are.",
-        f"DivMerge's coefficients per {row.grouping} have a rank correlation of {row.rho:+.2f} "
-        f"[{row.low:+.2f}, {row.high:+.2f}] with the sign conflict at T = {row['count']}.",
+        f"Within groups, the rank correlation of DivMerge's coefficients per {row.grouping} with "
+        f"sign conflict is {row.rho:+.2f} [{row.low:+.2f}, {row.high:+.2f}] at T = {row['count']}.",
     ]
 
 
