@@ -29,6 +29,7 @@ class Registry(dict[str, Any]):
         super().__init__()
         self.kind, self.defaults = kind, defaults
         self.facts: dict[str, dict[str, Any]] = {}
+        self.elsewhere: dict[str, str] = {}  # another library's name -> the name here
 
     def register(self, name: str, **facts: Any) -> Callable[[Any], Any]:
         """Decorator that files its function (or any value) under `name`; a name is taken once."""
@@ -43,6 +44,7 @@ class Registry(dict[str, Any]):
         return keep
 
     def __missing__(self, name: str) -> Any:
-        near = difflib.get_close_matches(str(name), self, n=1)
+        known = self.elsewhere.get(str(name))
+        near = [known] if known else difflib.get_close_matches(str(name), self, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise UnknownName(f"unknown {self.kind} {name!r}; choose one of: {', '.join(self)}{hint}")

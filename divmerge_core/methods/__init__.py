@@ -44,6 +44,7 @@ class Methods(Registry):
 
 CURE = "MergeProblem(vectors, batches, forward); a method that reads no inputs takes [] per task"
 METHODS = Methods("method", needs="nothing", cost="weights", symmetric=True, search=())
+METHODS.elsewhere["linear"] = "average"  # mergekit's
 
 from divmerge_core.methods import (
     adaptive,

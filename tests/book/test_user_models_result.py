@@ -260,7 +260,13 @@ def test_the_command_merges_what_a_file_describes(project, tmp_path, cache, caps
         assert load_with_head(folder, "mood").config.num_labels == 2
         assert ("best of 2 sets" in (folder / "README.md").read_text()) == searched
     assert __main__.main(command + ["--method", "average"]) == 2, "the folder is not empty"
-    assert __main__.main(["merge", str(project), str(tmp_path / "x"), "--method", "avrage"]) == 2
+    assert __main__.main(["merge", str(project), str(tmp_path / "x"), "--method", "linear"]) == 2
+    assert "(did you mean 'average'?)" in capsys.readouterr().err
+    bare = make_project(tmp_path / "bare")
+    bare.write_text(re.sub(r" *validation: .*\n", "", bare.read_text()))
+    command = ["merge", str(bare), str(tmp_path / "x"), "--method", "ties", "--budget", "3"]
+    assert __main__.main(command) == 2
+    assert "budget is 3 candidates on validation rows" in capsys.readouterr().err
 
 
 def test_options_are_set_and_wrong_ones_are_refused_first(project, tmp_path, cache, capsys):

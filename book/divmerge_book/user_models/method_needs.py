@@ -35,3 +35,13 @@ def check_methods(
                 f"{spec} {uses}: give task {', '.join(map(repr, lacking[split]))} a {split} split "
                 f"({split}: FILE), or choose a method that needs none, such as average or ties"
             )
+
+
+def check_budget(budget: int | None, without: Sequence[str]) -> None:
+    """Raise ValueError for a search of several candidates where tasks have no validation rows."""
+    if without and (budget or 1) > 1:
+        raise ValueError(
+            f"budget is {budget} candidates on validation rows, and task "
+            f"{', '.join(map(repr, without))} has none: leave it out for published options, or give "
+            "the task a validation split (validation: FILE)"
+        )

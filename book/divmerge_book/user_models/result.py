@@ -24,7 +24,7 @@ from divmerge_book.evaluation.report import Report
 from divmerge_book.evaluation.statistics import middle
 from divmerge_book.models.language.reading import MultipleChoiceBatch
 from divmerge_book.user_models.labels import order_note
-from divmerge_book.user_models.method_needs import check_methods
+from divmerge_book.user_models.method_needs import check_budget, check_methods
 from divmerge_core.divergences import objective
 from divmerge_core.merging.problem import Batch, Merged
 
@@ -100,7 +100,7 @@ def merge_and_score(
     """Every method on the user's experts, scored where there are labelled test rows.
 
     budget: candidates of each method's search on validation rows, None for all that it registers;
-    without validation rows each takes its published options. overrides: options of the methods
+    without validation rows each takes its published options, and more than one is refused. overrides: options of the methods
     (`epochs`, `lr`, `inputs`, `divergence`, `scale`). suite: its name in the report, whose methods
     `expert` and `base` are the references.
 
@@ -113,6 +113,7 @@ def merge_and_score(
         for split, every in (("merge", bench.problem.batches), ("validation", searched))
     }
     check_methods(specs, tasks, lacking, overrides)
+    check_budget(budget, lacking["validation"])
     searching = not lacking["validation"]
     size = replace(SIZES["full"], candidates=budget if searching else 1, inputs=None)
     made, options, chosen = {}, {}, {}

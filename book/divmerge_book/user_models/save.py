@@ -19,6 +19,7 @@ from divmerge_book.user_models.checking import check
 from divmerge_book.user_models.description import Description, locate, read
 from divmerge_book.user_models.language_save import language_facts, write_language
 from divmerge_book.user_models.load import load
+from divmerge_book.user_models.method_needs import check_budget
 from divmerge_book.user_models.plan import Plan
 from divmerge_book.user_models.result import MergeResult, merge_and_score, rescored, task_scores
 from divmerge_book.user_models.streaming import write_from_disk
@@ -115,6 +116,8 @@ def merge_described(
     check_request(list(folders), [seed], {}, budget)
     how = {"device": device, "precision": precision}
     plan = check(described, list(folders), **how, options=options)
+    tested = zip(plan.tasks, plan.rows["validation"], strict=True)
+    check_budget(budget, [task for task, rows in tested if not rows])
     print(plan.summary())
     if not plan.memory:
         given = {"overwrite": overwrite, "options": {"seed": seed, **(options or {})}}
