@@ -4,10 +4,14 @@ from itertools import product
 
 import pandas as pd
 import pytest
+import torch
+from divmerge_book.evaluation.stored_tables import ResultTable
 from divmerge_book.findings import bases as find
+from divmerge_book.studies import ideas
 from divmerge_book.studies.bases import COLUMNS, ablation, merge, planned
 from divmerge_book.studies.predictions import SCORES, compared, split
 
+from divmerge_core.divergences import js
 from divmerge_core.methods import METHODS
 
 CONFIG = {"inputs": 8, "epochs": 1, "optimizer": "annealed_adam"}
@@ -79,3 +83,38 @@ def test_the_summary_has_gains_by_number_of_tasks_and_what_is_held():
     assert gains.endswith(", T = 8: +10.0 points of ANP (+5.0 to +20.0).")
     assert parts == "At T = 8 DivMerge+ has 90.0 % ANP; raw task vectors fitted by JS 80.0 %."
     assert memory.endswith("T = 8: task vectors 8.00 N, TSV directions 2.50 N.")
+
+
+# --- fits beside ProDistill's ---------------------------------------------------------------------
+@torch.no_grad()
+def test_a_fit_from_a_merge_keeps_the_experts_and_changes_the_base(experiment):
+    problem = experiment.problem
+    average, found = METHODS["average"](problem), []
+    again = ideas.started_at(problem, average)
+    assert torch.equal(again.vectors.base, average)
+    assert again.vectors.deltas is problem.vectors.deltas
+    for number, (task, batches) in enumerate(
+        zip(problem.vectors.tasks, again.batches, strict=True)
+    ):
+        wanted = [problem.logits(problem.vectors.expert(task), number, b) for b in batches]
+        assert all(torch.equal(w, b.expert) for w, b in zip(wanted, batches, strict=True))
+        merged = [problem.logits(average, number, batch) for batch in batches]
+        found.append(js(torch.cat(wanted), torch.cat(merged)).mean().item())
+    said = ideas.distance(problem, average, problem.batches)
+    assert said == pytest.approx(sum(found) / len(found), rel=1e-5)
+    assert ideas.distance(again, average, again.batches) == pytest.approx(said, rel=1e-5)
+
+
+def test_every_fit_is_scored_beside_prodistill(experiment):
+    table = ideas.ideas({0: experiment}, inputs=8, epochs=1)
+    then = {name for name, *_ in ideas.THEN.values()}
+    assert set(table.method) == {*ideas.FITS, *then, "expert"}
+    facts = {"suite": "toy", "encoder": "toy", "tasks": ["a"], "size": "smoke", "seeds": [0]}
+    facts |= {"rows": 8, "device": "cpu", "machine": "one", "torch": "2", "date": "today"}
+    scores = compared(table, by=[], against="prodistill", draws=50)
+    scores.loc[scores.method == "five bands", ["from_low", "kept_from_low"]] = [0.01, -0.01]
+    scores.loc[scores.method != "five bands", ["from_low", "kept_from_low"]] = -0.01
+    said = find.fits(ResultTable({"answers": table}, facts, "this run"), scores)
+    assert said.count("\n| ") == 8 and "above 0: by ANP, five bands; by kept margin, none." in said
+    nats = table.set_index("method").read
+    assert f"{nats['divmerge+'] / nats['prodistill']:.2f} times as far" in said

@@ -89,19 +89,20 @@ SETTINGS: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     },
     # tasks: how many of the suite's, None for all. bases at the largest number of tasks; counts: of
     # tasks, for two bases. rates: step sizes tried. inputs and test rows per task; epochs of fits.
+    # tested: test rows of the fits beside ProDistill's.
     "bases": {
         "all": {"groupings": ("task",), "tasks": None, "rates": (0.2, 0.05, 0.005), "epochs": 2},
         "smoke": {
             **{"bases": ("raw", "tsv:3"), "tasks": 2, "counts": (), "rates": (0.1,), "epochs": 1},
-            **{"validation": 30, "rows": 40, "inputs": 8},
+            **{"validation": 30, "rows": 40, "inputs": 8, "tested": 40},
         },
         "default": {
             **{"bases": ("raw", "svd:3", "tsv", "tsv:3"), "tasks": 4, "counts": (2,)},
-            **{"validation": 50, "rows": 100, "inputs": 64, "rates": (0.1,)},
+            **{"validation": 50, "rows": 100, "inputs": 64, "rates": (0.1,), "tested": 100},
         },
         "full": {
             "bases": ("raw", "ties", "svd:3", "essential", "isotropic", "tsv", "tsv:2", "tsv:3"),
-            **{"counts": (2, 4), "validation": 100, "rows": 300, "inputs": 200},
+            **{"counts": (2, 4), "validation": 100, "rows": 300, "inputs": 200, "tested": 500},
         },
     },
     # tasks: how many of the suite's, None for all. subsets: of every number of tasks at the first

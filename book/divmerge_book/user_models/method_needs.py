@@ -42,6 +42,6 @@ def check_budget(budget: int | None, without: Sequence[str]) -> None:
     if without and (budget or 1) > 1:
         raise ValueError(
             f"budget is {budget} candidates on validation rows, and task "
-            f"{', '.join(map(repr, without))} has none: leave it out for published options, or give "
-            "the task a validation split (validation: FILE)"
+            f"{', '.join(map(repr, without))} has none: leave it out for published options, or "
+            "give the task a validation split (validation: FILE)"
         )

@@ -100,9 +100,9 @@ def merge_and_score(
     """Every method on the user's experts, scored where there are labelled test rows.
 
     budget: candidates of each method's search on validation rows, None for all that it registers;
-    without validation rows each takes its published options, and more than one is refused. overrides: options of the methods
-    (`epochs`, `lr`, `inputs`, `divergence`, `scale`). suite: its name in the report, whose methods
-    `expert` and `base` are the references.
+    without validation rows each takes its published options, and more than one is refused.
+    overrides: options of the methods (`epochs`, `lr`, `inputs`, `divergence`, `scale`). suite: its
+    name in the report, whose methods `expert` and `base` are the references.
 
     Raises ValueError for what is unknown, for methods that return no single model, and for those
     that need a validation score where there is none; Diverged where a fit diverges.
