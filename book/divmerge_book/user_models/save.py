@@ -156,8 +156,8 @@ def target(description: Description, output: str | os.PathLike, *, overwrite: bo
         raise ValueError(f"output {folder}: {beside} cannot be written to ({error})") from error
     if full and not overwrite:
         raise ValueError(
-            f"output {folder} exists and is not empty; name a new folder, or set overwrite to "
-            "replace the model in it"
+            f"output {folder} exists and is not empty; name a new folder, or say overwrite "
+            "(--overwrite of the command) to replace the model in it"
         )
     if full and not (folder / "config.json").is_file():
         raise ValueError(f"output {folder} holds no model to be replaced; name another folder")
