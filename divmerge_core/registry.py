@@ -44,7 +44,6 @@ class Registry(dict[str, Any]):
         return keep
 
     def __missing__(self, name: str) -> Any:
-        known = self.elsewhere.get(str(name))
-        near = [known] if known else difflib.get_close_matches(str(name), self, n=1)
+        near = difflib.get_close_matches(self.elsewhere.get(str(name), str(name)), self, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise UnknownName(f"unknown {self.kind} {name!r}; choose one of: {', '.join(self)}{hint}")
