@@ -89,7 +89,7 @@ def summary(table: pd.DataFrame, held: pd.DataFrame, source: str) -> list[str]:
         f"Coefficients of cleaned directions in place of task vectors gain, in {source}, "
         f"{'; '.join(gains(layer, ['anp']))}.",
         f"At T = {layer.tasks.max()} DivMerge+ has {most['js', OURS]:.1f} % ANP; {listed(others)}.",
-        f"Numbers held beside the base at T = {held.index[-1]}: {memory}.",
+        f"Numbers held beside the base at T = {held.index[-1]}, with this run's experts: {memory}.",
     ]
 
 
