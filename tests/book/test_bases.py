@@ -82,7 +82,7 @@ def test_the_summary_has_gains_by_number_of_tasks_and_what_is_held():
     gains, parts, memory = find.summary(table, held, "the stored run")
     assert gains.endswith(", T = 8: +10.0 points of ANP (+5.0 to +20.0).")
     assert parts == "At T = 8 DivMerge+ has 90.0 % ANP; raw task vectors fitted by JS 80.0 %."
-    assert memory.endswith("T = 8: task vectors 8.00 N, TSV directions 2.50 N.")
+    assert memory.endswith("experts: task vectors 8.00 N, TSV directions 2.50 N.")
 
 
 # --- fits beside ProDistill's ---------------------------------------------------------------------
