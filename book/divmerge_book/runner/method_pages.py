@@ -199,7 +199,7 @@ def page(name: str, measured: Mapping[str, Sequence[str]] = MappingProxyType({})
             else "None.",
             "\n## How to call it\n",
             f"```python\nfrom divmerge_core import METHODS\n\nmerged = {call(name)}\n```\n",
-            "`problem` is a `MergeProblem`: {ref}`chapter-objective` makes one by hand.\n",
+            "`problem` is a `MergeProblem`; the chapter *The objective* makes one by hand.\n",
             command(name),
         ]
     )
