@@ -29,7 +29,6 @@ class Registry(dict[str, Any]):
         super().__init__()
         self.kind, self.defaults = kind, defaults
         self.facts: dict[str, dict[str, Any]] = {}
-        self.elsewhere: dict[str, str] = {}  # another library's name -> the name here
 
     def register(self, name: str, **facts: Any) -> Callable[[Any], Any]:
         """Decorator that files its function (or any value) under `name`; a name is taken once."""
@@ -44,6 +43,7 @@ class Registry(dict[str, Any]):
         return keep
 
     def __missing__(self, name: str) -> Any:
-        near = difflib.get_close_matches(self.elsewhere.get(str(name), str(name)), self, n=1)
+        other = {facts.get("elsewhere"): own for own, facts in self.facts.items()}.get(str(name))
+        near = [other] if other else difflib.get_close_matches(str(name), self, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise UnknownName(f"unknown {self.kind} {name!r}; choose one of: {', '.join(self)}{hint}")

@@ -12,7 +12,7 @@ base and expert; `optional="large"`, where it is made for a second, larger base;
 that comparisons list. `linear`: the option that multiplies all of the change, so that a merge
 with another value of it follows from the first. `passes`: the option that counts steps through the
 model, one batch per task each. `calls`: a function of the number of experts, how often a step
-calls the score.
+calls the score. `elsewhere`: its name in mergekit.
 """
 
 import inspect
@@ -44,7 +44,6 @@ class Methods(Registry):
 
 CURE = "MergeProblem(vectors, batches, forward); a method that reads no inputs takes [] per task"
 METHODS = Methods("method", needs="nothing", cost="weights", symmetric=True, search=())
-METHODS.elsewhere["linear"] = "average"  # mergekit's
 
 from divmerge_core.methods import (
     adaptive,

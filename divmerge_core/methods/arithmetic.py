@@ -37,7 +37,7 @@ def task_weights(
 
 
 # --- sums -----------------------------------------------------------------------------------------
-@METHODS.register("average", source="Wortsman et al. 2022", cite="wortsman2022")
+@METHODS.register("average", source="Wortsman et al. 2022", cite="wortsman2022", elsewhere="linear")
 def average(problem: MergeProblem) -> Float[Tensor, " N"]:
     r"""The mean of the experts: every task vector with the coefficient 1/T.
 

@@ -281,7 +281,7 @@ def nested(folder: Path) -> None:
         (partial(stored, change=without(QUERY)), "lacks 2 tensors of its model"),
         (
             partial(stored, change=lambda own: own | {"classifier.out.weight": torch.ones(2, 32)}),
-            "classifier.out.weight.*its head is another one",
+            "classifier.out.weight.*it has another head",
         ),
         (
             partial(rewritten, id2label={"0": "a", "1": "b", "2": "c"}),
