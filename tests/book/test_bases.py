@@ -102,7 +102,6 @@ def test_a_fit_from_a_merge_keeps_the_experts_and_changes_the_base(experiment):
         found.append(js(torch.cat(wanted), torch.cat(merged)).mean().item())
     said = ideas.distance(problem, average, problem.batches)
     assert said == pytest.approx(sum(found) / len(found), rel=1e-5)
-    assert ideas.distance(again, average, again.batches) == pytest.approx(said, rel=1e-5)
 
 
 def test_every_fit_is_scored_beside_prodistill(experiment):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.metrics import evaluate
+from divmerge_book.interference import behaviour
 from divmerge_book.studies.predictions import with_experts
 from divmerge_book.studies.study import Experiments, study
 from divmerge_core.divergences import js
@@ -51,12 +52,11 @@ def distance(
     problem: MergeProblem, merged: Float[Tensor, " N"], batches: Sequence[Sequence[Batch]]
 ) -> float:
     """JS from the experts on these inputs, in nats: a mean over inputs, then over tasks."""
-    answers = expert_logits(replace(problem, batches=batches))
     found = [
-        torch.cat([js(a, problem.logits(merged, n, b)) for a, b in zip(own, some, strict=True)])
-        for n, (own, some) in enumerate(zip(answers, batches, strict=True))
+        js(answers, behaviour.all_logits(problem, merged, task, batches[task])).mean()
+        for task, answers in enumerate(behaviour.expert_logits(problem, batches))
     ]
-    return torch.stack([task.mean() for task in found]).mean().item()
+    return torch.stack(found).mean().item()
 
 
 def tried(experiment: Experiment, *, seed: int, fit: str, inputs: int, epochs: int) -> pd.DataFrame:
