@@ -110,10 +110,13 @@ def test_every_fit_is_scored_beside_prodistill(experiment):
     assert set(table.method) == {*ideas.FITS, *then, "expert"}
     facts = {"suite": "toy", "encoder": "toy", "tasks": ["a"], "size": "smoke", "seeds": [0]}
     facts |= {"rows": 8, "device": "cpu", "machine": "one", "torch": "2", "date": "today"}
-    scores = compared(table, by=[], against="prodistill", draws=50)
+    scores = compared(table, by=[], against=ideas.peer, draws=50)
+    more = scores.set_index("method").anp
+    gap = scores.set_index("method").loc[ideas.MORE, SCORES["anp"][3]]
+    assert gap == pytest.approx(more[ideas.MORE] - more[f"prodistill, {ideas.MORE}"])
     scores.loc[scores.method == "five bands", ["from_low", "kept_from_low"]] = [0.01, -0.01]
     scores.loc[scores.method != "five bands", ["from_low", "kept_from_low"]] = -0.01
     said = find.fits(ResultTable({"answers": table}, facts, "this run"), scores)
-    assert said.count("\n| ") == 8 and "above 0: by ANP, five bands; by kept margin, none." in said
+    assert said.count("\n| ") == 10 and "above 0: by ANP, five bands; by kept margin, none." in said
     nats = table.set_index("method").read
     assert f"{nats['divmerge+'] / nats['prodistill']:.2f} times as far" in said

@@ -37,6 +37,8 @@ def test_an_ordering_is_replicated_reversed_or_open_by_its_interval():
     assert found[pair("layer", "Average")].value == pytest.approx(35)
     assert found[pair("layer", "TIES")].verdict == OPEN
     assert found[pair("task", "TIES")].verdict == OPPOSITE
+    kept = [found[pair(*names)].kept for names in (("layer", "Average"), ("task", "TIES"))]
+    assert kept == [REPLICATED, OPPOSITE]
     printed = paper.table(6).loc[7]
     assert found[pair("task", "TIES")].paper == pytest.approx(printed["TL JS"] - printed["TIES"])
     assert not any("AdaMerging" in claim for claim in found), "what was not measured is not checked"

@@ -7,6 +7,7 @@ import pandas as pd
 from divmerge_book.evaluation.stored_tables import ResultTable
 from divmerge_book.figures.bases import name_of
 from divmerge_book.findings import SCORES, bullets, listed, table_of, with_origin
+from divmerge_book.studies import ideas
 from divmerge_book.studies.predictions import SCORES as COLUMNS
 
 OURS = "tsv:3"
@@ -96,24 +97,25 @@ def summary(table: pd.DataFrame, held: pd.DataFrame, source: str) -> list[str]:
 def fits(run: ResultTable, scores: pd.DataFrame) -> str:
     """A table of `studies.ideas`' fits, and which of them is ahead of ProDistill.
 
-    run: its predictions, with facts `read` and `unseen`. scores: `compared` against ProDistill.
+    run: its predictions, with facts `read` and `unseen`. scores: `compared` against `ideas.peer`.
     """
     nats = run["answers"].groupby("method")[["read", "unseen"]].mean()
     heads, lines, ahead = ["fit"], [], {}
     for words in SCORES.values():
-        heads += [f"{words}, %", "minus ProDistill, points"]
+        heads += [f"{words}, %", "minus ProDistill's, points"]
     for row in scores.sort_values("anp", ascending=False).to_dict("records"):
         name = row["method"].replace("divmerge", "DivMerge").replace("prodistill", "ProDistill")
         lines.append([name])
         for score in SCORES:
             value, _, _, gap, low, high = (100 * row[column] for column in COLUMNS[score][:6])
-            own = row["method"] == "prodistill"
+            own = row["method"] == ideas.peer(row["method"])
             lines[-1] += [f"{value:.1f}", "" if own else f"{gap:+.1f} [{low:+.1f}, {high:+.1f}]"]
             if low > 0:
                 ahead.setdefault(score, []).append(name)
         lines[-1] += [f"{value:.4f}" for value in nats.loc[row["method"]]]
     first = [f"by {SCORES[score]}, {listed(ahead.get(score, ()), 'none')}" for score in SCORES]
-    said = [f"Fits with a 95 % interval of the gain over ProDistill above 0: {'; '.join(first)}."]
+    head = "Fits with a 95 % interval of the gain over ProDistill with as many inputs above 0"
+    said = [f"{head}: {'; '.join(first)}."]
     ours, other = nats.loc["divmerge+"], nats.loc["prodistill"]
     said.append(
         f"DivMerge+ is {ours.read / other.read:.2f} times as far from the experts as ProDistill on "

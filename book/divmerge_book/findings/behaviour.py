@@ -92,9 +92,9 @@ def calibrated(states: pd.DataFrame, source: str) -> str:
         for row in mean.itertuples()
     ]
     return (
-        f"Mean confidence in {source}: {'; '.join(sure)}. Pooled ECE, points, lowest first: "
-        f"{each(mean.ece.sort_values())}. Task by task, confidence and accuracy differ by: "
-        f"{each(mean.uneven.sort_values())}."
+        f"Mean confidence in {source}: {'; '.join(sure)}. ECE of all tasks' rows "
+        f"together, points, lowest first: {each(mean.ece.sort_values())}. Task by task, "
+        f"confidence and accuracy differ by: {each(mean.uneven.sort_values())}."
     )
 
 

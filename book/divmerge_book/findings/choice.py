@@ -116,10 +116,12 @@ def searched(both: pd.DataFrame, kinds: Sequence[str], lost: int) -> str:
     lines = []
     for score in kinds:
         gain = both[score].searched - both[score].same
+        own = ", ".join(f"{up} {gap:+.1f}" for up, gap in gain["js"].items())
         lines.append(
             f"A step size chosen for each objective, in place of one for all, changes the test "
             f"{WORDS[score]} by {gain.mean():+.2f} points on average, from {gain.min():+.1f} "
-            f"({named(gain.idxmin()[0])}) to {gain.max():+.1f} ({named(gain.idxmax()[0])})."
+            f"({named(gain.idxmin()[0])}) to {gain.max():+.1f} ({named(gain.idxmax()[0])}); "
+            f"JS's per {own}."
         )
     return f"{' '.join(lines)} Fits that diverged: {lost}."
 

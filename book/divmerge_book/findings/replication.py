@@ -29,12 +29,18 @@ ORDERS = (  # the paper's names: the first is above each of the others when all 
 BASELINES = ORDERS[0][1]
 
 
+def verdict(low: float, high: float) -> str:
+    """REPLICATED or OPPOSITE where an interval excludes 0, else OPEN."""
+    return REPLICATED if low > 0 else OPPOSITE if high < 0 else OPEN
+
+
 @dataclass(frozen=True)
 class Check:
     """One claim against one stored result.
 
     paper: the paper's value; value, low, high: ours, with its 95 % interval. All are in points of
-    ANP, or correlations. The paper says that the value is above 0.
+    ANP, or correlations. The paper says that the value is above 0. kept: the verdict on the kept
+    margin, which the paper does not report; empty where it was not computed.
     """
 
     claim: str
@@ -44,11 +50,12 @@ class Check:
     low: float
     high: float
     unit: str = "points"
+    kept: str = ""
 
     @property
     def verdict(self) -> str:
-        """REPLICATED or OPPOSITE where the interval excludes 0, else OPEN."""
-        return REPLICATED if self.low > 0 else OPPOSITE if self.high < 0 else OPEN
+        """That on the paper's own quantity."""
+        return verdict(self.low, self.high)
 
     def words(self) -> tuple[str, str, str]:
         """The paper's value, ours, and its interval."""
@@ -67,6 +74,7 @@ def orders(report: Report) -> Iterator[Check]:
     """The paper's orderings of methods by ANP with all tasks merged."""
     suite, subset = largest(report.rows)[["suite", "subset"]].iloc[0]
     drawn, printed = report.sampled(suite, subset), paper.table(6).iloc[-1]
+    margins = report.sampled(suite, subset, statistic="kept_margin")
     place = setting(report, subset.count("+") + 1)
     for better, others in ORDERS:
         for other in others:
@@ -74,7 +82,8 @@ def orders(report: Report) -> Iterator[Check]:
             if set(pair) <= set(drawn.methods):
                 claim, found = " is above ".join(map(title, pair)), drawn.estimate(*pair)
                 ours = (100 * float(number) for number in (found.value, *found.interval()))
-                yield Check(claim, place, printed[better] - printed[other], *ours)
+                kept = verdict(*margins.estimate(*pair).interval())
+                yield Check(claim, place, printed[better] - printed[other], *ours, kept=kept)
 
 
 def lead(report: Report) -> Iterator[Check]:
@@ -194,9 +203,12 @@ def summary(found: Sequence[Check]) -> str:
 
 
 def table(found: Iterable[Check]) -> pd.DataFrame:
-    """A row per check: Claim, Setting, Paper, Here, 95 % interval, Verdict."""
-    columns = "Claim", "Setting", "Paper", "Here", "95 % interval", "Verdict"
-    rows = [(one.claim, one.setting.replace("`", ""), *one.words(), one.verdict) for one in found]
+    """A row per check: Claim, Setting, Paper, Here, 95 % interval, Verdict, By kept margin."""
+    columns = "Claim", "Setting", "Paper", "Here", "95 % interval", "Verdict", "By kept margin"
+    rows = [
+        (one.claim, one.setting.replace("`", ""), *one.words(), one.verdict, one.kept)
+        for one in found
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -206,5 +218,9 @@ def in_short(stored: Stored) -> list[str]:
     stored.dates.update(read.dates)
     glue = [one for one in every if "glue" in one.setting]
     held = sum(one.verdict == REPLICATED for one in glue)
-    held = f"On GLUE's tasks, {held} of {len(glue)} orderings of methods are replicated."
+    kept = sum(one.kept == REPLICATED for one in glue)
+    held = (
+        f"On GLUE's tasks, {held} of {len(glue)} orderings of methods are replicated, and {kept} "
+        "by kept margin."
+    )
     return [counts(every), held, *(of_verdict(every, word) for word in (OPPOSITE, OPEN))]

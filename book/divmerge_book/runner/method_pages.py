@@ -137,7 +137,8 @@ def said(name: str, option: str) -> str:
     if option not in names:
         return ""
     first = names.index(option)
-    until = next((n for n in range(first + 1, len(names)) if names[n]), first + 1)
+    ended = next(n for n in range(first, len(names)) if sentences[n].endswith(".")) + 1
+    until = next((n for n in range(first + 1, len(names)) if names[n]), ended)
     opened = re.sub(r"^`?\w+`?(?: and `\w+`)?(:| is| are)? ", "", sentences[first])
     return " ".join([opened, *sentences[first + 1 : until]]).rstrip(";")
 

@@ -24,12 +24,15 @@ from divmerge_core.methods import METHODS
 from divmerge_core.methods.divmerge import limit
 
 OURS, TWO_BANDS = "divmerge+", {"basis": "tsv:2"}
+MORE = "four times the inputs"
 FITS = {  # name -> method, its options
     "divmerge+": (OURS, TWO_BANDS),
     "five bands": (OURS, {"basis": "tsv:5"}),
     "temperature 3": (OURS, {**TWO_BANDS, "temperature": 3.0}),
-    "four times the inputs": (OURS, TWO_BANDS),
+    MORE: (OURS, TWO_BANDS),
+    f"five bands, {MORE}": (OURS, {"basis": "tsv:5"}),
     "prodistill": ("prodistill", {}),
+    f"prodistill, {MORE}": ("prodistill", {}),
 }
 THEN = {  # name of a fit -> of one that starts at its merge, method, options
     "divmerge+": ("divmerge+ then all weights", "distillation", {"init": 0.0}),
@@ -62,7 +65,7 @@ def distance(
 def tried(experiment: Experiment, *, seed: int, fit: str, inputs: int, epochs: int) -> pd.DataFrame:
     """Test predictions of a fit, and of the one that goes on from it, with their objectives."""
     name, options = FITS[fit]
-    count = inputs * 4 if fit == "four times the inputs" else inputs
+    count = inputs * 4 if fit.endswith(MORE) else inputs
     shared = {"inputs": count, "epochs": epochs, "seed": seed, "progress": False}
     problem, unseen = experiment.problem, [split.batches for split in experiment.validation]
     made = {fit: METHODS[name](problem, **options, **shared)}
@@ -79,10 +82,15 @@ def tried(experiment: Experiment, *, seed: int, fit: str, inputs: int, epochs: i
     return pd.concat(found, ignore_index=True)
 
 
+def peer(fit: str) -> str:
+    """The fit of ProDistill that reads as many inputs."""
+    return f"prodistill, {MORE}" if fit.endswith(MORE) else "prodistill"
+
+
 def ideas(experiments: Experiments, *, inputs: int, epochs: int) -> pd.DataFrame:
     """Predictions of every fit, with facts `read` and `unseen`: the objective in nats.
 
-    inputs: that a fit reads per task; one fit reads four times as many, where there are so many.
+    inputs: that a fit reads per task; those of MORE read four times as many, where there are.
     """
     jobs = [{"fit": fit} for fit in FITS]
     rows = study(tried, experiments, jobs, inputs=inputs, epochs=epochs)
