@@ -251,6 +251,21 @@ def test_two_equal_models_are_said(zoo, put, tmp_path):
     assert "note" not in summary(put("ties", BOTH))
 
 
+def test_a_configuration_that_decides_otherwise_is_said(zoo, put, tmp_path):
+    """Of equal shapes, so that nothing else would show it."""
+    folder = altered(zoo, tmp_path, "b")
+    other = {"rope_theta": 5e5, "num_attention_heads": 2, "vocab_size": 31, "use_cache": False}
+    configs = {folder: CONFIG | other, (base := altered(zoo, tmp_path, "base")): CONFIG}
+    configs[base] |= {"rope_theta": 1e4, "num_attention_heads": 2, "use_cache": True}
+    for place, config in configs.items():
+        (place / "config.json").write_text(json.dumps(config))
+    path = put("task_arithmetic", BOTH, base=base, b=folder)
+    (note,) = summary(path).splitlines()[1:]
+    assert f"{folder} has rope_theta = 500000.0, and the merged folder will have 10000.0" in note
+    written = merge_config(path, tmp_path / "out")
+    assert json.loads((written / "config.json").read_text())["rope_theta"] == 10000.0
+
+
 def test_models_of_two_architectures_are_told_to_be_that(put, tmp_path):
     make_expert(tmp_path / "b", make_base(tmp_path / "bert"), ["no", "yes"])
     with pytest.raises(ValueError, match="lacks classifier.bias.* models of one architecture"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from divmerge_book import Report, __main__, user_models
+from divmerge_book.evaluation.experiment import Experiment
 from divmerge_book.evaluation.hyperparameter_search import own_experts
 from divmerge_book.models.merged import load_with_head
 from divmerge_book.user_models import check, load, merge_and_score, read, task_scores, write_merged
@@ -20,6 +21,7 @@ from divmerge_book.user_models import save as save_module
 from divmerge_book.user_models.labels import order_note
 from divmerge_book.user_models.result import rescored
 from helpers import MARKERS, raising
+from language_files import make_language_project
 from local_files import LABELS, ROWS, averaged, changed, make_expert, make_project, toy_rows
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -254,6 +256,7 @@ def test_the_command_merges_what_a_file_describes(project, tmp_path, cache, caps
     assert __main__.main([*command, "--method", "average", "--method", "task_arithmetic"]) == 0
     said = capsys.readouterr().out
     assert "accuracy" in said and "agreement" in said and "negative, positive" in said
+    assert re.search(r"^task_arithmetic, options: the best of 2 sets on the validation", said, re.M)
     assert re.search(r"mood +majority +[\d.]+ +- +-\n", said), "no interval, and no NaN"
     for name, searched in {"average": False, "task_arithmetic": True}.items():
         assert f"merged model in {(folder := tmp_path / 'merged' / name)}" in said
@@ -319,6 +322,33 @@ def test_a_refusal_is_one_message_and_exit_code_2(tmp_path, capsys):
     assert __main__.main(["check", str(tmp_path / "none.yaml")]) == 2
     out, err = capsys.readouterr()
     assert not out and re.fullmatch(r"error: there is no file '.*none.yaml'; .*\n", err)
+
+
+def stopping(bench: Experiment, passes: float = math.inf) -> tuple[Experiment, list]:
+    """The models, which stop the program at a pass; and a list that grows with every pass."""
+    seen = []
+
+    def forward(parameters, pairs):
+        seen.append(pairs)
+        if len(seen) == passes:
+            raise KeyboardInterrupt
+        return bench.problem.forward(parameters, pairs)
+
+    return replace(bench, problem=replace(bench.problem, forward=forward)), seen
+
+
+@pytest.mark.parametrize("make", [make_project, make_language_project])
+def test_a_fit_of_users_models_that_was_stopped_goes_on(tmp_path, cache, make):
+    bench = load(check(read(make(tmp_path / "home"))))
+    asked = {"budget": 1, "epochs": 10, "inputs": 8, "progress": False}
+    (counted, passes), spec = stopping(bench), "divmerge/layer"
+    whole = merge_and_score(counted, [spec], **asked).made[spec]
+    with pytest.raises(KeyboardInterrupt):
+        merge_and_score(stopping(bench, len(passes) // 2)[0], [spec], **asked)
+    counted, fewer = stopping(bench)
+    again = merge_and_score(counted, [spec], **asked).made[spec]
+    assert torch.equal(again.merged, whole.merged) and again.fit == whole.fit
+    assert len(fewer) < 0.8 * len(passes)
 
 
 def test_an_interrupted_merge_has_exit_code_130(project, tmp_path, monkeypatch, capsys):

@@ -10,11 +10,21 @@ import huggingface_hub
 import torch
 
 from divmerge_book.data.schema import at_home, typed
-from divmerge_core.checkpoints.safetensors_io import StoredModel, spare
+from divmerge_core.checkpoints.safetensors_io import StoredModel, read_config, spare
 from divmerge_core.checkpoints.save import BESIDE, FLOATS, input_files
 
 WIDE = (torch.float64, *FLOATS.values())
 MODEL = {"model", "path", "revision", "lora", "override_architecture"}  # the last changes nothing
+DECIDING = (  # fields of a configuration that decide what weights answer
+    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
+    *("num_key_value_heads", "intermediate_size", "max_position_embeddings", "type_vocab_size"),
+    *("hidden_act", "activation", "activation_function", "layer_norm_eps", "layer_norm_epsilon"),
+    *("rms_norm_eps", "head_dim", "rope_theta", "rope_parameters", "sliding_window"),
+    *("position_embedding_type", "relative_attention", "pos_att_type", "is_decoder"),
+    *("hidden_activation", "feed_forward_proj", "layer_types", "num_experts_per_tok"),
+    *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logit_scale"),
+    *("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
+)
 FILES = ["*.json", "*.safetensors", "*.txt", *BESIDE]
 
 
@@ -110,6 +120,16 @@ def copies(one: Path, other: Path) -> bool:
     first, second = input_files(one), input_files(other)
     equal = (filecmp.cmp(*pair, shallow=False) for pair in zip(first, second, strict=False))
     return len(first) == len(second) and all(equal)
+
+
+def other_fields(one: Path, other: Path) -> dict[str, tuple]:
+    """Fields of DECIDING that two folders' configurations give otherwise, with both values.
+
+    A field that one leaves out counts as equal, and so do the numbers of tokens and of positions.
+    """
+    own, theirs = (read_config(folder) for folder in (one, other))
+    both = own.keys() & theirs.keys() & set(DECIDING) - {"vocab_size", "max_position_embeddings"}
+    return {f: (own[f], theirs[f]) for f in sorted(both) if own[f] != theirs[f]}
 
 
 def tokens_agree(one: Path, other: Path) -> bool:

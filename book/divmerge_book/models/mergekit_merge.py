@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from divmerge_book.models.mergekit_config import KNOWN, Recipe, read_recipe
-from divmerge_book.models.mergekit_folders import copies
+from divmerge_book.models.mergekit_folders import copies, other_fields
 from divmerge_book.models.streamed_methods import (
     Change,
     as_long,
@@ -61,15 +61,21 @@ def merge_config(
 
 
 def summary(path: str | os.PathLike) -> str:
-    """What a file of mergekit's describes, in a line, and a note on each two equal models.
+    """What a file of mergekit's describes, in a line, and notes on equal models and other configs.
 
     Raises ValueError as `merge_config` does.
     """
     recipe, _ = read_recipe(path)
     sizes = f"{len(recipe.record.tasks)} models, {len(recipe.names)} tensors"
-    every = dict.fromkeys([recipe.record.base, *recipe.record.experts.values()])
+    every = list(dict.fromkeys([recipe.record.base, *recipe.record.experts.values()]))
     twins = [pair for pair in combinations(every, 2) if copies(*pair)]
     notes = [f"note: {one} and {other} have equal weights" for one, other in twins]
+    for folder in every[1:]:
+        for name, (wanted, own) in other_fields(every[0], folder).items():
+            notes.append(
+                f"note: {folder} has {name} = {own!r}, and the merged folder will have {wanted!r} "
+                f"of {every[0]}: its weights were not trained for that"
+            )
     return "\n".join([f"{recipe.method} of {sizes}, from disk to disk", *notes])
 
 

@@ -22,6 +22,7 @@ from divmerge_book.models.encoders import load_base
 from divmerge_book.models.finetuning import load_expert
 from divmerge_book.models.language.models import quiet_transformers
 from divmerge_book.models.merged import base_folder
+from divmerge_book.models.mergekit_folders import DECIDING
 from divmerge_book.user_models import adapters, headers
 from divmerge_book.user_models.description import TaskFiles
 from divmerge_book.user_models.headers import check_config, check_folder, check_headers, positions
@@ -280,7 +281,7 @@ def open_expert(task: TaskFiles, base: BaseFolder) -> Source:
 def check_architecture(source: Source, base: BaseFolder) -> None:
     """Raise ValueError where the expert's encoder is not of the base's architecture."""
     who, config = f"expert {source.task.expert}", getattr(source.model, "config", None)
-    for field in headers.DECIDING:
+    for field in DECIDING:
         own, wanted = (getattr(one, field, None) for one in (config, base.config))
         if None not in (own, wanted) and own != wanted and field != "vocab_size":
             raise ValueError(

@@ -19,16 +19,6 @@ from divmerge_core.checkpoints.safetensors_io import (
 )
 
 # What decides a model's computation, by transformers' common names; unknown ones are not compared.
-DECIDING = (
-    *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
-    *("num_key_value_heads", "intermediate_size", "max_position_embeddings", "type_vocab_size"),
-    *("hidden_act", "activation", "activation_function", "layer_norm_eps", "layer_norm_epsilon"),
-    *("rms_norm_eps", "head_dim", "rope_theta", "rope_parameters", "sliding_window"),
-    *("position_embedding_type", "relative_attention", "pos_att_type", "is_decoder"),
-    *("hidden_activation", "feed_forward_proj", "layer_types", "num_experts_per_tok"),
-    *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logit_scale"),
-    *("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
-)
 GENERATION = "generation_config.json"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LEFT_OUT = ("lm_head.", "cls.")  # what an encoder keeps of its pre-training

@@ -28,11 +28,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from divmerge_book.models.language.models import MODELS
 from divmerge_book.models.language.prompts import Prompt
+from divmerge_book.models.mergekit_folders import DECIDING
 from divmerge_book.user_models import adapters, folders
 from divmerge_book.user_models.data import shared
 from divmerge_book.user_models.description import SPLITS, Description, TaskFiles, collect_errors
 from divmerge_book.user_models.folders import BaseFolder, Source, bare_model, config_of, shapes_of
-from divmerge_book.user_models.headers import DECIDING, check_config, check_headers
+from divmerge_book.user_models.headers import check_config, check_headers
 from divmerge_book.user_models.hub import fetched
 from divmerge_book.user_models.language_rows import answer_notes, load_prompts
 from divmerge_book.user_models.language_tokens import Reading, Tokens, agreed, ends_in

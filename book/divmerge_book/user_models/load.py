@@ -22,6 +22,7 @@ from divmerge_book.user_models.plan import Plan
 from divmerge_book.user_models.weights import hashes, stored_vectors
 from divmerge_core.merging.problem import MergeProblem, Pairs
 from divmerge_core.merging.task_vectors import Layout
+from divmerge_core.storage import cache_dir
 
 
 def task_forward(
@@ -118,4 +119,4 @@ def load(plan: Plan, *, device: str = "cpu", precision: str = "float32") -> Expe
 
     experts = [Expert(m["task"], {}, heads[m["task"]], m) for m in manifests]
     problem = MergeProblem(vectors, merge, forward, encoder)
-    return Experiment(base, experts, problem, validation, test, digest)
+    return Experiment(base, experts, problem, validation, test, digest, cache_dir() / "unfinished")

@@ -128,8 +128,9 @@ def merge_described(
         print(found.closeness.to_string(index=False))
     for method, folder in folders.items():
         scores = task_scores(found.report, method)
+        print(", ".join(filter(None, [method, found.chosen.get(method)])))
         if len(scores):
-            print(f"{method}\n{scores.to_string(index=False, na_rep='-')}")
+            print(scores.to_string(index=False, na_rep="-"))
         write_merged(plan, bench, found, method, folder, overwrite=overwrite)
     return list(folders.values())
 
