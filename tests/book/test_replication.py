@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from divmerge_book.evaluation.report import Report
 from divmerge_book.evaluation.stored_tables import ResultTable
 from divmerge_book.findings import replication
 from divmerge_book.findings.in_short import Stored
 from divmerge_book.findings.replication import OPEN, OPPOSITE, REPLICATED, Check
 from divmerge_book.published import paper
+from divmerge_book.studies.scaling import packed
+from scipy import stats
 
 RIGHT = {"expert": 100, "divmerge/layer": 95, "divmerge/task": 60, "average": 60, "ties": 95}
 
@@ -42,6 +45,26 @@ def test_an_ordering_is_replicated_reversed_or_open_by_its_interval():
     printed = paper.table(6).loc[7]
     assert found[pair("task", "TIES")].paper == pytest.approx(printed["TL JS"] - printed["TIES"])
     assert not any("AdaMerging" in claim for claim in found), "what was not measured is not checked"
+
+
+def test_orderings_over_subsets_are_means_over_sizes_without_the_largest_merge(monkeypatch):
+    """The average is right on 80 of 100 rows of every task; by hand: (12 + 6) / 2 points."""
+    ours = {"a+b": 90, "a+c": 94, "b+c+d": 84, "a+b+c": 88, "a+b+c+d": 10}
+    rows = [("expert", t, t, 100) for t in "abcd"]
+    rows += [("commonest answer", t, t, 50) for t in "abcd"]
+    for method, subsets in {"average": dict.fromkeys(ours, 80), "divmerge/layer": ours}.items():
+        rows += [(method, s, task, n) for s, n in subsets.items() for task in s.split("+")]
+    table = pd.DataFrame(rows, columns=["method", "subset", "task", "right"]).assign(seed=1, js=0.0)
+    table["right"] = [packed(torch.arange(100) < count) for count in table.right]
+    found = ResultTable({"answers": table}, {"suite": "glue", "encoder": "tiny"}, "stored")
+    monkeypatch.setattr(Stored, "tables", lambda self, name: found)
+    (one,) = replication.over_subsets(Stored(Path("none")))
+    assert one.claim == "DivMerge, per layer is above Average"
+    assert one.setting == "`glue`, `tiny`, T = 2 to 3, 4 subsets"
+    half = stats.t.ppf(0.975, 2) * ((8 / 2 + 8 / 2) / 4) ** 0.5  # variances of 10, 14 and of 4, 8
+    assert (one.value, one.low, one.high) == pytest.approx((9, 9 - half, 9 + half))
+    printed = paper.table(6).loc[2:6]
+    assert one.paper == pytest.approx((printed["LL JS"] - printed["Model averaging"]).mean())
 
 
 def test_a_summary_counts_verdicts_and_names_what_is_not_replicated():
@@ -77,7 +100,7 @@ def test_a_report_of_ones_own_is_checked_and_named_and_stored_results_are_read_o
     assert len(found) == len(list(replication.orders(report()))) and f"`{path.name}`" in origin
     monkeypatch.setattr(replication, "PLACES", (tmp_path,))
     monkeypatch.setattr(Stored, "report", lambda self, name: self.dates.update({name: "d"}))
-    for name in ("orders", "objectives", "predicts", "lead"):
+    for name in ("orders", "objectives", "over_subsets", "predicts", "lead"):
         monkeypatch.setattr(replication, name, lambda one: [])
     said = replication.in_short(stored := Stored(tmp_path))[0]
     assert said.startswith("Of 0 checks of the paper's claims: 0")

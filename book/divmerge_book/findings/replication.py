@@ -10,16 +10,17 @@ import numpy as np
 import pandas as pd
 
 from divmerge_book.evaluation.report import Report, caption
-from divmerge_book.evaluation.statistics import mean_interval, pearson
+from divmerge_book.evaluation.statistics import Estimate, mean_interval, pearson
 from divmerge_book.figures import largest, title
-from divmerge_book.findings import bullets, count, listed
+from divmerge_book.findings import SCORES, bullets, count, listed
 from divmerge_book.findings.in_short import PLACES, Stored
 from divmerge_book.published import paper
-from divmerge_book.studies import choice, correlations
+from divmerge_book.studies import choice, correlations, scores
 from divmerge_book.user_models import locate
 
 VERDICTS = REPLICATED, OPPOSITE, OPEN = "replicated", "not replicated", "cannot be told"
 REPORTS = ("bases/glue_minilm.json", "baselines/embedded_bert_tiny.json")  # the paper's tasks first
+SUBSETS = "scaling/glue_encoder_minilm/sample.json"
 ORDERS = (  # the paper's names: the first is above each of the others when all tasks are merged
     ("LL JS", ("Model averaging", "Multi-SLERP", "TIES", "TL AdaMerging", "LL AdaMerging")),
     ("TL JS", ("Model averaging", "Multi-SLERP", "TIES", "TL AdaMerging", "LL AdaMerging")),
@@ -70,20 +71,55 @@ def setting(report: Report, num_tasks: int) -> str:
     return f"`{facts['suite']}`, `{facts['encoder']}`, T = {num_tasks}, {count(seeds, 'seed')}"
 
 
+def in_points(found: Estimate) -> list[float]:
+    """An estimate and its interval in points."""
+    return [100 * float(number) for number in (found.value, *found.interval())]
+
+
+def pairs(
+    methods: Iterable[str], printed: pd.Series
+) -> Iterator[tuple[tuple[str, str], str, float]]:
+    """Each of ORDERS between these methods: the two, the claim, and the paper's difference."""
+    held = set(methods)
+    for better, others in ORDERS:
+        for other in others:
+            pair = paper.METHODS_HERE[better], paper.METHODS_HERE[other]
+            if held.issuperset(pair):
+                yield pair, " is above ".join(map(title, pair)), printed[better] - printed[other]
+
+
 def orders(report: Report) -> Iterator[Check]:
     """The paper's orderings of methods by ANP with all tasks merged."""
     suite, subset = largest(report.rows)[["suite", "subset"]].iloc[0]
-    drawn, printed = report.sampled(suite, subset), paper.table(6).iloc[-1]
-    margins = report.sampled(suite, subset, statistic="kept_margin")
+    drawn, margins = (report.sampled(suite, subset, statistic=one) for one in SCORES)
     place = setting(report, subset.count("+") + 1)
-    for better, others in ORDERS:
-        for other in others:
-            pair = [paper.METHODS_HERE[name] for name in (better, other)]
-            if set(pair) <= set(drawn.methods):
-                claim, found = " is above ".join(map(title, pair)), drawn.estimate(*pair)
-                ours = (100 * float(number) for number in (found.value, *found.interval()))
-                kept = verdict(*margins.estimate(*pair).interval())
-                yield Check(claim, place, printed[better] - printed[other], *ours, kept=kept)
+    for pair, claim, theirs in pairs(drawn.methods, paper.table(6).iloc[-1]):
+        found, kept = drawn.estimate(*pair), margins.estimate(*pair)
+        yield Check(claim, place, theirs, *in_points(found), kept=verdict(*kept.interval()))
+
+
+def over_subsets(stored: Stored) -> Iterator[Check]:
+    """The paper's orderings on subsets of GLUE's tasks: means over sizes of means over subsets.
+
+    Subsets of the first seed, of every size but the largest, of which there is one. The interval is
+    over subsets of each size.
+    """
+    found = stored.tables(SUBSETS)
+    rows, printed = found["answers"], paper.table(6).iloc[:-1].mean()
+    own = scores.first_seed(scores.by_subset(scores.ratios(rows, rows)))
+    some = own[own["T"] < own["T"].max()]
+    wide = some.pivot(index=["T", "subset"], columns="method", values=[*SCORES])
+    sizes = f"T = {some['T'].min()} to {some['T'].max()}"
+    place = f"`{found.facts['suite']}`, `{found.facts['encoder']}`, {sizes}, {len(wide)} subsets"
+
+    def gap(score: str, better: str, other: str) -> Estimate:
+        of = (wide[score, better] - wide[score, other]).groupby("T")
+        error, freedom = (of.sem() ** 2).sum() / len(of) ** 2, len(wide) - len(of)
+        return Estimate(of.mean().mean(), np.float64(0), error, 1, freedom)
+
+    for pair, claim, theirs in pairs(wide["anp"], printed):
+        ours, kept = (gap(score, *pair) for score in SCORES)
+        yield Check(claim, place, theirs, *in_points(ours), kept=verdict(*kept.interval()))
 
 
 def lead(report: Report) -> Iterator[Check]:
@@ -160,7 +196,8 @@ def checks(folder: Path) -> tuple[list[Check], Stored]:
     stored = Stored(folder)
     reports = [stored.report(name) for name in REPORTS]
     found = [one for report in reports for one in orders(report)]
-    return [*found, *lead(reports[1]), *objectives(stored), *predicts(stored)], stored
+    found += [*over_subsets(stored), *lead(reports[1]), *objectives(stored), *predicts(stored)]
+    return found, stored
 
 
 def drawn(report: str = "") -> tuple[list[Check], str]:

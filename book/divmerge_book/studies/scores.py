@@ -4,10 +4,12 @@ Tables of answers are those of `scaling`: a row per merged model and task.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from divmerge_book.evaluation import stored_tables
 from divmerge_book.evaluation.report import MARGIN
 from divmerge_book.evaluation.statistics import mean_interval, row_means
 from divmerge_book.studies.scaling import EXPERT, JOIN, MAJORITY, unpacked
@@ -105,6 +107,12 @@ def over_subsets(scores: pd.DataFrame, *, statistic: str = "anp") -> pd.DataFram
     exact for this suite.
     """
     return with_interval(first_seed(scores), ["method", "T"], statistic)
+
+
+def stored_means(path: Path) -> pd.DataFrame:
+    """`over_subsets` of the answers stored at `path`."""
+    rows = stored_tables.load(path)[0]["answers"]
+    return over_subsets(by_subset(ratios(rows, rows)))
 
 
 def by_scale(curves: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
