@@ -1,9 +1,13 @@
 """Findings on divergence as a predictor of accuracy, from our own tables."""
 
+from pathlib import Path
+
 import pandas as pd
 
+from divmerge_book.evaluation.stored_tables import ResultTable, load, named
 from divmerge_book.figures.styles import CRITERIA, labels
-from divmerge_book.findings import bullets, each, listed, scores, table_of
+from divmerge_book.findings import bullets, each, listed, scores, table_of, with_origin
+from divmerge_book.studies.model_selection import over_models
 from divmerge_book.studies.random_merges import MEASURES, SAMPLERS
 
 NAMES = labels(CRITERIA)
@@ -43,6 +47,17 @@ def ranked(mean: pd.DataFrame, source: str) -> str:
     heads = ["coefficients drawn for", *one.index.map(NAMES), f"{NAMES['reverse_kl']} minus JS"]
     table = table_of(heads, lines)
     return f"Rank correlations with a task's accuracy in {source}:\n\n{table}"
+
+
+def ranked_elsewhere(path: Path) -> str:
+    """The `ranked` of another suite's stored models; empty where none are."""
+    if not path.is_file():
+        return ""
+    run = ResultTable(*load(path), "the stored run", named(path))
+    _, mean = over_models(run["models"], run["cross"])
+    tasks, encoder = len(run.facts["tasks"]), run.facts["encoder"]
+    source = f"the stored run of `{run.facts['suite']}`, {tasks} tasks, with `{encoder}`"
+    return with_origin(run, ranked(mean, source))
 
 
 def by_task(of: pd.DataFrame, rows: int, source: str) -> str:
