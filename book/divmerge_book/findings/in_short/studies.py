@@ -85,6 +85,10 @@ def scaling(stored: Stored) -> list[str]:
     best = [leader(per, wide[n]) for n in (low, high)]
     drop = wide[low] - wide[high]
     most, least = drop.idxmax(), drop.idxmin()
+    glue = stored.tables("scaling/glue_encoder_minilm/sample.json")["answers"]
+    of_glue = scores.by_subset(scores.ratios(glue, glue))
+    other = 100 * scores.over_subsets(of_glue).pivot(index="method", columns="T", values="value")
+    there = [leader(of_glue, other[n]) for n in (min(other), max(other) - 1)]
     grid = scores.by_scale(fixed["curves"].assign(**label), rows)
     every = fixed["every"].assign(**label)
     plain = scores.ratios(every[~every.fixed].assign(method="average"), rows)
@@ -93,6 +97,7 @@ def scaling(stored: Stored) -> list[str]:
     noise = {name: 100 * (values**2).mean() ** 0.5 for name, values in spread}
     return [
         f"Of {len(wide)} methods the one of highest ANP, at the first seed, is {listed(best)}.",
+        f"On subsets of GLUE's tasks with MiniLM it is, of {len(other)} methods, {listed(there)}.",
         f"From T = {low} to {high} the ANP changes by {-drop[most]:+.1f} points ({title(most)}) to "
         f"{-drop[least]:+.1f} ({title(least)}, which starts from {wide[low][least]:.1f} %).",
         f"At T = {low}, the standard deviation of a method's ANP over subsets of tasks is "
