@@ -104,7 +104,8 @@ def fits(run: ResultTable, scores: pd.DataFrame) -> str:
     for words in SCORES.values():
         heads += [f"{words}, %", "minus ProDistill's, points"]
     for row in scores.sort_values("anp", ascending=False).to_dict("records"):
-        name = row["method"].replace("divmerge", "DivMerge").replace("prodistill", "ProDistill")
+        name = {ideas.MORE: f"divmerge+, {ideas.MORE}"}.get(row["method"], row["method"])
+        name = name.replace("divmerge", "DivMerge").replace("prodistill", "ProDistill")
         lines.append([name])
         for score in SCORES:
             value, _, _, gap, low, high = (100 * row[column] for column in COLUMNS[score][:6])
@@ -116,10 +117,11 @@ def fits(run: ResultTable, scores: pd.DataFrame) -> str:
     first = [f"by {SCORES[score]}, {listed(ahead.get(score, ()), 'none')}" for score in SCORES]
     head = "Fits with a 95 % interval of the gain over ProDistill with as many inputs above 0"
     said = [f"{head}: {'; '.join(first)}."]
-    ours, other = nats.loc["divmerge+"], nats.loc["prodistill"]
-    said.append(
-        f"DivMerge+ is {ours.read / other.read:.2f} times as far from the experts as ProDistill on "
-        f"the inputs that both read, and {ours.unseen / other.unseen:.2f} times on others."
-    )
+    for words, ours in (("", "divmerge+"), (f" with {ideas.MORE}", ideas.MORE)):
+        read, unseen = nats.loc[ours] / nats.loc[ideas.peer(ours)]
+        said.append(
+            f"DivMerge+{words} is {read:.2f} times as far from the experts as ProDistill on the "
+            f"inputs that both read, and {unseen:.2f} times on others."
+        )
     heads += ["JS on inputs read, nats", "JS on validation rows, nats"]
     return with_origin(run, table_of(heads, lines), " ".join(said))
