@@ -23,7 +23,6 @@ from divmerge_book.studies import (
 )
 from divmerge_book.studies.objective_fits import named
 from divmerge_book.studies.protocol import COLUMNS
-from divmerge_book.studies.task_attribution import shapley_values
 
 OURS = "divmerge/layer"
 LEVEL = 0.05  # of corrected p-values
@@ -90,9 +89,6 @@ def scaling(stored: Stored) -> list[str]:
     other = 100 * scores.over_subsets(of_glue).pivot(index="method", columns="T", values="value")
     there = [leader(of_glue, other[n]) for n in (min(other), max(other) - 1)]
     grid = scores.by_scale(fixed["curves"].assign(**label), rows)
-    every = fixed["every"].assign(**label)
-    plain = scores.ratios(every[~every.fixed].assign(method="average"), rows)
-    harm = 100 * shapley_values(plain, "ratio").set_index("task").marginal_effect
     spread = scores.spreads(rows).dropna().query("T == @low").groupby("source").sd
     noise = {name: 100 * (values**2).mean() ** 0.5 for name, values in spread}
     return [
@@ -104,8 +100,6 @@ def scaling(stored: Stored) -> list[str]:
         f"{noise['subsets']:.1f} points, over seeds {noise['seeds']:.1f}, over test rows "
         f"{noise['test rows']:.1f}.",
         dilution(grid, "the stored run"),
-        f"Adding `{harm.idxmin()}` to an average harms the other tasks most: their ratios change "
-        f"by {harm.min():+.1f} points on average.",
     ]
 
 
