@@ -93,6 +93,16 @@ def test_the_place_says_both_scores_and_who_is_below_the_majority(report):
     assert "0 of 5 methods are below the majority" in said
 
 
+def test_a_difference_of_kept_margins_is_told_without_the_task_that_decides_it(report):
+    """DivMerge gets 7 of 10 right, the average all of the second task: (7 - 10) / 5 there."""
+    first, second = SUBSET.split("+")
+    some = (report.rows.method == "average") & (report.rows.task == second)
+    report.rows.loc[some, "predicted"] = report.rows[some].gold
+    said = figures.without_one(report, "toy", SUBSET, "divmerge/task", "average")
+    assert said.startswith(f" Without `{first}`, whose experts are 50.0 points above")
+    assert said.endswith("it differs by -60.0 points.")
+
+
 @pytest.mark.parametrize(
     ("one", "said"), [("average", "By ANP: no DivMerge."), ("divmerge/task", "1 of 1 (70.0 %).\n")]
 )

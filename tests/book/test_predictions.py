@@ -82,6 +82,6 @@ def test_a_run_stored_without_predictions_is_drawn_and_marked():
     assert run["changed"].setting.tolist() == [DEFAULT, "lr"]
 
 
-def test_significant_is_an_interval_without_zero():
-    table = pd.DataFrame({"from_low": [-1.0, 0.1, -2.0], "from_high": [1.0, 0.2, -0.5]})
-    assert predictions.significant(table).index.tolist() == [1, 2]
+def test_significant_is_a_corrected_p_value_below_the_level():
+    table = pd.DataFrame({"p": [0.01, 0.02, None, 0.001], "holm": [0.05, 0.06, None, 0.004]})
+    assert predictions.significant(table).index.tolist() == [3]

@@ -41,7 +41,12 @@ def test_an_ordering_is_replicated_reversed_or_open_by_its_interval():
     assert found[pair("layer", "TIES")].verdict == OPEN
     assert found[pair("task", "TIES")].verdict == OPPOSITE
     kept = [found[pair(*names)].kept for names in (("layer", "Average"), ("task", "TIES"))]
-    assert kept == [REPLICATED, OPPOSITE]
+    assert kept == [REPLICATED, OPPOSITE] and not any(one.weak for one in found.values())
+    poor = report()
+    poor.rows.loc[poor.rows.method == "ties", "method"] = "base"
+    poor.rows.loc[poor.rows.method == "average", "method"] = "ties"
+    weak = {one.claim: one.weak for one in replication.orders(poor)}
+    assert weak[pair("layer", "TIES")] and weak[pair("layer", "TIES")] in weak.values()
     printed = paper.table(6).loc[7]
     assert found[pair("task", "TIES")].paper == pytest.approx(printed["TL JS"] - printed["TIES"])
     assert not any("AdaMerging" in claim for claim in found), "what was not measured is not checked"

@@ -110,6 +110,22 @@ def largest(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows.subset == max(rows.subset, key=lambda name: name.count("+"))]
 
 
+def without_one(report: Report, suite: str, subset: str, method: str, other: str) -> str:
+    """The task without which two methods' kept margins differ most otherwise, and by how much."""
+    some = report.against_experts().query("counted and suite == @suite and subset == @subset")
+    kept = some.pivot_table("kept_margin", "task", "method")
+    gap = 100 * (kept[method] - kept[other])
+    if len(gap) < 2:
+        return ""
+    rest = (gap.sum() - gap) / (len(gap) - 1)
+    task = (rest - gap.mean()).abs().idxmax()
+    expert = some[(some.method == "expert") & (some.task == task)]
+    return (
+        f" Without `{task}`, whose experts are {100 * (expert.value - expert.floor).mean():.1f} "
+        f"points above the majority class, it differs by {rest[task]:+.1f} points."
+    )
+
+
 def rank_summary(report: Report) -> str:
     """The rank of DivMerge on the largest subset, as a list with the report's numbers."""
     suite, subset = largest(report.rows)[["suite", "subset"]].iloc[0]
@@ -133,6 +149,8 @@ def rank_summary(report: Report) -> str:
             f" The best other method is {title(other)} ({order[other]:.1f} %); the best DivMerge "
             f"differs from it by {gap:+.1f} points [{low:+.1f}, {high:+.1f}]."
         )
+        if statistic == "kept_margin":
+            lines[-1] += without_one(report, *pair)
     tasks, counted = subset.split("+"), report.counted(suite)
     lines.append(
         f"{(ranked.below > 0).sum()} of {len(ranked)} methods are below the majority class on at "

@@ -186,8 +186,8 @@ def by_access(table: pd.DataFrame, source: str) -> str:
         between = 100 * groups[column].mean().std()
         within = 100 * ((rows[column] - groups[column].transform("mean")) ** 2).mean() ** 0.5
         said.append(
-            f"By {words} the best are {listed(best)}; data access matters "
-            f"{'more' if between > within else 'less'} than the choice of the method within it "
+            f"By {words} the best are {listed(best)}; in this table data "
+            f"access matters {'more' if between > within else 'less'} than the method within it "
             f"(standard deviations of {between:.1f} and {within:.1f} points)."
         )
     return f"Single models in {source}. {' '.join(said)}"

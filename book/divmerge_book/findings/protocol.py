@@ -50,7 +50,7 @@ def settings(changed: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
         ends = "; ".join(dict.fromkeys([*found[:1], *found[-1:]])) or "none"
         lines.append(
             f"In {source} {len(found)} of {total} changes differ significantly from the default in "
-            f"{WORDS[score]}; the lowest and the highest, in points: {ends}."
+            f"{WORDS[score]} (Holm's correction); the lowest and the highest, in points: {ends}."
         )
     return " ".join(lines)
 

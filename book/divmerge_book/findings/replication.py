@@ -41,7 +41,8 @@ class Check:
 
     paper: the paper's value; value, low, high: ours, with its 95 % interval. All are in points of
     ANP, or correlations. The paper says that the value is above 0. kept: the verdict on the kept
-    margin, which the paper does not report; empty where it was not computed.
+    margin, which the paper does not report; empty where it was not computed. weak: whether the
+    method that should be lower has a lower ANP than the unmerged base.
     """
 
     claim: str
@@ -52,6 +53,7 @@ class Check:
     high: float
     unit: str = "points"
     kept: str = ""
+    weak: bool = False
 
     @property
     def verdict(self) -> str:
@@ -66,9 +68,11 @@ class Check:
 
 
 def setting(report: Report, num_tasks: int) -> str:
-    """What a Report measured: suite, encoder, number of tasks and seeds."""
+    """What a Report measured: suite, encoder, number of tasks (and counted ones) and seeds."""
     facts, seeds = report.provenance, report.rows.seed.nunique()
-    return f"`{facts['suite']}`, `{facts['encoder']}`, T = {num_tasks}, {count(seeds, 'seed')}"
+    some = len(report.counted(report.rows.suite.iloc[0]))
+    few = f" ({some} counted)" if some < num_tasks else ""
+    return f"`{facts['suite']}`, `{facts['encoder']}`, T = {num_tasks}{few}, {count(seeds, 'seed')}"
 
 
 def in_points(found: Estimate) -> list[float]:
@@ -94,8 +98,9 @@ def orders(report: Report) -> Iterator[Check]:
     drawn, margins = (report.sampled(suite, subset, statistic=one) for one in SCORES)
     place = setting(report, subset.count("+") + 1)
     for pair, claim, theirs in pairs(drawn.methods, paper.table(6).iloc[-1]):
-        found, kept = drawn.estimate(*pair), margins.estimate(*pair)
-        yield Check(claim, place, theirs, *in_points(found), kept=verdict(*kept.interval()))
+        found, kept = drawn.estimate(*pair), verdict(*margins.estimate(*pair).interval())
+        weak = "base" in drawn.methods and drawn.estimate(pair[1], "base").value < 0
+        yield Check(claim, place, theirs, *in_points(found), kept=kept, weak=weak)
 
 
 def over_subsets(stored: Stored) -> Iterator[Check]:
@@ -221,7 +226,10 @@ def counts(found: Sequence[Check]) -> str:
     """How many checks have which verdict."""
     of = Counter(one.verdict for one in found)
     said = listed([f"{of[word]} {word}" for word in VERDICTS])
-    return f"Of {len(found)} checks of the paper's claims: {said}."
+    weak = [one for one in found if one.weak and one.verdict == REPLICATED]
+    poor = " Of the replicated, {} against a method that is below the unmerged base."
+    few = poor.format(f"{len(weak)} {'is' if len(weak) == 1 else 'are'}") if weak else ""
+    return f"Of {len(found)} checks of the paper's claims: {said}.{few}"
 
 
 def of_verdict(found: Iterable[Check], word: str) -> str:

@@ -110,7 +110,8 @@ def tables(results: Path) -> str:
     rows = rows.assign(block=rows.index.map(baselines.block), stored=1.0, seconds=0.0, peak_bytes=0)
     specs, text = decision([rows] * 2, subset.count("+") + 1, HEADS[:5], "18 18 24 20 20")
     named |= dict.fromkeys(specs)
-    parts += [f"## The best on GLUE\n\n*{caption(glue)}, in `{GLUE}`; without costs.*\n", text]
+    note = f"in `{GLUE}`; without costs, options by labelled validation rows"
+    parts += [f"## The best on GLUE\n\n*{caption(glue)}, {note}.*\n", text]
     parts.append(contests.standing(glue, "the stored run"))
     parts += ["\n## Commands\n\n```bash", *map(command, named), "```\n"]
     return "\n".join(parts)

@@ -126,8 +126,8 @@ def of_score(table: pd.DataFrame, score: str) -> pd.DataFrame:
 
 
 def significant(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows whose paired interval of the ANP leaves 0 out."""
-    return table[(table.from_low > 0) | (table.from_high < 0)]
+    """The rows with a corrected p-value of the ANP's difference below 0.05."""
+    return table[table.holm < 0.05]
 
 
 def split(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

@@ -65,10 +65,11 @@ def leader(per: pd.DataFrame, means: pd.Series) -> str:
     own = per[per["T"] == means.name]
     several = own.subset.nunique() > 1
     own = (scores.first_seed(own) if several else own).set_index(["subset", "seed", "method"]).anp
-    lead = 100 * (own.xs(first, level="method") - own.xs(second, level="method")).to_numpy()
+    lead, mean = 100 * (own.xs(first, level="method") - own.xs(second, level="method")), own * 100
+    lead, mean = lead.to_numpy(), mean.groupby("method").mean()
     return (
-        f"at T = {means.name} {title(first)} with {means.max():.1f} % (Average: "
-        f"{means['average']:.1f} %), {lead.mean():+.1f} points from {title(second)} (95 % over "
+        f"at T = {means.name} {title(first)} with {mean[first]:.1f} % (Average: "
+        f"{mean['average']:.1f} %), {lead.mean():+.1f} points from {title(second)} (95 % over "
         f"{count(len(lead), 'subset' if several else 'seed')}: "
         f"{span(mean_interval(lead), sign=True)})"
     )
@@ -92,7 +93,8 @@ def scaling(stored: Stored) -> list[str]:
     spread = scores.spreads(rows).dropna().query("T == @low").groupby("source").sd
     noise = {name: 100 * (values**2).mean() ** 0.5 for name, values in spread}
     return [
-        f"Of {len(wide)} methods the one of highest ANP, at the first seed, is {listed(best)}.",
+        f"Of {len(wide)} methods with {run.facts['budget']} candidates each, fewer than in All "
+        f"baselines, the one of highest ANP is {listed(best)}.",
         f"On subsets of GLUE's tasks with MiniLM it is, of {len(other)} methods, {listed(there)}.",
         f"From T = {low} to {high} the ANP changes by {-drop[most]:+.1f} points ({title(most)}) to "
         f"{-drop[least]:+.1f} ({title(least)}, which starts from {wide[low][least]:.1f} %).",
@@ -143,7 +145,8 @@ def protocol(stored: Stored) -> list[str]:
     )
     return [
         f"{len(predictions.significant(rows))} of {len(rows)} changes of start, step size or "
-        f"epochs change the ANP significantly; the most harmful is {low}, the best {high}.",
+        f"epochs change the ANP significantly (Holm's correction); the most "
+        f"harmful is {low}, the best {high}.",
         settled.readings(settings["kinds"], settings["read"], one, source),
         settled.needed(inputs["needed"], one, source),
         settled.shifted(inputs["wrong"], one, source),
