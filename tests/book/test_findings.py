@@ -14,6 +14,7 @@ from divmerge_book.published import paper, paper_reanalysis
 from divmerge_book.studies import landscapes, model_selection
 from divmerge_book.studies.continual_merging import BATCH
 from helpers import RESULTS
+from scipy.stats import spearmanr
 
 RUN = "this run"
 
@@ -257,6 +258,16 @@ def test_the_leading_measure_is_the_one_with_the_highest_correlation():
     said = "JS in 2 of 2 rows (JS above entropy in 2)"
     holds(evidence.leading(correlations(0.9, 0.5), RUN), said)
     holds(evidence.leading(correlations(0.3, 0.5), RUN), "entropy in 2 of 2 rows")
+
+
+def test_ranks_of_another_suite_are_those_of_its_file():
+    """By scipy: a mean over tasks of one seed's merges drawn per task."""
+    path = RESULTS / "evidence" / "glue_encoder_minilm.json"
+    models = load(path)[0]["models"].query("sampler == 'task'")
+    by = [spearmanr(-t.js, t.accuracy)[0] for _, t in models.groupby("task")]
+    text = evidence.ranked_elsewhere(path)
+    assert f"| all experts, per task: all | {sum(by) / len(by):.2f} |" in text
+    assert "`minilm`" in text and evidence.ranked_elsewhere(path / "none") == ""
 
 
 # --- interference ---------------------------------------------------------------------------------

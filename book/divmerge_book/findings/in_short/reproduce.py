@@ -37,9 +37,10 @@ def glue_on_a_gpu(stored: Stored) -> list[str]:
     plan = suite_forecast(LANGUAGE_SIZES["glue/default"], **shape)
     return [
         "The paper's setting, Qwen2.5-0.5B on seven GLUE tasks, needs a GPU and was not run here.",
-        f"Planned, not measured: the fit holds {span(plan['fit, GB'])} GB, by GPU, and there is "
-        f"room on {listed(plan.index[plan.fits.astype(bool)])}. Experts and fit take at least "
-        f"{span(plan['experts and fit, s'] / 60)} minutes, by the data sheets' peak rates.",
+        f"Planned for size `default`, not measured: the fit holds {span(plan['fit, GB'])} GB, by "
+        f"GPU, and there is room on {listed(plan.index[plan.fits.astype(bool)])}. Experts and "
+        f"fit take at least {span(plan['experts and fit, s'] / 60)} minutes, by the data "
+        "sheets' peak rates.",
         f"A small encoder ({report.provenance['encoder']}) stands in on the same tasks. {first}.",
         "The paper prints ANP averaged over numbers of tasks (LL: a coefficient per layer, TL: per "
         f"task): {each(means, '{:.1f} %', str, ', ')}.",

@@ -3,9 +3,11 @@
 import pandas as pd
 
 from divmerge_book.evaluation.statistics import mean_interval
+from divmerge_book.evaluation.stored_tables import ResultTable
 from divmerge_book.figures import title
 from divmerge_book.figures.protocol import SETTINGS
-from divmerge_book.findings import count, listed, paper, span
+from divmerge_book.findings import count, each, listed, paper, span
+from divmerge_book.findings import evidence as evidence_of
 from divmerge_book.findings import protocol as settled
 from divmerge_book.findings.in_short import Stored
 from divmerge_book.findings.scaling import dilution
@@ -105,10 +107,20 @@ def scaling(stored: Stored) -> list[str]:
     ]
 
 
+def ranks(run: ResultTable) -> str:
+    """Rank correlations of divergences with the ANP, over merges drawn per task."""
+    merges = run["models"].rename(columns={"draws": "sampler"})
+    mean = evidence_of.spearman(model_selection.over_models(merges, run["cross"])[1], goal="sum")
+    own = mean[(mean.sampler == "task") & (mean.among == "all")].set_index("criterion").value
+    said = each(own[["reverse_kl", "js", "kl"]].sort_values()[::-1], "{:.2f}", evidence_of.NAMES)
+    return f"{said} (`{run.facts['suite']}`, `{run.facts['encoder']}`)"
+
+
 def evidence(stored: Stored) -> list[str]:
     """What the paper's correlations show, and what divergences tell of merged models."""
     run = stored.tables("evidence/embedded_bert_tiny.json")
     merges, cross = run["models"].rename(columns={"draws": "sampler"}), run["cross"]
+    glue = stored.tables("evidence/glue_encoder_minilm.json")
     seen = margins.majorities(run.facts["tasks"], run.facts["rows"])
     whole = model_selection.model_scores(merges, cross, seen)
     lost = model_selection.selection_regret(whole)
@@ -128,6 +140,7 @@ def evidence(stored: Stored) -> list[str]:
         f"entropy {by['entropy']:.1f} %, of the best score on {run.facts['validation_rows']} "
         f"labels a task {by['validation']:.1f} %; that of all is {100 * some.anp.mean():.1f} %. JS "
         f"minus labels: {gap.mean():+.1f} (95 %: {span(mean_interval(gap), sign=True)}) points.",
+        f"Rank correlations with the ANP over such merges: {ranks(run)}; {ranks(glue)}.",
     ]
 
 
