@@ -15,7 +15,8 @@ from divmerge_book.figures import largest, title
 from divmerge_book.findings import SCORES, bullets, count, listed
 from divmerge_book.findings.in_short import PLACES, Stored
 from divmerge_book.published import paper
-from divmerge_book.studies import choice, correlations, scores
+from divmerge_book.studies import choice, correlations
+from divmerge_book.studies import scores as scoring
 from divmerge_book.user_models import locate
 
 VERDICTS = REPLICATED, OPPOSITE, OPEN = "replicated", "not replicated", "cannot be told"
@@ -111,7 +112,7 @@ def over_subsets(stored: Stored) -> Iterator[Check]:
     """
     found = stored.tables(SUBSETS)
     rows, printed = found["answers"], paper.table(6).iloc[:-1].mean()
-    own = scores.first_seed(scores.by_subset(scores.ratios(rows, rows)))
+    own = scoring.first_seed(scoring.by_subset(scoring.ratios(rows, rows)))
     some = own[own["T"] < own["T"].max()]
     wide = some.pivot(index=["T", "subset"], columns="method", values=[*SCORES])
     sizes = f"T = {some['T'].min()} to {some['T'].max()}"

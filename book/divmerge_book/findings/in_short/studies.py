@@ -66,9 +66,9 @@ def leader(per: pd.DataFrame, means: pd.Series) -> str:
     first, second = means.nlargest(2).index
     own = per[per["T"] == means.name]
     several = own.subset.nunique() > 1
-    own = (scores.first_seed(own) if several else own).set_index(["subset", "seed", "method"]).anp
-    lead, mean = 100 * (own.xs(first, level="method") - own.xs(second, level="method")), own * 100
-    lead, mean = lead.to_numpy(), mean.groupby("method").mean()
+    own = (scores.first_seed(own) if several else own).set_index(["subset", "seed", "method"])
+    own, mean = 100 * own.anp, 100 * own.groupby("method").anp.mean()
+    lead = (own.xs(first, level="method") - own.xs(second, level="method")).to_numpy()
     return (
         f"at T = {means.name} {title(first)} with {mean[first]:.1f} % (Average: "
         f"{mean['average']:.1f} %), {lead.mean():+.1f} points from {title(second)} (95 % over "
