@@ -138,8 +138,10 @@ def validate_target(folder: Path, record: MergeRecord, overwrite: bool) -> None:
             f"{folder} exists and is not empty; name a new one, or say overwrite=True (--overwrite "
             "of the command) to replace the model in it"
         )
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model, so it is not overwritten; name another folder")
+    others = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if others or not (folder / "config.json").is_file():
+        what = f"other models ({', '.join(others)})" if others else "no model"
+        raise ValueError(f"{folder} holds {what}, so it is not overwritten; name another folder")
 
 
 def hashes_of(record: MergeRecord) -> dict[str, str]:

@@ -468,6 +468,10 @@ def test_a_folder_in_use_is_refused(zoo, put, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             put(place, overwrite=overwrite)
+    shutil.copytree(folder, folder / "ties")
+    with pytest.raises(ValueError, match="holds other models .ties., so it is not"):
+        put(folder, overwrite=True)
+    shutil.rmtree(folder / "ties")
     (tmp_path / "empty").mkdir()
     assert sha256(folder / "model.safetensors") == kept
     assert sha256(put("empty") / "model.safetensors") == kept

@@ -255,12 +255,15 @@ def test_a_configuration_that_decides_otherwise_is_said(zoo, put, tmp_path):
     """Of equal shapes, so that nothing else would show it."""
     folder = altered(zoo, tmp_path, "b")
     other = {"rope_theta": 5e5, "num_attention_heads": 2, "vocab_size": 31, "use_cache": False}
+    other |= {"id2label": {"0": "yes", "1": "no"}}
     configs = {folder: CONFIG | other, (base := altered(zoo, tmp_path, "base")): CONFIG}
     configs[base] |= {"rope_theta": 1e4, "num_attention_heads": 2, "use_cache": True}
+    configs[base] |= {"id2label": {"0": "no", "1": "yes"}}
     for place, config in configs.items():
         (place / "config.json").write_text(json.dumps(config))
     path = put("task_arithmetic", BOTH, base=base, b=folder)
-    (note,) = summary(path).splitlines()[1:]
+    labels, note = summary(path).splitlines()[1:]
+    assert "id2label = {'0': 'yes', '1': 'no'}" in labels
     assert f"{folder} has rope_theta = 500000.0, and the merged folder will have 10000.0" in note
     written = merge_config(path, tmp_path / "out")
     assert json.loads((written / "config.json").read_text())["rope_theta"] == 10000.0

@@ -99,7 +99,13 @@ def test_numbered_labels_of_a_datasets_folder_go_by_their_names(tmp_path):
     features = datasets.Features({"text": datasets.Value("string"), "label": label})
     made = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
     made.save_to_disk(str(tmp_path / "rows"))
-    assert rows_of(tmp_path / "rows")["label"][:] == [1, 0]
+    made.to_parquet(tmp_path / "rows.parquet")
+    for name in ("rows", "rows.parquet"):
+        assert rows_of(tmp_path / name)["label"][:] == [1, 0]
+    for broken in ("{}", "{"):
+        (tmp_path / "rows" / "state.json").write_text(broken)
+        with pytest.raises(ValueError, match="rows cannot be read"):
+            rows_of(tmp_path / "rows")
 
 
 # --- what is refused ------------------------------------------------------------------------------

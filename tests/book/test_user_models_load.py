@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -190,6 +191,23 @@ def rewritten(folder: Path, **fields) -> None:
     """config.json with other fields, as if edited by hand."""
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_what_else_stands_in_an_experts_folder_is_looked_at(project, tmp_path):
+    """Another tool's manifest; a head's field of the configuration; a plain vocabulary."""
+    shutil.copytree(project.parent, tmp_path / "all")
+    path, expert = tmp_path / "all" / project.name, tmp_path / "all" / "experts" / "mood"
+    (expert / "manifest.json").write_text('{"version": 3}')
+    assert check(read(path)).experts[0].kind == "transformers"
+    rewritten(tmp_path / "all" / "base", classifier_pooling="cls")
+    rewritten(expert, classifier_pooling="mean")
+    refused(path, "classifier_pooling = 'mean'", "set it in the base's config.json too")
+    rewritten(expert, classifier_pooling="cls")
+    words = sorted(transformers.AutoTokenizer.from_pretrained(expert).get_vocab())
+    for file in expert.glob("tokenizer*"):
+        file.unlink()
+    (expert / "vocab.txt").write_text("\n".join(words))
+    refused(path, "of its expert and token 2 of the base")
 
 
 def begun(folder: Path, word: str) -> None:

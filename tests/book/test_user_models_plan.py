@@ -88,6 +88,8 @@ def test_a_wrong_description_is_refused_with_its_line(tmp_path, text, words):
         ({"expert": "$HOME/mood"}, ["does not exist", "variables of the shell are not replaced"]),
         ({"expert": "file:///no/mood"}, ["does not exist", "it is an address: give a folder"]),
         ({"name": "All"}, ["tables call the mean over tasks 'all'"]),
+        ({"name": "base"}, ["cards the base 'base'"]),
+        ({"columns": {"text": "text", "pair": "text"}}, ["names a column twice"]),
         ({"expert": "data/mood-merge.csv"}, ["it is a file: give its folder"]),
     ],
 )

@@ -318,6 +318,19 @@ def test_the_cards_scores_are_those_of_the_file(project, tmp_path, cache, monkey
     assert all(f"{value:.3f}" in card for value in wanted.value.dropna())
 
 
+def test_an_output_that_others_stand_in_is_refused_before_the_merge(
+    project, tmp_path, cache, capsys, monkeypatch
+):
+    command = ["merge", str(project), str(tmp_path / "out"), "--overwrite", "--method", "average"]
+    assert __main__.main(command) == 0
+    shutil.copytree(tmp_path / "out", tmp_path / "out" / "ties")
+    assert __main__.main(command) == 2
+    assert "holds other models (ties); name" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path / "out")
+    assert __main__.main(command) == 2
+    assert "holds the current folder" in capsys.readouterr().err
+
+
 def test_a_refusal_is_one_message_and_exit_code_2(tmp_path, capsys):
     assert __main__.main(["check", str(tmp_path / "none.yaml")]) == 2
     out, err = capsys.readouterr()

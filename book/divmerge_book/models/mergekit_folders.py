@@ -25,6 +25,10 @@ DECIDING = (  # fields of a configuration that decide what weights answer
     *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logit_scale"),
     *("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
 )
+HEAD = (  # what classifiers read of a configuration on the way from the encoder to their outputs
+    *("classifier_pooling", "classifier_activation", "pooler_hidden_act"),
+    *("summary_type", "summary_activation", "summary_use_proj"),
+)
 FILES = ["*.json", "*.safetensors", "*.txt", *BESIDE]
 
 
@@ -123,12 +127,13 @@ def copies(one: Path, other: Path) -> bool:
 
 
 def other_fields(one: Path, other: Path) -> dict[str, tuple]:
-    """Fields of DECIDING that two folders' configurations give otherwise, with both values.
+    """Outputs and fields of DECIDING that two folders' configurations give otherwise, both values.
 
     A field that one leaves out counts as equal, and so do the numbers of tokens and of positions.
     """
     own, theirs = (read_config(folder) for folder in (one, other))
-    both = own.keys() & theirs.keys() & set(DECIDING) - {"vocab_size", "max_position_embeddings"}
+    fields = {"id2label", *DECIDING} - {"vocab_size", "max_position_embeddings"}
+    both = own.keys() & theirs.keys() & fields
     return {f: (own[f], theirs[f]) for f in sorted(both) if own[f] != theirs[f]}
 
 

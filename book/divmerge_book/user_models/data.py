@@ -81,14 +81,19 @@ def saved_folder(path: Path) -> pd.DataFrame:
             f"{path} holds several splits: {', '.join(found)}; name one of them, such as "
             f"{path / next(iter(found), 'train')}"
         )
-    table, kinds = of_arrow(found.with_format("arrow")[:]), found.features.items()
-    table.attrs = {n: k.names for n, k in kinds if isinstance(k, datasets.ClassLabel)}
-    return table
+    return of_arrow(found.with_format("arrow")[:], found.features)
 
 
-def of_arrow(table: pyarrow.Table) -> pd.DataFrame:
+def of_arrow(table: pyarrow.Table, features: datasets.Features) -> pd.DataFrame:
     found = table.to_pandas(integer_object_nulls=True).astype(object)
+    kinds = features.items()
+    found.attrs = {n: k.names for n, k in kinds if isinstance(k, datasets.ClassLabel)}
     return found.set_axis(pd.RangeIndex(1, len(found) + 1, name="row"))
+
+
+def of_parquet(path: Path) -> pd.DataFrame:
+    table = parquet.read_table(path)
+    return of_arrow(table, datasets.Features.from_arrow_schema(table.schema))
 
 
 READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
@@ -96,8 +101,14 @@ READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
     # In TSV quotes are ordinary characters, as the format is defined.
     ".tsv": partial(delimited, delimiter="\t", quoting=csv.QUOTE_NONE),
     ".jsonl": json_lines,
-    ".parquet": lambda path: of_arrow(parquet.read_table(path)),
+    ".parquet": of_parquet,
 }
+
+
+BROKEN = (  # what readers raise for files that are damaged; their own messages are ValueErrors
+    *(OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowException),
+    *(KeyError, TypeError, json.JSONDecodeError),
+)
 
 
 def read_table(path: Path, wanted: Sequence[str] | None) -> pd.DataFrame:
@@ -117,10 +128,12 @@ def read_table(path: Path, wanted: Sequence[str] | None) -> pd.DataFrame:
         table = read(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    except (OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    except BROKEN as error:
+        raise ValueError(f"{path} cannot be read: {error!r}") from error
     present = list(map(str, table.columns))
     wanted = present if wanted is None else wanted
+    if len(set(wanted)) < len(wanted):
+        raise ValueError(f"the description names a column twice: {', '.join(wanted)}")
     if wrong := [name for name in wanted if present.count(name) != 1]:
         twice = wrong[0] in present
         what = f"column {wrong[0]} twice" if twice else f"no column {', '.join(wrong)}"

@@ -24,8 +24,11 @@ def file_name(name: str) -> str:
     """A task's name, which stands in names of files and of columns."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ValueError(f"use letters, digits, '_', '-' and '.', no spaces; got {str(name)!r}")
-    if name.lower() == "all":
-        raise ValueError("tables call the mean over tasks 'all'; give the task another name")
+    if name.lower() in ("all", "base"):
+        raise ValueError(
+            "tables call the mean over tasks 'all', and cards the base 'base'; give the task "
+            "another name"
+        )
     return name
 
 

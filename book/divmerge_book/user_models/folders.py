@@ -22,7 +22,7 @@ from divmerge_book.models.encoders import load_base
 from divmerge_book.models.finetuning import load_expert
 from divmerge_book.models.language.models import quiet_transformers
 from divmerge_book.models.merged import base_folder
-from divmerge_book.models.mergekit_folders import DECIDING
+from divmerge_book.models.mergekit_folders import DECIDING, HEAD
 from divmerge_book.user_models import adapters, headers
 from divmerge_book.user_models.description import TaskFiles
 from divmerge_book.user_models.headers import check_config, check_folder, check_headers, positions
@@ -139,11 +139,13 @@ def read_model(kind: type, folder: Path) -> tuple[nn.Module, set[str]]:
 
 def tokenizer_of(folder: Path) -> transformers.PreTrainedTokenizerBase | None:
     """The tokenizer in a folder; None where it has none."""
-    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
     if not any((folder / name).is_file() for name in names):
         return None
-    with refusing(f"{folder}: its tokenizer cannot be loaded"):
+    try:
         return AutoTokenizer.from_pretrained(folder, **OFFLINE)
+    except Exception as error:  # the library in Rust raises no subclass
+        raise ValueError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
 
 
 def open_base(name: str, beside: Path) -> BaseFolder:
@@ -229,11 +231,10 @@ def package_tensors(source: Source, base: BaseFolder, state: Mapping) -> dict[st
 
 
 # The file that marks a folder of each kind, in the order in which they are looked for.
-MARKS = {"adapter": adapters.CONFIG, "package": "manifest.json", "transformers": "config.json"}
+MARKS = {"adapter": adapters.CONFIG, "transformers": "config.json", "package": "manifest.json"}
 OPEN = {"adapter": open_adapter, "package": open_package, "transformers": open_checkpoint}
 # (source, base, the base's tensors) -> all tensors of an expert, by its classifier's names.
-TENSORS = {"adapter": adapter_tensors, "package": package_tensors}
-TENSORS |= {"transformers": checkpoint_tensors}
+TENSORS = dict(zip(MARKS, (adapter_tensors, checkpoint_tensors, package_tensors), strict=True))
 
 
 def kind_in(folder: Path) -> str:
@@ -241,8 +242,9 @@ def kind_in(folder: Path) -> str:
     check_folder(folder)
     kind = next((kind for kind, mark in MARKS.items() if (folder / mark).is_file()), None)
     if kind is None:
-        inner = [path.parent for path in sorted(folder.glob("*/*")) if path.name in MARKS.values()]
-        hint = f"; did you mean {inner[-1]}?" if inner else ""
+        inner = {path.parent for path in folder.glob("*/*") if path.name in MARKS.values()}
+        last = max(inner, key=lambda path: (len(path.name), path.name), default=None)
+        hint = f"; did you mean {last}?" if last else ""
         hint = "; it is a file: give its folder" if folder.is_file() else hint
         raise ValueError(
             f"{folder} holds no expert: it needs one of {', '.join(MARKS.values())}{hint}"
@@ -281,12 +283,13 @@ def open_expert(task: TaskFiles, base: BaseFolder) -> Source:
 def check_architecture(source: Source, base: BaseFolder) -> None:
     """Raise ValueError where the expert's encoder is not of the base's architecture."""
     who, config = f"expert {source.task.expert}", getattr(source.model, "config", None)
-    for field in DECIDING:
+    for field in (*DECIDING, *HEAD):
         own, wanted = (getattr(one, field, None) for one in (config, base.config))
         if None not in (own, wanted) and own != wanted and field != "vocab_size":
+            cure = "set it in the base's config.json too, beside which heads are written"
+            cure = cure if field in HEAD else "merging needs experts fine-tuned from this very base"
             raise ValueError(
-                f"{who} has {field} = {own!r}, the base {base.name!r} has {wanted!r}; merging "
-                "needs experts fine-tuned from this very base"
+                f"{who} has {field} = {own!r}, the base {base.name!r} has {wanted!r}; {cure}"
             )
     own, wanted = source.shapes, base.shapes
     names = {*own, *(name for name in wanted if re.search(r"\.\d+\.", name))}

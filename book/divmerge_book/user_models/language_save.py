@@ -80,13 +80,14 @@ def merged_model(
 def save_tokenizer(new: Path, plan: Plan) -> None:
     """The tokenizer's files as a base or an expert has them, where it is theirs; else new ones."""
     written, folders = plan.tokens.tokenizer, [source.task.expert for source in plan.experts]
-    for file in (file for pattern in TOKENS for file in new.glob(pattern)):
+    for file in (file for pattern in TOKENS for file in new.glob(pattern) if file.is_file()):
         file.unlink()  # of the base, as it was copied
     for folder in () if isinstance(written.chat_template, dict) else (plan.base.folder, *folders):
         own = tokenizer_of(folder)
         if own and all(facts(own) == facts(written) for facts in (vocabulary_digest, settings_of)):
             for file in (file for pattern in TOKENS for file in folder.glob(pattern)):
-                shutil.copyfile(file, new / file.name)
+                if file.is_file():
+                    shutil.copyfile(file, new / file.name)
             return
     written.save_pretrained(new)
 
@@ -101,7 +102,7 @@ def save_parts(new: Path, model: PreTrainedModel, plan: Plan, shard: int) -> Non
     save_tokenizer(new, plan)
     save_generation(new, plan, model.config.to_dict())
     for pattern in ("LICENSE*", "NOTICE*"):
-        for file in plan.base.folder.glob(pattern):
+        for file in filter(Path.is_file, plan.base.folder.glob(pattern)):
             shutil.copyfile(file, new / file.name)
 
 

@@ -149,6 +149,11 @@ def target(description: Description, output: str | os.PathLike, *, overwrite: bo
     for path in (description.path, *(p for t in description.tasks for p in t.files().values())):
         if path.resolve().is_relative_to(folder):
             raise ValueError(f"output {folder} is or holds {path}; name another folder")
+    if os.path.ismount(folder) or Path.cwd().is_relative_to(folder):
+        raise ValueError(
+            f"output {folder} is a mount point, or holds the current folder, and is replaced as a "
+            "whole; name a new folder in it"
+        )
     beside = next(path for path in folder.parents if path.exists())
     try:
         full = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
@@ -160,8 +165,10 @@ def target(description: Description, output: str | os.PathLike, *, overwrite: bo
             f"output {folder} exists and is not empty; name a new folder, or say overwrite "
             "(--overwrite of the command) to replace the model in it"
         )
-    if full and not (folder / "config.json").is_file():
-        raise ValueError(f"output {folder} holds no model to be replaced; name another folder")
+    others = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if others or full and not (folder / "config.json").is_file():
+        what = f"other models ({', '.join(others)})" if others else "no model to be replaced"
+        raise ValueError(f"output {folder} holds {what}; name another folder")
     return folder
 
 
