@@ -244,13 +244,14 @@ def landing(results: Path) -> None:
         return
     small = sns.plotting_context("notebook", font_scale=0.75)
     with sns.axes_style("whitegrid"), plt.rc_context({**small, "svg.hashsalt": "landing"}):
-        shape = {"figsize": (7.5, 6.5), "squeeze": False, "layout": "constrained"}
-        fig, axes = plt.subplots(1, len(reports), **shape)
+        ranked = {name: ranking(report) for name, report in reports.items()}
+        shape = {"figsize": (7.5, 0.35 * max(map(len, ranked.values()))), "squeeze": False}
+        fig, axes = plt.subplots(1, len(reports), **shape, layout="constrained")
         for ax, (name, report) in zip(axes[0], reports.items(), strict=True):
             subset = largest(report.rows).subset.iloc[0]
             tasks, counted = subset.count("+") + 1, len(report.counted(report.rows.suite[0]))
             heading = f"{name}, {report.provenance['encoder']}\n{tasks} tasks, {counted} counted"
-            forest(ax, ranking(report)).set_title(heading)
+            forest(ax, ranked[name]).set_title(heading)
         fig.savefig(results / "landing.svg", metadata={"Date": None})
         plt.close(fig)
     merges = len(set.union(*(set(r.rows.method) for r in reports.values())) - {"expert", "base"})
