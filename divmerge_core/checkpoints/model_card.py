@@ -128,6 +128,11 @@ def card(
     hashes, inputs: file -> SHA-256 of the files written and read. reason: why there is no mergekit
     configuration; empty where there is one. ready: on whole models of tasks in the folder.
     """
+    again = f"There is no mergekit configuration for this merge: {reason}."
+    if not reason:
+        command = "mergekit-yaml mergekit_config.yml OUTPUT --no-write-model-card"
+        left = ", without the heads of tasks" if heads else ""
+        again = f"`{command}` merges the same folders (mergekit 0.1.5){left}."
     parts = (
         front(record),
         f"# {', '.join(record.tasks)}: one merged model",
@@ -136,7 +141,7 @@ def card(
         "## Data\n\n" + "\n".join([data_table(record), *(f"\n- {n}" for n in record.notes)]),
         "## Scores\n\n" + scores_table(record),
         "## Loading\n\nIn this folder:\n\n" + loading(base, heads) + f"\n\n{ready}" * bool(ready),
-        "## mergekit\n\n" + mergekit_note(reason, heads),
+        f"## mergekit\n\n{again}",
         "## SHA-256\n\n" + table(("written file", "SHA-256"), hashes.items()),
         table(("input file", "SHA-256"), inputs.items()),
     )
@@ -283,12 +288,3 @@ def loading(base: StoredModel, heads: Mapping[str, Head]) -> str:
     call = f'`divmerge_book.models.merged.load_with_head(".", "{rows[0][0]}")`'
     labels = "Labels in the order of the logits:\n\n" + table(("task", "labels"), rows)
     return "\n\n".join([*codes, f"The same with this project's package: {call}.", labels])
-
-
-def mergekit_note(reason: str, heads: Mapping[str, Head]) -> str:
-    """How to merge again with mergekit, or why that cannot be."""
-    if reason:
-        return f"There is no mergekit configuration for this merge: {reason}."
-    command = "mergekit-yaml mergekit_config.yml OUTPUT --no-write-model-card"
-    left = ", without the heads of tasks" if heads else ""
-    return f"`{command}` merges the same folders (mergekit 0.1.5){left}."

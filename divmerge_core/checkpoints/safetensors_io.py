@@ -211,9 +211,9 @@ def prefix_of(names: Iterable[str]) -> str:
 
     It is common to the token embeddings and to the numbered blocks.
     """
-    numbered = {name.partition(".")[0] for name in names if re.search(r"\.\d+\.", name)}
-    embedding = {name.partition(".")[0] for name in names if EMBEDDING.search(name)}
-    common = numbered & embedding
+    numbered = {name for name in names if re.search(r"\.\d+\.", name)}
+    embedding = {name for name in {*names} - numbered if EMBEDDING.search(name)}
+    common = {n.partition(".")[0] for n in numbered} & {n.partition(".")[0] for n in embedding}
     return f"{common.pop()}." if len(common) == 1 else ""
 
 

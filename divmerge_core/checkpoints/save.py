@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +30,10 @@ BESIDE = (  # what a base's folder has besides its weights and its config
     *("*.model", "*.spm", "*.codes", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja"),
     *("chat_template.json", "generation_config.json", "*processor_config.json", "*.py"),
     *("LICENSE*", "NOTICE*"),
+)
+MODEL = (  # names in a folder of a merged model, which may be replaced
+    *("config.json", "*.safetensors", "*.index.json", "pytorch_model*.bin", "README.md", "tasks"),
+    *("heads", "coefficients.json", "mergekit_config.yml", "additional_chat_templates", *BESIDE),
 )
 
 
@@ -72,7 +77,8 @@ def write(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be 1 or more, got {max_shard_bytes}")
     kind = float_dtype(dtype)
-    validate_target(folder, record, overwrite)
+    inputs = [record.base, *record.experts.values()]
+    validate_target(folder, inputs, overwrite)
     base, source = sources_of(record, merged, names, rule, shell)
     plan, heads = tensor_sources.planned(source, kind), heads or {}
     if strange := sorted(set(heads) - set(record.tasks)):
@@ -85,7 +91,8 @@ def write(
     total = sum(tensor.nbytes for tensor in plan)
     require_space(folder, total * (1 + len(heads) if complete else 1))
     with fresh_folder(folder) as new, ThreadPoolExecutor(1) as beside:
-        inputs = beside.submit(hashes_of, record)
+        validate_target(folder, inputs, overwrite)  # another run may have made it meanwhile
+        digests = beside.submit(hashes_of, record)
         bar = tqdm(total=total, desc="writing", unit="B", unit_scale=True, disable=not progress)
         with bar:
             hashes = write_shards(new, plan, max_bytes=max_shard_bytes, wrote=bar.update)
@@ -94,8 +101,8 @@ def write(
         (new / "coefficients.json").write_text(coefficients_json(record), encoding="utf-8")
         if text:
             (new / "mergekit_config.yml").write_text(text, encoding="utf-8")
-        ready, inputs = complete(new) if complete else "", inputs.result()
-        content = card(record, base, heads, hashes, inputs, reason=reason, ready=ready)
+        ready = complete(new) if complete else ""
+        content = card(record, base, heads, hashes, digests.result(), reason=reason, ready=ready)
         (new / "README.md").write_text(content, encoding="utf-8")
     return folder
 
@@ -124,24 +131,23 @@ def float_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return FLOATS.get(dtype, dtype)
 
 
-def validate_target(folder: Path, record: MergeRecord, overwrite: bool) -> None:
+def validate_target(folder: Path, inputs: Iterable[str | os.PathLike], overwrite: bool) -> None:
     """Raise ValueError where writing to the folder would destroy what it should not."""
+    for path in (Path(name).resolve() for name in inputs):
+        if folder.is_relative_to(path) or path.is_relative_to(folder):
+            raise ValueError(f"output {folder} is, holds or lies in {path}; name another folder")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; name a new folder")
-    inputs = [Path(path).resolve() for path in (record.base, *record.experts.values())]
-    if any(path == folder or folder in path.parents for path in inputs):
-        raise ValueError(f"{folder} holds the base or an expert; write to another folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not overwrite:
+        raise ValueError(f"output {folder} is a file; name a new folder")
+    held = sorted(path.name for path in folder.glob("*"))
+    if held and not overwrite:
         raise ValueError(
-            f"{folder} exists and is not empty; name a new one, or say overwrite=True (--overwrite "
-            "of the command) to replace the model in it"
+            f"output {folder} exists and is not empty; name a new folder, or say overwrite=True "
+            "(--overwrite of the command) to replace the model in it"
         )
-    others = sorted(path.parent.name for path in folder.glob("*/config.json"))
-    if others or not (folder / "config.json").is_file():
-        what = f"other models ({', '.join(others)})" if others else "no model"
-        raise ValueError(f"{folder} holds {what}, so it is not overwritten; name another folder")
+    others = [name for name in held if not any(fnmatch(name, known) for known in MODEL)]
+    if others or held and "config.json" not in held:
+        what = f"{', '.join(others)}, no part of a model" if others else "no model"
+        raise ValueError(f"output {folder} holds {what}; name another folder, or move what is held")
 
 
 def hashes_of(record: MergeRecord) -> dict[str, str]:
@@ -155,10 +161,7 @@ def hashes_of(record: MergeRecord) -> dict[str, str]:
 
 
 def input_files(folder: Path) -> list[Path]:
-    """The weights that are read from a folder: an adapter's, or a whole model's in either format.
-
-    Raises ValueError where there are none.
-    """
+    """A folder's weights, an adapter's or a model's; raises ValueError where there are none."""
     adapter = (folder / "adapter_config.json").is_file()
     found = sorted(folder.glob("adapter_model.*" if adapter else "pytorch_model*.bin"))
     whole = any((folder / name).is_file() for name in (SINGLE, INDEX))

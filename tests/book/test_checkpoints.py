@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -414,7 +415,7 @@ def test_a_model_is_replaced_whole_wherever_the_process_dies(
         if not target.exists():
             assert not swap  # where folders cannot be swapped there is none for a moment
             states.append("none")
-            put("out", alone, merged=old)
+            put("out", alone, merged=old, overwrite=True)  # the next writer finds the old one
             continue
         states.append("new" if complete(target, after) else "old")
         assert states[-1] == "new" or complete(target, before)
@@ -459,22 +460,44 @@ def test_a_folder_in_use_is_refused(zoo, put, tmp_path):
     kept = sha256(folder / "model.safetensors")
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "one.txt").write_text("hello")
+    (tmp_path / "part").mkdir()
+    shutil.copyfile(folder / "README.md", tmp_path / "part" / "README.md")
     for place, overwrite, message in [
-        (folder, False, "not empty; name a new one, or say overwrite=True"),
-        (zoo / "mood", True, "holds the base or an expert"),
-        (zoo, True, "holds the base or an expert"),
-        (tmp_path / "letters", True, "holds no model, so it is not overwritten"),
+        (folder, False, "not empty; name a new folder, or say overwrite=True"),
+        (zoo / "mood", True, "is, holds or lies in .*mood"),
+        (zoo, True, "is, holds or lies in"),
+        (zoo / "mood" / "merged", False, "is, holds or lies in .*mood"),
+        (tmp_path / "letters", True, "holds one.txt, no part of a model"),
+        (tmp_path / "part", True, "holds no model"),
         (tmp_path / "letters" / "one.txt", False, "is a file"),
     ]:
         with pytest.raises(ValueError, match=message):
             put(place, overwrite=overwrite)
+    (folder / "my_notes.txt").write_text("mine")
     shutil.copytree(folder, folder / "ties")
-    with pytest.raises(ValueError, match="holds other models .ties., so it is not"):
+    with pytest.raises(ValueError, match="holds my_notes.txt, ties, no part of a model"):
         put(folder, overwrite=True)
     shutil.rmtree(folder / "ties")
+    (folder / "my_notes.txt").unlink()
     (tmp_path / "empty").mkdir()
     assert sha256(folder / "model.safetensors") == kept
     assert sha256(put("empty") / "model.safetensors") == kept
+
+
+def test_a_model_that_another_run_wrote_meanwhile_is_kept(put, merged, tmp_path, monkeypatch):
+    wait = storage.locked
+
+    @contextmanager
+    def after_the_other(target):
+        monkeypatch.setattr(storage, "locked", wait)
+        put()
+        with wait(target):
+            yield
+
+    monkeypatch.setattr(storage, "locked", after_the_other)
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        put(merged={name: torch.zeros_like(tensor) for name, tensor in merged.items()})
+    assert complete(tmp_path / "out", tensors_in(put("again")))
 
 
 def mood(*head) -> dict:
@@ -521,7 +544,7 @@ def test_experts_that_do_not_fit_are_refused(zoo, record, put, tmp_path):
         ({"experts": experts}, None, "'mood': embeddings.word_embeddings.weight has shape"),
         ({}, None, "puts \\['pooler.dense.*in groups that have no coeff"),
         ({"coeffs": None}, None, "needs record.coeffs and a folder"),
-        ({"base": tmp_path}, None, "lacks model.safetensors"),
+        ({"base": zoo}, None, "lacks model.safetensors"),
         ({"base": tmp_path / "base"}, names, f"base lacks .'{lost}'., which expert 'mood' holds"),
     ]:
         with pytest.raises(ValueError, match=message):

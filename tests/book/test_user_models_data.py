@@ -121,6 +121,7 @@ def test_numbered_labels_of_a_datasets_folder_go_by_their_names(tmp_path):
         ("rows.csv", "text,label\na,negative\n ,positive\n,a\n", ["line 3 (and 1 more)", "' '"]),
         ("rows.csv", 'text,label\n"a\nb",negative\nc,bad\n', ["line 4", "negative, positive"]),
         ("rows.tsv", "text\tlabel\n\tnegative\n", ["line 2", "not a text"]),
+        ("rows.tsv", 'text\tlabel\n"a ""b"""\t0\n', ['"a ""b""" is quoted as in CSV', "line 2"]),
         ("rows.jsonl", '{"text": "a", "label": 0}\n{"text": \n', ["line 2"]),
         ("rows.jsonl", '\n{"text": "a"}\n', ["no column label", "it has text"]),
         ("rows.jsonl", '{"text": "a", "label": 0}\n{"text": "b"}\n', ["line 2", "label None"]),

@@ -27,6 +27,8 @@ def text_file(folder: Path, text: str, name: str = "models.yaml") -> Path:
 # --- the description ------------------------------------------------------------------------------
 def test_yaml_and_json_say_the_same(project):
     whole = yaml.safe_load(project.read_text())
+    whole["tasks"][0]["labels"] = ["\N{GRINNING FACE}", "\\ud83d"]
+    project = text_file(project.parent, yaml.safe_dump(whole, allow_unicode=True), "same.yaml")
     text = "\ufeff" + json.dumps(whole, indent="\t")  # an editor's byte order mark
     path = text_file(project.parent, text, "models.json")
     one, other = read(project), read(path)
@@ -286,7 +288,7 @@ def test_a_card_names_models_as_others_can_find_them(project, tmp_path):
 )
 def test_an_output_that_would_harm_or_cannot_be_written_is_refused_at_once(project, output):
     (project.parent / "full" / "notes").mkdir(parents=True, exist_ok=True)
-    words = "is, holds or lies in|cannot be written to|is or holds|holds no model to be replaced"
+    words = "is, holds or lies in|cannot be written to|holds notes, no part of a model"
     with pytest.raises(ValueError, match=words):
         target(read(project), output, overwrite=True)
 

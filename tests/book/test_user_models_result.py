@@ -325,7 +325,8 @@ def test_an_output_that_others_stand_in_is_refused_before_the_merge(
     assert __main__.main(command) == 0
     shutil.copytree(tmp_path / "out", tmp_path / "out" / "ties")
     assert __main__.main(command) == 2
-    assert "holds other models (ties); name" in capsys.readouterr().err
+    assert "holds ties, no part of a model; name" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out" / "ties")
     monkeypatch.chdir(tmp_path / "out")
     assert __main__.main(command) == 2
     assert "holds the current folder" in capsys.readouterr().err

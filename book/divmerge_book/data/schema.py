@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -12,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 from pydantic_core import PydanticCustomError
 
 KINDS = (".yaml", ".yml", ".json")
+PAIR = re.compile(r"\\ud[89ab]..\\ud[c-f]..", re.IGNORECASE)  # a character beyond 16 bits
 
 
 class Text(str):
@@ -109,7 +111,8 @@ def nodes(path: Path, what: str) -> yaml.Node | None:
         text = path.read_text("utf-8-sig")
         if path.suffix == ".json":
             json.loads(text)
-            text = text.replace("\t", " ")  # JSON may indent with tabs, YAML may not
+            text = text.replace("\t", " ")  # JSON may indent with tabs, YAML may not,
+            text = PAIR.sub(lambda found: json.loads(f'"{found[0]}"'), text)  # nor escape so
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error

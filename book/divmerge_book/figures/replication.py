@@ -32,11 +32,10 @@ def beside_paper(checks: Sequence) -> Figure | None:
         return None
     heights = list(map(len, panels.values()))
     shape = {"figsize": (7.5, 0.24 * sum(heights) + 1.4), "height_ratios": heights}
-    fig, axes = plt.subplots(len(panels), 1, squeeze=False, sharex=True, **shape)
+    shape |= {"squeeze": False, "sharex": True, "layout": "constrained"}
+    fig, axes = plt.subplots(len(panels), 1, **shape)
     for ax, (setting, some) in zip(axes[:, 0], panels.items(), strict=True):
         draw(ax, some).set_title(setting.replace("`", ""), fontsize=9)
     axes[-1, 0].set_xlabel("difference, points of ANP", fontsize=9)
-    beside = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2}
-    axes[-1, 0].legend(fontsize=8, **beside)
-    fig.tight_layout()
+    fig.legend(*axes[-1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return fig

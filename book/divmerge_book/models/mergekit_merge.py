@@ -42,8 +42,8 @@ def merge_config(
     """
     output = Path(output).expanduser().resolve()
     recipe, dtype = read_recipe(path)
-    validate_target(output, recipe.record, overwrite)
     record = recipe.record
+    validate_target(output, [record.base, *record.experts.values()], overwrite)
     if recipe.method in ("linear", "task_arithmetic"):
         row, *others = {tuple(coefficients(recipe, name).tolist()) for name in recipe.names}
         task_vectors = recipe.method != "linear" or abs(sum(row) - 1) < 1e-6  # else of no base

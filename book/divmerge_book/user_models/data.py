@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from divmerge_book.data.tasks import Task, quiet
 from divmerge_book.user_models.description import SPLITS, TaskFiles
 from divmerge_book.user_models.labels import numbers_of
 
+QUOTED = re.compile(r'"[^"]*(""[^"]*)+"')  # a field as CSV quotes one with quotes in it
 Tokenizer = Callable[..., Mapping[str, Sequence]]
 
 
@@ -36,6 +38,11 @@ def delimited(path: Path, **form) -> pd.DataFrame:
                 if row and len(row) != len(header):
                     raise ValueError(
                         f"{path}, line {line}: {len(row)} fields, the header has {len(header)}"
+                    )
+                if form.get("quoting") and (wrong := next(filter(QUOTED.fullmatch, row), None)):
+                    raise ValueError(
+                        f"{path}, line {line}: {wrong:.60} is quoted as in CSV, and in TSV quotes "
+                        "are part of the text; save the rows as .csv"
                     )
                 if row:
                     rows[line] = row
@@ -75,7 +82,10 @@ def json_lines(path: Path) -> pd.DataFrame:
 
 def saved_folder(path: Path) -> pd.DataFrame:
     """A folder that `datasets` wrote with `save_to_disk`."""
-    found = datasets.load_from_disk(str(path))
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:  # of its state.json
+        raise ValueError(f"{path} cannot be read: {error!r}") from error
     if isinstance(found, datasets.DatasetDict):
         raise ValueError(
             f"{path} holds several splits: {', '.join(found)}; name one of them, such as "
@@ -105,12 +115,6 @@ READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
 }
 
 
-BROKEN = (  # what readers raise for files that are damaged; their own messages are ValueErrors
-    *(OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowException),
-    *(KeyError, TypeError, json.JSONDecodeError),
-)
-
-
 def read_table(path: Path, wanted: Sequence[str] | None) -> pd.DataFrame:
     """The wanted columns of a file or folder, or all; None where a value is missing.
 
@@ -128,7 +132,7 @@ def read_table(path: Path, wanted: Sequence[str] | None) -> pd.DataFrame:
         table = read(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    except BROKEN as error:
+    except (OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path} cannot be read: {error!r}") from error
     present = list(map(str, table.columns))
     wanted = present if wanted is None else wanted

@@ -30,7 +30,8 @@ def positions(model: nn.Module) -> int | None:
         if re.search(r"(position_embeddings|embed_positions)$", name) and hasattr(part, "weight"):
             if getattr(part, "padding_idx", None) is not None:
                 return part.weight.shape[0] - part.padding_idx - 1
-    return getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config, "max_position_embeddings", None) or 0
+    return limit if limit > 0 else None  # XLNet, which has no table of positions, says -1
 
 
 def wrapper_in(folder: Path) -> str:

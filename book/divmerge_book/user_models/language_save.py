@@ -148,11 +148,13 @@ def write_language(
     `checkpoints.write`.
     """
     folder = Path(folder).expanduser().resolve()
-    validate_target(folder, record, overwrite)
+    read = [record.base, *record.experts.values()]
+    validate_target(folder, read, overwrite)
     kind, layout = float_dtype(dtype) or stored_dtype(record.base), bench.problem.vectors.layout
     require_space(folder, layout.size * kind.itemsize)
     inputs, text, reason = hashes_of(record), *recipe(plan, record, layout.unflatten(flat), kind)
     with fresh_folder(folder) as new:
+        validate_target(folder, read, overwrite)  # another run may have made it meanwhile
         save_parts(new, merged_model(plan, bench, flat, kind), plan, max_shard_bytes)
         again, _ = read_model(kind_of(plan.base.config), new)
         read = layout.flatten(dict(again.named_parameters()), f"{folder}").to(flat.device)

@@ -27,6 +27,7 @@ from divmerge_book.user_models.vocabulary import grown_base
 from divmerge_core.checkpoints import Head, MergeRecord
 from divmerge_core.checkpoints.heads import MEAN
 from divmerge_core.checkpoints.safetensors_io import StoredModel
+from divmerge_core.checkpoints.save import validate_target
 from divmerge_core.kernels.delta_storage import part
 from divmerge_core.merging.coefficients import groups_of
 from divmerge_core.merging.task_vectors import Layout, TaskVectors
@@ -142,13 +143,9 @@ def target(description: Description, output: str | os.PathLike, *, overwrite: bo
     is, holds or lies in the base or an expert, or where nothing can be written.
     """
     folder = (description.path.parent / Path(output).expanduser()).resolve()
-    base = description.path.parent / Path(description.base).expanduser()
-    for path in (base.resolve(), *(task.expert.resolve() for task in description.tasks)):
-        if path.exists() and (folder.is_relative_to(path) or path.is_relative_to(folder)):
-            raise ValueError(f"output {folder} is, holds or lies in {path}; name another folder")
-    for path in (description.path, *(p for t in description.tasks for p in t.files().values())):
-        if path.resolve().is_relative_to(folder):
-            raise ValueError(f"output {folder} is or holds {path}; name another folder")
+    base = (description.path.parent / Path(description.base).expanduser()).resolve()
+    rows = [file for task in description.tasks for file in task.files().values()]
+    given = (base, description.path, *rows, *(task.expert for task in description.tasks))
     if os.path.ismount(folder) or Path.cwd().is_relative_to(folder):
         raise ValueError(
             f"output {folder} is a mount point, or holds the current folder, and is replaced as a "
@@ -156,19 +153,10 @@ def target(description: Description, output: str | os.PathLike, *, overwrite: bo
         )
     beside = next(path for path in folder.parents if path.exists())
     try:
-        full = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        validate_target(folder, filter(Path.exists, given), overwrite)
         tempfile.TemporaryFile(dir=beside).close()
     except OSError as error:
         raise ValueError(f"output {folder}: {beside} cannot be written to ({error})") from error
-    if full and not overwrite:
-        raise ValueError(
-            f"output {folder} exists and is not empty; name a new folder, or say overwrite "
-            "(--overwrite of the command) to replace the model in it"
-        )
-    others = sorted(path.parent.name for path in folder.glob("*/config.json"))
-    if others or full and not (folder / "config.json").is_file():
-        what = f"other models ({', '.join(others)})" if others else "no model to be replaced"
-        raise ValueError(f"output {folder} holds {what}; name another folder")
     return folder
 
 
