@@ -39,6 +39,11 @@ def wordless(folder: Path) -> None:
         file.unlink()
 
 
+def bare(folder: Path, name: str) -> None:
+    wordless(folder)
+    (folder / name).write_text("{}")
+
+
 def rows(project: Path, folder: Path, split: str, *edits: dict) -> Path:
     """The project with other rows in one split of its first task."""
     file = write_rows(folder / f"{split}.jsonl", [*toy_rows("mood")[split], *edits])
@@ -59,6 +64,8 @@ BROKEN = {  # name -> (what is spoiled, words of the message[, options of both c
     "field": (lambda project, _: with_fields(project, layers=3), "layers"),
     "path": (lambda project, _: changed(project, 0, expert="nowhere"), "does not exist"),
     "words": (partial(copied, spoil=wordless, base=True), "has no tokenizer"),
+    "no words": (partial(copied, spoil=partial(bare, name="tokenizer_config.json")), "no words"),
+    "pieces": (partial(copied, spoil=partial(bare, name="spiece.model")), "has no words"),
     "download": (partial(copied, spoil=cut), "is no whole safetensors file but damaged"),
     "size": (partial(copied, spoil=wider), "has hidden_size = 64"),
     "order": (lambda p, _: changed(p, 0, labels=LABELS["mood"][::-1]), "in another order"),

@@ -110,9 +110,7 @@ def config_of(folder: Path) -> transformers.PretrainedConfig:
     """The configuration in a folder."""
     check_folder(folder)
     if (folder / adapters.CONFIG).is_file() and not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} holds an adapter; give the model that it was trained on as base"
-        )
+        raise ValueError(f"{folder} holds an adapter; give the model it was trained on as base")
     with refusing(f"{folder}: its configuration is not one that transformers knows"):
         return AutoConfig.from_pretrained(folder, **OFFLINE)
 
@@ -139,13 +137,17 @@ def read_model(kind: type, folder: Path) -> tuple[nn.Module, set[str]]:
 
 def tokenizer_of(folder: Path) -> transformers.PreTrainedTokenizerBase | None:
     """The tokenizer in a folder; None where it has none."""
-    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
-    if not any((folder / name).is_file() for name in names):
+    if not any(any(folder.glob(name)) for name in ("tokenizer*.json", "vocab.*", "*.model")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, **OFFLINE)
+        found = AutoTokenizer.from_pretrained(folder, **OFFLINE)
+        words = len(set(found.get_vocab()) - set(found.all_special_tokens))
     except Exception as error:  # the library in Rust raises no subclass
-        raise ValueError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+        what = "its tokenizer cannot be loaded (*.model needs the package sentencepiece)"
+        raise ValueError(f"{folder}: {what}: {error}") from error
+    if words < 2:  # of a vocabulary that is not there; T5's has a blank then
+        raise ValueError(f"{folder}: its tokenizer has no words; save it with its vocabulary")
+    return found
 
 
 def open_base(name: str, beside: Path) -> BaseFolder:
@@ -246,11 +248,9 @@ def kind_in(folder: Path) -> str:
         last = max(inner, key=lambda path: (len(path.name), path.name), default=None)
         hint = f"; did you mean {last}?" if last else ""
         hint = "; it is a file: give its folder" if folder.is_file() else hint
-        raise ValueError(
-            f"{folder} holds no expert: it needs one of {', '.join(MARKS.values())}{hint}"
-        )
-    whole = any((folder / name).is_file() for name in (SINGLE, INDEX))
-    if kind == "adapter" and whole:
+        marks = ", ".join(MARKS.values())
+        raise ValueError(f"{folder} holds no expert: it needs one of {marks}{hint}")
+    if kind == "adapter" and any((folder / name).is_file() for name in (SINGLE, INDEX)):
         raise ValueError(
             f"{folder} holds an adapter ({adapters.CONFIG}) and whole weights ({SINGLE} or its "
             "index); remove the one that is not the expert"
