@@ -117,6 +117,6 @@ def test_every_fit_is_scored_beside_prodistill(experiment):
     scores.loc[scores.method == "five bands", ["from_low", "kept_from_low"]] = [0.01, -0.01]
     scores.loc[scores.method != "five bands", ["from_low", "kept_from_low"]] = -0.01
     said = find.fits(ResultTable({"answers": table}, facts, "this run"), scores)
-    assert said.count("\n| ") == 10 and "above 0: by ANP, five bands; by kept margin, none." in said
+    assert said.count("\n| ") == 12 and "above 0: by ANP, five bands; by kept margin, none." in said
     nats = table.set_index("method").read
     assert f"{nats['divmerge+'] / nats['prodistill']:.2f} times as far" in said

@@ -65,7 +65,7 @@ def test_orderings_over_subsets_are_means_over_sizes_without_the_largest_merge(m
     monkeypatch.setattr(Stored, "tables", lambda self, name: found)
     (one,) = replication.over_subsets(Stored(Path("none")))
     assert one.claim == "DivMerge, per layer is above Average"
-    assert one.setting == "`glue`, `tiny`, T = 2 to 3, 4 subsets"
+    assert one.setting == "`glue`, `tiny`, T = 2 to 3, 4 subsets (4 tasks counted)"
     half = stats.t.ppf(0.975, 2) * ((8 / 2 + 8 / 2) / 4) ** 0.5  # variances of 10, 14 and of 4, 8
     assert (one.value, one.low, one.high) == pytest.approx((9, 9 - half, 9 + half))
     printed = paper.table(6).loc[2:6]

@@ -71,7 +71,8 @@ def test_values_of_one_quantity_agree_or_their_settings_differ(stored):
 
 def test_captions_name_what_departs_from_the_standard_setting(stored):
     facts = {"suite": "embedded", "inputs": 24, "rows": 150, "seeds": [0, 1, 2], "rates": [1, 2]}
-    said = "; not the standard setting: inputs 24 (standard 32), candidates 2 (standard 6)"
+    said = "; not the standard setting, as far as stored: inputs 24 (standard 32), "
+    said += "candidates 2 (standard 6)"
     assert departures(facts) == said and departures(facts | {"suite": "glue"}) == ""
     assert stored.tables("choice/ablation.json").caption.endswith(f"{said}.")
     assert "not the standard" not in caption(stored.report(same_quantity.TABLE))

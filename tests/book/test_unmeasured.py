@@ -36,4 +36,4 @@ def test_a_measurement_that_is_stored_is_not_listed_and_seconds_are_stored_ones(
     fits = [fit for fit in Report.load(real).fits if fit["method"] == "divmerge/layer"]
     seconds = [fit["seconds"] for fit in fits if fit["subset"].count("+") == 7]
     assert left[0] == first.what and len(seconds) == 3
-    assert left[2] == f"{sum(seconds) / 3:.0f} s (`embedded`, T = 8)"
+    assert left[2] == f"{sum(seconds) / 3:.0f} s (embedded, T = 8)"

@@ -80,7 +80,7 @@ def departures(facts: Mapping) -> str:
     own = setting(facts) if facts.get("suite") in ("embedded", "glue_encoder") else {}
     other = {n: value for n, value in own.items() if value not in (None, STANDARD[n])}
     words = [f"{name} {value} (standard {STANDARD[name]})" for name, value in other.items()]
-    return f"; not the standard setting: {', '.join(words)}" if words else ""
+    return f"; not the standard setting, as far as stored: {', '.join(words)}" if words else ""
 
 
 @dataclass(frozen=True)

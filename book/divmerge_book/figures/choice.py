@@ -79,10 +79,12 @@ def forest(ax: Axes, table: pd.DataFrame, *, order: Sequence[str], score: str = 
             drawn = [max(value, LEFT_EDGE) for value in values]
             plot.intervals(ax, y + shift, *drawn, **{**look, "markerfacecolor": face})
             if values[0] < LEFT_EDGE:
-                how = {"fontsize": 8, "va": "center", "color": look["color"]}
-                ax.text(LEFT_EDGE + 0.9, y + shift, f"{values[0]:.0f}", **how)
+                how = {"fontsize": 7, "va": "center", "ha": "right", "color": look["color"]}
+                ax.text(LEFT_EDGE - 1.2, y + shift, f"{values[0]:.0f}", **how)
         ax.plot([], [], label=label, linestyle="none", **look)
     plot.label_rows(ax, map(named, order))
+    if (100 * table.difference < LEFT_EDGE).any():
+        ax.set_xlim(left=LEFT_EDGE - 5)
     return plot.finish(ax, f"{WORDS[score]} minus that of js, points", at={0: "-"})
 
 

@@ -146,11 +146,13 @@ def reference(found: pd.DataFrame, source: str) -> str:
     inputs = found.number.isin(mergeability.INPUTS)
     js, own = found[inputs], found[~inputs].dropna(subset=["rho"])
     wrong = (own.rho * own.number.map(mergeability.SIGNS) < 0).mean()
+    both = (js.rho.abs() >= js["view"].map(own.groupby("view").threshold.max())).sum()
     return (
         f"In {source} the JS on unlabelled inputs ranks the accuracy lost with correlations from "
         f"{span(js.rho[js.damage == 'drop'], 2, sign=True)} over methods and questions; "
         f"{(js.p_max <= LEVEL).sum()} of its {len(js)} correlations with damage are significant "
-        f"after correction, and {(own.p_max <= LEVEL).sum()} of {len(own)} of the weight numbers'. "
+        f"after correction for these, {both} above the threshold of the weight numbers, and "
+        f"{(own.p_max <= LEVEL).sum()} of {len(own)} of the weight numbers'. "
         f"{100 * wrong:.0f} % of the latter have the unexpected sign."
     )
 

@@ -207,7 +207,7 @@ def stored_well(table: pd.DataFrame, source: str) -> str:
         blind = table.loc[table[column][table.finds != "task"].idxmax()]
         said.append(
             f"Of the methods that store less than 1.5 models, {title(small.method)} has the "
-            f"highest {words} in {source}: {100 * small[column]:.1f} %. Of those that do not need "
+            f"highest {words} in {source}: {100 * small[column]:.1f} %. Of all that do not need "
             f"the task's number, {title(blind.method)} has the highest: {100 * blind[column]:.1f} "
             f"%, with {blind.models:.2f} models stored and {blind.slower:.1f} times a model's time."
         )

@@ -101,7 +101,7 @@ def differences(per: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
         sure, lines = own[own.holm < LEVEL], []
         for (spec, up), some in sure.groupby(["objective", sure.difference > 0]):
             where = listed(f"per {r.grouping}, T = {r.count}" for r in some.itertuples())
-            gap = f"{100 * some.difference.mean():+.1f} points"
+            gap = f"{span(100 * some.difference, sign=True)} points"
             lines.append(f"{'above' if up else 'below'}: {named(spec)}, {gap} ({where})")
         first = (
             f"Of {len(tests)} differences from JS in {WORDS[score]}, in {source}, {len(sure)} "

@@ -7,7 +7,7 @@ import pandas as pd
 from divmerge_book.evaluation.stored_tables import ResultTable, load, named
 from divmerge_book.figures.styles import CRITERIA, labels
 from divmerge_book.findings import bullets, each, listed, scores, table_of, with_origin
-from divmerge_book.studies.model_selection import over_models
+from divmerge_book.studies.model_selection import model_scores, over_models, selection_regret
 from divmerge_book.studies.random_merges import MEASURES, SAMPLERS
 
 NAMES = labels(CRITERIA)
@@ -46,18 +46,21 @@ def ranked(mean: pd.DataFrame, source: str) -> str:
         lines.append([f"{SAMPLERS.facts[kind]['label']}: {among}", *values, last])
     heads = ["coefficients drawn for", *one.index.map(NAMES), f"{NAMES['reverse_kl']} minus JS"]
     table = table_of(heads, lines)
-    return f"Rank correlations with a task's accuracy in {source}:\n\n{table}"
+    minus = "Rank correlations with a task's accuracy, of minus each measure (of labels: plus)"
+    return f"{minus}, in {source}:\n\n{table}"
 
 
 def ranked_elsewhere(path: Path) -> str:
-    """The `ranked` of another suite's stored models; empty where none are."""
+    """The `ranked` and `chosen` of another suite's stored models; empty where none are."""
     if not path.is_file():
         return ""
     run = ResultTable(*load(path), "the stored run", named(path))
     _, mean = over_models(run["models"], run["cross"])
+    whole = model_scores(run["models"], run["cross"])
     tasks, encoder = len(run.facts["tasks"]), run.facts["encoder"]
     source = f"the stored run of `{run.facts['suite']}`, {tasks} tasks, with `{encoder}`"
-    return with_origin(run, ranked(mean, source))
+    best = chosen(selection_regret(whole), whole, source)
+    return with_origin(run, ranked(mean, source), best)
 
 
 def by_task(of: pd.DataFrame, rows: int, source: str) -> str:

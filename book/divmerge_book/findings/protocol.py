@@ -47,10 +47,11 @@ def settings(changed: pd.DataFrame, kinds: Sequence[str], source: str) -> str:
             f"{draw.SETTINGS[r.setting]} {r.value}, per {r.grouping}: {gap(r)}"
             for r in significant(of_score(changed, score)).sort_values("difference").itertuples()
         ]
-        ends = "; ".join(dict.fromkeys([*found[:1], *found[-1:]])) or "none"
+        ends = "; ".join(dict.fromkeys([*found[:1], *found[-1:]]))
+        ends = ends and f"; the lowest and the highest, in points: {ends}"
         lines.append(
             f"In {source} {len(found)} of {total} changes differ significantly from the default in "
-            f"{WORDS[score]} (Holm's correction); the lowest and the highest, in points: {ends}."
+            f"{WORDS[score]} (Holm's correction){ends}."
         )
     return " ".join(lines)
 
@@ -75,14 +76,15 @@ def readings(kinds_of: pd.DataFrame, read: pd.DataFrame, kinds: Sequence[str], s
     lines = []
     for score in kinds:
         own = of_score(rows, score)
-        best, first = own.score.idxmax(), own.index[0]
+        best, first, shown = own.score.idxmax(), own.index[0], (100 * own.score).round(1)
+        names = listed([f"per {name}" for name in shown.index[shown == shown[best]]])
         beside = "" if best == first else f", {gap(own.loc[best])} points from one per {first}"
         said = [
             f"{gap(r)} (coefficients per {r.grouping})" for r in of_score(total, score).itertuples()
         ]
         lines.append(
-            f"In {source} one coefficient per {best} has the highest {WORDS[score]}, "
-            f"{100 * own.score[best]:.1f} %{beside}. The data set size in total, not for each "
+            f"In {source} coefficients {names} have the highest {WORDS[score]}, "
+            f"{shown[best]:.1f} %{beside}. The data set size in total, not for each "
             f"task, changes the {WORDS[score]} by {listed(said)} points."
         )
     return " ".join(lines)

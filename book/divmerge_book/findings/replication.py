@@ -43,7 +43,8 @@ class Check:
     paper: the paper's value; value, low, high: ours, with its 95 % interval. All are in points of
     ANP, or correlations. The paper says that the value is above 0. kept: the verdict on the kept
     margin, which the paper does not report; empty where it was not computed. weak: whether the
-    method that should be lower has a lower ANP than the unmerged base.
+    method that should be lower has a lower ANP than the unmerged base. printed: whether the paper
+    prints the value; else it is computed from its figures, and the check does not count.
     """
 
     claim: str
@@ -55,6 +56,7 @@ class Check:
     unit: str = "points"
     kept: str = ""
     weak: bool = False
+    printed: bool = True
 
     @property
     def verdict(self) -> str:
@@ -116,7 +118,9 @@ def over_subsets(stored: Stored) -> Iterator[Check]:
     some = own[own["T"] < own["T"].max()]
     wide = some.pivot(index=["T", "subset"], columns="method", values=[*SCORES])
     sizes = f"T = {some['T'].min()} to {some['T'].max()}"
+    few = f"{len(scoring.floor(rows))} tasks counted"
     place = f"`{found.facts['suite']}`, `{found.facts['encoder']}`, {sizes}, {len(wide)} subsets"
+    place = f"{place} ({few})"
 
     def gap(score: str, better: str, other: str) -> Estimate:
         of = (wide[score, better] - wide[score, other]).groupby("T")
@@ -193,6 +197,7 @@ def predicts(stored: Stored) -> Iterator[Check]:
             values.mean(),
             *mean_interval(values),
             unit="correlation",
+            printed=words == "with",
         )
 
 
@@ -224,7 +229,8 @@ def drawn(report: str = "") -> tuple[list[Check], str]:
 
 
 def counts(found: Sequence[Check]) -> str:
-    """How many checks have which verdict."""
+    """How many checks of what the paper prints have which verdict."""
+    found = [one for one in found if one.printed]
     of = Counter(one.verdict for one in found)
     said = listed([f"{of[word]} {word}" for word in VERDICTS])
     weak = [one for one in found if one.weak and one.verdict == REPLICATED]

@@ -170,7 +170,7 @@ def dilution(grid: pd.DataFrame, source: str, column: str = "anp") -> str:
     low, high = min(level.index), max(level.index)
     drop, saved = mean[low] - mean[high], level[high] - mean[high]
     text = (
-        f"On the subsets merged with several coefficients in {source}, one seed, the average "
+        f"On the subsets merged with several coefficients in {source} the average "
         f"($1/T$) loses {drop:.1f} points of {SCORES[column]} from $T = {low}$ to ${high}$. Of "
         f"coefficients from $1/T$ up, the best has {saved:.1f} points more than $1/T$ at "
         f"$T = {high}$, and {level[low] - mean[low]:.1f} more at $T = {low}$."

@@ -81,7 +81,7 @@ def fit_takes(report: Report) -> str:
     most = max((fit["subset"] for fit in fits), key=len)
     costs = [fit.get("cost", fit)["seconds"] for fit in fits if fit["subset"] == most]
     suite = report.provenance["suite"]
-    return f"{sum(costs) / len(costs):.0f} s (`{suite}`, T = {most.count('+') + 1})"
+    return f"{sum(costs) / len(costs):.0f} s ({suite}, T = {most.count('+') + 1})"
 
 
 def table(folder: Path | None = None, every: Sequence[Missing] = MEASUREMENTS) -> pd.DataFrame:

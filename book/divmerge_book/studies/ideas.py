@@ -1,4 +1,4 @@
-"""Six fits beside DivMerge+: what was tried after it had missed its target against ProDistill.
+"""Fits beside DivMerge+: what was tried after it had missed its target against ProDistill.
 
 Each changes one thing and is run once, without a search. Tables are predictions, see
 `predictions.packed`, with the objective on the inputs of the fit and on validation rows.
@@ -29,6 +29,8 @@ FITS = {  # name -> method, its options
     "divmerge+": (OURS, TWO_BANDS),
     "five bands": (OURS, {"basis": "tsv:5"}),
     "temperature 3": (OURS, {**TWO_BANDS, "temperature": 3.0}),
+    "reverse KL": (OURS, {**TWO_BANDS, "divergence": "reverse_kl"}),
+    "KL": (OURS, {**TWO_BANDS, "divergence": "kl"}),
     MORE: (OURS, TWO_BANDS),
     f"five bands, {MORE}": (OURS, {"basis": "tsv:5"}),
     "prodistill": ("prodistill", {}),

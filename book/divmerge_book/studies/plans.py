@@ -125,14 +125,21 @@ def facts_of(name: str, plan: SimpleNamespace) -> dict:
     return {"study": name, "small": SMALL, **facts, **lists}
 
 
-def caption(facts: Mapping) -> str:
-    """One line of provenance for a study's figure or table."""
+def used(facts: Mapping) -> dict:
+    """The encoder and the seeds that a study used of those that its run had."""
     name, large = facts["study"], facts.get("large", facts["encoder"])
     encoder = {
         "fusion": f"{facts['small']} and {large}",
         **dict.fromkeys(("pools", "evolution"), facts["small"]),
     }.get(name, facts["encoder"])
-    few = 1 if name in ("arrivals", "mixture", "storage") else len(facts["seeds"])
+    few = 1 if name in ("arrivals", "mixture", "storage") else None
+    return {"encoder": encoder, "seeds": facts["seeds"][:few]}
+
+
+def caption(facts: Mapping) -> str:
+    """One line of provenance for a study's figure or table."""
+    name, (encoder, seeds) = facts["study"], used(facts).values()
+    few = len(seeds)
     rows = facts["scored" if name in ("evolution", "fusion", "storage") else "rows"]
     return (
         f"{encoder}, {facts['suite']}, T = {len(facts['tasks'])}, {facts['size']} size, {few} "

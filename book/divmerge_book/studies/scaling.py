@@ -187,12 +187,12 @@ def scaling(
 
 
 def fixed(
-    experiment: Experiment, subsets: Sequence[Subset], scales: Sequence[float | None]
+    experiments: Experiments, subsets: Sequence[Subset], scales: Sequence[float | None]
 ) -> pd.DataFrame:
     """Sums of task vectors with the same coefficient for every subset, whatever its size.
 
-    None among the scales is 1/T: the average. Columns: subset (also of one task), task, scale,
-    fixed (False for the average), right, js.
+    None among the scales is 1/T: the average. Columns: seed, subset (also of one task), task,
+    scale, fixed (False for the average), right, js.
     """
     jobs = []
     for subset in subsets:
@@ -200,9 +200,11 @@ def fixed(
             share = 1 / len(subset) if scale is None else scale
             job = {"method": "task_arithmetic", "subset": list(subset), "options": {"scale": share}}
             jobs.append({**job, "scale": share, "fixed": scale is not None})
-    measure = partial(merge_and_judge, experts=references(experiment))
-    table = study(measure, {0: experiment}, jobs, method="task_arithmetic")
-    return table[["subset", "task", "scale", "fixed", "right", "js"]]
+    tables = []
+    for seed, experiment in experiments.items():
+        measure = partial(merge_and_judge, experts=references(experiment))
+        tables.append(study(measure, {seed: experiment}, jobs, method="task_arithmetic"))
+    return pd.concat(tables)[["seed", "subset", "task", "scale", "fixed", "right", "js"]]
 
 
 def geometry(experiment: Experiment) -> pd.DataFrame:

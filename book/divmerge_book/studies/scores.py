@@ -60,7 +60,7 @@ def merged_rows(rows: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
 def ratios(rows: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
     """The rows of merged models on counted tasks with T, accuracy, ratio and kept_margin.
 
-    rows: of `scaling` or, with a seed and a method, of `fixed`; answers: of `scaling`, for the
+    rows: of `scaling` or, with a method, of `fixed`; answers: of `scaling`, for the
     experts. ratio: over the same seed's expert's accuracy. kept_margin: accuracy above the majority
     class's over the expert's, mean over seeds, above it.
     """
@@ -116,9 +116,9 @@ def stored_means(path: Path) -> pd.DataFrame:
 
 
 def by_scale(curves: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
-    """Means of anp and kept_margin by T, fixed (False: the average) and scale, over subsets.
+    """Means over subsets and seeds: anp, kept_margin by T, fixed (False: the average), scale.
 
-    curves: of `scaling.fixed`, with a seed and a method; answers: of `scaling`.
+    curves: of `scaling.fixed`, with a method; answers: of `scaling`.
     """
     keys, tried = ["T", "fixed", "scale"], ratios(curves, answers).rename(columns={"ratio": "anp"})
     per = tried.groupby([*keys, "subset"])[["anp", "kept_margin"]].mean()

@@ -6,7 +6,7 @@ from divmerge_book.findings import beyond as find
 from divmerge_book.findings import listed
 from divmerge_book.findings.contests import COLUMN_OF, gap, sampled
 from divmerge_book.findings.in_short import Stored
-from divmerge_book.studies.plans import with_margins
+from divmerge_book.studies.plans import used, with_margins
 
 
 def baselines(stored: Stored) -> list[str]:
@@ -40,7 +40,8 @@ def beyond(stored: Stored) -> list[str]:
     """What more models, more storage, or answers of small experts buy: each finding's beginning."""
     drawn = {}
     for name in ("storage", "arrivals", "mixture", "evolution", "fusion"):
-        found = stored.tables(f"beyond/{name}.json")
+        found = stored.tables(file := f"beyond/{name}.json")
+        stored.note(file, {**found.facts, **used(found.facts)})
         facts = {**found.facts, "source": found.source}
         drawn[name] = with_margins(name, found["rows"], facts), facts
     lines = find.summary(drawn).removeprefix("- ").split("\n- ")

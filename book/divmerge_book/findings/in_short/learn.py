@@ -46,8 +46,8 @@ def task_vectors(stored: Stored) -> list[str]:
         f"and {pairs.seed.nunique()} seeds; 0 is orthogonal.",
         f"Weight decay alone moved {100 * weights['idle'].parameters.mean():.0f} % of these "
         "experts' parameters: rows of the embedding table that their texts never use.",
-        f"In the other tensors, two tasks pull {100 * trained.conflict.mean():.0f} % of the "
-        "parameters in opposite directions; chance gives half.",
+        f"In the other parts of the model, two tasks pull {100 * trained.conflict.mean():.0f} % of "
+        f"the parameters in opposite directions (mean over parts); chance gives half.",
         f"Task arithmetic of {report.provenance['encoder']}, with the best of a few coefficients, "
         f"keeps {kept[0]:.1f} % ANP at T = {ends[0]} and {kept[-1]:.1f} % at T = {ends[-1]}.",
     ]
@@ -78,13 +78,16 @@ def objective(stored: Stored) -> list[str]:
     keys, scores = ["seed", "draws", "experts", "model"], ["js", "entropy", "accuracy"]
     merges = run["models"].groupby(keys)[scores].mean()
     rho = merges.groupby(keys[:-1])[scores].corr("spearman").accuracy.unstack()
+    whole = rho[rho.index.get_level_values("experts") == "all"].js
+    pairs = rho.js.drop(whole.index)
     own = run["cross"].query("task == model")
     return [
         "DivMerge minimises the sum over tasks of the JS between each expert's answers and the "
         f"merged model's; an expert on its own task has {abs(own.js).max():.3f} nats.",
-        f"The objective sees no label, but it ranks merges: over {len(rho)} sets of random merges, "
-        f"its rank correlation with the mean accuracy has the median {rho.js.median():+.2f} "
-        f"({span(rho.js, 2, sign=True)}).",
+        f"The objective sees no label, but it ranks merges: its rank correlation with the mean "
+        f"accuracy has the median {whole.median():+.2f} ({span(whole, 2, sign=True)}) over "
+        f"{len(whole)} sets of random merges of all experts, and {pairs.median():+.2f} "
+        f"({span(pairs, 2, sign=True)}) over {len(pairs)} of two.",
         f"The entropy of its answers, which AdaMerging minimises, has {rho.entropy.median():+.2f}.",
         "What is proved holds for the tasks' own inputs and for the value of the objective, not "
         "for accuracy: that is measured.",

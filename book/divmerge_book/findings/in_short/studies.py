@@ -15,7 +15,6 @@ from divmerge_book.published import paper_reanalysis
 from divmerge_book.studies import choice as divergences
 from divmerge_book.studies import (
     landscapes,
-    margins,
     mergeability,
     model_selection,
     prediction_churn,
@@ -79,8 +78,8 @@ def leader(per: pd.DataFrame, means: pd.Series) -> str:
 
 def scaling(stored: Stored) -> list[str]:
     """What is lost as more tasks are merged, by which methods, and what explains it."""
-    run, fixed = (stored.tables(f"scaling/{name}.json") for name in ("sample", "fixed"))
-    rows, label = run["answers"], {"seed": fixed.facts["seeds"][0], "method": "task_arithmetic"}
+    run, fixed = (stored.tables(f"scaling/{name}.json") for name in ("sample", "scales"))
+    rows = run["answers"]
     per = scores.by_subset(scores.ratios(rows, rows))
     wide = 100 * scores.over_subsets(per).pivot(index="method", columns="T", values="value")
     low, high = min(wide), max(wide)
@@ -88,16 +87,18 @@ def scaling(stored: Stored) -> list[str]:
     drop = wide[low] - wide[high]
     most, least = drop.idxmax(), drop.idxmin()
     glue = stored.tables("scaling/glue_encoder_minilm/sample.json")["answers"]
+    counted = scores.floor(glue).index
     of_glue = scores.by_subset(scores.ratios(glue, glue))
     other = 100 * scores.over_subsets(of_glue).pivot(index="method", columns="T", values="value")
     there = [leader(of_glue, other[n]) for n in (min(other), max(other) - 1)]
-    grid = scores.by_scale(fixed["curves"].assign(**label), rows)
+    grid = scores.by_scale(fixed["curves"].assign(method="task_arithmetic"), rows)
     spread = scores.spreads(rows).dropna().query("T == @low").groupby("source").sd
     noise = {name: 100 * (values**2).mean() ** 0.5 for name, values in spread}
     return [
         f"Of {len(wide)} methods with {run.facts['budget']} candidates each, fewer than in All "
         f"baselines, the one of highest ANP is {listed(best)}.",
-        f"On subsets of GLUE's tasks with MiniLM it is, of {len(other)} methods, {listed(there)}.",
+        f"On subsets of GLUE's tasks with MiniLM, of which {listed(counted)} count, it is, of "
+        f"{len(other)} methods, {listed(there)}.",
         f"From T = {low} to {high} the ANP changes by {-drop[most]:+.1f} points ({title(most)}) to "
         f"{-drop[least]:+.1f} ({title(least)}, which starts from {wide[low][least]:.1f} %).",
         f"At T = {low}, the standard deviation of a method's ANP over subsets of tasks is "
@@ -116,18 +117,25 @@ def ranks(run: ResultTable) -> str:
     return f"{said} (`{run.facts['suite']}`, `{run.facts['encoder']}`)"
 
 
+def least(run: ResultTable) -> str:
+    """The ANP of merges drawn per task that least JS chooses, beside other choices."""
+    merges, facts = run["models"].rename(columns={"draws": "sampler"}), run.facts
+    whole = model_selection.model_scores(merges, run["cross"]).query("sampler == 'task'")
+    table = model_selection.choices(whole).pivot(index="seed", columns="criterion", values="anp")
+    gap, mean = 100 * (table.js - table.validation).to_numpy(), 100 * table.mean()
+    low, high = mean_interval(gap)
+    return (
+        f"{mean.js:.1f} % (least entropy {mean.entropy:.1f}, best score on "
+        f"{facts['validation_rows']} labels a task {mean.validation:.1f}, mean of all "
+        f"{mean.none:.1f}; JS minus labels {gap.mean():+.1f} [{low:+.1f}, {high:+.1f}] points; "
+        f"`{facts['suite']}`, `{facts['encoder']}`)"
+    )
+
+
 def evidence(stored: Stored) -> list[str]:
     """What the paper's correlations show, and what divergences tell of merged models."""
-    run = stored.tables("evidence/embedded_bert_tiny.json")
-    merges, cross = run["models"].rename(columns={"draws": "sampler"}), run["cross"]
-    glue = stored.tables("evidence/glue_encoder_minilm.json")
-    seen = margins.majorities(run.facts["tasks"], run.facts["rows"])
-    whole = model_selection.model_scores(merges, cross, seen)
-    lost = model_selection.selection_regret(whole)
-    lost, some = lost[lost.sampler == "task"], whole[whole.sampler == "task"]
-    each = model_selection.choices(some).pivot(index="seed", columns="criterion", values="anp")
-    gap = 100 * (each.js - each.validation).to_numpy()
-    by = lost.set_index("criterion").anp
+    names = ("embedded_bert_tiny", "glue_encoder_minilm")
+    run, glue = (stored.tables(f"evidence/{name}.json") for name in names)
     table, means = paper_reanalysis.without_the_point()
     mean = means.set_index(["divergence", "how"]).loc[("JS", "pearson")]
     return [
@@ -135,12 +143,10 @@ def evidence(stored: Stored) -> list[str]:
         f"the task's own. {paper.inside(table)} Without it, the mean correlation for JS falls from "
         f"{mean.kept:.2f} to {mean.value:.2f} [{mean.low:.2f}, {mean.high:.2f}].",
         paper.js_and_kl(paper_reanalysis.js_and_kl()).partition(" Not ahead")[0],
-        f"Of {lost.models.iloc[0]} random merges a seed with a coefficient per task, that of least "
-        f"JS on unlabelled inputs has {by['js']:.1f} % test ANP (mean over seeds), of least "
-        f"entropy {by['entropy']:.1f} %, of the best score on {run.facts['validation_rows']} "
-        f"labels a task {by['validation']:.1f} %; that of all is {100 * some.anp.mean():.1f} %. JS "
-        f"minus labels: {gap.mean():+.1f} (95 %: {span(mean_interval(gap), sign=True)}) points.",
-        f"Rank correlations with the ANP over such merges: {ranks(run)}; {ranks(glue)}.",
+        f"Of {glue.facts['models']} random merges a seed with a coefficient per task, that of "
+        f"least JS on unlabelled inputs has a test ANP of {least(run)}; {least(glue)}.",
+        f"Rank correlations with the ANP over such merges, of minus each divergence: {ranks(run)}; "
+        f"{ranks(glue)}.",
     ]
 
 
@@ -177,6 +183,8 @@ def interference(stored: Stored) -> list[str]:
     overlap = [f"{100 * v:.1f} % of their largest {100 * cut:.0f} %" for cut, v in shared.items()]
     found = stored.tables("interference/prediction.json")["correlations"].dropna(subset=["rho"])
     some, inputs = found.p_max <= LEVEL, found.number.isin(mergeability.INPUTS)
+    limit = found[~inputs].groupby("view").threshold.max()
+    both = inputs & (found.rho.abs() >= found["view"].map(limit))
     table = stored.tables("interference/coefficients.json")["followed"]
     last = table[(table["view"] == "within") & (table["count"] == table["count"].max())]
     row = last[last.clue == "conflict"].iloc[0]
@@ -188,7 +196,7 @@ def interference(stored: Stored) -> list[str]:
         f"{listed(f'{100 * cut:.0f} %' for cut in shared.index)}.",
         f"Of {(~inputs).sum()} correlations between a number of the weights and the damage of a "
         f"merge, {(some & ~inputs).sum()} are significant after correction; of {inputs.sum()} with "
-        f"the JS on a few unlabelled inputs, {(some & inputs).sum()} are.",
+        f"the JS on a few unlabelled inputs, {both.sum()} are above the same threshold.",
         f"Within groups, the rank correlation of DivMerge's coefficients per {row.grouping} with "
         f"sign conflict is {row.rho:+.2f} [{row.low:+.2f}, {row.high:+.2f}] at T = {row['count']}.",
     ]
