@@ -21,6 +21,7 @@ LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bi
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING = re.compile(r"embed|wte|shared")
 BUFFERS = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(masked_)?bias)$")
+PARTS = {"encoder", "decoder", "embeddings", "layer", "layers"}  # of bare encoders
 OTHERS = re.compile(r"incomplete|\.(bin|pt|pth|h5|msgpack|onnx|gguf|ckpt|safetensors)$")
 WRAPPERS = ("_orig_mod.module.", "module._orig_mod.", "_orig_mod.", "module.")
 
@@ -211,9 +212,9 @@ def prefix_of(names: Iterable[str]) -> str:
 
     It is common to the token embeddings and to the numbered blocks.
     """
-    numbered = {name for name in names if re.search(r"\.\d+\.", name)}
-    embedding = {name for name in {*names} - numbered if EMBEDDING.search(name)}
-    common = {n.partition(".")[0] for n in numbered} & {n.partition(".")[0] for n in embedding}
+    numbered = {name.partition(".")[0] for name in names if re.search(r"\.\d+\.", name)}
+    embedding = {name.partition(".")[0] for name in names if EMBEDDING.search(name)}
+    common = numbered & embedding - PARTS
     return f"{common.pop()}." if len(common) == 1 else ""
 
 

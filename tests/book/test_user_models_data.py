@@ -151,6 +151,16 @@ def test_a_text_of_which_the_tokenizer_makes_nothing_is_refused_with_its_row(tmp
         rows_of(path, pair="pair")
 
 
+def test_a_row_with_another_number_of_end_tokens_is_refused(tmp_path):
+    """An encoder-decoder's head reads the answer at its last EOS token."""
+    path = write_rows(tmp_path / "rows.csv", [{"text": t} for t in ("a", "b", "a [SEP]")])
+    task = TaskFiles(name="mood", expert=tmp_path, merge=path)
+    (end,) = tokenizer()(["[SEP]"], add_special_tokens=False)["input_ids"][0]
+    for token, words in ((end, "line 4: .* than most rows, which have 1"), (10**6, "no EOS token")):
+        with pytest.raises(ValueError, match=words):
+            load_rows(task, "merge", ANSWERS, tokenizer(), token)
+
+
 def test_a_parquet_row_without_a_text_is_counted_from_one(tmp_path):
     given = [{"text": "a", "label": "negative"}, {"text": None, "label": "negative"}]
     with pytest.raises(ValueError, match="row 2: column 'text' holds None"):

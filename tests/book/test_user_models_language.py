@@ -36,6 +36,7 @@ from divmerge_core.checkpoints.safetensors_io import SINGLE
 
 # Toy experts move further than fine-tuning does.
 pytestmark = pytest.mark.filterwarnings("ignore:task .* the task vector is:UserWarning")
+AVERAGE = ("--method", "average")
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 
 
@@ -108,6 +109,23 @@ def test_every_family_makes_the_way_there_and_back(tmp_path, cache, kind):
     found, *own = (dict(build.from_pretrained(place).named_parameters()) for place in folders)
     for name, tensor in found.items():
         assert_close(tensor, (own[0][name] + own[1][name]) / 2, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("absent", [[], ["merge", "validation", "test"]])
+def test_a_t5_with_an_output_matrix_of_its_own_keeps_it(tmp_path, cache, absent):
+    """T5 1.1 and FLAN-T5: transformers ties what config.json says is apart, and loads it apart."""
+    base = save_family(tmp_path / "base", "t5", d_kv=16, d_ff=48)
+    project = make_language_project(tmp_path, base=base, **dict.fromkeys(absent))
+    for number, folder in enumerate((base, *(tmp_path / "experts" / name for name in PROMPTS))):
+        own = load_file(file := folder / SINGLE)
+        own["lm_head.weight"] = own["shared.weight"] + number + 1
+        save_file(own, file, {"format": "pt"})
+        configured(folder, tie_word_embeddings=False, scale_decoder_outputs=None)
+    assert __main__.main(["merge", str(project), str(tmp_path / "merged"), *AVERAGE]) == 0
+    build = transformers.AutoModelForSeq2SeqLM.from_pretrained
+    merged, mood = build(tmp_path / "merged"), build(tmp_path / "experts" / "mood")
+    assert_close(merged.lm_head.weight - merged.shared.weight, torch.full((316, 32), 2.5))
+    assert merged.config.scale_decoder_outputs is mood.config.scale_decoder_outputs is False
 
 
 def test_numbers_that_are_no_parameters_are_told_where_they_differ(tmp_path, cache):

@@ -5,6 +5,7 @@ import re
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import local_files
 import pytest
@@ -13,8 +14,11 @@ import transformers
 from divmerge_book.models.encoders import classifier_forward
 from divmerge_book.models.finetuning import load_expert
 from divmerge_book.user_models import check, load, read
+from divmerge_book.user_models.folders import adapter_tensors
+from divmerge_book.user_models.headers import check_headers
 from divmerge_book.user_models.streaming import heads_on_disk
 from helpers import MARKERS, WORDS
+from language_toys import family_config
 from local_files import LABELS, changed, describe, make_expert, make_project, refused, toy_rows
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -103,6 +107,46 @@ def test_precision_is_of_the_forward_pass_and_of_the_digest(plan, bench):
     assert other.dtype == torch.float32 and half.digest != bench.digest
     assert_close(one, other, rtol=0.05, atol=0.05)
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["albert", "deberta-v2", "opt"])
+def test_a_bare_encoders_names_are_whole(tmp_path, kind):
+    """Its blocks and a table that is no token table may begin alike: `encoder.`."""
+    model = transformers.AutoModel.from_config(family_config(kind, vocab_size=40))
+    model.save_pretrained(tmp_path)
+    assert set(StoredModel.at(tmp_path).cores) == {name for name, _ in model.named_parameters()}
+
+
+def test_families_that_are_renamed_while_loaded(tmp_path):
+    """Every tensor that is not made of others must be there; a classifier has all by its names."""
+    sizes = {"num_experts": 2, "moe_intermediate_size": 16, "head_dim": 16}
+    config = family_config("qwen3_moe", vocab_size=40, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    assert check_headers("it", tmp_path, model) == []
+    with pytest.raises(ValueError, match="of such families .qwen3_moe. only language models"):
+        check_headers("it", tmp_path, model.model)
+    own = load_file(file := tmp_path / "model.safetensors")
+    del own["model.norm.weight"]
+    save_file(own, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="it lacks 1 tensors .*norm.weight"):
+        check_headers("it", tmp_path, model)
+
+
+def test_buffers_of_any_kind_are_left_out(tmp_path):
+    model = transformers.AutoModelForCausalLM.from_config(family_config("gpt2", vocab_size=40))
+    model.save_pretrained(tmp_path)
+    own = load_file(file := tmp_path / "model.safetensors")
+    save_file(own | {"transformer.h.0.attn.bias": torch.ones(4, 4).bool()}, file, {"format": "pt"})
+    (note,) = check_headers("it", tmp_path, model)
+    assert "1 tensors left out" in note
+
+
+def test_a_pooler_of_the_base_is_no_part_of_an_adapters_expert():
+    own = SimpleNamespace(apply=dict)
+    source = SimpleNamespace(adapter=own, prefix="roberta.", shapes={"table": (1,)})
+    state = {"table": torch.ones(1), "pooler.dense.bias": torch.ones(1)}
+    assert list(adapter_tensors(source, None, state)) == ["roberta.table"]
 
 
 # --- folders that are damaged, or not whole -------------------------------------------------------

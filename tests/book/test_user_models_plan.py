@@ -92,7 +92,7 @@ def test_a_wrong_description_is_refused_with_its_line(tmp_path, text, words):
         ({"name": "All"}, ["tables call the mean over tasks 'all'"]),
         ({"name": "base"}, ["cards the base 'base'"]),
         ({"columns": {"text": "text", "pair": "text"}}, ["names a column twice"]),
-        ({"expert": "data/mood-merge.csv"}, ["it is a file: give its folder"]),
+        ({"expert": "data/mood-merge.csv"}, ["a file: give its folder"]),
     ],
 )
 def test_a_wrong_field_of_a_task_is_refused(project, fields, words):

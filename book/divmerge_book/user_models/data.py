@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -182,12 +183,17 @@ def texts(values: pd.Series, tokenizer: Tokenizer) -> list[str]:
 
 
 def load_rows(
-    task: TaskFiles, split: str, labels: Sequence[str], tokenizer: Tokenizer
+    task: TaskFiles,
+    split: str,
+    labels: Sequence[str],
+    tokenizer: Tokenizer,
+    end: int | None = None,
 ) -> tuple[datasets.Dataset, list[str]]:
     """Rows of one split: `text`, for pairs `pair`, and, outside the merge split, `label`; remarks.
 
     Raises ValueError, naming file and row, for what cannot be read, for texts without a token, and
-    for labels that the expert does not have.
+    for labels that the expert does not have. end: the token that an encoder-decoder's head reads
+    the answer at; a row with another number of these than most is refused too.
     """
     fields = {"text", "pair", "label"}
     names, notes = task.columns.model_dump(include=fields, exclude_none=True), []
@@ -196,6 +202,14 @@ def load_rows(
     file = task.files()[split]
     table = read_table(file, list(names.values()))
     columns = {field: texts(table[names[field]], tokenizer) for field in names if field != "label"}
+    if end is not None:
+        every = tokenizer(*(columns[name] for name in ("text", "pair") if name in columns))
+        counts = [ids.count(end) for ids in every["input_ids"]]
+        usual = Counter(counts).most_common(1)[0][0]
+        what = f"VALUE has another number of EOS tokens than most rows, which have {usual}"
+        what = what if usual else "the tokenizer puts no EOS token after VALUE"
+        fits = (count == usual > 0 for count in counts)
+        require(table[names["text"]], fits, what, "the model's head reads its answer at that token")
     if (name := names.get("label")) is not None:
         given, named = table[name], table.attrs.get(name)
         columns["label"], notes = numbers_of(given, labels, file, named)

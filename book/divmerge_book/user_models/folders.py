@@ -42,9 +42,8 @@ OFFLINE = {"trust_remote_code": False}  # no code of a checkpoint's own is run
 class BaseFolder:
     """A base, described but not loaded.
 
-    shapes: of the encoder's parameters, by name. positions: how many tokens it reads at most, None
-    where nothing limits them. notes: remarks that are no errors. table: name of the one that has a
-    row per token.
+    shapes: of the encoder's parameters, by name. positions: tokens that it reads at most, or None.
+    notes: remarks that are no errors. table: name of the parameter with a row per token.
     """
 
     name: str
@@ -162,7 +161,8 @@ def open_base(name: str, beside: Path) -> BaseFolder:
     model = bare_model(AutoModel, config)
     notes = check_headers(f"base {folder}", folder, model, pools)
     limit, shapes = positions(model), shapes_of(model)
-    words = model.get_input_embeddings().weight
+    with refusing(f"base {folder}: a {config.model_type} has no table of token embeddings"):
+        words = model.get_input_embeddings().weight
     table = next(name for name, tensor in model.named_parameters() if tensor is words)
     return BaseFolder(name, folder, config, tokenizer, shapes, limit, tuple(notes), table)
 
@@ -212,7 +212,8 @@ def open_adapter(task: TaskFiles, base: BaseFolder) -> Source:
 
 
 def adapter_tensors(source: Source, base: BaseFolder, state: Mapping) -> dict[str, Tensor]:
-    return source.adapter.apply({source.prefix + n: tensor for n, tensor in state.items()})
+    own = {n: tensor for n, tensor in state.items() if n in source.shapes}  # not the base's pooler
+    return source.adapter.apply({source.prefix + n: tensor for n, tensor in own.items()})
 
 
 def open_package(task: TaskFiles, base: BaseFolder) -> Source:
@@ -246,9 +247,8 @@ def kind_in(folder: Path) -> str:
     if kind is None:
         inner = {path.parent for path in folder.glob("*/*") if path.name in MARKS.values()}
         last = max(inner, key=lambda path: (len(path.name), path.name), default=None)
-        hint = f"; did you mean {last}?" if last else ""
-        hint = "; it is a file: give its folder" if folder.is_file() else hint
-        marks = ", ".join(MARKS.values())
+        bare, marks = "; a file: give its folder" * folder.is_file(), ", ".join(MARKS.values())
+        hint = f"; did you mean {last}?" if last else bare
         raise ValueError(f"{folder} holds no expert: it needs one of {marks}{hint}")
     if kind == "adapter" and any((folder / name).is_file() for name in (SINGLE, INDEX)):
         raise ValueError(

@@ -21,6 +21,7 @@ from divmerge_core.checkpoints.safetensors_io import (
 # What decides a model's computation, by transformers' common names; unknown ones are not compared.
 GENERATION = "generation_config.json"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+GENERATING = ("ForCausalLM", "ForConditionalGeneration")  # ends of names of language models
 LEFT_OUT = ("lm_head.", "cls.")  # what an encoder keeps of its pre-training
 
 
@@ -85,11 +86,13 @@ def check_headers(
     disk, notes = StoredModel.at(folder), []
     if before := wrapper_in(folder):
         notes = [f"{who}: all names begin with {before!r}, which a wrapper of the model put there"]
-    if any(map(get_checkpoint_conversion_mapping, (model.config.model_type, type(model).__name__))):
-        return notes  # transformers renames or joins such tensors while it loads them
+    kinds = (model.config.model_type, type(model).__name__)
+    changes = [one for kind in kinds for one in get_checkpoint_conversion_mapping(kind) or ()]
+    made = [re.split(r"[*^$\\]+", name) for one in changes for name in one.target_patterns]
     prefix = f"{model.base_model_prefix}."
     # Weights of another dtype need scales from elsewhere.
     weights = {n: t for n, t in disk.tensors.items() if n.endswith((".weight", ".bias"))}
+    weights = {name: tensor for name, tensor in weights.items() if not spare(name)}
     if packed := sorted(n for n, t in weights.items() if t.dtype not in FLOATS):
         raise ValueError(
             f"{who}: {packed[0]} is stored as {disk.tensors[packed[0]].dtype}, so the weights "
@@ -101,6 +104,13 @@ def check_headers(
         wanted.setdefault(id(tensor), []).append(name.removeprefix(prefix))
     shapes = {n.removeprefix(prefix): tuple(t.shape) for n, t in model.named_parameters()}
     lost = [names[0] for names in wanted.values() if not have.keys() & set(names)]
+    renamed = {n for n in lost if any(all(part in f".{n}" for part in parts) for parts in made)}
+    if renamed and not type(model).__name__.endswith(GENERATING):
+        raise ValueError(
+            f"{who}: transformers makes {min(renamed)} and others of tensors with other names; of "
+            f"such families ({model.config.model_type}) only language models can be merged"
+        )
+    lost = [name for name in lost if name not in renamed]
     if lost := sorted(name for name in lost if not lacks(name)):
         raise ValueError(
             f"{who} lacks {len(lost)} tensors of its model, such as {lost[:3]}; save the whole "
@@ -112,6 +122,8 @@ def check_headers(
             f"{who}: config.json and the weights disagree: {shown}; was config.json edited (number "
             "of labels, vocabulary)? Save both again"
         )
+    if renamed:
+        return notes
     known = {name.removeprefix(prefix) for name in model.state_dict()}
     more = {name: shape for name, shape in have.items() if name not in known}
     return notes + others(who, type(model).__name__, more)

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import datasets
+import torch
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -92,12 +93,20 @@ def table_rows(model: nn.Module) -> int:
 def check_files(who: str, folder: Path, model: nn.Module) -> list[str]:
     """`check_headers`. Raises ValueError too for tied tensors of which each has numbers of its own.
 
-    Equal ones are one tensor to `StoredModel`.
+    Where config.json says that nothing is tied, the model gets a matrix for each: T5's class ties
+    them whatever it says, and transformers reads both.
     """
-    notes, cores = check_headers(who, folder, model), set(StoredModel.at(folder).cores)
-    prefix = f"{model.base_model_prefix}."
+    notes, disk = check_headers(who, folder, model), StoredModel.at(folder)
+    prefix, apart = f"{model.base_model_prefix}.", disk.config.get("tie_word_embeddings") is False
     for name, first in adapters.tied(model).items():
-        if {name.removeprefix(prefix), first.removeprefix(prefix)} <= cores:
+        pair = [disk.cores.get(one.removeprefix(prefix)) for one in (name, first)]
+        if None in pair or disk.tensors[pair[0]].mapped().equal(disk.tensors[pair[1]].mapped()):
+            continue
+        if apart:
+            owner, _, own = name.rpartition(".")
+            matrix = nn.Parameter(torch.empty_like(model.get_parameter(name)))
+            setattr(model.get_submodule(owner), own, matrix)
+        else:
             raise ValueError(
                 f"{who} holds {name} and {first}, which differ, and its config.json says that they "
                 "are tied; set tie_word_embeddings to false if the model was trained so"

@@ -23,7 +23,7 @@ from divmerge_book.user_models.plan import Plan
 from divmerge_book.user_models.result import task_scores
 from divmerge_core.checkpoints import MergeRecord
 from divmerge_core.checkpoints.model_card import card, coefficients_json
-from divmerge_core.checkpoints.safetensors_io import StoredModel, weight_files
+from divmerge_core.checkpoints.safetensors_io import StoredModel, read_config, weight_files
 from divmerge_core.checkpoints.save import (
     SHARD_BYTES,
     float_dtype,
@@ -99,6 +99,8 @@ def settings_of(tokenizer: PreTrainedTokenizerBase) -> tuple:
 def save_parts(new: Path, model: PreTrainedModel, plan: Plan, shard: int) -> None:
     """Weights, configuration, tokenizer with chat templates, generation settings and licence."""
     model.save_pretrained(new, max_shard_size=shard)
+    if read_config(plan.base.folder).get("tie_word_embeddings") is False:  # T5's class forgets it
+        dump_json(new / "config.json", read_config(new) | {"tie_word_embeddings": False})
     save_tokenizer(new, plan)
     save_generation(new, plan, model.config.to_dict())
     for pattern in ("LICENSE*", "NOTICE*"):

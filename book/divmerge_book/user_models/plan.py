@@ -184,8 +184,9 @@ def inspected(
     check_length(description, base)
     experts = tuple(collect_errors(partial(open_expert, task, base) for task in description.tasks))
     jobs = [(source, split) for source in experts for split in source.task.files()]
+    end = base.config.eos_token_id if base.config.is_encoder_decoder else None
     loaded = collect_errors(
-        partial(load_rows, source.task, split, source.labels, base.tokenizer)
+        partial(load_rows, source.task, split, source.labels, base.tokenizer, end)
         for source, split in jobs
     )
     rows: dict[str, dict[str, datasets.Dataset]] = {source.task.name: {} for source in experts}
