@@ -6,13 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from comparisons import mean_divergence, naive_merge
 from divmerge_book.data.tasks import TASKS
 from divmerge_book.figures import choice as draw
 from divmerge_book.studies import choice, robustness
 from divmerge_book.studies.evaluator import accuracies
 from divmerge_book.studies.objective_fits import FitConfig, FitSpec, fit_result, merge
 from divmerge_book.studies.predictions import compared, packed, split
-from helpers import linear_problem, mean_divergence, naive_merge
+from helpers import linear_problem
 from torch.testing import assert_close
 
 from divmerge_core.divergences import kl

@@ -15,6 +15,7 @@ import language_toys
 import local_files
 import pytest
 import torch
+from comparisons import merge, toy
 from divmerge_book import TASKS, load_base
 from divmerge_book.data import code_digest as digests
 from divmerge_book.data import glue
@@ -32,7 +33,7 @@ from divmerge_book.published import sources
 from divmerge_book.studies import corrupted_experts, landscapes, mergeability, robustness
 from divmerge_book.studies.prediction_churn import predictions_of
 from divmerge_book.user_models import check, load, read
-from helpers import TINY_RECIPE, merge, raising, toy, toy_splits, toy_task
+from helpers import TINY_RECIPE, raising, toy_splits, toy_task
 
 from divmerge_core import methods
 from divmerge_core.methods import METHODS, parse

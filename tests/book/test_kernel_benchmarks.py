@@ -11,15 +11,8 @@ import torch
 from divmerge_book.evaluation import profiling, stored_tables
 from divmerge_book.evaluation.provenance import origin
 from divmerge_book.figures import costs as cost_figures
-from divmerge_book.kernel_benchmarks import disk_merges, merge_bandwidth, step_time
-from divmerge_book.kernel_benchmarks.implementations import (
-    DIVERGENCE_IMPLEMENTATIONS,
-    IMPLEMENTATIONS,
-    Case,
-    measurable,
-    missing,
-    stack_of_layers,
-)
+from divmerge_book.kernel_benchmarks import disk_merges, implementations, merge_bandwidth, step_time
+from divmerge_book.kernel_benchmarks.implementations import IMPLEMENTATIONS, Case, missing
 from divmerge_book.models.mergekit_config import read_recipe
 from helpers import linear_problem
 from safetensors.torch import load_file
@@ -36,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def case(num_tasks=3, dtype=torch.float32):
-    return Case.random(stack_of_layers(5_000, 2), num_tasks, dtype=dtype)
+    return Case.random(implementations.stack_of_layers(5_000, 2), num_tasks, dtype=dtype)
 
 
 def here(registry, names):
@@ -68,9 +61,10 @@ def test_implementations_compute_the_same_merge_and_gradient(name):
 
 
 def test_what_can_run_is_told_from_what_cannot_and_why():
-    able, lost = measurable(DIVERGENCE_IMPLEMENTATIONS, "cpu", ["ours", "compiled"])
+    registry, names = implementations.DIVERGENCE_IMPLEMENTATIONS, ["ours", "compiled"]
+    able, lost = implementations.measurable(registry, "cpu", names)
     assert (able, lost) == (["ours"], {"compiled": "its kernels need a GPU"})
-    assert "dictionary" in measurable(IMPLEMENTATIONS, "cpu")[0]
+    assert "dictionary" in implementations.measurable(IMPLEMENTATIONS, "cpu")[0]
 
 
 def test_a_basis_is_timed_beside_task_vectors_with_experts_repeated(toy_problem):
@@ -100,7 +94,7 @@ def test_numbers_are_held_in_factors_and_in_the_rows_of_tables():
 
 def test_random_cases_have_the_size_and_dtype_asked_for():
     for size in (1e5, 1e6, 2e7):
-        assert stack_of_layers(int(size)).size == pytest.approx(size, rel=0.05)
+        assert implementations.stack_of_layers(int(size)).size == pytest.approx(size, rel=0.05)
     half = case(dtype=torch.bfloat16)
     assert half.vectors.deltas.dtype == torch.bfloat16 and half.vectors.base.dtype == torch.float32
     assert_close(dense(half.vectors.deltas), dense(case().vectors.deltas), rtol=2**-8, atol=0)
@@ -123,13 +117,13 @@ def test_implementations_compute_the_same_gradient_of_the_divergence(name):
     expert, merged = (torch.randn(5, 11, generator=generator) for _ in range(2))
     leaf = merged.clone().requires_grad_()
     js(expert, leaf).sum().backward()
-    found = DIVERGENCE_IMPLEMENTATIONS[name](expert, merged)()
+    found = implementations.DIVERGENCE_IMPLEMENTATIONS[name](expert, merged)()
     assert_close(found, leaf.grad, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("name", "counts"), [("dictionary", (20, 16)), ("ours", (6, 5))])
 def test_the_usual_merge_moves_five_t_and_four_t_vectors_and_ours_the_floor(name, counts):
-    one = Case.random(stack_of_layers(100_000, 2), 4)
+    one = Case.random(implementations.stack_of_layers(100_000, 2), 4)
     moved = [merge_bandwidth.bytes_moved(part) for part in IMPLEMENTATIONS[name](one)]
     unit = 4 * one.vectors.layout.size
     assert [nbytes / unit for nbytes in moved] == pytest.approx(counts, rel=0.05)

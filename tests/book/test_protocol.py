@@ -4,6 +4,7 @@ import math
 
 import pandas as pd
 import pytest
+from comparisons import mean_divergence
 from divmerge_book.figures import protocol as draw
 from divmerge_book.studies import protocol
 from divmerge_book.studies.evaluator import accuracies, expert_accuracies
@@ -11,7 +12,6 @@ from divmerge_book.studies.input_shifts import INPUT_SHIFTS
 from divmerge_book.studies.predictions import compared, split
 from divmerge_book.studies.protocol import COLUMNS, DEFAULT, ablation, divergence_sum, input_shifts
 from divmerge_book.studies.sizes import SETTINGS, settings
-from helpers import mean_divergence
 
 from divmerge_core.methods import METHODS
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import linear_problem, mean_divergence, module_problem, near, normal, problem_of
+from comparisons import mean_divergence, near
+from helpers import linear_problem, module_problem, normal, problem_of
 from torch import nn
 
 from divmerge_core.divergences import js

@@ -11,7 +11,8 @@ from functools import cache
 
 import pytest
 import torch
-from helpers import INF, NAN, answers, fewer, frozen, linear_problem, merge, refuses, square, toy
+from comparisons import answers, merge, square, toy
+from helpers import INF, NAN, fewer, frozen, linear_problem, refuses
 from torch.testing import assert_close
 
 from divmerge_core.kernels.delta_storage import dense

@@ -18,7 +18,6 @@ from divmerge_core.kernels.delta_storage import (
     Factors,
     Int8Deltas,
     LowRankDeltas,
-    dense,
     quantise,
 )
 from divmerge_core.kernels.host_offload import StreamedDeltas
@@ -27,7 +26,7 @@ from divmerge_core.kernels.segments import Segments
 from divmerge_core.merging.coefficients import Coefficients
 from divmerge_core.merging.fit import fit_coefficients
 from divmerge_core.merging.merged_model import GRADIENTS
-from divmerge_core.merging.task_vectors import STORAGES, TaskVectors
+from divmerge_core.merging.task_vectors import STORAGES, TaskVectors, dense
 
 in_threads = pytest.mark.usefixtures("threads")
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

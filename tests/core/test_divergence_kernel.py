@@ -17,19 +17,13 @@ from torch.testing import assert_close
 from divmerge_core.divergences import DIVERGENCES
 from divmerge_core.kernels import divergence, divergence_triton
 from divmerge_core.kernels.backend import triton
-from divmerge_core.kernels.divergence import (
-    KINDS,
-    definition,
-    divergence_and_gradient,
-    fused_divergence,
-    validate,
-)
+from divmerge_core.kernels.divergence import definition, divergence_and_gradient, fused_divergence
 from divmerge_core.kernels.expert_cache import TopKLogProbs, cache_expert, log_softmax
 
 LOG_2, GPU = math.log(2), torch.cuda.is_available()
 
 needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
-every_kind = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize("kind", divergence.KINDS)
 every_backend = pytest.mark.parametrize(
     "backend", ["torch", pytest.param("triton", marks=needs_triton)]
 )
@@ -149,7 +143,7 @@ def test_two_classes_by_hand_and_the_limits_of_skewed_js():
         assert_close(found, list(definition(*sides, kind)), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"kind": kind} for kind in KINDS] + [{"beta": 0.2}])
+@pytest.mark.parametrize("options", [*({"kind": k} for k in divergence.KINDS), {"beta": 0.2}])
 def test_gradients_agree_with_finite_differences_also_where_the_loss_is_used_twice(options):
     expert, merged = pair64(3, 4)
     weight = torch.tensor([0.3, -2.0, 0.0], dtype=torch.float64)
@@ -548,9 +542,9 @@ def test_gradients_through_top_classes():
 )
 def test_bad_input_is_refused_with_what_is_allowed(change, message):
     good = {"expert": torch.zeros(5, 7), "merged": torch.zeros(5, 7), "kind": "js", "beta": 0.5}
-    validate(**good)
+    divergence.validate(**good)
     with refuses(message):
-        validate(**good | change)
+        divergence.validate(**good | change)
 
 
 def test_bad_input_is_refused_before_any_launch(monkeypatch):
@@ -589,7 +583,7 @@ FULL = "whole rows at once"  # needs most registers, js most of all kinds
 COMPILED = [
     (name, kind, dtype, target)
     for name in KERNELS
-    for kind in (KINDS if name == FULL else ["js"])
+    for kind in (divergence.KINDS if name == FULL else ["js"])
     for dtype in ["bf16", "fp32"]
     for target in compiled.TARGETS
     if (name, kind) == (FULL, "js")

@@ -9,24 +9,11 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch.testing import assert_close
 
-from divmerge_core.divergences import (
-    DIVERGENCES,
-    chi_squared,
-    cosine,
-    entropy,
-    facts_of,
-    hellinger,
-    js,
-    kl,
-    kl_family,
-    logit_mse,
-    objective,
-    renyi,
-    reverse_kl,
-    skew_js,
-    squared_l2,
-)
-from divmerge_core.divergences import alpha as alpha_divergence
+from divmerge_core.divergences import DIVERGENCES, cosine, facts_of, kl_family, objective
+from divmerge_core.divergences.distances import logit_mse, squared_l2
+from divmerge_core.divergences.kl_family import entropy, js, kl, reverse_kl, skew_js
+from divmerge_core.divergences.power_family import alpha as alpha_divergence
+from divmerge_core.divergences.power_family import chi_squared, hellinger, renyi
 from divmerge_core.kernels.backend import triton
 
 NAMES = list(DIVERGENCES)

@@ -13,35 +13,18 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import (
-    INF,
-    NAN,
-    QUIET,
-    batch_of,
-    fewer,
-    frozen,
-    linear_problem,
-    naive_loss,
-    naive_merge,
-    problem_of,
-    refuses,
-)
+from comparisons import naive_loss, naive_merge
+from helpers import INF, NAN, QUIET, batch_of, fewer, frozen, linear_problem, problem_of, refuses
 from torch.testing import assert_close
 
 from divmerge_core.divergences import DIVERGENCES, entropy, js, objective
 from divmerge_core.kernels.expert_cache import log_softmax
 from divmerge_core.kernels.merge import grouped_merge
-from divmerge_core.merging import fit
+from divmerge_core.merging import fit, merged_model
 from divmerge_core.merging.coefficients import GROUPINGS, Coefficients, groups_of
 from divmerge_core.merging.fit import OPTIMIZERS, Step, fit_coefficients
 from divmerge_core.merging.fit_checkpoint import code_of, digest
-from divmerge_core.merging.merged_model import (
-    GRADIENTS,
-    MergedModel,
-    expert_logits,
-    moved_tensors,
-    schedule,
-)
+from divmerge_core.merging.merged_model import GRADIENTS, MergedModel, expert_logits, moved_tensors
 from divmerge_core.merging.problem import Batch, Diverged, MergeProblem
 from divmerge_core.merging.task_vectors import Layout, TaskVectors
 from divmerge_core.methods import METHODS
@@ -239,7 +222,7 @@ def test_tensors_that_no_expert_moved_take_no_gradient(problem):
 @pytest.mark.parametrize("counts", [[4], [3, 3], [5, 2, 1], [6, 2]])
 def test_every_epoch_visits_every_batch_equally_often_in_one_order_for_all_tasks(counts):
     """A task with a third as many batches takes each of them three times."""
-    steps, longest = schedule(counts, 3, torch.Generator().manual_seed(0)), max(counts)
+    steps, longest = merged_model.schedule(counts, 3, torch.Generator().manual_seed(0)), max(counts)
     assert len(steps) == 3 * longest
     for epoch in range(3):
         for task, count in enumerate(counts):

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import inputs_of, refuses
+from comparisons import inputs_of
+from helpers import refuses
 from torch.testing import assert_close
 
 from divmerge_core.merging.layer_inputs import layer_inputs, linear_layers, visit_layer_inputs

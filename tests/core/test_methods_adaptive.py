@@ -5,24 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import (
-    INF,
-    NAN,
-    QUIET,
-    LinearModel,
-    adam,
-    batch_of,
-    layout_of,
-    linear_problem,
-    mean_divergence,
-    module_problem,
-    naive_loss,
-    naive_merge,
-    near,
-    normal,
-    refuses,
-    state_of,
-)
+from comparisons import adam, mean_divergence, naive_loss, naive_merge, near
+from helpers import QUIET, batch_of, layout_of, linear_problem, module_problem, normal, refuses
 from torch import nn
 from torch.testing import assert_close
 
@@ -31,12 +15,8 @@ from divmerge_core.merging.coefficients import groups_of
 from divmerge_core.merging.linalg import elected
 from divmerge_core.merging.problem import Batch, Diverged, MergeProblem
 from divmerge_core.merging.task_vectors import TaskVectors
-from divmerge_core.methods.adaptive import (
-    adamerging,
-    adamerging_plus_plus,
-    entropy_of_mean_logit,
-    with_dropout,
-)
+from divmerge_core.methods import adaptive
+from divmerge_core.methods.adaptive import adamerging, adamerging_plus_plus, entropy_of_mean_logit
 from divmerge_core.methods.arithmetic import average, task_arithmetic
 from divmerge_core.methods.checks import check_distance
 from divmerge_core.methods.corrected import Correction, representation, representations, surgery
@@ -120,7 +100,7 @@ def test_dropout_draws_from_the_seed_at_every_forward_and_leaves_no_trace():
     assert torch.equal(adamerging(problem, dropout=True, **quick), first)
     assert not torch.equal(first, calm)
     problem.module[0].train()  # a part in another mode than the rest
-    noisy = with_dropout(problem, seed=0)
+    noisy = adaptive.with_dropout(problem, seed=0)
     one, other = (noisy.logits(problem.vectors.base, 0, problem.batches[0][0]) for _ in range(2))
     assert not torch.equal(one, other)
     assert [part.training for part in problem.module] == [True, False, False]
@@ -301,7 +281,7 @@ def test_parameters_outside_every_stage_keep_the_initial_coefficient():
             return self.blocks[1](self.blocks[0](x + self.shift))
 
     model = Shifted()
-    expert = {n: b + normal(*b.shape).float() for n, b in state_of(model).items()}
+    expert = {n: b.detach() + normal(*b.shape).float() for n, b in model.named_parameters()}
     problem = module_problem(model, {"a": expert}, [[batch_of(normal(4, 3).float())]])
     assert list(stages(problem)) == ["blocks.0", "blocks.1"]
     vectors, merged = problem.vectors, prodistill(problem, epochs=3, **QUIET)
@@ -320,7 +300,7 @@ def test_prodistill_learns_from_a_forward_in_bfloat16_and_needs_a_module_that_ru
     rough = prodistill(replace(problem, forward=half), epochs=2, **QUIET)
     assert rough.dtype == torch.float32
     near(rough, prodistill(problem, epochs=2, **QUIET), 0.05)
-    idle = replace(problem, module=LinearModel(6, 4))
+    idle = replace(problem, module=linear_problem().module)
     with refuses("no part of the problem's module .* ran: give"):
         prodistill(idle, **QUIET)
     with refuses(r"must put out \[B, D\].*got NoneType"):
@@ -426,7 +406,7 @@ def test_an_output_without_one_vector_per_input_is_refused():
 )
 def test_a_fit_that_stops_being_finite_says_where(problem, method, message):
     broken = problem.batches[0][0].inputs["x"].clone()
-    broken[0, 0] = INF
+    broken[0, 0] = torch.inf
     batches = [[batch_of(broken)], *problem.batches[1:]]
     with pytest.raises(Diverged, match=message):
         method(replace(problem, batches=batches), **QUIET)
@@ -437,6 +417,6 @@ def test_how_far_is_too_far():
     reach = torch.tensor(2.0)
     check_distance("fit", torch.tensor(200.0), reach, 3, 0.1)
     check_distance("fit", torch.tensor(0.0), torch.tensor(0.0), 3, 0.1)
-    for way in (200.1, INF, NAN):
+    for way in (200.1, torch.inf, torch.nan):
         with pytest.raises(Diverged, match=r"fit: after step 3 .* any expert \(2\); lower lr"):
             check_distance("fit", torch.tensor(way), reach, 3, 0.1)

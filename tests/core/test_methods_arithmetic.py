@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from helpers import QUIET, change, layout_of, linear_problem, problem_of, refuses
+from comparisons import change
+from helpers import QUIET, layout_of, linear_problem, problem_of, refuses
 from torch.testing import assert_close
 
 from divmerge_core.methods.arithmetic import average, dare, task_arithmetic, ties

@@ -13,15 +13,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from divmerge_core.merging.problem import MergeProblem
+from divmerge_core.methods import METHODS
 from divmerge_core.methods.arithmetic import average, task_arithmetic
 from divmerge_core.methods.clustered import Clusters, crp_prior, dp_mixture, posterior_score
-from divmerge_core.methods.continual import (
-    opcm,
-    projected,
-    running_average,
-    sequential_task_arithmetic,
-    sequential_ties,
-)
+from divmerge_core.methods.continual import opcm, projected, running_average, sequential_ties
 
 
 def rotation(size: int, seed: int = 0) -> torch.Tensor:
@@ -44,7 +39,7 @@ def test_running_sums_end_at_the_sums_themselves_also_on_the_way(problem):
         merged = (count * merged + expert) / (count + 1)
     for expected in (merged, average(problem)):
         assert_close(running_average(problem), expected, rtol=0, atol=1e-14)
-    found = sequential_task_arithmetic(problem, scale=-0.5)
+    found = METHODS["sequential_task_arithmetic"](problem, scale=-0.5)
     assert_close(found, task_arithmetic(problem, scale=-0.5), rtol=0, atol=1e-14)
 
 

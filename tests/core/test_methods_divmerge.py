@@ -6,17 +6,8 @@ from itertools import cycle
 
 import pytest
 import torch
-from helpers import (
-    QUIET,
-    batch_of,
-    fewer,
-    layout_of,
-    linear_problem,
-    mean_divergence,
-    naive_loss,
-    naive_merge,
-    refuses,
-)
+from comparisons import mean_divergence, naive_loss, naive_merge
+from helpers import QUIET, batch_of, fewer, layout_of, linear_problem, refuses
 from torch.testing import assert_close
 
 from divmerge_core.divergences import DIVERGENCES, js

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import change, problem_of
+from comparisons import change
+from helpers import problem_of
 from torch.testing import assert_close
 
 from divmerge_core.methods.arithmetic import largest, task_arithmetic

@@ -6,17 +6,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    INF,
-    answers,
-    batch_of,
-    fewer,
-    layout_of,
-    linear_problem,
-    module_problem,
-    normal,
-    refuses,
-)
+from comparisons import answers
+from helpers import INF, batch_of, fewer, layout_of, linear_problem, module_problem, normal, refuses
 from torch import nn
 from torch.func import functional_call
 from torch.testing import assert_close

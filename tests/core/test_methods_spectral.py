@@ -5,7 +5,8 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from helpers import linear_problem, near, normal, problem_of
+from comparisons import near
+from helpers import linear_problem, normal, problem_of
 
 from divmerge_core.merging.linalg import isometry, polar, rank_of, svd
 from divmerge_core.merging.problem import MergeProblem

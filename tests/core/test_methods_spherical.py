@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from helpers import change, linear_problem, normal, problem_of
+from comparisons import change
+from helpers import linear_problem, normal, problem_of
 from torch.testing import assert_close
 
 from divmerge_core.methods.spherical import model_stock, multi_slerp, slerp

@@ -5,33 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    QUIET,
-    adam,
-    by_task,
-    changes,
-    frozen,
-    inputs_of,
-    linear_problem,
-    normal,
-    problem_of,
-    refuses,
-)
+from comparisons import adam, by_task, changes, inputs_of
+from helpers import QUIET, frozen, linear_problem, normal, problem_of, refuses
 from torch.func import functional_call
 from torch.testing import assert_close
 
 from divmerge_core.merging.layer_inputs import layer_inputs
 from divmerge_core.merging.problem import Diverged, MergeProblem
+from divmerge_core.methods import essential as module
 from divmerge_core.methods.arithmetic import task_arithmetic
-from divmerge_core.methods.essential import (
-    Detour,
-    essential,
-    essential_factors,
-    fused,
-    levelled,
-    polarised_layers,
-    subsampled,
-)
+from divmerge_core.methods.essential import essential, essential_factors, fused, levelled
 from divmerge_core.methods.shifts import doge, doge_gradient, shared_basis, wudi, wudi_gradient
 from divmerge_core.methods.spectral import orthogonalised
 from divmerge_core.methods.subspace import esm, esm_pp
@@ -89,9 +72,9 @@ def test_layers_are_polarised_against_the_mean_of_their_kind():
     """Norms 1 and 3 have the mean 2: squared shares 1/4 and 9/4. The head is alone of its kind."""
     layers = {"block.0.up": 1.0, "block.1.up": 3.0, "head": 7.0}
     given = {name: torch.full((1, 1), size) for name, size in layers.items()}
-    found = polarised_layers(given, 2.0)
+    found = module.polarised_layers(given, 2.0)
     assert [m.item() for m in found.values()] == pytest.approx([0.25, 6.75, 7.0])
-    assert [m.item() for m in polarised_layers(given, 0.0).values()] == [1.0, 3.0, 7.0]
+    assert [m.item() for m in module.polarised_layers(given, 0.0).values()] == [1.0, 3.0, 7.0]
 
 
 # --- esm
@@ -159,7 +142,7 @@ def test_seeds_change_the_draw_of_inputs_alone():
 @pytest.mark.parametrize(("inputs", "batches"), [(1, 1), (5, 1), (6, 2), (40, 8), (1000, 8)])
 def test_whole_batches_are_drawn_until_they_hold_enough_inputs(inputs, batches):
     problem = linear_problem(num_tasks=2, batches=8, rows=5)
-    few = subsampled(problem, inputs, seed=3)
+    few = module.subsampled(problem, inputs, seed=3)
     assert [len(every) for every in few.batches] == [batches] * 2
     for every, source in zip(few.batches, problem.batches, strict=True):
         assert len({id(b) for b in every} & {id(b) for b in source}) == batches
@@ -222,7 +205,7 @@ def test_routing_is_input_by_input_and_layer_by_layer(rank, num_tasks):
 def test_a_detour_goes_by_the_mean_over_tokens_without_padding():
     """The second token points elsewhere and is padding in the second input alone."""
     eye = torch.eye(2)
-    detour = Detour(eye, torch.ones(2, 1, 1), torch.tensor([[[1.0, 0.0]], [[0.0, 10.0]]]))
+    detour = module.Detour(eye, torch.ones(2, 1, 1), torch.tensor([[[1.0, 0.0]], [[0.0, 10.0]]]))
     x = torch.tensor([[[1.0, 1.0], [0.0, 5.0]], [[3.0, 1.0], [0.0, 5.0]]])
     mask = torch.tensor([[1, 1], [1, 0]])
     assert detour(x, mask).flatten().tolist() == [10.0, 50.0, 3.0, 0.0]
@@ -436,12 +419,12 @@ def test_wudi_of_linear_layers_leaves_all_else_at_the_base(toy_problem):
 
 
 def test_wudi_of_linear_layers_needs_a_module_that_has_some(problem):
-    for module, message in (
+    for network, message in (
         (None, "wudi looks inside the model: give MergeProblem its"),
         (torch.nn.ReLU(), "wudi with scope='linear' .*take scope='matrices'"),
     ):
         with refuses(message):
-            wudi(replace(problem, module=module), scope="linear", **QUIET)
+            wudi(replace(problem, module=network), scope="linear", **QUIET)
 
 
 # --- fits

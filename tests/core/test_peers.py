@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from helpers import QUIET, LinearModel, batch_of, by_task, linear_problem, module_problem, state_of
+from comparisons import by_task
+from helpers import QUIET, LinearModel, batch_of, linear_problem, module_problem, state_of
 from torch import nn
 from torch.func import functional_call
 from torch.testing import assert_close
@@ -18,14 +19,10 @@ from divmerge_core.merging.layer_inputs import layer_inputs
 from divmerge_core.merging.linalg import elected
 from divmerge_core.merging.problem import Batch, MergeProblem
 from divmerge_core.merging.task_vectors import TaskVectors
+from divmerge_core.methods import METHODS
 from divmerge_core.methods.adaptive import adamerging, entropy_of_mean_logit
 from divmerge_core.methods.arithmetic import average, dare, task_arithmetic, thinned, ties
-from divmerge_core.methods.continual import (
-    opcm,
-    running_average,
-    sequential_task_arithmetic,
-    sequential_ties,
-)
+from divmerge_core.methods.continual import opcm, running_average, sequential_ties
 from divmerge_core.methods.corrected import surgery
 from divmerge_core.methods.masked import breadcrumbs, emr, tall_masks
 from divmerge_core.methods.regression import regmean, regmean_plus_plus
@@ -399,7 +396,7 @@ def test_opcm_and_its_baselines_are_fusion_benchs(kind):
     found = of_peer(peer.ContinualWeightAverageForCLIP(**ORDERED), made)
     same(problem, running_average(problem), found)
     found = of_peer(peer.ContinualTaskArithmeticForCLIP(scaling_factor=0.3, **ORDERED), made)
-    same(problem, sequential_task_arithmetic(problem, scale=0.3), found)
+    same(problem, METHODS["sequential_task_arithmetic"](problem, scale=0.3), found)
     if kind != "gpt2":  # of its second block's last matrix one entry differs
         theirs = peer.ContinualTiesMergingForCLIP(scaling_factor=0.5, threshold=20, **ORDERED)
         found = sequential_ties(problem, keep=(int(0.2 * size) + 1) / size, scale=0.5)
