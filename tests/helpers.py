@@ -238,9 +238,7 @@ MARKERS = {
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *FILLERS]
 WORDS += [marker for markers in MARKERS.values() for marker in markers]
 COUNTS = {"train": 160, "validation": 40, "merge": 24, "test": 60}
-TINY_RECIPE = Recipe(
-    rows=None, epochs=4, lr=1e-2, batch_size=16, max_length=12, precision="float32"
-)
+TINY_RECIPE = Recipe(None, epochs=4, lr=1e-2, batch_size=16, max_length=12, precision="float32")
 
 
 def sentences(name: str, count: int, *, seed: int = 0) -> list[Row]:

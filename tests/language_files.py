@@ -76,15 +76,11 @@ def make_language_project(
 ) -> Path:
     """A base, two experts, their rows, and the description of it all."""
     base = base or save_model(folder / "base", kind)
-    tasks = []
+    splits, tasks = {"merge": (0, 5), "validation": (5, 6), "test": (11, 8)}, []
     for seed, name in enumerate(PROMPTS, 1):
         expert_of(base, folder / "experts" / name, seed=seed)
         entry = {"name": name, "expert": f"experts/{name}"}
-        for split, (start, count) in {
-            "merge": (0, 5),
-            "validation": (5, 6),
-            "test": (11, 8),
-        }.items():
+        for split, (start, count) in splits.items():
             rows = [row(one) for one in prompt_rows(name, count, start)]
             write_lines(folder / "data" / f"{name}-{split}.jsonl", rows)
             entry[split] = f"data/{name}-{split}.jsonl"

@@ -125,9 +125,7 @@ def compared(case: str, group: ProcessGroup) -> dict:
     own = shards.vectors(counted(from_state("base", base), read), sources, storage=storage)
     shared, seen = Coefficients(own.layout, 3, grouping=grouping), []
     cut = sharded_problem(shards, own, batches, forward_of(name, empty, heads))
-    flat = fit_coefficients(
-        cut, shared, js, callback=lambda step: seen.append(step.loss), **options
-    )
+    flat = fit_coefficients(cut, shared, js, callback=lambda s: seen.append(s.loss), **options)
     group.require_same(shared.raw, "coefficients")
     again = shared
     if case == next(iter(CASES)):  # the model serves a second fit

@@ -93,9 +93,8 @@ def test_a_fit_from_a_merge_keeps_the_experts_and_changes_the_base(experiment):
     again = ideas.started_at(problem, average)
     assert torch.equal(again.vectors.base, average)
     assert again.vectors.deltas is problem.vectors.deltas
-    for number, (task, batches) in enumerate(
-        zip(problem.vectors.tasks, again.batches, strict=True)
-    ):
+    pairs = zip(problem.vectors.tasks, again.batches, strict=True)
+    for number, (task, batches) in enumerate(pairs):
         wanted = [problem.logits(problem.vectors.expert(task), number, b) for b in batches]
         assert all(torch.equal(w, b.expert) for w, b in zip(wanted, batches, strict=True))
         merged = [problem.logits(average, number, batch) for batch in batches]

@@ -171,9 +171,8 @@ def test_gradient_norms_are_those_of_autograd(grouping):
     names, groups = groups_of(problem.vectors.layout, grouping)
     coeffs = torch.rand(3, len(names), generator=torch.manual_seed(0), dtype=torch.float64)
     targets = expert_logits(problem)
-    for task, (loss, norm) in enumerate(
-        choice.task_gradients(FitSpec(problem, kl), coeffs, grouping, targets)
-    ):
+    found = choice.task_gradients(FitSpec(problem, kl), coeffs, grouping, targets)
+    for task, (loss, norm) in enumerate(found):
         free = coeffs.clone().requires_grad_()
         pairs = [(task, batch) for batch in problem.batches[task]]
         logits = problem.forward(naive_merge(problem, free, groups), pairs)

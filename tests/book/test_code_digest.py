@@ -426,9 +426,8 @@ def test_all_else_that_decides_a_users_merge_is_in_the_digest(tmp_path, change):
     elif change == "precision":
         options["precision"] = "bfloat16"
     elif change == "weights":
-        local_files.make_expert(
-            tmp_path / "experts" / "mood", tmp_path / "base", local_files.LABELS["mood"], seed=9
-        )
+        folder, labels = tmp_path / "experts" / "mood", local_files.LABELS["mood"]
+        local_files.make_expert(folder, tmp_path / "base", labels, seed=9)
     else:
         name = {"vocabulary": "base/tokenizer_config.json", "settings": "experts/mood/config.json"}
         file = tmp_path / name[change]

@@ -55,6 +55,4 @@ def test_a_notebook_alone_installs_what_is_missing_and_runs(machine, name, said,
     assert said in printed(book.cells)
     (setup,) = [cell for cell in book.cells if "%pip install" in cell.source]
     with capsys.disabled():
-        print(
-            f"\n{name}: its set-up cell took {seconds(setup):.0f} s (a minute is what we promise)"
-        )
+        print(f"\n{name}: its set-up cell took {seconds(setup):.0f} s (we promise a minute)")

@@ -17,7 +17,7 @@ from divmerge_book.runner import distributed
 from divmerge_book.runner.distributed import arguments, causal_forward, checked, text_batches
 from divmerge_book.runner.fsdp import from_folder, own_rows, own_stretch, require_shapes
 from divmerge_book.runner.process_group import process_device, process_group, validate_world
-from helpers import ROOT, WORDS
+from helpers import ROOT, WORDS, state_of
 from scale_worker import CASES, batches_of, from_state, made
 from torch.testing import assert_close
 
@@ -150,10 +150,7 @@ def test_torchrun_writes_the_model_that_one_process_would(folders, tmp_path):
 
     auto = transformers.AutoModelForCausalLM
     models = {name: auto.from_pretrained(folders / name) for name in ("base", "one", "two")}
-    states = {
-        name: {key: tensor.detach() for key, tensor in model.named_parameters()}
-        for name, model in models.items()
-    }
+    states = {name: state_of(model) for name, model in models.items()}
     module = models["base"]
     vectors = TaskVectors.from_states(states.pop("base"), states)
     reader = load_language(str(folders / "base"))
@@ -295,9 +292,7 @@ def test_a_process_without_a_gpu_is_refused(monkeypatch):
         (["--output", "tests"], "exists and is not empty"),
     ],
 )
-def test_a_wrong_command_line_is_refused_before_anything_is_loaded(
-    folders, tmp_path, monkeypatch, changes, message
-):
+def test_a_wrong_option_is_refused_before_loading(folders, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(ROOT)
     options = arguments([*command(folders, tmp_path / "merged"), *changes])
     with pytest.raises(ValueError, match=message):

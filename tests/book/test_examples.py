@@ -11,9 +11,7 @@ import pytest
 import divmerge_core
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-MODULES = [
-    module.name for module in pkgutil.walk_packages(divmerge_core.__path__, "divmerge_core.")
-]
+MODULES = [one.name for one in pkgutil.walk_packages(divmerge_core.__path__, "divmerge_core.")]
 
 
 @pytest.mark.parametrize("name", MODULES)

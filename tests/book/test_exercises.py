@@ -33,9 +33,7 @@ def calls(path: Path) -> list[dict[str, str]]:
 
 
 DRAWING = [path for path in CHAPTERS if any("stored_or_" in cell.source for cell in code(path))]
-CALLS = [
-    pytest.param(path, one, id=f"{path.stem} {one}") for path in CHAPTERS for one in calls(path)
-]
+CALLS = [pytest.param(p, one, id=f"{p.stem} {one}") for p in CHAPTERS for one in calls(p)]
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=names)

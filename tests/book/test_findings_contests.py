@@ -76,23 +76,18 @@ def test_the_verdict_speaks_of_both_scores_and_the_price(report, said):
         assert words in text
 
 
+EVEN = {"divmerge_task": (80, 95), "average": (50, 90)}
+
+
 @pytest.mark.parametrize(
     ("right", "said", "times"),
     [
         ({"divmerge_task": (95, 99), "average": (50, 90)}, "is ahead of", 2),
         ({"divmerge_task": (50, 80), "average": (95, 99)}, "is behind the best other single", 2),
-        (
-            {"divmerge_task": (80, 95), "average": (50, 90), "emr": (99, 99)},
-            "is ahead of the best",
-            2,
-        ),
+        (EVEN | {"emr": (99, 99)}, "is ahead of the best", 2),
         ({"divmerge_task": (80, 95), "average": (80, 95)}, "does not differ significantly from", 2),
         # published options are no rival of the searched ones
-        (
-            {"divmerge_task": (80, 95), "average": (50, 90), "average:published": (99, 99)},
-            "(70.0 %)",
-            1,
-        ),
+        (EVEN | {"average:published": (99, 99)}, "(70.0 %)", 1),
         ({"expert": (50, 90), "divmerge_task": (50, 90)}, "no task counts", 1),
         ({"ties": (60, 90)}, "there is no DivMerge, or no single", 1),
         ({"divmerge_task": (60, 90)}, "or no single model of another method", 1),
@@ -139,9 +134,8 @@ def summary(**rows: tuple) -> pd.DataFrame:
 def test_an_account_compares_with_the_best_rival_and_gives_every_accuracy(tmp_path):
     """Facts that its caption needs are those of a comparison; no file is no account."""
     facts = {"encoder": "small", "size": "smoke", "rows_per_task": {"test": 100}}
-    report = replace(
-        MIXED, provenance=MIXED.provenance | facts | {"device": "cpu", "precision": "float32"}
-    )
+    facts |= {"device": "cpu", "precision": "float32"}
+    report = replace(MIXED, provenance=MIXED.provenance | facts)
     report.save(tmp_path / "one.json")
     text = contests.account(contests.stored(tmp_path / "one.json"), "divmerge/task")
     assert text.startswith("*small, smoke size, 2 seeds, 100 test rows a task")

@@ -36,10 +36,8 @@ def data() -> dict:
         {"l1": i, "l2": j, "js": i + j / 10, "anp": 0.5, "accuracies": [i, j], **facts}
         for i, j in points[::-1]
     )
-    marks = pd.DataFrame(
-        {**grid.iloc[0], "method": name, "step": 0, "l1": 0.4, "l2": 0.6}
-        for name in landscapes.MARKS
-    )
+    point = {**grid.iloc[0], "step": 0, "l1": 0.4, "l2": 0.6}
+    marks = pd.DataFrame({**point, "method": name} for name in landscapes.MARKS)
     return interactive_pages.plane_data(grid, marks)
 
 

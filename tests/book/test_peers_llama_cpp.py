@@ -35,9 +35,8 @@ def test_a_merged_language_model_is_converted_whole(tmp_path):
     subprocess.run([*command, "--outfile", str(converted)], check=True, timeout=250)
     both = [{"pretrained_model_name_or_path": place}]
     both += [{"pretrained_model_name_or_path": tmp_path, "gguf_file": converted.name}]
-    ids = [
-        AutoTokenizer.from_pretrained(**one)("The capital is", return_tensors="pt") for one in both
-    ]
+    tokenizers = [AutoTokenizer.from_pretrained(**one) for one in both]
+    ids = [tokenizer("The capital is", return_tensors="pt") for tokenizer in tokenizers]
     assert torch.equal(ids[0].input_ids, ids[1].input_ids)
     models = [AutoModelForCausalLM.from_pretrained(**one, dtype=torch.float32) for one in both]
     with torch.no_grad():

@@ -43,9 +43,7 @@ def drawn(name: str, table) -> None:
 
 
 @pytest.mark.parametrize("name", module.STUDIES)
-def test_every_study_gives_a_table_that_is_stored_with_its_origin(
-    name, fresh, monkeypatch, tiny_folder, tmp_path
-):
+def test_every_study_is_stored_with_its_origin(name, fresh, monkeypatch, tiny_folder, tmp_path):
     monkeypatch.setattr(module, "SMALL", str(tiny_folder))
     monkeypatch.setitem(SIZES, "smoke", replace(SIZES["toy"], recipe=SIZES["toy"].recipe))
     quick = {"options": QUICK, "calls": 5, "policy": 3, "shares": (0.0, 0.5), "repeats": 1}

@@ -61,9 +61,7 @@ def model_of(folder: str) -> torch.nn.Module:
 
 # --- the forward pass -----------------------------------------------------------------------------
 @pytest.mark.parametrize("number", range(len(NAMES)))
-def test_an_expert_at_coefficient_1_answers_as_transformers_does_one_row_at_a_time(
-    bench, made, number
-):
+def test_an_expert_at_coefficient_1_answers_as_transformers_does_row_by_row(bench, made, number):
     """Teacher-forced on its own answers: padding on either side changes nothing."""
     name, problem = NAMES[number], bench.problem
     model, cached = model_of(made[1][name].expert), expert_logits(problem)[number]
@@ -202,12 +200,9 @@ def test_the_default_columns_read_the_hubs_rows(name, module_cache, tmp_path):
 
 
 def test_rows_without_an_answer_and_second_answers_are_left_out():
+    given = ("a", ["x"]), ("a", ["y"]), ("b", [])
     table = datasets.Dataset.from_list(
-        [
-            {"question": "a", "context": "c", "answers": {"text": ["x"]}},
-            {"question": "a", "context": "c", "answers": {"text": ["y"]}},
-            {"question": "b", "context": "c", "answers": {"text": []}},
-        ]
+        [{"question": asked, "context": "c", "answers": {"text": said}} for asked, said in given]
     )
     ((text, pair, answer),) = rows_of("squad", SOURCES["squad"], table)
     assert (text, pair) == ("a", "c") and answer in ("x", "y")

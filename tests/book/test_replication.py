@@ -95,9 +95,7 @@ def test_the_papers_own_correlation_without_the_own_expert_is_small(monkeypatch)
     assert others.paper == pytest.approx(0.274, abs=1e-3) == others.value
 
 
-def test_a_report_of_ones_own_is_checked_and_named_and_stored_results_are_read_once(
-    tmp_path, monkeypatch
-):
+def test_ones_own_report_is_checked_and_named_and_stored_ones_are_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(replication, "caption", lambda one: "a run")
     report().save(path := tmp_path / "mine.json")
     monkeypatch.setenv("PWD", str(tmp_path))  # where the command was typed

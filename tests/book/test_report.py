@@ -101,10 +101,15 @@ def test_a_constant_prediction_keeps_no_margin_though_its_anp_is_high():
     assert value(report, "constant", "kept_margin") == pytest.approx(0)
 
 
-def test_the_kept_margin_of_a_task_whose_expert_is_below_the_majority_is_undefined():
-    report = Report.of(rows({"expert": {"a": (0,), "b": (11,)}, "merge": {"a": (5,), "b": (1,)}}))
+@pytest.mark.parametrize("wrong", [10, 11])
+def test_a_task_whose_expert_is_not_above_the_majority_is_left_out_of_scores_and_intervals(wrong):
+    frame = rows({"expert": {"a": (0,), "b": (wrong,)}, "merge": {"a": (5,), "b": (1,)}})
+    report = Report.of(frame)
     assert np.isnan(value(report, "merge", "kept_margin", "b"))
     assert value(report, "merge", "kept_margin") == pytest.approx(0.5)
+    assert value(report, "merge", "anp") == pytest.approx(15 / 20)
+    assert value(report, "merge", "accuracy", "b") == pytest.approx(19 / 20)
+    assert interval(report, draws=50).value == pytest.approx(15 / 20)
 
 
 def test_tasks_below_the_majority_are_counted_and_named(report):
@@ -139,13 +144,6 @@ def test_a_task_counts_where_its_expert_beats_the_majority_by_the_margin_in_the_
     assert report.counted(SUITE) == ["a", "c"]
     report = Report.of(rows({"expert": {"a": (0, 10), "b": (9, 10), "c": (10, 10)}}))
     assert report.counted(SUITE) == ["a", "b"]  # 0.75 and 0.525 over seeds, above 0.5 + MARGIN
-
-
-def test_a_task_that_does_not_count_is_left_out_of_anp_and_intervals():
-    report = Report.of(rows({"expert": {"a": (0,), "b": (10,)}, "merge": {"a": (5,), "b": (1,)}}))
-    assert value(report, "merge", "anp") == pytest.approx(15 / 20)
-    assert value(report, "merge", "accuracy", "b") == pytest.approx(19 / 20)
-    assert interval(report, draws=50).value == pytest.approx(15 / 20)
 
 
 def test_suites_are_kept_apart(report):

@@ -81,10 +81,9 @@ def test_a_node_dies_half_way_and_every_run_is_there_once(tmp_path, start):
 def test_a_failed_run_is_told_by_its_own_error_and_the_others_are_kept(tmp_path, start):
     write_notebook(tmp_path / "page.ipynb", BODY)
     grid = {"divergence": ["js", "tv"]}  # the notebook knows no `tv`
+    options = {"executor": "ray", "grid": grid, "retries": 1, "cpus": 1}
     with nodes(1) as (cluster, _):
-        path = write_grid(
-            tmp_path, executor="ray", address=cluster.address, grid=grid, retries=1, cpus=1
-        )
+        path = write_grid(tmp_path, address=cluster.address, **options)
         assert start(path).wait(240) == 1, (tmp_path / "said").read_text()
     assert finished(tmp_path) == ["js0"] and started(tmp_path).count("tv0") == 2
     (note,) = (tmp_path / "out" / "failed").iterdir()

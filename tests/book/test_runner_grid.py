@@ -55,9 +55,7 @@ def here(monkeypatch):
         ({"address": "here"}, "line 13: executor local takes no `address`"),
     ],
 )
-def test_a_wrong_grid_is_refused_with_its_line_before_a_run_starts(
-    folder, monkeypatch, changes, message
-):
+def test_a_wrong_grid_is_refused_with_its_line_before_a_run(folder, monkeypatch, changes, message):
     monkeypatch.setattr(grid, "processes", lambda *_, **__: pytest.fail("a run started"))
     path = write_grid(folder, **changes)
     assert __main__.main([str(path)]) == 2
@@ -152,9 +150,7 @@ def test_a_failed_run_is_tried_again_reported_and_stops_no_other(folder, here, c
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "killed"])
-def test_an_interrupted_grid_ends_its_kernels_keeps_what_is_finished_and_resumes(
-    folder, how, monkeypatch
-):
+def test_an_interrupted_grid_ends_kernels_keeps_finished_runs_and_resumes(folder, how, monkeypatch):
     """With the real command, processes and kernels."""
     slow = BODY.replace("time.sleep(patience)", "time.sleep(patience if seeds == [1] else 0)")
     note = 'import os\nopen(log + ".pid", "a").write(f"{os.getpid()} {os.getppid()} ")\n'
@@ -215,11 +211,8 @@ def labels(found):
 
 def test_what_differs_is_labelled_in_the_methods_name_or_the_suites():
     same, other = {"expert": "01", "fit": "00"}, {"expert": "01", "fit": "11"}
-    assert labels(parts(same, other, lr=[0.1, 0.2])) == [
-        ("toy", "expert"),
-        ("toy", "fit [lr=0.1]"),
-        ("toy", "fit [lr=0.2]"),
-    ]
+    methods = ("expert", "fit [lr=0.1]", "fit [lr=0.2]")
+    assert labels(parts(same, other, lr=[0.1, 0.2])) == [("toy", method) for method in methods]
     better = {"expert": "00", "fit": "00"}  # other experts: nothing may be compared across
     suites = [suite for suite, _ in labels(parts(same, better, size=["smoke", "full"]))]
     assert suites == ["toy [size=smoke]"] * 2 + ["toy [size=full]"] * 2
@@ -231,8 +224,5 @@ def test_what_differs_is_labelled_in_the_methods_name_or_the_suites():
 def test_origins_are_put_side_by_side():
     one = {"device": "cpu", "seeds": [0, 1], "rows": {"test": 100}}
     two = {"device": "H100", "seeds": [1, 2], "rows": {"test": 100, "merge": 9}}
-    assert collect.merged([one, two]) == {
-        "device": "cpu or H100",
-        "seeds": [0, 1, 2],
-        "rows": {"test": 100, "merge": 9},
-    }
+    rows = {"test": 100, "merge": 9}
+    assert collect.merged([one, two]) == {"device": "cpu or H100", "seeds": [0, 1, 2], "rows": rows}

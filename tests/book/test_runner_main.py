@@ -67,9 +67,7 @@ def test_parameters_have_name_type_default_and_help(page):
         ("tasks", "[trec", ["tasks must be list[str]"]),
     ],
 )
-def test_a_wrong_name_or_type_is_refused_before_a_kernel_starts(
-    page, no_kernel, capsys, name, value, words
-):
+def test_a_wrong_name_or_type_starts_no_kernel(page, no_kernel, capsys, name, value, words):
     output = page.with_name("out.ipynb")
     assert __main__.main(["run", str(page), str(output), "-p", name, value]) == 2
     message = capsys.readouterr().err

@@ -84,17 +84,13 @@ def test_an_expert_is_right_on_its_own_task_and_js_is_the_mean_over_test_rows(li
     assert [row["js"] == 0 for row in rows] == [False, True, False, False]
     for number, row in enumerate(module.judged(linear, merged, module.references(linear))):
         models = [problem.vectors.expert(row["task"]), merged]
-        pairs = [
-            [problem.logits(flat, number, batch) for flat in models]
-            for batch in linear.test[number].batches
-        ]
+        batches = linear.test[number].batches
+        pairs = [[problem.logits(flat, number, batch) for flat in models] for batch in batches]
         expected = torch.cat([js(*pair) for pair in pairs]).mean().item()
         assert row["js"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_every_method_merges_the_same_subsets_once_with_options_found_once(
-    tiny, linear, monkeypatch
-):
+def test_all_methods_merge_the_same_subsets_once_with_options_found_once(tiny, linear, monkeypatch):
     experiments = {0: linear, 7: linear_experiment(tiny, 4, digest="others", seed=1)}
     subsets = module.subsets_of(linear.problem.vectors.tasks, 2)
     size = Size("none", (0,), epochs=1, candidates=2)

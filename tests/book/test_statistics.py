@@ -102,11 +102,8 @@ def test_no_difference_has_p_1_and_a_sure_one_the_smallest():
 @pytest.mark.parametrize("effects", EFFECTS)
 def test_intervals_hold_the_truth_about_as_often_as_they_say(effects):
     """Of 75 experiments at each setting; the table of `coverage` has a thousand or more."""
-    parts = [
-        simulated(seeds, spread, effects, experiments=75, draws=150)
-        for seeds in (3, 5)
-        for spread in (0.05, 0.3)
-    ]
+    settings = [(seeds, spread) for seeds in (3, 5) for spread in (0.05, 0.3)]
+    parts = [simulated(*one, effects, experiments=75, draws=150) for one in settings]
     found = pd.concat(parts).groupby("statistic").coverage.mean()
     assert set(found.index) == set(STATISTICS)
     assert found.between(91, 99).all(), found

@@ -53,9 +53,7 @@ ASKED["device"] = "cuda"
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_a_stored_table_is_drawn_only_where_every_fact_asked_for_agrees(
-    tmp_path, name, monkeypatch
-):
+def test_a_stored_table_is_drawn_only_where_each_fact_asked_for_agrees(tmp_path, name, monkeypatch):
     monkeypatch.setattr("divmerge_book.evaluation.provenance.device_name", lambda device: device)
     path = tmp_path / "study.json"
     save(path, {"rows": table([1.0])}, **FACTS)

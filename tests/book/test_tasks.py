@@ -38,9 +38,8 @@ def test_rows_come_back_as_they_were_read(cache):
     found = task.load("test")
     assert isinstance(found, datasets.Dataset)
     assert found.column_names == ["text", "label"]
-    assert [(row["text"], task.answers[row["label"]]) for row in found] == [
-        (text, answer) for text, _, answer in rows
-    ]
+    given = [(text, answer) for text, _, answer in rows]
+    assert [(row["text"], task.answers[row["label"]]) for row in found] == given
 
 
 def test_a_pair_task_has_both_texts_and_the_merge_split_no_labels(cache):

@@ -79,10 +79,8 @@ def test_the_bands_of_a_task_add_up_to_its_component(name):
     whole = dense(basis(problem, name)[0].deltas)
     parts = dense(basis(problem, f"{name}:3")[0].deltas).view(3, 3, SIZE)
     near(parts.sum(dim=0), whole)
-    assert basis(problem, f"{name}:2")[0].tasks == (
-        *("task0", "task1", "task2"),
-        *("task0 band 2", "task1 band 2", "task2 band 2"),
-    )
+    names = ("task0", "task1", "task2")
+    assert basis(problem, f"{name}:2")[0].tasks == (*names, *(f"{one} band 2" for one in names))
 
 
 def test_the_leading_band_is_a_quarter_of_the_directions():
@@ -113,10 +111,7 @@ def test_components_merge_and_give_gradients_as_their_dense_form(spec):
     segments = Segments.of(found.layout.bounds, groups_of(found.layout, "layer")[1])
     coeffs = normal(len(found.tasks), 3)
     store, matrix = found.deltas, dense(found.deltas)
-    near(
-        grouped_merge(found.base, store, coeffs, segments),
-        grouped_merge(found.base, matrix, coeffs, segments),
-    )
+    near(*(grouped_merge(found.base, deltas, coeffs, segments) for deltas in (store, matrix)))
     slope = normal(SIZE)
     near(grouped_inner(slope, store, segments), grouped_inner(slope, matrix, segments))
     some = [1, 0]

@@ -31,9 +31,7 @@ def test_groups_are_the_model_transformer_blocks_or_every_tensor():
 
 @pytest.mark.parametrize("num_tasks", [2, 3, 8])
 @pytest.mark.parametrize("grouping", GROUPINGS)
-def test_they_start_at_one_over_the_number_of_tasks_and_are_all_that_is_trained(
-    grouping, num_tasks
-):
+def test_they_start_at_one_over_the_number_of_tasks_and_are_what_is_trained(grouping, num_tasks):
     assert Coefficients(LAYOUT, 1)().item() == 1  # one expert alone starts as itself
     num_groups = len(groups_of(LAYOUT, grouping)[0])
     for link in LINKS:

@@ -289,12 +289,7 @@ def refused(name: str, options: dict, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "option", "value"),
-    [
-        (name, option, value)
-        for name in METHODS
-        for option in options_of(name)
-        for value in OUT_OF_RANGE.get(option, ())
-    ],
+    [(n, o, v) for n in METHODS for o in options_of(n) for v in OUT_OF_RANGE.get(o, ())],
 )
 def test_an_option_out_of_range_is_refused_with_its_name_and_value(name, option, value):
     said = rf"({option}\b|unknown \w+) .*{re.escape(str(value))}"

@@ -210,9 +210,7 @@ def streamed_case(dtype=torch.float32, tasks=3, size=1000):
 
 @in_threads
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_merge_and_gradient_of_streamed_vectors_are_bitwise_those_of_the_matrix(
-    dtype, small_chunks
-):
+def test_merge_and_gradient_of_streamed_vectors_are_bitwise_those_of_a_matrix(dtype, small_chunks):
     base, rows, streamed, coeffs, segments = streamed_case(dtype)
     results = [
         (

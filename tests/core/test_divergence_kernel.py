@@ -24,19 +24,13 @@ LOG_2, GPU = math.log(2), torch.cuda.is_available()
 
 needs_triton = pytest.mark.skipif(triton is None, reason="Triton is not installed")
 every_kind = pytest.mark.parametrize("kind", divergence.KINDS)
-every_backend = pytest.mark.parametrize(
-    "backend", ["torch", pytest.param("triton", marks=needs_triton)]
-)
-# Triton 3.9 announces a default of 3.10 whenever it compiles.
-pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
+BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 ROUNDING = 1e-6  # what float32 costs against float64 in a loss, and in a gradient near 0
 # dtype; rtol of the gradient, rounded to that dtype: the interpreter truncates bfloat16
-PRECISIONS = [
-    (torch.float32, ROUNDING),
-    (torch.bfloat16, 2**-8 if GPU else 2**-7),
-    (torch.float16, 2**-11),
-]
+BRAIN = (torch.bfloat16, 2**-8 if GPU else 2**-7)
+PRECISIONS = [(torch.float32, ROUNDING), BRAIN, (torch.float16, 2**-11)]
 precisions = pytest.mark.parametrize(("dtype", "rtol"), PRECISIONS, ids=str)
 
 # A and V: one of either, none of A; several blocks of rows; two blocks of the gradient's columns
@@ -357,9 +351,7 @@ def test_shifts_masks_and_equal_rows(narrow, backend, kind):
 @every_backend
 @every_kind
 @pytest.mark.parametrize("side", [0, 1], ids=["expert", "merged"])
-def test_a_mask_on_one_side_leaves_js_finite_and_makes_the_kl_of_the_other_infinite(
-    backend, kind, side
-):
+def test_a_mask_on_one_side_leaves_js_finite_and_the_kl_of_the_other_infinite(backend, kind, side):
     """Two rows over three classes; in the first, one side masks the first class."""
     sides = torch.zeros(2, 3), torch.zeros(2, 3)
     sides[side][0, 0] = -INF

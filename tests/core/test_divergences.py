@@ -357,11 +357,8 @@ def test_invalid_specs_are_refused(spec, message):
 
 
 def test_parameters_and_temperatures_out_of_range_are_refused():
-    for call, options in (
-        (skew_js, {"beta": 2.0}),
-        (renyi, {"order": -1.0}),
-        (alpha_divergence, {"alpha": 4.0}),
-    ):
+    calls = (skew_js, {"beta": 2.0}), (renyi, {"order": -1.0}), (alpha_divergence, {"alpha": 4.0})
+    for call, options in calls:
         with refuses(f"{next(iter(options))} must be in"):
             call(rows(), rows(), **options)
     for temperature in (0.0, -1.0, INF, NAN):

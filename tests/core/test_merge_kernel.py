@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from divmerge_core.kernels import backend as backend_module
 from divmerge_core.kernels import delta_storage, merge
 from divmerge_core.kernels.backend import triton
+from divmerge_core.kernels.delta_storage import SCALE_BLOCK
 from divmerge_core.kernels.merge import grouped_inner, grouped_merge
 from divmerge_core.kernels.segments import Segments, block_table
 
@@ -421,11 +422,7 @@ COMPILED = {
         f"divmerge_core.kernels.merge:{name}_kernel",
         {"table": "*i64", "deltas": stored, **dict.fromkeys(POINTERS, "*fp32")}
         | dict.fromkeys(INTEGERS, "i32"),
-        {
-            "INT8": stored == "*i8",
-            "ROWS": 4096 // delta_storage.SCALE_BLOCK,
-            "ROW": delta_storage.SCALE_BLOCK,
-        },
+        {"INT8": stored == "*i8", "ROWS": 4096 // SCALE_BLOCK, "ROW": SCALE_BLOCK},
         num_warps=8,
         target=target,
     )

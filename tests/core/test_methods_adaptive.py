@@ -49,10 +49,8 @@ def test_the_coefficients_gradient_is_that_of_the_parameters_times_the_task_vect
     _, groups = groups_of(layout, "layer")
 
     def slope(coeffs: torch.Tensor) -> torch.Tensor:
-        leaves = {
-            name: tensor.detach().requires_grad_()
-            for name, tensor in naive_merge(problem, coeffs, groups).items()
-        }
+        merged = naive_merge(problem, coeffs, groups)
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in merged.items()}
         naive_loss(problem, leaves, lambda expert, merged: entropy(merged)).backward()
         rows = [layout.unflatten(row) for row in problem.vectors.deltas]
         slopes = [[(leaf.grad * row[n]).sum() for n, leaf in leaves.items()] for row in rows]
@@ -345,14 +343,10 @@ def test_surgery_takes_the_steps_that_its_gradient_by_hand_gives():
 def test_surgery_of_few_inputs_is_surgery_on_these():
     problem = linear_problem(batches=4)
     options = {"merge": "average", "steps": 12, "lr": 1e-2, **QUIET}
-    found, expected, everything = (
-        [
-            torch.cat([c.down.flatten(), c.up.flatten()])
-            for c in surgery(p, inputs=n, **options).corrections
-        ]
-        for p, n in ((problem, 10), (limit(problem, 10, "task"), None), (problem, None))
-    )
-    for one, same, other in zip(found, expected, everything, strict=True):
+    given = (problem, 10), (limit(problem, 10, "task"), None), (problem, None)
+    merged = (surgery(p, inputs=n, **options).corrections for p, n in given)
+    for corrections in zip(*merged, strict=True):
+        one, same, other = (torch.cat([c.down, c.up.T]) for c in corrections)
         assert torch.equal(one, same) and not torch.equal(one, other)
 
 
@@ -384,11 +378,8 @@ def test_surgery_corrects_an_encoders_mean_over_tokens(toy_problem):
 
 
 def test_an_output_without_one_vector_per_input_is_refused():
-    tokens = Batch(
-        {"input_ids": torch.zeros(2, 3, dtype=torch.long)},
-        torch.ones(1),
-        torch.zeros(2, 3, dtype=torch.bool),
-    )
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    tokens = Batch({"input_ids": ids}, torch.ones(1), ids > 0)
     with refuses(r"must put out \[B, D\].*got tuple"):
         representation((torch.zeros(2, 3),), batch_of(torch.zeros(2, 3)))
     with refuses("got Tensor of a language model"):

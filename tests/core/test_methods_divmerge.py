@@ -53,9 +53,7 @@ def test_divmerge_finds_the_merge_that_loses_nothing(divergence, init):
 
 
 @pytest.mark.parametrize(("spec", "temperature"), [("kl", 1.0), ("js", 3.0), ("skew_js:0.2", 1.0)])
-def test_the_loss_that_is_lowered_is_the_divergence_asked_for_at_its_temperature(
-    problem, spec, temperature
-):
+def test_the_loss_lowered_is_the_divergence_asked_for_at_a_temperature(problem, spec, temperature):
     seen, options = [], {"divergence": spec, "temperature": temperature, "epochs": 1}
     divmerge(fewer(problem, 1), callback=seen.append, **options, **QUIET)
     name, _, beta = spec.partition(":")

@@ -49,10 +49,9 @@ def test_a_task_can_use_what_is_near_enough_to_its_own():
 
 def test_consensus_keeps_what_enough_tasks_can_use():
     problem = problem_of(*SHARED, base=1.0)
-    kept = [
-        change(problem, consensus(problem, threshold=0.5, agree=agree, scale=0.5)).tolist()
-        for agree in range(4)
-    ]
+    options = {"threshold": 0.5, "scale": 0.5}
+    merges = [consensus(problem, agree=agree, **options) for agree in range(4)]
+    kept = [change(problem, merged).tolist() for merged in merges]
     assert kept == [[2, 1, 0, 0], [2, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
 
 

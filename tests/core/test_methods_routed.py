@@ -340,9 +340,8 @@ def test_every_answer_takes_the_expert_and_the_weight_that_move_it_as_far(proble
                 best = min(best, (miss, t, weight))
         _, t, weight = best
         chosen.add((t, weight))
-        np.testing.assert_allclose(
-            found[row], start[row] + weight / 10 * (moved[t][row] - small[row]), rtol=1e-9
-        )
+        expected = start[row] + weight / 10 * (moved[t][row] - small[row])
+        np.testing.assert_allclose(found[row], expected, rtol=1e-9)
     assert len(chosen) > 1  # it is a choice of each answer's own
 
 

@@ -192,9 +192,7 @@ def test_of_three_processes_or_threads_one_makes_what_all_want(tmp_path):
     assert len(made) == 1 and (tmp_path / "a" / "one").read_text() == "whole"
 
 
-def test_what_could_not_be_made_is_made_by_the_next_and_what_is_there_needs_no_lock(
-    tmp_path, monkeypatch
-):
+def test_what_was_not_made_is_made_next_and_what_is_there_needs_no_lock(tmp_path, monkeypatch):
     def fail(new: Path) -> None:
         raise KeyboardInterrupt
 
