@@ -21,9 +21,12 @@ def error_of(problem: MergeProblem, coefficients: list[float], distance: str = "
     return behaviour.disentanglement_error(problem, splits, coefficients, distance=distance)
 
 
-def test_disagreement_is_one_where_the_likeliest_answers_differ():
+def test_disagreement_margin_and_confidence_by_hand():
     p, q = torch.tensor([[2.0, 0, 0], [0, 2, 0]]), torch.tensor([[1.0, 0, 0], [0, 0, 2]])
     assert behaviour.disagreement(p, q).tolist() == [0, 1]
+    logits = torch.tensor([[0.5, 0.3, 0.2], [1 / 3, 1 / 3, 1 / 3]]).log()
+    assert_close(behaviour.margin(logits), torch.tensor([0.2, 0.0]))
+    assert_close(behaviour.confidence(logits), torch.tensor([0.5, 1 / 3]))
 
 
 def test_the_js_from_an_expert_is_that_of_its_answers(problem):
@@ -102,12 +105,6 @@ def test_a_barrier_asks_for_two_ends_and_a_known_reference():
             barrier(losses, reference=reference)
 
 
-def test_margin_and_confidence_by_hand():
-    logits = torch.tensor([[0.5, 0.3, 0.2], [1 / 3, 1 / 3, 1 / 3]]).log()
-    assert_close(behaviour.margin(logits), torch.tensor([0.2, 0.0]))
-    assert_close(behaviour.confidence(logits), torch.tensor([0.5, 1 / 3]))
-
-
 def test_cka_is_one_for_a_representation_turned_scaled_and_moved():
     x = normal(20, 6)
     turn, _ = torch.linalg.qr(normal(6, 6, seed=1))
@@ -145,7 +142,7 @@ def test_a_common_move_is_all_common_and_unseen_by_cka_and_one_that_cancels_is_n
     assert behaviour.common_share(x, 2 * x) == shift(x, x) == behaviour.common_share(x, x) == 0
 
 
-def test_the_last_hidden_state_is_what_the_head_reads(toys):
+def test_the_last_hidden_state_is_what_the_head_reads_and_needs_an_encoder(toys):
     bench = prepare("toy", size="toy")
     problem, flat = bench.problem, bench.problem.vectors.merge([0.6, 0.3])
     states = behaviour.hidden_states(problem, flat, bench.test[1])
@@ -153,9 +150,6 @@ def test_the_last_hidden_state_is_what_the_head_reads(toys):
     assert states.shape[:2] == (3, len(bench.test[1].gold))  # embeddings and two layers
     logits = states[-1] @ head["weight"].T + head["bias"]
     assert_close(logits, all_logits(problem, flat, 1, bench.test[1].batches), rtol=1e-4, atol=1e-5)
-
-
-def test_hidden_states_need_an_encoder():
     problem = linear_problem(num_tasks=2)
     split = LabelledSplit(problem.batches[0], torch.zeros(15).long())
     with pytest.raises(ValueError, match="transformers encoder"):

@@ -8,11 +8,7 @@ import pytest
 from divmerge_book.evaluation.statistics import CORRELATIONS
 from divmerge_book.studies import correlations
 from divmerge_book.studies.correlations import by_task, others, over_tasks, relabelled_p, within_p
-
-
-def noise(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape)
-
+from test_statistics import noise
 
 CLOSENESS, ACCURACY = noise(5, 5), noise(5, 5, seed=1)
 

@@ -87,11 +87,8 @@ def test_the_sizes_are_three_and_full_measures_three_seeds():
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_every_suite_has_a_recipe_at_every_size(suite):
+def test_every_suite_has_a_recipe_at_every_size_and_small_tasks_twice_the_epochs(suite):
     for size in SIZES.values():
         assert all(size.recipe_for(suite, task).epochs >= 1 for task in SUITES[suite].tasks)
-
-
-def test_glues_small_tasks_are_trained_for_twice_as_many_epochs():
     epochs = [SIZES["full"].recipe_for("glue_encoder", task).epochs for task in ("rte", "mnli")]
     assert epochs == [6, 3]

@@ -8,7 +8,6 @@ from itertools import combinations
 
 import divmerge_book.figures
 import divmerge_book.studies
-import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,7 +17,6 @@ from divmerge_book.figures.styles import LOOKS, style
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
 FIGURES = [module.name for module in pkgutil.iter_modules(divmerge_book.figures.__path__)]
 STUDIES = [module.name for module in pkgutil.iter_modules(divmerge_book.studies.__path__)]
 CITED = re.compile(r"(?:table|marks|intervals|scores): of `(?:studies\.)?(?:\w+\.)?(\w+)`")
@@ -62,14 +60,13 @@ def tables(names, **columns) -> pd.DataFrame:
     return pd.DataFrame({"method": list(names), "model": list(names)}).assign(**columns)
 
 
-BEHAVIOUR = {"part": 1, "lost": 0.1, "margin": 0.5, "auc": 0.6, "layer": 0, "cka": 0.5}
+NUMBERS = {"part": 1, "lost": 0.1, "margin": 0.5, "auc": 0.6, "layer": 0, "cka": 0.5}
+STATES = tables(behaviour.LOOKS, **NUMBERS)
 PLANE = {"step": 0, "l1": 0.5, "l2": 0.5}
 AGAINST_T = {"T": 2, "value": 0.9, "low": 0.8, "high": 1.0}
 DRAWN = {
-    "margins": lambda ax: behaviour.loss_by_margin(ax, tables(behaviour.LOOKS, **BEHAVIOUR)),
-    "layers": lambda ax: behaviour.similarity_by_layer(
-        ax, tables(behaviour.LOOKS, **BEHAVIOUR), "cka"
-    ),
+    "margins": lambda ax: behaviour.loss_by_margin(ax, STATES),
+    "layers": lambda ax: behaviour.similarity_by_layer(ax, STATES, "cka"),
     "plane": lambda ax: landscapes.end_points(ax, tables(landscapes.MARKS, **PLANE)),
     "against T": lambda ax: scaling.score_curve(ax, tables(LOOKS, **AGAINST_T)),
 }

@@ -31,6 +31,7 @@ def test_words_are_listed_and_numbers_span():
     assert span([1.02, 3.0, 2.0]) == "1.0 to 3.0" and span([1.01, 1.02]) == "1.0"
     assert span([-1.0, 1.0], 0, sign=True) == "-1 to +1"
     assert bullets(["a", "b"]) == "- a\n- b"
+    assert bullets(["a\n\n- b", "c"]) == "- a\n  \n  - b\n- c", "a list in a list"
 
 
 # --- the number of tasks --------------------------------------------------------------------------
@@ -44,18 +45,15 @@ def by_count(values: dict, column: str, name: str) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(
-    ("average", "said"),
+    ("average", "leads", "gap"),
     [
-        (
-            [0.8, 0.7],
-            ["TIES at T = 2; Average at T = 3", "to -10.0 (Average); it is negative for 2"],
-        ),
-        ([0.5, 0.55], ["TIES at T = 2 and 3", "to +5.0 (Average); it is negative for 1 of 2"]),
+        ([0.8, 0.7], "TIES at T = 2; Average at T = 3", "to -10.0 (Average); it is negative for 2"),
+        ([0.5, 0.55], "TIES at T = 2 and 3", "to +5.0 (Average); it is negative for 1 of 2"),
     ],
 )
-def test_the_leader_at_every_number_of_tasks_is_named(average, said):
+def test_the_leader_at_every_number_of_tasks_is_named(average, leads, gap):
     means = by_count({"ties": [0.9, 0.6], "average": average}, "value", "method")
-    holds(count.leaders(means, RUN), "-30.0 points (TIES)", *said)
+    holds(count.leaders(means, RUN), "-30.0 points (TIES)", leads, gap)
 
 
 @pytest.mark.parametrize(

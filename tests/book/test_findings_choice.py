@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 import torch
-from divmerge_book.findings import bullets, choice, paper, protocol
+from divmerge_book.findings import choice, paper, protocol
 from divmerge_book.published import paper_reanalysis
 from divmerge_book.studies import divergence_shapes
 
@@ -68,7 +68,3 @@ def test_the_fewest_inputs_with_nine_tenths_of_the_gain_are_named():
     sure = "+20.0 [+10.0, +30.0] points of ANP with coefficients per task"
     assert f"{sure} (5 give nine tenths of it)" in protocol.needed(table, ["anp"], RUN)
     assert "nine tenths" not in protocol.needed(table.assign(from_high=0.1), ["anp"], RUN)
-
-
-def test_an_entry_of_a_list_may_have_a_list_of_its_own():
-    assert bullets(["a\n\n- b", "c"]) == "- a\n  \n  - b\n- c"

@@ -112,7 +112,7 @@ def test_weight_decay_in_float32_is_found_and_leaves_nothing_to_conflict(lr):
     assert sign_conflict(weights.trained(vectors).deltas)[0, 1] == 0, "no word was learned by both"
 
 
-def test_places_are_depth_and_kind_in_the_order_of_the_layout():
+def test_places_are_depth_and_kind_in_the_order_of_the_layout_and_others_refused():
     named = {
         "embeddings.word_embeddings.weight": "embeddings embedding",
         "embeddings.LayerNorm.weight": "embeddings norm",
@@ -127,6 +127,8 @@ def test_places_are_depth_and_kind_in_the_order_of_the_layout():
     names, numbers = weights.grouped(Layout(tuple(named), ((1,),) * len(named)), "place")
     assert [names[number] for number in numbers] == list(named.values())
     assert names == tuple(dict.fromkeys(named.values()))
+    with pytest.raises(UnknownName, match="blok.*choose one of.*block"):
+        weights.norms_by_group(linear_problem().vectors, "blok")
 
 
 @pytest.mark.parametrize("grouping", [*GROUPINGS, "place"])
@@ -136,11 +138,6 @@ def test_squared_norms_and_inner_products_of_the_groups_add_up_to_the_whole(grou
     assert norms.shape == (3, len(weights.columns(vectors.layout, grouping)))
     inner = (angles * norms.T[:, :, None] * norms.T[:, None, :]).sum(dim=0)
     assert_close(inner, vectors.deltas @ vectors.deltas.T)
-
-
-def test_an_unknown_grouping_is_refused_with_the_choices():
-    with pytest.raises(UnknownName, match="blok.*choose one of.*block"):
-        weights.norms_by_group(linear_problem().vectors, "blok")
 
 
 def test_norms_of_millions_of_parameters_are_exact_to_six_digits():

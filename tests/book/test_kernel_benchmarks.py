@@ -4,7 +4,6 @@ import math
 import sys
 from functools import partial
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -15,6 +14,7 @@ from divmerge_book.kernel_benchmarks import disk_merges, implementations, merge_
 from divmerge_book.kernel_benchmarks.implementations import IMPLEMENTATIONS, Case, missing
 from divmerge_book.models.mergekit_config import read_recipe
 from helpers import linear_problem
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -194,39 +194,30 @@ def test_the_caption_says_where_it_was_measured():
     assert merge_bandwidth.matrix_rate(CPU, 64) > 0
 
 
-@pytest.fixture
-def single():
-    """The toy problem in float32."""
-    return linear_problem(dtype=torch.float32)
+SINGLE = linear_problem(dtype=torch.float32)
 
 
-def test_all_steps_see_the_same_number_of_batches(single):
-    table = step_time.benchmark_step(single, ["ours", "ours_buffer", "dictionary"], rounds=2)
+def test_all_steps_see_the_same_number_of_batches():
+    table = step_time.benchmark_step(SINGLE, ["ours", "ours_buffer", "dictionary"], rounds=2)
     counts = table.groupby(["contestant", "round"]).size()
     assert len(set(counts)) == 1 and len(counts) == 6
     assert (table.seconds > 0).all()
 
 
 @pytest.mark.parametrize("name", here(step_time.STEPS, ["fusion_bench"]))
-def test_peers_take_a_step(single, name):
-    table = step_time.benchmark_step(single, [name], rounds=1)
+def test_peers_take_a_step(name):
+    table = step_time.benchmark_step(SINGLE, [name], rounds=1)
     assert (table.seconds > 0).all()
 
 
-def test_a_step_is_split_into_its_parts(single):
-    parts = step_time.step_parts(single)
+def test_a_step_is_split_into_its_parts():
+    parts = step_time.step_parts(SINGLE)
     names = ["merge", "forward pass", "backward pass", "gradient of the merge"]
     assert list(parts) == names and (parts > 0).all().all()
 
 
-@pytest.fixture
-def axes():
-    """Makes empty Axes, and closes them."""
-    yield lambda: plt.figure().gca()
-    plt.close("all")
-
-
-def test_figures_draw_what_they_are_given(axes):
+def test_figures_draw_what_they_are_given():
+    axes = lambda: Figure().subplots()  # noqa: E731
     table = merge_bandwidth.summary(rows_by_hand())
     ax = cost_figures.time_curve(axes(), table, "forward", "tasks")
     assert "ms" in ax.get_ylabel() or "milliseconds" in ax.get_ylabel()

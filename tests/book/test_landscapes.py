@@ -118,12 +118,13 @@ def made_up_costs() -> pd.DataFrame:
     return pd.concat([table.assign(seed=seed) for seed in (0, 1)], ignore_index=True)
 
 
-def test_pairs_come_from_the_most_costly_to_the_least():
+def test_pairs_come_from_the_most_costly_to_the_least_and_costs_are_mapped(ax):
     for count, expected in ((3, "a+c a+b b+c"), (99, "a+c a+b b+c"), (2, "a+c b+c")):
         assert landscapes.by_cost(made_up_costs(), count) == expected.split()
     wide = landscapes.matrix(made_up_costs(), "added", "js")  # payers in rows
     assert wide.loc["a", "c"] == 9 and wide.loc["c", "a"] == 1
     assert list(wide.index) == list(wide.columns)
+    assert "expert" in draw_plane.cost_map(ax, made_up_costs(), "js").get_xlabel()
 
 
 def test_a_segment_has_the_experts_at_its_ends_and_the_average_between(linear):
@@ -162,7 +163,3 @@ def test_a_method_is_marked_where_it_ends(ax):
     draw_plane.end_points(ax, pd.DataFrame(rows))
     last = {line.get_label(): line.get_xydata()[-1].tolist() for line in ax.lines}
     assert last["DivMerge, per task"] == [0.9, 0.1] and last["Average"] == [0.5, 0.5]
-
-
-def test_costs_say_their_units(ax):
-    assert "expert" in draw_plane.cost_map(ax, made_up_costs(), "js").get_xlabel()

@@ -10,9 +10,6 @@ from divmerge_book.models.language.models import MODELS, load_language, vocabula
 from divmerge_book.models.language.training import trained
 from language_toys import save_model, tokenizer
 
-from divmerge_core.merging.coefficients import groups_of
-from divmerge_core.merging.task_vectors import Layout
-
 
 def test_tied_weights_are_one_tensor_and_others_two(llama, qwen):
     assert "lm_head.weight" not in llama.state and "model.embed_tokens.weight" in llama.state
@@ -57,12 +54,6 @@ def test_the_first_blocks_alone_are_a_smaller_model(llama_folder, llama):
     assert set(small.state) < set(llama.state) and small.digest != llama.digest
     with pytest.raises(ValueError, match=r"blocks must be 1\.\.2, got 3"):
         load_language(str(llama_folder), blocks=3)
-
-
-def test_blocks_and_layers_are_groups(llama):
-    groups, numbers = groups_of(Layout.of(llama.state), "block")
-    assert groups == ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm")
-    assert len(groups_of(Layout.of(llama.state), "layer")[0]) == len(llama.state) == len(numbers)
 
 
 def test_the_upper_blocks_are_what_they_say(llama, qwen):

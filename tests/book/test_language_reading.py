@@ -41,7 +41,7 @@ def test_a_prompt_that_does_not_fit_its_task_is_refused():
         add("sst2", "A {text}:", "good", "Good.")
 
 
-def test_a_prompt_that_is_too_long_loses_text_and_never_the_question(llama):
+def test_a_prompt_that_is_too_long_loses_text_and_never_the_question_or_is_refused(llama):
     prompt = PROMPTS["mrpc"]
     rows = [{"text": "word " * 60, "pair": "two"}, {"text": "one", "pair": "two"}]
     asked = ask(llama, prompt, rows, 80)
@@ -51,9 +51,6 @@ def test_a_prompt_that_is_too_long_loses_text_and_never_the_question(llama):
     assert texts[1] == prompt.ask(rows[1])
     assert texts[0].startswith("Do these two sentences say the same?\nFirst: word word")
     assert texts[0].endswith("\nSecond: two\nSame:")
-
-
-def test_a_question_that_does_not_fit_at_all_is_refused(llama):
     with pytest.raises(ValueError, match="alone is .* tokens too long; raise max_length"):
         ask(llama, PROMPTS["sst2"], [{"text": "film"}], 5)
 
@@ -64,16 +61,13 @@ def test_an_answer_ends_in_eos_unless_it_is_cut(llama):
     assert answer_tokens(llama, " yes", 1) == whole[:1]
 
 
-def test_a_batch_by_hand(llama):
+def test_a_batch_by_hand_and_an_answer_without_a_token_is_refused(llama):
     batch, tokens = collate(llama, [((5, 6, 7), (8, 9)), ((4,), (llama.stop,))])
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8], [4] + [llama.pad] * 3]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
     assert batch.answer.nonzero().tolist() == [[0, 2], [0, 3], [1, 0]]  # A = 3
     assert tokens.tolist() == [8, 9, llama.stop]
     torch.testing.assert_close(batch.weight, torch.tensor([1 / 4, 1 / 4, 1 / 2]))
-
-
-def test_an_answer_without_a_token_is_refused(llama):
     with pytest.raises(ValueError, match="at least one token"):
         collate(llama, [((5,), ())])
 

@@ -6,10 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from divmerge_book.studies.mantel import VIEWS, correlate, entries, rank_correlations
-
-
-def generator(seed: int = 0) -> np.random.Generator:
-    return np.random.default_rng(seed)
+from test_statistics import generator
 
 
 def matrices(count: int = 5, seed: int = 0) -> np.ndarray:
@@ -20,11 +17,8 @@ def matrices(count: int = 5, seed: int = 0) -> np.ndarray:
 
 
 BY_HAND = np.array([[np.nan, 1.0, 5.0], [3.0, np.nan, 4.0], [7.0, 0.0, np.nan]])
-VALUES = {
-    "task": [1, 5, 3, 4, 7, 0],
-    "pair": [2, 6, 2, 2, 6, 2],
-    "partner": [-2, 2, -0.5, 0.5, 3.5, -3.5],
-}
+VALUES = {"task": [1, 5, 3, 4, 7, 0], "pair": [2, 6, 2, 2, 6, 2]}
+VALUES["partner"] = [-2, 2, -0.5, 0.5, 3.5, -3.5]
 
 
 def test_views_by_hand():

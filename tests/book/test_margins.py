@@ -23,11 +23,6 @@ def test_margins_by_hand():
     assert found[["kept_margin", "below"]].iloc[2].isna().all(), "its expert is no better"
 
 
-def test_an_expert_keeps_all_and_a_constant_answer_nothing():
-    rows = {"task": ["a", "a"], "accuracy": [0.9, 0.5], "expert": 0.9}
-    assert scored(pd.DataFrame(rows), MAJORITY).kept_margin.tolist() == pytest.approx([1, 0])
-
-
 def test_lists_are_means_and_counts_over_the_tasks_of_a_row():
     lists = {"accuracies": [[0.7, 0.7], [0.9, 0.8], None], "experts": [[0.9, 1.0]] * 3}
     table = pd.DataFrame({**lists, "majorities": [[0.5, 0.8]] * 3}, index=[7, 7, 7])

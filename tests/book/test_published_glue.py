@@ -94,9 +94,7 @@ def accuracies(bench) -> list[float]:
     return found
 
 
-def test_a_head_with_named_outputs_in_another_order_gives_the_same_scores(
-    made, bench, suite, tmp_path
-):
+def test_a_head_with_named_outputs_in_another_order_scores_the_same(made, bench, suite, tmp_path):
     """Experts were trained on the sentences' marks, so labels arrive in the heads' own order."""
     moved = shutil.copytree(made, tmp_path / "moved")
     order, expert = [2, 0, 1], moved / "experts" / "mnli"
@@ -161,12 +159,9 @@ def test_where_nobody_names_a_padding_token_the_description_does(made, suite, tm
             check(read(with_fields(path, pad_token=value)))
 
 
-def test_a_task_without_an_expert_is_refused(tmp_path):
+def test_without_an_expert_for_a_task_or_the_hub_the_error_says_so(made, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="no expert for mnli; there are cola"):
         glue.describe(tmp_path / "suite", NAMES, experts={"cola": "somewhere"})
-
-
-def test_where_the_hub_cannot_be_reached_the_error_says_so(made, monkeypatch, tmp_path):
     offline = raising(OSError("no route to host"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(ValueError, match=r"the hub gave none \(OSError"):

@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import matplotlib
 import pytest
 from divmerge_book.data import downloads
 from divmerge_book.figures.published import by_task, scale_curve
@@ -13,7 +12,6 @@ from divmerge_book.published.suites import published as paths_of
 from divmerge_book.user_models import merge_and_score
 from matplotlib.figure import Figure
 
-matplotlib.use("agg")
 FEW = {"merge": 8, "validation": 10, "test": 20}
 
 

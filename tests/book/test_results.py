@@ -1,7 +1,6 @@
 """The published results carry their origin, and what the book promises of them holds."""
 
 import math
-from pathlib import Path
 
 import pytest
 from divmerge_book import figures
@@ -11,10 +10,10 @@ from divmerge_book.evaluation.report import Report, caption
 from divmerge_book.kernel_benchmarks import disk_merges, merge_bandwidth
 from divmerge_book.kernel_benchmarks.implementations import IMPLEMENTATIONS
 from divmerge_book.kernel_benchmarks.step_time import STEPS
+from helpers import RESULTS
 
 from divmerge_core.methods import METHODS, parse
 
-RESULTS = Path(__file__).resolve().parents[2] / "book" / "results"
 STORED = sorted(RESULTS.glob("*.json"))
 
 
@@ -31,14 +30,11 @@ def test_every_published_report_has_three_seeds_of_every_method_on_the_same_task
     assert cells.nunique() == 1
 
 
-def test_every_published_report_carries_its_origin(stored):
+def test_every_published_report_carries_its_origin_and_no_text(stored):
     assert stored.provenance["size"] == "full"
     for fact in ("encoder", "seeds", "date", "device", "precision", "torch", "rows_per_task"):
         assert stored.provenance[fact]
     assert stored.provenance["date"] in caption(stored)
-
-
-def test_no_published_text_can_be_read_from_a_report(stored):
     answers = [*stored.rows.predicted, *stored.rows.gold]
     assert all(isinstance(number, int) for row in answers for number in row)
 
@@ -87,7 +83,7 @@ def test_every_table_has_three_seeds_and_two_four_and_all_tasks(table):
     assert (counts == table.rows.seed.nunique()).all()
 
 
-def test_every_search_scored_as_many_candidates_and_its_best_is_used(table):
+def test_every_search_scored_as_many_its_best_is_used_and_costs_are_numbers(table):
     searches = [fit for fit in table.fits if "search" in fit]
     methods = {name for name in table.rows.method if not name.endswith(":published")}
     assert {fit["method"] for fit in searches} == methods - {"expert", "base"}
@@ -97,9 +93,6 @@ def test_every_search_scored_as_many_candidates_and_its_best_is_used(table):
         assert len(records) == (1 if alone else table.provenance["budget"]), fit["method"]
         scores = {str(record["options"]): record.get("score", 0) for record in records}
         assert scores[str(fit["options"])] == max(scores.values()), fit["method"]
-
-
-def test_every_cost_is_a_number(table):
     for fit in table.fits:
         assert all(math.isfinite(value) and value >= 0 for value in fit["cost"].values())
 

@@ -2,7 +2,6 @@
 
 from itertools import combinations
 
-import matplotlib
 import pytest
 from divmerge_book.figures import schematics
 from matplotlib.figure import Figure
@@ -11,7 +10,6 @@ from matplotlib.patches import FancyBboxPatch
 from divmerge_core.merging.coefficients import groups_of
 from divmerge_core.merging.task_vectors import Layout
 
-matplotlib.use("Agg")
 DRAWINGS = {"method": 3.6, "groupings": 2.9, "arrows": 3.2, "midpoint": 2.7, "objective": 2.1}
 
 

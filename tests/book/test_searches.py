@@ -11,9 +11,7 @@ from divmerge_core.methods.paths import Path, Pool
 
 @pytest.mark.parametrize("name", module.SEARCHES)
 @pytest.mark.parametrize("calls", [5, 17, 33])
-def test_every_search_spends_its_calls_from_the_expert_to_the_best(
-    linear, name, calls, monkeypatch
-):
+def test_a_search_spends_its_calls_from_the_expert_to_the_best(linear, name, calls, monkeypatch):
     """The score here is proximity to a target that no expert is."""
     vectors = linear.problem.vectors
     target = Pool.of(linear.problem, "block").model(Path(((1, 1.0), (0, 0.5), (3, 0.25))))
@@ -34,7 +32,7 @@ def test_every_search_spends_its_calls_from_the_expert_to_the_best(
             assert proximity(None, paths.flats[task])[0] == pytest.approx(rows[task].max())
 
 
-def test_every_search_is_compared_with_the_experts(linear):
+def test_every_search_is_compared_with_the_experts_at_calls_that_make_generations(linear):
     small = replace(linear, digest="fewer rows")
     table = module.compare_searches({(0, 15): linear, (0, 8): small}, calls=5)
     last = table[table.test.notna()]
@@ -44,8 +42,5 @@ def test_every_search_is_compared_with_the_experts(linear):
     assert expert.validation == expert.test == 1 and expert.gap == 0 and expert.call == 1
     assert expert.bytes == 4 * linear.problem.vectors.base.nbytes
     assert (last.gap == last.validation - last.test).all()
-
-
-def test_calls_that_make_no_generations_are_refused(linear):
     with pytest.raises(ValueError, match="1 plus a multiple of 4"):
         module.compare_searches({(0, 15): linear}, calls=12)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from divmerge_book.models.streamed_methods import RULES, cutoffs, kept, rule_of, tally
+from helpers import QUIET, normal
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -15,20 +16,15 @@ from divmerge_core.checkpoints.safetensors_io import StoredModel
 from divmerge_core.checkpoints.tensor_sources import blocks
 
 TASKS = ("mood", "place", "time")
-QUIET = {"progress": False}
 SHAPES = {
     **{f"model.layers.{n}.mlp.up_proj.weight": (24, 16) for n in range(2)},
     **{"model.embed_tokens.weight": (40, 16), "model.norm.weight": (16,), "empty": (0, 3)},
 }
 
 
-def normal(*shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def saved(folder, dtype):
     """A random model and three near it, one with a tensor of zeros, in the hub's layout."""
-    state = {name: normal(*shape, seed=len(name)) for name, shape in SHAPES.items()}
+    state = {name: normal(*shape, seed=len(name)).float() for name, shape in SHAPES.items()}
     for number, name in enumerate(("base", *TASKS)):
         own = {n: t + 0.05 * number * normal(*t.shape, seed=number) for n, t in state.items()}
         own["model.norm.weight"] *= name != "place"
@@ -114,7 +110,10 @@ def test_a_merge_of_bfloat16_is_rounded_once(tmp_path):
 
 @pytest.mark.parametrize(("rows", "size"), [(2, 1), (3, 1000)])
 def test_a_cutoff_counted_in_two_passes_is_that_of_a_sort(rows, size):
-    base, experts = torch.zeros(size), [normal(size, seed=n).round(decimals=1) for n in range(rows)]
+    base, experts = (
+        torch.zeros(size),
+        [normal(size, seed=n).float().round(decimals=1) for n in range(rows)],
+    )
     ordered = torch.stack(experts).abs().sort(descending=True).values
     for rank in {1, 1 + size // 3, size}:
         found = cutoffs(

@@ -22,11 +22,6 @@ def of(base: dict, **experts: dict) -> TaskVectors:
     return TaskVectors.from_states(base, experts)
 
 
-@pytest.fixture
-def vectors() -> TaskVectors:
-    return of(state(0), one=state(1), two=state(2))
-
-
 def test_tensors_lie_end_to_end_in_a_copy_whose_views_are_the_state_again():
     original = state()
     layout = Layout.of(original)
@@ -48,7 +43,8 @@ def test_weights_are_widened_to_float32_and_float64_is_kept(given):
     assert Layout.of(weights).flatten(weights).dtype == wide
 
 
-def test_task_vectors_are_differences_with_lengths_and_are_chosen_in_order(vectors):
+def test_task_vectors_are_differences_with_lengths_and_are_chosen_in_order():
+    vectors = of(state(0), one=state(1), two=state(2))
     for number, task in enumerate(vectors.tasks, start=1):
         assert_close(vectors.expert(task), vectors.layout.flatten(state(number)), rtol=0, atol=1e-6)
     by_hand = [sum(x * x for x in row.tolist()) ** 0.5 for row in vectors.deltas]
@@ -119,7 +115,7 @@ def without(name: str, **others: torch.Tensor) -> dict:
     return {key: value for key, value in {**state(1), **others}.items() if key != name}
 
 
-PAIR = layout_of(a=(2,))
+PAIR, NAMES = layout_of(a=(2,)), "one or more distinct names, got"
 UNFIT = {
     "another name": (
         lambda: of(state(0), one=without("a.bias", gain=torch.ones(3))),
@@ -144,14 +140,8 @@ UNFIT = {
         lambda: of(state(0), one=state(1), two=state(2)).select(["one", "three"]),
         r"no task vector for \['three'\]; there are one, two",
     ),
-    "no task": (
-        lambda: TaskVectors(PAIR, (), torch.zeros(2), torch.zeros(0, 2)),
-        "one or more distinct names, got",
-    ),
-    "a task twice": (
-        lambda: TaskVectors(PAIR, ("one", "one"), torch.zeros(2), torch.zeros(2, 2)),
-        "one or more distinct names, got",
-    ),
+    "no task": (lambda: TaskVectors(PAIR, (), torch.zeros(2), torch.zeros(0, 2)), NAMES),
+    "a task twice": (lambda: TaskVectors(PAIR, ("a", "a"), torch.zeros(2), torch.eye(2)), NAMES),
     "another layout": (
         lambda: TaskVectors(PAIR, ("one",), torch.zeros(3), torch.zeros(1, 3)),
         r"need base \[2\] and deltas \[1, 2\], got \[3\] and \[1, 3\]",
