@@ -152,11 +152,7 @@ class Machine:
             assert changed == 1, f"{notebook} has no parameter {name}"
         nbformat.write(book, self.content / notebook.name)
         assert [path.name for path in self.content.iterdir()] == [notebook.name]
-        client = NotebookClient(
-            book,
-            kernel_manager_class=kernels_of(self.python),
-            timeout=900,
-            allow_errors=False,
-            resources={"metadata": {"path": str(self.content)}},
-        )
+        options = {"kernel_manager_class": kernels_of(self.python), "allow_errors": False}
+        options["resources"] = {"metadata": {"path": str(self.content)}}
+        client = NotebookClient(book, timeout=900, **options)
         return client.execute(env=self.environment())

@@ -50,13 +50,9 @@ class Unavailable(Exception):
 def reports_or_skip(cases: dict[Any, Case]) -> dict[Any, Report]:
     """A report for every case, by its key; skips the test where Triton cannot compile ahead."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}  # compiled, without a GPU
-    done = subprocess.run(
-        [sys.executable, __file__],
-        input=json.dumps([asdict(case) for case in cases.values()]),
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    given = json.dumps([asdict(case) for case in cases.values()])
+    options = {"env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, __file__], input=given, **options)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     if isinstance(answer, str):

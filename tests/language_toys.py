@@ -7,7 +7,6 @@ import torch
 import transformers
 from divmerge_book.evaluation.sizes import LanguageSize
 from divmerge_book.models.language.training import LanguageRecipe
-from divmerge_book.published.toy_models import save_data
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 TEXTS = [
@@ -58,32 +57,14 @@ def tokenizer(extra: str = "") -> transformers.PreTrainedTokenizerFast:
 
 def save_model(folder: Path, kind: str = "llama", *, seed: int = 0, tied: bool = True) -> Path:
     """A random two-block model and its tokenizer in a folder."""
-    config, model = {
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-    }[kind]
     own = tokenizer()
     torch.manual_seed(seed)
-    settings = config(
-        vocab_size=len(own) + 6,  # as real ones: more rows than tokens
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-        eos_token_id=own.eos_token_id,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    sizes |= {"vocab_size": len(own) + 6, "initializer_range": 0.2}  # more rows than tokens
+    sizes |= {"tie_word_embeddings": tied, "eos_token_id": own.eos_token_id}
+    config = transformers.AutoConfig.for_model(kind, **sizes)
     transformers.utils.logging.disable_progress_bar()
-    model(settings).save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     own.save_pretrained(folder)
-    return folder
-
-
-def save_glue(folder: Path) -> Path:
-    """SST-2, CoLA and MNLI with made-up rows, in the layout of nyu-mll/glue."""
-    for name in ("sst2", "cola", "mnli"):
-        save_data(folder / name, name)
     return folder

@@ -147,7 +147,6 @@ def compared(case: str, group: ProcessGroup) -> dict:
         "whole": vectors.layout.size,
         "uneven": any(p.shape[0] % group.world for p in base.values()),
         "groups": [len(alone.groups), len(shared.groups)],
-        "rows": len(next(iter(cut.batches[0][0].inputs.values()))),
     }
 
 

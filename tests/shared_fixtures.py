@@ -12,6 +12,7 @@ from divmerge_book.data import downloads
 from divmerge_book.data.tasks import SUITES, TASKS, Suite
 from divmerge_book.evaluation.experiment import SIZES, Size, make_problem, prepare, prepare_language
 from divmerge_book.models.language.models import load_language
+from divmerge_book.published.toy_models import save_data
 from helpers import MARKERS, TINY_RECIPE, linear_problem, shared_by, toy_task
 from local_files import make_base
 
@@ -161,8 +162,11 @@ def qwen(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def glue_folder(tmp_path_factory):
-    """A few tasks in the layout of nyu-mll/glue."""
-    return language_toys.save_glue(tmp_path_factory.mktemp("glue"))
+    """SST-2, CoLA and MNLI with made-up rows, in the layout of nyu-mll/glue."""
+    folder = tmp_path_factory.mktemp("glue")
+    for name in ("sst2", "cola", "mnli"):
+        save_data(folder / name, name)
+    return folder
 
 
 @pytest.fixture

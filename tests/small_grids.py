@@ -124,13 +124,9 @@ def command(path: Path, **environment: str) -> subprocess.Popen:
     It hears Ctrl-C even where the tests run in the background of a shell, which ignores it.
     """
     with open(path.with_name("said"), "ab") as said:
-        return subprocess.Popen(
-            [sys.executable, "-m", "divmerge_book", str(path)],
-            env={**os.environ, **environment},
-            stdout=said,
-            stderr=said,
-            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-        )
+        options = {"env": {**os.environ, **environment}, "stdout": said, "stderr": said}
+        options["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen([sys.executable, "-m", "divmerge_book", str(path)], **options)
 
 
 def alive(number: int) -> bool:

@@ -252,14 +252,9 @@ def test_all_else_that_decides_an_expert_is_in_its_key(tiny, cache, monkeypatch)
     other = {"negative": "positive", "positive": "negative"}[answer]
     relabelled["train"][0] = (text, pair, other)
     elsewhere = replace(tiny, encoder=copy.deepcopy(tiny.encoder).to("meta"))
-    found = [
-        key(),
-        key(seed=1),
-        key(read=lambda: relabelled, origin=lambda: "relabelled"),
-        key(answers=("positive", "negative"), origin=lambda: "turned"),
-        key(base=replace(tiny, digest="other")),
-        key(base=elsewhere),
-    ]
+    found = [key(), key(seed=1), key(base=replace(tiny, digest="other")), key(base=elsewhere)]
+    found.append(key(read=lambda: relabelled, origin=lambda: "relabelled"))
+    found.append(key(answers=("positive", "negative"), origin=lambda: "turned"))
     version = digests.installed
     for library in ("torch", "transformers", "tokenizers"):
         with monkeypatch.context() as patch:
@@ -328,15 +323,9 @@ def test_all_that_decides_a_result_is_in_its_key(toys, monkeypatch):
     def key(bench=bench, spec="divmerge/block", points=0, **changes) -> Path:
         return OUTCOME(Merges(bench, spec, points), {**options, **changes})["place"]
 
-    found = [
-        key(),
-        key(bench=replace(bench, digest="other")),
-        key(spec="divmerge/task"),
-        key(points=3),
-        *(key(**{name: value}) for name, value in {"epochs": 2, "lr": 0.2, "seed": 1}.items()),
-        key(grouping="layer"),
-        key(inputs=4),
-    ]
+    found = [key(), key(bench=replace(bench, digest="other")), key(spec="divmerge/task")]
+    found += [key(points=3), key(epochs=2), key(lr=0.2), key(seed=1)]
+    found += [key(grouping="layer"), key(inputs=4)]
     for library in digests.LIBRARIES:
         other = {**digests.versions(), library: "other"}
         with monkeypatch.context() as patch:

@@ -130,13 +130,9 @@ def test_a_malformed_parameters_cell_is_refused(tmp_path, line):
 
 @pytest.mark.slow
 def test_a_run_uses_this_python_its_folder_and_its_parameters(tmp_path):
-    page = write_cells(
-        tmp_path / "page.ipynb",
-        PARAMETERS,
-        "import os, sys\nprint(sys.executable, os.environ['OMP_WAIT_POLICY'], os.getcwd())\n"
-        "print(os.environ['DIVMERGE_GLUE_DIR'])",
-        "print(tasks, lr, type(lr).__name__)",
-    )
+    cell = "import os, sys\nprint(sys.executable, os.environ['OMP_WAIT_POLICY'], os.getcwd())\n"
+    cells = cell + "print(os.environ['DIVMERGE_GLUE_DIR'])", "print(tasks, lr, type(lr).__name__)"
+    page = write_cells(tmp_path / "page.ipynb", PARAMETERS, *cells)
     kernels = tmp_path / "jupyter" / "kernels" / "python3"  # a user's kernel of the same name
     kernels.mkdir(parents=True)
     spec = {"argv": ["/bin/false"], "display_name": "other", "language": "python"}

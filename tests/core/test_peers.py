@@ -591,13 +591,9 @@ def test_fusion_benchs_fisher_merge_is_ours_given_the_same_information(kind, nor
     found = [fisher_diagonal(problem, e, n).clamp(min=1e-9) for n, e in enumerate(experts)]
     parts = parts_of(problem, experts)
     values = {name: [part[name] for part in parts] for name in problem.vectors.layout.names}
-    found = peer.merging_with_fisher_weights(
-        values,
-        parts_of(problem, found),
-        fisher_scaling_coefficients=torch.ones(3) / 3,
-        normalize_fisher_weight=normalise,
-        minimal_fisher_weight=0.0,
-    )
+    options = {"normalize_fisher_weight": normalise, "minimal_fisher_weight": 0.0}
+    options["fisher_scaling_coefficients"] = torch.ones(3) / 3
+    found = peer.merging_with_fisher_weights(values, parts_of(problem, found), **options)
     same(problem, fisher(problem, floor=1e-9, normalise=normalise, **QUIET), found)
 
 
