@@ -15,7 +15,7 @@ ALLOWED = {
     *("platformdirs", "triton", "cma", "divmerge_core"),  # cma and triton: on demand
 }
 # Lines of Python: a change that needs more has to say why here.
-LIMITS = {"divmerge_core": 9_998, "book/divmerge_book": 26_279, "tests": 25_516}
+LIMITS = {"divmerge_core": 9_998, "book/divmerge_book": 26_352, "tests": 25_220}
 
 
 def test_the_core_works_where_the_books_packages_cannot_be_imported():
